@@ -1,0 +1,481 @@
+"""The configuration: one TOML file, overridden by the environment, checked as a whole, then frozen.
+
+`load` tells every problem at once, each under the name its value was given by: the file and its key, or the
+environment variable. No problem ever holds a value, so none can hold a secret.
+
+Reading is plain pydantic: pydantic-settings would merge the two sources for us, but it splits a variable at each
+``__`` (which a dataset's name may hold), forgets which source a value came from, passes over most unknown variables,
+and logs values when PYDANTIC_SETTINGS_DEBUG is set.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import json
+import os
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from cacheservice.errors import ConfigError
+
+_DEFAULT_FILE = "cacheservice.toml"
+_PREFIX = "CACHESERVICE_"
+
+# Where a value stands: ("datasets", "products", "interval_s"); () is the file itself.
+_Place = tuple[str, ...]
+
+
+# What single values may be. A ValueError's text is the problem's, word for word.
+
+
+def _held_by_a_timer(seconds: float) -> float:
+    if seconds > 2_000_000:
+        raise ValueError("must be at most 2000000 (23 days): the reactor's timers hold at most 24 days")
+    return seconds
+
+
+def _without_lookup(host: str) -> str:
+    if host != "localhost":
+        try:
+            ipaddress.ip_address(host)
+        except ValueError:
+            raise ValueError(
+                'must be an IP address or "localhost": another name would need a blocking look-up'
+            ) from None
+    return host
+
+
+def _columns(value: object) -> tuple[object, ...]:
+    columns = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (list, tuple)) else ()
+    if not columns or not all(isinstance(column, str) and column for column in columns):
+        raise ValueError("must be the name of a column, or a list of such names")
+    return columns
+
+
+# A duration that becomes a timer of the reactor.
+_TimerSeconds = Annotated[float, Field(gt=0), AfterValidator(_held_by_a_timer)]
+
+
+class _Table(BaseModel):
+    """A TOML table. Strict, because TOML has types: a number in quotes is a slip, and true is no number."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True, hide_input_in_errors=True
+    )
+
+
+class PostgresSettings(_Table):
+    dsn: SecretStr = Field(min_length=1, description="the database to read, as a libpq URI or key=value string")
+    connect_timeout_s: _TimerSeconds = Field(default=5.0, description="seconds that a connection may take to open")
+    max_connections: int = Field(
+        default=2, ge=1, description="refreshes that may hold a connection at once; others queue, stalest first"
+    )
+
+
+class StatusSettings(_Table):
+    host: Annotated[str, AfterValidator(_without_lookup)] = Field(
+        default="127.0.0.1", description='address that the status port listens on: an IP address or "localhost"'
+    )
+    port: int = Field(
+        default=8000, ge=0, le=65535, description="TCP port that answers status questions; 0 = any free one"
+    )
+
+
+class AdminSettings(_Table):
+    socket: str = Field(
+        default="", description="path of the unix socket that takes commands, made with mode 600; empty = off"
+    )
+
+
+class LimitsSettings(_Table):
+    max_connections: int = Field(default=10_000, ge=1, description="clients that each port serves at once")
+    idle_timeout_s: _TimerSeconds = Field(
+        default=300.0, description="seconds of silence after which a client is dropped"
+    )
+
+
+class LogSettings(_Table):
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="least severity that is logged"
+    )
+    format: Literal["json", "console"] = Field(
+        default="json", description='"json" for machines, "console" for a person'
+    )
+
+
+class DefaultsSettings(_Table):
+    """The keys that every dataset takes from ``[defaults]`` unless it sets them itself."""
+
+    interval_s: _TimerSeconds = Field(
+        default=600.0, description="seconds from the start of one refresh to that of the next"
+    )
+    timeout_s: _TimerSeconds = Field(
+        default=30.0, description="deadline of a whole refresh in seconds, connecting included"
+    )
+    max_age_s: float = Field(
+        # interval_s is absent when it was refused; the refusal is what gets reported then.
+        default_factory=lambda earlier: 3 * earlier.get("interval_s", 1.0),
+        gt=0,
+        description="age in seconds past which a snapshot is expired; 3 x interval_s unless set",
+    )
+    required: bool = Field(default=True, description="whether the service is ready only when this dataset is")
+    retry_initial_s: _TimerSeconds = Field(
+        default=1.0, description="seconds within which the first retry starts; doubled with each failure"
+    )
+    retry_max_s: _TimerSeconds = Field(default=60.0, description="seconds within which any later retry starts")
+    jitter: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="largest share of the interval by which each start is moved, fixed per process",
+    )
+    max_rows: int = Field(default=0, ge=0, description="rows past which a refresh fails; 0 = no limit")
+    max_bytes: int = Field(default=0, ge=0, description="bytes of result past which a refresh fails; 0 = no limit")
+
+
+class DatasetSettings(DefaultsSettings):
+    """One declared query. `key` is the columns whose values, joined with ``:``, name a row."""
+
+    name: str
+    query: str = Field(min_length=1, description="the SQL whose result is kept")
+    key: Annotated[tuple[str, ...], BeforeValidator(_columns)] = Field(
+        description='the column that names a row, or a list of columns to join with ":"'
+    )
+
+    @field_validator("retry_max_s")
+    @classmethod
+    def _not_below_the_first(cls, retry_max_s: float, earlier: ValidationInfo) -> float:
+        if retry_max_s < (retry_initial_s := earlier.data.get("retry_initial_s", 0.0)):
+            raise ValueError(f"must be at least retry_initial_s, which is {retry_initial_s:g}")
+        return retry_max_s
+
+
+_DatasetName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,62}$")]
+
+
+class Settings(_Table):
+    """The whole configuration, frozen. `datasets` is read-only and in the order of declaration.
+
+    Each dataset already holds what `defaults` gives it.
+    """
+
+    postgres: PostgresSettings
+    status: StatusSettings = StatusSettings()
+    admin: AdminSettings = AdminSettings()
+    limits: LimitsSettings = LimitsSettings()
+    log: LogSettings = LogSettings()
+    defaults: DefaultsSettings = DefaultsSettings()
+    datasets: Mapping[_DatasetName, DatasetSettings]
+
+    @field_validator("datasets")
+    @classmethod
+    def _at_least_one(cls, datasets: Mapping[str, DatasetSettings]) -> Mapping[str, DatasetSettings]:
+        if not datasets:
+            raise ValueError("none declared; add a [datasets.NAME] table with query and key")
+        return MappingProxyType(dict(datasets))
+
+
+def load(environ: Mapping[str, str], dsn_problem: Callable[[str], str | None]) -> Settings:
+    """Read the file that CACHESERVICE_CONFIG names, else cacheservice.toml here, and the environment over it.
+
+    `dsn_problem` says in one line, without the DSN in it, what is wrong with a DSN, or None.
+    Raises ConfigError with every problem, in the order of the file's tables.
+    """
+    named = environ.get("CACHESERVICE_CONFIG")
+    file = named or _DEFAULT_FILE
+    absent = not named and not os.path.exists(file)
+    in_file, file_problem = ({}, None) if absent else _read_file(file)
+    in_file_datasets = frozenset(_table(in_file.get("datasets")))
+    variables, values, problems = _read_environment(environ)
+    declared = _overlay(in_file, values)
+
+    settings = None
+    try:
+        settings = Settings.model_validate(_with_defaults(declared))
+    except ValidationError as refused:
+        problems = _refusals(refused, declared) | problems
+    for name, dataset in _table(declared["datasets"]).items():
+        if "name" in _table(dataset):  # a field of ours, which the table's header sets
+            problems["datasets", name, "name"] = _unknown("key", "name", _keys("datasets"))
+    dsn = _table(declared["postgres"]).get("dsn")
+    if isinstance(dsn, str) and dsn and (wrong := dsn_problem(dsn)) is not None:
+        problems.setdefault(("postgres", "dsn"), wrong)
+
+    if file_problem is not None:
+        # What the file would have held is not known, so nothing that seems to be missing is reported.
+        problems = {place: problem for place, problem in problems.items() if place in variables}
+        problems[()] = file_problem
+    elif absent and problems:
+        problems[()] = f"not found in the working directory; write one or name it in {_PREFIX}CONFIG"
+
+    def label(place: _Place) -> str:
+        if place in variables:
+            return variables[place]
+        if place[:1] == ("datasets",) and len(place) > 1 and place[1] not in in_file_datasets:
+            return _PREFIX + "__".join(place).upper()  # a dataset that only the environment declares
+        return ": ".join((file, _dotted(place))) if place else file
+
+    if settings is None or problems:
+        order = _order(list(_table(declared["datasets"])))
+        raise ConfigError([f"{label(place)}: {problems[place]}" for place in sorted(problems, key=order)])
+    return settings
+
+
+def reference() -> list[tuple[str, str, str]]:
+    """Each key once, in the order of the file, as (path, default as TOML, description).
+
+    The default is ``required`` for a key that has none, and empty where the description tells it.
+    A key of ``[defaults]`` is one of ``datasets.NAME`` but query and key, so it is not listed again.
+    """
+
+    def default(field: FieldInfo) -> str:
+        if field.is_required():
+            return "required"
+        return "" if field.default_factory is not None else json.dumps(field.default)
+
+    return [
+        (f"datasets.NAME.{key}" if table == "datasets" else f"{table}.{key}", default(field), field.description or "")
+        for table in Settings.model_fields
+        if table != "defaults"
+        for key, field in _keys(table).items()
+    ]
+
+
+# Reading the two sources
+
+
+def _read_file(file: str) -> tuple[dict[str, Any], str | None]:
+    """The file's tables, or none and what is wrong with it."""
+    try:
+        return tomllib.loads(Path(file).read_text(encoding="utf-8")), None
+    except (OSError, UnicodeDecodeError) as error:
+        return {}, f"cannot be read: {_why_unreadable(error)}"
+    except tomllib.TOMLDecodeError as error:
+        what, _, where = str(error).removesuffix(")").rpartition(" (at ")
+        return {}, f"{where}: {what[:1].lower()}{what[1:]}"
+    except (ValueError, RecursionError):  # thousands of digits; thousands of brackets
+        return {}, "cannot be read: a number in it is too long, or its nesting too deep"
+
+
+def _why_unreadable(error: OSError | ValueError) -> str:
+    match error:
+        case FileNotFoundError():
+            return "no such file"
+        case OSError(strerror=str(reason)):
+            return reason.lower()
+        case UnicodeDecodeError(start=index):
+            return f"byte {index + 1} is not UTF-8"
+        case _:
+            return "it is no path"
+
+
+def _read_environment(environ: Mapping[str, str]) -> tuple[dict[_Place, str], dict[_Place, object], dict[_Place, str]]:
+    """Three things by place: the variable that speaks of it, the value that it gives, and what is wrong with it.
+
+    A name without "__" is not ours: Kubernetes sets CACHESERVICE_PORT and CACHESERVICE_SERVICE_HOST by itself.
+    """
+    variables: dict[_Place, str] = {}
+    values: dict[_Place, object] = {}
+    problems: dict[_Place, str] = {}
+    for variable, text in sorted(environ.items()):
+        if not variable.startswith(_PREFIX) or "__" not in variable:
+            continue
+        *tables, key = _place_of_variable(variable)
+        keys = _keys(tables[0])
+        in_secret_file = key not in keys and key.removesuffix("_file") in keys
+        place = (*tables, key.removesuffix("_file") if in_secret_file else key)
+        if place in variables:
+            problems[place] = f"also set as {variable}; keep one of the two"
+            continue
+        variables[place] = variable
+        if tables[0] not in Settings.model_fields:
+            problems[place] = _unknown("table", tables[0], Settings.model_fields)
+        elif tables == ["datasets"]:
+            problems[place] = f"names a dataset but none of its keys; for its query write {variable}__QUERY"
+        elif re.search("[\ud800-\udfff]", text):  # how os.environ holds bytes that are not UTF-8
+            problems[place] = "must be text in UTF-8"
+            values[place] = _REFUSED
+        elif not in_secret_file:
+            values[place] = _as_toml(text, keys.get(key))
+        else:
+            try:
+                secret = Path(text).read_text(encoding="utf-8").removesuffix("\n")
+            except (OSError, ValueError) as error:
+                # Not its path: somebody may have put the secret itself there.
+                problems[place] = f"the file that it names cannot be read: {_why_unreadable(error)}"
+                values[place] = _REFUSED
+            else:
+                values[place] = _as_toml(secret, keys[place[-1]])
+    return variables, values, problems
+
+
+def _place_of_variable(variable: str) -> _Place:
+    table, _, rest = variable.removeprefix(_PREFIX).lower().partition("__")
+    if table != "datasets":
+        return table, rest
+    name, separator, key = rest.rpartition("__")  # a dataset's name may hold "__" or end in "_"; a key does neither
+    return (table, name, key) if separator else (table, key)
+
+
+# No key takes an empty table, so the models refuse it in the words that they have for a value in the file.
+_REFUSED: Mapping[str, object] = MappingProxyType({})
+
+
+def _as_toml(text: str, field: FieldInfo | None) -> object:
+    """`text` as TOML would hold it for `field`: "30" is a number only where a number is wanted."""
+    try:
+        if field is not None and field.annotation in (bool, int, float):
+            return TypeAdapter(field.annotation).validate_strings(text)
+        if field is not None and field.annotation == tuple[str, ...] and text.startswith("["):
+            return TypeAdapter(list[str]).validate_json(text)
+    except ValidationError:
+        return _REFUSED
+    return text
+
+
+# Putting the two together
+
+
+def _table(value: object) -> dict[str, Any]:
+    """`value` if it is a table, else an empty one; the models report what should have been a table."""
+    return value if isinstance(value, dict) else {}
+
+
+def _overlay(in_file: Mapping[str, Any], values: Mapping[_Place, object]) -> dict[str, Any]:
+    """The file's tables with the environment's values put into them."""
+    declared: dict[str, Any] = {"postgres": {}, "datasets": {}, **in_file}
+    for (*tables, key), value in values.items():
+        table = declared
+        for name in tables:
+            table = _table(table.setdefault(name, {}))
+        table[key] = value
+    return declared
+
+
+def _inherited(declared: Mapping[str, Any]) -> dict[str, Any]:
+    defaults = _table(declared.get("defaults"))
+    return {key: value for key, value in defaults.items() if key in DefaultsSettings.model_fields}
+
+
+def _with_defaults(declared: Mapping[str, Any]) -> dict[str, Any]:
+    """`declared` with each dataset holding its name and what it inherits."""
+    if not isinstance(declared["datasets"], dict):
+        return dict(declared)
+    inherited = _inherited(declared)
+    datasets = {
+        name: {**inherited, **dataset, "name": name} if isinstance(dataset, dict) else dataset
+        for name, dataset in declared["datasets"].items()
+    }
+    return {**declared, "datasets": datasets}
+
+
+# Telling what is wrong
+
+
+def _keys(table: str) -> dict[str, FieldInfo]:
+    """The keys that a table may hold, in the order of the file; none for an unknown table."""
+    if table == "datasets":
+        fields = DatasetSettings.model_fields
+        return {key: fields[key] for key in ("query", "key", *DefaultsSettings.model_fields)}
+    model = Settings.model_fields[table].annotation if table in Settings.model_fields else None
+    return model.model_fields if isinstance(model, type) and issubclass(model, BaseModel) else {}
+
+
+def _refusals(refused: ValidationError, declared: Mapping[str, Any]) -> dict[_Place, str]:
+    """What the models refused, by the place where the refused value stands."""
+    inherited = _inherited(declared)
+    problems: dict[_Place, str] = {}
+    for error in refused.errors(include_url=False):
+        place = tuple(map(str, error["loc"]))
+        if error["type"] == "default_factory_not_called":  # it follows from another error, which is reported
+            continue
+        if place[-1] == "[key]" and error["type"] != "extra_forbidden":  # how pydantic says: the dataset's name
+            problems[place[:-1]] = "a dataset's name is a letter, then letters, digits or _, all lower case, at most 63"
+            continue
+        message = _message(error, place)
+        match place:
+            case ("datasets", name, key) if key in inherited and key not in _table(declared["datasets"].get(name)):
+                place, message = ("defaults", key), f"{message}, in {_dotted(place[:2])}"
+        problems.setdefault(place, message)  # the models read [defaults] first, so its own message stays
+    return problems
+
+
+_MESSAGES: Mapping[str, str] = MappingProxyType(
+    {
+        "bool_type": "must be true or false",
+        "finite_number": "must be a finite number",
+        "float_type": "must be a number",
+        "greater_than": "must be greater than {gt:g}",
+        "greater_than_equal": "must be at least {ge:g}",
+        "int_type": "must be a whole number",
+        "less_than": "must be less than {lt:g}",
+        "less_than_equal": "must be at most {le:g}",
+        "literal_error": "must be {expected}",
+        "string_too_short": "must not be empty",
+        "string_type": "must be text in quotes",
+        "too_short": "must not be empty",
+        "value_error": "{error}",
+        "dict_type": "must be a table",
+        "model_type": "must be a table",
+    }
+)
+
+
+def _message(error: ErrorDetails, place: _Place) -> str:
+    """The problem in a few plain words that say how to mend it. Never the value, which may be a secret."""
+    if error["type"] == "missing":
+        return f"required; {_keys(place[0])[place[-1]].description}"
+    if error["type"] == "extra_forbidden":
+        if len(place) > 1:
+            return _unknown("key", place[-1], _keys(place[0]))
+        return _unknown("table" if isinstance(error["input"], dict) else "key", place[0], Settings.model_fields)
+    if error["type"] in _MESSAGES:
+        return _MESSAGES[error["type"]].format(**error.get("ctx", {}))
+    return error["msg"]
+
+
+def _unknown(what: str, name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"unknown {what}; " + (f'did you mean "{near[0]}"?' if near else f"known are {', '.join(known)}")
+
+
+def _dotted(place: _Place) -> str:
+    """The place as TOML writes it, on one line whatever is in a name."""
+    return ".".join(name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name) for name in place)
+
+
+def _order(datasets: Sequence[str]) -> Callable[[_Place], tuple[int, ...]]:
+    """A sort key for places: tables as documented, `datasets` as declared, keys as documented; unknown ones last."""
+
+    def index(name: str, names: Sequence[str]) -> int:
+        return names.index(name) if name in names else len(names)
+
+    def position(place: _Place) -> tuple[int, ...]:
+        if not place:
+            return ()
+        levels = [list(Settings.model_fields), list(_keys(place[0]))]
+        if place[0] == "datasets":
+            levels.insert(1, list(datasets))
+        return tuple(map(index, place, levels))
+
+    return position

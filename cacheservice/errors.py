@@ -1,0 +1,145 @@
+"""Every error this package raises on purpose, as one small tree.
+
+A message says what happened, to which dataset or setting, and what to do; it never
+holds a password, a DSN or a row. The class tells a program what kind of thing it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+
+class CacheServiceError(Exception):
+    """The base of the tree; never raised itself."""
+
+
+class ConfigError(CacheServiceError):
+    """The configuration has problems. Mend each line of `problems`, then start again.
+
+    `problems` are whole lines such as
+    ``cacheservice.toml: datasets.products.interval_s: must be greater than 0``.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+class PortUnavailable(CacheServiceError):
+    """A port cannot be listened on at start. Free it, or set another in the configuration."""
+
+
+class UnknownDataset(CacheServiceError):
+    """A reader or an operator named a dataset that the configuration does not declare."""
+
+
+class Stopped(CacheServiceError):
+    """The service is stopping; what was asked for will not happen. Ask again when it runs."""
+
+
+class RefreshFailed(CacheServiceError):
+    """One attempt to refresh a dataset failed; what readers see did not change.
+
+    The refresh is tried again by itself. `advice` says what an operator can do.
+    """
+
+    advice = "nothing to do: it is tried again by itself"
+
+
+class DatabaseUnavailable(RefreshFailed):
+    """PostgreSQL cannot be reached, refuses the session, or the session broke.
+
+    Look at the server and the network between; the service reconnects by itself.
+    """
+
+    advice = "check that PostgreSQL runs and can be reached from here"
+
+
+class DeadlineExceeded(DatabaseUnavailable):
+    """PostgreSQL did not answer before the deadline and the session was abandoned.
+
+    Look for a frozen or overloaded server, a lost network path, or raise timeout_s.
+    """
+
+    advice = "look for a frozen or overloaded server or a lost network path; or raise timeout_s"
+
+
+class QueryFailed(RefreshFailed):
+    """PostgreSQL answered the dataset's query with an error. Mend the query, the rights or the schema.
+
+    `sqlstate` is the five-character code of the PostgreSQL manual, appendix A.
+    """
+
+    advice = "correct the query, or what it reads"
+
+    def __init__(self, message: str, sqlstate: str = "", advice: str | None = None) -> None:
+        super().__init__(message)
+        self.sqlstate = sqlstate
+        if advice is not None:
+            self.advice = advice
+
+
+class QueryTimeout(QueryFailed):
+    """PostgreSQL ended the query because it took longer than the deadline left to it.
+
+    Make the query cheaper, or raise timeout_s.
+    """
+
+    advice = "make the query cheaper, or raise timeout_s"
+
+
+@dataclass(frozen=True, slots=True)
+class Blocker:
+    """A session that kept a refresh waiting for a lock, as the database told it at that time.
+
+    What the role may not see is None.
+    """
+
+    pid: int
+    user: str | None
+    application: str | None
+    lock_mode: str | None
+    relation: str | None
+    transaction_since: datetime | None
+    state: str | None
+    statement_kind: str | None
+
+
+class LockTimeout(QueryFailed):
+    """The query waited for a lock for as long as its deadline allowed.
+
+    `blockers` are the sessions that held it, asked for while it still waited; end or wait for them.
+    """
+
+    advice = "end the session that holds the lock, or wait for it"
+
+    def __init__(self, message: str, sqlstate: str = "", blockers: Sequence[Blocker] = ()) -> None:
+        super().__init__(message, sqlstate)
+        self.blockers = tuple(blockers)
+
+
+class BadResult(RefreshFailed):
+    """The query ran, but its result cannot be a snapshot: a NULL key, a key twice, a key too long.
+
+    Mend the query or the key setting; the message names the key.
+    """
+
+    advice = "correct the query or its key"
+
+
+class ResultTooLarge(BadResult):
+    """The result passed max_rows or max_bytes. Raise the limit, or select less."""
+
+    advice = "select less, or raise the limit"
+
+
+class MigrationFailed(CacheServiceError):
+    """`cacheservice migrate` could not reach the database or was refused. Mend what the message says
+    and run it again.
+    """
+
+
+class DemoFailed(CacheServiceError):
+    """The demo could not start. The message says what is in its way."""
