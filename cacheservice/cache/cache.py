@@ -1,0 +1,65 @@
+"""All datasets, and what is known of the database behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Literal, Protocol
+
+from cacheservice.cache.dataset import Dataset, State
+from cacheservice.config import DatasetSettings
+from cacheservice.errors import UnknownDataset
+
+
+class DatabaseStatus:
+    """What the last attempts learned of PostgreSQL; `connections` are open now."""
+
+    def __init__(self) -> None:
+        self.state: Literal["up", "down", "unknown"] = "unknown"
+        self.error: str | None = None
+        self.connections = 0
+
+    def answered(self) -> None:
+        self.state, self.error = "up", None
+
+    def failed(self, error: str) -> None:
+        self.state, self.error = "down", error
+
+
+class Cache:
+    """The datasets by name, in the order of the configuration.
+
+    :param now: the monotonic clock, in seconds.
+    """
+
+    def __init__(self, datasets: Iterable[DatasetSettings], now: Callable[[], float]) -> None:
+        self._datasets = {settings.name: Dataset(settings, now) for settings in datasets}
+        self.database = DatabaseStatus()
+        self.now = now
+        self.started_at = now()
+
+    @property
+    def datasets(self) -> Mapping[str, Dataset]:
+        return MappingProxyType(self._datasets)
+
+    def dataset(self, name: str) -> Dataset:
+        """:raises UnknownDataset: if none has that name."""
+        try:
+            return self._datasets[name]
+        except KeyError:
+            raise UnknownDataset(f"unknown dataset '{name}'") from None
+
+    def not_ready(self) -> dict[str, State]:
+        """The required datasets that are not loaded or expired, with their state; empty when the service is ready."""
+        states = {name: d.state() for name, d in self._datasets.items() if d.settings.required}
+        return {name: state for name, state in states.items() if state in (State.NEVER_LOADED, State.EXPIRED)}
+
+
+class Refreshes(Protocol):
+    """All that a port may ask of what refreshes."""
+
+    def refresh_now(self, name: str) -> bool:
+        """Start a refresh that begins after this call; False if one is running, which it then follows.
+
+        :raises UnknownDataset: if none has that name.
+        """

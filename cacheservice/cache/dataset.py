@@ -1,0 +1,120 @@
+"""One dataset as its readers and operators know it: its snapshot, its attempts, its state."""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+from cacheservice.cache.rows import Rows, RowsBuilder
+from cacheservice.config import DatasetSettings
+from cacheservice.errors import Blocker
+
+Outcome = Literal["published", "unchanged", "held", "failed"]
+Trigger = Literal["interval", "notify", "retry", "manual", "start"]
+
+KEPT_ATTEMPTS = 10
+
+
+class State(enum.StrEnum):
+    """How old the served snapshot is against its limits (the contract's words)."""
+
+    NEVER_LOADED = "never_loaded"
+    FRESH = "fresh"
+    STALE = "stale"
+    EXPIRED = "expired"
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One complete, immutable result of a dataset's query.
+
+    `as_of` is the database clock at the start of the transaction that read it; `read_at` this
+    machine's monotonic clock, seconds, just before that transaction began; `database_snapshot`
+    what `pg_current_snapshot()` gave in it.
+    """
+
+    generation: int
+    rows: Rows
+    as_of: datetime
+    read_at: float
+    database_snapshot: str
+    source: Literal["postgres", "disk", "valkey"] = "postgres"
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One try to refresh, ended. Times in seconds; `started_at` by this machine's wall clock, for display only."""
+
+    outcome: Outcome
+    trigger: Trigger
+    started_at: datetime
+    took_s: float
+    rows: int | None = None
+    error: str | None = None
+    advice: str | None = None
+    blockers: tuple[Blocker, ...] = ()
+
+
+class Dataset:
+    """What is known of one dataset. `refresh` writes it, the ports read it, all in the reactor's thread.
+
+    :param now: the monotonic clock, in seconds.
+    """
+
+    def __init__(self, settings: DatasetSettings, now: Callable[[], float]) -> None:
+        self.settings = settings
+        self.snapshot: Snapshot | None = None
+        self.refreshing = False
+        self.loading: RowsBuilder | None = None
+        self.expected_rows: int | None = None
+        self.attempts: deque[Attempt] = deque(maxlen=KEPT_ATTEMPTS)
+        self.outcomes: Counter[Outcome] = Counter()
+        self.last_ended_at: float | None = None
+        self.consecutive_failures = 0
+        self.missed_ticks = 0
+        self.next_refresh_at: float | None = None
+        self._now = now
+
+    @property
+    def name(self) -> str:
+        return self.settings.name
+
+    def publish(self, snapshot: Snapshot) -> None:
+        """Serve `snapshot` from now on. One assignment: nobody reads half of it."""
+        assert snapshot.generation > (self.snapshot.generation if self.snapshot else 0), "a generation never goes down"
+        self.snapshot = snapshot
+
+    def attempted(self, attempt: Attempt) -> None:
+        """Remember how an attempt ended."""
+        self.attempts.append(attempt)
+        self.outcomes[attempt.outcome] += 1
+        self.consecutive_failures = self.consecutive_failures + 1 if attempt.outcome == "failed" else 0
+        self.last_ended_at = self._now()
+
+    def age_s(self) -> float | None:
+        """Seconds since just before the served snapshot's transaction began; None if never loaded."""
+        return None if self.snapshot is None else max(0.0, self._now() - self.snapshot.read_at)
+
+    def state(self) -> State:
+        """The state by the contract's limits; the worse one where limits cross."""
+        age_s = self.age_s()
+        if age_s is None:
+            return State.NEVER_LOADED
+        if age_s > self.settings.max_age_s:
+            return State.EXPIRED
+        if age_s > self.settings.interval_s + self.settings.timeout_s:
+            return State.STALE
+        return State.FRESH
+
+    def next_refresh_in_s(self) -> float | None:
+        """Seconds until the next attempt is planned to start, never negative; None if none is planned."""
+        return None if self.next_refresh_at is None else max(0.0, self.next_refresh_at - self._now())
+
+    def need(self) -> float:
+        """How much it needs a refresh: its age as a share of max_age_s, without end if never loaded."""
+        age_s = self.age_s()
+        return float("inf") if age_s is None else age_s / self.settings.max_age_s

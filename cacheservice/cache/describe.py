@@ -1,0 +1,110 @@
+"""The contract's `json` object, made from the cache alone."""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime
+from typing import Any
+
+from cacheservice import __version__
+from cacheservice.cache.cache import Cache
+from cacheservice.cache.dataset import Attempt, Dataset
+from cacheservice.errors import Blocker
+
+
+def describe(cache: Cache) -> dict[str, Any]:
+    """Everything, in the shape of the contract; ages and durations in seconds, sizes in bytes."""
+    not_ready = cache.not_ready()
+    database = cache.database
+    return {
+        "service": {
+            "version": __version__,
+            "pid": os.getpid(),
+            "uptime_s": seconds(cache.now() - cache.started_at),
+            "ready": not not_ready,
+            "not_ready": {name: str(state) for name, state in not_ready.items()},
+        },
+        "postgres": {
+            "state": database.state,
+            "error": database.error,
+            "connections": database.connections,
+            "listening": False,
+        },
+        "datasets": {name: describe_dataset(dataset) for name, dataset in cache.datasets.items()},
+    }
+
+
+def describe_dataset(dataset: Dataset) -> dict[str, Any]:
+    """One dataset's part of `json`."""
+    snapshot, settings = dataset.snapshot, dataset.settings
+    return {
+        "state": str(dataset.state()),
+        "refreshing": dataset.refreshing,
+        "held": None,
+        "pinned": False,
+        "rows": snapshot.rows.count if snapshot else 0,
+        "bytes": snapshot.rows.size_bytes if snapshot else 0,
+        "generation": snapshot.generation if snapshot else 0,
+        "as_of": iso(snapshot.as_of) if snapshot else None,
+        "age_s": _optional_seconds(dataset.age_s()),
+        "interval_s": settings.interval_s,
+        "timeout_s": settings.timeout_s,
+        "max_age_s": settings.max_age_s,
+        "source": snapshot.source if snapshot else None,
+        "progress": {"rows": dataset.loading.count, "expected_rows": dataset.expected_rows}
+        if dataset.loading
+        else None,
+        "consecutive_failures": dataset.consecutive_failures,
+        "next_refresh_in_s": _optional_seconds(dataset.next_refresh_in_s()),
+        "last_attempt": describe_attempt(dataset.attempts[-1]) if dataset.attempts else None,
+        "last_change": None,
+    }
+
+
+def describe_attempt(attempt: Attempt) -> dict[str, Any]:
+    """One attempt's part of `json`."""
+    return {
+        "outcome": attempt.outcome,
+        "trigger": attempt.trigger,
+        "started_at": iso(attempt.started_at),
+        "took_s": seconds(attempt.took_s),
+        "rows": attempt.rows,
+        "error": attempt.error,
+    }
+
+
+def describe_blocker(blocker: Blocker) -> str:
+    """A session that blocks a refresh, in words; what the role may not see is left out."""
+    words = f"session {blocker.pid}"
+    if blocker.user:
+        words += f" of {blocker.user}"
+    if blocker.application:
+        words += f" ({blocker.application})"
+    if blocker.lock_mode:
+        words += f" holds {blocker.lock_mode}"
+        if blocker.relation:
+            words += f" on {blocker.relation}"
+    else:
+        words += " holds the lock"
+    if blocker.transaction_since:
+        words += f", in a transaction since {iso(blocker.transaction_since)}"
+    if blocker.state:
+        words += f", {blocker.state}"
+    if blocker.statement_kind:
+        running = "running" if blocker.state == "active" else "last ran"
+        words += f", {running} {blocker.statement_kind}"
+    return words
+
+
+def seconds(value: float) -> float:
+    """A duration to the millisecond, never negative."""
+    return max(0.0, round(value, 3))
+
+
+def iso(moment: datetime) -> str:
+    """ISO 8601 in UTC, with a Z."""
+    return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
+
+
+def _optional_seconds(value: float | None) -> float | None:
+    return None if value is None else seconds(value)
