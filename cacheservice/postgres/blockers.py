@@ -1,0 +1,52 @@
+"""Who keeps a session waiting for a lock."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from cacheservice.errors import Blocker, QueryFailed
+from cacheservice.postgres.guard import GuardedConnection
+
+# The migrations' function may see what our role may not; without it we tell what we can see.
+_WITH_FUNCTION = "SELECT {columns} FROM cacheservice.blocking_sessions({pid})"
+_COLUMNS = (
+    "pid, user_name::text, application_name::text, lock_mode::text, relation::text, "
+    "extract(epoch FROM transaction_since)::float8, state::text, statement_kind::text"
+)
+_WITHOUT = """
+SELECT b.pid, a.usename::text, a.application_name::text, l.mode::text, l.relation::regclass::text,
+       extract(epoch FROM a.xact_start)::float8, a.state::text,
+       CASE WHEN a.query <> '<insufficient privilege>' THEN upper(substring(a.query FROM '[[:alpha:]]+')) END
+FROM unnest(pg_blocking_pids({pid})) AS b(pid)
+LEFT JOIN pg_stat_activity a ON a.pid = b.pid
+LEFT JOIN LATERAL (
+    SELECT held.mode, held.relation
+    FROM pg_locks waiting JOIN pg_locks held
+      ON held.pid = b.pid AND held.granted AND held.locktype = waiting.locktype
+     AND held.database IS NOT DISTINCT FROM waiting.database
+     AND held.relation IS NOT DISTINCT FROM waiting.relation
+    WHERE waiting.pid = {pid} AND NOT waiting.granted
+    LIMIT 1
+) l ON true
+"""
+_NO_FUNCTION = ("42883", "3F000", "42501")
+"""undefined function, invalid schema name, insufficient privilege"""
+
+
+async def find_blockers(guard: GuardedConnection, pid: int) -> tuple[Blocker, ...]:
+    """The sessions that keep the server process `pid` waiting, asked over `guard`, another session."""
+    try:
+        cursor = await guard.execute(_WITH_FUNCTION.format(columns=_COLUMNS, pid=pid))
+    except QueryFailed as error:
+        if error.sqlstate not in _NO_FUNCTION:
+            raise
+        cursor = await guard.execute(_WITHOUT.format(pid=pid))
+    return tuple(_blocker(*row) for row in cursor.fetchall())
+
+
+def _blocker(pid: int, *columns: Any) -> Blocker:
+    user, application, mode, relation, since, state, kind = columns
+    text = [None if value is None else value.decode() for value in (user, application, mode, relation, state, kind)]
+    moment = None if since is None else datetime.fromtimestamp(since, UTC)
+    return Blocker(pid, text[0], text[1], text[2], text[3], moment, text[4], text[5])

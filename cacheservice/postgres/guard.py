@@ -1,0 +1,155 @@
+"""One PostgreSQL session under one deadline, which never blocks and leaves nothing behind.
+
+Why not txpostgres alone (measured, all of it): cancelling a query there ends in libpq's synchronous
+cancel, which has no time limit; a connect that hangs cannot be timed out; a broken connection keeps its
+descriptor. So this never cancels, it aborts: take the descriptors out of the reactor, close, and answer
+whoever waits at once. The server notices within a second (client_connection_check_interval).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import psycopg2
+from psycopg2 import extensions
+from twisted.internet.defer import CancelledError, Deferred, ensureDeferred, fail
+from twisted.python.failure import Failure
+from txpostgres import txpostgres
+
+from cacheservice.errors import DatabaseUnavailable, DeadlineExceeded
+from cacheservice.postgres.target import Resolve, Target
+from cacheservice.postgres.translate import translate
+
+T = TypeVar("T")
+
+_TEXT_OID = 25
+_TEXT_AS_BYTES = extensions.new_type((_TEXT_OID,), "TEXT_AS_BYTES", extensions.BYTES)
+
+
+class _Cursor(txpostgres.Cursor):  # type: ignore[misc]  # txpostgres has no types
+    def _handleCancellation(self, failure: Failure) -> Failure:
+        return failure  # the stock one replaces the server's message by a bare CancelledError
+
+
+class _Connection(txpostgres.Connection):  # type: ignore[misc]
+    cursorFactory = _Cursor
+
+    def continuePolling(self, swallowErrors: bool = False) -> None:
+        # A session lost between two statements has nobody to tell; the next statement tells it.
+        super().continuePolling(swallowErrors=True)
+
+
+class GuardedConnection:
+    """A session that ends at its deadline, when it is closed, or when a wait for it is cancelled.
+
+    Whoever creates one closes it: ``d.addBoth(guard.close_and_passthrough)``.
+
+    :param reactor: its clock must be monotonic.
+    :param deadline_at: on the reactor's clock, in seconds.
+    """
+
+    def __init__(self, reactor: Any, target: Target, deadline_at: float) -> None:
+        self._reactor = reactor
+        self._target = target
+        self._deadline_at = deadline_at
+        self._began_at: float = reactor.seconds()
+        self._connection = _Connection(reactor)
+        self._cursor: _Cursor | None = None
+        self._pending: Deferred[Any] | None = None
+        self._ended: Exception | None = None
+        self._phase = "did not accept a session"
+        self._timer = reactor.callLater(max(0.0, deadline_at - self._began_at), self._expire)
+
+    def remaining_s(self) -> float:
+        """Seconds to the deadline, never negative."""
+        now: float = self._reactor.seconds()
+        return max(0.0, self._deadline_at - now)
+
+    async def connect(self, resolve: Resolve, purpose: str, timeout_s: float) -> None:
+        """Open the session, name look-ups included, within `timeout_s` and the deadline.
+
+        :raises DatabaseUnavailable: if there is none to be had.
+        """
+        self._timer.reset(min(timeout_s, self.remaining_s()))
+        arguments = await self._wait(lambda: ensureDeferred(self._target.connect_arguments(resolve, purpose)))
+        await self._wait(lambda: self._connection.connect(**arguments), connecting=True)
+        extensions.register_type(_TEXT_AS_BYTES, self._connection.pollable())
+        self._phase = "did not answer"
+        self._timer.reset(self.remaining_s())
+
+    def execute(self, sql: str) -> Deferred[Any]:
+        """Send one statement; fires with its cursor once the whole answer is here. One at a time.
+
+        text columns come as bytes.
+
+        :raises RefreshFailed: one of its subclasses, for whatever the server or the network did.
+        """
+
+        def start() -> Deferred[Any]:
+            self._cursor = self._connection.cursor()
+            return self._cursor.execute(sql)  # type: ignore[no-any-return]
+
+        return self._wait(start)
+
+    def abort(self, reason: Exception) -> None:
+        """End the session now; whoever waits gets `reason`, and so does whoever asks later."""
+        if self._ended is None:
+            self._ended = reason
+        self._release()
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.errback(self._ended)
+
+    def close_and_passthrough(self, result: T) -> T:
+        """End the session; for `addBoth`. Nobody waits by now, so a statement still under way is abandoned."""
+        self._pending = None
+        self.abort(DatabaseUnavailable("the session was closed"))
+        return result
+
+    def _wait(self, start: Callable[[], Deferred[T]], *, connecting: bool = False) -> Deferred[T]:
+        """What `start` gives, or why the session was ended, whichever comes first."""
+        if self._ended is not None:
+            return fail(self._ended)
+        assert self._pending is None, "one statement at a time"
+        pending: Deferred[T] = Deferred(lambda _: self.abort(CancelledError()))
+        self._pending = pending
+
+        def settle(result: T | Failure) -> None:
+            if self._pending is not pending:
+                return  # ended meanwhile, and whoever waited has been told
+            self._pending = None
+            if not isinstance(result, Failure):
+                pending.callback(result)
+            elif isinstance(result.value, psycopg2.Error):
+                ours = translate(result.value, self._target, connecting=connecting)
+                ours.__cause__ = result.value
+                pending.errback(ours)
+            else:
+                pending.errback(result)
+
+        try:
+            started = start()
+        except Exception:
+            # psycopg2 raises here when the session is already known to be lost.
+            started = fail()
+        started.addBoth(settle)
+        return pending
+
+    def _expire(self) -> None:
+        waited_s = self._reactor.seconds() - self._began_at
+        self.abort(DeadlineExceeded(f"PostgreSQL {self._phase} within {waited_s:.3g} s"))
+
+    def _release(self) -> None:
+        """Give back the timer, the reactor's readers and writers, and the descriptor. May be called twice."""
+        if self._timer.active():
+            self._timer.cancel()
+        raw = self._connection.pollable()
+        if raw is None:
+            return  # never connected
+        for selectable in (self._connection, self._cursor):
+            if selectable is not None:
+                self._reactor.removeReader(selectable)
+                self._reactor.removeWriter(selectable)
+        # The raw close, too, ends a connection that is broken (closed == 2); the stock one leaks it.
+        raw.close()

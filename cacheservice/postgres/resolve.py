@@ -1,0 +1,74 @@
+"""Name look-ups that can hang without anybody noticing.
+
+getaddrinfo cannot be cancelled, and Twisted's own pool joins its threads at exit, so that one
+dead name server would hold the whole stop. These threads are daemons and are never joined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from threading import Thread
+from typing import Any
+
+from twisted.internet._resolver import GAIResolver
+from twisted.internet.address import IPv4Address, IPv6Address
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IHostResolution, IResolutionReceiver
+from twisted.python.threadpool import ThreadPool
+from zope.interface import implementer
+
+from cacheservice.errors import DatabaseUnavailable
+
+_MOST_THREADS = 4
+
+
+@implementer(IResolutionReceiver)
+class _Addresses:
+    def __init__(self, done: Deferred[Sequence[str]]) -> None:
+        self._done = done
+        self._found: list[str] = []
+
+    def resolutionBegan(self, resolution: IHostResolution) -> None:
+        self._name = resolution.name
+
+    def addressResolved(self, address: IPv4Address | IPv6Address) -> None:
+        self._found.append(address.host)
+
+    def resolutionComplete(self) -> None:
+        if self._done.called:
+            return  # given up meanwhile
+        if self._found:
+            self._done.callback(list(dict.fromkeys(self._found)))
+        else:
+            self._done.errback(DatabaseUnavailable(f'the name look-up of "{self._name}" found no address'))
+
+
+class Resolver:
+    """Looks names up in at most four threads of its own; `stop` lets them go.
+
+    :param reactor: gets the results.
+    """
+
+    def __init__(self, reactor: Any, getaddrinfo: Any = None) -> None:
+        self._pool = ThreadPool(0, _MOST_THREADS, "name look-ups")
+        self._pool.threadFactory = partial(Thread, daemon=True)  # type: ignore[assignment]
+        more = {} if getaddrinfo is None else {"getaddrinfo": getaddrinfo}
+        self._resolver = GAIResolver(reactor, lambda: self._pool, **more)
+
+    async def resolve(self, name: str) -> Sequence[str]:
+        """The addresses of `name`, in the order of the system's preference.
+
+        :raises DatabaseUnavailable: if it has none.
+        """
+        if not self._pool.started:
+            self._pool.start()
+        done: Deferred[Sequence[str]] = Deferred()
+        receiver: Any = _Addresses(done)
+        self._resolver.resolveHostName(receiver, name)
+        return await done
+
+    def stop(self) -> None:
+        """End the idle threads; one that is stuck in a look-up ends with it or with the process."""
+        if self._pool.started:
+            self._pool.adjustPoolsize(0, 0)

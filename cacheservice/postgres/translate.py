@@ -1,0 +1,51 @@
+"""The driver's exceptions, made ours: what happened, in words that show no password and no data."""
+
+from __future__ import annotations
+
+import re
+
+import psycopg2
+
+from cacheservice.errors import DatabaseUnavailable, LockTimeout, QueryFailed, QueryTimeout, RefreshFailed
+from cacheservice.postgres.target import Target
+
+# SQLSTATEs: PostgreSQL manual, appendix A.
+_LOCK_NOT_AVAILABLE = "55P03"
+_QUERY_CANCELED = "57014"
+_SESSION_LOST = re.compile("08...|57P0[1-5]|25P0[34]|53[13]00|28...|3D000")
+_SHOWS_DATA = re.compile("2[23]...")
+"""Data exceptions and integrity violations quote the offending value in their message."""
+_QUOTED = re.compile(r'"[^"]*"')
+
+_ADVICE = {
+    "28": "check the user, its password and pg_hba.conf",
+    "3D000": "check the database's name in postgres.dsn",
+    "42501": "grant the reader what the query reads, e.g. GRANT SELECT ON … TO …",
+    "42P01": "create the table, name its schema in the query, or grant USAGE on the schema",
+    "42703": "correct the column's name in the query or in key",
+    "53300": "raise max_connections of the server, or lower postgres.max_connections",
+    "40001": "nothing to do unless it repeats: the database asks for a retry",
+}
+
+
+def translate(error: psycopg2.Error, target: Target, *, connecting: bool = False) -> RefreshFailed:
+    """Ours for any exception of the driver. The caller raises it `from` the driver's."""
+    sqlstate: str = getattr(error, "pgcode", None) or ""
+    diagnostics = getattr(error, "diag", None)
+    message = target.redact((diagnostics and diagnostics.message_primary) or str(error) or type(error).__name__)
+    advice = _ADVICE.get(sqlstate) or _ADVICE.get(sqlstate[:2])
+    if connecting or _SESSION_LOST.fullmatch(sqlstate) or not sqlstate:
+        what = "PostgreSQL refused the connection" if connecting else "the connection to PostgreSQL was lost"
+        unavailable = DatabaseUnavailable(f"{what}: {message}")
+        if advice is not None:
+            unavailable.advice = advice
+        return unavailable
+    if sqlstate == _LOCK_NOT_AVAILABLE:
+        return LockTimeout("waited for a lock as long as the deadline allows", sqlstate)
+    if sqlstate == _QUERY_CANCELED:
+        if "user request" in message:
+            return QueryFailed("an administrator cancelled the query", sqlstate, "nothing to do: it is tried again")
+        return QueryTimeout("the query took longer than its deadline allows", sqlstate)
+    if _SHOWS_DATA.fullmatch(sqlstate):
+        message = _QUOTED.sub('"…"', message)
+    return QueryFailed(f"PostgreSQL: {message} (SQLSTATE {sqlstate})", sqlstate, advice)

@@ -1,0 +1,1 @@
+DROP FUNCTION cacheservice.blocking_sessions(integer);
