@@ -1,0 +1,65 @@
+"""The main job: every dataset refreshed on its interval, a failing one without harm to the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from twisted.application.service import Service
+from twisted.internet.defer import Deferred, DeferredList
+
+from cacheservice.cache.cache import Cache
+from cacheservice.errors import UnknownDataset
+from cacheservice.refresh.drain import Drain
+from cacheservice.refresh.refresher import Reads, Refresher
+from cacheservice.refresh.slots import Slots
+
+
+class CacheService(Service):
+    """Refreshes the datasets of `cache` from `database`: a LoopingCall each, at most `max_connections` at once.
+
+    :param clock: `IReactorTime`, monotonic.
+    :param random: a number from 0 to 1.
+    """
+
+    name = "refresh"
+
+    def __init__(
+        self,
+        cache: Cache,
+        database: Reads,
+        max_connections: int,
+        clock: Any,
+        random: Callable[[], float],
+        log: Any,
+    ) -> None:
+        self.slots = Slots(max_connections, any_healthy=self._any_healthy)
+        self._cache = cache
+        self._drain = Drain(clock)
+        self._refreshers = {
+            name: Refresher(dataset, database, cache.database, self.slots, self._drain.add, clock, random, log)
+            for name, dataset in cache.datasets.items()
+        }
+
+    def startService(self) -> None:
+        super().startService()
+        for refresher in self._refreshers.values():
+            refresher.start()
+
+    def stopService(self) -> Deferred[Any]:
+        """Start nothing more, end what runs; fires when no session is left."""
+        super().stopService()
+        self.slots.stop()
+        stopped = DeferredList([refresher.stop() for refresher in self._refreshers.values()])
+        return stopped.addBoth(lambda _: self._drain.stop())
+
+    def refresh_now(self, name: str) -> bool:
+        """``cacheservice.cache.cache.Refreshes``."""
+        try:
+            refresher = self._refreshers[name]
+        except KeyError:
+            raise UnknownDataset(f"unknown dataset '{name}'") from None
+        return refresher.refresh_now()
+
+    def _any_healthy(self) -> bool:
+        return any(dataset.consecutive_failures == 0 for dataset in self._cache.datasets.values())
