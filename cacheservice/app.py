@@ -1,0 +1,212 @@
+"""The only place where the parts are put together."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from types import FrameType
+from typing import Any
+
+from twisted.application.service import MultiService, Service
+from twisted.internet.defer import Deferred, maybeDeferred
+
+from cacheservice import __version__, config
+from cacheservice.cache.cache import Cache
+from cacheservice.cache.describe import seconds
+from cacheservice.config import Settings
+from cacheservice.errors import ConfigError, PortUnavailable
+from cacheservice.ops import logs
+from cacheservice.ports.listen import PortService, tcp, unix
+from cacheservice.ports.status import Commands, StatusFactory
+from cacheservice.postgres import target
+from cacheservice.postgres.database import Database
+from cacheservice.refresh.service import CacheService
+
+_STOP_TIMEOUT_S = 4.5
+"""The contract allows 5 s for a clean stop."""
+
+
+def load_settings(environ: Mapping[str, str]) -> Settings:
+    """:raises ConfigError: with every problem of the configuration."""
+    return config.load(environ, target.problem)
+
+
+def load_settings_or_exit(environ: Mapping[str, str]) -> Settings:
+    """For a program's start: the problems on standard error, one a line, then exit code 1."""
+    try:
+        return load_settings(environ)
+    except ConfigError as error:
+        _tell(str(error))
+        raise SystemExit(1) from None
+
+
+class CacheServiceRoot(MultiService):
+    """Everything that runs. Its children start in order and stop one after the other in the reverse order.
+
+    `MultiService` would stop them all at once; here ports close before the refreshes that they may ask for.
+    """
+
+    def __init__(self, reactor: Any, writer: logs.LineWriter, log: Any) -> None:
+        super().__init__()
+        self._reactor = reactor
+        self._writer = writer
+        self._log = log
+        self._started_at = reactor.seconds()
+
+    def privilegedStartService(self) -> None:
+        """Bind the ports. twistd shows a raise as a traceback; a taken port deserves one clear line."""
+        try:
+            super().privilegedStartService()
+        except PortUnavailable as error:
+            _tell(f"cacheservice: {error}")
+            raise SystemExit(1) from None
+
+    def startService(self) -> None:
+        self._writer.start()
+        super().startService()
+        self._reactor.addSystemEventTrigger("after", "shutdown", self._writer.stop)
+        ports = {
+            str(port.name): _address(port.address)
+            for port in self
+            if isinstance(port, PortService) and port.address is not None
+        }
+        self._log.info("service_started", version=__version__, pid=os.getpid(), **ports)
+
+    def stopService(self) -> Deferred[Any]:
+        """Fires when all have stopped, or after 4.5 s."""
+        Service.stopService(self)
+        self._log.info("service_stopping")
+        stopped = Deferred.fromCoroutine(self._stop_in_order())
+        stopped.addTimeout(_STOP_TIMEOUT_S, self._reactor)
+        return stopped.addBoth(self._tell_stopped)
+
+    async def _stop_in_order(self) -> None:
+        for child in reversed(list(self)):
+            await maybeDeferred(child.stopService)
+
+    def _tell_stopped(self, result: object) -> None:
+        clean = result is None
+        self._log.info("service_stopped", clean=clean, uptime_s=seconds(self._reactor.seconds() - self._started_at))
+
+
+class Signals(Service):
+    """SIGTERM and SIGINT once: stop in order. Twice: end at once. SIGHUP does not kill.
+
+    Twisted itself ignores a second SIGTERM, so that only SIGKILL would end a stop that hangs.
+    """
+
+    name = "signals"
+
+    def __init__(self, reactor: Any, log: Any) -> None:
+        self._reactor = reactor
+        self._log = log
+
+    def startService(self) -> None:
+        super().startService()
+        # Twisted installs its handlers when the reactor starts to run, after this.
+        self._reactor.callWhenRunning(self._install)
+
+    def _install(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._once(signal.getsignal(number)))
+        signal.signal(signal.SIGHUP, self._hang_up)
+
+    def _once(self, stop: Any) -> Callable[[int, FrameType | None], None]:
+        def first(number: int, frame: FrameType | None) -> None:
+            signal.signal(signal.SIGTERM, _end_at_once)
+            signal.signal(signal.SIGINT, _end_at_once)
+            stop(number, frame)
+
+        return first
+
+    def _hang_up(self, _: int, __: FrameType | None) -> None:
+        self._reactor.callFromThread(
+            self._log.warning,
+            "signal_ignored",
+            signal="SIGHUP",
+            error="restart the service to apply a changed configuration",
+        )
+
+
+class DatabaseService(Service):
+    """Ends what the database layer keeps between reads."""
+
+    name = "postgres"
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def stopService(self) -> None:
+        super().stopService()
+        self._database.stop()
+
+
+def make_service(settings: Settings, reactor: Any, writer: logs.LineWriter, log: Any) -> CacheServiceRoot:
+    """The whole service, not started yet.
+
+    :param reactor: its `seconds` must be monotonic: set back an hour, the wall clock would hold every timer an hour.
+    """
+    _raise_descriptor_limit()
+    root = CacheServiceRoot(reactor, writer, log)
+    cache = Cache(settings.datasets.values(), reactor.seconds)
+    database = Database(
+        reactor,
+        target.parse(settings.postgres.dsn.get_secret_value()),
+        settings.postgres.connect_timeout_s,
+        cache.database,
+    )
+    refresh = CacheService(cache, database, settings.postgres.max_connections, reactor, random.random, log)
+    Signals(reactor, log).setServiceParent(root)
+    DatabaseService(database).setServiceParent(root)
+    refresh.setServiceParent(root)
+
+    limits = settings.limits
+    status = StatusFactory(Commands(cache), limits.max_connections, limits.idle_timeout_s, reactor)
+    listen = tcp(reactor, settings.status.host, settings.status.port, status)
+    _add_port(root, "status", "status.port", listen, status)
+    if settings.admin.socket:
+        admin = StatusFactory(Commands(cache, refresh), limits.max_connections, limits.idle_timeout_s, reactor)
+        _add_port(root, "admin", "admin.socket", unix(reactor, settings.admin.socket, admin), admin)
+    return root
+
+
+def make_log(settings: Settings) -> tuple[logs.LineWriter, Any]:
+    """The writer of log lines, to be started, and the logger that fills it."""
+    writer = logs.LineWriter(logs.standard_output(), logs.lost_line)
+    log = logs.make_logger(settings.log.level, settings.log.format, writer.write, colors=os.isatty(1))
+    return writer, log
+
+
+def _add_port(root: MultiService, name: str, setting: str, listen: Any, factory: StatusFactory) -> None:
+    port = PortService(setting, listen, factory.close_clients)
+    port.setName(name)
+    port.setServiceParent(root)
+
+
+def _address(address: Any) -> str:
+    if hasattr(address, "port"):
+        host = f"[{address.host}]" if ":" in address.host else address.host
+        return f"{host}:{address.port}"
+    return os.fsdecode(address.name)
+
+
+def _raise_descriptor_limit() -> None:
+    """Ten thousand clients need more descriptors than the usual soft limit of 1024; the hard one is ours to use."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _end_at_once(number: int, _: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    os._exit(128 + number)  # PID 1 is not killed by a signal that it does not handle
+
+
+def _tell(text: str) -> None:
+    # twistd puts a logging file in the place of sys.stderr.
+    print(text, file=sys.__stderr__, flush=True)  # to a person at a terminal, before there is a log

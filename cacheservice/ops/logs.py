@@ -1,0 +1,167 @@
+"""The log: JSON lines (or a console's) on standard output, Twisted's own events in the same pipe."""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
+
+import structlog
+from twisted.logger import ILogObserver, LogEvent, LogLevel, formatEvent
+from zope.interface import implementer
+
+_LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+_MOST_WAITING_LINES = 10_000
+_FLUSH_TIMEOUT_S = 1.0
+
+_LEVEL_OF_TWISTED: Mapping[LogLevel, str] = {
+    LogLevel.debug: "debug",
+    LogLevel.info: "info",
+    LogLevel.warn: "warning",
+    LogLevel.error: "error",
+    LogLevel.critical: "critical",
+}
+
+
+class LineWriter:
+    """Writes lines to a descriptor in a thread of its own, because a stalled pipe would stall the reactor.
+
+    When nobody takes the lines, up to 10,000 wait; those past that are dropped, and their number is
+    told by a line of its own as soon as somebody reads again.
+    """
+
+    def __init__(self, descriptor: int, lost_line: Callable[[int], str]) -> None:
+        self._descriptor = descriptor
+        self._lost_line = lost_line
+        self._lines: queue.Queue[str | None] = queue.Queue(_MOST_WAITING_LINES)
+        self._lost = 0
+        # A daemon: a pipe that nobody reads must not hold the end of the process.
+        self._thread = threading.Thread(target=self._write_all, name="log", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def write(self, line: str) -> None:
+        """Take one line, without its end; never blocks, never raises."""
+        try:
+            if self._lost:
+                self._lines.put_nowait(self._lost_line(self._lost))
+                self._lost = 0
+            self._lines.put_nowait(line)
+        except queue.Full:
+            self._lost += 1
+
+    def stop(self) -> None:
+        """Write what waits, for a second at most, and end the thread."""
+        try:
+            self._lines.put(None, timeout=_FLUSH_TIMEOUT_S)
+        except queue.Full:
+            return
+        if self._thread.is_alive():
+            self._thread.join(_FLUSH_TIMEOUT_S)
+
+    def _write_all(self) -> None:
+        while (line := self._lines.get()) is not None:
+            data = line.encode("utf-8", "backslashreplace") + b"\n"
+            try:
+                while data:
+                    data = data[os.write(self._descriptor, data) :]
+            except OSError:
+                continue  # whoever read the log is gone; the service goes on
+
+
+def make_logger(level: str, line_format: str, write: Callable[[str], None], *, colors: bool = False) -> Any:
+    """A structlog logger whose every event is one line.
+
+    :param level: the least severe one shown: debug, info, warning, error.
+    :param line_format: "json" or "console".
+    """
+    renderer: list[Any]
+    if line_format == "json":
+        renderer = [
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(default=str, ensure_ascii=False),
+        ]
+    else:
+        renderer = [
+            structlog.processors.format_exc_info,
+            _exception_in_line,
+            structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=20, sort_keys=False, timestamp_key="time"),
+        ]
+    return structlog.wrap_logger(
+        _Lines(write),
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
+            _in_order,
+            *renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
+        context_class=dict,
+        cache_logger_on_first_use=True,
+    )
+
+
+class _Lines:
+    """What structlog calls an underlying logger: each method takes the rendered line."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self.debug = self.info = self.warning = self.error = self.critical = write
+
+
+@implementer(ILogObserver)
+class TwistedEvents:
+    """Sends Twisted's events, Python's warnings among them, through our log; tracebacks within their line."""
+
+    def __init__(self, log: Any) -> None:
+        self._log = log
+
+    def __call__(self, event: LogEvent) -> None:
+        if event.get("log_namespace") == "twisted.internet.protocol.Factory":
+            return  # "Starting factory" and "Stopping factory" tell an operator nothing
+        level = _LEVEL_OF_TWISTED.get(event.get("log_level", LogLevel.info), "info")
+        if level == "info":
+            level = "debug"  # what Twisted does all day; its warnings and errors are what matters
+        fields: dict[str, Any] = {"source": event.get("log_namespace", "twisted"), "message": _in_one_line(event)}
+        failure = event.get("log_failure")
+        if failure is not None:
+            fields["error"] = f"{failure.type.__name__}: {failure.getErrorMessage()}"
+            # Frames without their variables: those may hold a secret.
+            fields["exception"] = "".join(traceback.format_exception(failure.value))
+            if failure.value.__traceback__ is None:
+                fields["exception"] = failure.getTraceback()
+        getattr(self._log, level)("twisted_event", **fields)
+
+
+def _in_one_line(event: LogEvent) -> str:
+    if "warning" in event and "category" in event:
+        # Python's warnings, as Twisted's legacy log carries them.
+        return f"{event['category']}: {event['warning']} ({event.get('filename')}:{event.get('lineno')})"
+    return " ".join(formatEvent(event).split())
+
+
+def _in_order(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """What every line has comes first; what is None is not there."""
+    first = {name: event.pop(name) for name in ("time", "level", "event")}
+    return first | {name: value for name, value in event.items() if value is not None}
+
+
+def _exception_in_line(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """A console line stays one line as well."""
+    if "exception" in event:
+        event["exception"] = event["exception"].replace("\n", "\\n")
+    return event
+
+
+def lost_line(count: int) -> str:
+    """The line that tells how many were not written."""
+    return f'{{"event": "log_lines_lost", "level": "warning", "lines": {count}}}'
+
+
+def standard_output() -> int:
+    """The real one: Twisted puts a logging file in the place of sys.stdout."""
+    return sys.__stdout__.fileno() if sys.__stdout__ is not None else 1

@@ -1,0 +1,217 @@
+"""What the status port says, made from the cache alone; it shows no DSN, no password, no rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+from tabulate import tabulate
+
+from cacheservice import __version__
+from cacheservice.cache.cache import Cache
+from cacheservice.cache.dataset import Attempt, Dataset, State
+from cacheservice.cache.describe import describe, describe_attempt, describe_blocker, describe_dataset
+
+
+def ready_line(cache: Cache) -> str:
+    """`ready`, or `notready` and why."""
+    not_ready = cache.not_ready()
+    return " ".join(["notready", *(f"{name}:{state}" for name, state in not_ready.items())]) if not_ready else "ready"
+
+
+def status_table(cache: Cache) -> str:
+    """A head line, then a line a dataset, aligned."""
+    database = cache.database
+    head = (
+        f"cacheservice {__version__}: {'not ready' if cache.not_ready() else 'ready'}, "
+        f"PostgreSQL {database.state}, up {duration(cache.now() - cache.started_at)}"
+    )
+    rows = [_status_row(dataset) for dataset in cache.datasets.values()]
+    table = tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=("left", "left", "left", "right"))
+    return f"{head}\n{_without_trailing_blanks(table)}"
+
+
+def _status_row(dataset: Dataset) -> list[str]:
+    settings, age_s = dataset.settings, dataset.age_s()
+    limit = duration(settings.max_age_s)
+    return [
+        dataset.name,
+        str(dataset.state()),
+        f"age {duration(age_s)} of {limit}" if age_s is not None else f"no age yet, limit {limit}",
+        f"{dataset.snapshot.rows.count:,} rows" if dataset.snapshot else "no rows",
+        f"generation {dataset.snapshot.generation if dataset.snapshot else 0}",
+        _now_and_next(dataset),
+        _last(dataset),
+    ]
+
+
+def _now_and_next(dataset: Dataset) -> str:
+    if dataset.loading is not None:
+        of = f" of {dataset.expected_rows:,}" if dataset.expected_rows else ""
+        return f"reading, {dataset.loading.count:,}{of} rows"
+    if dataset.refreshing:
+        return "waiting for a connection"
+    next_in_s = dataset.next_refresh_in_s()
+    return "not planned" if next_in_s is None else f"next in {duration(next_in_s)}"
+
+
+def _last(dataset: Dataset) -> str:
+    if not dataset.attempts:
+        return ""
+    attempt = dataset.attempts[-1]
+    if attempt.outcome == "failed":
+        return f"failed {times(dataset.consecutive_failures)}: {attempt.error}"
+    return f"{attempt.outcome} in {duration(attempt.took_s)}"
+
+
+def json_line(cache: Cache) -> str:
+    """Everything, as one line."""
+    return json.dumps(describe(cache), ensure_ascii=False, separators=(",", ":"))
+
+
+def monitor_lines(cache: Cache, connections: int) -> str:
+    """key<TAB>value lines under the names of the metrics page.
+
+    :param connections: clients of this port.
+    """
+    return "\n".join(f"{key}\t{value:.15g}" for key, value in _metrics(cache, connections))
+
+
+def _metrics(cache: Cache, connections: int) -> Iterator[tuple[str, float]]:
+    yield "cacheservice_uptime_seconds", round(cache.now() - cache.started_at, 3)
+    yield "cacheservice_ready", float(not cache.not_ready())
+    yield "cacheservice_postgres_up", float(cache.database.state == "up")
+    yield 'cacheservice_connections{port="status"}', connections
+    yield f'cacheservice_build_info{{version="{__version__}"}}', 1
+    for name, dataset in cache.datasets.items():
+        of = f'dataset="{name}"'
+        snapshot, age_s, current = dataset.snapshot, dataset.age_s(), dataset.state()
+        if snapshot is not None and age_s is not None:
+            yield f"cacheservice_dataset_age_seconds{{{of}}}", round(age_s, 3)
+            yield f"cacheservice_dataset_last_success_timestamp_seconds{{{of}}}", snapshot.as_of.timestamp()
+        yield f"cacheservice_dataset_rows{{{of}}}", snapshot.rows.count if snapshot else 0
+        yield f"cacheservice_dataset_bytes{{{of}}}", snapshot.rows.size_bytes if snapshot else 0
+        yield f"cacheservice_dataset_generation{{{of}}}", snapshot.generation if snapshot else 0
+        for state in State:
+            yield f'cacheservice_dataset_state{{{of},state="{state}"}}', float(state is current)
+        yield f"cacheservice_dataset_held{{{of}}}", 0
+        for outcome, count in dataset.outcomes.items():
+            yield f'cacheservice_refresh_total{{{of},outcome="{outcome}"}}', count
+
+
+def show(dataset: Dataset) -> str:
+    """`field: value` lines, the last attempts included, newest first."""
+    fields = describe_dataset(dataset)
+    del fields["last_attempt"]
+    settings = dataset.settings
+    fields |= {
+        "missed_ticks": dataset.missed_ticks,
+        "required": settings.required,
+        "key": ":".join(settings.key),
+        "retry_initial_s": settings.retry_initial_s,
+        "retry_max_s": settings.retry_max_s,
+        "jitter": settings.jitter,
+        "max_rows": settings.max_rows,
+        "max_bytes": settings.max_bytes,
+    }
+    lines = [f"dataset: {dataset.name}", *(f"{name}: {_value(value)}" for name, value in fields.items())]
+    lines += [f"attempt: {_attempt_line(attempt)}" for attempt in reversed(dataset.attempts)]
+    return "\n".join(lines)
+
+
+def _value(value: object) -> str:
+    if isinstance(value, str):
+        return value
+    return "-" if value is None else json.dumps(value)
+
+
+def _attempt_line(attempt: Attempt) -> str:
+    fields = describe_attempt(attempt)
+    words = f"{fields['started_at']} {attempt.trigger} {attempt.outcome} in {duration(attempt.took_s)}"
+    if attempt.rows is not None:
+        words += f", {attempt.rows:,} rows"
+    return f"{words}: {attempt.error}" if attempt.error else words
+
+
+def why(dataset: Dataset, cache: Cache) -> str:
+    """Plain sentences: the state and why it is so, who is in the way, what happens next."""
+    return "\n".join([*_state_sentences(dataset), *_failure_sentences(dataset, cache), *_next_sentences(dataset)])
+
+
+def _state_sentences(dataset: Dataset) -> Iterator[str]:
+    settings, age_s, state = dataset.settings, dataset.age_s(), dataset.state()
+    limit = f"the limit is {duration(settings.max_age_s)}"
+    if age_s is None:
+        yield f"{dataset.name} has never been loaded, so readers get nothing from it yet."
+        return
+    assert dataset.snapshot is not None
+    age = f"it is {duration(age_s)} old, {limit}"
+    if state is State.FRESH:
+        yield f"{dataset.name} is fresh: {age}."
+    elif state is State.STALE:
+        yield (
+            f"{dataset.name} is stale: {age}; it should be refreshed every {duration(settings.interval_s)}. "
+            "Readers get the last good snapshot."
+        )
+    else:
+        yield f"{dataset.name} is expired: {age}. Readers get the last good snapshot."
+    yield (
+        f"Generation {dataset.snapshot.generation} with {dataset.snapshot.rows.count:,} rows is served, "
+        f"as of {dataset.snapshot.as_of.isoformat(timespec='seconds')} by the database's clock."
+    )
+
+
+def _failure_sentences(dataset: Dataset, cache: Cache) -> Iterator[str]:
+    last = dataset.attempts[-1] if dataset.attempts else None
+    if last is not None and last.outcome == "failed":
+        ago = duration((cache.now() - dataset.last_ended_at) if dataset.last_ended_at is not None else 0.0)
+        yield f"The last attempt failed {ago} ago, after {duration(last.took_s)}: {last.error}."
+        if dataset.consecutive_failures > 1:
+            yield f"It has failed {times(dataset.consecutive_failures)} in a row."
+        for blocker in last.blockers:
+            yield f"It was blocked: {describe_blocker(blocker)}."
+        if last.advice:
+            yield f"What to do: {last.advice}."
+    if dataset.missed_ticks:
+        yield f"{times(dataset.missed_ticks).capitalize()} a start was skipped, because a refresh was still running."
+
+
+def _next_sentences(dataset: Dataset) -> Iterator[str]:
+    if dataset.loading is not None:
+        of = f" of about {dataset.expected_rows:,}" if dataset.expected_rows is not None else ""
+        yield f"A refresh is running now and has read {dataset.loading.count:,}{of} rows."
+    elif dataset.refreshing:
+        yield "A refresh is due now and waits for one of the postgres.max_connections connections."
+    next_in_s = dataset.next_refresh_in_s()
+    if next_in_s is not None:
+        yield f"The next attempt starts in {duration(next_in_s)}."
+
+
+def times(count: int) -> str:
+    """3 times, as words."""
+    return {1: "once", 2: "twice"}.get(count, f"{count} times")
+
+
+def duration(value_s: float) -> str:
+    """Seconds for a person: 0.12 s, 47 s, 3 min 20 s, 5 h 2 min, 3 d 4 h."""
+    value_s = max(0.0, value_s)
+    if value_s < 10:
+        return f"{value_s:.2f} s"
+    whole = round(value_s)
+    for limit, size, unit, smaller, smaller_unit in (
+        (120, 1, "s", 0, ""),
+        (7200, 60, "min", 1, "s"),
+        (172800, 3600, "h", 60, "min"),
+    ):
+        if whole < limit:
+            return _two_units(whole, size, unit, smaller, smaller_unit)
+    return _two_units(whole, 86400, "d", 3600, "h")
+
+
+def _two_units(whole: int, size: int, unit: str, smaller: int, smaller_unit: str) -> str:
+    rest = whole % size // smaller if smaller else 0
+    return f"{whole // size} {unit} {rest} {smaller_unit}" if rest else f"{whole // size} {unit}"
+
+
+def _without_trailing_blanks(text: str) -> str:
+    return "\n".join(line.rstrip() for line in text.splitlines())

@@ -1,0 +1,302 @@
+"""The status port: a line in, the reply out, and the connection is closed; after `prompt` it stays open.
+
+The admin socket speaks the same protocol with commands that change something.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet.interfaces import IHalfCloseableProtocol
+from twisted.internet.protocol import ServerFactory, connectionDone
+from twisted.logger import Logger
+from twisted.protocols.basic import LineReceiver
+from twisted.protocols.policies import TimeoutMixin
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from cacheservice import __version__
+from cacheservice.cache.cache import Cache, Refreshes
+from cacheservice.errors import CacheServiceError, UnknownDataset
+from cacheservice.ports import report
+
+MAX_LINE_BYTES = 256
+_LINGER_S = 2.0
+"""How long a client may take to close after our last word. Closing first, with input of it
+unread, would send a reset that overtakes the reply (RFC 1122, 4.2.2.13)."""
+_SHOWN_COMMAND_CHARACTERS = 40
+
+
+class Commands:
+    """The commands of a port, each a method that gives its reply without the line's end.
+
+    :param refreshes: what the admin commands go to; None on the status port.
+    """
+
+    def __init__(self, cache: Cache, refreshes: Refreshes | None = None) -> None:
+        self._cache = cache
+        self._refreshes = refreshes
+        self.connections: Callable[[], int] = lambda: 0
+        self._questions: dict[str, Callable[..., str]] = {
+            "ruok": self._ruok,
+            "ready": self._ready,
+            "status": self._status,
+            "json": self._json,
+            "mntr": self._mntr,
+            "show": self._show,
+            "why": self._why,
+            "version": self._version,
+            "help": self._help,
+        }
+        self._changes: dict[str, Callable[..., str]] = {"refresh": self._refresh}
+
+    def answer(self, command: str) -> str:
+        """The reply to one command with its arguments; a problem is a reply that begins with ERROR."""
+        name, *arguments = command.split()
+        method = self._questions.get(name)
+        if method is None and name in self._changes:
+            if self._refreshes is None:
+                return f"ERROR {name} is an admin command"
+            method = self._changes[name]
+        if method is None:
+            return f"ERROR unknown command '{_shown(name)}'; {self._nearest(name)}"
+        wanted = list(inspect.signature(method).parameters)
+        if len(arguments) != len(wanted):
+            usage = " ".join([name, *(word.upper() for word in wanted)])
+            return f"ERROR {name} takes {_count(wanted)}: {usage}"
+        try:
+            return method(*arguments)
+        except UnknownDataset:
+            return self._unknown_dataset(arguments[0])
+        except CacheServiceError as error:
+            return f"ERROR {error}"
+
+    def _ruok(self) -> str:
+        """alive, nothing more: imok"""
+        return "imok"
+
+    def _ready(self) -> str:
+        """ready, or notready and which required datasets are why"""
+        return report.ready_line(self._cache)
+
+    def _status(self) -> str:
+        """a table for a person"""
+        return report.status_table(self._cache)
+
+    def _json(self) -> str:
+        """everything, as one line of JSON"""
+        return report.json_line(self._cache)
+
+    def _mntr(self) -> str:
+        """key<TAB>value lines for a collector"""
+        return report.monitor_lines(self._cache, self.connections())
+
+    def _show(self, name: str) -> str:
+        """the fields of one dataset and its last 10 attempts"""
+        return report.show(self._cache.dataset(name))
+
+    def _why(self, name: str) -> str:
+        """in sentences: the state of one dataset, what failed, who blocks it, what to do, when it tries next"""
+        return report.why(self._cache.dataset(name), self._cache)
+
+    def _version(self) -> str:
+        """the version of this service"""
+        return f"cacheservice {__version__}"
+
+    def _help(self) -> str:
+        """this text"""
+        commands = self._questions | (self._changes if self._refreshes is not None else {})
+        lines = {
+            " ".join([name, *(word.upper() for word in inspect.signature(method).parameters)]): inspect.getdoc(method)
+            for name, method in commands.items()
+        }
+        lines |= {"prompt": "keep the connection open", "quit": "close it", "A;B": "several commands on one line"}
+        width = max(map(len, lines))
+        return "\n".join(f"{command:{width}}  {text}" for command, text in lines.items())
+
+    def _refresh(self, name: str) -> str:
+        """start a refresh of one dataset, or of all"""
+        assert self._refreshes is not None
+        names = list(self._cache.datasets) if name == "all" else [self._cache.dataset(name).name]
+        replies = []
+        for each in names:
+            started = self._refreshes.refresh_now(each)
+            replies.append(f"OK {each}: refresh {'started' if started else 'follows the one that is running'}")
+        return "\n".join(replies)
+
+    def _nearest(self, name: str) -> str:
+        known = [*self._questions, *(self._changes if self._refreshes is not None else ()), "prompt", "quit"]
+        near = difflib.get_close_matches(name, known, 1)
+        return f"did you mean '{near[0]}'?" if near else "try help"
+
+    def _unknown_dataset(self, name: str) -> str:
+        near = difflib.get_close_matches(name, list(self._cache.datasets), 1)
+        hint = f"did you mean '{near[0]}'?" if near else "status lists them"
+        return f"ERROR unknown dataset '{_shown(name)}'; {hint}"
+
+
+@implementer(IHalfCloseableProtocol)
+class StatusProtocol(LineReceiver, TimeoutMixin):
+    """One client. It answers one line a turn of the reactor, so that a flood of lines delays nobody else."""
+
+    transport: Any
+    delimiter = b"\n"
+    MAX_LENGTH = MAX_LINE_BYTES + len(b"\r")
+
+    _log = Logger()
+    # Class attributes until they change: ten thousand idle clients pay for each of their own.
+    _prompting = False
+    _finishing = False
+    _choked = False
+    _yielding: Any = None
+
+    def __init__(self, factory: StatusFactory) -> None:
+        self.factory: StatusFactory = factory
+
+    def callLater(self, delay_s: float, call: Callable[[], None]) -> Any:
+        """TimeoutMixin's clock."""
+        return self.factory.clock.callLater(delay_s, call)
+
+    def connectionMade(self) -> None:
+        self.factory.clients.add(self)
+        # The transport then pauses us while its buffer is full: a client that never reads costs one reply.
+        self.transport.registerProducer(self, True)
+        if len(self.factory.clients) > self.factory.max_connections:
+            self._say(f"ERROR too many connections, the limit is {self.factory.max_connections}")
+            self._finish()
+        else:
+            self.setTimeout(self.factory.idle_timeout_s)
+
+    def lineReceived(self, line: bytes) -> None:
+        if self._finishing:
+            return
+        self.resetTimeout()
+        line = line.removesuffix(b"\r")
+        if len(line) > MAX_LINE_BYTES:
+            self.lineLengthExceeded(line)
+            return
+        commands = [part.strip() for part in line.decode("utf-8", "replace").split(";")]
+        for command in filter(None, commands):
+            if command == "quit":
+                self._finish()
+                return
+            if command == "prompt":
+                self._prompting = True
+                self._say("")
+            else:
+                self._say(self._answer(command))
+        if not any(commands):
+            self._say("ERROR no command; try help")
+        if self._prompting:
+            self._yield()
+        else:
+            self._finish()
+
+    def lineLengthExceeded(self, line: bytes) -> None:
+        if not self._finishing:
+            self._say(f"ERROR the line is longer than {MAX_LINE_BYTES} bytes")
+            self._finish()
+
+    def readConnectionLost(self) -> None:
+        """The client sent all it will: ``printf status | nc -N``. What stands without a line's end is a line."""
+        if self._finishing:
+            self.transport.loseConnection()
+            return
+        rest = self.clearLineBuffer()
+        if rest:
+            self.lineReceived(rest)
+        if not self._finishing:
+            self._finish()
+
+    def writeConnectionLost(self) -> None:
+        """Our last word is out; the client's end of the connection is all that is still to come."""
+
+    def timeoutConnection(self) -> None:
+        self.transport.abortConnection()
+
+    def pauseProducing(self) -> None:
+        self._choked = True
+        super().pauseProducing()
+
+    def resumeProducing(self) -> None:
+        self._choked = False
+        if self._yielding is None:
+            super().resumeProducing()
+
+    def stopProducing(self) -> None:
+        """The transport is gone; connectionLost tells the rest."""
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self.setTimeout(None)
+        if self._yielding is not None:
+            self._yielding.cancel()
+            self._yielding = None
+        self.factory.clients.discard(self)
+
+    def _answer(self, command: str) -> str:
+        try:
+            return self.factory.commands.answer(command)
+        except Exception:
+            self._log.failure("a status command failed")
+            return "ERROR an internal error; its traceback is in the log"
+
+    def _say(self, reply: str) -> None:
+        text = f"{reply}\n" if reply else ""
+        if self._prompting:
+            text += "\n"
+        self.transport.write(text.encode())
+
+    def _yield(self) -> None:
+        """Go on with the next line in the next turn."""
+        super().pauseProducing()
+        self._yielding = self.callLater(0, self._go_on)
+
+    def _go_on(self) -> None:
+        self._yielding = None
+        if not self._choked:
+            super().resumeProducing()
+
+    def _finish(self) -> None:
+        """Nothing more will be said; the connection ends when the client closes, or soon."""
+        self._finishing = True
+        self.clearLineBuffer()
+        self.transport.unregisterProducer()
+        self.transport.loseWriteConnection()
+        self.setTimeout(_LINGER_S)
+
+
+class StatusFactory(ServerFactory):
+    """Makes the protocol of the status port or, with `refreshes`, of the admin socket.
+
+    :param clock: `IReactorTime`.
+    """
+
+    noisy = False
+
+    def __init__(self, commands: Commands, max_connections: int, idle_timeout_s: float, clock: Any) -> None:
+        self.commands = commands
+        self.max_connections = max_connections
+        self.idle_timeout_s = idle_timeout_s
+        self.clock = clock
+        self.clients: set[StatusProtocol] = set()
+        commands.connections = lambda: len(self.clients)
+
+    def buildProtocol(self, addr: object) -> StatusProtocol:  # type: ignore[override]  # it holds another `factory`
+        return StatusProtocol(self)
+
+    def close_clients(self) -> None:
+        """End every connection now."""
+        for client in list(self.clients):
+            client.transport.abortConnection()
+
+
+def _count(wanted: list[str]) -> str:
+    return "no argument" if not wanted else "one argument"
+
+
+def _shown(word: str) -> str:
+    cut = word[:_SHOWN_COMMAND_CHARACTERS]
+    return cut.encode("unicode_escape").decode()
