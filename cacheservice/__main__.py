@@ -1,0 +1,5 @@
+"""``python -m cacheservice``."""
+
+from cacheservice.cli.main import main
+
+main()

@@ -1,0 +1,265 @@
+"""The demo: an embedded PostgreSQL, a small shop that never rests, and the very service in front of it.
+
+This process only starts the others, keeps the database alive, and ends what it started, by process id.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib import resources
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import click
+
+from cacheservice import shipped
+from cacheservice.cli.embedded import EmbeddedPostgres
+from cacheservice.errors import DemoFailed
+from cacheservice.postgres.migrate import create_reader, migrate
+
+_DATABASE = "shop"
+_READER = "cache_reader"
+_TABLES = ("shop.products", "shop.prices", "shop.feature_flags", "shop.customers", "shop.permissions")
+_STATUS_PORT = 8000
+_ANSWER_LIMIT_S = 30.0
+_STOP_LIMIT_S = 10.0
+_REVIVE_AFTER_S = 10.0
+"""How long a database that was ended from outside stays down, so that there is something to watch."""
+
+_CONFIGURATION = """\
+# Made by `cacheservice demo`. The database is named by CACHESERVICE_POSTGRES__DSN, which holds a password.
+[status]
+port = {status_port}
+
+[admin]
+socket = "{admin_socket}"
+
+[log]
+format = "console"
+
+[defaults]
+timeout_s = 5
+
+[datasets.products]
+query = "SELECT id, sku, name, category, stock FROM shop.products"
+key = "id"
+interval_s = 5
+
+[datasets.prices]
+query = "SELECT product_id, currency, amount FROM shop.prices"
+key = ["product_id", "currency"]
+interval_s = 10
+
+[datasets.feature_flags]
+query = "SELECT name, enabled, rollout_percent FROM shop.feature_flags"
+key = "name"
+interval_s = 5
+
+[datasets.permissions]
+query = '''
+SELECT c.id AS customer_id, c.name, array_agg(p.permission ORDER BY p.permission) AS permissions
+FROM shop.customers AS c JOIN shop.permissions AS p ON p.customer_id = c.id
+GROUP BY c.id
+'''
+key = "customer_id"
+interval_s = 15
+required = false
+"""
+
+_TO_TRY = """
+The service runs. In another terminal:
+
+  Look:     {status}
+            {ask} "why products"
+  Lock it:  {psql} -c "BEGIN; LOCK TABLE shop.products; SELECT pg_sleep(20)"
+            {ask} "why products"        (after 5 s it names the session that holds the lock)
+  Freeze:   kill -STOP {postgres_pid}       the database answers nobody; watch the ages rise and nothing else change
+            kill -CONT {postgres_pid}       it answers again; watch it recover
+  Crash:    kill -QUIT {postgres_pid}       the demo starts the database again after {revive_after_s:.0f} s
+  Refresh:  echo "refresh all" | nc -NU {admin_socket}
+
+Ctrl-C ends all of it.{kept}
+"""
+
+
+class Demo:
+    """All processes of the demo; a context manager that ends them.
+
+    :param directory: where the data stay; None for a folder that is removed at the end.
+    """
+
+    def __init__(self, directory: Path | None) -> None:
+        self._directory = directory
+        self._resources = ExitStack()
+        self._down_since: float | None = None
+
+    def __enter__(self) -> Demo:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, _interrupt)
+        try:
+            self._start()
+        except KeyboardInterrupt:
+            self._resources.close()
+            raise SystemExit(130) from None
+        except BaseException:
+            self._resources.close()
+            raise
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
+        click.echo("\nEnding the service and its PostgreSQL …")
+        self._resources.close()
+
+    def wait(self) -> None:
+        """Keep the shop alive until the service ends or somebody interrupts.
+
+        :raises DemoFailed: if the service ended by itself.
+        """
+        try:
+            while self._service.poll() is None:
+                self._revive()
+                time.sleep(0.5)
+        except KeyboardInterrupt:
+            return
+        raise DemoFailed(f"the service ended by itself, exit code {self._service.returncode}")
+
+    def _start(self) -> None:
+        directory = self._resources.enter_context(_folder(self._directory))
+        click.echo(f"Starting an embedded PostgreSQL in {directory} …")
+        self._postgres = EmbeddedPostgres(directory / "postgres")
+        self._resources.callback(self._postgres.stop)
+        self._postgres.start()
+        password = self._fill_shop()
+        self._life = self._resources.enter_context(_child(self._life_command(), stderr=subprocess.DEVNULL))
+        admin_socket = directory / "admin.sock"
+        status_port = _free_port(_STATUS_PORT)
+        if status_port != _STATUS_PORT:
+            click.echo(f"Port {_STATUS_PORT} is taken: the status port is {status_port} instead.")
+        configuration = directory / "cacheservice.toml"
+        configuration.write_text(_CONFIGURATION.format(status_port=status_port, admin_socket=admin_socket))
+        dsn = self._postgres.dsn(_READER, password, _DATABASE)
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("CACHESERVICE_")}
+        environment |= {"CACHESERVICE_CONFIG": str(configuration), "CACHESERVICE_POSTGRES__DSN": dsn}
+        click.echo("Starting the service …")
+        command = [sys.executable, "-m", "cacheservice", "run"]
+        self._service = self._resources.enter_context(_child(command, env=environment, cwd=directory))
+        self._wait_for_answer(status_port)
+        click.echo(self._what_to_try(directory, status_port, admin_socket))
+
+    def _fill_shop(self) -> str:
+        """Make the shop unless it is there, and its reader; gives the reader's new password."""
+        if _DATABASE not in self._postgres.run_sql("SELECT datname FROM pg_database").split():
+            click.echo("Filling a small shop: 100,000 rows of products, prices, flags and permissions …")
+            self._postgres.create_database(_DATABASE)
+            self._postgres.run_sql(resources.files("cacheservice.cli").joinpath("shop.sql").read_text(), _DATABASE)
+        owner = self._postgres.dsn(database=_DATABASE)
+        migrate(owner, shipped.folder("migrations"))
+        password = secrets.token_urlsafe(24)
+        create_reader(owner, _READER, _TABLES, password)
+        return password
+
+    def _life_command(self) -> list[str]:
+        # psql's own loop; over the unix socket, which asks for no password.
+        return [*self._psql(), "-q", "-o", os.devnull, "-c", "SELECT shop.breathe()", "-c", r"\watch interval=0.3"]
+
+    def _psql(self) -> list[str]:
+        socket_dsn = (
+            f"host={self._postgres.socket_directory} port={self._postgres.port} user=postgres dbname={_DATABASE}"
+        )
+        return [str(self._postgres.psql_path), "-X", "-d", socket_dsn]
+
+    def _revive(self) -> None:
+        """Start the database again some seconds after it was ended from outside, and the shop's life with it."""
+        if not self._postgres.running:
+            if self._down_since is None:
+                self._down_since = time.monotonic()
+                click.echo(f"PostgreSQL has ended; it is started again in {_REVIVE_AFTER_S:.0f} s.")
+            elif time.monotonic() - self._down_since > _REVIVE_AFTER_S:
+                self._down_since = None
+                self._postgres.start()
+                click.echo(f"PostgreSQL runs again, as process {self._postgres.pid}.")
+        elif self._life.poll() is not None:
+            self._life = self._resources.enter_context(_child(self._life_command(), stderr=subprocess.DEVNULL))
+
+    def _wait_for_answer(self, port: int) -> None:
+        limit = time.monotonic() + _ANSWER_LIMIT_S
+        while time.monotonic() < limit and self._service.poll() is None:
+            try:
+                with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
+                    connection.sendall(b"ready\n")
+                    if connection.recv(64).startswith(b"ready"):
+                        return
+            except OSError:
+                pass
+            time.sleep(0.1)
+        raise DemoFailed("the service did not become ready; its log is above")
+
+    def _what_to_try(self, directory: Path, status_port: int, admin_socket: Path) -> str:
+        quoted = " ".join(f'"{word}"' if " " in word else word for word in self._psql())
+        program = "cacheservice" if shutil.which("cacheservice") else f"{sys.executable} -m cacheservice"
+        port = "" if status_port == _STATUS_PORT else f" --port {status_port}"
+        return _TO_TRY.format(
+            status=f"echo status | nc -N 127.0.0.1 {status_port}      (or, without nc: {program} status{port})",
+            ask=f"{program} status{port}",
+            psql=quoted,
+            postgres_pid=self._postgres.pid,
+            revive_after_s=_REVIVE_AFTER_S,
+            admin_socket=admin_socket,
+            kept=f" The data stay in {directory}." if self._directory else "",
+        )
+
+
+@contextmanager
+def _folder(directory: Path | None) -> Iterator[Path]:
+    if directory is None:
+        made = Path(tempfile.mkdtemp(prefix="cacheservice-demo-"))
+        try:
+            yield made
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+    else:
+        directory.mkdir(parents=True, exist_ok=True)
+        yield directory.resolve()
+
+
+@contextmanager
+def _child(command: list[str], **how: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A child process that a terminal's Ctrl-C does not reach: we end it, in order."""
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, **how)  # noqa: S603
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(_STOP_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _free_port(wanted: int) -> int:
+    """`wanted`, or a free one if it is taken."""
+    for port in (wanted, 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise DemoFailed("no free port on 127.0.0.1")
+
+
+def _interrupt(_: int, __: FrameType | None) -> None:
+    raise KeyboardInterrupt

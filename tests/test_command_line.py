@@ -1,0 +1,239 @@
+"""Laws of the command line and of the wheel, run as a user runs them: as programs, in an empty folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from twisted.trial.unittest import SynchronousTestCase
+
+from cacheservice.cli.embedded import EmbeddedPostgres
+from tests.postgres import fresh_database, query
+
+ROOT = Path(__file__).parent.parent
+LIMIT_S = 120  # for what takes seconds on a quiet machine
+
+
+def ask(port: int, question: str) -> str:
+    with socket.create_connection(("127.0.0.1", port), timeout=LIMIT_S) as connection:
+        connection.sendall(f"{question}\n".encode())
+        return b"".join(iter(lambda: connection.recv(65536), b"")).decode()
+
+
+@pytest.fixture(scope="session")
+def unpacked_wheel() -> object:
+    """A folder that holds what the wheel holds, and nothing of the checkout."""
+    folder = Path(tempfile.mkdtemp(prefix="cacheservice-wheel-"))
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    subprocess.run(
+        [*pip, "wheel", str(ROOT), "--no-deps", "--no-build-isolation", "-w", str(folder / "wheel")], check=True
+    )
+    (wheel,) = (folder / "wheel").iterdir()
+    subprocess.run(
+        [*pip, "install", str(wheel), "--no-deps", "--no-index", "--target", str(folder / "lib")], check=True
+    )
+    yield folder / "lib"
+    shutil.rmtree(folder)
+
+
+class FromTheWheel(SynchronousTestCase):
+    """Everything here runs from the wheel, in an empty folder."""
+
+    lib: Path
+    server: EmbeddedPostgres
+
+    @pytest.fixture(autouse=True)
+    def wheel(self, unpacked_wheel: Path, postgres_server: EmbeddedPostgres) -> None:
+        self.lib, self.server = unpacked_wheel, postgres_server
+
+    def setUp(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="cacheservice-empty-"))
+        self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
+
+    def environment(self, **more: str) -> dict[str, str]:
+        # The wheel comes before the checkout that the tests' environment may have installed.
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("CACHESERVICE_")}
+        return clean | {"PYTHONPATH": str(self.lib)} | more
+
+    def run_program(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "cacheservice", *arguments],
+            check=False,
+            cwd=self.folder,
+            env=self.environment(**environment),
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S,
+        )
+
+
+class Commands(FromTheWheel):
+    def test_it_is_the_wheel_that_runs(self) -> None:
+        """These tests exercise the wheel, not the checkout."""
+        where = subprocess.run(
+            [sys.executable, "-c", "import cacheservice; print(cacheservice.__file__)"],
+            cwd=self.folder,
+            env=self.environment(),
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        self.assertTrue(where.startswith(str(self.lib)), where)
+
+    def test_help_names_the_commands(self) -> None:
+        """--help teaches every command."""
+        told = self.run_program("--help")
+        self.assertEqual(told.returncode, 0)
+        for command in ("run", "check", "migrate", "status", "demo"):
+            self.assertRegex(told.stdout, rf"(?m)^  {command} ")
+
+    def test_check_tells_every_problem(self) -> None:
+        """A bad configuration is told on standard error, a line a problem, exit code 1, no traceback."""
+        (self.folder / "cacheservice.toml").write_text(
+            '[postgres]\ndsn = "x"\n[datasets.d]\nquery = "SELECT 1"\nkee = "a"'
+        )
+        told = self.run_program("check")
+        self.assertEqual((told.returncode, told.stdout), (1, ""))
+        self.assertIn("cacheservice.toml: postgres.dsn: not a libpq connection string", told.stderr)
+        self.assertIn('cacheservice.toml: datasets.d.kee: unknown key; did you mean "key"?', told.stderr)
+        self.assertNotIn("Traceback", told.stderr)
+
+    def test_migrate_run_and_status(self) -> None:
+        """From an empty folder: the database is prepared, the service runs as the reader, and says so."""
+        database = fresh_database(self.server, self.addCleanup)
+        query(self.server, database, "CREATE TABLE items AS SELECT generate_series(1, 10) AS id")
+        told = self.run_program(
+            "migrate",
+            "--reader",
+            "wheel_reader",
+            "--select",
+            "items",
+            CACHESERVICE_MIGRATE_DSN=self.server.dsn(database=database),
+            CACHESERVICE_READER_PASSWORD="hidden-word",
+        )
+        self.addCleanup(query, self.server, "postgres", "DROP ROLE wheel_reader")
+        self.addCleanup(query, self.server, database, "DROP OWNED BY wheel_reader")
+        self.assertEqual(told.returncode, 0, told.stderr)
+        self.assertIn("applied 0001_schema", told.stdout)
+        (self.folder / "dsn").write_text(self.server.dsn("wheel_reader", "hidden-word", database) + "\n")
+        (self.folder / "cacheservice.toml").write_text(
+            '[status]\nport = 0\n[datasets.items]\nquery = "SELECT * FROM items"\nkey = "id"\ninterval_s = 1\n'
+        )
+        with subprocess.Popen(
+            [sys.executable, "-m", "cacheservice", "run"],
+            cwd=self.folder,
+            env=self.environment(CACHESERVICE_POSTGRES__DSN_FILE="dsn"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as service:
+            try:
+                assert service.stdout is not None
+                lines = [json.loads(service.stdout.readline())]
+                while lines[-1]["event"] != "refresh_published":
+                    lines.append(json.loads(service.stdout.readline()))
+                started = next(line for line in lines if line["event"] == "service_started")
+                host, port = started["status"].split(":")
+                told = self.run_program("status", "--host", host, "--port", port)
+                self.assertEqual(told.returncode, 0, told.stderr)
+                self.assertRegex(told.stdout, r"(?m)^items +fresh ")
+                self.assertEqual(self.run_program("status", "--port", port, "ready").stdout, "ready\n")
+                self.assertEqual(self.run_program("status", "--port", port, "nonsense").returncode, 1)
+            finally:
+                service.terminate()
+                rest, _ = service.communicate(timeout=LIMIT_S)
+        self.assertEqual(service.returncode, -signal.SIGTERM)
+        self.assertEqual(json.loads(rest.splitlines()[-1])["event"], "service_stopped")
+        self.assertNotIn("hidden-word", rest)
+
+    def test_a_password_in_the_arguments_is_refused(self) -> None:
+        """What would show in the process list is refused, and not repeated."""
+        told = self.run_program("migrate", "--dsn", "postgresql://me:hidden-word@127.0.0.1/x")
+        self.assertEqual(told.returncode, 2)
+        self.assertIn("process list", told.stderr)
+        self.assertNotIn("hidden-word", told.stderr + told.stdout)
+
+    def test_no_service_is_one_line(self) -> None:
+        """Asking where nobody listens is told in a line that says what to do."""
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            told = self.run_program("status", "--port", str(unused.getsockname()[1]))
+        self.assertEqual(told.returncode, 1)
+        self.assertRegex(
+            told.stderr, r"^cacheservice: no answer from 127\.0\.0\.1:\d+: .*; is the service running\?\n$"
+        )
+
+
+class Demo(FromTheWheel):
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        demo = subprocess.Popen(
+            [sys.executable, "-u", "-m", "cacheservice", "demo", *arguments],
+            cwd=self.folder,
+            env=self.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self.addCleanup(demo.communicate)
+        self.addCleanup(lambda: demo.poll() is None and demo.kill())
+        return demo
+
+    def read_until(self, demo: subprocess.Popen[str], ending: str) -> str:
+        assert demo.stdout is not None
+        text = ""
+        while ending not in text:
+            line = demo.stdout.readline()
+            self.assertTrue(line, f"the demo ended before it said {ending!r}:\n{text}")
+            text += line
+        return text
+
+    def test_the_demo_lives_breaks_recovers_and_leaves_nothing(self) -> None:
+        """A taken port is replaced, data change, a crash of the database is survived, Ctrl-C leaves no process."""
+        with socket.socket() as taken:
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                taken.bind(("127.0.0.1", 8000))
+                taken.listen()
+            except OSError:
+                pass  # taken by somebody else already, which is as good
+            demo = self.start()
+            said = self.read_until(demo, "Ctrl-C ends all of it.")
+        self.assertIn("Port 8000 is taken", said)
+        port = int(re.search(r"the status port is (\d+) instead", said)[1])  # type: ignore[index]
+        postmaster = int(re.search(r"kill -QUIT (\d+)", said)[1])  # type: ignore[index]
+        family = psutil.Process(demo.pid).children(recursive=True)
+        self.assertIn(postmaster, [process.pid for process in family])
+        datasets = json.loads(ask(port, "json"))["datasets"]
+        self.assertGreaterEqual(sum(dataset["rows"] for dataset in datasets.values()), 50_000)
+
+        os.kill(postmaster, signal.SIGQUIT)
+        self.read_until(demo, "PostgreSQL has ended")
+        self.assertEqual(ask(port, "ruok"), "imok\n")
+        self.assertGreater(json.loads(ask(port, "json"))["datasets"]["products"]["rows"], 0)
+        self.read_until(demo, "PostgreSQL runs again")
+        generation = json.loads(ask(port, "json"))["datasets"]["products"]["generation"]
+        limit = time.monotonic() + LIMIT_S
+        while json.loads(ask(port, "json"))["datasets"]["products"]["generation"] == generation:
+            self.assertLess(time.monotonic(), limit, "the service did not recover")
+            time.sleep(0.2)
+
+        family += psutil.Process(demo.pid).children(recursive=True)
+        demo.send_signal(signal.SIGINT)
+        rest, _ = demo.communicate(timeout=LIMIT_S)
+        self.assertEqual(demo.returncode, 0, rest)
+        self.assertNotIn("Traceback", said + rest)
+        self.assertEqual([process for process in family if process.is_running()], [])
+        directory = re.search(r"embedded PostgreSQL in (\S+)", said)[1]  # type: ignore[index]
+        self.assertFalse(Path(directory).exists())
