@@ -1,0 +1,32 @@
+# Build: docker build -t cacheservice .
+# Run:   docker run --read-only --tmpfs /tmp -p 127.0.0.1:8000:8000 \
+#            -e CACHESERVICE_POSTGRES__DSN_FILE=/run/secrets/dsn -v ./dsn:/run/secrets/dsn:ro \
+#            -v ./cacheservice.toml:/etc/cacheservice/cacheservice.toml:ro cacheservice
+
+FROM python:3.11-slim AS build
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE ./
+COPY cacheservice cacheservice
+COPY migrations migrations
+COPY tac tac
+# Everything has wheels: no compiler is needed here, and none is in the final image.
+RUN python -m venv /opt/cacheservice \
+ && /opt/cacheservice/bin/pip install --no-cache-dir . \
+ && /opt/cacheservice/bin/python -m compileall -q /opt/cacheservice
+
+FROM python:3.11-slim
+RUN useradd --system --uid 10001 --no-create-home --shell /usr/sbin/nologin cacheservice
+COPY --from=build /opt/cacheservice /opt/cacheservice
+COPY tac /opt/cacheservice/tac
+ENV PATH=/opt/cacheservice/bin:$PATH \
+    PYTHONDONTWRITEBYTECODE=1 \
+    CACHESERVICE_CONFIG=/etc/cacheservice/cacheservice.toml \
+    CACHESERVICE_STATUS__HOST=0.0.0.0
+USER 10001
+WORKDIR /tmp
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+# Alive, nothing more: a database that is down must not restart its cache.
+HEALTHCHECK --interval=10s --timeout=3s --start-period=10s CMD ["python", "-c", "import os, socket; s = socket.create_connection(('127.0.0.1', int(os.environ.get('CACHESERVICE_STATUS__PORT', 8000))), 2); s.sendall(b'ruok\\n'); raise SystemExit(s.recv(16) != b'imok\\n')"]
+# As PID 1: SIGTERM stops it in order, exit code 0.
+CMD ["twistd", "-noy", "/opt/cacheservice/tac/cacheservice.tac", "--pidfile="]
