@@ -160,7 +160,7 @@ class Demo:
     def _fill_shop(self) -> str:
         """Make the shop unless it is there, and its reader; gives the reader's new password."""
         if _DATABASE not in self._postgres.run_sql("SELECT datname FROM pg_database").split():
-            click.echo("Filling a small shop: 100,000 rows of products, prices, flags and permissions …")
+            click.echo("Filling a small shop: 98,000 rows of products, prices, flags and permissions …")
             self._postgres.create_database(_DATABASE)
             self._postgres.run_sql(resources.files("cacheservice.cli").joinpath("shop.sql").read_text(), _DATABASE)
         owner = self._postgres.dsn(database=_DATABASE)

@@ -1,0 +1,53 @@
+"""Laws of the README: what it says of the configuration and of the commands is what is so."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from cacheservice.config import DatasetSettings, reference
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def configuration_table() -> str:
+    rows = [
+        f"| `{path}` | {f'`{default}`' if default not in ('', 'required') else default} | {description} |"
+        for path, default, description in reference()
+    ]
+    return "\n".join(["| key | default | meaning |", "| --- | --- | --- |", *rows])
+
+
+class Readme(SynchronousTestCase):
+    def test_the_configuration_table_is_the_codes(self) -> None:
+        """The README's table of settings is what the code declares, key by key."""
+        shown = re.search(r"<!-- configuration: .*? -->\n(.*?)\n<!-- end of configuration -->", README, re.S)
+        assert shown is not None
+        self.assertEqual(shown[1], configuration_table())
+
+    def test_ci_runs_the_readmes_test_command(self) -> None:
+        """.ci/run calls exactly the command that the README gives for the tests."""
+        (command,) = re.findall(r"^python3 -m venv .* -m pytest$", README, re.M)
+        self.assertIn(f"\n{command}\n", (ROOT / ".ci" / "run").read_text(encoding="utf-8"))
+
+    def test_the_example_configuration_is_valid(self) -> None:
+        """The README's configuration loads."""
+        (example,) = re.findall(r"```toml\n(.*?)```", README, re.S)
+        (name, dataset), *others = tomllib.loads(example)["datasets"].items()
+        self.assertEqual(others, [])
+        self.assertEqual(DatasetSettings(name=name, **dataset).interval_s, 60)
+
+
+if __name__ == "__main__":
+    # Writes the table anew: python -m tests.test_readme
+    text = re.sub(
+        r"(<!-- configuration: .*? -->\n).*?(\n<!-- end of configuration -->)",
+        lambda found: found[1] + configuration_table() + found[2],
+        README,
+        flags=re.S,
+    )
+    (ROOT / "README.md").write_text(text, encoding="utf-8")
