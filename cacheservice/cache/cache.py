@@ -63,3 +63,12 @@ class Refreshes(Protocol):
 
         :raises UnknownDataset: if none has that name.
         """
+
+    def refresh_since(self, name: str, moment: float) -> None:
+        """See to it that a refresh begins at or after `moment`, unless one that did is running already.
+
+        However many ask, one refresh serves them all.
+
+        :param moment: on the monotonic clock, in seconds.
+        :raises UnknownDataset: if none has that name.
+        """

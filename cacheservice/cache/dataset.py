@@ -78,6 +78,7 @@ class Dataset:
         self.missed_ticks = 0
         self.next_refresh_at: float | None = None
         self._now = now
+        self._watchers: list[Callable[[Dataset], None]] = []
 
     @property
     def name(self) -> str:
@@ -87,6 +88,16 @@ class Dataset:
         """Serve `snapshot` from now on. One assignment: nobody reads half of it."""
         assert snapshot.generation > (self.snapshot.generation if self.snapshot else 0), "a generation never goes down"
         self.snapshot = snapshot
+        for watcher in list(self._watchers):
+            watcher(self)
+
+    def watch(self, published: Callable[[Dataset], None]) -> None:
+        """Call `published` after each publish, in the same turn. It must not raise."""
+        self._watchers.append(published)
+
+    def unwatch(self, published: Callable[[Dataset], None]) -> None:
+        """Undo one `watch`."""
+        self._watchers.remove(published)
 
     def attempted(self, attempt: Attempt) -> None:
         """Remember how an attempt ended."""

@@ -7,7 +7,8 @@ for 29 ms each time it grows, and as long again when it is freed (measured).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import islice
 
 from cacheservice.errors import BadResult, ResultTooLarge
 
@@ -15,20 +16,23 @@ Shards = list[dict[bytes, bytes]]
 
 SHARD_COUNT = 256
 MAX_KEY_BYTES = 64 * 1024
-_MASK = SHARD_COUNT - 1
+SHARD_MASK = SHARD_COUNT - 1
 _SHOWN_KEY_BYTES = 100
 
 
 class Rows:
     """An immutable mapping of `count` keys to documents, `size_bytes` long in all (keys and documents).
 
+    `shards[hash(key) & SHARD_MASK]` holds `key`: for the one place that cannot afford the call of `get`. Whoever takes
+    them must let them go in the turn in which this object is replaced, because they are emptied then.
+
     When the last reference goes, `release` gets the shards, so that their owner can free them slice by slice.
     """
 
-    __slots__ = ("__weakref__", "_shards", "count", "size_bytes")
+    __slots__ = ("__weakref__", "count", "shards", "size_bytes")
 
     def __init__(self, shards: Shards, count: int, size_bytes: int, release: Callable[[Shards], None]) -> None:
-        self._shards = shards
+        self.shards = shards
         self.count = count
         self.size_bytes = size_bytes
         # At exit the process frees everything by itself.
@@ -39,14 +43,25 @@ class Rows:
 
     def get(self, key: bytes) -> bytes | None:
         """The document of `key`, or None."""
-        return self._shards[hash(key) & _MASK].get(key)
+        return self.shards[hash(key) & SHARD_MASK].get(key)
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._shards[hash(key) & _MASK]
+        return key in self.shards[hash(key) & SHARD_MASK]
+
+    def shard_keys(self, shard: int) -> Collection[bytes]:
+        """The keys of one of the 256 shards: those whose hash ends in that number."""
+        return self.shards[shard].keys()
+
+    def slices(self, most: int) -> Iterator[list[tuple[bytes, bytes]]]:
+        """`items` in lists of at most `most`, for whoever must not take them all in one turn."""
+        for shard in self.shards:
+            items = iter(shard.items())
+            while chunk := list(islice(items, most)):
+                yield chunk
 
     def items(self) -> Iterator[tuple[bytes, bytes]]:
         """Every key with its document, in an order that stays as long as this object lives."""
-        for shard in self._shards:
+        for shard in self.shards:
             yield from shard.items()
 
 
@@ -77,7 +92,7 @@ class RowsBuilder:
         for number, (key, document) in enumerate(chunk, self.count + 1):
             if key is None:
                 raise BadResult(f"the key of row {number} is NULL; every row needs a key")
-            shard = shards[hash(key) & _MASK]
+            shard = shards[hash(key) & SHARD_MASK]
             if key in shard:
                 raise BadResult(f"the key {_shown(key)} occurs twice; a key must be unique")
             shard[key] = document

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import select
 import sys
 import threading
 import traceback
@@ -56,8 +57,10 @@ class LineWriter:
             self._lost += 1
 
     def stop(self) -> None:
-        """Write what waits, for a second at most, and end the thread."""
+        """Write what waits, while somebody reads, and end the thread."""
         try:
+            if self._lost:
+                self._lines.put(self._lost_line(self._lost), timeout=_FLUSH_TIMEOUT_S)
             self._lines.put(None, timeout=_FLUSH_TIMEOUT_S)
         except queue.Full:
             return
@@ -69,9 +72,17 @@ class LineWriter:
             data = line.encode("utf-8", "backslashreplace") + b"\n"
             try:
                 while data:
-                    data = data[os.write(self._descriptor, data) :]
+                    data = data[self._write_some(data) :]
             except OSError:
                 continue  # whoever read the log is gone; the service goes on
+
+    def _write_some(self, data: bytes) -> int:
+        try:
+            return os.write(self._descriptor, data)
+        except BlockingIOError:
+            # Any process that shares the descriptor may have made it non-blocking for all.
+            select.select([], [self._descriptor], [])
+            return 0
 
 
 def make_logger(level: str, line_format: str, write: Callable[[str], None], *, colors: bool = False) -> Any:
@@ -151,9 +162,9 @@ def _in_order(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMappin
 
 
 def _exception_in_line(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """A console line stays one line as well."""
+    """A console line stays one line as well: under this name the renderer does not give it lines of its own."""
     if "exception" in event:
-        event["exception"] = event["exception"].replace("\n", "\\n")
+        event["traceback"] = event.pop("exception")
     return event
 
 

@@ -48,8 +48,7 @@ class PortService(Service):
             reason = error.socketError
             words = getattr(reason, "strerror", None) or str(reason)
             raise PortUnavailable(
-                f"{self._setting}: cannot listen on {error.interface or '*'}:{error.port}: {words.lower()}; "
-                "end what uses it, or set another"
+                f"{self._setting}: cannot listen on {_where(error)}: {words.lower()}; end what uses it, or set another"
             ) from error
 
     def stopService(self) -> Deferred[Any]:
@@ -61,6 +60,12 @@ class PortService(Service):
         stopped = maybeDeferred(port.stopListening)
         self._close_clients()
         return DeferredList([stopped], consumeErrors=True)
+
+
+def _where(error: CannotListenError) -> str:
+    if isinstance(error.port, int):
+        return f"{error.interface}:{error.port}"
+    return os.fsdecode(error.port)
 
 
 def tcp(reactor: Any, host: str, port: int, factory: ServerFactory) -> Callable[[], IListeningPort]:

@@ -62,7 +62,7 @@ class Commands:
                 return f"ERROR {name} is an admin command"
             method = self._changes[name]
         if method is None:
-            return f"ERROR unknown command '{_shown(name)}'; {self._nearest(name)}"
+            return self._unknown_command(name)
         wanted = list(inspect.signature(method).parameters)
         if len(arguments) != len(wanted):
             usage = " ".join([name, *(word.upper() for word in wanted)])
@@ -127,10 +127,13 @@ class Commands:
             replies.append(f"OK {each}: refresh {'started' if started else 'follows the one that is running'}")
         return "\n".join(replies)
 
-    def _nearest(self, name: str) -> str:
+    def _unknown_command(self, name: str) -> str:
+        if name in ("prompt", "quit"):
+            return f"ERROR {name} takes no argument: {name}"
         known = [*self._questions, *(self._changes if self._refreshes is not None else ()), "prompt", "quit"]
         near = difflib.get_close_matches(name, known, 1)
-        return f"did you mean '{near[0]}'?" if near else "try help"
+        hint = f"did you mean '{near[0]}'?" if near else "try help"
+        return f"ERROR unknown command '{_shown(name)}'; {hint}"
 
     def _unknown_dataset(self, name: str) -> str:
         near = difflib.get_close_matches(name, list(self._cache.datasets), 1)
@@ -213,6 +216,8 @@ class StatusProtocol(LineReceiver, TimeoutMixin):
 
     def writeConnectionLost(self) -> None:
         """Our last word is out; the client's end of the connection is all that is still to come."""
+        self.setTimeout(_LINGER_S)
+        super().resumeProducing()
 
     def timeoutConnection(self) -> None:
         self.transport.abortConnection()
@@ -260,12 +265,12 @@ class StatusProtocol(LineReceiver, TimeoutMixin):
             super().resumeProducing()
 
     def _finish(self) -> None:
-        """Nothing more will be said; the connection ends when the client closes, or soon."""
+        """Nothing more will be said; once it is out, the connection ends when the client closes, or soon."""
         self._finishing = True
         self.clearLineBuffer()
+        self.setTimeout(self.factory.idle_timeout_s)
         self.transport.unregisterProducer()
         self.transport.loseWriteConnection()
-        self.setTimeout(_LINGER_S)
 
 
 class StatusFactory(ServerFactory):

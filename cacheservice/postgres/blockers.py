@@ -27,6 +27,7 @@ LEFT JOIN LATERAL (
      AND held.database IS NOT DISTINCT FROM waiting.database
      AND held.relation IS NOT DISTINCT FROM waiting.relation
     WHERE waiting.pid = {pid} AND NOT waiting.granted
+    ORDER BY held.mode = 'AccessExclusiveLock' DESC  -- the strongest of several is the one that blocks
     LIMIT 1
 ) l ON true
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -42,6 +43,18 @@ _ASK_TIMEOUT_S = 5.0
 _MOST_CHUNK_ROWS = 1000
 _CHUNK_BYTES = 256 * 1024
 """1000 rows or 256 KiB at a time hold the reactor for about 2 ms."""
+
+# Lexical structure: PostgreSQL manual, 4.1; but a comment within a comment is not seen.
+_TOKEN = re.compile(
+    r"""(?P<between> \s+ | ; | --[^\n]* | /\*.*?\*/ )
+      | [eE]'(?: [^'\\] | \\. | '' )*'
+      | '(?: [^'] | '' )*'
+      | "[^"]*"
+      | (?P<dollar> \$\w*\$ ) .*? (?P=dollar)
+      | [^\W\d][\w$]*
+      | .""",
+    re.VERBOSE | re.DOTALL,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,9 +195,13 @@ def _next_chunk_rows(last: int, taken: RowsBuilder) -> int:
 def rows_query(query: str, key: Sequence[str]) -> str:
     """The SQL that gives (key, document) of each row: PostgreSQL renders both, so types look as it shows them."""
     columns = " || ':' || ".join(f"q.{_quoted(column)}::text" for column in key)
-    # On lines of their own, so that a comment at the query's end ends with it.
-    text = query.strip().rstrip(";")
-    return f"SELECT {columns}, row_to_json(q)::text FROM (\n{text}\n) AS q"  # noqa: S608  # the operator's own query
+    # q.* is the whole row even where a column is named q.
+    return f"SELECT {columns}, row_to_json(q.*)::text FROM (\n{_without_ending(query)}\n) AS q"  # noqa: S608  # the operator's own query
+
+
+def _without_ending(query: str) -> str:
+    """`query` up to its last word: a semicolon after it, which a comment may follow, has no place in a subquery."""
+    return query[: max((token.end() for token in _TOKEN.finditer(query) if not token["between"]), default=0)]
 
 
 def _quoted(identifier: str) -> str:

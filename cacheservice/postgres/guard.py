@@ -39,6 +39,13 @@ class _Connection(txpostgres.Connection):  # type: ignore[misc]
         # A session lost between two statements has nobody to tell; the next statement tells it.
         super().continuePolling(swallowErrors=True)
 
+    def doRead(self) -> None:
+        # The stock one also watches a session that just failed to open: not closed, yet with no descriptor any more.
+        txpostgres._PollingMixin.doRead(self)
+        self.checkForNotifies()
+        if self.fileno() >= 0:
+            self.reactor.addReader(self)
+
 
 class GuardedConnection:
     """A session that ends at its deadline, when it is closed, or when a wait for it is cancelled.

@@ -6,7 +6,8 @@ dead name server would hold the whole stop. These threads are daemons and are ne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import socket
+from collections.abc import Callable, Sequence
 from functools import partial
 from threading import Thread
 from typing import Any
@@ -50,11 +51,10 @@ class Resolver:
     :param reactor: gets the results.
     """
 
-    def __init__(self, reactor: Any, getaddrinfo: Any = None) -> None:
+    def __init__(self, reactor: Any, getaddrinfo: Callable[..., Any] = socket.getaddrinfo) -> None:
         self._pool = ThreadPool(0, _MOST_THREADS, "name look-ups")
         self._pool.threadFactory = partial(Thread, daemon=True)  # type: ignore[assignment]
-        more = {} if getaddrinfo is None else {"getaddrinfo": getaddrinfo}
-        self._resolver = GAIResolver(reactor, lambda: self._pool, **more)
+        self._resolver = GAIResolver(reactor, lambda: self._pool, getaddrinfo=partial(_look_up, getaddrinfo))
 
     async def resolve(self, name: str) -> Sequence[str]:
         """The addresses of `name`, in the order of the system's preference.
@@ -72,3 +72,11 @@ class Resolver:
         """End the idle threads; one that is stuck in a look-up ends with it or with the process."""
         if self._pool.started:
             self._pool.adjustPoolsize(0, 0)
+
+
+def _look_up(getaddrinfo: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return getaddrinfo(*arguments)
+    except ValueError as error:
+        # A name that cannot be one, such as "db..example"; GAIResolver would never complete.
+        raise socket.gaierror(socket.EAI_NONAME, "not a host name") from error

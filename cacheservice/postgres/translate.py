@@ -26,6 +26,12 @@ _ADVICE = {
     "53300": "raise max_connections of the server, or lower postgres.max_connections",
     "40001": "nothing to do unless it repeats: the database asks for a retry",
 }
+_REFUSED = {
+    "28": re.compile('password|authentication|pg_hba|role ".*" does not exist'),
+    "3D000": re.compile('database ".*" does not exist'),
+    "53300": re.compile("too many|connection slots"),
+}
+"""libpq gives no SQLSTATE for a session that did not open."""
 
 
 def translate(error: psycopg2.Error, target: Target, *, connecting: bool = False) -> RefreshFailed:
@@ -34,6 +40,8 @@ def translate(error: psycopg2.Error, target: Target, *, connecting: bool = False
     diagnostics = getattr(error, "diag", None)
     message = target.redact((diagnostics and diagnostics.message_primary) or str(error) or type(error).__name__)
     advice = _ADVICE.get(sqlstate) or _ADVICE.get(sqlstate[:2])
+    if connecting and advice is None:
+        advice = next((_ADVICE[code] for code, words in _REFUSED.items() if words.search(message)), None)
     if connecting or _SESSION_LOST.fullmatch(sqlstate) or not sqlstate:
         what = "PostgreSQL refused the connection" if connecting else "the connection to PostgreSQL was lost"
         unavailable = DatabaseUnavailable(f"{what}: {message}")

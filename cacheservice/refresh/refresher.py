@@ -76,31 +76,36 @@ class Refresher:
         self._again: Trigger | None = None
         self._stopping = False
         self._expired_told = False
+        self._began_at = 0.0
 
     def start(self) -> None:
         """Load now, and then at every start of an interval."""
         # Earlier than an interval from now, not later, so that the first snapshot is not stale before the second.
         first_in_s = self._interval_s - self._earlier_s
         self._phase_at = self._clock.seconds() + first_in_s
-        self._first_tick = self._clock.callLater(first_in_s, self._loop.start, self._interval_s)
+        self._first_tick = self._clock.callLater(first_in_s, self._start_loop)
         self._begin("start")
 
     def stop(self) -> Deferred[None]:
         """Start nothing more and end what runs; fires when it has."""
         self._stopping = True
-        if self._loop.running:
-            self._loop.stop()
-        for timer in (self._first_tick, self._retry, self._expiry):
-            if timer is not None and timer.active():
-                timer.cancel()
-        self.dataset.next_refresh_at = None
+        self._forget_plans()
         done: Deferred[None] = Deferred()
         if self._running is None:
             done.callback(None)
         else:
             self._running.addBoth(lambda _: done.callback(None))
             self._running.cancel()
-        return done
+        # What ran may have ended by itself at this moment, and planned what comes after it.
+        return done.addCallback(lambda _: self._forget_plans())
+
+    def _forget_plans(self) -> None:
+        if self._loop.running:
+            self._loop.stop()
+        for timer in (self._first_tick, self._retry, self._expiry):
+            if timer is not None and timer.active():
+                timer.cancel()
+        self.dataset.next_refresh_at = None
 
     def refresh_now(self) -> bool:
         """Start an attempt that begins after this call; False if it follows one that is running."""
@@ -109,6 +114,16 @@ class Refresher:
             return False
         self._begin("manual")
         return True
+
+    def _start_loop(self) -> None:
+        # The loop's phase is when it really starts, which is later if the reactor was held.
+        self._phase_at = self._clock.seconds()
+        self._loop.start(self._interval_s)
+
+    def refresh_since(self, moment: float) -> None:
+        """See to it that an attempt begins at or after `moment`, unless one that did is running already."""
+        if self._running is None or self._began_at < moment:
+            self.refresh_now()
 
     def _tick(self, due: int) -> None:
         self.dataset.missed_ticks += due - 1  # those that came while the reactor was held
@@ -123,6 +138,7 @@ class Refresher:
             self._retry.cancel()
         self._again = None
         self.dataset.refreshing = True
+        self._began_at = math.inf  # it waits for a slot, and so begins after whatever moment is asked for now
         self.dataset.next_refresh_at = self._next_tick_at()
         running = Deferred.fromCoroutine(self._attempt(trigger))
         if running.called:
@@ -146,7 +162,8 @@ class Refresher:
 
         def read() -> Deferred[Reading]:
             nonlocal began_at, began_on
-            began_at, began_on = self._clock.seconds(), datetime.now(UTC)
+            began_at = self._began_at = self._clock.seconds()
+            began_on = datetime.now(UTC)
             dataset.loading = builder
             dataset.expected_rows = dataset.snapshot.rows.count if dataset.snapshot else None
             # The planner's estimate is asked for only where there is no better one.
@@ -218,7 +235,7 @@ class Refresher:
         now: float = self._clock.seconds()
         next_tick_at = self._next_tick_at()
         retry_at = now + self._retry_wait_s(self.dataset.consecutive_failures)
-        if retry_at < next_tick_at and not self._stopping:
+        if retry_at < next_tick_at:
             self._retry = self._clock.callLater(retry_at - now, self._begin, "retry")
         next_at: float = min(retry_at, next_tick_at)
         self.dataset.next_refresh_at = next_at
@@ -233,6 +250,8 @@ class Refresher:
         if self._expiry is not None and self._expiry.active():
             self._expiry.cancel()
         if self._expired_told:
+            if self.dataset.state() is State.EXPIRED:
+                return  # it took longer to read than it may be old
             self._expired_told = False
             self._log.info("dataset_recovered")
         age_s = self.dataset.age_s() or 0.0

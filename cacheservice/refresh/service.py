@@ -55,11 +55,17 @@ class CacheService(Service):
 
     def refresh_now(self, name: str) -> bool:
         """``cacheservice.cache.cache.Refreshes``."""
+        return self._refresher(name).refresh_now()
+
+    def refresh_since(self, name: str, moment: float) -> None:
+        """``cacheservice.cache.cache.Refreshes``."""
+        self._refresher(name).refresh_since(moment)
+
+    def _refresher(self, name: str) -> Refresher:
         try:
-            refresher = self._refreshers[name]
+            return self._refreshers[name]
         except KeyError:
             raise UnknownDataset(f"unknown dataset '{name}'") from None
-        return refresher.refresh_now()
 
     def _any_healthy(self) -> bool:
         return any(dataset.consecutive_failures == 0 for dataset in self._cache.datasets.values())

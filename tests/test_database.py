@@ -1,0 +1,521 @@
+"""Laws of a read: what it gives is the query's result, whole, of one moment, as PostgreSQL renders it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred, gatherResults
+from twisted.internet.task import deferLater
+from twisted.internet.threads import deferToThread
+from twisted.trial.unittest import TestCase
+
+from cacheservice.cache.cache import DatabaseStatus
+from cacheservice.cache.rows import Rows, RowsBuilder
+from cacheservice.cli.embedded import EmbeddedPostgres
+from cacheservice.config import DatasetSettings
+from cacheservice.errors import BadResult, LockTimeout, QueryFailed, ResultTooLarge
+from cacheservice.postgres.database import Database, Reading
+from cacheservice.postgres.target import parse
+from tests.postgres import OURS, connect, fresh_database, query, sessions_left
+
+MIGRATION = Path(__file__).parent.parent / "migrations" / "0001_schema.sql"
+TIMEOUT_S = 60.0
+
+TYPES = r"""
+SELECT 1 AS id, 12345678901234567890.123456789 AS "numeric", 'NaN'::numeric AS nan, 0.1::float8 AS "float8",
+       'infinity'::float8 AS infinite, timestamptz '2024-02-29 12:34:56.789+05:30' AS "timestamptz",
+       timestamp 'infinity' AS forever, date '0044-03-15 BC' AS ides, interval '1 mon 2 days' AS "interval",
+       '{"b": 1,  "a": [1, null], "b": 2}'::json AS "json", '{"b": 1, "a": 2}'::jsonb AS "jsonb",
+       ARRAY[[1, 2], [3, NULL]] AS "array", ARRAY['a"b', NULL, ''] AS texts, '\x00ff10'::bytea AS "bytea",
+       NULL::text AS nothing, true AS yes, E'“naïve”\t\\ \U0001F600 \u2028' AS "text", '(1,2)'::point AS "point",
+       ROW(1, 'x') AS composite, '10.0.0.1/8'::inet AS "inet", int8range(1, 5) AS "range",
+       'e2c8b1a0-0000-4000-8000-000000000000'::uuid AS "uuid"
+"""
+
+
+class Interrupted(RowsBuilder):
+    """Calls `between` before it takes each chunk."""
+
+    def __init__(self, between: Callable[[], object]) -> None:
+        super().__init__(lambda shards: None)
+        self.between = between
+
+    def add(self, chunk: Sequence[tuple[bytes | None, bytes]]) -> None:
+        self.between()
+        super().add(chunk)
+
+
+@pytest.mark.usefixtures("server")
+class DatabaseTestCase(TestCase):
+    """A database of its own, read without any fault between."""
+
+    server: EmbeddedPostgres
+    timeout = 240
+
+    def setUp(self) -> None:
+        self.name = fresh_database(self.server, self.addCleanup)
+        self.status = DatabaseStatus()
+        self.database = self.make_database()
+        self.addCleanup(self.check_nothing_left)
+
+    async def check_nothing_left(self) -> None:
+        self.assertEqual(self.status.connections, 0)
+        self.assertEqual(await sessions_left(self.server, self.name), [])
+        self.assertEqual(self.flushLoggedErrors(), [])
+
+    def make_database(self, **dsn: Any) -> Database:
+        target = parse(self.server.dsn(**{"database": self.name, **dsn}))
+        database = Database(reactor, target, TIMEOUT_S, self.status)
+        self.addCleanup(database.stop)
+        return database
+
+    def sql(self, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
+        return query(self.server, self.name, statement, parameters or None)
+
+    def read_into(
+        self,
+        builder: RowsBuilder,
+        sql: str,
+        *key: str,
+        database: Database | None = None,
+        timeout_s: float = TIMEOUT_S,
+        expect: Callable[[int], None] | None = None,
+    ) -> Deferred[Reading]:
+        settings = DatasetSettings(name="things", query=sql, key=key or ("id",), timeout_s=timeout_s)
+        return (database or self.database).read(settings, builder, expect)
+
+    async def rows(self, sql: str, *key: str, **options: Any) -> dict[bytes, bytes]:
+        builder = RowsBuilder(lambda shards: None)
+        await self.read_into(builder, sql, *key, **options)
+        return dict(builder.finish().items())
+
+    async def document(self, sql: str, *key: str, **options: Any) -> Any:
+        """Of a query that gives one row."""
+        ((_, document),) = (await self.rows(sql, *key, **options)).items()
+        return json.loads(document)
+
+    async def fails(self, error: type[Exception], sql: str, *key: str, **options: Any) -> Any:
+        builder = RowsBuilder(lambda shards: None, **options)
+        failure = await self.assertFailure(self.read_into(builder, sql, *key), error)
+        self.assertIs(type(failure), error)
+        self.assertEqual(len(str(failure).splitlines()), 1)
+        return failure
+
+
+class DocumentTests(DatabaseTestCase):
+    """What a document is."""
+
+    async def test_documents_are_what_row_to_json_gives(self) -> None:
+        """Byte for byte, for every type."""
+        ((expected,),) = self.sql(f"SELECT row_to_json(t)::text FROM ({TYPES}) AS t")
+        self.assertEqual(await self.rows(TYPES), {b"1": expected.encode()})
+
+    async def test_documents_are_utf8_whatever_the_databases_encoding(self) -> None:
+        """A LATIN1 database gives the same bytes."""
+        name = f"{self.name}_latin1"
+        create = f"CREATE DATABASE {name} ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0"
+        query(self.server, "postgres", create)
+        self.addCleanup(query, self.server, "postgres", f"DROP DATABASE {name} WITH (FORCE)")
+        rows = await self.rows("SELECT chr(233) AS id", database=self.make_database(database=name))
+        self.assertEqual(rows, {"é".encode(): '{"id":"é"}'.encode()})
+
+    async def test_no_rows(self) -> None:
+        """An empty result is a result."""
+        self.assertEqual(await self.rows("SELECT 1 AS id WHERE false"), {})
+
+    async def test_a_cell_of_16_mb(self) -> None:
+        """A large cell arrives whole, and those beside it."""
+        size = 16 * 1024 * 1024
+        rows = await self.rows(
+            f"SELECT i AS id, repeat('x', {size} * (i = 2)::int) AS cell FROM generate_series(1, 3) i"
+        )
+        self.assertEqual(
+            {key: len(json.loads(document)["cell"]) for key, document in rows.items()}, {b"1": 0, b"2": size, b"3": 0}
+        )
+
+    async def test_a_million_rows(self) -> None:
+        """All of them arrive."""
+        builder = RowsBuilder(lambda shards: None)
+        await self.read_into(builder, "SELECT i AS id FROM generate_series(1, 1000000) AS i")
+        rows: Rows = builder.finish()
+        self.assertEqual(rows.count, 1_000_000)
+        self.assertTrue(all(rows.get(b"%d" % i) == b'{"id":%d}' % i for i in range(1, 1_000_001)))
+
+    async def test_every_size_of_a_result_arrives_whole(self) -> None:
+        """No size falls between two chunks."""
+        for size in [*range(12), 20, 21, 22, 84, 85, 86, 340, 341, 342, 1340, 1341, 1342, 2341]:
+            rows = await self.rows(f"SELECT i AS id FROM generate_series(1, {size}) AS i")
+            self.assertEqual(sorted(map(int, rows)), list(range(1, size + 1)))
+
+
+class QueryTextTests(DatabaseTestCase):
+    """Which queries can be declared."""
+
+    async def test_endings(self) -> None:
+        """A semicolon, a comment, or both may end a query."""
+        for ending in (
+            "",
+            ";",
+            " ; ",
+            ";;",
+            "\n;\n;\n",
+            " -- done",
+            " -- done;",
+            " /* done; */",
+            "; -- done",
+            ";\n-- it's\n;\n",
+        ):
+            self.assertEqual(await self.rows(f"SELECT 1 AS id{ending}"), {b"1": b'{"id":1}'}, ending)
+
+    async def test_what_only_looks_like_an_ending(self) -> None:
+        """Semicolons and dashes in a literal or a name belong to it."""
+        for literal in ("';--'", "'it''s;'", r"E'\';'", "$$;--$$", "$a$;$$--;$a$", "$$/*$$"):
+            ((expected,),) = self.sql(f"SELECT {literal}")
+            self.assertEqual(await self.document(f"SELECT 1 AS id WHERE {literal} <> ''"), {"id": 1}, literal)
+            self.assertEqual(
+                await self.rows(f"SELECT {literal}", "?column?"),
+                {expected.encode(): json.dumps({"?column?": expected}, separators=(",", ":")).encode()},
+                literal,
+            )
+        self.assertEqual(await self.document('SELECT 1 AS "id;--";', "id;--"), {"id;--": 1})
+        self.assertEqual(await self.document("SELECT 1 AS id -- first\n, 2 AS n"), {"id": 1, "n": 2})
+
+    async def test_a_percent_sign_is_a_percent_sign(self) -> None:
+        """Nothing in a query is taken for a parameter."""
+        self.assertEqual(await self.document("SELECT 5 % 3 AS id WHERE 'a%s' LIKE 'a%%s'"), {"id": 2})
+
+    async def test_names_that_need_quotes(self) -> None:
+        """Any column's name may be a key or stand beside it."""
+        for name in ('Order "No"', "Größe", "select", "a:b", "q", "rows", "%s", " "):
+            quoted = '"' + name.replace('"', '""') + '"'
+            self.assertEqual(await self.document(f"SELECT 7 AS {quoted}", name), {name: 7}, name)
+            self.assertEqual(await self.document(f"SELECT 1 AS id, 7 AS {quoted}"), {"id": 1, name: 7}, name)
+
+    async def test_other_statements_that_give_rows(self) -> None:
+        """WITH, VALUES and TABLE are queries, too."""
+        self.sql("CREATE TABLE things AS SELECT 3 AS id")
+        self.assertEqual(await self.document("WITH t AS (SELECT 3 AS id) SELECT * FROM t"), {"id": 3})
+        self.assertEqual(await self.document("VALUES (3)", "column1"), {"column1": 3})
+        self.assertEqual(await self.document("TABLE things"), {"id": 3})
+
+    async def test_the_planner_tells_what_it_expects(self) -> None:
+        """`expect` hears the planner's estimate before the first row comes."""
+        self.sql("CREATE TABLE things AS SELECT i AS id FROM generate_series(1, 5000) AS i")
+        self.sql("ANALYZE things")
+        heard: list[tuple[int, int]] = []
+        builder = RowsBuilder(lambda shards: None)
+        await self.read_into(builder, "TABLE things;", expect=lambda rows: heard.append((rows, builder.count)))
+        self.assertEqual((heard, builder.count), ([(5000, 0)], 5000))
+
+
+class KeyTests(DatabaseTestCase):
+    """What a key is."""
+
+    async def test_several_columns_are_joined(self) -> None:
+        """With ":" between them, in the order they are given in."""
+        rows = await self.rows("SELECT 1 AS a, 'x' AS b, date '2024-01-02' AS c", "c", "a", "b")
+        self.assertEqual(list(rows), [b"2024-01-02:1:x"])
+
+    async def test_a_null_key_fails(self) -> None:
+        """The message says which row has it; a NULL in one of several columns is one."""
+        sql = "SELECT nullif(i, 1234) AS id, 1 AS other FROM generate_series(1, 2000) AS i"
+        self.assertIn("row 1234 is NULL", str(await self.fails(BadResult, sql)))
+        self.assertIn("row 1234 is NULL", str(await self.fails(BadResult, sql, "other", "id")))
+
+    async def test_a_key_twice_fails(self) -> None:
+        """The message names it, however far apart the two are."""
+        sql = "SELECT i % 4000 AS id FROM generate_series(1, 4001) AS i"
+        self.assertIn('"1"', str(await self.fails(BadResult, sql)))
+
+    async def test_joined_keys_may_collide(self) -> None:
+        """("a:b", "c") and ("a", "b:c") are the same key, and so fail."""
+        sql = "SELECT * FROM (VALUES ('a:b', 'c'), ('a', 'b:c')) AS t (x, y)"
+        self.assertIn('"a:b:c"', str(await self.fails(BadResult, sql, "x", "y")))
+
+    async def test_a_key_over_64_kib_fails(self) -> None:
+        """64 KiB are allowed, one byte more is not; the message names the key, but not all of it."""
+        self.assertEqual(list(await self.rows("SELECT repeat('k', 65536) AS id")), [b"k" * 65536])
+        error = await self.fails(BadResult, "SELECT repeat('k', 65537) AS id")
+        self.assertIn("kkk", str(error))
+        self.assertIn("65537", str(error))
+        self.assertLess(len(str(error)), 500)
+
+    async def test_an_absent_key_column_fails(self) -> None:
+        """The message names the column."""
+        self.assertIn("nothing", str(await self.fails(QueryFailed, "SELECT 1 AS id", "nothing")))
+
+
+class LimitTests(DatabaseTestCase):
+    """max_rows and max_bytes bound what is held."""
+
+    async def test_max_rows(self) -> None:
+        """A result past it fails after the chunk that passes it, not at its end."""
+        endless = "SELECT generate_series(1, 1000000000) AS id"
+        for limit in (1, 10, 1000, 5000):
+            builder = RowsBuilder(lambda shards: None, max_rows=limit)
+            await self.assertFailure(self.read_into(builder, endless), ResultTooLarge)
+            self.assertLessEqual(builder.count, limit + 1000)
+        self.assertEqual(len(await self.rows("SELECT 1 AS id")), 1)
+
+    async def test_max_bytes(self) -> None:
+        """A result past it fails after the chunk that passes it, not at its end."""
+        endless = "SELECT generate_series(1, 1000000000) AS id, repeat('x', 100000) AS filler"
+        for limit in (1, 1_000_000, 10_000_000):
+            builder = RowsBuilder(lambda shards: None, max_bytes=limit)
+            await self.assertFailure(self.read_into(builder, endless), ResultTooLarge)
+            self.assertLessEqual(builder.size_bytes, limit + 1_000_000)
+
+    async def test_a_limit_is_allowed(self) -> None:
+        """Exactly max_rows rows and max_bytes bytes are a result."""
+        sql = "SELECT i AS id FROM generate_series(1, 1000) AS i"
+        size_bytes = sum(len(key) + len(document) for key, document in (await self.rows(sql)).items())
+        builder = RowsBuilder(lambda shards: None, max_rows=1000, max_bytes=size_bytes)
+        await self.read_into(builder, sql)
+        self.assertEqual((builder.count, builder.size_bytes), (1000, size_bytes))
+        await self.fails(ResultTooLarge, sql, max_rows=999)
+        await self.fails(ResultTooLarge, sql, max_bytes=size_bytes - 1)
+
+
+class SessionTests(DatabaseTestCase):
+    """In what session a query runs."""
+
+    async def test_the_session_is_bounded(self) -> None:
+        """READ ONLY, REPEATABLE READ, with a pinned search_path and the server's own time limits."""
+        self.sql(f"ALTER DATABASE {self.name} SET search_path = nowhere")
+        self.sql(f"ALTER DATABASE {self.name} SET default_transaction_isolation = 'read committed'")
+        names = (
+            "transaction_isolation", "transaction_read_only", "search_path", "statement_timeout", "lock_timeout",
+            "idle_in_transaction_session_timeout", "client_connection_check_interval", "client_encoding",
+        )  # fmt: skip
+        columns = ", ".join(f"(SELECT setting FROM pg_settings WHERE name = '{name}') AS {name}" for name in names)
+        settings = await self.document(f"SELECT 1 AS id, {columns}", timeout_s=40.0)
+        self.assertEqual(settings["transaction_isolation"], "repeatable read")
+        self.assertEqual(settings["transaction_read_only"], "on")
+        self.assertEqual(settings["search_path"], "pg_catalog, public, pg_temp")
+        self.assertEqual(settings["client_connection_check_interval"], "1000")
+        self.assertEqual(settings["client_encoding"], "UTF8")
+        lock_ms, statement_ms, idle_ms = (
+            int(settings[f"{name}_timeout"]) for name in ("lock", "statement", "idle_in_transaction_session")
+        )
+        self.assertTrue(0 < lock_ms < statement_ms < idle_ms <= 40_000, settings)
+
+    async def test_a_query_that_writes_fails(self) -> None:
+        """A function that writes is refused by the server."""
+        self.sql("CREATE TABLE things (id int)")
+        self.sql("CREATE FUNCTION write() RETURNS int LANGUAGE sql AS 'INSERT INTO things VALUES (1) RETURNING id'")
+        self.assertEqual((await self.fails(QueryFailed, "SELECT write() AS id")).sqlstate, "25006")
+        self.assertEqual(self.sql("TABLE things"), [])
+
+    async def test_the_session_tells_its_dataset(self) -> None:
+        """`application_name` is the service's, or the DSN's own, and the dataset's."""
+        sql = "SELECT current_setting('application_name') AS id"
+        self.assertEqual(list(await self.rows(sql)), [b"cacheservice things"])
+        named = parse(self.server.dsn(database=self.name) + "?application_name=shop")
+        database = Database(reactor, named, TIMEOUT_S, self.status)
+        self.addCleanup(database.stop)
+        self.assertEqual(list(await self.rows(sql, database=database)), [b"shop things"])
+
+    async def test_an_error_shows_no_data(self) -> None:
+        """A value that cannot be converted is not quoted."""
+        error = await self.fails(QueryFailed, "SELECT 'secret'::text::int AS id")
+        self.assertNotIn("secret", str(error))
+
+
+class MomentTests(DatabaseTestCase):
+    """Of which moment the rows are."""
+
+    async def test_all_rows_are_of_one_snapshot(self) -> None:
+        """What others commit between two chunks is not seen, in part or whole."""
+        self.sql("CREATE TABLE things AS SELECT i AS id, 0 AS n FROM generate_series(1, 3000) AS i")
+        writes = 0
+
+        with closing(connect(self.server, self.name)) as writer, writer.cursor() as cursor:
+
+            def write() -> None:
+                nonlocal writes
+                writes += 1
+                cursor.execute("UPDATE things SET n = n + 1; DELETE FROM things WHERE id % 10 = 0")
+                cursor.execute("INSERT INTO things SELECT -i, 1 FROM generate_series(1, 10) AS i")
+
+            builder = Interrupted(write)
+            await self.read_into(builder, "TABLE things", timeout_s=200)
+        self.assertGreater(writes, 3)
+        self.assertEqual(dict(builder.finish().items()), {b"%d" % i: b'{"id":%d,"n":0}' % i for i in range(1, 3001)})
+
+    async def test_as_of_is_the_databases_clock(self) -> None:
+        """At the start of the transaction, in UTC; `read_at` is ours, just before."""
+        ((before,),) = self.sql("SELECT clock_timestamp()")
+        asked_at = reactor.seconds()
+        builder = RowsBuilder(lambda shards: None)
+        reading = await self.read_into(builder, "SELECT 1 AS id, extract(epoch FROM now())::text AS now, pg_sleep(0.1)")
+        ((after,),) = self.sql("SELECT clock_timestamp()")
+        self.assertTrue(before <= reading.as_of <= after, reading)
+        self.assertIs(reading.as_of.tzinfo, UTC)
+        self.assertTrue(asked_at <= reading.read_at <= reactor.seconds() - 0.1, reading)
+        now = float(json.loads(builder.finish().get(b"1") or b"")["now"])
+        self.assertLess(abs(reading.as_of - datetime.fromtimestamp(now, UTC)), timedelta(microseconds=2))
+
+    async def test_the_snapshot_tells_what_is_in_it(self) -> None:
+        """`database_snapshot` parses; a transaction before it is in it, one after it is not."""
+        with closing(connect(self.server, self.name)) as writer, writer.cursor() as cursor:
+            xids = []
+            for read in (True, False):
+                cursor.execute("SELECT pg_current_xact_id()::text")
+                xids.append(cursor.fetchone()[0])
+                if read:
+                    reading = await self.read_into(RowsBuilder(lambda shards: None), "SELECT 1 AS id")
+            cursor.execute(
+                "SELECT pg_visible_in_snapshot(x::xid8, %s::pg_snapshot) FROM unnest(%s) AS x",
+                (reading.database_snapshot, xids),
+            )
+            self.assertEqual(cursor.fetchall(), [(True,), (False,)])
+
+    async def test_the_schema_changes_between_reads(self) -> None:
+        """The next read has the new columns, or fails and names what it misses."""
+        self.sql("CREATE TABLE things AS SELECT 1 AS id, 2 AS n")
+        self.assertEqual(await self.document("TABLE things"), {"id": 1, "n": 2})
+        self.sql("ALTER TABLE things ADD COLUMN extra text DEFAULT 'new'")
+        self.assertEqual(await self.document("TABLE things"), {"id": 1, "n": 2, "extra": "new"})
+        self.sql("ALTER TABLE things DROP COLUMN n")
+        self.assertEqual(await self.document("TABLE things"), {"id": 1, "extra": "new"})
+        error = await self.fails(QueryFailed, "SELECT id, n FROM things")
+        self.assertEqual(error.sqlstate, "42703")
+        self.assertIn('"n"', str(error))
+        self.sql("DROP TABLE things")
+        error = await self.fails(QueryFailed, "TABLE things")
+        self.assertEqual(error.sqlstate, "42P01")
+        self.assertIn('"things"', str(error))
+
+    async def test_the_schema_changes_during_a_read(self) -> None:
+        """A change waits for the read's end: all rows have the old columns."""
+        self.sql("CREATE TABLE things AS SELECT i AS id FROM generate_series(1, 3000) AS i")
+        altering: list[Deferred[Any]] = []
+
+        def alter() -> None:
+            if not altering:
+                altering.append(deferToThread(self.sql, "ALTER TABLE things ADD COLUMN extra int"))
+
+        builder = Interrupted(alter)
+        await self.read_into(builder, "TABLE things")
+        await altering[0]
+        self.assertEqual(dict(builder.finish().items()), {b"%d" % i: b'{"id":%d}' % i for i in range(1, 3001)})
+        self.assertEqual(json.loads((await self.rows("TABLE things"))[b"1"]), {"id": 1, "extra": None})
+
+    async def test_the_schema_changes_while_a_read_waits_for_it(self) -> None:
+        """A read that waited for the change has the new columns, or fails and names what it misses."""
+        self.sql("CREATE TABLE things AS SELECT 1 AS id, 2 AS n")
+        with closing(connect(self.server, self.name)) as holder, holder.cursor() as cursor:
+            cursor.execute("BEGIN; ALTER TABLE things DROP COLUMN n, ADD COLUMN extra int DEFAULT 3")
+            reads = [self.document("TABLE things"), self.fails(QueryFailed, "SELECT id, n FROM things")]
+            results = gatherResults([Deferred.fromCoroutine(read) for read in reads], consumeErrors=True)
+            await self.until_waiting(2)
+            cursor.execute("COMMIT")
+        document, error = await results
+        self.assertEqual(document, {"id": 1, "extra": 3})
+        self.assertEqual(error.sqlstate, "42703")
+
+    async def until_waiting(self, number: int) -> None:
+        """Until so many sessions wait for a lock; trial's own time limit ends a test where they do not."""
+        sql = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        while self.sql(sql) != [(number,)]:
+            await deferLater(reactor, 0.01)
+
+
+class LockTests(DatabaseTestCase):
+    """Somebody holds the table."""
+
+    timeout_s = 8.0
+
+    def make_reader(self) -> Database:
+        """As a role that may read the table and nothing more."""
+        role = f"reader_{self.name}"
+        self.sql(f"CREATE ROLE {role} LOGIN PASSWORD 'reader'")
+        self.addCleanup(query, self.server, "postgres", f"DROP ROLE {role}")
+        self.addCleanup(self.sql, f"DROP OWNED BY {role}")
+        self.sql(f"GRANT SELECT ON things TO {role}")
+        return self.make_database(user=role, password="reader")
+
+    async def read_locked(self, cursor: Any, *databases: Database) -> tuple[int, datetime, list[LockTimeout]]:
+        """The holder's pid, its transaction's start, and what reads get, all at once, while it holds the table."""
+        cursor.execute("BEGIN")
+        cursor.execute("SELECT pg_backend_pid(), now(), count(*) FROM things")  # a weaker lock on it, first
+        ((pid, since, _),) = cursor.fetchall()
+        cursor.execute("LOCK TABLE things IN ACCESS EXCLUSIVE MODE")
+        reads = [
+            self.read_into(
+                RowsBuilder(lambda shards: None), "TABLE things", database=database, timeout_s=self.timeout_s
+            )
+            for database in databases
+        ]
+        errors = await gatherResults([self.assertFailure(read, LockTimeout) for read in reads])
+        cursor.execute("COMMIT")
+        return pid, since, errors
+
+    async def test_who_holds_the_lock_is_told(self) -> None:
+        """As much of it as the role may see: all for a superuser, less for a plain reader."""
+        self.sql("CREATE TABLE things AS SELECT 1 AS id")
+        reader = self.make_reader()
+        with closing(connect(self.server, self.name)) as holder, holder.cursor() as cursor:
+            pid, since, errors = await self.read_locked(cursor, self.database, reader)
+        for error in errors:
+            self.assertEqual(len(error.blockers), 1, error.blockers)
+            blocker = error.blockers[0]
+            self.assertEqual((blocker.pid, blocker.user, blocker.application), (pid, "postgres", OURS))
+            self.assertEqual(blocker.lock_mode, "AccessExclusiveLock")
+            self.assertIn(blocker.relation, ("things", "public.things"))
+        everything, little = (error.blockers[0] for error in errors)
+        self.assert_told(everything, since)
+        self.assertEqual((little.transaction_since, little.state, little.statement_kind), (None, None, None))
+        self.assertEqual(await self.rows("TABLE things", database=reader), {b"1": b'{"id":1}'})
+
+    async def test_the_migrations_let_a_plain_reader_know_all(self) -> None:
+        """With cacheservice.blocking_sessions a plain reader is told what a superuser is."""
+        self.sql("CREATE TABLE things AS SELECT 1 AS id")
+        reader = self.make_reader()
+        self.sql("CREATE SCHEMA cacheservice")
+        self.sql(MIGRATION.read_text())
+        role = f"reader_{self.name}"
+        self.sql(f"GRANT USAGE ON SCHEMA cacheservice TO {role}")
+        self.sql(f"GRANT EXECUTE ON FUNCTION cacheservice.blocking_sessions TO {role}")
+        with closing(connect(self.server, self.name)) as holder, holder.cursor() as cursor:
+            pid, since, (error,) = await self.read_locked(cursor, reader)
+        (blocker,) = error.blockers
+        self.assertEqual((blocker.pid, blocker.user, blocker.application), (pid, "postgres", OURS))
+        self.assertEqual((blocker.lock_mode, blocker.relation), ("AccessExclusiveLock", "public.things"))
+        self.assert_told(blocker, since)
+
+    def assert_told(self, blocker: Any, since: datetime) -> None:
+        self.assertEqual(blocker.state, "idle in transaction")
+        self.assertIn(blocker.statement_kind, ("LOCK", "LOCK TABLE"))
+        self.assertLess(abs(blocker.transaction_since - since), timedelta(milliseconds=1))
+
+    async def test_a_lock_that_ends_in_time_is_waited_for(self) -> None:
+        """A read that waited for less than its deadline succeeds."""
+        self.sql("CREATE TABLE things AS SELECT 1 AS id")
+        with closing(connect(self.server, self.name)) as holder, holder.cursor() as cursor:
+            cursor.execute("BEGIN; LOCK TABLE things IN ACCESS EXCLUSIVE MODE")
+            read = Deferred.fromCoroutine(self.rows("TABLE things"))
+            while self.sql("SELECT 1 FROM pg_locks WHERE NOT granted") == []:
+                await deferLater(reactor, 0.01)
+            cursor.execute("COMMIT")
+        self.assertEqual(await read, {b"1": b'{"id":1}'})
+
+    async def test_who_else_waits_is_not_forgotten_at_the_end(self) -> None:
+        """Cancelling a read while it asks who blocks it ends both sessions."""
+        self.sql("CREATE TABLE things AS SELECT 1 AS id")
+        with closing(connect(self.server, self.name)) as holder, holder.cursor() as cursor:
+            cursor.execute("BEGIN; LOCK TABLE things IN ACCESS EXCLUSIVE MODE")
+            for after_s in (1.4, 1.5, 1.51, 1.52, 1.55, 1.6):
+                read = self.read_into(RowsBuilder(lambda shards: None), "TABLE things", timeout_s=2.0)
+                reactor.callLater(after_s, read.cancel)
+                results = await read.addErrback(lambda failure: failure.type.__name__)
+                self.assertEqual(results, "CancelledError")
+                self.assertEqual(self.status.connections, 0)
+            cursor.execute("COMMIT")

@@ -1,0 +1,724 @@
+"""Laws of the refreshes: when they start, what a failure does, and how they stop.
+
+The database is a fake whose reads end when a test says so; the time is a Clock's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+from twisted.python.failure import Failure
+from twisted.trial.unittest import SynchronousTestCase
+
+from cacheservice.cache.cache import Cache
+from cacheservice.cache.dataset import Dataset, State
+from cacheservice.cache.rows import RowsBuilder
+from cacheservice.config import DatasetSettings
+from cacheservice.errors import Blocker, DatabaseUnavailable, LockTimeout, QueryFailed, UnknownDataset
+from cacheservice.postgres.database import Reading
+from cacheservice.refresh.service import CacheService
+
+AS_OF = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+START_S = 5000.0
+BLOCKER = Blocker(42, "app", "psql", "AccessExclusiveLock", "public.products", AS_OF, "idle in transaction", None)
+
+
+class Read:
+    """One read that the fake was asked for."""
+
+    def __init__(self, name: str, into: RowsBuilder, expect: Callable[[int], None] | None, began_at: float) -> None:
+        self.name = name
+        self.into = into
+        self.expect = expect
+        self.began_at = began_at
+        self.result: Deferred[Reading] = Deferred()
+
+    def complete(self, rows: int = 1) -> None:
+        self.into.add([(b"%d" % number, b"{}") for number in range(rows)])
+        self.result.callback(Reading(AS_OF, self.began_at, "1:1:"))
+
+    def fail(self, error: Exception | None = None) -> None:
+        self.result.errback(error or QueryFailed("column absent does not exist", "42703"))
+
+
+class FakeDatabase:
+    """Keeps every read, and sees to it that no two of one dataset are under way."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.reads: list[Read] = []
+        self.raising: Exception | None = None
+        self.after_failure: Callable[[Failure], object] = lambda failure: failure
+        self._clock = clock
+
+    def read(
+        self, dataset: DatasetSettings, into: RowsBuilder, expect: Callable[[int], None] | None = None
+    ) -> Deferred[Reading]:
+        assert dataset.name not in [read.name for read in self.running], "a refresh never overlaps itself"
+        read = Read(dataset.name, into, expect, self._clock.seconds())
+        self.reads.append(read)
+        if self.raising is not None:
+            read.result.addErrback(lambda _: None)
+            read.fail(self.raising)
+            raise self.raising
+        return read.result.addErrback(self.after_failure)
+
+    @property
+    def running(self) -> list[Read]:
+        return [read for read in self.reads if not read.result.called]
+
+    @property
+    def last(self) -> Read:
+        return self.reads[-1]
+
+
+class FakeLog:
+    """Keeps every line as (level, event, fields)."""
+
+    def __init__(self, lines: list[tuple[str, str, dict[str, Any]]] | None = None, **bound: Any) -> None:
+        self.lines = [] if lines is None else lines
+        self._bound = bound
+
+    def bind(self, **fields: Any) -> FakeLog:
+        return FakeLog(self.lines, **self._bound, **fields)
+
+    def debug(self, event: str, **fields: Any) -> None:
+        self._add("debug", event, fields)
+
+    def info(self, event: str, **fields: Any) -> None:
+        self._add("info", event, fields)
+
+    def warning(self, event: str, **fields: Any) -> None:
+        self._add("warning", event, fields)
+
+    def error(self, event: str, **fields: Any) -> None:
+        self._add("error", event, fields)
+
+    def events(self, *names: str) -> list[str]:
+        return [event for _, event, _ in self.lines if event in names]
+
+    def _add(self, level: str, event: str, fields: dict[str, Any]) -> None:
+        self.lines.append((level, event, {**self._bound, **fields}))
+
+
+class World:
+    """A CacheService over the fakes."""
+
+    def __init__(
+        self, *names: str, max_connections: int = 2, random: Callable[[], float] = lambda: 1.0, **keys: Any
+    ) -> None:
+        every = {"query": "SELECT 1 AS id", "key": "id", "interval_s": 60.0, "timeout_s": 30.0, "jitter": 0.0} | keys
+        declared = [DatasetSettings.model_validate({"name": name} | every) for name in names or ("products",)]
+        self.clock = Clock()
+        self.clock.advance(START_S)
+        self.cache = Cache(declared, self.clock.seconds)
+        self.database = FakeDatabase(self.clock)
+        self.log = FakeLog()
+        self.service = CacheService(self.cache, self.database, max_connections, self.clock, random, self.log)
+
+    @property
+    def dataset(self) -> Dataset:
+        return self.cache.dataset("products")
+
+    @property
+    def now_s(self) -> float:
+        """Seconds since the start."""
+        return self.clock.seconds() - START_S
+
+    @property
+    def starts(self) -> list[tuple[str, float]]:
+        """Each read and when it began, in seconds since the start."""
+        return [(read.name, read.began_at - START_S) for read in self.database.reads]
+
+    @property
+    def triggers(self) -> list[str]:
+        return [attempt.trigger for attempt in self.dataset.attempts]
+
+    def advance(self, seconds: float) -> None:
+        """Time passes, and what is due happens at its time."""
+        until = self.clock.seconds() + seconds
+        while due := [call.getTime() for call in self.clock.getDelayedCalls() if call.getTime() <= until]:
+            self.clock.advance(max(0.0, min(due) - self.clock.seconds()))
+        self.clock.advance(until - self.clock.seconds())
+
+    def advance_to(self, moment_s: float) -> None:
+        self.advance(moment_s - self.now_s)
+
+    def hold(self, seconds: float) -> None:
+        """Something holds the reactor: what is due meanwhile happens late, all of it at the end."""
+        self.clock.advance(seconds)
+
+
+class RefreshTestCase(SynchronousTestCase):
+    def started(self, *names: str, **options: Any) -> World:
+        world = World(*names, **options)
+        world.service.startService()
+        self.addCleanup(self.stop, world)
+        return world
+
+    def stop(self, world: World) -> None:
+        if world.service.running:
+            self.successResultOf(world.service.stopService())
+        self.assertEqual(world.clock.getDelayedCalls(), [])
+        self.assertEqual(world.database.running, [])
+
+    def assert_last_line(self, world: World, level: str, event: str, fields: dict[str, Any]) -> None:
+        self.assertEqual(world.log.lines[-1], (level, event, fields))
+
+
+class Starts(RefreshTestCase):
+    def test_nothing_before_start(self) -> None:
+        """A service that is made and not started reads nothing and plans nothing."""
+        world = World()
+        self.assertEqual((world.database.reads, world.clock.getDelayedCalls()), ([], []))
+
+    def test_the_first_load(self) -> None:
+        """All are loaded at once at the start, as many together as there are connections, in the declared order."""
+        world = self.started("a", "b", "c", "d")
+        self.assertEqual(world.starts, [("a", 0), ("b", 0)])
+        world.database.reads[1].complete()
+        world.database.reads[0].complete()
+        self.assertEqual(world.starts, [("a", 0), ("b", 0), ("c", 0), ("d", 0)])
+
+    def test_who_needs_it_most(self) -> None:
+        """Those that wait for a connection go in the order of their need at that moment."""
+        world = self.started("a", "b", "c", max_connections=1)
+        for _ in range(3):
+            world.advance(1)
+            world.database.last.complete()
+        world.advance_to(59)
+        world.service.refresh_now("c")
+        world.advance_to(61)
+        world.database.last.complete()
+        for _ in range(2):
+            world.database.last.complete()
+        self.assertEqual([name for name, _ in world.starts], ["a", "b", "c", "c", "a", "b"])
+
+    def test_a_fixed_phase(self) -> None:
+        """Starts are exactly one interval apart, however long each refresh takes."""
+        world = self.started()
+        for took_s in (1, 30, 59, 0):
+            world.advance(took_s)
+            world.database.last.complete()
+            world.advance(60 - took_s)
+        self.assertEqual(world.starts, [("products", at) for at in (0, 60, 120, 180, 240)])
+        self.assertEqual(world.dataset.missed_ticks, 0)
+
+    def test_jitter_is_earlier_and_fixed(self) -> None:
+        """The share drawn once moves the first start of an interval earlier; after it they are one interval apart."""
+        draws = iter([0.5, 1.0])
+        world = self.started("a", "b", jitter=0.1, random=lambda: next(draws))
+        for at in (54, 57, 114, 117, 174, 177):
+            for read in world.database.running:
+                read.complete()
+            world.advance_to(at)
+        self.assertEqual(world.starts[2:], [("b", 54), ("a", 57), ("b", 114), ("a", 117), ("b", 174), ("a", 177)])
+
+    @settings(deadline=None)
+    @given(st.floats(0, 1), st.floats(0, 0.99), st.floats(0.01, 1e5))
+    def test_jitter_never_makes_it_late(self, share: float, jitter: float, interval_s: float) -> None:
+        """Whatever is drawn, the first interval is at least (1 - jitter) of a whole one and at most a whole one."""
+        world = World(jitter=jitter, interval_s=interval_s, random=lambda: share)
+        world.service.startService()
+        world.database.last.complete()
+        next_in_s = world.dataset.next_refresh_in_s()
+        assert next_in_s is not None
+        self.assertLessEqual(next_in_s, interval_s * 1.000001)
+        self.assertGreaterEqual(next_in_s, interval_s * (1 - jitter) * 0.999)
+        self.stop(world)
+
+    def test_the_next_start_is_told(self) -> None:
+        """At any time next_refresh_in_s counts down to the start that then happens."""
+        world = self.started(interval_s=60.0, jitter=0.1, random=lambda: 0.5)
+        self.assertEqual(world.dataset.next_refresh_in_s(), 57)
+        world.database.last.complete()
+        world.advance(20)
+        self.assertEqual(world.dataset.next_refresh_in_s(), 37)
+        world.advance(37)
+        self.assertEqual(world.starts[1:], [("products", 57)])
+        self.assertEqual(world.dataset.next_refresh_in_s(), 60)
+
+
+class Overlaps(RefreshTestCase):
+    def test_a_start_that_comes_too_early_is_skipped(self) -> None:
+        """A start that comes while a refresh still runs is skipped and counted; the next one is at its usual time."""
+        world = self.started()
+        world.advance(60)
+        world.advance(60)
+        world.advance(10)
+        self.assertEqual((len(world.database.reads), world.dataset.missed_ticks), (1, 2))
+        world.database.last.complete()
+        world.advance_to(180)
+        self.assertEqual(world.starts, [("products", 0), ("products", 180)])
+        self.assertEqual(world.dataset.missed_ticks, 2)
+
+    def test_starts_missed_while_the_reactor_was_held(self) -> None:
+        """Starts that nobody could run are counted and made up for by one, not by all."""
+        world = self.started()
+        world.database.last.complete()
+        world.advance(60)
+        world.database.last.complete()
+        world.hold(60 * 4 + 1)
+        self.assertEqual((len(world.database.reads), world.dataset.missed_ticks), (3, 3))
+        world.database.last.complete()
+        world.advance_to(360)
+        self.assertEqual(world.starts[3:], [("products", 360)])
+
+    def test_a_first_start_that_comes_late(self) -> None:
+        """If the reactor is held when the first interval ends, later starts, told and real, are counted from then."""
+        world = self.started()
+        world.database.last.complete()
+        world.hold(65)
+        world.database.last.complete()
+        self.assertEqual(world.dataset.next_refresh_in_s(), 60)
+        world.advance(60)
+        self.assertEqual(world.starts, [("products", 0), ("products", 65), ("products", 125)])
+
+    @settings(deadline=None)
+    @given(
+        st.integers(1, 3),
+        st.lists(
+            st.tuples(
+                st.sampled_from(["advance", "advance", "complete", "fail", "break", "refresh"]), st.floats(0, 100)
+            ),
+            max_size=60,
+        ),
+    )
+    def test_never_itself(self, connections: int, steps: list[tuple[str, float]]) -> None:
+        """Whatever happens in whatever order, no refresh overlaps itself, and each dataset is tried again in time."""
+        draws = iter([share / 10 for _ in range(1000) for share in (3, 9, 0, 7, 5)])
+        world = World("a", "b", "c", max_connections=connections, jitter=0.1, random=lambda: next(draws))
+        world.service.startService()
+        generations = dict.fromkeys("abc", 0)
+        for step, share in steps:
+            running = world.database.running
+            if step == "advance":
+                world.advance(share)
+            elif step == "refresh":
+                world.service.refresh_now("abc"[int(share) % 3])
+            elif running:
+                read = running[int(share) % len(running)]
+                if step == "complete":
+                    read.complete()
+                else:
+                    read.fail(ZeroDivisionError() if step == "break" else None)
+            self.assertLessEqual(len(world.database.running), connections)
+            for name, dataset in world.cache.datasets.items():
+                generation = dataset.snapshot.generation if dataset.snapshot else 0
+                self.assertGreaterEqual(generation, generations[name])
+                generations[name] = generation
+                self.assertLessEqual(dataset.next_refresh_in_s() or 0, 60.001)
+        # Left alone with a database that answers, everything is fresh after an interval.
+        for interval_s in (60, 0):
+            while world.database.running:
+                world.database.running[0].complete()
+            world.advance(interval_s)
+        self.assertEqual({dataset.state() for dataset in world.cache.datasets.values()}, {State.FRESH})
+        self.stop(world)
+
+
+class Failures(RefreshTestCase):
+    def test_backoff_up_to_the_next_start(self) -> None:
+        """Retries come after 1, 2, 4 … seconds (the largest draws), and the next start is never put off by one."""
+        world = self.started()
+        for at in (1, 3, 7, 15, 31, 60, 120):
+            world.database.last.fail()
+            world.advance_to(at)
+        self.assertEqual([at for _, at in world.starts], [0, 1, 3, 7, 15, 31, 60, 120])
+        self.assertEqual(world.triggers, ["start", *["retry"] * 5, "interval"])
+
+    @settings(deadline=None)
+    @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 100)), min_size=1, max_size=30))
+    def test_a_retry_is_never_past_the_next_start(self, failures: list[tuple[float, float]]) -> None:
+        """However long attempts take and whatever is drawn, the next one starts at the next start or before it."""
+        draws = iter([0.0, *(share for share, _ in failures)])
+        world = World(random=lambda: next(draws), retry_initial_s=5.0, retry_max_s=300.0)
+        world.service.startService()
+        for _, took_s in failures:
+            world.advance(took_s)
+            attempts = len(world.database.reads)
+            world.database.last.fail()
+            _, event, fields = world.log.lines[-1]
+            self.assertEqual(event, "refresh_failed")
+            to_the_next_start_s = 60 - world.now_s % 60
+            self.assertLessEqual(fields["retry_in_s"], to_the_next_start_s + 0.001)
+            world.advance(fields["retry_in_s"] + 0.001)
+            self.assertEqual(len(world.database.reads), attempts + 1)
+        self.stop(world)
+
+    def test_success_resets_the_backoff(self) -> None:
+        """After a success the count of failures is 0, and the first retry of the next failure is as soon as ever."""
+        world = self.started()
+        world.database.last.fail()
+        world.advance(1)
+        world.database.last.fail()
+        self.assertEqual(world.dataset.consecutive_failures, 2)
+        world.advance(2)
+        world.database.last.complete()
+        self.assertEqual(world.dataset.consecutive_failures, 0)
+        world.advance_to(60)
+        world.database.last.fail()
+        world.advance(1)
+        self.assertEqual([at for _, at in world.starts], [0, 1, 3, 60, 61])
+
+    def test_no_failure_ends_the_loop(self) -> None:
+        """Whatever is raised, at once or later, expected or a mistake of ours, the next start comes."""
+        world = self.started(retry_initial_s=100.0, retry_max_s=100.0)
+        errors = [ZeroDivisionError(), DatabaseUnavailable("refused"), QueryFailed("no"), KeyError("x"), OSError(5)]
+        for number, error in enumerate(errors, 1):
+            world.database.last.fail(error)
+            world.advance_to(number * 60)
+        world.database.last.complete()
+        for number, error in enumerate(errors, 6):
+            world.database.raising = error
+            world.advance_to(number * 60)
+        world.database.raising = None
+        world.advance_to(660)
+        world.database.last.complete()
+        self.assertEqual([at for _, at in world.starts], [60 * number for number in range(12)])
+        self.assertEqual(world.dataset.outcomes, {"failed": 10, "published": 2})
+
+    def test_an_unexpected_error_is_told_with_its_traceback(self) -> None:
+        """A mistake of ours is a failed attempt that names its kind, and an error in the log with the traceback."""
+        world = self.started()
+        world.database.last.fail(ZeroDivisionError("secret"))
+        self.assertEqual(world.log.lines[-2][:2], ("error", "refresh_broke"))
+        self.assertTrue(world.log.lines[-2][2]["exc_info"])
+        attempt = world.dataset.attempts[-1]
+        self.assertEqual(attempt.error, "an internal error, ZeroDivisionError; its traceback is in the log")
+        self.assertEqual((attempt.outcome, world.log.lines[-1][1]), ("failed", "refresh_failed"))
+
+    def test_the_last_good_snapshot_stays(self) -> None:
+        """A failed attempt changes nothing of what readers see, and what it had read is gone."""
+        world = self.started()
+        world.database.last.complete(rows=3)
+        snapshot = world.dataset.snapshot
+        world.advance(60)
+        read = world.database.last
+        read.into.add([(b"7", b"{}")])
+        read.fail()
+        self.assertIs(world.dataset.snapshot, snapshot)
+        assert snapshot is not None
+        self.assertEqual([key for key, _ in sorted(snapshot.rows.items())], [b"0", b"1", b"2"])
+        self.assertEqual((snapshot.generation, world.dataset.state()), (1, State.FRESH))
+
+    def test_a_failing_dataset_delays_no_other(self) -> None:
+        """While two datasets fail and hang for their whole deadline, the third is read at each of its starts."""
+        world = self.started("bad", "worse", "good")
+        for read in list(world.database.running):
+            read.fail()
+        world.database.last.complete()
+        for number in range(1, 6):
+            world.advance_to(number * 60)
+            good = [read for read in world.database.running if read.name == "good"]
+            self.assertEqual([read.began_at - START_S for read in good], [number * 60])
+            good[0].complete()
+            for read in world.database.running:
+                if number % 2:
+                    read.fail(DatabaseUnavailable("PostgreSQL did not answer within 30 s"))
+        dataset = world.cache.dataset("good")
+        self.assertEqual((dataset.outcomes, dataset.missed_ticks), ({"published": 6}, 0))
+
+    def test_what_is_known_of_the_database(self) -> None:
+        """A database that cannot be reached is down, one that refuses a query is up, and at first nothing is known."""
+        world = self.started()
+        status = world.cache.database
+        self.assertEqual((status.state, status.error), ("unknown", None))
+        world.database.last.fail(DatabaseUnavailable("connection refused"))
+        self.assertEqual((status.state, status.error), ("down", "connection refused"))
+        world.advance(1)
+        world.database.last.fail(QueryFailed("syntax error"))
+        self.assertEqual((status.state, status.error), ("up", None))
+        world.advance(2)
+        world.database.last.fail(DatabaseUnavailable("gone"))
+        world.advance(4)
+        world.database.last.complete()
+        self.assertEqual((status.state, status.error), ("up", None))
+
+
+class Manual(RefreshTestCase):
+    def test_at_once_when_idle(self) -> None:
+        """Asked for while nothing runs, a refresh begins at once and the usual starts stay as they are."""
+        world = self.started()
+        world.database.last.complete()
+        world.advance(10)
+        self.assertTrue(world.service.refresh_now("products"))
+        world.database.last.complete()
+        world.advance_to(60)
+        self.assertEqual([at for _, at in world.starts], [0, 10, 60])
+        self.assertEqual(world.triggers, ["start", "manual"])
+
+    def test_exactly_one_more(self) -> None:
+        """Asked for while one runs, however often, exactly one more begins when that has ended, well or not."""
+        world = self.started()
+        for end in (Read.complete, Read.fail):
+            before = len(world.database.reads)
+            for _ in range(3):
+                self.assertFalse(world.service.refresh_now("products"))
+            end(world.database.last)
+            self.assertEqual(len(world.database.reads), before + 1)
+            world.database.last.complete()
+            self.assertEqual(len(world.database.running), 0)
+            self.assertTrue(world.service.refresh_now("products"))
+        self.assertEqual(world.triggers, ["start", "manual", "manual", "manual"])
+
+    def test_instead_of_a_retry(self) -> None:
+        """Asked for while a retry waits, it takes its place."""
+        world = self.started()
+        world.database.last.fail()
+        self.assertTrue(world.service.refresh_now("products"))
+        world.database.last.complete()
+        world.advance(30)
+        self.assertEqual([at for _, at in world.starts], [0, 0])
+
+    def test_unknown(self) -> None:
+        """A dataset that is not declared is an error."""
+        world = self.started()
+        with self.assertRaisesRegex(UnknownDataset, "^unknown dataset 'absent'$"):
+            world.service.refresh_now("absent")
+
+
+class Progress(RefreshTestCase):
+    def test_waiting_and_reading(self) -> None:
+        """Refreshing is true from its start to its end; what is loading is there only while it is read."""
+        world = self.started("a", "products", max_connections=1)
+        dataset = world.dataset
+        self.assertEqual((dataset.refreshing, dataset.loading), (True, None))
+        world.database.last.complete()
+        self.assertTrue(dataset.refreshing)
+        assert dataset.loading is not None
+        world.database.last.into.add([(b"1", b"{}"), (b"2", b"{}")])
+        self.assertEqual(dataset.loading.count, 2)
+        world.database.last.fail()
+        self.assertEqual((dataset.refreshing, dataset.loading, dataset.expected_rows), (False, None, None))
+
+    def test_how_many_rows_to_expect(self) -> None:
+        """The planner is asked for the first load; later the snapshot that is served is the better guess."""
+        world = self.started()
+        first = world.database.last
+        assert first.expect is not None
+        first.expect(1000)
+        self.assertEqual(world.dataset.expected_rows, 1000)
+        first.complete(rows=7)
+        world.advance(60)
+        self.assertIsNone(world.database.last.expect)
+        self.assertEqual(world.dataset.expected_rows, 7)
+
+
+class Expiry(RefreshTestCase):
+    def test_told_once_each(self) -> None:
+        """dataset_expired is told once when the age passes its limit, dataset_recovered once with the next snapshot."""
+        world = self.started(retry_initial_s=60.0)
+        world.database.last.complete()
+        for at in range(60, 600, 60):
+            world.advance_to(at)
+            world.database.last.fail()
+        self.assertEqual(world.log.events("dataset_expired", "dataset_recovered"), ["dataset_expired"])
+        world.advance_to(600)
+        world.database.last.complete()
+        events = ["dataset_expired", "dataset_recovered"]
+        self.assertEqual(world.log.events(*events), events)
+        self.assert_last_line(world, "info", "dataset_recovered", {"dataset": "products"})
+        for at in (660, 720, 780):
+            world.advance_to(at)
+            world.database.last.complete()
+        self.assertEqual(world.log.events(*events), events)
+
+    def test_when_and_how(self) -> None:
+        """It is told when the state changes, with the age and the limit."""
+        world = self.started()
+        world.database.last.complete()
+        world.advance(180)
+        self.assertEqual((world.dataset.state(), world.log.events("dataset_expired")), (State.STALE, []))
+        world.advance(0.001)
+        self.assertEqual(world.dataset.state(), State.EXPIRED)
+        expired = {"dataset": "products", "age_s": 180.001, "max_age_s": 180.0}
+        self.assertIn(("warning", "dataset_expired", expired), world.log.lines)
+
+    def test_no_recovery_by_what_has_expired(self) -> None:
+        """A snapshot that took longer to read than it may be old is no recovery; only a good one is."""
+        world = self.started(max_age_s=10.0)
+        events = ["dataset_expired", "dataset_recovered"]
+        for at in (60, 120):
+            world.advance(20)
+            world.database.last.complete()
+            world.advance_to(at)
+        self.assertEqual(world.log.events(*events), events[:1])
+        world.database.last.complete()
+        self.assertEqual(world.log.events(*events), events)
+
+
+class Lines(RefreshTestCase):
+    """One canonical line per refresh."""
+
+    def test_published(self) -> None:
+        """refresh_published has the fields of the contract, durations to the millisecond."""
+        world = self.started("a", "products", max_connections=1)
+        world.advance(0.25)
+        world.database.last.complete()
+        world.advance(1.00049)
+        world.database.last.complete(rows=2)
+        self.assert_last_line(
+            world,
+            "info",
+            "refresh_published",
+            {
+                "dataset": "products",
+                "trigger": "start",
+                "generation": 1,
+                "rows": 2,
+                "bytes": 6,
+                "took_s": 1.0,
+                "queued_s": 0.25,
+            },
+        )
+
+    def test_failed(self) -> None:
+        """refresh_failed says why, how long it took, when it is tried again, and how many failed in a row."""
+        world = self.started()
+        world.advance(2)
+        world.database.last.fail()
+        expected = {
+            "dataset": "products",
+            "trigger": "start",
+            "error": "column absent does not exist",
+            "blocked_by": None,
+            "took_s": 2.0,
+            "retry_in_s": 1.0,
+            "consecutive_failures": 1,
+        }
+        self.assert_last_line(world, "warning", "refresh_failed", expected)
+        world.advance(1)
+        world.database.last.fail()
+        again = {"trigger": "retry", "took_s": 0.0, "retry_in_s": 2.0, "consecutive_failures": 2}
+        self.assert_last_line(world, "warning", "refresh_failed", expected | again)
+
+    def test_who_blocked_it(self) -> None:
+        """A refresh that waited for a lock says who held it, in the log and in the attempt."""
+        world = self.started()
+        world.database.last.fail(LockTimeout("a lock was not granted", "55P03", [BLOCKER]))
+        self.assertEqual(world.dataset.attempts[-1].blockers, (BLOCKER,))
+        self.assertEqual(
+            world.log.lines[-1][2]["blocked_by"],
+            [
+                "session 42 of app (psql) holds AccessExclusiveLock on public.products, "
+                "in a transaction since 2026-01-02T03:04:05Z, idle in transaction"
+            ],
+        )
+
+    def test_one_a_refresh(self) -> None:
+        """Each refresh that ends has exactly one line of its own, and a snapshot knows where it is from."""
+        world = self.started(retry_initial_s=60.0)
+        for at, end in ((60, Read.complete), (120, Read.fail), (180, Read.complete)):
+            end(world.database.last)
+            world.advance_to(at)
+        events = ["refresh_published", "refresh_failed", "refresh_published"]
+        self.assertEqual([event for _, event, _ in world.log.lines], events)
+        snapshot = world.dataset.snapshot
+        assert snapshot is not None
+        self.assertEqual((snapshot.generation, snapshot.as_of, snapshot.read_at), (2, AS_OF, START_S + 120))
+        self.assertEqual((snapshot.source, snapshot.database_snapshot), ("postgres", "1:1:"))
+
+
+class Stopping(RefreshTestCase):
+    def assert_stops(self, world: World) -> None:
+        lines = len(world.log.events("refresh_failed", "refresh_published"))
+        self.stop(world)
+        reads = len(world.database.reads)
+        world.advance(1000)
+        self.assertEqual(len(world.database.reads), reads)
+        self.assertEqual(len(world.log.events("refresh_failed", "refresh_published")), lines)
+        for dataset in world.cache.datasets.values():
+            self.assertEqual((dataset.refreshing, dataset.loading), (False, None))
+            self.assertIsNone(dataset.next_refresh_in_s())
+
+    def test_never_started(self) -> None:
+        """Stop before start is done at once."""
+        self.successResultOf(World().service.stopService())
+
+    def test_between_refreshes(self) -> None:
+        """Between two refreshes stop takes the plans back."""
+        world = self.started()
+        world.database.last.complete()
+        world.advance(100)
+        world.database.last.complete()
+        self.assert_stops(world)
+
+    def test_while_reading_and_queued(self) -> None:
+        """What reads is cancelled and what waits is sent away; neither is told as a failure."""
+        world = self.started("a", "b", "products", max_connections=1)
+        self.assert_stops(world)
+        self.assertEqual(sum(world.dataset.outcomes.values()), 0)
+
+    def test_with_one_more_asked_for(self) -> None:
+        """A refresh asked for while one runs does not begin when stop ends that one."""
+        world = self.started("a", "products", max_connections=1)
+        world.service.refresh_now("a")
+        world.service.refresh_now("products")
+        self.assert_stops(world)
+        self.assertEqual(len(world.database.reads), 1)
+
+    def test_while_a_retry_waits(self) -> None:
+        """A retry that waits is taken back."""
+        world = self.started()
+        world.database.last.fail()
+        self.assert_stops(world)
+
+    def test_when_expired(self) -> None:
+        """An expired dataset stops as any other, and so does one that is about to expire."""
+        world = self.started(interval_s=1000.0, max_age_s=10.0)
+        world.database.last.complete()
+        world.advance(9)
+        world.service.refresh_now("products")
+        world.database.last.fail()
+        world.advance(5)
+        self.assertEqual(world.log.events("dataset_expired"), ["dataset_expired"])
+        self.assert_stops(world)
+
+    def test_waits_for_what_runs(self) -> None:
+        """Stop fires only when the read that it cancels has ended."""
+        world = World()
+        ended: Deferred[Reading] = Deferred()
+        world.database.after_failure = lambda _: ended
+        world.service.startService()
+        stopped = world.service.stopService()
+        self.assertNoResult(stopped)
+        ended.errback(DatabaseUnavailable("the session was closed"))
+        self.successResultOf(stopped)
+        self.assertEqual(world.clock.getDelayedCalls(), [])
+        self.assertIsNone(world.dataset.next_refresh_in_s())
+
+    def test_a_read_that_ends_well_nevertheless(self) -> None:
+        """A read whose result comes in spite of the cancellation leaves no timer behind."""
+        world = World()
+        world.database.after_failure = lambda _: Reading(AS_OF, START_S, "1:1:")
+        world.service.startService()
+        self.stop(world)
+
+    @settings(deadline=None)
+    @given(
+        st.lists(
+            st.tuples(st.sampled_from(["advance", "complete", "fail", "break", "refresh"]), st.floats(0, 100)),
+            max_size=30,
+        )
+    )
+    def test_in_every_state(self, steps: list[tuple[str, float]]) -> None:
+        """Wherever it stands, stop fires and leaves no delayed call and no read."""
+        world = World("a", "b", "c", jitter=0.1, random=lambda: 0.5, max_age_s=70.0)
+        world.service.startService()
+        for step, share in steps:
+            running = world.database.running
+            if step == "advance":
+                world.advance(share)
+            elif step == "refresh":
+                world.service.refresh_now("abc"[int(share) % 3])
+            elif running and step == "complete":
+                running[-1].complete()
+            elif running:
+                running[0].fail(ZeroDivisionError() if step == "break" else None)
+        self.assert_stops(world)
