@@ -21,10 +21,11 @@ COPY tac /opt/cacheservice/tac
 ENV PATH=/opt/cacheservice/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     CACHESERVICE_CONFIG=/etc/cacheservice/cacheservice.toml \
-    CACHESERVICE_STATUS__HOST=0.0.0.0
+    CACHESERVICE_STATUS__HOST=0.0.0.0 \
+    CACHESERVICE_HTTP__HOST=0.0.0.0
 USER 10001
 WORKDIR /tmp
-EXPOSE 8000
+EXPOSE 8000 6380 8080
 STOPSIGNAL SIGTERM
 # Alive, nothing more: a database that is down must not restart its cache.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=10s CMD ["python", "-c", "import os, socket; s = socket.create_connection(('127.0.0.1', int(os.environ.get('CACHESERVICE_STATUS__PORT', 8000))), 2); s.sendall(b'ruok\\n'); raise SystemExit(s.recv(16) != b'imok\\n')"]

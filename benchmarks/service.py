@@ -28,6 +28,10 @@ _CONFIG = """\
 dsn = {dsn}
 [status]
 port = 0
+[resp]
+port = 0
+[http]
+port = 0
 [admin]
 socket = {admin}
 [limits]
@@ -43,13 +47,13 @@ timeout_s = 120
 class RunningService:
     """A service that refreshes `products` when it starts and when it is asked to.
 
-    :param port: of its status port on 127.0.0.1.
+    :param ports: on 127.0.0.1, by name: status, resp, http.
     :param admin: the path of its admin socket.
     """
 
-    def __init__(self, pid: int, port: int, admin: Path) -> None:
+    def __init__(self, pid: int, ports: dict[str, int], admin: Path) -> None:
         self.pid = pid
-        self.port = port
+        self.port, self.resp_port, self.http_port = ports["status"], ports["resp"], ports["http"]
         self._admin = admin
 
     def ask(self, command: str) -> str:
@@ -120,7 +124,7 @@ def running_service(
                 stderr=subprocess.STDOUT,
             )
         try:
-            service = RunningService(process.pid, _status_port(process, log), admin)
+            service = RunningService(process.pid, _ports(process, log), admin)
             service.wait_refreshed()
             yield service
         finally:
@@ -128,12 +132,13 @@ def running_service(
             process.wait()
 
 
-def _status_port(process: subprocess.Popen[bytes], log: Path) -> int:
+def _ports(process: subprocess.Popen[bytes], log: Path) -> dict[str, int]:
     limit = time.monotonic() + _START_LIMIT_S
     while process.poll() is None and time.monotonic() < limit:
         for line in log.read_text().splitlines():
             if '"service_started"' in line:
-                return int(json.loads(line)["status"].rpartition(":")[2])
+                started = json.loads(line)
+                return {name: int(started[name].rpartition(":")[2]) for name in ("status", "resp", "http")}
         time.sleep(_POLL_INTERVAL_S)
     raise RuntimeError(f"the service did not start:\n{log.read_text()}")
 

@@ -20,14 +20,18 @@ from cacheservice.cache.describe import seconds
 from cacheservice.config import Settings
 from cacheservice.errors import ConfigError, PortUnavailable
 from cacheservice.ops import logs
+from cacheservice.ports.freshness import Freshness
+from cacheservice.ports.http import HttpFactory
 from cacheservice.ports.listen import PortService, tcp, unix
+from cacheservice.ports.resp.commands import Commands as RespCommands
+from cacheservice.ports.resp.protocol import RespFactory
 from cacheservice.ports.status import Commands, StatusFactory
 from cacheservice.postgres import target
 from cacheservice.postgres.database import Database
 from cacheservice.refresh.service import CacheService
 
-_STOP_TIMEOUT_S = 4.5
-"""The contract allows 5 s for a clean stop."""
+_STOP_TIMEOUT_S = 4.0
+"""The contract allows 5 s for a clean stop, the last lines of the log included."""
 
 
 def load_settings(environ: Mapping[str, str]) -> Settings:
@@ -67,7 +71,6 @@ class CacheServiceRoot(MultiService):
 
     def startService(self) -> None:
         self._writer.start()
-        super().startService()
         self._reactor.addSystemEventTrigger("after", "shutdown", self._writer.stop)
         ports = {
             str(port.name): _address(port.address)
@@ -75,9 +78,10 @@ class CacheServiceRoot(MultiService):
             if isinstance(port, PortService) and port.address is not None
         }
         self._log.info("service_started", version=__version__, pid=os.getpid(), **ports)
+        super().startService()
 
     def stopService(self) -> Deferred[Any]:
-        """Fires when all have stopped, or after 4.5 s."""
+        """Fires when all have stopped, or after 4 s."""
         Service.stopService(self)
         self._log.info("service_stopping")
         stopped = Deferred.fromCoroutine(self._stop_in_order())
@@ -107,13 +111,13 @@ class Signals(Service):
 
     def startService(self) -> None:
         super().startService()
-        # Twisted installs its handlers when the reactor starts to run, after this.
+        signal.signal(signal.SIGHUP, self._hang_up)
+        # Twisted installs its own handlers of these when the reactor starts to run, after this.
         self._reactor.callWhenRunning(self._install)
 
     def _install(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._once(signal.getsignal(number)))
-        signal.signal(signal.SIGHUP, self._hang_up)
 
     def _once(self, stop: Any) -> Callable[[int, FrameType | None], None]:
         def first(number: int, frame: FrameType | None) -> None:
@@ -165,12 +169,28 @@ def make_service(settings: Settings, reactor: Any, writer: logs.LineWriter, log:
     refresh.setServiceParent(root)
 
     limits = settings.limits
+    freshness = Freshness(refresh, reactor)
     status = StatusFactory(Commands(cache), limits.max_connections, limits.idle_timeout_s, reactor)
     listen = tcp(reactor, settings.status.host, settings.status.port, status)
     _add_port(root, "status", "status.port", listen, status)
     if settings.admin.socket:
         admin = StatusFactory(Commands(cache, refresh), limits.max_connections, limits.idle_timeout_s, reactor)
         _add_port(root, "admin", "admin.socket", unix(reactor, settings.admin.socket, admin), admin)
+    if settings.resp.enabled:
+        commands = RespCommands(cache, freshness, settings.resp.password.get_secret_value())
+        resp = RespFactory(cache, commands, limits.max_connections, limits.idle_timeout_s, reactor)
+        _add_port(root, "resp", "resp.port", tcp(reactor, settings.resp.host, settings.resp.port, resp), resp)
+    if settings.http.enabled:
+        http = HttpFactory(
+            cache=cache,
+            freshness=freshness,
+            max_connections=limits.max_connections,
+            idle_timeout_s=limits.idle_timeout_s,
+            reactor=reactor,
+            token=settings.http.token.get_secret_value(),
+            allow_data=config.is_loopback(settings.http.host) or limits.allow_anonymous,
+        )
+        _add_port(root, "http", "http.port", tcp(reactor, settings.http.host, settings.http.port, http), http)
     return root
 
 
@@ -181,7 +201,7 @@ def make_log(settings: Settings) -> tuple[logs.LineWriter, Any]:
     return writer, log
 
 
-def _add_port(root: MultiService, name: str, setting: str, listen: Any, factory: StatusFactory) -> None:
+def _add_port(root: MultiService, name: str, setting: str, listen: Any, factory: Any) -> None:
     port = PortService(setting, listen, factory.close_clients)
     port.setName(name)
     port.setServiceParent(root)

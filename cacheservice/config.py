@@ -107,10 +107,33 @@ class AdminSettings(_Table):
     )
 
 
+class RespSettings(_Table):
+    enabled: bool = Field(default=True, description="whether the Redis protocol is served")
+    host: Annotated[str, AfterValidator(_without_lookup)] = Field(
+        default="127.0.0.1", description='address that the RESP port listens on: an IP address or "localhost"'
+    )
+    port: int = Field(default=6380, ge=0, le=65535, description="TCP port of the Redis protocol; 0 = any free one")
+    password: SecretStr = Field(default=SecretStr(""), description="when set, clients must AUTH with it")
+
+
+class HttpSettings(_Table):
+    enabled: bool = Field(default=True, description="whether HTTP is served")
+    host: Annotated[str, AfterValidator(_without_lookup)] = Field(
+        default="127.0.0.1", description='address that the HTTP port listens on: an IP address or "localhost"'
+    )
+    port: int = Field(default=8080, ge=0, le=65535, description="TCP port of HTTP; 0 = any free one")
+    token: SecretStr = Field(
+        default=SecretStr(""), description='when set, /v1 wants "Authorization: Bearer" with it; probes never do'
+    )
+
+
 class LimitsSettings(_Table):
     max_connections: int = Field(default=10_000, ge=1, description="clients that each port serves at once")
     idle_timeout_s: _TimerSeconds = Field(
         default=300.0, description="seconds of silence after which a client is dropped"
+    )
+    allow_anonymous: bool = Field(
+        default=False, description="whether other machines may read data without a password or a token"
     )
 
 
@@ -137,6 +160,9 @@ class DefaultsSettings(_Table):
         default_factory=lambda earlier: 3 * earlier.get("interval_s", 1.0),
         gt=0,
         description="age in seconds past which a snapshot is expired; 3 x interval_s unless set",
+    )
+    on_expired: Literal["serve", "refuse"] = Field(
+        default="serve", description='"refuse" makes reads fail once the snapshot is expired'
     )
     required: bool = Field(default=True, description="whether the service is ready only when this dataset is")
     retry_initial_s: _TimerSeconds = Field(
@@ -182,6 +208,8 @@ class Settings(_Table):
     postgres: PostgresSettings
     status: StatusSettings = StatusSettings()
     admin: AdminSettings = AdminSettings()
+    resp: RespSettings = RespSettings()
+    http: HttpSettings = HttpSettings()
     limits: LimitsSettings = LimitsSettings()
     log: LogSettings = LogSettings()
     defaults: DefaultsSettings = DefaultsSettings()
@@ -220,6 +248,10 @@ def load(environ: Mapping[str, str], dsn_problem: Callable[[str], str | None]) -
     dsn = _table(declared["postgres"]).get("dsn")
     if isinstance(dsn, str) and dsn and (wrong := dsn_problem(dsn)) is not None:
         problems.setdefault(("postgres", "dsn"), wrong)
+    if _is_open_to_all(declared):
+        problems.setdefault(
+            ("resp", "host"), "other machines could read without a password; set resp.password, or a loopback address"
+        )
 
     if file_problem is not None:
         # What the file would have held is not known, so nothing that seems to be missing is reported.
@@ -241,6 +273,23 @@ def load(environ: Mapping[str, str], dsn_problem: Callable[[str], str | None]) -
     return settings
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a port that listens on `host`, an IP address or "localhost"."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _is_open_to_all(declared: Mapping[str, Any]) -> bool:
+    """Whether the RESP port would serve data to other machines without asking who they are."""
+    resp, limits = _table(declared.get("resp")), _table(declared.get("limits"))
+    served = resp.get("enabled", True) is not False
+    allowed = resp.get("password") or limits.get("allow_anonymous") is True
+    host = resp.get("host", "127.0.0.1")
+    return served and not allowed and isinstance(host, str) and not is_loopback(host)
+
+
 def reference() -> list[tuple[str, str, str]]:
     """Each key once, in the order of the file, as (path, default as TOML, description).
 
@@ -251,7 +300,9 @@ def reference() -> list[tuple[str, str, str]]:
     def default(field: FieldInfo) -> str:
         if field.is_required():
             return "required"
-        return "" if field.default_factory is not None else json.dumps(field.default)
+        if field.default_factory is not None:
+            return ""
+        return json.dumps(field.default.get_secret_value() if isinstance(field.default, SecretStr) else field.default)
 
     return [
         (f"datasets.NAME.{key}" if table == "datasets" else f"{table}.{key}", default(field), field.description or "")

@@ -128,7 +128,7 @@ class Commands(FromTheWheel):
         self.assertIn("applied 0001_schema", told.stdout)
         (self.folder / "dsn").write_text(self.server.dsn("wheel_reader", "hidden-word", database) + "\n")
         (self.folder / "cacheservice.toml").write_text(
-            '[status]\nport = 0\n[datasets.items]\nquery = "SELECT * FROM items"\nkey = "id"\ninterval_s = 1\n'
+            '[status]\nport = 0\n[resp]\nport = 0\n[http]\nport = 0\n[datasets.items]\nquery = "SELECT * FROM items"\nkey = "id"\ninterval_s = 1\n'
         )
         with subprocess.Popen(
             [sys.executable, "-m", "cacheservice", "run"],
@@ -211,12 +211,22 @@ class Demo(FromTheWheel):
             demo = self.start()
             said = self.read_until(demo, "Ctrl-C ends all of it.")
         self.assertIn("Port 8000 is taken", said)
-        port = int(re.search(r"the status port is (\d+) instead", said)[1])  # type: ignore[index]
-        postmaster = int(re.search(r"kill -QUIT (\d+)", said)[1])  # type: ignore[index]
+        port = int(re.search(r"the status port is (\d+) instead", said)[1])
+        postmaster = int(re.search(r"kill -QUIT (\d+)", said)[1])
         family = psutil.Process(demo.pid).children(recursive=True)
         self.assertIn(postmaster, [process.pid for process in family])
         datasets = json.loads(ask(port, "json"))["datasets"]
         self.assertGreaterEqual(sum(dataset["rows"] for dataset in datasets.values()), 50_000)
+
+        # The README's example runs as it stands there.
+        (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+        resp_port = re.search(r"redis-cli -p (\d+)", said)[1]
+        read: dict[str, object] = {}
+        exec(example.replace("6380", resp_port), read)
+        self.assertEqual(read["product"]["id"], 42)
+        self.assertEqual([price["currency"] for price in read["prices"]], ["EUR", "USD"])
+        self.assertEqual(len(read["flags"]), 40)
+        read["cache"].close()
 
         os.kill(postmaster, signal.SIGQUIT)
         self.read_until(demo, "PostgreSQL has ended")
@@ -235,5 +245,5 @@ class Demo(FromTheWheel):
         self.assertEqual(demo.returncode, 0, rest)
         self.assertNotIn("Traceback", said + rest)
         self.assertEqual([process for process in family if process.is_running()], [])
-        directory = re.search(r"embedded PostgreSQL in (\S+)", said)[1]  # type: ignore[index]
+        directory = re.search(r"embedded PostgreSQL in (\S+)", said)[1]
         self.assertFalse(Path(directory).exists())

@@ -54,7 +54,11 @@ class WhatLoads(Loading):
         loaded = self.load(DSN + PRODUCTS)
         self.assertEqual((loaded.postgres.connect_timeout_s, loaded.postgres.max_connections), (5.0, 2))
         self.assertEqual((loaded.status.host, loaded.status.port, loaded.admin.socket), ("127.0.0.1", 8000, ""))
+        self.assertEqual((loaded.resp.enabled, loaded.resp.host, loaded.resp.port), (True, "127.0.0.1", 6380))
+        self.assertEqual((loaded.http.enabled, loaded.http.host, loaded.http.port), (True, "127.0.0.1", 8080))
+        self.assertEqual((loaded.resp.password.get_secret_value(), loaded.http.token.get_secret_value()), ("", ""))
         self.assertEqual((loaded.limits.max_connections, loaded.limits.idle_timeout_s), (10_000, 300.0))
+        self.assertFalse(loaded.limits.allow_anonymous)
         self.assertEqual((loaded.log.level, loaded.log.format), ("info", "json"))
         self.assertEqual(
             loaded.datasets["products"].model_dump(),
@@ -70,6 +74,7 @@ class WhatLoads(Loading):
                 "retry_max_s": 60.0,
                 "jitter": 0.1,
                 "max_rows": 0,
+                "on_expired": "serve",
                 "max_bytes": 0,
             },
         )
@@ -362,12 +367,24 @@ class Problems(Loading):
             self.problem_of(DSN + "sslmode = 1\n" + PRODUCTS),
             "postgres.sslmode: unknown key; known are dsn, connect_timeout_s, max_connections",
         )
-        known = "known are postgres, status, admin, limits, log, defaults, datasets"
-        self.assertEqual(self.problem_of(DSN + PRODUCTS + "[resp]\n"), f"resp: unknown table; {known}")
+        known = "known are postgres, status, admin, resp, http, limits, log, defaults, datasets"
+        self.assertEqual(self.problem_of(DSN + PRODUCTS + "[cluster]\n"), f"cluster: unknown table; {known}")
         self.assertEqual(self.problem_of("logs = 1\n" + DSN + PRODUCTS), 'logs: unknown key; did you mean "log"?')
         self.assertIn("name: unknown key;", self.problem_of(DSN + PRODUCTS + 'name = "x"'))
         self.assertIn('."[key]": unknown key; did you mean "key"?', self.problem_of(DSN + PRODUCTS + '"[key]" = 1'))
         self.assertIn("watch: unknown key;", self.problem_of(DSN + PRODUCTS + "watch = []"))
+
+    def test_open_to_all(self) -> None:
+        """Rows are not served to other machines over the Redis protocol without a password, unless that is allowed."""
+        every = DSN + PRODUCTS + '[resp]\nhost = "0.0.0.0"\n'
+        self.assertEqual(
+            self.problem_of(every),
+            "resp.host: other machines could read without a password; set resp.password, or a loopback address",
+        )
+        for more in ('password = "secret"\n', "enabled = false\n", "[limits]\nallow_anonymous = true\n"):
+            self.load(every + more)
+        self.load(every, RESP__PASSWORD="secret")
+        self.load(DSN + PRODUCTS + '[resp]\nhost = "::1"\n')
 
     def test_no_query_in_defaults(self) -> None:
         """[defaults] holds neither query nor key; an unknown key in it is told once and given to no dataset."""

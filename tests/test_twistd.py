@@ -216,7 +216,10 @@ class DaemonTestCase(SynchronousTestCase):
 
     def configuration(self, *tables: str, dsn: str | None = None, log: str = "", port: int = 0) -> str:
         dsn = dsn or self.server.dsn(database=self.database)
-        return f'[postgres]\ndsn = "{dsn}"\n[status]\nport = {port}\n[log]\n{log}\n' + "".join(tables or (PRODUCTS,))
+        return (
+            f'[postgres]\ndsn = "{dsn}"\n[status]\nport = {port}\n[resp]\nport = 0\n[http]\nport = 0\n[log]\n{log}\n'
+            + "".join(tables or (PRODUCTS,))
+        )
 
     def started(self, configuration: str | None = None, **options: Any) -> Daemon:
         daemon = Daemon(self.directory, self.configuration() if configuration is None else configuration, **options)

@@ -32,6 +32,8 @@ _DATABASE = "shop"
 _READER = "cache_reader"
 _TABLES = ("shop.products", "shop.prices", "shop.feature_flags", "shop.customers", "shop.permissions")
 _STATUS_PORT = 8000
+_RESP_PORT = 6380
+_HTTP_PORT = 8080
 _ANSWER_LIMIT_S = 30.0
 _STOP_LIMIT_S = 10.0
 _REVIVE_AFTER_S = 10.0
@@ -41,6 +43,12 @@ _CONFIGURATION = """\
 # Made by `cacheservice demo`. The database is named by CACHESERVICE_POSTGRES__DSN, which holds a password.
 [status]
 port = {status_port}
+
+[resp]
+port = {resp_port}
+
+[http]
+port = {http_port}
 
 [admin]
 socket = "{admin_socket}"
@@ -82,6 +90,9 @@ The service runs. In another terminal:
 
   Look:     {status}
             {ask} "why products"
+  Read:     redis-cli -p {resp_port} GET products:42
+            redis-cli -p {resp_port} HGETALL feature_flags
+            curl -i http://127.0.0.1:{http_port}/v1/datasets/prices/rows/42:EUR
   Lock it:  {psql} -c "BEGIN; LOCK TABLE shop.products; SELECT pg_sleep(20)"
             {ask} "why products"        (after 5 s it names the session that holds the lock)
   Freeze:   kill -STOP {postgres_pid}       the database answers nobody; watch the ages rise and nothing else change
@@ -143,11 +154,15 @@ class Demo:
         password = self._fill_shop()
         self._life = self._resources.enter_context(_child(self._life_command(), stderr=subprocess.DEVNULL))
         admin_socket = directory / "admin.sock"
-        status_port = _free_port(_STATUS_PORT)
-        if status_port != _STATUS_PORT:
-            click.echo(f"Port {_STATUS_PORT} is taken: the status port is {status_port} instead.")
+        status_port = _port("status", _STATUS_PORT)
+        resp_port = _port("RESP", _RESP_PORT)
+        http_port = _port("HTTP", _HTTP_PORT)
         configuration = directory / "cacheservice.toml"
-        configuration.write_text(_CONFIGURATION.format(status_port=status_port, admin_socket=admin_socket))
+        configuration.write_text(
+            _CONFIGURATION.format(
+                status_port=status_port, resp_port=resp_port, http_port=http_port, admin_socket=admin_socket
+            )
+        )
         dsn = self._postgres.dsn(_READER, password, _DATABASE)
         environment = {name: value for name, value in os.environ.items() if not name.startswith("CACHESERVICE_")}
         environment |= {"CACHESERVICE_CONFIG": str(configuration), "CACHESERVICE_POSTGRES__DSN": dsn}
@@ -155,7 +170,7 @@ class Demo:
         command = [sys.executable, "-m", "cacheservice", "run"]
         self._service = self._resources.enter_context(_child(command, env=environment, cwd=directory))
         self._wait_for_answer(status_port)
-        click.echo(self._what_to_try(directory, status_port, admin_socket))
+        click.echo(self._what_to_try(directory, status_port, resp_port, http_port, admin_socket))
 
     def _fill_shop(self) -> str:
         """Make the shop unless it is there, and its reader; gives the reader's new password."""
@@ -205,7 +220,9 @@ class Demo:
             time.sleep(0.1)
         raise DemoFailed("the service did not become ready; its log is above")
 
-    def _what_to_try(self, directory: Path, status_port: int, admin_socket: Path) -> str:
+    def _what_to_try(
+        self, directory: Path, status_port: int, resp_port: int, http_port: int, admin_socket: Path
+    ) -> str:
         quoted = " ".join(f'"{word}"' if " " in word else word for word in self._psql())
         program = "cacheservice" if shutil.which("cacheservice") else f"{sys.executable} -m cacheservice"
         port = "" if status_port == _STATUS_PORT else f" --port {status_port}"
@@ -216,6 +233,8 @@ class Demo:
             postgres_pid=self._postgres.pid,
             revive_after_s=_REVIVE_AFTER_S,
             admin_socket=admin_socket,
+            resp_port=resp_port,
+            http_port=http_port,
             kept=f" The data stay in {directory}." if self._directory else "",
         )
 
@@ -246,6 +265,14 @@ def _child(command: list[str], **how: Any) -> Iterator[subprocess.Popen[bytes]]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _port(name: str, wanted: int) -> int:
+    """The port `wanted`, or another, which is told."""
+    port = _free_port(wanted)
+    if port != wanted:
+        click.echo(f"Port {wanted} is taken: the {name} port is {port} instead.")
+    return port
 
 
 def _free_port(wanted: int) -> int:

@@ -17,7 +17,7 @@ from zope.interface import implementer
 
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 _MOST_WAITING_LINES = 10_000
-_FLUSH_TIMEOUT_S = 1.0
+_FLUSH_TIMEOUT_S = 0.3
 
 _LEVEL_OF_TWISTED: Mapping[LogLevel, str] = {
     LogLevel.debug: "debug",

@@ -1,0 +1,97 @@
+"""Waiting for a snapshot that is new enough. All who wait for a dataset share its refreshes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.internet.task import deferLater
+
+from cacheservice.cache.cache import Refreshes
+from cacheservice.cache.dataset import Dataset, Snapshot
+
+_FIRST_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 2.0
+
+
+class Freshness:
+    """What the read ports ask when what is served is not fresh enough.
+
+    :param clock: `IReactorTime`, monotonic.
+    """
+
+    def __init__(self, refreshes: Refreshes, clock: Any) -> None:
+        self._refreshes = refreshes
+        self._clock = clock
+
+    async def at_most(self, dataset: Dataset, max_age_s: float) -> bool:
+        """Wait until the served snapshot was read no longer ago than `max_age_s` before this call.
+
+        False if it was not within the dataset's `timeout_s`.
+        """
+        moment: float = self._clock.seconds() - max_age_s
+
+        def enough(snapshot: Snapshot) -> bool:
+            return snapshot.read_at >= moment
+
+        return await self._wait(dataset, enough, moment, dataset.settings.timeout_s)
+
+    async def includes(self, dataset: Dataset, transaction_id: int, timeout_s: float) -> bool:
+        """Wait until the served snapshot includes a PostgreSQL transaction that has ended; False if not in time."""
+
+        def enough(snapshot: Snapshot) -> bool:
+            return is_visible(transaction_id, snapshot.database_snapshot)
+
+        return await self._wait(dataset, enough, self._clock.seconds(), timeout_s)
+
+    async def _wait(
+        self, dataset: Dataset, enough: Callable[[Snapshot], bool], moment: float, timeout_s: float
+    ) -> bool:
+        pause_s = _FIRST_PAUSE_S
+        deadline_at: float = self._clock.seconds() + timeout_s
+        while not (dataset.snapshot and enough(dataset.snapshot)):
+            left_s = deadline_at - self._clock.seconds()
+            if left_s <= 0:
+                return False
+            if dataset.snapshot and dataset.snapshot.read_at >= moment:
+                # Read after we asked and still not enough: the transaction has not ended yet. Not again at once.
+                await deferLater(self._clock, min(pause_s, left_s))
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                moment = self._clock.seconds()
+            else:
+                # A refresh that fails is tried again by the dataset's own rules.
+                self._refreshes.refresh_since(dataset.name, moment)
+                await self._published(dataset, left_s)
+        return True
+
+    async def _published(self, dataset: Dataset, timeout_s: float) -> None:
+        """Wait for the next publish, or the time to be up."""
+        woken: Deferred[None] = Deferred()
+        timer = self._clock.callLater(timeout_s, woken.callback, None)
+
+        def published(_: Dataset) -> None:
+            if not woken.called:
+                woken.callback(None)
+
+        dataset.watch(published)
+        try:
+            await woken
+        finally:
+            dataset.unwatch(published)
+            if timer.active():
+                timer.cancel()
+
+
+def is_visible(transaction_id: int, database_snapshot: str) -> bool:
+    """Whether a snapshot, as `pg_current_snapshot()` shows it (xmin:xmax:xip,…), sees what that transaction committed.
+
+    PostgreSQL manual, 9.28.2: everything before xmin has ended, nothing from xmax on has, of those between the listed
+    ones have not.
+    """
+    xmin, xmax, in_progress = database_snapshot.split(":")
+    if transaction_id < int(xmin):
+        return True
+    if transaction_id >= int(xmax):
+        return False
+    return str(transaction_id) not in in_progress.split(",")

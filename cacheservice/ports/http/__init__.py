@@ -1,0 +1,5 @@
+"""The HTTP port: datasets and rows as JSON, and the probes."""
+
+from cacheservice.ports.http.channel import HttpFactory
+
+__all__ = ["HttpFactory"]

@@ -1,0 +1,372 @@
+"""What is answered to a request: the routes of /v1 and the probes, as functions of the cache and the request's head."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import secrets
+import time
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from typing import Any, NamedTuple
+from urllib.parse import quote, unquote_to_bytes
+
+from cacheservice.cache.cache import Cache
+from cacheservice.cache.dataset import Dataset, Snapshot, State
+from cacheservice.cache.describe import describe_dataset
+from cacheservice.errors import UnknownDataset
+from cacheservice.ports.freshness import Freshness
+from cacheservice.ports.http import heads, negotiation
+from cacheservice.ports.http.bodies import PIECE_BYTES, GzipBodies, Piece, compress_now, cut, json_lines, json_object
+from cacheservice.ports.http.guard import Guard
+from cacheservice.ports.http.heads import JSON, JSON_GZIP, NDJSON, NDJSON_GZIP, Representation, SnapshotHeads
+from cacheservice.ports.http.problem import Problem
+
+_JSON = b"application/json"
+_DATASETS = b"/v1/datasets"
+_DATASET = b"/v1/datasets/"
+_ROW = b"rows/"
+_READ_METHODS = (b"GET", b"HEAD")
+
+_GZIP_FROM_BYTES = 1024
+"""Below it gzip's own header and a client's work eat what is saved."""
+_AT_ONCE_ROWS = 512
+_SHOWN_KEY_BYTES = 100
+
+_TARGET = re.compile(rb"[!-\"$-~]+")
+_ORIGIN = re.compile(rb"https?://[^/?]+", re.IGNORECASE)
+_BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
+_SECONDS = re.compile(r"[0-9]+(\.[0-9]*)?|\.[0-9]+")
+
+
+class Reply(NamedTuple):
+    """An answer, but for the lines that frame its body.
+
+    `body` is bytes, or pieces of `size_bytes` in all, if that is known; None for a 304, which has none.
+    """
+
+    head: bytes
+    body: bytes | Iterator[Piece] | None
+    size_bytes: int | None = None
+
+
+class Request:
+    """The head of a request: its `target` as it came, and its headers under their names in lower case."""
+
+    __slots__ = ("headers", "method", "target")
+
+    def __init__(self, method: bytes, target: bytes, headers: dict[bytes, bytes]) -> None:
+        self.method = method
+        self.target = target
+        self.headers = headers
+
+    def host(self) -> str:
+        """The address that it came from."""
+        return ""
+
+
+class Answers:
+    """Answers requests.
+
+    :param guard: None without a token.
+    :param allow_data: False serves the probes alone, if there is no token.
+    :param wall_s: seconds since the epoch, for dates.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        freshness: Freshness,
+        bodies: GzipBodies,
+        guard: Guard | None,
+        allow_data: bool,
+        wall_s: Callable[[], float] = time.time,
+    ) -> None:
+        self._cache = cache
+        self._freshness = freshness
+        self._bodies = bodies
+        self._guard = guard
+        self._allow_data = allow_data
+        self._wall_s = wall_s
+        # Generations begin at 1 again with each process.
+        self._process = secrets.token_hex(4)
+        self._heads: dict[str, SnapshotHeads] = {}
+
+    def answer(self, request: Request) -> Reply | Coroutine[Any, Any, Reply]:
+        """The answer, or what becomes it.
+
+        :raises Problem: for what cannot be answered as it was meant; the coroutine as well.
+        """
+        path, _, query = request.target.partition(b"?")
+        if path[:1] != b"/":
+            path = _path_of_absolute(path)
+        if not path.isascii() or not _TARGET.fullmatch(request.target):
+            raise Problem(400, "the request's target may hold printable ASCII only; encode the rest as %XX")
+        if path[:4] == b"/v1/":
+            refused = self._refused(request)
+            if refused is not None:
+                return refused
+        if path[:13] == _DATASET:
+            name, slash, rest = path[13:].partition(b"/")
+            if rest[:5] == _ROW:
+                return self._of_dataset(request, name, query, self._row, decoded(rest[5:]))
+            if not slash:
+                return self._of_dataset(request, name, query, self._whole)
+            if rest == b"status":
+                _check_method(request)
+                return self._live(200, describe_dataset(self._dataset(name)), request)
+        elif path == _DATASETS:
+            _check_method(request)
+            return self._live(200, self._list(), request)
+        elif path == b"/livez":
+            _check_method(request)
+            return self._live(200, {"status": "alive"})
+        elif path == b"/readyz":
+            _check_method(request)
+            return self._ready()
+        raise Problem(404, "there is nothing at this path; GET /v1/datasets lists what there is")
+
+    def problem(self, problem: Problem, target: bytes) -> tuple[bytes, bytes]:
+        """The head and the body that a refusal becomes."""
+        head = heads.plain_head(problem.status, b"application/problem+json", self._wall_s())
+        return head + problem.headers, problem.body(target)
+
+    # Who may ask
+
+    def _refused(self, request: Request) -> Coroutine[Any, Any, Reply] | None:
+        """None for who may read data."""
+        if self._guard is None:
+            if self._allow_data:
+                return None
+            raise Problem(
+                403, "this port serves data beyond its own machine only with a token; set http.token and send it"
+            )
+        authorization = request.headers.get(b"authorization")
+        if authorization is None:
+            self._guard.refuse_missing()
+        host = request.host()
+        self._guard.admit(host)
+        return None if self._guard.accepts(authorization) else self._guard.refuse_wrong(host)
+
+    # Live states, which no cache may keep
+
+    def _live(self, status: int, value: object, request: Request | None = None) -> Reply:
+        """:param request: to negotiate with; None for a probe, which takes what it gets."""
+        if request is not None:
+            _negotiated(request, (_JSON,))
+        return Reply(heads.plain_head(status, _JSON, self._wall_s()), json.dumps(value).encode() + b"\n")
+
+    def _ready(self) -> Reply:
+        not_ready = {name: str(state) for name, state in self._cache.not_ready().items()}
+        if not_ready:
+            return self._live(503, {"status": "not ready", "not_ready": not_ready})
+        return self._live(200, {"status": "ready"})
+
+    def _list(self) -> dict[str, Any]:
+        fields = ("state", "rows", "bytes", "generation", "as_of", "age_s")
+        listed = []
+        for name, dataset in self._cache.datasets.items():
+            described = describe_dataset(dataset)
+            path = f"/v1/datasets/{quote(name)}"
+            links = {"self": path, "row": path + "/rows/{key}", "status": path + "/status"}
+            listed.append({"name": name} | {field: described[field] for field in fields} | {"links": links})
+        return {"datasets": listed}
+
+    # Data
+
+    def _of_dataset(
+        self, request: Request, name: bytes, query: bytes, then: Callable[..., Any], *arguments: bytes
+    ) -> Reply | Coroutine[Any, Any, Reply]:
+        _check_method(request)
+        dataset = self._dataset(name)
+        if query:
+            max_age_s = _max_age_s(query)
+            if max_age_s is not None:
+                return self._when_fresh(dataset, max_age_s, request, then, arguments)
+        return then(request, dataset, _served(dataset), *arguments)  # type: ignore[no-any-return]
+
+    async def _when_fresh(
+        self,
+        dataset: Dataset,
+        max_age_s: float,
+        request: Request,
+        then: Callable[..., Any],
+        arguments: tuple[bytes, ...],
+    ) -> Reply:
+        if not await self._freshness.at_most(dataset, max_age_s):
+            age_s = dataset.age_s()
+            if age_s is None:
+                raise _not_loaded(dataset)
+            raise Problem(
+                503,
+                f"{dataset.name} is {age_s:.1f} s old, asked for was at most {max_age_s:g} s",
+                _retry_after(dataset),
+                {"age_s": round(age_s, 3), "max_age_s": max_age_s},
+            )
+        reply = then(request, dataset, _served(dataset), *arguments)
+        return reply if isinstance(reply, Reply) else await reply
+
+    def _dataset(self, encoded: bytes) -> Dataset:
+        name = decoded(encoded).decode()
+        try:
+            return self._cache.dataset(name)
+        except UnknownDataset as error:
+            raise Problem(404, f"{error}; GET /v1/datasets lists them") from None
+
+    def _heads_of(self, dataset: Dataset, snapshot: Snapshot) -> SnapshotHeads:
+        ready = self._heads.get(dataset.name)
+        now_s = self._cache.now()
+        if (
+            ready is None
+            or ready.generation != snapshot.generation
+            or now_s >= ready.until_s
+            or ready.dataset is not dataset
+        ):
+            ready = SnapshotHeads(dataset, snapshot, self._process, now_s, self._wall_s())
+            self._heads[dataset.name] = ready
+        return ready
+
+    def _row(
+        self, request: Request, dataset: Dataset, snapshot: Snapshot, key: bytes
+    ) -> Reply | Coroutine[Any, Any, Reply]:
+        document = snapshot.rows.get(key)
+        if document is None:
+            raise Problem(404, f"{dataset.name} has no row '{key[:_SHOWN_KEY_BYTES].decode(errors='replace')}'")
+        ready = self._heads_of(dataset, snapshot)
+        size_bytes = len(document)
+        headers = request.headers
+        if b"accept" in headers:
+            _negotiated(request, (_JSON,))
+        if b"accept-encoding" in headers and _zipped(headers, size_bytes):
+            if _is_unchanged(headers, ready, JSON_GZIP):
+                return Reply(ready.not_modified(JSON_GZIP), None)
+            if size_bytes > PIECE_BYTES:
+                return self._large_zipped_row(ready.found(JSON_GZIP), document)
+            return Reply(ready.found(JSON_GZIP), compress_now(document))
+        if (b"if-none-match" in headers or b"if-modified-since" in headers) and _is_unchanged(headers, ready, JSON):
+            return Reply(ready.json_not_modified, None)
+        if size_bytes > PIECE_BYTES:
+            return Reply(ready.json, cut(document), size_bytes)
+        return Reply(ready.json, document)
+
+    async def _large_zipped_row(self, head: bytes, document: bytes) -> Reply:
+        body = await self._bodies.compress(document)
+        return Reply(head, cut(body), len(body))
+
+    def _whole(self, request: Request, dataset: Dataset, snapshot: Snapshot) -> Reply:
+        rows, headers = snapshot.rows, request.headers
+        lines = b"accept" in headers and _negotiated(request, (_JSON, NDJSON.content_type)) == NDJSON.content_type
+        zipped = b"accept-encoding" in headers and _zipped(headers, rows.size_bytes)
+        form = (NDJSON_GZIP if zipped else NDJSON) if lines else (JSON_GZIP if zipped else JSON)
+        ready = self._heads_of(dataset, snapshot)
+        if (b"if-none-match" in headers or b"if-modified-since" in headers) and _is_unchanged(headers, ready, form):
+            return Reply(ready.not_modified(form) if form is not JSON else ready.json_not_modified, None)
+        head = ready.found(form)
+        if zipped:
+            if request.method == b"HEAD":  # not worth making it
+                body = self._bodies.find(dataset, snapshot, lines)
+                return Reply(head, iter(()), None if body is None else body.size_bytes)
+            body = self._bodies.make(dataset, snapshot, lines)
+            return Reply(head, body.follow(), body.size_bytes)
+        pieces = json_lines(rows) if lines else json_object(rows)
+        if rows.count <= _AT_ONCE_ROWS and rows.size_bytes <= PIECE_BYTES:
+            return Reply(head, b"".join(pieces))
+        return Reply(head, pieces)
+
+
+# The request's parts
+
+
+def decoded(part: bytes) -> bytes:
+    """A part of a path without its escapes.
+
+    :raises Problem: 400 for a broken escape, and for what is not UTF-8.
+    """
+    if b"%" not in part:
+        return part
+    if _BAD_ESCAPE.search(part):
+        raise Problem(400, "the path holds a % that two hexadecimal digits do not follow; a % itself is %25")
+    plain = unquote_to_bytes(part)
+    try:
+        plain.decode()
+    except UnicodeDecodeError:
+        raise Problem(400, "the path, once decoded, is not UTF-8") from None
+    return plain
+
+
+def _path_of_absolute(target: bytes) -> bytes:
+    """The path of ``http://host/path``, which a client may send to a proxy and must be taken (RFC 9112, 3.2.2)."""
+    origin = _ORIGIN.match(target)
+    return (target[origin.end() :] or b"/") if origin else target
+
+
+def _max_age_s(query: bytes) -> float | None:
+    """:raises Problem: 400 for a max_age that is no number of seconds, and for two."""
+    given = [value for name, _, value in (part.partition(b"=") for part in query.split(b"&")) if name == b"max_age"]
+    if not given:
+        return None
+    text = unquote_to_bytes(given[0]).decode("ascii", "replace")
+    max_age_s = float(text) if len(given) == 1 and _SECONDS.fullmatch(text) else math.inf
+    if not math.isfinite(max_age_s):
+        raise Problem(400, "max_age must be given once, as a number of seconds that is not negative: max_age=5")
+    return max_age_s
+
+
+def _check_method(request: Request) -> None:
+    if request.method not in _READ_METHODS:
+        raise Problem(405, "this port only reads: use GET or HEAD", b"Allow: GET, HEAD\r\n")
+
+
+def _negotiated(request: Request, offered: tuple[bytes, ...]) -> bytes:
+    chosen = negotiation.media_type(request.headers.get(b"accept"), offered)
+    if chosen is None:
+        raise Problem(406, f"this is served as {' or '.join(offer.decode() for offer in offered)}")
+    return chosen
+
+
+def _zipped(headers: Mapping[bytes, bytes], size_bytes: int) -> bool:
+    """Whether a body goes out as gzip: if the client asks for it and it is large enough, or takes nothing else."""
+    codings = negotiation.codings(headers.get(b"accept-encoding"))
+    if codings.gzip and size_bytes >= _GZIP_FROM_BYTES:
+        return True
+    if codings.identity_allowed:
+        return False
+    if codings.gzip_allowed:
+        return True
+    raise Problem(406, "this is served plain or as gzip")
+
+
+def _is_unchanged(headers: Mapping[bytes, bytes], ready: SnapshotHeads, form: Representation) -> bool:
+    """Whether the client has what would be sent (RFC 9110, 13.2.2: If-Modified-Since counts only alone)."""
+    tags = headers.get(b"if-none-match")
+    if tags is not None:
+        return negotiation.matches(tags, ready.json_tag if form is JSON else ready.tag(form))
+    since = headers.get(b"if-modified-since")
+    return since is not None and negotiation.unchanged_since(since, ready.last_modified)
+
+
+# The state of a dataset
+
+
+def _served(dataset: Dataset) -> Snapshot:
+    """:raises Problem: 503 if nothing is loaded, or what is loaded is expired and shall not be served then."""
+    snapshot = dataset.snapshot
+    if snapshot is None:
+        raise _not_loaded(dataset)
+    if dataset.settings.on_expired == "refuse" and dataset.state() is State.EXPIRED:
+        age_s, limit_s = dataset.age_s() or 0.0, dataset.settings.max_age_s
+        raise Problem(
+            503,
+            f"{dataset.name} is {age_s:.0f} s old, limit {limit_s:g} s",
+            _retry_after(dataset),
+            {"age_s": round(age_s, 3), "max_age_s": limit_s},
+        )
+    return snapshot
+
+
+def _not_loaded(dataset: Dataset) -> Problem:
+    return Problem(503, f"{dataset.name} has not been loaded yet", _retry_after(dataset))
+
+
+def _retry_after(dataset: Dataset) -> bytes:
+    return b"Retry-After: %d\r\n" % max(1, math.ceil(dataset.next_refresh_in_s() or 0.0))

@@ -1,0 +1,246 @@
+"""Whole datasets as bodies, piece by piece from one snapshot, plain or compressed.
+
+JSON is one object, ``{key: document}``, a row a line. NDJSON has a line a row as well, each an object of its own:
+``{"key": …, "value": document}``, because a document need not hold its key. Documents are sent as PostgreSQL
+rendered them.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from json.encoder import encode_basestring
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+from twisted.internet.defer import Deferred
+from twisted.internet.threads import deferToThreadPool
+from twisted.logger import Logger
+
+from cacheservice.cache.dataset import Dataset, Snapshot
+from cacheservice.cache.rows import Rows
+
+PIECE_BYTES = 64 * 1024
+"""What a transport buffers before it asks to pause; made in a third of a millisecond."""
+_PIECE_ROWS = 512
+_SLICE_ROWS = 64
+_GZIP = 31
+"""zlib's number for: the largest window, with gzip's header, in which no time is written."""
+
+Row = tuple[bytes, bytes]
+Piece = bytes | Deferred[None]
+"""Of a body: the next bytes, or what to wait for before they can be asked for again."""
+
+
+def json_object(rows: Rows) -> Iterator[bytes]:
+    """All rows as one JSON object, in pieces of about 64 KiB."""
+    between = b"{"
+    for head, document in _texts(rows, _members, _member_head):
+        yield between + head
+        yield from cut(document)
+        between = b",\n"
+    yield b"}\n" if rows.count else b"{}\n"
+
+
+def json_lines(rows: Rows) -> Iterator[bytes]:
+    """All rows as NDJSON, in pieces of about 64 KiB."""
+    for head, document in _texts(rows, _lines, _line_head):
+        yield head
+        if document:
+            yield from cut(_on_one_line(document))
+            yield b"}\n"
+
+
+def cut(document: bytes) -> Iterator[bytes]:
+    """A large document in pieces of at most 64 KiB."""
+    for start in range(0, len(document), PIECE_BYTES):
+        yield document[start : start + PIECE_BYTES]
+
+
+def _texts(
+    rows: Rows, join: Callable[[list[Row]], bytes], head: Callable[[bytes], bytes]
+) -> Iterator[tuple[bytes, bytes]]:
+    """The text of some rows and nothing; or, of one that is large, the text before its document and the document."""
+    for batch in _batches(rows):
+        if sum(len(document) for _, document in batch) <= 2 * PIECE_BYTES:
+            yield join(batch), b""
+        else:
+            for row in batch:
+                if len(row[1]) <= PIECE_BYTES:
+                    yield join([row]), b""
+                else:
+                    yield head(row[0]), row[1]
+
+
+def _batches(rows: Rows) -> Iterator[list[Row]]:
+    """Rows of about 64 KiB, or of few more rows than 512: a million short ones would take their time."""
+    batch: list[Row] = []
+    size_bytes = 0
+    for part in rows.slices(_SLICE_ROWS):
+        batch += part
+        size_bytes += sum([len(document) for _, document in part])
+        if size_bytes >= PIECE_BYTES or len(batch) >= _PIECE_ROWS:
+            yield batch
+            batch, size_bytes = [], 0
+    if batch:
+        yield batch
+
+
+def _text(key: bytes) -> bytes:
+    """A key as a JSON string. A database in SQL_ASCII may hold what is no UTF-8."""
+    return encode_basestring(key.decode("utf-8", "replace")).encode()
+
+
+def _members(rows: list[Row]) -> bytes:
+    return b",\n".join([b"%b:%b" % (_text(key), document) for key, document in rows])
+
+
+def _member_head(key: bytes) -> bytes:
+    return _text(key) + b":"
+
+
+def _lines(rows: list[Row]) -> bytes:
+    return b"".join([b"%b%b}\n" % (_line_head(key), _on_one_line(document)) for key, document in rows])
+
+
+def _line_head(key: bytes) -> bytes:
+    return b'{"key":%b,"value":' % _text(key)
+
+
+def _on_one_line(document: bytes) -> bytes:
+    """A column of type json keeps the line ends between its tokens; within a string JSON has none (RFC 8259, 7)."""
+    if b"\n" in document or b"\r" in document:
+        return document.replace(b"\n", b" ").replace(b"\r", b" ")
+    return document
+
+
+class GzipBody:
+    """A compressed body, growing while it is made; any number of clients follow it."""
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+        self._waiting: list[Deferred[None]] = []
+        self._failed = False
+        self.size_bytes: int | None = None
+        """None until it is complete."""
+
+    def follow(self) -> Iterator[Piece]:
+        """Its pieces from the first one, and what to wait for where the next is not made yet.
+
+        :raises RuntimeError: if it will never be complete.
+        """
+        position = 0
+        while True:
+            if position < len(self._pieces):
+                yield self._pieces[position]
+                position += 1
+            elif self._failed:
+                raise RuntimeError("the body could not be compressed; the reason was logged before")
+            elif self.size_bytes is not None:
+                return
+            else:
+                waiting: Deferred[None] = Deferred()
+                self._waiting.append(waiting)
+                yield waiting
+
+    def add(self, piece: bytes) -> None:
+        if piece:
+            self._pieces.append(piece)
+            self._wake()
+
+    def complete(self) -> None:
+        self.size_bytes = sum(map(len, self._pieces))
+        self._wake()
+
+    def fail(self) -> None:
+        self._failed = True
+        self._wake()
+
+    def _wake(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for each in waiting:
+            each.callback(None)
+
+
+class _Kept:
+    """The bodies of one generation by their kind: NDJSON or not."""
+
+    def __init__(self, generation: int) -> None:
+        self.generation = generation
+        self.bodies: dict[bool, GzipBody] = {}
+
+
+class GzipBodies:
+    """Compressed bodies, each made once for a generation, in a thread, and kept until the next one.
+
+    An older one lives on with the clients that follow it; with the last of them its making ends as well.
+
+    :param reactor: `IReactorThreads`; zlib works there without the interpreter's lock.
+    """
+
+    _log = Logger()
+
+    def __init__(self, reactor: Any) -> None:
+        self._reactor = reactor
+        self._kept: WeakKeyDictionary[Dataset, _Kept] = WeakKeyDictionary()
+        self.made = 0
+
+    def find(self, dataset: Dataset, snapshot: Snapshot, lines: bool) -> GzipBody | None:
+        """The body if there is one already, complete or not."""
+        kept = self._kept.get(dataset)
+        return kept.bodies.get(lines) if kept is not None and kept.generation == snapshot.generation else None
+
+    def make(self, dataset: Dataset, snapshot: Snapshot, lines: bool) -> GzipBody:
+        """The body, which is begun now if there is none."""
+        body = self.find(dataset, snapshot, lines)
+        if body is None:
+            body = GzipBody()
+            self.made += 1
+            if dataset not in self._kept:
+                dataset.watch(self._published)
+                self._kept[dataset] = _Kept(snapshot.generation)
+            self._kept[dataset].bodies[lines] = body
+            pieces = json_lines(snapshot.rows) if lines else json_object(snapshot.rows)
+            # It ends by itself, logs its failure and is never waited for: the body tells how far it is.
+            Deferred.fromCoroutine(self._compress(pieces, ref(body)))
+        return body
+
+    def forget(self) -> None:
+        """Drop all bodies; what nobody follows is not finished."""
+        for dataset in list(self._kept):
+            self._published(dataset)
+
+    def _published(self, dataset: Dataset) -> None:
+        if self._kept.pop(dataset, None) is not None:
+            dataset.unwatch(self._published)
+
+    async def _compress(self, pieces: Iterable[bytes], alive: ref[GzipBody]) -> None:
+        # Between the pieces only those who want the body hold it.
+        compressor = zlib.compressobj(wbits=_GZIP)
+        try:
+            for piece in pieces:
+                compressed = await self._in_thread(compressor.compress, piece)
+                if (body := alive()) is None:
+                    return
+                body.add(compressed)
+                del body
+            last = await self._in_thread(compressor.flush)
+            if (body := alive()) is not None:
+                body.add(last)
+                body.complete()
+        except Exception:
+            self._log.failure("a dataset could not be compressed")
+            if (body := alive()) is not None:
+                body.fail()
+
+    async def compress(self, document: bytes) -> bytes:
+        """One document, compressed in a thread."""
+        return await self._in_thread(compress_now, document)
+
+    def _in_thread(self, work: Callable[..., bytes], *data: bytes) -> Deferred[bytes]:
+        return deferToThreadPool(self._reactor, self._reactor.getThreadPool(), work, *data)
+
+
+def compress_now(document: bytes) -> bytes:
+    """One document, compressed here: a millisecond for 64 KiB."""
+    return zlib.compress(document, wbits=_GZIP)

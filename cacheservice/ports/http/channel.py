@@ -1,0 +1,504 @@
+"""The HTTP port's connections: `twisted.web`'s channel, made stricter, bounded, and quick.
+
+`HTTPChannel` gives lines, request lines, folded headers, and one request after the other however they were sent.
+Its `Request` is not used: a read has no body, no form and no cookie, and an answer is one write. Beyond what
+twisted.web refuses (RFC 9112 by section):
+
+- 3.2: a request without exactly one valid Host is refused.
+- 6: a body is refused before it is read; two lengths, or a length that is none, as well.
+- The head has one deadline, from its first byte to its last: twisted.web's own starts again with each byte.
+- What a client does not read stays bounded: nothing more is answered, or even read, while it is choked, and it is
+  dropped if it takes less than what is buffered in an idle timeout. (twisted.web goes on to read requests meanwhile.)
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from twisted.internet.address import IPv4Address, IPv6Address
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.interfaces import IHalfCloseableProtocol, IPushProducer
+from twisted.internet.protocol import ServerFactory, connectionDone
+from twisted.internet.task import CooperativeTask, Cooperator, TaskFinished, TaskStopped
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from twisted.web.http import HTTPChannel
+from twisted.web.iweb import INonQueuedRequestFactory
+from zope.interface import implementer, provider
+
+from cacheservice.cache.cache import Cache
+from cacheservice.ports.freshness import Freshness
+from cacheservice.ports.http.answers import Answers, Reply, Request
+from cacheservice.ports.http.bodies import GzipBodies, Piece
+from cacheservice.ports.http.guard import Guard
+from cacheservice.ports.http.problem import Problem
+
+HEAD_TIMEOUT_S = 10.0
+MAX_HEADERS = 100
+MAX_HEAD_BYTES = 16 * 1024
+
+_LINGER_S = 2.0
+"""How long a client may take to close after our last word. Closing first, with input of it
+unread, would send a reset that overtakes the answer (RFC 9112, 9.6)."""
+_REFUSED_AT_ONCE = 100
+"""Connections over the limit that are told so; more are closed without a word."""
+_BURST = 32
+"""Pipelined requests answered in one turn of the reactor: about a millisecond."""
+_TURN_S = 0.002
+"""How long all streams together may hold the reactor."""
+
+_CLOSE = b"Connection: close\r\n"
+_HEADER = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([\t -~\x80-\xff]*)")
+_HOST = re.compile(rb"(?:[0-9A-Za-z\-._~%!$&'()*+,;=]*|\[[0-9A-Fa-f:.]+\]|\[v[0-9A-Fa-f]+\.[^\]@/?#]+\])(?::[0-9]*)?")
+_ALONE = (b"host", b"content-length", b"transfer-encoding", b"authorization", b"if-modified-since")
+"""Headers that are no lists: given twice they contradict themselves (RFC 9110, 5.3)."""
+
+
+@provider(INonQueuedRequestFactory)
+class HttpRequest(Request):
+    """A request on its channel, as `HTTPChannel` fills and knows it."""
+
+    __slots__ = ("channel", "chunks")
+
+    def __init__(self, channel: HttpChannel) -> None:
+        super().__init__(b"", b"", {})
+        self.channel = channel
+        self.chunks = True
+
+    def host(self) -> str:
+        address = self.channel.transport.getPeer()
+        return address.host if isinstance(address, IPv4Address | IPv6Address) else ""
+
+    def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
+        self.method = command
+        self.target = path
+        self.chunks = version == b"HTTP/1.1"
+        self.channel.answer(self)
+
+    def connectionLost(self, reason: Failure) -> None:
+        """The channel ends what it does for the request."""
+
+
+@implementer(IPushProducer)
+class _Stream:
+    """What is left of a body; it goes on in turns with the other streams while the transport takes it."""
+
+    def __init__(self, task: CooperativeTask[Any]) -> None:
+        self._task = task
+        self._paused = False
+
+    def pauseProducing(self) -> None:
+        if not self._paused:
+            self._paused = True
+            self._task.pause()
+
+    def resumeProducing(self) -> None:
+        if self._paused:
+            self._paused = False
+            self._task.resume()
+
+    def stopProducing(self) -> None:
+        with suppress(TaskFinished):
+            self._task.stop()
+
+
+@implementer(IHalfCloseableProtocol)
+class HttpChannel(HTTPChannel):
+    """One client."""
+
+    requestFactory = HttpRequest  # type: ignore[assignment]  # it has what HTTPChannel calls, and no more
+    totalHeadersSize = MAX_HEAD_BYTES
+    requests: list[HttpRequest]
+    transport: Any
+    _dataBuffer: list[bytes]
+    _networkProducer: Any
+    _log = Logger()
+
+    # Class attributes until they change: ten thousand idle clients pay for each of their own.
+    _command = b""
+    _deadline_at: float | None = None
+    _timer: Any = None
+    _yielding: Any = None
+    _waiting: Deferred[None] | None = None
+    _stream: _Stream | None = None
+    _in_head = False
+    _finishing = False
+    _read_closed = False
+    _answered_while_choked = False
+    _burst = 0
+    _header_count = 0
+
+    def __init__(self, factory: HttpFactory) -> None:
+        super().__init__()
+        self.factory: HttpFactory = factory
+
+    def connectionMade(self) -> None:
+        super().connectionMade()
+        factory = self.factory
+        factory.clients.add(self)
+        self._limit(factory.idle_timeout_s)
+        if len(factory.clients) > factory.max_connections:
+            self._refuse(503, f"too many connections, the limit is {factory.max_connections}")
+
+    # From bytes to a request
+
+    def dataReceived(self, data: bytes) -> None:
+        if self._finishing:
+            return
+        self._burst = 0
+        super().dataReceived(data)
+        if self._handlingRequest or self._finishing:
+            return
+        if self._read_closed:
+            self._finish()  # the rest of this head will never come
+        elif not self._in_head and (self._buffer or self.requests):
+            self._in_head = True
+            self._limit(self.factory.head_timeout_s)
+
+    def lineReceived(self, line: bytes) -> None:
+        if not self._finishing:
+            super().lineReceived(line)
+
+    def lineLengthExceeded(self, line: bytes) -> None:
+        self._refuse_long_head()
+
+    def _respondToBadRequestAndDisconnect(self) -> None:
+        """HTTPChannel's own refusals, of a request line that is none and of a head that is too long."""
+        if self._receivedHeaderSize > self.totalHeadersSize:
+            self._refuse_long_head()
+        else:
+            self._refuse(400, "the request line is malformed, or of a version other than HTTP/1.0 and HTTP/1.1")
+
+    def _refuse_long_head(self) -> None:
+        if self.requests:
+            self._refuse(431, f"the head is longer than {MAX_HEAD_BYTES} bytes")
+        else:
+            self._refuse(414, f"the request line is longer than {MAX_HEAD_BYTES} bytes")
+
+    def headerReceived(self, line: bytes) -> bool:
+        """Take one header, unfolded; False if it was refused."""
+        if self._finishing:
+            return False
+        parts = _HEADER.fullmatch(line)
+        if parts is None:
+            self._refuse(400, "a header line is malformed")
+            return False
+        self._header_count += 1
+        if self._header_count > MAX_HEADERS:
+            self._refuse(431, f"there are more than {MAX_HEADERS} headers")
+            return False
+        name, value = parts.groups()
+        name = name.lower()
+        value = value.strip(b" \t")
+        headers = self.requests[-1].headers
+        if name in headers:
+            if name in _ALONE:
+                self._refuse(400, f"there is more than one {name.decode().title()} header")
+                return False
+            value = headers[name] + b", " + value
+        headers[name] = value
+        return True
+
+    def allHeadersReceived(self) -> None:
+        """Decide how the connection goes on, before anything that follows the head is looked at."""
+        headers = self.requests[-1].headers
+        self._header_count = 0
+        self.length: int | None = 0
+        self.persistent = self._version == b"HTTP/1.1"
+        self._check_host(headers.get(b"host"))
+        if self.persistent and b"connection" in headers:
+            options = [option.strip(b" \t") for option in headers[b"connection"].lower().split(b",")]
+            self.persistent = b"close" not in options
+        if b"content-length" in headers or b"transfer-encoding" in headers:
+            self._check_body(headers)
+        if b"expect" in headers and headers[b"expect"].lower() != b"100-continue":
+            self._refuse(417, "the one expectation that is known is 100-continue")
+        if self._finishing:
+            self.length = None  # to HTTPChannel: do not go on to the answer
+
+    def _check_host(self, host: bytes | None) -> None:
+        if host is None:
+            if self._version == b"HTTP/1.1":
+                self._refuse(400, "there is no Host header")
+        elif not _HOST.fullmatch(host):
+            self._refuse(400, "the Host header is malformed")
+
+    def _check_body(self, headers: dict[bytes, bytes]) -> None:
+        length = headers.get(b"content-length")
+        coding = headers.get(b"transfer-encoding")
+        if coding is not None and (length is not None or self._version != b"HTTP/1.1"):
+            self._refuse(400, "Transfer-Encoding contradicts the rest of the head")
+        elif coding is not None and coding.lower() != b"chunked":
+            self._refuse(501, "the one transfer coding that is known is chunked")
+        elif length is not None and not length.isdigit():
+            self._refuse(400, "Content-Length is no number")
+        elif coding is not None or (length and length.strip(b"0")):
+            # A body follows that nobody reads, so the connection ends with the answer.
+            self.persistent = False
+            if self._command in (b"GET", b"HEAD"):
+                self._refuse(413, "a read takes no request body")
+
+    # From a request to its answer
+
+    def answer(self, request: HttpRequest) -> None:
+        """Answer a request, now or later. The next one is not looked at before."""
+        self._in_head = False
+        try:
+            reply = self.factory.answers.answer(request)
+        except Exception as error:
+            reply = Reply(*self._refusal(error, request))
+        if isinstance(reply, Reply):
+            self._send(request, reply)
+            return
+        self._deadline_at = None
+        waiting = Deferred.fromCoroutine(self._answer_later(request, reply))
+        if not waiting.called:
+            self._waiting = waiting
+
+    async def _answer_later(self, request: HttpRequest, coming: Coroutine[Any, Any, Reply]) -> None:
+        try:
+            reply = await coming
+        except CancelledError:
+            return  # the client is gone
+        except Exception as error:
+            reply = Reply(*self._refusal(error, request))
+        self._waiting = None
+        self._send(request, reply)
+
+    def _refusal(self, error: Exception, request: HttpRequest) -> tuple[bytes, bytes]:
+        if not isinstance(error, Problem):
+            self._log.failure("an HTTP request could not be answered", Failure(error))
+            error = Problem(500, "an internal error; its traceback is in the log")
+        return self.factory.answers.problem(error, request.target)
+
+    def _send(self, request: HttpRequest, reply: Reply) -> None:
+        head, body, size_bytes = reply
+        with_body = request.method != b"HEAD"
+        if not self.persistent:
+            head += _CLOSE
+        if isinstance(body, bytes):
+            self._write(head, body, with_body)
+        elif body is None:
+            self.transport.write(head + b"\r\n")
+        else:
+            chunked = size_bytes is None and request.chunks
+            if chunked:
+                head += b"Transfer-Encoding: chunked\r\n"
+            elif size_bytes is not None:
+                head += b"Content-Length: %d\r\n" % size_bytes
+            self.transport.write(head + b"\r\n")
+            if with_body:
+                self._send_pieces(body, chunked)
+                return
+        self._sent()
+
+    def _write(self, head: bytes, body: bytes, with_body: bool) -> None:
+        self.transport.write(b"%bContent-Length: %d\r\n\r\n%b" % (head, len(body), body if with_body else b""))
+
+    def _send_pieces(self, body: Iterator[Piece], chunked: bool) -> None:
+        self._deadline_at = None
+        task = self.factory.streams.cooperate(self._pieces_written(body, chunked))
+        self._stream = _Stream(task)
+        self.registerProducer(self._stream, True)
+        if self._waitingForTransport:
+            self._stream.pauseProducing()
+        task.whenDone().addCallbacks(self._streamed, self._not_streamed).addErrback(self._lost)
+
+    def _pieces_written(self, body: Iterator[Piece], chunked: bool) -> Iterator[Deferred[None] | None]:
+        for piece in body:
+            if isinstance(piece, Deferred):
+                yield piece
+            else:
+                self.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+                yield None
+        if chunked:
+            self.transport.write(b"0\r\n\r\n")
+
+    def _streamed(self, _: object) -> None:
+        self._stream = None
+        self.unregisterProducer()
+        self._sent()
+
+    def _not_streamed(self, failure: Failure) -> None:
+        if not failure.check(TaskStopped):
+            self._lost(failure)
+
+    def _lost(self, failure: Failure) -> None:
+        self._log.failure("a dataset could not be streamed", failure)
+        self.transport.abortConnection()  # so that the client cannot take a part for the whole
+
+    def _sent(self) -> None:
+        """The answer is out, to the transport at least. Go on with the next request when that is fair."""
+        self._burst += 1
+        if self._waitingForTransport:
+            self._answered_while_choked = True
+        elif self._burst >= _BURST and (self._buffer or self._dataBuffer):
+            self._yielding = self.factory.clock.callLater(0, self._next)
+        else:
+            self._next()
+
+    def _next(self) -> None:
+        self._yielding = None
+        self._limit(self.factory.idle_timeout_s)
+        self.requestDone(self.requests[0])
+        # Within dataReceived there may be more requests to come out of what was received.
+        if self._read_closed and not (self._busyReceiving or self._handlingRequest or self._finishing):
+            self._finish()
+
+    # What the client takes
+
+    def pauseProducing(self) -> None:
+        """The client does not read. Nor do we: HTTPChannel would, while it waits for an answer to be made."""
+        super().pauseProducing()
+        self._networkProducer.pauseProducing()
+        self._limit(self.factory.idle_timeout_s)
+
+    def resumeProducing(self) -> None:
+        self._deadline_at = None
+        super().resumeProducing()
+        if not self._read_closed and sum(map(len, self._dataBuffer)) <= self._optimisticEagerReadSize:
+            self._networkProducer.resumeProducing()
+        if self._answered_while_choked:
+            self._answered_while_choked = False
+            self._burst = 0
+            self._next()
+        elif not self._handlingRequest:
+            self._limit(self.factory.idle_timeout_s)
+
+    # The end
+
+    def _refuse(self, status: int, detail: str) -> None:
+        """Answer what is no request, or one too many; nothing after it can be understood."""
+        if self._finishing:
+            return
+        head, body = self.factory.answers.problem(Problem(status, detail), b"")
+        self._write(head + _CLOSE, body, self._command != b"HEAD")
+        self._finish()
+
+    def loseConnection(self) -> None:
+        """HTTPChannel's word for: the last answer is out."""
+        self._finish()
+
+    def _finish(self) -> None:
+        """Nothing more will be said; the connection ends when the client closes, or soon."""
+        self._finishing = True
+        self.clearLineBuffer()
+        self._dataBuffer.clear()
+        self._networkProducer.unregisterProducer()
+        self._limit(self.factory.idle_timeout_s)
+        if self._read_closed:
+            self.transport.loseConnection()
+        else:
+            self.transport.loseWriteConnection()
+            self.transport.resumeProducing()
+
+    def readConnectionLost(self) -> None:
+        """The client sent all it will. Whoever waits is taken to be gone; an answer that is on its way goes on."""
+        self._read_closed = True
+        if self._waiting is not None or self._finishing or not self._handlingRequest:
+            self._finish()
+
+    def writeConnectionLost(self) -> None:
+        """Our last word is out; the client's end of the connection is all that is still to come."""
+        self._limit(_LINGER_S)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        super().connectionLost(reason)
+        self.factory.clients.discard(self)
+        self._finishing = True
+        self._deadline_at = None
+        for call in (self._timer, self._yielding):
+            if call is not None:
+                call.cancel()
+        self._timer = self._yielding = None
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
+        if self._stream is not None:
+            self._stream.stopProducing()
+            self._stream = None
+        self.requests.clear()
+
+    # Time
+
+    def _limit(self, seconds: float) -> None:
+        """The current phase ends by then. Making and cancelling a timer each time would cost more than a look-up."""
+        clock = self.factory.clock
+        self._deadline_at = at = clock.seconds() + seconds
+        if self._timer is None:
+            self._timer = clock.callLater(seconds, self._expire)
+        elif self._timer.getTime() > at:
+            self._timer.reset(seconds)
+
+    def _expire(self) -> None:
+        self._timer = None
+        if self._deadline_at is None:
+            return
+        left_s = self._deadline_at - self.factory.clock.seconds()
+        if left_s > 0:
+            self._timer = self.factory.clock.callLater(left_s, self._expire)
+        elif self._in_head and not self._finishing:
+            self._refuse(408, f"the head did not come to its end within {self.factory.head_timeout_s:g} s")
+        elif not (self._finishing or self._waitingForTransport):
+            self._finish()
+            self._limit(_LINGER_S)
+        else:
+            self.transport.abortConnection()
+
+
+class HttpFactory(ServerFactory):
+    """Makes the channels of the HTTP port.
+
+    :param freshness: what ``?max_age=`` waits on.
+    :param idle_timeout_s: of silence between requests, and of taking nothing of an answer, after which a client
+        is dropped.
+    :param reactor: `IReactorTime`, monotonic, and `IReactorThreads`.
+    :param token: what /v1 needs; empty for none.
+    :param allow_data: False answers 403 to everything of /v1 as long as there is no token.
+    :param head_timeout_s: from the first byte of a request's head to its last.
+    """
+
+    noisy = False
+
+    def __init__(
+        self,
+        *,
+        cache: Cache,
+        freshness: Freshness,
+        max_connections: int,
+        idle_timeout_s: float,
+        reactor: Any,
+        token: str = "",
+        allow_data: bool = True,
+        head_timeout_s: float = HEAD_TIMEOUT_S,
+    ) -> None:
+        self.max_connections = max_connections
+        self.idle_timeout_s = idle_timeout_s
+        self.head_timeout_s = head_timeout_s
+        self.clock = reactor
+        self.clients: set[HttpChannel] = set()
+        self.bodies = GzipBodies(reactor)
+        self.answers = Answers(cache, freshness, self.bodies, Guard(token, reactor) if token else None, allow_data)
+        self.streams = Cooperator(_turn, partial(reactor.callLater, 0))
+
+    def buildProtocol(self, addr: object) -> HttpChannel | None:  # type: ignore[override]  # it holds another `factory`
+        if len(self.clients) >= self.max_connections + _REFUSED_AT_ONCE:
+            return None
+        return HttpChannel(self)
+
+    def close_clients(self) -> None:
+        """End every connection now."""
+        for client in list(self.clients):
+            client.transport.abortConnection()
+        self.bodies.forget()
+
+
+def _turn() -> Callable[[], bool]:
+    """Whether the streams have had their turn of the reactor."""
+    ends_at = time.perf_counter() + _TURN_S
+    return lambda: time.perf_counter() >= ends_at

@@ -1,0 +1,93 @@
+"""What a client's headers ask for: media type, coding, a change since. Pure functions of the headers' values.
+
+A part that is malformed is passed over; a header of which nothing is left says nothing (RFC 9110, 2.4 allows it).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import NamedTuple
+
+# Each alternative begins with another character, so that these never go back over what they took.
+_LIST_PART = re.compile(rb'(?:[^,"]+|"(?:[^"\\]+|\\.)*+"?)++', re.DOTALL)
+_PARAMETER = re.compile(rb'(?:[^;"]+|"(?:[^"\\]+|\\.)*+"?)++', re.DOTALL)
+_QUALITY = re.compile(rb"0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?")
+_ENTITY_TAG = re.compile(rb'(?:W/)?("[\x21\x23-\x7e\x80-\xff]*")')
+
+
+class Codings(NamedTuple):
+    """Which content codings a client takes: `gzip` asked for by name and not less than none at all."""
+
+    gzip: bool
+    gzip_allowed: bool
+    identity_allowed: bool
+
+
+ANY_CODING = Codings(gzip=False, gzip_allowed=True, identity_allowed=True)
+
+
+def media_type(accept: bytes | None, offered: Sequence[bytes]) -> bytes | None:
+    """The one of `offered` that the Accept header likes best, the first of equals; None if it takes none.
+
+    RFC 9110, 12.5.1: the most specific range that fits a type decides. Parameters but `q` are passed over: what is
+    offered has none.
+    """
+    ranges = {} if accept is None else _weighted(accept)
+    if not ranges:
+        return offered[0]
+
+    def quality(offer: bytes) -> float:
+        kind, _, _ = offer.partition(b"/")
+        for media_range in (offer, kind + b"/*", b"*/*"):
+            if media_range in ranges:
+                return ranges[media_range]
+        return 0.0
+
+    best = max(offered, key=quality)
+    return best if quality(best) > 0 else None
+
+
+def codings(accept_encoding: bytes | None) -> Codings:
+    """What the Accept-Encoding header takes (RFC 9110, 12.5.3).
+
+    ``*`` alone does not ask for gzip: it only allows it.
+    """
+    weights = {} if accept_encoding is None else _weighted(accept_encoding)
+    if not weights:
+        return ANY_CODING
+    named = max(weights.get(b"gzip", -1.0), weights.get(b"x-gzip", -1.0))
+    other = weights.get(b"*")
+    identity = weights.get(b"identity")
+    gzip_allowed = named > 0 or (named < 0 and bool(other))
+    identity_allowed = identity > 0 if identity is not None else other != 0
+    return Codings(named > 0 and named >= (identity or 0.0), gzip_allowed, identity_allowed)
+
+
+def matches(if_none_match: bytes, entity_tag: bytes) -> bool:
+    """Whether the header names the tag, in the weak comparison (RFC 9110, 13.1.2), or is ``*``."""
+    return if_none_match in (entity_tag, b"*") or entity_tag in _ENTITY_TAG.findall(if_none_match)
+
+
+def unchanged_since(if_modified_since: bytes, moment: datetime) -> bool:
+    """Whether `moment` is not after the header's date, by whole seconds; a date that is none says nothing."""
+    try:
+        since = parsedate_to_datetime(if_modified_since.decode("ascii"))
+    except (ValueError, TypeError, OverflowError):
+        return False
+    if since.tzinfo is None:  # asctime's form, always in UTC (RFC 9110, 5.6.7)
+        since = since.replace(tzinfo=UTC)
+    return moment.replace(microsecond=0) <= since
+
+
+def _weighted(value: bytes) -> dict[bytes, float]:
+    """The parts of a list with their qualities; of two alike the last one counts."""
+    weights: dict[bytes, float] = {}
+    for part in _LIST_PART.findall(value):
+        name, *parameters = [piece.strip(b" \t") for piece in _PARAMETER.findall(part)] or [b""]
+        quality = next((p[2:] for p in parameters if p[:2].lower() == b"q="), b"1")
+        if name and _QUALITY.fullmatch(quality):
+            weights[name.lower()] = float(quality)
+    return weights

@@ -1,0 +1,580 @@
+"""The commands of the RESP port: each takes a client and its words, and gives the reply.
+
+A reply is bytes; an iterator of bytes for what is too large for one turn of the reactor, and which holds the
+snapshot that it began with; or a Deferred for what has to be waited for.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import math
+import os
+import platform
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+from importlib import resources
+from itertools import chain
+from typing import TYPE_CHECKING, TypeVar
+
+from twisted.internet.defer import Deferred
+
+from cacheservice import __version__
+from cacheservice.cache.cache import Cache
+from cacheservice.cache.dataset import Dataset, State
+from cacheservice.cache.describe import describe_dataset
+from cacheservice.cache.rows import SHARD_MASK, Rows, Shards
+from cacheservice.ports.freshness import Freshness, is_visible
+from cacheservice.ports.resp import reply
+from cacheservice.ports.resp.reply import CHUNK_ROWS, HEADERS, PREPARED, CommandError
+from cacheservice.ports.resp.requests import integer
+from cacheservice.ports.resp.scan import END_OF_DATASET, MAX_COUNT, SortedShards, glob, scan_rows
+
+if TYPE_CHECKING:
+    from cacheservice.ports.resp.protocol import RespProtocol
+
+Reply = bytes | Iterator[bytes] | Deferred[bytes]
+Words = Sequence[bytes]
+T = TypeVar("T")
+
+REDIS_VERSION = "7.0.15"
+"""What INFO and HELLO claim: the version whose behaviour this port follows."""
+
+_WRONG_TYPE = "WRONGTYPE Operation against a key holding the wrong kind of value"
+_NOT_AN_INTEGER = "ERR value is not an integer or out of range"
+SYNTAX = "ERR syntax error"
+_KEYS_PER_TURN = 4096
+_MAX_WAIT_MS = 86_400_000
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One command: how it is run, and how many words it takes, its own name included."""
+
+    name: str
+    run: Callable[[RespProtocol, Words], Reply]
+    least: int
+    most: float = math.inf
+
+
+class Commands:
+    """What all clients of the port share.
+
+    :param password: what AUTH wants; empty for no password.
+    """
+
+    def __init__(self, cache: Cache, freshness: Freshness, password: str) -> None:
+        self._cache = cache
+        self._freshness = freshness
+        self._password = password.encode()
+        self._datasets: Mapping[bytes, Dataset] = {name.encode(): each for name, each in cache.datasets.items()}
+        self._sorted = SortedShards()
+        self.catalogue = json.loads(resources.files(__package__).joinpath("catalogue.json").read_text("utf-8"))
+        self.writes = frozenset(name.encode() for name in self.catalogue["writes"])
+        self._bind()
+        # What `get` may answer without a further question: what is loaded and served however old it is.
+        self._served: dict[bytes, Shards] = {}
+        for dataset in cache.datasets.values():
+            dataset.watch(self._published)
+            self._published(dataset)
+
+    def _bind(self) -> None:
+        commands = [
+            Command("get", self.get, 2, 2),
+            Command("mget", self.mget, 2),
+            Command("exists", self.exists, 2),
+            Command("strlen", self.strlen, 2, 2),
+            Command("type", self.type, 2, 2),
+            Command("ttl", self.ttl, 2, 2),
+            Command("pttl", self.pttl, 2, 2),
+            Command("scan", self.scan, 2),
+            Command("dbsize", self.dbsize, 1, 1),
+            Command("hget", self.hget, 3, 3),
+            Command("hmget", self.hmget, 3),
+            Command("hgetall", self.hgetall, 2, 2),
+            Command("hexists", self.hexists, 3, 3),
+            Command("hlen", self.hlen, 2, 2),
+            Command("hkeys", self.hkeys, 2, 2),
+            Command("hvals", self.hvals, 2, 2),
+            Command("hstrlen", self.hstrlen, 3, 3),
+            Command("hscan", self.hscan, 3),
+            Command("echo", self.echo, 2, 2),
+            Command("select", self.select, 2, 2),
+            Command("info", self.info, 1),
+            Command("command", self.command, 1),
+            Command("client", self.client, 2),
+            Command("cache.list", self.cache_list, 1, 1),
+            Command("cache.info", self.cache_info, 2, 2),
+            Command("cache.age", self.cache_age, 2, 2),
+            Command("cache.wait", self.cache_wait, 4, 4),
+        ]
+        self.by_name: Mapping[bytes, Command] = {each.name.encode(): each for each in commands}
+        # As clients write them, so that the way of most commands is one look-up.
+        self.by_word: Mapping[bytes, Command] = self.by_name | {
+            name.upper(): each for name, each in self.by_name.items()
+        }
+
+    def frozen(self) -> Commands:
+        """These commands on what is served now, whatever is published later."""
+        frozen = copy(self)
+        frozen._datasets = {name: copy(dataset) for name, dataset in self._datasets.items()}
+        frozen._served = {}  # a publish would empty them
+        frozen._bind()
+        return frozen
+
+    def _published(self, dataset: Dataset) -> None:
+        if dataset.snapshot is not None and dataset.settings.on_expired == "serve":
+            self._served[dataset.name.encode()] = dataset.snapshot.rows.shards
+
+    # Finding what is asked for
+
+    def rows(self, name: bytes) -> Rows:
+        """The rows that `name` serves now.
+
+        :raises CommandError: with the contract's words, if there are none to be had.
+        """
+        dataset = self._dataset(name)
+        snapshot = dataset.snapshot
+        if snapshot is None:
+            raise CommandError(f"LOADING {dataset.name} has not been loaded yet")
+        if dataset.settings.on_expired == "refuse" and dataset.state() is State.EXPIRED:
+            age_s, limit_s = dataset.age_s() or 0.0, dataset.settings.max_age_s
+            raise CommandError(f"STALE {dataset.name} is {age_s:.0f} s old, limit {limit_s:g} s")
+        return snapshot.rows
+
+    def _dataset(self, name: bytes) -> Dataset:
+        dataset = self._datasets.get(name)
+        if dataset is None:
+            raise CommandError(f"ERR unknown dataset '{_shown(name)}'")
+        return dataset
+
+    def _document(self, key: bytes) -> bytes | None:
+        """What the string key NAME:KEY holds.
+
+        :raises CommandError: also for the key of a dataset itself, which is a hash.
+        """
+        name, colon, row = key.partition(b":")
+        document = self.rows(name).get(row)
+        if document is None and not colon:
+            raise CommandError(_WRONG_TYPE)
+        return document
+
+    def _hash(self, key: bytes) -> Rows | None:
+        """The rows of the hash `key`; None for NAME:KEY without a row, which is no key at all."""
+        name, colon, row = key.partition(b":")
+        rows = self.rows(name)
+        if not colon:
+            return rows
+        if row in rows:
+            raise CommandError(_WRONG_TYPE)
+        return None
+
+    # Strings
+
+    def get(self, client: RespProtocol, words: Words) -> Reply:
+        # The way of most reads, and so written out: see benchmarks/resp.py before you shorten it.
+        key = words[1]
+        name, _, row = key.partition(b":")
+        shards = self._served.get(name)
+        if shards is not None:
+            document = shards[hash(row) & SHARD_MASK].get(row)
+            if document is not None:
+                length = len(document)
+                if length < PREPARED:
+                    return HEADERS[length] + document + b"\r\n"
+                return reply.bulk(document)
+        return reply.bulk_or_nil(self._document(key), client.protocol)
+
+    def mget(self, client: RespProtocol, words: Words) -> Reply:
+        # Resolved before the first is answered, so that all come from one moment.
+        nil = reply.NIL[client.protocol]
+        sought = []
+        moment: dict[bytes, Rows] = {}
+        for key in words[1:]:
+            name, colon, row = key.partition(b":")
+            if name not in moment:
+                moment[name] = self.rows(name)
+            # A hash among them is nil, as in Redis.
+            sought.append((moment[name] if colon else None, row))
+
+        def some(part: Sequence[tuple[Rows | None, bytes]]) -> bytes:
+            found = [None if rows is None else rows.get(row) for rows, row in part]
+            return b"".join([nil if document is None else reply.bulk(document) for document in found])
+
+        return _in_slices(reply.array_header(len(sought)), sought, some)
+
+    def exists(self, _: RespProtocol, words: Words) -> Reply:
+        keys = words[1:]
+        if len(keys) <= CHUNK_ROWS:
+            return reply.integer(sum(self._kind(key) != "none" for key in keys))
+        moment: dict[bytes, Rows] = {}
+        for key in keys:
+            name = key.partition(b":")[0]
+            if name not in moment:
+                moment[name] = self.rows(name)
+
+        def some() -> Iterator[bytes]:
+            found = 0
+            for start in range(0, len(keys), _KEYS_PER_TURN):
+                for key in keys[start : start + _KEYS_PER_TURN]:
+                    name, colon, row = key.partition(b":")
+                    found += not colon or row in moment[name]
+                yield b""
+            yield reply.integer(found)
+
+        return some()
+
+    def strlen(self, _: RespProtocol, words: Words) -> Reply:
+        return reply.integer(len(self._document(words[1]) or b""))
+
+    def type(self, _: RespProtocol, words: Words) -> Reply:
+        return b"+%b\r\n" % self._kind(words[1]).encode()
+
+    def _kind(self, key: bytes) -> str:
+        name, colon, row = key.partition(b":")
+        rows = self.rows(name)
+        if not colon:
+            return "hash"
+        return "string" if row in rows else "none"
+
+    def ttl(self, _: RespProtocol, words: Words) -> Reply:
+        left_s = self._left_s(words[1])
+        return reply.integer(-2 if left_s is None else round(left_s))
+
+    def pttl(self, _: RespProtocol, words: Words) -> Reply:
+        left_s = self._left_s(words[1])
+        return reply.integer(-2 if left_s is None else round(left_s * 1000))
+
+    def _left_s(self, key: bytes) -> float | None:
+        """Seconds until what holds `key` expires, 0 if it has; None if there is no such key."""
+        if self._kind(key) == "none":
+            return None
+        dataset = self._dataset(key.partition(b":")[0])
+        return max(0.0, dataset.settings.max_age_s - (dataset.age_s() or 0.0))
+
+    # Hashes
+
+    def hget(self, client: RespProtocol, words: Words) -> Reply:
+        rows = self._hash(words[1])
+        return reply.bulk_or_nil(None if rows is None else rows.get(words[2]), client.protocol)
+
+    def hmget(self, client: RespProtocol, words: Words) -> Reply:
+        rows, fields = self._hash(words[1]), words[2:]
+        nil = reply.NIL[client.protocol]
+
+        def some(part: Words) -> bytes:
+            found = [None if rows is None else rows.get(field) for field in part]
+            return b"".join([nil if document is None else reply.bulk(document) for document in found])
+
+        return _in_slices(reply.array_header(len(fields)), fields, some)
+
+    def hgetall(self, client: RespProtocol, words: Words) -> Reply:
+        rows = self._hash(words[1])
+        header = reply.map_header(len(rows) if rows else 0, client.protocol)
+        return chain([header], reply.pairs(rows.slices(CHUNK_ROWS))) if rows else header
+
+    def hkeys(self, _: RespProtocol, words: Words) -> Reply:
+        rows = self._hash(words[1])
+        header = reply.array_header(len(rows) if rows else 0)
+        return chain([header], reply.bulks(_column(rows, 0))) if rows else header
+
+    def hvals(self, _: RespProtocol, words: Words) -> Reply:
+        rows = self._hash(words[1])
+        header = reply.array_header(len(rows) if rows else 0)
+        return chain([header], reply.bulks(_column(rows, 1))) if rows else header
+
+    def hexists(self, _: RespProtocol, words: Words) -> Reply:
+        rows = self._hash(words[1])
+        return reply.integer(rows is not None and words[2] in rows)
+
+    def hlen(self, _: RespProtocol, words: Words) -> Reply:
+        return reply.integer(len(self._hash(words[1]) or ()))
+
+    def hstrlen(self, _: RespProtocol, words: Words) -> Reply:
+        rows = self._hash(words[1])
+        return reply.integer(len((rows.get(words[2]) if rows is not None else None) or b""))
+
+    # Scans
+
+    def scan(self, _: RespProtocol, words: Words) -> Reply:
+        """Datasets in their order, each one's hash before its rows; MATCH and TYPE drop what was looked at."""
+        cursor = _cursor(words[1])
+        options = _scan_options(words[2:], types=True)
+        number, place = divmod(cursor, END_OF_DATASET)
+        matches = glob(options.match)
+        names = list(self._datasets)
+        found: list[bytes] = []
+        looked_at = 0
+        while number < len(names) and looked_at < options.count:
+            name = names[number]
+            snapshot = self._datasets[name].snapshot
+            if snapshot is None or options.type not in (None, b"string", b"hash"):
+                number, place = number + 1, 0
+                continue
+            if place == 0 and options.type != b"string" and (matches is None or matches(name)):
+                found.append(name)
+            looked_at += place == 0
+            if options.type == b"hash":
+                place = END_OF_DATASET
+            else:
+                wanted = max(1, options.count - looked_at)
+                place, keys = scan_rows(snapshot.rows, place, wanted, self._sorted)
+                looked_at += len(keys)
+                full = [b"%b:%b" % (name, key) for key in keys]
+                found += full if matches is None else filter(matches, full)
+            if place == END_OF_DATASET:
+                number, place = number + 1, 0
+        following = 0 if number >= len(names) else number * END_OF_DATASET + place
+        return _in_a_turn(reply.encode([str(following), found], 2), looked_at)
+
+    def hscan(self, _: RespProtocol, words: Words) -> Reply:
+        rows = self._hash(words[1])
+        cursor = _cursor(words[2])
+        options = _scan_options(words[3:], types=False)
+        if rows is None or cursor >= END_OF_DATASET:
+            return reply.encode(["0", []], 2)
+        place, keys = scan_rows(rows, cursor, options.count, self._sorted)
+        matches = glob(options.match)
+        wanted = keys if matches is None else list(filter(matches, keys))
+        found = list(chain.from_iterable((key, rows.get(key) or b"") for key in wanted))
+        return _in_a_turn(reply.encode([str(0 if place == END_OF_DATASET else place), found], 2), len(keys))
+
+    def dbsize(self, _: RespProtocol, __: Words) -> Reply:
+        return reply.integer(self._key_count())
+
+    def _key_count(self) -> int:
+        loaded = [dataset.snapshot.rows for dataset in self._datasets.values() if dataset.snapshot]
+        return sum(len(rows) + 1 for rows in loaded)
+
+    # The connection and the server
+
+    def echo(self, _: RespProtocol, words: Words) -> Reply:
+        return reply.bulk(words[1])
+
+    def select(self, _: RespProtocol, words: Words) -> Reply:
+        if _int(words[1]) != 0:
+            raise CommandError("ERR DB index is out of range")
+        return reply.OK
+
+    def accepts(self, user: bytes, password: bytes) -> bool:
+        """Whether a client may read as `user`; takes the same time however wrong the password is."""
+        right = hmac.compare_digest(password, self._password)
+        return right and user == b"default"
+
+    @property
+    def wants_password(self) -> bool:
+        return bool(self._password)
+
+    def info(self, client: RespProtocol, words: Words) -> Reply:
+        known = self._info(client)
+        wanted = {word.decode("utf-8", "replace").lower() for word in words[1:]} or {"default"}
+        everything = wanted & {"default", "all", "everything"}
+        sections = [
+            "\r\n".join([f"# {title}", *(f"{name}:{value}" for name, value in fields.items()), ""])
+            for title, fields in known.items()
+            if everything or title.lower() in wanted
+        ]
+        return reply.bulk("\r\n".join(sections).encode())
+
+    def _info(self, client: RespProtocol) -> dict[str, dict[str, object]]:
+        factory, cache = client.factory, self._cache
+        uptime_s = int(cache.now() - cache.started_at)
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        used_bytes = _resident_bytes()
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        left_ms = [
+            max(0.0, each.settings.max_age_s - (each.age_s() or 0.0)) * 1000
+            for each in self._datasets.values()
+            if each.snapshot
+        ]
+        keys = self._key_count()
+        keyspace = {"db0": f"keys={keys},expires={keys},avg_ttl={int(sum(left_ms) / len(left_ms))}"} if left_ms else {}
+        return {
+            "Server": {
+                "redis_version": REDIS_VERSION,
+                "redis_mode": "standalone",
+                "server_name": "cacheservice",
+                "cacheservice_version": __version__,
+                "os": f"{platform.system()} {platform.release()} {platform.machine()}",
+                "arch_bits": 64,
+                "process_id": os.getpid(),
+                "tcp_port": client.transport.getHost().port,
+                "server_time_usec": int(time.time() * 1e6),
+                "uptime_in_seconds": uptime_s,
+                "uptime_in_days": uptime_s // 86400,
+            },
+            "Clients": {
+                "connected_clients": len(factory.clients),
+                "maxclients": factory.max_connections,
+                "blocked_clients": sum(each.waiting for each in factory.clients),
+            },
+            "Memory": {
+                "used_memory": used_bytes,
+                "used_memory_human": f"{used_bytes / 2**20:.2f}M",
+                "used_memory_rss": used_bytes,
+                "used_memory_peak": peak_bytes,
+                "used_memory_peak_human": f"{peak_bytes / 2**20:.2f}M",
+                "used_memory_dataset": sum(d.snapshot.rows.size_bytes for d in self._datasets.values() if d.snapshot),
+                "maxmemory": 0,
+                "maxmemory_human": "0B",
+                "maxmemory_policy": "noeviction",
+            },
+            "Persistence": {"loading": 0, "rdb_bgsave_in_progress": 0, "aof_enabled": 0},
+            "Stats": {
+                "total_connections_received": factory.connections_received,
+                "total_commands_processed": factory.commands_processed,
+                "rejected_connections": factory.connections_rejected,
+                "expired_keys": 0,
+                "evicted_keys": 0,
+                "pubsub_channels": len(factory.subscribers),
+            },
+            "Replication": {"role": "master", "connected_slaves": 0},
+            "CPU": {
+                "used_cpu_sys": f"{usage.ru_stime:.6f}",
+                "used_cpu_user": f"{usage.ru_utime:.6f}",
+            },
+            "Cluster": {"cluster_enabled": 0},
+            "Keyspace": keyspace,
+        }
+
+    def command(self, client: RespProtocol, words: Words) -> Reply:
+        known = self.catalogue["commands"]
+        if len(words) == 1:
+            return reply.encode([self._entry(name) for name in known], client.protocol)
+        subcommand = words[1].lower()
+        names = [word.decode("utf-8", "replace").lower() for word in words[2:]]
+        if subcommand == b"count":
+            return reply.integer(len(known))
+        if subcommand == b"docs":
+            docs = {name: known[name]["docs"] for name in names or known if name in known}
+            return reply.encode(docs, client.protocol)
+        if subcommand == b"info":
+            entries = [self._entry(name) if name in known else None for name in names or known]
+            return reply.encode(entries, client.protocol)
+        if subcommand == b"list":
+            return reply.encode(list(known), client.protocol)
+        raise _unknown_subcommand("COMMAND", words[1])
+
+    def _entry(self, name: str) -> list[object]:
+        of = self.catalogue["commands"][name]
+        flags, categories = (frozenset(map(reply.Status, of[words])) for words in ("flags", "categories"))
+        return [name, of["arity"], flags, *of["keys"], categories, [], [], []]
+
+    def client(self, client: RespProtocol, words: Words) -> Reply:
+        subcommand, arguments = words[1].lower(), words[2:]
+        match subcommand, arguments:
+            case b"id", []:
+                return reply.integer(client.id)
+            case b"getname", []:
+                return reply.bulk_or_nil(client.name or None, client.protocol)
+            case b"setname", [name]:
+                client.set_name(name)
+                return reply.OK
+            case b"setinfo", [attribute, value]:
+                client.set_library(attribute.lower(), value)
+                return reply.OK
+            case b"info", []:
+                return reply.bulk(client.describe() + b"\n")
+            case b"list", _:
+                return reply.bulk(b"".join(each.describe() + b"\n" for each in client.factory.clients))
+            case ((b"no-evict" | b"no-touch"), [switch]) if switch.lower() in (b"on", b"off"):
+                return reply.OK
+        if subcommand in (b"id", b"getname", b"setname", b"setinfo", b"info", b"no-evict", b"no-touch"):
+            raise CommandError(f"ERR wrong number of arguments for 'client|{subcommand.decode()}' command")
+        raise _unknown_subcommand("CLIENT", words[1])
+
+    # What Redis has not
+
+    def cache_list(self, client: RespProtocol, _: Words) -> Reply:
+        return reply.encode(list(self._datasets), client.protocol)
+
+    def cache_info(self, client: RespProtocol, words: Words) -> Reply:
+        return reply.encode(describe_dataset(self._dataset(words[1])), client.protocol)
+
+    def cache_age(self, client: RespProtocol, words: Words) -> Reply:
+        self.rows(words[1])
+        return reply.encode(round(self._dataset(words[1]).age_s() or 0.0, 3), client.protocol)
+
+    def cache_wait(self, client: RespProtocol, words: Words) -> Reply:
+        """Blocks its connection only; within MULTI, as Redis's blocking commands, it does not wait at all."""
+        dataset = self._dataset(words[1])
+        transaction_id, timeout_ms = _int(words[2]), _int(words[3])
+        if transaction_id < 0 or not 0 <= timeout_ms <= _MAX_WAIT_MS:
+            raise CommandError("ERR XID and TIMEOUT_MS must not be negative, and TIMEOUT_MS at most a day")
+        if client.in_transaction:
+            snapshot = dataset.snapshot
+            return reply.integer(snapshot is not None and is_visible(transaction_id, snapshot.database_snapshot))
+        timeout_s = timeout_ms / 1000
+        included = Deferred.fromCoroutine(self._freshness.includes(dataset, transaction_id, timeout_s))
+        return included.addCallback(lambda yes: reply.integer(int(yes)))
+
+
+@dataclass(frozen=True, slots=True)
+class _ScanOptions:
+    match: bytes = b"*"
+    count: int = 10
+    type: bytes | None = None
+
+
+def _scan_options(words: Words, *, types: bool) -> _ScanOptions:
+    match, count, kind = b"*", 10, None
+    if len(words) % 2:
+        raise CommandError(SYNTAX)
+    for option, value in zip(words[::2], words[1::2], strict=True):
+        if option.lower() == b"match":
+            match = value
+        elif option.lower() == b"count":
+            count = _int(value)
+            if count < 1:
+                raise CommandError(SYNTAX)
+        elif option.lower() == b"type" and types:
+            kind = value.lower()
+        else:
+            raise CommandError(SYNTAX)
+    return _ScanOptions(match, min(count, MAX_COUNT), kind)
+
+
+def _cursor(word: bytes) -> int:
+    if not word.isdigit() or len(word) > 20 or int(word) >= 1 << 64:
+        raise CommandError("ERR invalid cursor")
+    return int(word)
+
+
+def _int(word: bytes) -> int:
+    number = integer(word)
+    if number is None:
+        raise CommandError(_NOT_AN_INTEGER)
+    return number
+
+
+def _in_slices(header: bytes, items: Sequence[T], some: Callable[[Sequence[T]], bytes]) -> Reply:
+    """The header and what `some` makes of the items, in one piece if they are few."""
+    if len(items) <= CHUNK_ROWS:
+        return header + some(items)
+    return chain([header], (some(items[start : start + CHUNK_ROWS]) for start in range(0, len(items), CHUNK_ROWS)))
+
+
+def _in_a_turn(answer: bytes, looked_at: int) -> Reply:
+    """What took long to answer ends its client's turn, as an iterator does; a pipeline of them would hold the reactor."""
+    return answer if looked_at <= CHUNK_ROWS else iter([answer])
+
+
+def _column(rows: Rows, number: int) -> Iterator[list[bytes]]:
+    for part in rows.slices(CHUNK_ROWS):
+        yield [pair[number] for pair in part]
+
+
+def _shown(name: bytes) -> str:
+    return name[:64].decode("utf-8", "replace")
+
+
+def _unknown_subcommand(command: str, word: bytes) -> CommandError:
+    return CommandError(f"ERR unknown subcommand '{_shown(word)}'. Try {command} HELP.")
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm", "rb") as statm:
+        return int(statm.read().split()[1]) * resource.getpagesize()

@@ -1,0 +1,711 @@
+"""The RESP port's connections: bytes in, commands run, replies out, nobody held up by a neighbour."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import chain, count
+from typing import Any
+
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.interfaces import IHalfCloseableProtocol, IPullProducer
+from twisted.internet.protocol import Protocol, ServerFactory, connectionDone
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from cacheservice.cache.cache import Cache
+from cacheservice.cache.dataset import Dataset
+from cacheservice.cache.describe import iso
+from cacheservice.ports.resp import reply
+from cacheservice.ports.resp.commands import REDIS_VERSION, SYNTAX, Command, Commands, Reply, Words
+from cacheservice.ports.resp.reply import CommandError
+from cacheservice.ports.resp.requests import ProtocolViolation, RequestParser, integer
+
+COMMANDS_PER_TURN = 512
+"""What one client may have done before its neighbours have their turn: about half a millisecond."""
+BYTES_PER_TURN = 256 * 1024
+_MOST_QUEUED = 10_000
+"""Commands of one MULTI block."""
+_MOST_MESSAGES = 1000
+"""Publishes that wait for a subscriber to read."""
+_READ_AHEAD_BYTES = 64 * 1024
+"""What is read of a client that waits for a reply, so that its going away is noticed."""
+
+_FAILED_AUTH_DELAY_S = 0.5
+_CHANNEL_PREFIX = b"cache:"
+_CROSS_PROTOCOL = (b"post", b"host:")
+_WITHOUT_PASSWORD = (b"auth", b"hello", b"quit")
+_WHILE_SUBSCRIBED = (b"subscribe", b"unsubscribe", b"ping", b"quit", b"reset")
+_NOT_IN_MULTI = (b"subscribe", b"unsubscribe", b"auth", b"hello")
+_NOT_QUEUED = (b"exec", b"discard", b"multi", b"quit", b"reset")
+_NOAUTH = reply.error("NOAUTH Authentication required.")
+_INTERNAL_ERROR = reply.error("ERR internal error; its traceback is in the log")
+_WRONGPASS = reply.error("WRONGPASS invalid username-password pair or user is disabled.")
+
+
+@implementer(IHalfCloseableProtocol, IPullProducer)
+class RespProtocol(Protocol):
+    """One client.
+
+    Replies go straight to the socket while it takes them (the transport's own way costs a turn of the reactor and
+    two calls of epoll for each). What it does not take is queued, and until that is gone nothing more is
+    read or done for this client: one that does not read costs one turn's replies, and is dropped after the idle time.
+    """
+
+    transport: Any
+    _log = Logger()
+
+    def __init__(self, factory: RespFactory, number: int) -> None:
+        self.factory: RespFactory = factory
+        self.id = number
+        self.protocol = 2
+        self.name = b""
+        self.in_transaction = False
+        self.waiting = False
+        self._library = {b"lib-name": b"", b"lib-ver": b""}
+        self._parser = RequestParser()
+        self._authenticated = not factory.commands.wants_password
+        self._parser.authenticated = self._authenticated
+        self._left: list[list[bytes]] = []
+        self._queue: list[Words] | None = None
+        self._queue_broken = False
+        self._channels: set[bytes] = set()
+        self._messages: list[bytes] = []
+        # Nothing stands between a command and its being run: no password missing, no MULTI, no subscription.
+        self._plain = self._authenticated
+        self._stream: Iterator[bytes] | None = None
+        self._awaited: Deferred[Any] | None = None
+        self._read_ahead_bytes = 0
+        self._queued = False
+        self._yielding: Any = None
+        self._closing = False
+        self._input_ended = False
+        self._last_command = b""
+        self._connected_at = self._heard_at = factory.clock.seconds()
+        self._idle_timer: Any = None
+
+    # The connection
+
+    def connectionMade(self) -> None:
+        factory = self.factory
+        factory.connections_received += 1
+        # A small reply is not to wait for the next one.
+        self.transport.setTcpNoDelay(True)
+        factory.clients.add(self)
+        if len(factory.clients) > factory.max_connections:
+            factory.connections_rejected += 1
+            self._closing = True
+            self._flush([reply.error("ERR max number of clients reached")])
+            self._close()
+            return
+        self._idle_timer = factory.clock.callLater(factory.idle_timeout_s, self._check_idle)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self._closing = True
+        self._stream = None
+        self.factory.clients.discard(self)
+        for channel in self._channels:
+            self.factory.unsubscribe(channel, self)
+        self._channels.clear()
+        if self._awaited is not None:
+            self._awaited.cancel()
+        for timer in (self._idle_timer, self._yielding):
+            if timer is not None and timer.active():
+                timer.cancel()
+
+    def readConnectionLost(self) -> None:
+        """The client sent all it will; it still gets its answers, but none that has to be waited for, as in Redis."""
+        self._input_ended = True
+        if self._awaited is not None:
+            self.transport.abortConnection()
+        elif not (self._queued or self._stream or self._awaited or self._yielding):
+            self._close()
+
+    def writeConnectionLost(self) -> None:
+        """Our own doing, when it closes."""
+
+    def dataReceived(self, data: bytes) -> None:
+        if self._closing:
+            return
+        self._heard_at = self.factory.clock.seconds()
+        try:
+            self._parser.feed(data)
+        except ProtocolViolation as violation:
+            self._refuse(violation)
+            return
+        if not (self._queued or self._stream or self._awaited or self._yielding):
+            self._work()
+        elif self._awaited is not None:
+            self._read_ahead_bytes += len(data)
+            if self._read_ahead_bytes > _READ_AHEAD_BYTES:
+                self.transport.pauseProducing()
+
+    def _check_idle(self) -> None:
+        factory = self.factory
+        left_s = self._heard_at + factory.idle_timeout_s - factory.clock.seconds()
+        if left_s <= 0 and not self.waiting and not (self._channels and not self._queued):
+            self.transport.abortConnection()
+        else:
+            self._idle_timer = factory.clock.callLater(
+                left_s if left_s > 0 else factory.idle_timeout_s, self._check_idle
+            )
+
+    # Work
+
+    def _work(self) -> None:
+        """Run what has been sent, until it is done, the turn is over, or something has to be waited for."""
+        try:
+            batch = self._left or self._parser.take(COMMANDS_PER_TURN)
+        except ProtocolViolation as violation:
+            self._refuse(violation)
+            return
+        self._left = []
+        out: list[bytes] = []
+        size_bytes = 0
+        by_word = self.factory.commands.by_word
+        for number, words in enumerate(batch, 1):
+            command = by_word.get(words[0]) if self._plain else None
+            try:
+                if command is not None and command.least <= len(words) <= command.most:
+                    answer = command.run(self, words)
+                else:
+                    answer = self._run_special(words)
+            except CommandError as error:
+                answer = reply.error(str(error))
+            except Exception:
+                self._log.failure("a command failed")
+                answer = _INTERNAL_ERROR
+            if answer.__class__ is not bytes:
+                self._left = batch[number:]
+                self._last_command = words[0]
+                self.factory.commands_processed += number
+                self._flush(out)
+                self._begin(answer)
+                return
+            out.append(answer)
+            size_bytes += len(answer)
+            if self._closing or size_bytes >= BYTES_PER_TURN:
+                self._left = batch[number:]
+                break
+        if batch:
+            self._last_command = batch[-1][0]
+            self.factory.commands_processed += len(batch) - len(self._left)
+        self._flush(out)
+        if self._closing:
+            self._close()
+        elif self._left or not self._parser.exhausted:
+            self._yield()
+        elif self._input_ended and not self._queued:
+            self._close()
+
+    def _refuse(self, violation: ProtocolViolation) -> None:
+        self._closing = True
+        self._flush([reply.error(f"ERR {violation}")])
+        self._close()
+
+    def _begin(self, answer: Reply) -> None:
+        """Give an answer that is too large for this turn, or not there yet."""
+        if isinstance(answer, Deferred):
+            self.waiting = True
+            self._awaited, self._read_ahead_bytes = answer, 0
+            answer.addCallbacks(self._arrived, self._failed)
+        else:
+            self._stream = answer  # type: ignore[assignment]
+            self._go_on()
+
+    def _arrived(self, answer: Reply) -> None:
+        self._awaited, self.waiting = None, False
+        self._heard_at = self.factory.clock.seconds()
+        if self._closing:
+            return
+        if isinstance(answer, bytes):
+            self._flush([answer])
+            self._go_on()
+        else:
+            self._begin(answer)
+
+    def _failed(self, failure: Failure) -> None:
+        self._awaited, self.waiting = None, False
+        if self._closing and failure.check(CancelledError):
+            return
+        if failure.check(CommandError):
+            self._arrived(reply.error(str(failure.value)))
+            return
+        self._log.failure("a command failed", failure)
+        self._arrived(_INTERNAL_ERROR)
+
+    def _go_on(self) -> None:
+        """The next piece of a streamed reply, or the next commands, once the client has taken the last ones."""
+        if self._closing or self._queued:
+            return
+        if self._stream is None:
+            self._flush_messages()
+            if not self._queued:
+                self.transport.resumeProducing()
+                self._work()
+            return
+        out: list[bytes] = []
+        size_bytes = 0
+        for piece in self._stream:
+            out.append(piece)
+            size_bytes += len(piece)
+            # An empty piece tells of work that was done without anything to say yet.
+            if not piece or size_bytes >= BYTES_PER_TURN:
+                break
+        else:
+            self._stream = None
+        self._flush(out)
+        if not self._queued:
+            self._yield()
+
+    def _yield(self) -> None:
+        """Go on in the next turn, unless the client has to read first."""
+        if self._queued or self._closing or self._yielding is not None:
+            return
+        self.transport.pauseProducing()
+        self._yielding = self.factory.clock.callLater(0, self._next_turn)
+
+    def _next_turn(self) -> None:
+        self._yielding = None
+        self._heard_at = self.factory.clock.seconds()
+        self._go_on()
+
+    # Output
+
+    def _flush(self, out: list[bytes]) -> None:
+        if not out:
+            return
+        data = b"".join(out) if len(out) > 1 else out[0]
+        if not self._queued:
+            try:
+                sent = self.transport.socket.send(data)
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                self._closing = True
+                self.transport.abortConnection()
+                return
+            if sent == len(data):
+                return
+            data = data[sent:]
+        self.transport.write(data)
+        if not self._queued:
+            # Nothing more is read before the client has taken this.
+            self._queued = True
+            self.transport.pauseProducing()
+            self._ignore_first = True
+            self.transport.registerProducer(self, False)
+
+    def resumeProducing(self) -> None:
+        """The transport has nothing queued any more (its first call comes with the registration)."""
+        if self._ignore_first:
+            self._ignore_first = False
+            return
+        self.transport.unregisterProducer()
+        self._queued = False
+        self._heard_at = self.factory.clock.seconds()
+        if self._awaited is not None:
+            self._flush_messages()
+            if not self._queued:
+                self.transport.resumeProducing()
+        elif self._yielding is None:
+            self._go_on()
+
+    def stopProducing(self) -> None:
+        """The connection is gone; connectionLost tells the rest."""
+
+    def _close(self) -> None:
+        """Close once everything has been sent; what still comes in is not read."""
+        self._closing = True
+        if self._queued:
+            self.transport.unregisterProducer()
+        self.transport.loseConnection()
+
+    # Commands that are about this connection
+
+    def _run_special(self, words: Words) -> Reply:
+        """A command while something stands between it and its being run, or one that is about the connection."""
+        name = words[0].lower()
+        if name in _CROSS_PROTOCOL:
+            # An HTTP request: somebody makes a browser speak to us (as Redis, CVE-2016-10517).
+            self._closing = True
+            self._log.warn("a request of another protocol came to the RESP port")
+            self.transport.abortConnection()
+            return b""
+        if not self._authenticated and name not in _WITHOUT_PASSWORD:
+            return _NOAUTH
+        if self._channels and self.protocol == 2 and name not in _WHILE_SUBSCRIBED:
+            raise CommandError(
+                f"ERR Can't execute '{_printable(name)}': only (P|S)SUBSCRIBE / (P|S)UNSUBSCRIBE / PING / QUIT / RESET "
+                "are allowed in this context"
+            )
+        if self._queue is not None and name not in _NOT_QUEUED:
+            return self._enqueue(name, words)
+        special = getattr(self, f"_do_{name.decode()}", None) if name.isalpha() and name.isascii() else None
+        if special is not None:
+            return special(words)  # type: ignore[no-any-return]
+        command = self._known(name, words, self.factory.commands)
+        return command.run(self, words)
+
+    @staticmethod
+    def _known(name: bytes, words: Words, commands: Commands) -> Command:
+        """The command `name`.
+
+        :raises CommandError: if there is none, or the words are not as many as it takes.
+        """
+        command = commands.by_name.get(name)
+        if command is not None:
+            if not command.least <= len(words) <= command.most:
+                raise _wrong_number(command.name)
+            return command
+        if name in commands.writes:
+            raise CommandError("READONLY this cache is read-only")
+        raise CommandError(f"ERR unknown command '{_printable(words[0])}'")
+
+    def _enqueue(self, name: bytes, words: Words) -> bytes:
+        assert self._queue is not None
+        try:
+            if name in _NOT_IN_MULTI:
+                raise CommandError(f"ERR {name.decode()} is not allowed in a transaction")
+            if name != b"ping":
+                self._known(name, words, self.factory.commands)
+            elif len(words) > 2:
+                raise _wrong_number("ping")
+            if len(self._queue) >= _MOST_QUEUED:
+                raise CommandError(f"ERR a transaction has at most {_MOST_QUEUED} commands")
+        except CommandError:
+            self._queue_broken = True
+            raise
+        self._queue.append(words)
+        return reply.QUEUED
+
+    def _do_ping(self, words: Words) -> Reply:
+        if len(words) > 2:
+            raise _wrong_number("ping")
+        if self._channels and self.protocol == 2:
+            return reply.encode([b"pong", words[1] if len(words) == 2 else b""], 2)
+        return reply.bulk(words[1]) if len(words) == 2 else reply.PONG
+
+    def _do_quit(self, _: Words) -> Reply:
+        self._closing = True
+        return reply.OK
+
+    def _do_reset(self, words: Words) -> Reply:
+        if len(words) != 1:
+            raise _wrong_number("reset")
+        for channel in list(self._channels):
+            self._leave(channel)
+        self.protocol, self.name, self._queue, self._queue_broken = 2, b"", None, False
+        self._authenticated = not self.factory.commands.wants_password
+        self._settle()
+        return b"+RESET\r\n"
+
+    def _do_auth(self, words: Words) -> Reply:
+        if len(words) < 2:
+            raise _wrong_number("auth")
+        if len(words) > 3:
+            raise CommandError(SYNTAX)
+        if not self.factory.commands.wants_password:
+            if len(words) == 2:
+                raise CommandError(
+                    "ERR AUTH <password> called without any password configured for the default user. "
+                    "Are you sure your configuration is correct?"
+                )
+            return reply.OK if words[1] == b"default" else _WRONGPASS
+        user = words[1] if len(words) == 3 else b"default"
+        return self._authenticate(user, words[-1], lambda: reply.OK)
+
+    def _authenticate(self, user: bytes, password: bytes, then: Any) -> Reply:
+        """Check a password; each failure from an address makes its next ones slower."""
+        factory = self.factory
+        if factory.commands.accepts(user, password):
+            factory.failed_auths.pop(self._address, None)
+            self._authenticated = True
+            self._settle()
+            return then()  # type: ignore[no-any-return]
+        failures = factory.failed_auths[self._address] = factory.failed_auths.get(self._address, 0) + 1
+        refused: Deferred[bytes] = Deferred()
+        delay_s = min(_FAILED_AUTH_DELAY_S * 2 ** min(failures - 1, 4), 8.0)
+        timer = factory.clock.callLater(delay_s, refused.callback, _WRONGPASS)
+        refused.addErrback(lambda failure: (timer.active() and timer.cancel(), failure)[1])
+        return refused
+
+    def _do_hello(self, words: Words) -> Reply:
+        options = list(words[1:])
+        protocol = self.protocol
+        if options:
+            version = integer(options.pop(0))
+            if version is None:
+                raise CommandError("ERR Protocol version is not an integer or out of range")
+            if version not in (2, 3):
+                raise CommandError("NOPROTO unsupported protocol version")
+            protocol = version
+        credentials, name = None, None
+        while options:
+            option = options.pop(0)
+            if option.lower() == b"auth" and len(options) >= 2:
+                credentials = (options.pop(0), options.pop(0))
+            elif option.lower() == b"setname" and options:
+                name = options.pop(0)
+            else:
+                raise CommandError(f"ERR Syntax error in HELLO option '{_printable(option)}'")
+
+        def greet() -> bytes:
+            if name is not None:
+                self.set_name(name)
+            self.protocol = protocol
+            greeting = {
+                "server": "redis",
+                "version": REDIS_VERSION,
+                "proto": protocol,
+                "id": self.id,
+                "mode": "standalone",
+                "role": "master",
+                "modules": [],
+            }
+            return reply.encode(greeting, protocol)
+
+        if credentials is not None and self.factory.commands.wants_password:
+            return self._authenticate(*credentials, greet)
+        if credentials is not None and credentials[0] != b"default":
+            return _WRONGPASS
+        if not self._authenticated:
+            raise CommandError(
+                "NOAUTH HELLO must be called with the client already authenticated, otherwise the HELLO <proto> AUTH "
+                "<user> <pass> option can be used to authenticate the client and select the RESP protocol version at "
+                "the same time"
+            )
+        return greet()
+
+    def _do_multi(self, words: Words) -> Reply:
+        if len(words) != 1:
+            raise _wrong_number("multi")
+        if self._queue is not None:
+            raise CommandError("ERR MULTI calls can not be nested")
+        self._queue, self._queue_broken = [], False
+        self._settle()
+        return reply.OK
+
+    def _do_discard(self, words: Words) -> Reply:
+        if len(words) != 1:
+            raise _wrong_number("discard")
+        if self._queue is None:
+            raise CommandError("ERR DISCARD without MULTI")
+        self._queue = None
+        self._settle()
+        return reply.OK
+
+    def _do_exec(self, words: Words) -> Reply:
+        """All see one moment: what is too much for this turn is read in later ones from what is served now."""
+        queue, self._queue = self._queue, None
+        self._settle()
+        if len(words) != 1:
+            error = _wrong_number("exec")
+            raise CommandError(f"EXECABORT Transaction discarded because of:{str(error)[3:]}") if queue else error
+        if queue is None:
+            raise CommandError("ERR EXEC without MULTI")
+        if self._queue_broken:
+            raise CommandError("EXECABORT Transaction discarded because of previous errors.")
+        out = [reply.array_header(len(queue))]
+        size_bytes = 0
+        for number, each in enumerate(queue, 1):
+            answer = self._run_queued(each, self.factory.commands)
+            if isinstance(answer, bytes):
+                out.append(answer)
+                size_bytes += len(answer)
+                if size_bytes < BYTES_PER_TURN and number % COMMANDS_PER_TURN:
+                    continue
+                answer = iter(())
+            return chain(out, answer, self._run_rest(queue[number:], self.factory.commands.frozen()))
+        return b"".join(out)
+
+    def _run_rest(self, queue: list[Words], commands: Commands) -> Iterator[bytes]:
+        for number, words in enumerate(queue, 1):
+            answer = self._run_queued(words, commands)
+            if isinstance(answer, bytes):
+                yield answer
+            else:
+                yield from answer
+            if not number % COMMANDS_PER_TURN:
+                yield b""
+
+    def _run_queued(self, words: Words, commands: Commands) -> bytes | Iterator[bytes]:
+        self.in_transaction = True
+        try:
+            name = words[0].lower()
+            answer = self._do_ping(words) if name == b"ping" else self._known(name, words, commands).run(self, words)
+            assert not isinstance(answer, Deferred), "nothing waits within MULTI"
+            return answer
+        except CommandError as error:
+            return reply.error(str(error))
+        except Exception:
+            self._log.failure("a command failed")
+            return _INTERNAL_ERROR
+        finally:
+            self.in_transaction = False
+
+    def _do_subscribe(self, words: Words) -> Reply:
+        if len(words) < 2:
+            raise _wrong_number("subscribe")
+        replies = []
+        for channel in words[1:]:
+            name = channel.removeprefix(_CHANNEL_PREFIX)
+            if channel == name or name.decode("utf-8", "replace") not in self.factory.cache.datasets:
+                raise CommandError(f"ERR unknown channel '{_printable(channel)}'; there is cache:NAME for each dataset")
+        for channel in words[1:]:
+            self._channels.add(channel)
+            self.factory.subscribe(channel, self)
+            replies.append(reply.push([b"subscribe", channel, len(self._channels)], self.protocol))
+        self._settle()
+        return b"".join(replies)
+
+    def _do_unsubscribe(self, words: Words) -> Reply:
+        replies = []
+        leaving: list[bytes | None] = [*(words[1:] or sorted(self._channels))] or [None]
+        for channel in leaving:
+            if channel is not None:
+                self._leave(channel)
+            replies.append(reply.push([b"unsubscribe", channel, len(self._channels)], self.protocol))
+        self._settle()
+        return b"".join(replies)
+
+    def _leave(self, channel: bytes) -> None:
+        if channel in self._channels:
+            self._channels.discard(channel)
+            self.factory.unsubscribe(channel, self)
+
+    def _settle(self) -> None:
+        self._parser.authenticated = self._authenticated
+        subscribed = bool(self._channels) and self.protocol == 2
+        self._plain = self._authenticated and self._queue is None and not subscribed
+
+    def send_message(self, channel: bytes, message: bytes) -> None:
+        """A publish, to a subscriber. One that does not read is dropped, as Redis drops it at its output limit."""
+        if len(self._messages) >= _MOST_MESSAGES:
+            self.transport.abortConnection()
+            return
+        self._messages.append(reply.push([b"message", channel, message], self.protocol))
+        if not self._queued and self._stream is None:
+            self._flush_messages()
+
+    def _flush_messages(self) -> None:
+        """Send what was published meanwhile, now that no reply is half sent."""
+        messages, self._messages = self._messages, []
+        self._flush(messages)
+
+    # What CLIENT tells and sets
+
+    @property
+    def _address(self) -> str:
+        return str(self.transport.getPeer().host)
+
+    def set_name(self, name: bytes) -> None:
+        """:raises CommandError: for a name with blanks in it."""
+        if any(character < 33 or character > 126 for character in name):
+            raise CommandError("ERR Client names cannot contain spaces, newlines or special characters.")
+        self.name = name
+
+    def set_library(self, attribute: bytes, value: bytes) -> None:
+        """:raises CommandError: for another attribute than lib-name and lib-ver, or blanks in the value."""
+        if attribute not in self._library:
+            raise CommandError(f"ERR Unrecognized option '{_printable(attribute)}'")
+        if any(character < 33 or character > 126 for character in value):
+            raise CommandError(f"ERR {attribute.decode()} cannot contain spaces, newlines or special characters.")
+        self._library[attribute] = value
+
+    def describe(self) -> bytes:
+        """A line of CLIENT LIST."""
+        peer, host = self.transport.getPeer(), self.transport.getHost()
+        now = self.factory.clock.seconds()
+        fields = {
+            "id": self.id,
+            "addr": f"{peer.host}:{peer.port}",
+            "laddr": f"{host.host}:{host.port}",
+            "name": self.name.decode(),
+            "age": int(now - self._connected_at),
+            "idle": int(now - self._heard_at),
+            "flags": "b" if self.waiting else "P" if self._channels else "N",
+            "db": 0,
+            "sub": len(self._channels),
+            "psub": 0,
+            "multi": -1 if self._queue is None else len(self._queue),
+            "cmd": _printable(self._last_command).lower(),
+            "user": "default",
+            "resp": self.protocol,
+            "lib-name": self._library[b"lib-name"].decode(),
+            "lib-ver": self._library[b"lib-ver"].decode(),
+        }
+        return " ".join(f"{name}={value}" for name, value in fields.items()).encode()
+
+
+class RespFactory(ServerFactory):
+    """Makes the RESP port's protocol and knows its clients.
+
+    :param clock: `IReactorTime`, monotonic.
+    """
+
+    noisy = False
+
+    def __init__(
+        self, cache: Cache, commands: Commands, max_connections: int, idle_timeout_s: float, clock: Any
+    ) -> None:
+        self.cache = cache
+        self.commands = commands
+        self.max_connections = max_connections
+        self.idle_timeout_s = idle_timeout_s
+        self.clock = clock
+        self.clients: set[RespProtocol] = set()
+        self.subscribers: dict[bytes, set[RespProtocol]] = defaultdict(set)
+        self.failed_auths: dict[str, int] = {}
+        self.connections_received = 0
+        self.connections_rejected = 0
+        self.commands_processed = 0
+        self._numbers = count(1)
+        for dataset in cache.datasets.values():
+            dataset.watch(self._published)
+
+    def buildProtocol(self, addr: object) -> RespProtocol:  # type: ignore[override]  # it holds another `factory`
+        return RespProtocol(self, next(self._numbers))
+
+    def close_clients(self) -> None:
+        """End every connection now."""
+        for client in list(self.clients):
+            client.transport.abortConnection()
+
+    def subscribe(self, channel: bytes, client: RespProtocol) -> None:
+        self.subscribers[channel].add(client)
+
+    def unsubscribe(self, channel: bytes, client: RespProtocol) -> None:
+        self.subscribers[channel].discard(client)
+        if not self.subscribers[channel]:
+            del self.subscribers[channel]
+
+    def _published(self, dataset: Dataset) -> None:
+        channel = _CHANNEL_PREFIX + dataset.name.encode()
+        subscribers = self.subscribers.get(channel)
+        if not subscribers or dataset.snapshot is None:
+            return
+        message = {
+            "dataset": dataset.name,
+            "generation": dataset.snapshot.generation,
+            "as_of": iso(dataset.snapshot.as_of),
+            "added": None,
+            "changed": None,
+            "removed": None,
+        }
+        text = json.dumps(message, separators=(",", ":")).encode()
+        for client in list(subscribers):
+            client.send_message(channel, text)
+
+
+def _wrong_number(name: str) -> CommandError:
+    return CommandError(f"ERR wrong number of arguments for '{name}' command")
+
+
+def _printable(word: bytes) -> str:
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in word[:128].decode("utf-8", "backslashreplace")
+    )
