@@ -143,13 +143,13 @@ class GuardTestCase(TestCase):
         """Through the faulty network unless another `database` is given."""
         return (database or self.database).read(settings(query, timeout_s), rows_builder())
 
-    def guard(self, timeout_s: float = LONG_S, host: str = "127.0.0.1") -> GuardedConnection:
-        target = parse(self.server.dsn(database=self.database_name, host=host))
+    def guard(self, timeout_s: float = LONG_S, host: str = "127.0.0.1", port: int | None = None) -> GuardedConnection:
+        target = parse(self.server.dsn(database=self.database_name, host=host, port=port))
         return GuardedConnection(reactor, target, reactor.seconds() + timeout_s)
 
-    async def open(self, timeout_s: float = LONG_S) -> GuardedConnection:
+    async def open(self, timeout_s: float = LONG_S, port: int | None = None) -> GuardedConnection:
         """A session that is past its connecting, and closed by whoever asked for it."""
-        guard = self.guard(timeout_s)
+        guard = self.guard(timeout_s, port=port)
         await guard.connect(self.direct._resolver.resolve, "test", LONG_S)
         return guard
 
@@ -164,8 +164,9 @@ class GuardTestCase(TestCase):
         return [pid for (pid,) in self.ask(sql, self.database_name)]
 
     async def until_busy(self, number: int) -> list[int]:
-        await until(lambda: len(self.busy()) == number)
-        return self.busy()
+        while len(pids := self.busy()) != number:
+            await deferLater(reactor, 0.005)
+        return pids
 
     def thaw_later(self, pids: list[int]) -> None:
         """Thaw after `FREEZE_S` from outside: libpq's cancel would hold our threads as well."""
@@ -192,6 +193,7 @@ class GuardTestCase(TestCase):
         await until(lambda: not self.network.ends)
         gc.collect()
         before = held()
+        kept = []  # with their tracebacks, and so with all that the reads held: nothing may be closed by the collector
         self.ticker.longest_gap_s = 0.0
         self.ticker.tick()
         for first in range(0, ROUNDS, at_once):
@@ -199,6 +201,7 @@ class GuardTestCase(TestCase):
             for succeeded, result in await DeferredList(attempts, consumeErrors=True):
                 self.assertFalse(succeeded, result)
                 self.check(result.value, expected)
+                kept.append((result, result.value))
             self.assertEqual(our_timers(), [])
             self.assertEqual(self.status.connections, 0)
         self.assertLess(self.ticker.longest_gap_s, LONGEST_GAP_S)
@@ -411,6 +414,37 @@ class ServerFaultTests(GuardTestCase):
 
         await self.outlive(read, DatabaseUnavailable, at_once=10)
 
+    async def test_a_server_that_dies_amid_every_stage_of_many_reads(self) -> None:
+        """Sessions that connect, wait and fetch when the server dies: each is unavailable, and the reactor's own books
+        stay right (libpq closes sockets by itself; the kernel gives their descriptors to others at once)."""
+        self.addCleanup(self.server.start)
+        for _ in range(10):
+            reads: list[Deferred[Any]] = []
+
+            def more(reads: list[Deferred[Any]] = reads) -> None:
+                sql = MANY_SLOW_ROWS if len(reads) % 2 else "SELECT i AS id FROM generate_series(1, 100000) AS i"
+                reads.append(self.read(sql))
+
+            while len(reads) < 20:
+                more()
+                await deferLater(reactor, 0.003)
+            stopping = deferToThread(self.server.stop, "immediate")
+            while not stopping.called:
+                if len(reads) < ROUNDS:
+                    more()
+                await deferLater(reactor, 0.001)
+            await stopping
+            for succeeded, result in await DeferredList(reads, consumeErrors=True):
+                if not succeeded:
+                    self.check(result.value, DatabaseUnavailable)
+            if hasattr(reactor, "_selectables"):  # epoll
+                self.assertEqual(reactor._reads | reactor._writes, set(reactor._selectables))
+            await deferToThread(self.server.start)
+        self.side.close()
+        self.side = connect(self.server)
+        gc.collect()
+        self.assertEqual(self.flushLoggedErrors(), [])
+
 
 class NoSessionTests(GuardTestCase):
     """What keeps a session from opening."""
@@ -525,6 +559,20 @@ class NetworkFaultTests(GuardTestCase):
             await self.read()
 
         await self.outlive(read, DatabaseUnavailable)
+
+    async def test_reset_between_two_statements(self) -> None:
+        """A RST while nobody waits is told by the next statement, whether the reactor saw it first or libpq does."""
+
+        async def lost(number: int) -> None:
+            self.network.heal()
+            guard = await self.open(port=self.network.port)
+            await guard.execute("BEGIN")
+            self.network.reset()
+            for _ in range(1 + number % 4):  # the RST is sent in the first turn, before its events are polled for
+                await deferLater(reactor, 0)
+            await guard.execute("SELECT 1").addBoth(guard.close_and_passthrough)
+
+        await self.outlive(lost, DatabaseUnavailable)
 
     async def test_silence(self) -> None:
         """Silence at any byte, before a result or within it, ends at the deadline."""

@@ -43,9 +43,6 @@ class Log:
         return Log(self.events, **self.bound, **more)
 
     def info(self, event: str, **fields: Any) -> None:
-        import traceback
-
-        fields.get("exc_info") and traceback.print_exc()
         self.events.append((event, self.bound | fields))
 
     debug = warning = error = info
@@ -53,6 +50,8 @@ class Log:
 
 class ServiceTestCase(GuardTestCase):
     """Services before a table of `ROWS` rows, whose `n` is the same in all of them at any moment."""
+
+    timeout = 90
 
     async def setUp(self) -> None:
         await super().setUp()
@@ -106,6 +105,7 @@ class OutageTests(ServiceTestCase):
 
     async def test_an_immediate_restart_during_a_refresh(self) -> None:
         """The old snapshot stays until the next refresh, which succeeds by itself."""
+        self.addCleanup(self.server.start)
         service, cache = self.make_service(declare("things", SLOW_THINGS))
         dataset = cache.dataset("things")
         await self.start_and_load(service, cache)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import psycopg2
+from sqlparse.lexer import tokenize
+from sqlparse.tokens import Comment, Whitespace
 from twisted.internet.defer import CancelledError, Deferred
 
 from cacheservice.cache.cache import DatabaseStatus
@@ -43,18 +45,6 @@ _ASK_TIMEOUT_S = 5.0
 _MOST_CHUNK_ROWS = 1000
 _CHUNK_BYTES = 256 * 1024
 """1000 rows or 256 KiB at a time hold the reactor for about 2 ms."""
-
-# Lexical structure: PostgreSQL manual, 4.1; but a comment within a comment is not seen.
-_TOKEN = re.compile(
-    r"""(?P<between> \s+ | ; | --[^\n]* | /\*.*?\*/ )
-      | [eE]'(?: [^'\\] | \\. | '' )*'
-      | '(?: [^'] | '' )*'
-      | "[^"]*"
-      | (?P<dollar> \$\w*\$ ) .*? (?P=dollar)
-      | [^\W\d][\w$]*
-      | .""",
-    re.VERBOSE | re.DOTALL,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +169,12 @@ async def _fetch_all(guard: GuardedConnection, into: RowsBuilder) -> None:
         # Asked for before the last chunk is unpacked, so that the server renders while we unpack.
         chunk_rows = _next_chunk_rows(chunk_rows, into)
         pending = guard.execute(_fetch(chunk_rows))
-        into.add(cursor.fetchall())
+        try:
+            rows = cursor.fetchall()
+        except psycopg2.InterfaceError:
+            await pending  # raises: the session was found lost, and with it what the cursor held
+            raise
+        into.add(rows)
         cursor = await pending
 
 
@@ -201,7 +196,10 @@ def rows_query(query: str, key: Sequence[str]) -> str:
 
 def _without_ending(query: str) -> str:
     """`query` up to its last word: a semicolon after it, which a comment may follow, has no place in a subquery."""
-    return query[: max((token.end() for token in _TOKEN.finditer(query) if not token["between"]), default=0)]
+    words = list(tokenize(query))
+    while words and (words[-1][0] in Whitespace or words[-1][0] in Comment or words[-1][1] == ";"):
+        words.pop()
+    return "".join(text for _, text in words)
 
 
 def _quoted(identifier: str) -> str:

@@ -33,18 +33,24 @@ class _Cursor(txpostgres.Cursor):  # type: ignore[misc]  # txpostgres has no typ
 
 
 class _Connection(txpostgres.Connection):  # type: ignore[misc]
+    """Is in the reactor only while libpq waits.
+
+    libpq may close its socket in any call: a descriptor still in the reactor then would be taken
+    for that of whoever opens the next socket, a client of ours perhaps. The stock class stays in the
+    reactor between statements, to hear notifications, and while it connects. Here whoever is lost between
+    two statements is told so by the next one.
+    """
+
     cursorFactory = _Cursor
 
     def continuePolling(self, swallowErrors: bool = False) -> None:
-        # A session lost between two statements has nobody to tell; the next statement tells it.
         super().continuePolling(swallowErrors=True)
 
     def doRead(self) -> None:
-        # The stock one also watches a session that just failed to open: not closed, yet with no descriptor any more.
         txpostgres._PollingMixin.doRead(self)
-        self.checkForNotifies()
-        if self.fileno() >= 0:
-            self.reactor.addReader(self)
+
+    def cursorFinished(self, cursor: _Cursor) -> None:
+        self._cursors.remove(cursor)
 
 
 class GuardedConnection:
@@ -81,6 +87,7 @@ class GuardedConnection:
         self._timer.reset(min(timeout_s, self.remaining_s()))
         arguments = await self._wait(lambda: ensureDeferred(self._target.connect_arguments(resolve, purpose)))
         await self._wait(lambda: self._connection.connect(**arguments), connecting=True)
+        self._reactor.removeReader(self._connection)
         extensions.register_type(_TEXT_AS_BYTES, self._connection.pollable())
         self._phase = "did not answer"
         self._timer.reset(self.remaining_s())
