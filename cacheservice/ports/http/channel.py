@@ -20,6 +20,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from twisted.internet import tcp
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import IHalfCloseableProtocol, IPushProducer
@@ -47,10 +48,10 @@ _LINGER_S = 2.0
 unread, would send a reset that overtakes the answer (RFC 9112, 9.6)."""
 _REFUSED_AT_ONCE = 100
 """Connections over the limit that are told so; more are closed without a word."""
-_BURST = 32
-"""Pipelined requests answered in one turn of the reactor: about a millisecond."""
-_TURN_S = 0.002
-"""How long all streams together may hold the reactor."""
+_PIPELINE_TURN_S = 0.001
+"""How long the pipelined requests of one client may hold the reactor."""
+_STREAMS_TURN_S = 0.001
+"""How long all streams together may; with what the last of them began it is two milliseconds."""
 
 _CLOSE = b"Connection: close\r\n"
 _HEADER = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([\t -~\x80-\xff]*)")
@@ -126,11 +127,12 @@ class HttpChannel(HTTPChannel):
     _yielding: Any = None
     _waiting: Deferred[None] | None = None
     _stream: _Stream | None = None
+    _direct = False
     _in_head = False
     _finishing = False
     _read_closed = False
     _answered_while_choked = False
-    _burst = 0
+    _turn_ends_at = 0.0
     _header_count = 0
 
     def __init__(self, factory: HttpFactory) -> None:
@@ -139,6 +141,7 @@ class HttpChannel(HTTPChannel):
 
     def connectionMade(self) -> None:
         super().connectionMade()
+        self._direct = isinstance(self.transport, tcp.Server)  # TLS would be another's
         factory = self.factory
         factory.clients.add(self)
         self._limit(factory.idle_timeout_s)
@@ -150,7 +153,7 @@ class HttpChannel(HTTPChannel):
     def dataReceived(self, data: bytes) -> None:
         if self._finishing:
             return
-        self._burst = 0
+        self._turn_ends_at = time.perf_counter() + _PIPELINE_TURN_S
         super().dataReceived(data)
         if self._handlingRequest or self._finishing:
             return
@@ -284,24 +287,42 @@ class HttpChannel(HTTPChannel):
         if isinstance(body, bytes):
             self._write(head, body, with_body)
         elif body is None:
-            self.transport.write(head + b"\r\n")
+            self._put(head + b"\r\n")
         else:
             chunked = size_bytes is None and request.chunks
             if chunked:
                 head += b"Transfer-Encoding: chunked\r\n"
             elif size_bytes is not None:
                 head += b"Content-Length: %d\r\n" % size_bytes
-            self.transport.write(head + b"\r\n")
+            self._put(head + b"\r\n")
             if with_body:
                 self._send_pieces(body, chunked)
                 return
         self._sent()
 
     def _write(self, head: bytes, body: bytes, with_body: bool) -> None:
-        self.transport.write(b"%bContent-Length: %d\r\n\r\n%b" % (head, len(body), body if with_body else b""))
+        self._put(b"%bContent-Length: %d\r\n\r\n%b" % (head, len(body), body if with_body else b""))
+
+    def _put(self, data: bytes) -> None:
+        """Write, straight to the socket as long as the transport never had to queue anything for this client.
+
+        `transport.write` asks for writability and waits a turn of the reactor: without it a third more requests/s
+        (measured).
+        """
+        if self._direct:
+            try:
+                sent: int = self.transport.socket.send(data)
+            except OSError:
+                sent = 0  # full, or lost, which the transport will notice
+            if sent == len(data):
+                return
+            self._direct = False
+            data = data[sent:]
+        self.transport.write(data)
 
     def _send_pieces(self, body: Iterator[Piece], chunked: bool) -> None:
         self._deadline_at = None
+        self._direct = False
         task = self.factory.streams.cooperate(self._pieces_written(body, chunked))
         self._stream = _Stream(task)
         self.registerProducer(self._stream, True)
@@ -334,10 +355,9 @@ class HttpChannel(HTTPChannel):
 
     def _sent(self) -> None:
         """The answer is out, to the transport at least. Go on with the next request when that is fair."""
-        self._burst += 1
         if self._waitingForTransport:
             self._answered_while_choked = True
-        elif self._burst >= _BURST and (self._buffer or self._dataBuffer):
+        elif (self._buffer or self._dataBuffer) and time.perf_counter() >= self._turn_ends_at:
             self._yielding = self.factory.clock.callLater(0, self._next)
         else:
             self._next()
@@ -365,7 +385,6 @@ class HttpChannel(HTTPChannel):
             self._networkProducer.resumeProducing()
         if self._answered_while_choked:
             self._answered_while_choked = False
-            self._burst = 0
             self._next()
         elif not self._handlingRequest:
             self._limit(self.factory.idle_timeout_s)
@@ -500,5 +519,5 @@ class HttpFactory(ServerFactory):
 
 def _turn() -> Callable[[], bool]:
     """Whether the streams have had their turn of the reactor."""
-    ends_at = time.perf_counter() + _TURN_S
+    ends_at = time.perf_counter() + _STREAMS_TURN_S
     return lambda: time.perf_counter() >= ends_at

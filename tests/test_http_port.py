@@ -1,0 +1,1366 @@
+"""Laws of the HTTP port, over real sockets; its clients are plain blocking ones in threads."""
+
+from __future__ import annotations
+
+import gc
+import gzip
+import io
+import json
+import random
+import re
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from http.client import HTTPException, HTTPResponse
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred, gatherResults
+from twisted.internet.task import Clock, deferLater
+from twisted.internet.threads import deferToThread
+from twisted.trial.unittest import SynchronousTestCase, TestCase
+
+from cacheservice.cache.cache import Cache
+from cacheservice.cache.dataset import Dataset, Snapshot
+from cacheservice.cache.rows import Rows, RowsBuilder
+from cacheservice.config import DatasetSettings
+from cacheservice.ports.freshness import Freshness
+from cacheservice.ports.http import HttpFactory
+from cacheservice.ports.http.bodies import PIECE_BYTES, json_lines, json_object
+from cacheservice.ports.http.channel import MAX_HEAD_BYTES, MAX_HEADERS
+from cacheservice.ports.http.guard import Guard
+from cacheservice.ports.http.negotiation import codings, matches, media_type, unchanged_since
+from cacheservice.ports.http.problem import Problem
+
+MOMENT = datetime(2026, 1, 2, 3, 4, 5, 678000, tzinfo=UTC)
+GIVE_UP_S = 60.0  # a client that waits longer than this for its answer has hung
+
+ROWS = {
+    "1": '{"id":1,"name":"hammer"}',
+    "2": '{"id":2,"name":"Säge"}',
+    "a/b:c d%": '{"id":3}',
+    'quo"te\\\n\x01é': "[1,\n 2]",
+    "": "null",
+    "large": json.dumps({"text": "x" * 3000}),
+}
+PATHS = [
+    "/livez",
+    "/readyz",
+    "/v1/datasets",
+    "/v1/datasets/products",
+    "/v1/datasets/products/rows/1",
+    "/v1/datasets/products/rows/large",
+    "/v1/datasets/products/status",
+    "/v1/datasets/prices",
+    "/v1/datasets/nothing",
+    "/nothing",
+]
+
+
+def declared(name: str, **more: Any) -> DatasetSettings:
+    settings = {"name": name, "query": "SELECT 1 AS id", "key": "id", "interval_s": 60.0, "timeout_s": 30.0}
+    return DatasetSettings.model_validate(settings | more)
+
+
+def rows_of(documents: Iterable[tuple[bytes, bytes]]) -> Rows:
+    builder = RowsBuilder(lambda _: None)
+    builder.add(list(documents))
+    return builder.finish()
+
+
+def encoded(rows: dict[str, str]) -> Rows:
+    return rows_of((key.encode(), document.encode()) for key, document in rows.items())
+
+
+class FakeRefreshes:
+    """Remembers who was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, float]] = []
+
+    def refresh_now(self, name: str) -> bool:
+        raise AssertionError("a read port asks for a moment")
+
+    def refresh_since(self, name: str, moment: float) -> None:
+        self.asked.append((name, moment))
+
+
+class Answer:
+    """What a client got: `status`, `headers` by name in lower case, `body`, and whether the connection was closed."""
+
+    def __init__(self, response: HTTPResponse) -> None:
+        self.status = response.status
+        self.headers = {name.lower(): value for name, value in response.getheaders()}
+        self.body = response.read()
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+def ask_on(client: socket.socket, path: str, method: str = "GET", **headers: str) -> Answer:
+    """One request, then its answer, on a connection that stays."""
+    lines = [f"{method} {path} HTTP/1.1", "Host: test"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    client.sendall("\r\n".join([*lines, "", ""]).encode())
+    return read_answer(client, method)
+
+
+def read_answer(client: socket.socket, method: str = "GET") -> Answer:
+    with HTTPResponse(client, method=method) as response:
+        response.begin()
+        return Answer(response)
+
+
+def read_to_the_end(client: socket.socket) -> bytes:
+    parts = []
+    while part := client.recv(65_536):
+        parts.append(part)
+    return b"".join(parts)
+
+
+def statuses(text: bytes) -> list[int]:
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) [A-Z]", text)]
+
+
+async def until(true: Callable[[], object]) -> None:
+    """Wait for what has to come; trial's own time limit ends a test where it does not."""
+    while not true():
+        await deferLater(reactor, 0.01)
+
+
+class PortTestCase(TestCase):
+    """products: loaded 12.3 s ago. prices: never loaded, its next try is in 15.2 s. Their clock stands still."""
+
+    max_connections = 50
+    idle_timeout_s = 120.0
+    head_timeout_s = 120.0
+    token = ""
+    allow_data = True
+    on_expired = "serve"
+
+    async def setUp(self) -> None:
+        self.clock = Clock()
+        self.clock.advance(1000)
+        settings = [declared("products", on_expired=self.on_expired), declared("prices", on_expired=self.on_expired)]
+        self.cache = Cache(settings, self.clock.seconds)
+        self.products, self.prices = self.cache.dataset("products"), self.cache.dataset("prices")
+        self.publish(encoded(ROWS), 17)
+        self.clock.advance(12.3)
+        self.products.next_refresh_at = 1060.0
+        self.prices.next_refresh_at = self.clock.seconds() + 15.2
+        self.refreshes = FakeRefreshes()
+        self.factory = self.make_factory()
+        self.port = reactor.listenTCP(0, self.factory, backlog=511, interface="127.0.0.1")
+        self.addCleanup(self.close)
+
+    def make_factory(self) -> HttpFactory:
+        return HttpFactory(
+            cache=self.cache,
+            freshness=Freshness(self.refreshes, self.clock),
+            max_connections=self.max_connections,
+            idle_timeout_s=self.idle_timeout_s,
+            reactor=reactor,
+            token=self.token,
+            allow_data=self.allow_data,
+            head_timeout_s=self.head_timeout_s,
+        )
+
+    def publish(self, rows: Rows, generation: int, dataset: Dataset | None = None) -> None:
+        (dataset or self.products).publish(Snapshot(generation, rows, MOMENT, self.clock.seconds(), "1:1:"))
+
+    async def close(self) -> None:
+        await self.port.stopListening()
+        self.factory.close_clients()
+        await until(lambda: not self.factory.clients)
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+
+    def connect(self, receive_bytes: int = 0) -> socket.socket:
+        client = socket.socket()
+        client.settimeout(GIVE_UP_S)
+        if receive_bytes:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+        client.connect(("127.0.0.1", self.port.getHost().port))
+        return client
+
+    def converse(self, conversation: Callable[[socket.socket], Any]) -> Deferred[Any]:
+        def run() -> Any:
+            with closing(self.connect()) as client:
+                return conversation(client)
+
+        return deferToThread(run)
+
+    async def ask(self, path: str, method: str = "GET", **headers: str) -> Answer:
+        answer: Answer = await self.converse(lambda client: ask_on(client, path, method, **headers))
+        return answer
+
+    async def exchange(self, data: bytes, *, half_close: bool = False) -> bytes:
+        """Send, then read until the port closes; a connection that is reset raises."""
+
+        def conversation(client: socket.socket) -> bytes:
+            client.sendall(data)
+            if half_close:
+                client.shutdown(socket.SHUT_WR)
+            return read_to_the_end(client)
+
+        text: bytes = await self.converse(conversation)
+        return text
+
+    async def assert_problem(self, path: str, status: int, detail: str, method: str = "GET", **headers: str) -> Answer:
+        answer = await self.ask(path, method, **headers)
+        self.assertEqual((answer.status, answer.headers["content-type"]), (status, "application/problem+json"))
+        problem = answer.json()
+        self.assertLessEqual({"type", "title", "status", "detail", "instance"}, set(problem))
+        self.assertEqual((problem["status"], problem["instance"]), (status, path.partition("?")[0]))
+        self.assertIn(detail, problem["detail"])
+        self.assertEqual(answer.headers["cache-control"], "no-store")
+        return answer
+
+
+class Routes(PortTestCase):
+    async def test_the_list(self) -> None:
+        """/v1/datasets lists each dataset with its state and where its data are."""
+        answer = await self.ask("/v1/datasets")
+        products, prices = answer.json()["datasets"]
+        self.assertEqual(
+            products,
+            {
+                "name": "products",
+                "state": "fresh",
+                "rows": len(ROWS),
+                "bytes": sum(len(key.encode()) + len(document.encode()) for key, document in ROWS.items()),
+                "generation": 17,
+                "as_of": "2026-01-02T03:04:05.678000Z",
+                "age_s": 12.3,
+                "links": {
+                    "self": "/v1/datasets/products",
+                    "row": "/v1/datasets/products/rows/{key}",
+                    "status": "/v1/datasets/products/status",
+                },
+            },
+        )
+        self.assertEqual((prices["name"], prices["state"], prices["age_s"]), ("prices", "never_loaded", None))
+
+    async def test_a_whole_dataset(self) -> None:
+        """It is one JSON object of every key, whatever is in it, with its document."""
+        answer = await self.ask("/v1/datasets/products")
+        self.assertEqual((answer.status, answer.headers["content-type"]), (200, "application/json"))
+        self.assertEqual(answer.json(), {key: json.loads(document) for key, document in ROWS.items()})
+
+    async def test_a_whole_dataset_as_lines(self) -> None:
+        """NDJSON has one line a row, an object of the key and the document, even if the document holds line ends."""
+        answer = await self.ask("/v1/datasets/products", Accept="application/x-ndjson")
+        self.assertEqual(answer.headers["content-type"], "application/x-ndjson")
+        lines = answer.body.splitlines()
+        self.assertEqual(len(lines), len(ROWS))
+        rows = {row["key"]: row["value"] for row in map(json.loads, lines)}
+        self.assertEqual(rows, {key: json.loads(document) for key, document in ROWS.items()})
+
+    async def test_no_row_at_all(self) -> None:
+        """A dataset without rows is an empty object, or no line."""
+        self.publish(encoded({}), 1, self.prices)
+        self.assertEqual((await self.ask("/v1/datasets/prices")).json(), {})
+        self.assertEqual((await self.ask("/v1/datasets/prices", Accept="application/x-ndjson")).body, b"")
+
+    async def test_rows(self) -> None:
+        """A row is its document, byte for byte; the key is decoded from the path, where it may hold anything."""
+        paths = {
+            "1": "1",
+            "2": "%32",
+            "a/b:c d%": "a/b:c%20d%25",
+            'quo"te\\\n\x01é': "quo%22te%5C%0A%01%c3%A9",
+            "": "",
+            "large": "large",
+        }
+        for key, path in paths.items():
+            answer = await self.ask(f"/v1/datasets/products/rows/{path}")
+            self.assertEqual((answer.status, answer.body), (200, ROWS[key].encode()))
+        self.assertEqual((await self.ask("/v1/datasets/products/rows/a%2Fb:c%20d%25")).body, b'{"id":3}')
+
+    async def test_a_rows_own_question_mark(self) -> None:
+        """What follows a question mark is no part of the key; what is not known there is passed over."""
+        self.assertEqual((await self.ask("/v1/datasets/products/rows/1?x=2&max")).status, 200)
+        await self.assert_problem("/v1/datasets/products/rows/1%3Fx=2", 404, "no row '1?x=2'")
+
+    async def test_status(self) -> None:
+        """A dataset's status is its part of the status port's json."""
+        status = (await self.ask("/v1/datasets/products/status")).json()
+        self.assertEqual((status["state"], status["generation"], status["next_refresh_in_s"]), ("fresh", 17, 47.7))
+        self.assertEqual((await self.ask("/v1/datasets/prices/status")).json()["state"], "never_loaded")
+
+    async def test_probes(self) -> None:
+        """livez is 200 whatever happens; readyz is 503 with each dataset that is why, then 200."""
+        answer = await self.ask("/livez")
+        self.assertEqual((answer.status, answer.json()), (200, {"status": "alive"}))
+        answer = await self.ask("/readyz")
+        self.assertEqual(
+            (answer.status, answer.json()), (503, {"status": "not ready", "not_ready": {"prices": "never_loaded"}})
+        )
+        self.publish(encoded({}), 1, self.prices)
+        answer = await self.ask("/readyz")
+        self.assertEqual((answer.status, answer.json()), (200, {"status": "ready"}))
+
+    async def test_not_found(self) -> None:
+        """An unknown path, dataset or row is 404 and says which it is."""
+        await self.assert_problem("/", 404, "nothing at this path")
+        await self.assert_problem("/v1", 404, "nothing at this path")
+        await self.assert_problem("/v1/datasets/products/", 404, "nothing at this path")
+        await self.assert_problem("/v1/datasets/products/columns", 404, "nothing at this path")
+        await self.assert_problem("/v1/datasets/nothing", 404, "unknown dataset 'nothing'")
+        await self.assert_problem("/v1/datasets/nothing/rows/1", 404, "unknown dataset 'nothing'")
+        await self.assert_problem("/v1/datasets/nothing/status", 404, "unknown dataset 'nothing'")
+        await self.assert_problem("/v1/datasets/products/rows/3", 404, "products has no row '3'")
+
+    async def test_other_methods(self) -> None:
+        """What is not GET or HEAD is 405 and told what is allowed; the connection lives on."""
+
+        def conversation(client: socket.socket) -> list[Answer]:
+            asked = [
+                ask_on(client, path, method) for path in PATHS[:8] for method in ("POST", "DELETE", "OPTIONS", "get")
+            ]
+            return [*asked, ask_on(client, "/livez")]
+
+        *answers, last = await self.converse(conversation)
+        self.assertEqual({(answer.status, answer.headers["allow"]) for answer in answers}, {(405, "GET, HEAD")})
+        self.assertEqual(last.status, 200)
+
+    async def test_not_loaded(self) -> None:
+        """A dataset that is not loaded is 503, with the seconds to its next try; at least one."""
+        for path in ("/v1/datasets/prices", "/v1/datasets/prices/rows/1"):
+            answer = await self.assert_problem(path, 503, "prices has not been loaded yet")
+            self.assertEqual(answer.headers["retry-after"], "16")
+        for next_at in (self.clock.seconds(), None):
+            self.prices.next_refresh_at = next_at
+            self.assertEqual((await self.ask("/v1/datasets/prices")).headers["retry-after"], "1")
+
+    async def test_bad_encoding(self) -> None:
+        """A broken escape and what is not UTF-8 are 400, in the dataset's name as in the key."""
+        for part in ("%", "%4", "%zz", "a%1"):
+            await self.assert_problem(f"/v1/datasets/products/rows/{part}", 400, "hexadecimal digits")
+            await self.assert_problem(f"/v1/datasets/{part}", 400, "hexadecimal digits")
+        for part in ("%ff", "%c3", "%ed%a0%80"):
+            await self.assert_problem(f"/v1/datasets/products/rows/{part}", 400, "not UTF-8")
+            await self.assert_problem(f"/v1/datasets/{part}/status", 400, "not UTF-8")
+
+    async def test_an_absolute_target(self) -> None:
+        """A target as one would send it to a proxy is taken (RFC 9112, 3.2.2)."""
+        self.assertEqual((await self.ask("http://other:80/v1/datasets/products/rows/1")).status, 200)
+        self.assertEqual((await self.ask("HTTPS://other")).status, 404)
+        self.assertEqual((await self.ask("*", "OPTIONS")).status, 404)
+
+    async def test_a_bug_is_500_and_logged_once(self) -> None:
+        """An error that nobody expected is answered without its details and logged with its traceback; we go on."""
+        self.cache.not_ready = lambda: 1 / 0  # type: ignore[assignment,method-assign]
+        await self.assert_problem("/readyz", 500, "an internal error")
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+        self.assertEqual((await self.ask("/livez")).status, 200)
+
+
+class Expired(PortTestCase):
+    on_expired = "refuse"
+
+    async def test_refused_once_expired(self) -> None:
+        """With on_expired = "refuse" a snapshot past max_age_s is 503 with its age and the limit, its status is not."""
+        self.clock.advance(180.0 - 12.3)
+        self.assertEqual((await self.ask("/v1/datasets/products")).status, 200)
+        self.clock.advance(20.0)
+        for path in ("/v1/datasets/products", "/v1/datasets/products/rows/1", "/v1/datasets/products/rows/none"):
+            answer = await self.assert_problem(path, 503, "products is 200 s old, limit 180 s")
+            self.assertIn("retry-after", answer.headers)
+        self.assertEqual((await self.ask("/v1/datasets/products/status")).json()["state"], "expired")
+
+
+class Caching(PortTestCase):
+    async def test_headers(self) -> None:
+        """A dataset's answers say how old they are and how long they are good for."""
+        for path in ("/v1/datasets/products", "/v1/datasets/products/rows/1"):
+            headers = (await self.ask(path)).headers
+            self.assertRegex(headers["etag"], r'^"products-[0-9a-f]{8}-17"$')
+            self.assertEqual(headers["age"], "12")
+            self.assertEqual(headers["last-modified"], "Fri, 02 Jan 2026 03:04:05 GMT")
+            self.assertEqual(headers["cache-control"], "max-age=60, stale-if-error=120")
+            self.assertEqual(headers["x-cache-generation"], "17")
+            self.assertEqual(headers["vary"], "Accept, Accept-Encoding")
+            self.assertIn("date", headers)
+
+    async def test_headers_follow_the_time_and_the_generation(self) -> None:
+        """What was prepared for one second or one generation is not sent in the next."""
+        first = await self.ask("/v1/datasets/products/rows/1")
+        self.clock.advance(1.0)
+        second = await self.ask("/v1/datasets/products/rows/1")
+        self.assertEqual((second.headers["age"], second.headers["etag"]), ("13", first.headers["etag"]))
+        self.publish(encoded(ROWS), 18)
+        third = await self.ask("/v1/datasets/products/rows/1")
+        self.assertEqual((third.headers["age"], third.headers["x-cache-generation"]), ("0", "18"))
+        self.assertNotEqual(third.headers["etag"], first.headers["etag"])
+
+    async def test_a_caches_sums(self) -> None:
+        """max-age less Age is what is left to the refresh; with stale-if-error, to expiry; none is ever negative."""
+        self.clock.advance(500)
+        headers = (await self.ask("/v1/datasets/products")).headers
+        self.assertEqual((headers["age"], headers["cache-control"]), ("512", "max-age=60, stale-if-error=120"))
+
+    async def test_a_database_clock_that_runs_ahead(self) -> None:
+        """Last-Modified is never after Date (RFC 9110, 8.8.2.1)."""
+        ahead = datetime.now(UTC) + timedelta(days=1)
+        self.products.publish(Snapshot(18, encoded(ROWS), ahead, self.clock.seconds(), "1:1:"))
+        headers = (await self.ask("/v1/datasets/products")).headers
+        self.assertEqual(headers["last-modified"], headers["date"])
+
+    async def test_each_representation_has_its_own_tag(self) -> None:
+        """JSON, NDJSON and their compressed forms are told apart, and so are two processes."""
+        self.publish(rows_of((b"%d" % n, b'{"id":%d}' % n) for n in range(1000)), 18)
+        tags = set()
+        for accept in ("application/json", "application/x-ndjson"):
+            for coding in ("identity", "gzip"):
+                answer = await self.ask("/v1/datasets/products", Accept=accept, Accept_Encoding=coding)
+                self.assertEqual(answer.headers.get("content-encoding"), "gzip" if coding == "gzip" else None)
+                tags.add(answer.headers["etag"])
+        self.assertEqual(len(tags), 4)
+        self.port.factory = self.make_factory()
+        self.addCleanup(self.port.factory.close_clients)
+        self.assertNotIn((await self.ask("/v1/datasets/products")).headers["etag"], tags)
+
+    async def test_not_modified(self) -> None:
+        """Who has the current tag, alone, weak or in a list, gets 304 with the same headers and no body."""
+        for path in ("/v1/datasets/products", "/v1/datasets/products/rows/1", "/v1/datasets/products/rows/large"):
+            for more in ({}, {"Accept_Encoding": "gzip"}):
+                full = await self.ask(path, **more)
+                tag = full.headers["etag"]
+                for header in (tag, f"W/{tag}", "*", f'"x,y", {tag}', f'W/"other" ,W/{tag},"z"'):
+
+                    def conversation(client: socket.socket) -> list[Answer]:
+                        first = ask_on(client, path, If_None_Match=header, **more)  # noqa: B023  # run at once
+                        return [first, ask_on(client, "/livez")]
+
+                    answer, after = await self.converse(conversation)
+                    self.assertEqual((answer.status, answer.body, after.status), (304, b"", 200), header)
+                    kept = set(full.headers) - {
+                        "content-type",
+                        "content-length",
+                        "content-encoding",
+                        "transfer-encoding",
+                        "date",
+                    }
+                    self.assertEqual({n: answer.headers[n] for n in kept}, {n: full.headers[n] for n in kept})
+                    self.assertFalse({"content-length", "transfer-encoding"} & set(answer.headers))
+                for header in ('"other"', tag.strip('"'), tag[:-1], "", f'"{tag}', tag.replace("-17", "-16")):
+                    self.assertEqual((await self.ask(path, If_None_Match=header, **more)).status, 200, header)
+
+    async def test_not_modified_since(self) -> None:
+        """If-Modified-Since counts by whole seconds, in all three forms of a date, and only without If-None-Match."""
+        path = "/v1/datasets/products/rows/1"
+        at = MOMENT.replace(microsecond=0)
+        same, before = format_datetime(at, usegmt=True), format_datetime(at - timedelta(seconds=1), usegmt=True)
+        for header in (
+            same,
+            "Friday, 02-Jan-26 03:04:05 GMT",
+            "Fri Jan  2 03:04:05 2026",
+            "Sat, 03 Jan 2026 00:00:00 GMT",
+        ):
+            self.assertEqual((await self.ask(path, If_Modified_Since=header)).status, 304, header)
+        for header in (before, "yesterday", "", "Fri, 02 Jan 9999999 03:04:05 GMT", "0"):
+            self.assertEqual((await self.ask(path, If_Modified_Since=header)).status, 200, header)
+        self.assertEqual((await self.ask(path, If_Modified_Since=same, If_None_Match='"other"')).status, 200)
+
+    async def test_a_missing_row_is_missing(self) -> None:
+        """A condition does not hide that there is no such row."""
+        self.assertEqual((await self.ask("/v1/datasets/products/rows/none", If_None_Match="*")).status, 404)
+
+    async def test_head_is_get_without_the_body(self) -> None:
+        """HEAD has GET's status and headers everywhere, and the connection goes on after it."""
+        self.publish(rows_of((b"%d" % n, b'{"id":%d}' % n) for n in range(20_000)), 18)
+        for path in [*PATHS, "/v1/datasets/products/rows/2", "/v1/datasets/products?max_age=x"]:
+            for more in ({}, {"Accept_Encoding": "gzip"}, {"Accept": "application/x-ndjson"}, {"If_None_Match": "*"}):
+
+                def conversation(client: socket.socket) -> tuple[Answer, Answer]:
+                    return ask_on(client, path, "HEAD", **more), ask_on(client, path, **more)  # noqa: B023
+
+                head, get = await self.converse(conversation)
+                for answer in (head, get):
+                    answer.headers.pop("date")
+                self.assertEqual((head.status, head.headers, head.body), (get.status, get.headers, b""), (path, more))
+
+
+class Negotiation(PortTestCase):
+    async def test_what_is_acceptable(self) -> None:
+        """The best of what the client takes is sent; 406 says what there is."""
+        for accept, content_type in {
+            "": "application/json",
+            "*/*": "application/json",
+            "application/*": "application/json",
+            "application/x-ndjson": "application/x-ndjson",
+            "application/json;q=0.5, application/x-ndjson": "application/x-ndjson",
+            "application/json;q=0, */*": "application/x-ndjson",
+            "text/html, */*;q=0.1": "application/json",
+        }.items():
+            answer = await self.ask("/v1/datasets/products", Accept=accept)
+            self.assertEqual((answer.status, answer.headers["content-type"]), (200, content_type), accept)
+        for accept in ("text/html", "application/json;q=0", "application/x-ndjson;q=0.0, application/json;q=0.000"):
+            await self.assert_problem(
+                "/v1/datasets/products", 406, "application/json or application/x-ndjson", Accept=accept
+            )
+        await self.assert_problem(
+            "/v1/datasets/products/rows/1", 406, "application/json", Accept="application/x-ndjson"
+        )
+        await self.assert_problem("/v1/datasets", 406, "application/json", Accept="text/html")
+        self.assertEqual((await self.ask("/readyz", Accept="text/html")).status, 503)
+
+    async def test_what_may_be_compressed(self) -> None:
+        """Small bodies stay plain, unless the client takes nothing but gzip; a client that takes neither is told."""
+        small, large = "/v1/datasets/products/rows/1", "/v1/datasets/products/rows/large"
+        for path, accept, coding in (
+            (small, "gzip", None),
+            (large, "gzip", "gzip"),
+            (large, "gzip;q=0", None),
+            (large, "*", None),
+            (large, "br, x-gzip;q=0.5", "gzip"),
+            (large, "gzip;q=0.5, identity", None),
+            (small, "gzip, identity;q=0", "gzip"),
+            (small, "*;q=0, gzip", "gzip"),
+        ):
+            answer = await self.ask(path, Accept_Encoding=accept)
+            self.assertEqual((answer.status, answer.headers.get("content-encoding")), (200, coding), accept)
+            body = gzip.decompress(answer.body) if coding else answer.body
+            self.assertEqual(body.decode(), ROWS[path.rpartition("/")[2]])
+        for accept in ("identity;q=0", "*;q=0", "br, identity;q=0, gzip;q=0"):
+            await self.assert_problem(large, 406, "plain or as gzip", Accept_Encoding=accept)
+
+
+class NegotiationRules(SynchronousTestCase):
+    def test_the_most_specific_range_decides(self) -> None:
+        """RFC 9110, 12.5.1: whatever the order, the most specific range that fits gives the quality."""
+        offered = (b"a/b", b"a/c")
+        for accept, chosen in {
+            b"a/*;q=0.1, a/c;q=0.2": b"a/c",
+            b"a/c;q=0.2, a/*;q=0.1": b"a/c",
+            b"*/*, a/b;q=0.9": b"a/c",
+            b"A/B;Q=0.9": b"a/b",
+            b'a/c;x="a/b, q=1;q=1";q=0.9, a/b;q=0.1': b"a/c",
+            b"a/b;q=0, a/c;q=0": None,
+            b"x/y": None,
+            b"a/b;q=2": b"a/b",  # malformed, so that nothing is left: no header
+            b", ,": b"a/b",
+        }.items():
+            self.assertEqual(media_type(accept, offered), chosen, accept)
+
+    @given(st.binary(max_size=300) | st.text('a/b*;q=0.1,"\\ ', max_size=300).map(str.encode))
+    def test_any_bytes_are_negotiated(self, value: bytes) -> None:
+        """No header's value, however malformed, makes an error."""
+        self.assertIn(media_type(value, (b"a/b", b"a/c")), (b"a/b", b"a/c", None))
+        codings(value)
+        matches(value, b'"x"')
+        unchanged_since(value, MOMENT)
+
+    def test_a_hostile_header_takes_no_time(self) -> None:
+        """The longest head there can be is taken apart in one pass: no pattern goes back over what it took."""
+        for hostile in (b'"' * 16_000, b'"\\' * 8_000, b"," * 16_000, b"a;" * 8_000, b'a"' * 8_000, b'W/"' * 5_000):
+            media_type(hostile, (b"a/b",))
+            codings(hostile)
+            matches(hostile, b'"x"')
+
+    @given(
+        st.lists(st.sampled_from(['"a"', 'W/"a"', '"b,c"', 'W/"d"', '""']), max_size=5), st.sampled_from([", ", ","])
+    )
+    def test_a_list_of_tags(self, tags: list[str], separator: str) -> None:
+        """A tag is found if it is in the list, weak or not, and only then."""
+        names = {tag.removeprefix("W/").encode() for tag in tags}
+        for tag in (b'"a"', b'"b,c"', b'"d"', b'"e"', b'"c"', b'""'):
+            self.assertEqual(matches(separator.join(tags).encode(), tag), tag in names)
+
+
+class Bodies(SynchronousTestCase):
+    @given(
+        st.dictionaries(st.text(max_size=8), st.integers(0, 200) | st.sampled_from([70_000, 200_000]), max_size=40),
+        st.booleans(),
+    )
+    def test_bodies_are_the_rows(self, sizes: dict[str, int], lines: bool) -> None:
+        """Whatever the keys and the sizes, the pieces together are the rows, and none is large."""
+        table = {key: "x" * size for key, size in sizes.items() if not re.search("[\ud800-\udfff]", key)}
+        rows = encoded({key: json.dumps(text) for key, text in table.items()})
+        pieces = list((json_lines if lines else json_object)(rows))
+        self.assertLessEqual(max(map(len, pieces), default=0), 4 * PIECE_BYTES)
+        text = b"".join(pieces)
+        if lines:
+            self.assertEqual({row["key"]: row["value"] for row in map(json.loads, text.splitlines())}, table)
+        else:
+            self.assertEqual(json.loads(text), table)
+
+
+class MaxAge(PortTestCase):
+    async def test_fresh_enough(self) -> None:
+        """What is young enough is answered at once and asks for nothing."""
+        for path in ("/v1/datasets/products?max_age=13", "/v1/datasets/products/rows/1?x=1&max_age=12.5"):
+            self.assertEqual((await self.ask(path)).status, 200)
+        self.assertEqual(self.refreshes.asked, [])
+
+    async def test_waits_for_a_refresh(self) -> None:
+        """Who asks for younger data waits until they are published, and gets them; all who wait get the same."""
+        path = "/v1/datasets/products/rows/1?max_age="
+        asking = [self.ask(path + limit) for limit in ("5", "0", "5.5")]
+        answers = gatherResults([Deferred.fromCoroutine(each) for each in asking])
+        await until(lambda: len(self.refreshes.asked) == 3)
+        self.assertEqual(sorted(self.refreshes.asked), [("products", 1012.3 - limit) for limit in (5.5, 5, 0)])
+        self.clock.advance(2)
+        self.assertFalse(answers.called)
+        self.publish(encoded({"1": '{"id":1,"name":"mallet"}'}), 18)
+        for answer in await answers:
+            self.assertEqual((answer.status, answer.headers["age"]), (200, "0"))
+            self.assertEqual(answer.json()["name"], "mallet")
+
+    async def test_not_in_time(self) -> None:
+        """At the dataset's timeout it is 503 with the age there is and the limit asked for; nothing loaded says so."""
+        late = Deferred.fromCoroutine(self.ask("/v1/datasets/products?max_age=5"))
+        never = Deferred.fromCoroutine(self.ask("/v1/datasets/prices?max_age=5"))
+        await until(lambda: len(self.refreshes.asked) == 2)
+        self.clock.advance(30)
+        answer = await late
+        self.assertEqual((answer.status, answer.headers["content-type"]), (503, "application/problem+json"))
+        problem = answer.json()
+        self.assertEqual((problem["age_s"], problem["max_age_s"]), (42.3, 5))
+        self.assertIn("products is 42.3 s old, asked for was at most 5 s", problem["detail"])
+        self.assertIn("retry-after", answer.headers)
+        self.assertIn("not been loaded", (await never).json()["detail"])
+
+    async def test_a_client_that_goes_frees_all(self) -> None:
+        """The timer, the watch and the channel of a client that disconnects while it waits are gone with it."""
+        client = self.connect()
+        channel = weakref.WeakSet[Any]()
+        client.sendall(b"GET /v1/datasets/products?max_age=5 HTTP/1.1\r\nHost: x\r\n\r\n")
+        await until(lambda: self.refreshes.asked)
+        channel.update(self.factory.clients)
+        self.assertEqual(len(channel), 1)
+        client.close()
+        await until(lambda: not self.factory.clients)
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+        await until(lambda: gc.collect() >= 0 and not channel)
+        self.publish(encoded(ROWS), 18)
+
+    async def test_the_next_request_waits(self) -> None:
+        """A pipelined request behind one that waits is answered after it."""
+
+        def conversation(client: socket.socket) -> list[int]:
+            client.sendall(b"GET /v1/datasets/products?max_age=5 HTTP/1.1\r\nHost: x\r\n\r\n")
+            client.sendall(b"GET /v1/datasets/nothing HTTP/1.1\r\nHost: x\r\n\r\n")
+            return [read_answer(client).status]
+
+        first = self.converse(conversation)
+        await until(lambda: self.refreshes.asked)
+        self.publish(encoded(ROWS), 18)
+        self.assertEqual(await first, [200])
+
+    async def test_bad_limits(self) -> None:
+        """What is no number of seconds, or is negative, or comes twice, is 400."""
+        for bad in ("max_age=", "max_age", "max_age=-1", "max_age=x", "max_age=nan", "max_age=inf", "max_age=1e400",
+                    "max_age=1&max_age=1", "max_age=%ff", "max_age=" + "9" * 400, "max_age=1_0"):  # fmt: skip
+            for path in ("/v1/datasets/products", "/v1/datasets/products/rows/1"):
+                await self.assert_problem(f"{path}?{bad}", 400, "max_age")
+
+
+class Gzip(PortTestCase):
+    def publish_many(self, generation: int, count: int = 50_000) -> None:
+        self.publish(
+            rows_of((b"%d" % n, b'{"id":%d,"generation":%d}' % (n, generation)) for n in range(count)), generation
+        )
+
+    async def test_made_once_for_all(self) -> None:
+        """However many ask for it, at once and later, a generation is compressed once, and all get what it holds."""
+        self.publish_many(18)
+        plain = (await self.ask("/v1/datasets/products")).body
+        for _ in range(2):
+            asking = [
+                Deferred.fromCoroutine(self.ask("/v1/datasets/products", Accept_Encoding="gzip")) for _ in range(8)
+            ]
+            for answer in await gatherResults(asking):
+                self.assertEqual(answer.headers["content-encoding"], "gzip")
+                self.assertEqual(gzip.decompress(answer.body), plain)
+        self.assertEqual(self.factory.bodies.made, 1)
+        lines = await self.ask("/v1/datasets/products", Accept_Encoding="gzip", Accept="application/x-ndjson")
+        self.assertEqual(len(gzip.decompress(lines.body).splitlines()), 50_000)
+        self.assertEqual(self.factory.bodies.made, 2)
+
+    async def test_its_length_is_known_once_it_is_made(self) -> None:
+        """The first answer is sent as it is made; later ones say how long they are."""
+        self.publish_many(18)
+        first = await self.ask("/v1/datasets/products", Accept_Encoding="gzip")
+        self.assertEqual(first.headers.get("transfer-encoding"), "chunked")
+        second = await self.ask("/v1/datasets/products", Accept_Encoding="gzip")
+        self.assertEqual(int(second.headers["content-length"]), len(first.body))
+
+    async def test_freed_with_its_generation(self) -> None:
+        """An old body dies at the publish, if nobody reads it; the new generation gets its own."""
+        self.publish_many(18)
+        await self.ask("/v1/datasets/products", Accept_Encoding="gzip")
+        snapshot = self.products.snapshot
+        assert snapshot is not None
+        body = self.factory.bodies.find(self.products, snapshot, False)
+        assert body is not None
+        old = weakref.ref(body)
+        rows = weakref.ref(snapshot.rows)
+        del body, snapshot
+        self.publish_many(19)
+        await until(lambda: old() is None and rows() is None)
+        answer = await self.ask("/v1/datasets/products", Accept_Encoding="gzip")
+        self.assertEqual(json.loads(gzip.decompress(answer.body))["7"], {"id": 7, "generation": 19})
+
+    async def test_a_publish_while_it_is_read(self) -> None:
+        """Who began with one generation gets all of it, even half compressed; then it is freed."""
+        self.publish_many(18, 200_000)
+        snapshot = self.products.snapshot
+        assert snapshot is not None
+        rows = weakref.ref(snapshot.rows)
+        del snapshot
+        asked = threading.Event()
+
+        def conversation(client: socket.socket) -> Answer:
+            client.sendall(b"GET /v1/datasets/products HTTP/1.1\r\nHost: x\r\nAccept-Encoding: gzip\r\n\r\n")
+            response = HTTPResponse(client)
+            response.begin()
+            asked.set()
+            return Answer(response)
+
+        answer = self.converse(conversation)
+        await until(asked.is_set)
+        self.publish_many(19, 10)
+        documents = json.loads(gzip.decompress((await answer).body))
+        self.assertEqual(len(documents), 200_000)
+        self.assertEqual({document["generation"] for document in documents.values()}, {18})
+        await until(lambda: rows() is None)
+
+    async def test_a_large_row(self) -> None:
+        """A document too large to be compressed in the reactor's thread is compressed beside it."""
+        document = json.dumps({"text": [random.random() for _ in range(20_000)]})
+        self.publish(encoded({"big": document}), 18)
+        path = "/v1/datasets/products/rows/big"
+        zipped = await self.ask(path, Accept_Encoding="gzip")
+        self.assertEqual(gzip.decompress(zipped.body).decode(), document)
+        plain = await self.ask(path)
+        self.assertEqual((plain.body.decode(), int(plain.headers["content-length"])), (document, len(document)))
+
+
+class Streaming(PortTestCase):
+    async def test_one_generation_to_a_slow_reader(self) -> None:
+        """While a client takes its time, generations come and others are answered; it gets all rows of the one it began
+        with, and no more than a few pieces of it ever wait in memory.
+        """
+        count = 300_000
+        filler = b"x" * 40
+
+        def publish(generation: int, rows: int) -> None:
+            self.publish(
+                rows_of((b"%d" % n, b'{"g":%d,"t":"%b"}' % (generation, filler)) for n in range(rows)), generation
+            )
+
+        publish(18, count)
+        first_rows = weakref.ref(self.products.snapshot.rows)  # type: ignore[union-attr]
+        reading, go_on, done = threading.Event(), threading.Event(), threading.Event()
+
+        def slow() -> bytes:
+            with closing(self.connect(receive_bytes=8192)) as client:
+                client.sendall(b"GET /v1/datasets/products HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                parts = [client.recv(4096)]
+                reading.set()
+                go_on.wait(GIVE_UP_S)
+                for _ in range(50):
+                    parts.append(client.recv(4096))
+                    time.sleep(0.001)
+                parts.append(read_to_the_end(client))
+                done.set()
+                return b"".join(parts)
+
+        text = deferToThread(slow)
+        await until(reading.is_set)
+        (channel,) = self.factory.clients
+        most_bytes = 0
+        for generation in range(19, 30):
+            publish(generation, 1000)
+            answer = await self.ask("/v1/datasets/products/rows/7")
+            self.assertEqual(answer.json()["g"], generation)
+            most_bytes = max(most_bytes, buffered(channel))
+        self.assertFalse(done.is_set())
+        go_on.set()
+        while not done.is_set():
+            most_bytes = max(most_bytes, buffered(channel))
+            await deferLater(reactor, 0.001)
+        self.assertLessEqual(most_bytes, 4 * PIECE_BYTES)
+        head, _, rest = (await text).partition(b"\r\n\r\n")
+        self.assertIn(b"X-Cache-Generation: 18", head)
+        documents = json.loads(unchunked(rest))
+        self.assertEqual(len(documents), count)
+        self.assertEqual({document["g"] for document in documents.values()}, {18})
+        await until(lambda: first_rows() is None)
+
+    async def test_http_1_0(self) -> None:
+        """A client of HTTP/1.0 gets a body that ends with the connection, and needs no Host."""
+        self.publish(rows_of((b"%d" % n, b"%d" % n) for n in range(100_000)), 18)
+        text = await self.exchange(b"GET /v1/datasets/products HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
+        head, _, body = text.partition(b"\r\n\r\n")
+        self.assertIn(b"Connection: close", head)
+        self.assertNotIn(b"Transfer-Encoding", head)
+        self.assertEqual(len(json.loads(body)), 100_000)
+
+    async def test_half_closed(self) -> None:
+        """A client that has said all it will (printf … | nc -N) still gets all its answers, then the end."""
+        self.publish(rows_of((b"%d" % n, b"%d" % n) for n in range(50_000)), 18)
+        text = await self.exchange(
+            b"GET /v1/datasets/products/rows/7 HTTP/1.1\r\nHost: x\r\n\r\n" * 100
+            + b"GET /v1/datasets/products HTTP/1.1\r\nHost: x\r\n\r\n"
+            + b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n",
+            half_close=True,
+        )
+        self.assertEqual(statuses(text), [200] * 102)
+        self.assertTrue(text.endswith(b'{"status": "alive"}\n'))
+
+    async def test_pipelined_in_order(self) -> None:
+        """Pipelined requests of every kind are answered one after the other, in order, while others are too."""
+        self.publish(rows_of((b"%d" % n, b'{"id":%d}' % n) for n in range(30_000)), 18)
+        numbers = list(range(600))
+
+        def conversation(client: socket.socket) -> list[Answer]:
+            requests = []
+            for number in numbers:
+                path, more = f"rows/{number}", ""
+                if number % 100 == 50:
+                    path, more = "?", "Accept-Encoding: gzip\r\n" if number % 200 == 50 else ""
+                target = f"/v1/datasets/products{'' if path == '?' else '/' + path}"
+                requests.append(f"GET {target} HTTP/1.1\r\nHost: x\r\n{more}\r\n".encode())
+            sender = threading.Thread(target=client.sendall, args=(b"".join(requests),))
+            sender.start()
+            stream = client.makefile("rb")
+            answers = []
+            for _ in numbers:
+                response = HTTPResponse(SocketFile(stream))  # type: ignore[arg-type]
+                response.begin()
+                answers.append(Answer(response))
+            sender.join()
+            return answers
+
+        pipelined = self.converse(conversation)
+        other = await self.ask("/livez")
+        self.assertEqual(other.status, 200)
+        for number, answer in zip(numbers, await pipelined, strict=True):
+            if number % 100 != 50:
+                self.assertEqual(answer.json(), {"id": number})
+            else:
+                zipped = "content-encoding" in answer.headers
+                self.assertEqual(len(json.loads(gzip.decompress(answer.body) if zipped else answer.body)), 30_000)
+
+    async def test_a_pipeline_does_not_hold_the_reactor(self) -> None:
+        """Requests that came at once are answered in several turns, between which the others have theirs."""
+        requests = b"GET /v1/datasets/products/rows/1 HTTP/1.1\r\nHost: x\r\n\r\n" * 5000
+        with closing(self.connect()) as client:
+            await until(lambda: self.factory.clients)
+            (channel,) = self.factory.clients
+            reading = deferToThread(lambda: len(statuses(read_to_the_end(client))))
+            channel.dataReceived(requests)
+            turns = 0
+            while channel.requests:
+                turns += 1
+                await deferLater(reactor, 0)
+            self.assertGreater(turns, 1)
+            client.shutdown(socket.SHUT_WR)
+            self.assertEqual(await reading, 5000)
+
+    async def test_many_at_once(self) -> None:
+        """Streams to many clients take turns; each gets all of it."""
+        self.publish(rows_of((b"%d" % n, b'{"id":%d}' % n) for n in range(20_000)), 18)
+        for answer in await gatherResults(
+            [Deferred.fromCoroutine(self.ask("/v1/datasets/products")) for _ in range(20)]
+        ):
+            self.assertEqual(len(answer.json()), 20_000)
+
+    async def test_a_stream_that_breaks(self) -> None:
+        """What fails in the middle of a body is logged, and the client cannot take the part for the whole."""
+        self.publish(BrokenRows(), 18)  # type: ignore[arg-type]
+        for headers in ({}, {"Accept_Encoding": "gzip"}):
+            with self.assertRaises((OSError, HTTPException)):
+                await self.ask("/v1/datasets/products", **headers)
+            self.assertIn(len(self.flushLoggedErrors(ZeroDivisionError)), (1, 2))
+            self.flushLoggedErrors(RuntimeError)
+        self.assertEqual((await self.ask("/livez")).status, 200)
+
+
+class BrokenRows:
+    """Rows that cannot be read to their end."""
+
+    count = size_bytes = 1_000_000
+
+    def slices(self, most: int) -> Iterator[list[tuple[bytes, bytes]]]:
+        yield [(b"%d" % number, b"x" * 1000) for number in range(most)]
+        raise ZeroDivisionError
+
+
+class SocketFile:
+    """What HTTPResponse wants of a socket, so that several read from one buffer."""
+
+    def __init__(self, stream: io.BufferedReader) -> None:
+        self._stream = stream
+
+    def makefile(self, mode: str) -> Any:
+        return Unclosed(self._stream)
+
+
+class Unclosed:
+    def __init__(self, stream: io.BufferedReader) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def close(self) -> None:
+        """The next answer comes from it."""
+
+
+def buffered(channel: Any) -> int:
+    """Bytes that wait in memory for a client, or came from it too early."""
+    transport = channel.transport
+    waiting = len(transport.dataBuffer) - transport.offset + transport._tempDataLen
+    return waiting + len(channel._buffer) + sum(map(len, channel._dataBuffer))
+
+
+def unchunked(body: bytes) -> bytes:
+    parts, position = [], 0
+    while True:
+        end = body.index(b"\r\n", position)
+        size = int(body[position:end], 16)
+        if size == 0:
+            assert body[end:] == b"\r\n\r\n"
+            return b"".join(parts)
+        parts.append(body[end + 2 : end + 2 + size])
+        position = end + 4 + size
+
+
+class Refusals(PortTestCase):
+    async def refused(self, request: bytes) -> int:
+        """What is sent is answered once, as a problem, and the connection closed behind it."""
+        text = await self.exchange(request)
+        head, _, body = text.partition(b"\r\n\r\n")
+        self.assertEqual(len(statuses(text)), 1, text)
+        self.assertIn(b"Connection: close", head)
+        self.assertIn(b"Content-Type: application/problem+json", head)
+        problem = json.loads(body)
+        self.assertEqual(problem["status"], statuses(text)[0])
+        return statuses(text)[0]
+
+    async def test_what_rfc_9112_refuses(self) -> None:
+        """Each is refused with the status the RFC names, and nothing behind it is answered."""
+        get = b"GET /livez HTTP/1.1\r\n"
+        for request, status in (
+            (get + b"\r\n", 400),  # no Host
+            (get + b"Host: a\r\nHost: a\r\n\r\n", 400),
+            (get + b"Host: a b\r\n\r\n", 400),
+            (get + b"Host: a/b\r\n\r\n", 400),
+            (get + b"Host: a, b\r\n\r\n", 400),
+            (get + b"Host: u@a\r\n\r\n", 400),
+            (b"GET /livez HTTP/1.0\r\nHost: a\r\nHost: b\r\n\r\n", 400),
+            (get + b"Host : a\r\n\r\n", 400),  # a blank before the colon
+            (get + b" Host: a\r\n\r\n", 400),
+            (get + b"Host: a\r\nX\r\n\r\n", 400),
+            (get + b"Host: a\r\n: x\r\n\r\n", 400),
+            (get + b"Host: a\r\nX: \x00\r\n\r\n", 400),
+            (get + b"Host: a\r\nX: a\nY: b\r\n\r\n", 400),
+            (get + b"Host: a\r\nX: a\rY: b\r\n\r\n", 400),
+            (get + b"Host: a\r\nContent-Length: x\r\n\r\n", 400),
+            (get + b"Host: a\r\nContent-Length: -1\r\n\r\n", 400),
+            (get + b"Host: a\r\nContent-Length: +0\r\n\r\n", 400),
+            (get + b"Host: a\r\nContent-Length:\r\n\r\n", 400),
+            (get + b"Host: a\r\nContent-Length: 0\r\nContent-Length: 0\r\n\r\n", 400),
+            (get + b"Host: a\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
+            (b"GET /livez HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
+            (get + b"Host: a\r\nTransfer-Encoding: gzip, chunked\r\n\r\n", 501),
+            (get + b"Host: a\r\nTransfer-Encoding: identity\r\n\r\n", 501),
+            (get + b"Host: a\r\nExpect: the unexpected\r\n\r\n", 417),
+            (b"GET  /livez HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+            (b"GET /livez\r\n\r\n", 400),
+            (b"GET /livez HTTP/2.0\r\nHost: a\r\n\r\n", 400),
+            (b"GET /livez http/1.1\r\nHost: a\r\n\r\n", 400),
+            (b"G@T /livez HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+            (b"GET /li\tvez HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+            (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
+            (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n", 400),  # TLS
+            (b"\r\n\r\nGET /livez HTTP/1.1\r\nHost: a\r\n\r\n", 400),  # one empty line is passed over, not two
+        ):
+            self.assertEqual(await self.refused(request + b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n"), status, request)
+
+    async def test_what_rfc_9112_allows(self) -> None:
+        """Odd, but right."""
+        for request in (
+            b"\r\nGET /livez HTTP/1.1\r\nHost: a\r\n\r\n",
+            b"GET /livez HTTP/1.1\r\nhOST:\r\n\r\n",
+            b"GET /livez HTTP/1.1\r\nHost:[::1]:8080  \r\n\r\n",
+            b"GET /livez HTTP/1.1\r\nHost: a\r\nX: a,\r\n b\r\n\r\n",
+            b"GET /livez HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n",
+            b"GET /livez HTTP/1.1\r\nHost: a\r\nExpect: 100-Continue\r\n\r\n",
+            b"GET /livez HTTP/1.1\r\nHost: a\r\nX: \xff\xfe\r\n\r\n",
+        ):
+            text = await self.exchange(request * 2 + b"GET /livez HTTP/1.0\r\n\r\n")
+            self.assertEqual(statuses(text), [200] * 3, request)
+
+    async def test_targets(self) -> None:
+        """A target of other than printable ASCII, or with a fragment, is 400."""
+        for target in (b"/livez#x", b"/v1/datasets/products/rows/\xaa", b"/\x7f", b"/livez?\xaa"):
+            text = await self.exchange(b"GET %b HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % target)
+            self.assertEqual(statuses(text), [400], target)
+
+    async def test_long_heads(self) -> None:
+        """A long target is 414, many or long headers are 431, whether they ever end or not."""
+        host = b" HTTP/1.1\r\nHost: a\r\n"
+        self.assertEqual(await self.refused(b"GET /" + b"x" * MAX_HEAD_BYTES + host + b"\r\n"), 414)
+        self.assertEqual(await self.refused(b"GET /" + b"x" * 10 * MAX_HEAD_BYTES), 414)
+        self.assertEqual(await self.refused(b"GET /" + host + b"X: " + b"x" * 10 * MAX_HEAD_BYTES), 431)
+        self.assertEqual(await self.refused(b"GET /" + host + b"X: " + b"x" * (MAX_HEAD_BYTES - 10) + b"\r\n\r\n"), 431)
+        self.assertEqual(await self.refused(b"GET /" + host + b"X: %b\r\n" % (b"x" * 1000) * 20 + b"\r\n"), 431)
+        self.assertEqual(await self.refused(b"GET /" + host + b"X: x\r\n" * MAX_HEADERS + b"\r\n"), 431)
+        long_key = b"x" * (MAX_HEAD_BYTES - 200)
+        text = await self.exchange(b"GET /v1/datasets/products/rows/%b HTTP/1.0\r\n\r\n" % long_key)
+        self.assertEqual(statuses(text), [404])
+
+    async def test_a_body_is_refused_before_it_is_read(self) -> None:
+        """A client with a huge body is answered at once, without 100 Continue, though it has sent nothing of it yet."""
+        for head in (b"Content-Length: 10000000000", b"Transfer-Encoding: chunked"):
+            for method, status in ((b"GET", 413), (b"HEAD", 413), (b"POST", 405), (b"PUT", 405)):
+                text = await self.exchange(
+                    b"%b /v1/datasets HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\n%b\r\n\r\n" % (method, head)
+                )
+                self.assertEqual(statuses(text), [status])
+                self.assertIn(b"Connection: close", text)
+                self.assertEqual(text.partition(b"\r\n\r\n")[2] == b"", method == b"HEAD")
+
+    async def test_a_body_that_comes_is_not_kept(self) -> None:
+        """Who sends all the same is still told why, and what it sends is nowhere kept, nor taken for requests."""
+        smuggled = b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n"
+
+        def conversation(client: socket.socket) -> bytes:
+            client.sendall(b"POST /v1/datasets HTTP/1.1\r\nHost: a\r\nContent-Length: 2000000\r\n\r\n")
+            for _ in range(100):
+                client.sendall(smuggled * 500)
+            return read_to_the_end(client)
+
+        text = self.converse(conversation)
+        most_bytes = 0
+        while not text.called:
+            most_bytes = max([most_bytes, *map(buffered, self.factory.clients)])
+            await deferLater(reactor, 0.001)
+        self.assertEqual(statuses(await text), [405])
+        self.assertLessEqual(most_bytes, 2 * PIECE_BYTES)
+
+    async def test_garbage(self) -> None:
+        """Whatever comes, it is answered and the connection closed, and no error is logged."""
+        rng = random.Random(20260102)
+        seeds = [
+            b'GET /v1/datasets/products/rows/1?max_age=20 HTTP/1.1\r\nHost: a\r\nIf-None-Match: "x", W/"y"\r\n',
+            b"HEAD /v1/datasets/products HTTP/1.1\r\nHost: [::1]:80\r\nAccept: a/b;q=0.1, */*\r\nConnection: close\r\n",
+            b"POST /v1/datasets HTTP/1.0\r\nContent-Length: 10\r\nAccept-Encoding: gzip;q=0.5,*\r\n",
+            b"GET /v1/datasets/products HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n",
+            b"GET http://a/readyz HTTP/1.1\r\nHost: a\r\nIf-Modified-Since: Fri, 02 Jan 2026 03:04:05 GMT\r\n x\r\n",
+        ]
+        spice = [
+            b"\r\n",
+            b"\n",
+            b"\0",
+            b":",
+            b" ",
+            b"%",
+            b"%ff",
+            b'"',
+            b",",
+            b";",
+            b"\xff",
+            b"\t",
+            b"HTTP/1.1",
+            b"9" * 30,
+        ]
+
+        def mutated() -> bytes:
+            data = bytearray(rng.choice(seeds))
+            for _ in range(rng.randrange(6)):
+                at = rng.randrange(len(data))
+                match rng.randrange(4):
+                    case 0:
+                        data[at] = rng.randrange(256)
+                    case 1:
+                        data[at:at] = rng.choice(spice)
+                    case 2:
+                        del data[at : at + rng.randrange(1, 10)]
+                    case 3:
+                        data += data[at:]
+            return bytes(data) + b"\r\n\r\n"
+
+        inputs = [mutated() for _ in range(600)] + [
+            rng.randbytes(rng.randrange(1, 3000)) + b"\r\n\r\n" for _ in range(100)
+        ]
+
+        def all_in_turn() -> list[tuple[bytes, bytes]]:
+            replies = []
+            for data in inputs:
+                with closing(self.connect()) as client:
+                    client.sendall(data)
+                    client.shutdown(socket.SHUT_WR)
+                    replies.append((data, read_to_the_end(client)))
+            return replies
+
+        for data, text in await deferToThread(all_in_turn):
+            self.assertTrue(text.startswith(b"HTTP/1.1 "), (data, text))
+            self.assertNotIn(500, statuses(text), data)
+        await until(lambda: not self.factory.clients)
+        self.assertEqual(self.flushLoggedErrors(), [])
+
+
+class ConnectionLimit(PortTestCase):
+    max_connections = 3
+
+    async def test_one_too_many(self) -> None:
+        """The connection over the limit is told so and closed, whether it asks or not; those before it live on."""
+
+        def conversation() -> tuple[bytes, bytes, list[Answer], Answer]:
+            clients = [self.connect() for _ in range(self.max_connections)]
+            first = [ask_on(client, "/livez") for client in clients]
+            with closing(self.connect()) as silent:
+                unasked = read_to_the_end(silent)
+            with closing(self.connect()) as eager:
+                eager.sendall(b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n")
+                asked = read_to_the_end(eager)
+            answers = [*first, *(ask_on(client, "/livez") for client in clients)]
+            for client in clients:
+                client.close()
+            while True:
+                with closing(self.connect()) as client:
+                    after = ask_on(client, "/livez")
+                    if after.status == 200:
+                        return unasked, asked, answers, after
+
+        unasked, asked, answers, after = await deferToThread(conversation)
+        for text in (unasked, asked):
+            self.assertEqual(statuses(text), [503])
+            self.assertIn(b"too many connections, the limit is 3", text)
+            self.assertIn(b"application/problem+json", text)
+        self.assertEqual({answer.status for answer in [*answers, after]}, {200})
+
+    async def test_a_flood(self) -> None:
+        """Far over the limit, connections are closed at once: a flood costs no descriptors."""
+        clients = [self.connect() for _ in range(self.max_connections + 300)]
+        try:
+            self.assertEqual(await deferToThread(clients[-1].recv, 1000), b"")
+            self.assertLessEqual(len(self.factory.clients), self.max_connections + 100)
+        finally:
+            for client in clients:
+                client.close()
+
+
+class SlowHeads(PortTestCase):
+    head_timeout_s = 0.3
+
+    async def test_a_head_has_one_deadline(self) -> None:
+        """A client that sends a byte now and then is told 408 and closed, however steadily they come."""
+
+        def conversation(client: socket.socket) -> bytes:
+            client.settimeout(0.02)
+            head = iter(b"GET /livez HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 3000)
+            while True:
+                try:
+                    client.sendall(bytes([next(head)]))
+                    if text := client.recv(65_536):
+                        client.settimeout(GIVE_UP_S)
+                        return text + read_to_the_end(client)
+                except TimeoutError:
+                    continue
+
+        text = await self.converse(conversation)
+        self.assertEqual(statuses(text), [408])
+
+    async def test_it_begins_with_the_first_byte(self) -> None:
+        """Silence before a request and between two is no slow head."""
+
+        def conversation(client: socket.socket) -> list[int]:
+            answers = []
+            for _ in range(2):
+                time.sleep(0.6)
+                answers.append(ask_on(client, "/livez").status)
+            return answers
+
+        self.assertEqual(await self.converse(conversation), [200, 200])
+
+    async def test_half_a_head_behind_a_request(self) -> None:
+        """It counts for what follows an answer as well."""
+
+        def conversation(client: socket.socket) -> bytes:
+            client.sendall(b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\nGET /li")
+            return read_to_the_end(client)
+
+        self.assertEqual(statuses(await self.converse(conversation)), [200, 408])
+
+
+class Idle(PortTestCase):
+    idle_timeout_s = 0.4
+
+    async def test_silence(self) -> None:
+        """A client that says nothing, at first or after an answer, is closed without a word."""
+
+        def conversation(client: socket.socket) -> bytes:
+            client.sendall(b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n")
+            return read_to_the_end(client)
+
+        self.assertEqual(await self.converse(read_to_the_end), b"")
+        self.assertEqual(statuses(await self.converse(conversation)), [200])
+
+    async def test_a_client_that_never_reads(self) -> None:
+        """It is dropped, in the middle of a body as well as of a flood of requests; what waits for it stays bounded."""
+        document = b'"' + b"x" * 60_000 + b'"'
+        self.publish(rows_of((b"%d" % n, document) for n in range(500)), 18)
+        for request in (b"GET /v1/datasets/products HTTP/1.1\r\nHost: a\r\n\r\n",
+                        b"GET /v1/datasets/products/rows/1 HTTP/1.1\r\nHost: a\r\n\r\n"):  # fmt: skip
+            most_bytes = 0
+
+            def conversation(client: socket.socket) -> None:
+                client.settimeout(0.01)
+                try:
+                    while True:
+                        try:
+                            client.send(request * 1000)  # noqa: B023  # awaited below
+                        except TimeoutError:
+                            continue
+                except OSError:
+                    return
+
+            dropped = self.converse(conversation)
+            while not dropped.called:
+                most_bytes = max([most_bytes, *map(buffered, self.factory.clients)])
+                await deferLater(reactor, 0.001)
+            await dropped
+            self.assertGreater(most_bytes, 0)
+            self.assertLessEqual(most_bytes, 8 * PIECE_BYTES)
+            await until(lambda: not self.factory.clients)
+
+
+class Token(PortTestCase):
+    token = "s3cret-äö"
+
+    async def test_who_has_it_is_served(self) -> None:
+        """The token opens all of /v1, under Bearer in any case; probes never need it."""
+        for scheme in ("Bearer", "bearer"):
+            authorization = f"{scheme} {self.token}"
+            answer = await self.ask("/v1/datasets/products/rows/1", Authorization=authorization)
+            self.assertEqual((answer.status, answer.body.decode()), (200, ROWS["1"]))
+        self.assertEqual((await self.ask("/livez")).status, 200)
+        self.assertEqual((await self.ask("/readyz")).status, 503)
+
+    async def test_who_has_not_is_refused(self) -> None:
+        """Without it all of /v1 is 401 with a challenge, and does not even say what exists."""
+        for path in PATHS[2:9]:
+            for method in ("GET", "POST"):
+                answer = await self.assert_problem(path, 401, "token", method)
+                self.assertEqual(answer.headers["www-authenticate"], 'Bearer realm="cacheservice"')
+        for wrong in ("Bearer", "Bearer x", f"Basic {self.token}", f"Bearer {self.token}x", self.token):
+            answer = await self.assert_problem("/v1/datasets", 401, "not the token", Authorization=wrong)
+            self.assertIn('error="invalid_token"', answer.headers["www-authenticate"])
+            self.assertNotIn(self.token.encode(), answer.body)
+
+    async def test_two_authorizations_are_refused(self) -> None:
+        """A second Authorization header is not weighed against the first."""
+        good = f"Authorization: Bearer {self.token}\r\n".encode()
+        text = await self.exchange(b"GET /v1/datasets HTTP/1.1\r\nHost: a\r\n" + good + good + b"\r\n")
+        self.assertEqual(statuses(text), [400])
+
+
+class Guesses(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.clock = Clock()
+        self.clock.advance(1000)
+        self.guard = Guard("secret", self.clock)
+
+    def guess(self, host: str = "192.0.2.1") -> list[Problem]:
+        problems: list[Problem] = []
+        self.guard.admit(host)
+        refused = Deferred.fromCoroutine(self.guard.refuse_wrong(host))
+        refused.addErrback(lambda failure: problems.append(failure.value))
+        return problems
+
+    def waited_s(self, host: str = "192.0.2.1") -> float:
+        """How long one more guess waits for its answer."""
+        problems = self.guess(host)
+        began_at = self.clock.seconds()
+        while not problems:
+            self.clock.advance(min(call.getTime() for call in self.clock.getDelayedCalls()) - self.clock.seconds())
+        self.assertEqual(problems[0].status, 401)
+        return float(self.clock.seconds() - began_at)
+
+    def test_each_failure_waits_longer(self) -> None:
+        """The wait doubles from 0.1 s to 5 s, is each address's own, and is forgiven after a minute without one."""
+        waits = [round(self.waited_s(), 3) for _ in range(9)]
+        self.assertEqual(waits, [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0, 5.0])
+        self.assertAlmostEqual(self.waited_s("192.0.2.2"), 0.1)
+        self.clock.advance(61)
+        self.assertAlmostEqual(self.waited_s(), 0.1)
+
+    def test_many_at_once_are_refused_unread(self) -> None:
+        """Guesses in parallel are no way around the wait: with ten waiting, not even the right token is looked at."""
+        waiting = [self.guess() for _ in range(10)]
+        with self.assertRaises(Problem) as caught:
+            self.guard.admit("192.0.2.1")
+        self.assertEqual(caught.exception.status, 429)
+        self.guard.admit("192.0.2.2")
+        self.clock.advance(5)
+        self.assertTrue(all(waiting))
+        self.guard.admit("192.0.2.1")
+
+    def test_addresses_of_one_network_are_one(self) -> None:
+        """Whoever has 2**64 addresses has one wait; IPv4 within IPv6 is IPv4."""
+        self.waited_s("2001:db8::1")
+        self.assertAlmostEqual(self.waited_s("2001:db8::2:3"), 0.2)
+        self.assertAlmostEqual(self.waited_s("2001:db8:0:1::1"), 0.1)
+        self.waited_s("::ffff:192.0.2.9")
+        self.assertAlmostEqual(self.waited_s("192.0.2.9"), 0.2)
+        self.assertAlmostEqual(self.waited_s("::ffff:192.0.2.8"), 0.1)
+
+    def test_memory_is_bounded(self) -> None:
+        """A guesser with many networks does not fill the memory."""
+        for number in range(3000):
+            self.waited_s(f"10.{number // 250}.{number % 250}.1")
+        self.assertLessEqual(len(self.guard._failures), 1024)
+
+    def test_a_guesser_that_goes_leaves_nothing(self) -> None:
+        """A wait that is cancelled leaves no timer."""
+        refused = Deferred.fromCoroutine(self.guard.refuse_wrong("192.0.2.1"))
+        refused.addErrback(lambda _: None)
+        refused.cancel()
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+        self.assertEqual([failures.waiting for failures in self.guard._failures.values()], [0])
+
+
+class ProbesOnly(PortTestCase):
+    allow_data = False
+
+    async def test_only_probes(self) -> None:
+        """Without a token where one is needed, /v1 is 403 and says what to set; probes are served."""
+        for path in PATHS[2:9]:
+            await self.assert_problem(path, 403, "set http.token")
+        self.assertEqual((await self.ask("/livez")).status, 200)
+        self.assertEqual((await self.ask("/readyz")).status, 503)
+
+
+class Closing(PortTestCase):
+    async def test_close_clients_ends_everything(self) -> None:
+        """Whatever a client is in, half a head, a stream, a wait, it is closed, and nothing of it is left."""
+        self.publish(rows_of((b"%d" % n, b'"%b"' % (b"x" * 1000)) for n in range(50_000)), 18)
+        heads = (
+            b"",
+            b"GET /",
+            b"GET /v1/datasets/products HTTP/1.1\r\nHost: a\r\n\r\n",
+            b"GET /v1/datasets/products HTTP/1.1\r\nHost: a\r\nAccept-Encoding: gzip\r\n\r\n",
+            b"GET /v1/datasets/prices?max_age=1 HTTP/1.1\r\nHost: a\r\n\r\n",
+        )
+        clients = [self.connect() for _ in heads]
+        for client, head in zip(clients, heads, strict=True):
+            client.sendall(head)
+        await until(lambda: len(self.factory.clients) == len(heads) and self.refreshes.asked)
+        self.factory.close_clients()
+        await until(lambda: not self.factory.clients)
+        for client in clients:
+            client.close()
+        self.assertEqual(self.clock.getDelayedCalls(), [])
