@@ -1,4 +1,4 @@
-"""Reads over the Redis protocol: the same keys and documents in Redis 7 and in the service, the same client, in turns."""
+"""Reads over the Redis protocol: the same keys and documents, the same client, Redis 7 and the service in turns."""
 
 from __future__ import annotations
 
@@ -48,26 +48,28 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7)
     options = parser.parse_args()
     rows: list[tuple[str, str, str, str]] = []
-    with server_with_products(options.rows) as server, redis_with_rows(server, QUERY) as redis_port:
-        with running_service(server.dsn(), QUERY) as service:
-            for pipeline, least in LEAST_RATIO.items():
-                pairs = [
-                    (
-                        benchmark(service.resp_port, options.rows, pipeline),
-                        benchmark(redis_port, options.rows, pipeline),
-                    )
-                    for _ in range(options.pairs)
-                ]
-                ratios = [ours.per_s / theirs.per_s for ours, theirs in pairs]
-                what = f"GET per second, pipeline {pipeline}"
-                rows.append((what, *spreads([ours.per_s for ours, _ in pairs], [theirs.per_s for _, theirs in pairs])))
-                rows.append(("ratio of each pair", spread(ratios), "", floor(median(ratios), least)))
-                print(f"pipeline {pipeline}: {spread(ratios)}", flush=True)
-            rows += while_refreshing(service, options.rows, options.pairs)
+    with (
+        server_with_products(options.rows) as server,
+        redis_with_rows(server, QUERY) as redis_port,
+        running_service(server.dsn(), QUERY) as service,
+    ):
+        for pipeline, least in LEAST_RATIO.items():
+            pairs = [
+                (benchmark(service.resp_port, options.rows, pipeline), benchmark(redis_port, options.rows, pipeline))
+                for _ in range(options.pairs)
+            ]
+            ratios = [ours.per_s / theirs.per_s for ours, theirs in pairs]
+            what = f"GET per second, pipeline {pipeline}"
+            rows.append((what, *spreads([ours.per_s for ours, _ in pairs], [theirs.per_s for _, theirs in pairs])))
+            rows.append(("ratio of each pair", spread(ratios), "", floor(median(ratios), least)))
+        rows += while_refreshing(service, options.rows, options.pairs)
     small = f"{QUERY} WHERE id <= {_HASH_ROWS}"
-    with server_with_products(options.rows) as server, redis_with_hash(server, small) as redis_port:
-        with running_service(server.dsn(), small) as service:
-            rows += whole_datasets(service, redis_port, options.pairs)
+    with (
+        server_with_products(options.rows) as server,
+        redis_with_hash(server, small) as redis_port,
+        running_service(server.dsn(), small) as service,
+    ):
+        rows += whole_datasets(service, redis_port, options.pairs)
     print_figures(rows)
 
 

@@ -128,7 +128,8 @@ class Commands(FromTheWheel):
         self.assertIn("applied 0001_schema", told.stdout)
         (self.folder / "dsn").write_text(self.server.dsn("wheel_reader", "hidden-word", database) + "\n")
         (self.folder / "cacheservice.toml").write_text(
-            '[status]\nport = 0\n[resp]\nport = 0\n[http]\nport = 0\n[datasets.items]\nquery = "SELECT * FROM items"\nkey = "id"\ninterval_s = 1\n'
+            "[status]\nport = 0\n[resp]\nport = 0\n[http]\nport = 0\n"
+            '[datasets.items]\nquery = "SELECT * FROM items"\nkey = "id"\ninterval_s = 1\n'
         )
         with subprocess.Popen(
             [sys.executable, "-m", "cacheservice", "run"],
