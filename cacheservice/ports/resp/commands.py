@@ -18,7 +18,7 @@ from copy import copy
 from dataclasses import dataclass
 from importlib import resources
 from itertools import chain
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from twisted.internet.defer import Deferred
 
@@ -46,6 +46,7 @@ REDIS_VERSION = "7.0.15"
 _WRONG_TYPE = "WRONGTYPE Operation against a key holding the wrong kind of value"
 _NOT_AN_INTEGER = "ERR value is not an integer or out of range"
 SYNTAX = "ERR syntax error"
+_FLAGS = frozenset({"flags", "categories"})
 _KEYS_PER_TURN = 4096
 _MAX_WAIT_MS = 86_400_000
 
@@ -72,7 +73,8 @@ class Commands:
         self._password = password.encode()
         self._datasets: Mapping[bytes, Dataset] = {name.encode(): each for name, each in cache.datasets.items()}
         self._sorted = SortedShards()
-        self.catalogue = json.loads(resources.files(__package__).joinpath("catalogue.json").read_text("utf-8"))
+        catalogue = resources.files(__package__).joinpath("catalogue.json").read_text("utf-8")
+        self.catalogue = json.loads(catalogue, object_hook=_flags_as_statuses)
         self.writes = frozenset(name.encode() for name in self.catalogue["writes"])
         self._bind()
         # What `get` may answer without a further question: what is loaded and served however old it is.
@@ -447,6 +449,8 @@ class Commands:
         subcommand = words[1].lower()
         names = [word.decode("utf-8", "replace").lower() for word in words[2:]]
         if subcommand == b"count":
+            if names:
+                raise CommandError("ERR wrong number of arguments for 'command|count' command")
             return reply.integer(len(known))
         if subcommand == b"docs":
             docs = {name: known[name]["docs"] for name in names or known if name in known}
@@ -460,8 +464,7 @@ class Commands:
 
     def _entry(self, name: str) -> list[object]:
         of = self.catalogue["commands"][name]
-        flags, categories = (frozenset(map(reply.Status, of[words])) for words in ("flags", "categories"))
-        return [name, of["arity"], flags, *of["keys"], categories, [], [], []]
+        return [name, of["arity"], of["flags"], *of["keys"], of["categories"], [], [], []]
 
     def client(self, client: RespProtocol, words: Words) -> Reply:
         subcommand, arguments = words[1].lower(), words[2:]
@@ -558,13 +561,18 @@ def _in_slices(header: bytes, items: Sequence[T], some: Callable[[Sequence[T]], 
 
 
 def _in_a_turn(answer: bytes, looked_at: int) -> Reply:
-    """What took long to answer ends its client's turn, as an iterator does; a pipeline of them would hold the reactor."""
+    """What took long to answer ends its client's turn, as an iterator does: a pipeline would hold the reactor."""
     return answer if looked_at <= CHUNK_ROWS else iter([answer])
 
 
 def _column(rows: Rows, number: int) -> Iterator[list[bytes]]:
     for part in rows.slices(CHUNK_ROWS):
         yield [pair[number] for pair in part]
+
+
+def _flags_as_statuses(fields: dict[str, Any]) -> dict[str, Any]:
+    """As Redis sends them; redis-cli ends itself over any other type."""
+    return fields | {name: frozenset(map(reply.Status, fields[name])) for name in _FLAGS & fields.keys()}
 
 
 def _shown(name: bytes) -> str:

@@ -39,6 +39,8 @@ _CROSS_PROTOCOL = (b"post", b"host:")
 _WITHOUT_PASSWORD = (b"auth", b"hello", b"quit")
 _WHILE_SUBSCRIBED = (b"subscribe", b"unsubscribe", b"ping", b"quit", b"reset")
 _NOT_IN_MULTI = (b"subscribe", b"unsubscribe", b"auth", b"hello")
+_OF_A_CLUSTER = (b"asking", b"cluster", b"readonly", b"readwrite")
+"""What some clients ask first, and take Redis's own refusal of."""
 _NOT_QUEUED = (b"exec", b"discard", b"multi", b"quit", b"reset")
 _NOAUTH = reply.error("NOAUTH Authentication required.")
 _INTERNAL_ERROR = reply.error("ERR internal error; its traceback is in the log")
@@ -222,7 +224,8 @@ class RespProtocol(Protocol):
             return
         if isinstance(answer, bytes):
             self._flush([answer])
-            self._go_on()
+            # Not at once: of many that need not wait each would stand on the one before it.
+            self._yield()
         else:
             self._begin(answer)
 
@@ -362,6 +365,8 @@ class RespProtocol(Protocol):
             return command
         if name in commands.writes:
             raise CommandError("READONLY this cache is read-only")
+        if name in _OF_A_CLUSTER:
+            raise CommandError("ERR This instance has cluster support disabled")
         raise CommandError(f"ERR unknown command '{_printable(words[0])}'")
 
     def _enqueue(self, name: bytes, words: Words) -> bytes:
@@ -371,8 +376,6 @@ class RespProtocol(Protocol):
                 raise CommandError(f"ERR {name.decode()} is not allowed in a transaction")
             if name != b"ping":
                 self._known(name, words, self.factory.commands)
-            elif len(words) > 2:
-                raise _wrong_number("ping")
             if len(self._queue) >= _MOST_QUEUED:
                 raise CommandError(f"ERR a transaction has at most {_MOST_QUEUED} commands")
         except CommandError:
@@ -392,9 +395,13 @@ class RespProtocol(Protocol):
         self._closing = True
         return reply.OK
 
-    def _do_reset(self, words: Words) -> Reply:
+    def _expect_one_word(self, words: Words) -> None:
         if len(words) != 1:
-            raise _wrong_number("reset")
+            self._queue_broken = True
+            raise _wrong_number(words[0].decode().lower())
+
+    def _do_reset(self, words: Words) -> Reply:
+        self._expect_one_word(words)
         for channel in list(self._channels):
             self._leave(channel)
         self.protocol, self.name, self._queue, self._queue_broken = 2, b"", None, False
@@ -480,8 +487,7 @@ class RespProtocol(Protocol):
         return greet()
 
     def _do_multi(self, words: Words) -> Reply:
-        if len(words) != 1:
-            raise _wrong_number("multi")
+        self._expect_one_word(words)
         if self._queue is not None:
             raise CommandError("ERR MULTI calls can not be nested")
         self._queue, self._queue_broken = [], False
@@ -489,8 +495,7 @@ class RespProtocol(Protocol):
         return reply.OK
 
     def _do_discard(self, words: Words) -> Reply:
-        if len(words) != 1:
-            raise _wrong_number("discard")
+        self._expect_one_word(words)
         if self._queue is None:
             raise CommandError("ERR DISCARD without MULTI")
         self._queue = None
@@ -502,8 +507,9 @@ class RespProtocol(Protocol):
         queue, self._queue = self._queue, None
         self._settle()
         if len(words) != 1:
-            error = _wrong_number("exec")
-            raise CommandError(f"EXECABORT Transaction discarded because of:{str(error)[3:]}") if queue else error
+            raise CommandError(
+                "EXECABORT Transaction discarded because of: wrong number of arguments for 'exec' command"
+            )
         if queue is None:
             raise CommandError("ERR EXEC without MULTI")
         if self._queue_broken:

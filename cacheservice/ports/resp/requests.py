@@ -25,6 +25,9 @@ _HUGE_COUNT = re.compile(rb"\*[0-9]{7}")
 
 _SIZES = tuple(b"$%d" % size_bytes for size_bytes in range(1024))
 
+_NOT_FOR_HIREDIS = (hiredis.ProtocolError, TypeError)
+"""It raises the latter for a map whose key is an array."""
+
 _MARK = os.urandom(8).hex().encode()
 _MARK_LINE = b"+" + _MARK + b"\r\n"
 
@@ -91,7 +94,7 @@ class RequestParser:
         while self._batch and len(commands) < most:
             try:
                 command = gets()
-            except hiredis.ProtocolError:
+            except _NOT_FOR_HIREDIS:
                 command = None
             if command.__class__ is list and command:
                 for argument in command:
@@ -269,7 +272,7 @@ def _is_between(reader: hiredis.Reader) -> bool:
     reader.feed(_MARK_LINE)
     try:
         return bool(reader.gets() == _MARK)
-    except hiredis.ProtocolError:
+    except _NOT_FOR_HIREDIS:
         return False
 
 

@@ -1,0 +1,109 @@
+"""The RESP port of a filled cache, for clients in other processes, and what the tests of that port share.
+
+    python -m tests.resp_peer [PASSWORD [ROWS]]
+
+prints its port; PASSWORD may be empty. `publish NAME ROWS` on standard input publishes the next generation of a
+dataset and prints its number; the program ends with its standard input.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+from twisted.internet import reactor
+from twisted.internet.stdio import StandardIO
+from twisted.protocols.basic import LineReceiver
+
+from cacheservice.cache.cache import Cache
+from cacheservice.cache.dataset import Snapshot
+from cacheservice.cache.rows import RowsBuilder
+from cacheservice.config import DatasetSettings
+from cacheservice.ports.freshness import Freshness
+from cacheservice.ports.resp.commands import Commands
+from cacheservice.ports.resp.protocol import RespFactory
+
+MOMENT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+ROWS = 1000
+
+
+def declared(name: str, **settings: Any) -> DatasetSettings:
+    fields = {"name": name, "query": "SELECT 1 AS id", "key": "id", "interval_s": 60.0} | settings
+    return DatasetSettings.model_validate(fields)
+
+
+def document(number: int, generation: int) -> bytes:
+    return b'{"id":%d,"generation":%d,"name":"row %d"}' % (number, generation, number)
+
+
+def publish(cache: Cache, name: str, keys: Iterator[bytes] | range, database_snapshot: str = "1:1:") -> int:
+    """Publish the next generation of a dataset, its documents naming it; a number stands for its digits."""
+    dataset = cache.dataset(name)
+    generation = (dataset.snapshot.generation if dataset.snapshot else 0) + 1
+    rows = RowsBuilder(lambda shards: None)
+    for number, key in enumerate(keys):
+        rows.add([(b"%d" % key if isinstance(key, int) else key, document(number, generation))])
+    dataset.publish(Snapshot(generation, rows.finish(), MOMENT, cache.now(), database_snapshot))
+    return generation
+
+
+def filled_cache(now: Callable[[], float], row_count: int = ROWS) -> Cache:
+    """products: 1,000 rows. empty: none. strict: 3 rows, refused when expired. prices: never loaded."""
+    names = [declared("products"), declared("empty"), declared("strict", on_expired="refuse"), declared("prices")]
+    cache = Cache(names, now)
+    publish(cache, "products", range(row_count))
+    publish(cache, "empty", range(0))
+    publish(cache, "strict", range(3))
+    return cache
+
+
+def encode(*words: bytes | str | int) -> bytes:
+    """A request as clients write it."""
+    told = [word if isinstance(word, bytes) else str(word).encode() for word in words]
+    return b"*%d\r\n" % len(told) + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in told)
+
+
+class NoRefreshes:
+    """Nothing refreshes: what is waited for does not come."""
+
+    def refresh_now(self, name: str) -> bool:
+        return True
+
+    def refresh_since(self, name: str, moment: float) -> None:
+        """It will not."""
+
+
+class Orders(LineReceiver):
+    delimiter = b"\n"
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
+
+    def lineReceived(self, line: bytes) -> None:
+        order, name, rows = line.decode().split()
+        assert order == "publish"
+        self.sendLine(b"%d" % publish(self._cache, name, range(int(rows))))
+
+    def connectionLost(self, reason: Any = None) -> None:
+        reactor.stop()
+
+
+def main() -> None:
+    reactor.seconds = time.monotonic
+    password = sys.argv[1] if len(sys.argv) > 1 else ""
+    row_count = sys.argv[2] if len(sys.argv) > 2 else ROWS
+    cache = filled_cache(reactor.seconds, int(row_count))
+    commands = Commands(cache, Freshness(NoRefreshes(), reactor), password)
+    factory = RespFactory(cache, commands, 10_000, 300, reactor)
+    port = reactor.listenTCP(0, factory, backlog=511, interface="127.0.0.1")
+    orders = Orders(cache)
+    StandardIO(orders)
+    orders.sendLine(b"%d" % port.getHost().port)
+    reactor.run()
+
+
+if __name__ == "__main__":
+    main()
