@@ -11,6 +11,7 @@ from typing import Any
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import IHalfCloseableProtocol, IPullProducer
 from twisted.internet.protocol import Protocol, ServerFactory, connectionDone
+from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
@@ -34,6 +35,9 @@ _READ_AHEAD_BYTES = 64 * 1024
 """What is read of a client that waits for a reply, so that its going away is noticed."""
 
 _FAILED_AUTH_DELAY_S = 0.5
+_MOST_DOUBLINGS = 4
+_MOST_FAILED_AUTHS = 10_000
+"""Addresses that are remembered."""
 _CHANNEL_PREFIX = b"cache:"
 _CROSS_PROTOCOL = (b"post", b"host:")
 _WITHOUT_PASSWORD = (b"auth", b"hello", b"quit")
@@ -432,12 +436,12 @@ class RespProtocol(Protocol):
             self._authenticated = True
             self._settle()
             return then()  # type: ignore[no-any-return]
-        failures = factory.failed_auths[self._address] = factory.failed_auths.get(self._address, 0) + 1
-        refused: Deferred[bytes] = Deferred()
-        delay_s = min(_FAILED_AUTH_DELAY_S * 2 ** min(failures - 1, 4), 8.0)
-        timer = factory.clock.callLater(delay_s, refused.callback, _WRONGPASS)
-        refused.addErrback(lambda failure: (timer.active() and timer.cancel(), failure)[1])
-        return refused
+        failures = factory.failed_auths.pop(self._address, 0) + 1
+        if len(factory.failed_auths) >= _MOST_FAILED_AUTHS:
+            del factory.failed_auths[next(iter(factory.failed_auths))]  # the one that has been quiet for longest
+        factory.failed_auths[self._address] = failures
+        delay_s = _FAILED_AUTH_DELAY_S * 2 ** min(failures - 1, _MOST_DOUBLINGS)
+        return deferLater(factory.clock, delay_s, lambda: _WRONGPASS)
 
     def _do_hello(self, words: Words) -> Reply:
         options = list(words[1:])
