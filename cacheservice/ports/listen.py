@@ -15,6 +15,7 @@ from twisted.internet.interfaces import IListeningPort
 from twisted.internet.protocol import ServerFactory
 
 from cacheservice.errors import PortUnavailable
+from cacheservice.ports.readers import Port
 
 BACKLOG = 511
 """Twisted's 50 makes 5,000 clients wait 75 s; 511 makes it 0.4 s (measured), and is what Redis takes."""
@@ -71,7 +72,13 @@ def _where(error: CannotListenError) -> str:
 def tcp(reactor: Any, host: str, port: int, factory: ServerFactory) -> Callable[[], IListeningPort]:
     """Listen on an IP address ("localhost" is 127.0.0.1: a look-up would block)."""
     interface = "127.0.0.1" if host == "localhost" else host
-    return lambda: reactor.listenTCP(port, factory, backlog=BACKLOG, interface=interface)
+
+    def listen() -> IListeningPort:
+        listening: Any = Port(port, factory, BACKLOG, interface, reactor)  # type: ignore[arg-type]
+        listening.startListening()
+        return listening  # type: ignore[no-any-return]
+
+    return listen
 
 
 def unix(reactor: Any, path: str, factory: ServerFactory) -> Callable[[], IListeningPort]:
