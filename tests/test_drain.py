@@ -8,7 +8,7 @@ from twisted.internet.interfaces import IDelayedCall
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from cacheservice.cache.rows import SHARD_COUNT, RowsBuilder, Shards
+from cacheservice.cache.rows import RowsBuilder, Shards
 from cacheservice.refresh.drain import Drain
 
 
@@ -38,32 +38,50 @@ class Draining(SynchronousTestCase):
         self.drain = Drain(self.reactor)
         self.addCleanup(lambda: self.assertTrue(self.reactor.idle))
 
-    def shards(self, count: int) -> Shards:
-        return [{b"%d" % number: b"{}"} for number in range(count)]
+    def shards(self, count: int, rows: int = 1) -> Shards:
+        return [{b"%d" % number: b"{}" for number in range(rows)} for _ in range(count)]
 
-    def test_one_shard_a_turn(self) -> None:
-        """No turn of the reactor frees more than one shard, and in the end none is left."""
-        shards = self.shards(5)
-        self.drain.add(shards)
-        for left in (4, 3, 2, 1, 0):
-            self.reactor.turn()
-            self.assertEqual(len(shards), left)
-        self.reactor.turn()
-
-    def test_several_generations_share_the_turns(self) -> None:
-        """Dropped generations are freed together, still one shard a turn."""
-        one, other = self.shards(3), self.shards(3)
-        self.drain.add(one)
-        self.drain.add(other)
-        left = [6]
+    def freed_by_turn(self, *dropped: Shards) -> list[int]:
+        """How many rows each turn freed, until none was left."""
+        freed, left = [], sum(map(rows_in, dropped))
         while not self.reactor.idle:
             self.reactor.turn()
-            left.append(len(one) + len(other))
-        self.assertEqual(left[:7], [6, 5, 4, 3, 2, 1, 0])
+            freed.append(left - sum(map(rows_in, dropped)))
+            left -= freed[-1]
+        self.assertEqual(left, 0)
+        return freed
+
+    def test_little_a_turn(self) -> None:
+        """No turn of the reactor frees more than one shard of ordinary size, and in the end none is left."""
+        shards = self.shards(256, 4000)
+        self.drain.add(shards)
+        self.assertLessEqual(max(self.freed_by_turn(shards)), 4000)
+        self.assertEqual(shards, [])
+
+    def test_the_last_ones_row_by_row(self) -> None:
+        """The last shards are freed some rows a turn, all of them alike: they give the memory back little by little."""
+        shards = self.shards(16, 1000)
+        self.drain.add(shards)
+        self.reactor.turn()
+        self.assertEqual({len(shard) for shard in shards}, {1000 - 16})
+        self.assertLessEqual(max(self.freed_by_turn(shards)), 256)
+
+    def test_large_shards(self) -> None:
+        """A shard of many rows is not freed at once."""
+        shards = self.shards(18, 20_000)
+        self.drain.add(shards)
+        self.assertLessEqual(max(self.freed_by_turn(shards)), 5000)
+
+    def test_several_generations_share_the_turns(self) -> None:
+        """Dropped generations are freed together, and no turn frees more for it."""
+        one, other = self.shards(20, 10), self.shards(20, 10)
+        self.drain.add(one)
+        self.drain.add(other)
+        self.assertLessEqual(max(self.freed_by_turn(one, other)), 256)
         self.assertEqual((one, other), ([], []))
 
     def test_a_dropped_snapshot_is_drained(self) -> None:
-        """Rows whose last reference goes are freed over as many turns as they have shards."""
+        """Rows whose last reference goes are freed over many turns."""
         builder = RowsBuilder(self.drain.add)
         builder.add([(b"%d" % number, b"{}") for number in range(1000)])
         rows = builder.finish()
@@ -73,14 +91,18 @@ class Draining(SynchronousTestCase):
         while not self.reactor.idle:
             self.reactor.turn()
             turns += 1
-        self.assertGreaterEqual(turns, SHARD_COUNT)
+        self.assertGreater(turns, 200)
 
     def test_stop(self) -> None:
         """After stop nothing is scheduled, whether rows are still being freed or come only now."""
-        shards = self.shards(5)
+        shards = self.shards(16, 100)
         self.drain.add(shards)
         self.reactor.turn()
         self.drain.stop()
-        self.assertEqual((self.reactor.idle, len(shards)), (True, 4))
+        self.assertEqual((self.reactor.idle, rows_in(shards)), (True, 16 * 100 - 256))
         self.drain.add(self.shards(5))
         self.assertTrue(self.reactor.idle)
+
+
+def rows_in(shards: Shards) -> int:
+    return sum(map(len, shards))
