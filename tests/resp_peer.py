@@ -23,6 +23,7 @@ from cacheservice.cache.dataset import Snapshot
 from cacheservice.cache.rows import RowsBuilder
 from cacheservice.config import DatasetSettings
 from cacheservice.ports.freshness import Freshness
+from cacheservice.ports.listen import tcp
 from cacheservice.ports.resp.commands import Commands
 from cacheservice.ports.resp.protocol import RespFactory
 
@@ -98,7 +99,7 @@ def main() -> None:
     cache = filled_cache(reactor.seconds, int(row_count))
     commands = Commands(cache, Freshness(NoRefreshes(), reactor), password)
     factory = RespFactory(cache, commands, 10_000, 300, reactor)
-    port = reactor.listenTCP(0, factory, backlog=511, interface="127.0.0.1")
+    port = tcp(reactor, "127.0.0.1", 0, factory)()
     orders = Orders(cache)
     StandardIO(orders)
     orders.sendLine(b"%d" % port.getHost().port)

@@ -29,7 +29,7 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset, Snapshot
-from cacheservice.cache.rows import Rows, RowsBuilder
+from cacheservice.cache.rows import Rows, RowsBuilder, bulk
 from cacheservice.config import DatasetSettings
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.http import HttpFactory
@@ -38,6 +38,7 @@ from cacheservice.ports.http.channel import MAX_HEAD_BYTES, MAX_HEADERS
 from cacheservice.ports.http.guard import Guard
 from cacheservice.ports.http.negotiation import codings, matches, media_type, unchanged_since
 from cacheservice.ports.http.problem import Problem
+from cacheservice.ports.listen import tcp
 
 MOMENT = datetime(2026, 1, 2, 3, 4, 5, 678000, tzinfo=UTC)
 GIVE_UP_S = 60.0  # a client that waits longer than this for its answer has hung
@@ -157,7 +158,7 @@ class PortTestCase(TestCase):
         self.prices.next_refresh_at = self.clock.seconds() + 15.2
         self.refreshes = FakeRefreshes()
         self.factory = self.make_factory()
-        self.port = reactor.listenTCP(0, self.factory, backlog=511, interface="127.0.0.1")
+        self.port = tcp(reactor, "127.0.0.1", 0, self.factory)()
         self.addCleanup(self.close)
 
     def make_factory(self) -> HttpFactory:
@@ -891,8 +892,8 @@ class BrokenRows:
 
     count = size_bytes = 1_000_000
 
-    def slices(self, most: int) -> Iterator[list[tuple[bytes, bytes]]]:
-        yield [(b"%d" % number, b"x" * 1000) for number in range(most)]
+    def slices(self, most: int) -> Iterator[tuple[list[bytes], list[bytes]]]:
+        yield [b"%d" % number for number in range(most)], [bulk(b"x" * 1000)] * most
         raise ZeroDivisionError
 
 

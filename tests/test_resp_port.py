@@ -15,7 +15,7 @@ import hiredis
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.internet import reactor
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.task import Clock, deferLater
 from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import SynchronousTestCase, TestCase
@@ -24,6 +24,7 @@ from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Snapshot
 from cacheservice.cache.rows import RowsBuilder
 from cacheservice.ports.freshness import Freshness
+from cacheservice.ports.listen import tcp
 from cacheservice.ports.resp.commands import Commands
 from cacheservice.ports.resp.protocol import BYTES_PER_TURN, RespFactory, RespProtocol
 from cacheservice.ports.resp.scan import END_OF_DATASET, SortedShards, place_in_shard, scan_rows
@@ -111,7 +112,7 @@ class PortTestCase(TestCase):
         self.refreshes = Refreshes()
         commands = Commands(self.cache, Freshness(self.refreshes, reactor), self.password)
         self.factory = RespFactory(self.cache, commands, self.max_connections, self.idle_timeout_s, self.clock)
-        self.port = reactor.listenTCP(0, self.factory, backlog=511, interface="127.0.0.1")
+        self.port = tcp(reactor, "127.0.0.1", 0, self.factory)()
         self.addCleanup(self.close)
 
     def make_cache(self) -> Cache:
@@ -496,6 +497,59 @@ class Neighbours(PortTestCase):
         self.assertEqual(await answered, 0)
         self.assertGreaterEqual(self.factory.commands_processed - before, 1)
         self.assertLess(among, count + 2, "the neighbour was answered before the flood's end")
+
+    async def test_pipelines_of_all_sorts(self) -> None:
+        """GETs in a pipeline are answered in their places, whatever stands between them and whoever asks too."""
+        asked: list[Words] = [
+            ("GET", "products:1"),
+            ("get", "products:2"),
+            ("GeT", "products:3"),
+            ("GET", "products:nope"),
+            ("GET", "products:4"),
+            ("PING",),
+            ("GET", "nope:1"),
+            ("GET", "products"),
+            ("GET", "products:1", "2"),
+            ("GET",),
+            ("MGET", "products:5", "products:6"),
+            ("GET", "products:5"),
+        ]
+        expected = [document(1, 1), document(2, 1), document(3, 1), None, document(4, 1), b"PONG"]
+        expected += ["ERR unknown dataset 'nope'", "WRONGTYPE Operation against a key holding the wrong kind of value"]
+        expected += ["ERR wrong number of arguments for 'get' command"] * 2
+        expected += [[document(5, 1), document(6, 1)], document(5, 1)]
+
+        def conversation(client: Client) -> list[Any]:
+            return [client.ask_all(asked) for _ in range(200)]
+
+        for answers in await gatherResults([self.converse(conversation) for _ in range(5)]):
+            self.assertEqual(answers, [expected] * 200)
+
+    async def test_the_last_words(self) -> None:
+        """What was asked before QUIT, and before the end of the client's input, is answered."""
+
+        def conversation(client: Client) -> list[Any]:
+            return [*client.ask_all([("GET", "products:1"), ("QUIT",)]), client.is_closed()]
+
+        self.assertEqual(await self.converse(conversation), [document(1, 1), b"OK", True])
+
+    async def test_large_documents_take_turns(self) -> None:
+        """However large the documents of a pipeline are, a turn sends a quarter of a megabyte and one of them."""
+        size_bytes = 100_000
+        rows = RowsBuilder(lambda _: None)
+        rows.add([(b"1", b"x" * size_bytes)])
+        dataset = self.cache.dataset("products")
+        dataset.publish(Snapshot(2, rows.finish(), MOMENT, self.now.seconds(), "1:1:"))
+        client = self.connect(4096)
+        self.addCleanup(client.socket.close)
+        client.socket.sendall(encode("GET", "products:1") * 500)
+        await until(lambda: self.factory.commands_processed >= 3)
+        self.assertLess(self.factory.commands_processed, 100)
+
+        def read(client: Client) -> set[int]:
+            return {len(client.read()) for _ in range(500)}
+
+        self.assertEqual(await deferToThread(read, client), {size_bytes})
 
     async def test_half_closed(self) -> None:
         """A client that ends its side after its questions gets all answers: printf … | nc -N."""

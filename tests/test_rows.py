@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from cacheservice.cache.rows import MAX_KEY_BYTES, SHARD_COUNT, RowsBuilder, Shards
+from cacheservice.cache.rows import MAX_KEY_BYTES, SHARD_COUNT, RowsBuilder, Shards, bulk, unframed
 from cacheservice.errors import BadResult, ResultTooLarge
 
 Chunk = list[tuple[bytes | None, bytes]]
@@ -22,7 +22,7 @@ class Released:
         self.tables: list[dict[bytes, bytes]] = []
 
     def __call__(self, shards: Shards) -> None:
-        self.tables.append({key: document for shard in shards for key, document in shard.items()})
+        self.tables.append({key: unframed(ready) for shard in shards for key, ready in shard.items()})
 
 
 def chunked(table: dict[bytes, bytes], size: int) -> list[Chunk]:
@@ -45,6 +45,28 @@ class Lookup(SynchronousTestCase):
         self.assertEqual(dict(rows.items()), table)
         self.assertEqual((len(rows), rows.count), (len(table), len(table)))
         self.assertEqual(rows.size_bytes, sum(len(key) + len(document) for key, document in table.items()))
+
+    def test_documents_are_ready_to_send(self) -> None:
+        """Of every length up to where the prepared headers end, and past it: framed as Redis does, and out again."""
+        for length in [*range(4200), 10_000, 99_999, 100_000]:
+            document = b"x" * length
+            ready = bulk(document)
+            self.assertEqual(ready, b"$%d\r\n%b\r\n" % (length, document))
+            self.assertEqual(unframed(ready), document)
+
+    @settings(deadline=None)
+    @given(tables, st.integers(1, 50))
+    def test_slices_are_the_rows(self, table: dict[bytes, bytes], most: int) -> None:
+        """Slice by slice every row comes once, its bulk string at its key's place, and never more than were wanted."""
+        builder = RowsBuilder(Released())
+        builder.add(list(table.items()))
+        rows = builder.finish()
+        found: list[tuple[bytes, bytes]] = []
+        for keys_, documents in rows.slices(most):
+            self.assertLessEqual(len(keys_), most)
+            found += zip(keys_, documents, strict=True)
+        self.assertEqual(sorted(found), sorted((key, bulk(document)) for key, document in table.items()))
+        self.assertEqual([(key, rows.bulk(key)) for key, _ in found], found)
 
     def test_the_order_of_items_stays(self) -> None:
         """Two walks over the same rows give them in the same order."""

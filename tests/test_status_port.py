@@ -128,7 +128,7 @@ class PortTestCase(TestCase):
         return StatusFactory(commands, self.max_connections, self.idle_timeout_s, reactor)
 
     def listen(self) -> IListeningPort:
-        return reactor.listenTCP(0, self.factory, backlog=511, interface="127.0.0.1")
+        return tcp(reactor, "127.0.0.1", 0, self.factory)()
 
     async def close(self) -> None:
         await self.port.stopListening()

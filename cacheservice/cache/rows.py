@@ -2,6 +2,9 @@
 
 They lie in 256 dicts by hash, because one dict of a million entries holds the reactor
 for 29 ms each time it grows, and as long again when it is freed (measured).
+
+A document is kept as most clients want it sent: a bulk string of the Redis protocol. Framing it for each read again
+took a fifth of a pipelined GET; taking the frame off for the others is one slice.
 """
 
 from __future__ import annotations
@@ -13,17 +16,37 @@ from itertools import islice
 from cacheservice.errors import BadResult, ResultTooLarge
 
 Shards = list[dict[bytes, bytes]]
+"""Keys to bulk strings."""
 
 SHARD_COUNT = 256
 MAX_KEY_BYTES = 64 * 1024
 SHARD_MASK = SHARD_COUNT - 1
 _SHOWN_KEY_BYTES = 100
 
+_PREPARED = 4096
+_HEADERS = tuple(b"$%d\r\n" % length for length in range(_PREPARED))
+"""Making a header takes longer than looking it up, and most documents are short."""
+
+
+def bulk(document: bytes) -> bytes:
+    """`document` as a bulk string, ready to send (redis.io/docs/latest/develop/reference/protocol-spec)."""
+    length = len(document)
+    return (_HEADERS[length] if length < _PREPARED else b"$%d\r\n" % length) + document + b"\r\n"
+
+
+STARTS = {len(header) + length + 2: len(header) for length, header in enumerate(_HEADERS)}
+"""Where the document begins in a bulk string of so many bytes."""
+
+
+def unframed(ready: bytes) -> bytes:
+    """The document of a bulk string."""
+    return ready[STARTS.get(len(ready)) or ready.index(b"\n") + 1 : -2]
+
 
 class Rows:
     """An immutable mapping of `count` keys to documents, `size_bytes` long in all (keys and documents).
 
-    `shards[hash(key) & SHARD_MASK]` holds `key`: for the one place that cannot afford the call of `get`. Whoever takes
+    `shards[hash(key) & SHARD_MASK]` holds `key`: for the one place that cannot afford the call of `bulk`. Whoever takes
     them must let them go in the turn in which this object is replaced, because they are emptied then.
 
     When the last reference goes, `release` gets the shards, so that their owner can free them slice by slice.
@@ -43,6 +66,11 @@ class Rows:
 
     def get(self, key: bytes) -> bytes | None:
         """The document of `key`, or None."""
+        ready = self.shards[hash(key) & SHARD_MASK].get(key)
+        return None if ready is None else unframed(ready)
+
+    def bulk(self, key: bytes) -> bytes | None:
+        """The document of `key` as a bulk string, or None."""
         return self.shards[hash(key) & SHARD_MASK].get(key)
 
     def __contains__(self, key: bytes) -> bool:
@@ -52,17 +80,18 @@ class Rows:
         """The keys of one of the 256 shards: those whose hash ends in that number."""
         return self.shards[shard].keys()
 
-    def slices(self, most: int) -> Iterator[list[tuple[bytes, bytes]]]:
-        """`items` in lists of at most `most`, for whoever must not take them all in one turn."""
+    def slices(self, most: int) -> Iterator[tuple[list[bytes], list[bytes]]]:
+        """Keys and their bulk strings, at most `most` at a time, for whoever must not take them all in one turn."""
         for shard in self.shards:
-            items = iter(shard.items())
-            while chunk := list(islice(items, most)):
-                yield chunk
+            keys, documents = iter(shard), iter(shard.values())
+            while some := list(islice(keys, most)):
+                yield some, list(islice(documents, most))
 
     def items(self) -> Iterator[tuple[bytes, bytes]]:
         """Every key with its document, in an order that stays as long as this object lives."""
         for shard in self.shards:
-            yield from shard.items()
+            for key, ready in shard.items():
+                yield key, unframed(ready)
 
 
 class RowsBuilder:
@@ -86,19 +115,21 @@ class RowsBuilder:
         :raises BadResult: for a NULL key, a key that came before, a key over 64 KiB; the message names it.
         :raises ResultTooLarge: past `max_rows` or `max_bytes`.
         """
-        shards = self._shards
-        size_bytes = 0
-        longest = 0
-        for number, (key, document) in enumerate(chunk, self.count + 1):
+        # A million times in a refresh, and so written out: `bulk`, and `max`, whose call costs more than all it does.
+        shards, headers = self._shards, _HEADERS
+        size_bytes = longest = 0
+        for key, document in chunk:
             if key is None:
+                number = self.count + 1 + next(number for number, (key, _) in enumerate(chunk) if key is None)
                 raise BadResult(f"the key of row {number} is NULL; every row needs a key")
-            shard = shards[hash(key) & SHARD_MASK]
-            if key in shard:
+            size = len(document)
+            ready = (headers[size] if size < _PREPARED else b"$%d\r\n" % size) + document + b"\r\n"
+            if shards[hash(key) & SHARD_MASK].setdefault(key, ready) is not ready:
                 raise BadResult(f"the key {_shown(key)} occurs twice; a key must be unique")
-            shard[key] = document
             length = len(key)
-            longest = max(longest, length)
-            size_bytes += length + len(document)
+            if length > longest:  # noqa: PLR1730
+                longest = length
+            size_bytes += length + size
         if longest > MAX_KEY_BYTES:
             long_key = next(key for key, _ in chunk if key is not None and len(key) == longest)
             raise BadResult(f"the key {_shown(long_key)} is {longest} bytes long; at most 64 KiB are allowed")

@@ -7,6 +7,7 @@ rendered them.
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from json.encoder import encode_basestring
@@ -18,28 +19,40 @@ from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 
 from cacheservice.cache.dataset import Dataset, Snapshot
-from cacheservice.cache.rows import Rows
+from cacheservice.cache.rows import STARTS, Rows, unframed
 
 PIECE_BYTES = 64 * 1024
 """What a transport buffers before it asks to pause; made in a third of a millisecond."""
+_BETWEEN = b",\n"
 _PIECE_ROWS = 512
-_SLICE_ROWS = 64
+"""What goes into one piece if it is not too large."""
+_AS_IT_IS = re.compile(rb"[ !#-\[\]-~]*").fullmatch
+"""ASCII that JSON wants no escape for (RFC 8259, 7): most keys, and found out of hundreds at once."""
 _GZIP = 31
 """zlib's number for: the largest window, with gzip's header, in which no time is written."""
 
-Row = tuple[bytes, bytes]
+Keys = list[bytes]
+Bulks = list[bytes]
+"""Documents as bulk strings."""
+Text = tuple[bytes, bytes]
 Piece = bytes | Deferred[None]
 """Of a body: the next bytes, or what to wait for before they can be asked for again."""
 
 
 def json_object(rows: Rows) -> Iterator[bytes]:
     """All rows as one JSON object, in pieces of about 64 KiB."""
-    between = b"{"
-    for head, document in _texts(rows, _members, _member_head):
-        yield between + head
+    if not rows.count:
+        yield b"{}\n"
+        return
+    texts = _texts(rows, _members, _member_head)
+    # Each begins with what separates it from the one before.
+    first, document = next(texts)
+    yield b"{" + first.removeprefix(_BETWEEN)
+    yield from cut(document)
+    for head, document in texts:
+        yield head
         yield from cut(document)
-        between = b",\n"
-    yield b"}\n" if rows.count else b"{}\n"
+    yield b"}\n"
 
 
 def json_lines(rows: Rows) -> Iterator[bytes]:
@@ -57,54 +70,55 @@ def cut(document: bytes) -> Iterator[bytes]:
         yield document[start : start + PIECE_BYTES]
 
 
-def _texts(
-    rows: Rows, join: Callable[[list[Row]], bytes], head: Callable[[bytes], bytes]
-) -> Iterator[tuple[bytes, bytes]]:
+def _texts(rows: Rows, join: Callable[[Keys, Bulks], bytes], head: Callable[[bytes], bytes]) -> Iterator[Text]:
     """The text of some rows and nothing; or, of one that is large, the text before its document and the document."""
-    for batch in _batches(rows):
-        if sum(len(document) for _, document in batch) <= 2 * PIECE_BYTES:
-            yield join(batch), b""
-        else:
-            for row in batch:
-                if len(row[1]) <= PIECE_BYTES:
-                    yield join([row]), b""
-                else:
-                    yield head(row[0]), row[1]
+    for keys, documents in rows.slices(_PIECE_ROWS):
+        yield from _parts(keys, documents, join, head)
 
 
-def _batches(rows: Rows) -> Iterator[list[Row]]:
-    """Rows of about 64 KiB, or of few more rows than 512: a million short ones would take their time."""
-    batch: list[Row] = []
-    size_bytes = 0
-    for part in rows.slices(_SLICE_ROWS):
-        batch += part
-        size_bytes += sum([len(document) for _, document in part])
-        if size_bytes >= PIECE_BYTES or len(batch) >= _PIECE_ROWS:
-            yield batch
-            batch, size_bytes = [], 0
-    if batch:
-        yield batch
+def _parts(
+    keys: Keys, documents: Bulks, join: Callable[[Keys, Bulks], bytes], head: Callable[[bytes], bytes]
+) -> Iterator[Text]:
+    """The rows of one slice, in parts of about 64 KiB if they are more."""
+    if sum(map(len, documents)) <= 2 * PIECE_BYTES:
+        yield join(keys, documents), b""
+    elif len(keys) == 1:
+        yield head(keys[0]), unframed(documents[0])
+    else:
+        middle = len(keys) // 2
+        yield from _parts(keys[:middle], documents[:middle], join, head)
+        yield from _parts(keys[middle:], documents[middle:], join, head)
 
 
-def _text(key: bytes) -> bytes:
-    """A key as a JSON string. A database in SQL_ASCII may hold what is no UTF-8."""
-    return encode_basestring(key.decode("utf-8", "replace")).encode()
+def _strings(keys: Keys) -> Keys:
+    """The keys as JSON strings, but for the quotes. A database in SQL_ASCII may hold what is no UTF-8."""
+    if _AS_IT_IS(b"".join(keys)):
+        return keys
+    return [encode_basestring(key.decode("utf-8", "replace")).encode()[1:-1] for key in keys]
 
 
-def _members(rows: list[Row]) -> bytes:
-    return b",\n".join([b"%b:%b" % (_text(key), document) for key, document in rows])
+def _members(keys: Keys, documents: Bulks) -> bytes:
+    start = STARTS.get
+    # `unframed` written out: a third of the time.
+    return b"".join(
+        [
+            b',\n"%b":%b' % (key, ready[start(len(ready)) or ready.index(b"\n") + 1 : -2])
+            for key, ready in zip(_strings(keys), documents, strict=True)
+        ]
+    )
 
 
 def _member_head(key: bytes) -> bytes:
-    return _text(key) + b":"
+    return b'%b"%b":' % (_BETWEEN, _strings([key])[0])
 
 
-def _lines(rows: list[Row]) -> bytes:
-    return b"".join([b"%b%b}\n" % (_line_head(key), _on_one_line(document)) for key, document in rows])
+def _lines(keys: Keys, documents: Bulks) -> bytes:
+    rows = zip(_strings(keys), documents, strict=True)
+    return b"".join([b'{"key":"%b","value":%b}\n' % (key, _on_one_line(unframed(ready))) for key, ready in rows])
 
 
 def _line_head(key: bytes) -> bytes:
-    return b'{"key":%b,"value":' % _text(key)
+    return b'{"key":"%b","value":' % _strings([key])[0]
 
 
 def _on_one_line(document: bytes) -> bytes:

@@ -127,7 +127,7 @@ class HttpChannel(HTTPChannel):
     _yielding: Any = None
     _waiting: Deferred[None] | None = None
     _stream: _Stream | None = None
-    _direct = False
+    _direct = _may_be_direct = False
     _in_head = False
     _finishing = False
     _read_closed = False
@@ -141,7 +141,7 @@ class HttpChannel(HTTPChannel):
 
     def connectionMade(self) -> None:
         super().connectionMade()
-        self._direct = isinstance(self.transport, tcp.Server)  # TLS would be another's
+        self._direct = self._may_be_direct = isinstance(self.transport, tcp.Server)  # TLS would be another's
         factory = self.factory
         factory.clients.add(self)
         self._limit(factory.idle_timeout_s)
@@ -303,26 +303,26 @@ class HttpChannel(HTTPChannel):
     def _write(self, head: bytes, body: bytes, with_body: bool) -> None:
         self._put(b"%bContent-Length: %d\r\n\r\n%b" % (head, len(body), body if with_body else b""))
 
-    def _put(self, data: bytes) -> None:
-        """Write, straight to the socket as long as the transport never had to queue anything for this client.
+    def _put(self, *parts: bytes) -> None:
+        """Write, straight to the socket as long as the transport has nothing queued for this client.
 
         `transport.write` asks for writability and waits a turn of the reactor: without it a third more requests/s
         (measured).
         """
         if self._direct:
             try:
-                sent: int = self.transport.socket.send(data)
+                sent: int = self.transport.socket.sendmsg(parts)
             except OSError:
                 sent = 0  # full, or lost, which the transport will notice
-            if sent == len(data):
+            if sent == sum(map(len, parts)):
                 return
             self._direct = False
-            data = data[sent:]
-        self.transport.write(data)
+            self.transport.write(b"".join(parts)[sent:])
+        else:
+            self.transport.writeSequence(parts)
 
     def _send_pieces(self, body: Iterator[Piece], chunked: bool) -> None:
         self._deadline_at = None
-        self._direct = False
         task = self.factory.streams.cooperate(self._pieces_written(body, chunked))
         self._stream = _Stream(task)
         self.registerProducer(self._stream, True)
@@ -335,10 +335,13 @@ class HttpChannel(HTTPChannel):
             if isinstance(piece, Deferred):
                 yield piece
             else:
-                self.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+                if chunked:
+                    self._put(b"%x\r\n" % len(piece), piece, b"\r\n")
+                else:
+                    self._put(piece)
                 yield None
         if chunked:
-            self.transport.write(b"0\r\n\r\n")
+            self._put(b"0\r\n\r\n")
 
     def _streamed(self, _: object) -> None:
         self._stream = None
@@ -380,6 +383,7 @@ class HttpChannel(HTTPChannel):
 
     def resumeProducing(self) -> None:
         self._deadline_at = None
+        self._direct = self._may_be_direct  # the transport has sent all that it had
         super().resumeProducing()
         if not self._read_closed and sum(map(len, self._dataBuffer)) <= self._optimisticEagerReadSize:
             self._networkProducer.resumeProducing()

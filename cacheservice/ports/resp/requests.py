@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from itertools import islice
 
 import hiredis
 
@@ -90,23 +91,20 @@ class RequestParser:
             raise self._violation
         self.exhausted = False
         commands: list[list[bytes]] = []
-        gets, add = self._fast.gets, commands.append
-        while self._batch and len(commands) < most:
+        if self._batch:
+            known = True
             try:
-                command = gets()
+                commands += islice(iter(self._fast.gets, False), most)
             except _NOT_FOR_HIREDIS:
-                command = None
-            if command.__class__ is list and command:
-                for argument in command:
-                    if argument.__class__ is not bytes:
-                        break
-                else:
-                    add(command)
-                    continue
-            elif command is False and _is_between(self._fast):
-                self._batch, self._given = b"", -len(commands)
-                continue
-            self._give_back(len(commands), incomplete=command is False)
+                known = False  # what came before it is in the list
+            good = _count_good(commands)
+            if good < len(commands) or not known:
+                del commands[good:]
+                self._give_back(good, incomplete=False)
+            elif good < most and _is_between(self._fast):
+                self._batch, self._given = b"", -good
+            elif good < most:
+                self._give_back(good, incomplete=True)
         self._given += len(commands)
         if not self._batch and len(commands) < most:
             if self._buffer:
@@ -259,7 +257,19 @@ def _is_plain(data: bytes) -> bool:
         or (b"(" in data and b"\n(" in data)
         or (b"~" in data and b"\n~" in data)
         or (b"|" in data and b"\n|" in data)
+        or (b"#" in data and b"\n#" in data)
     )
+
+
+def _count_good(commands: list[list[bytes]]) -> int:
+    """How many of them, from the first on, are arrays of bulk strings indeed."""
+    for number, command in enumerate(commands):
+        if command.__class__ is not list or not command:
+            return number
+        for argument in command:
+            if argument.__class__ is not bytes:
+                return number
+    return len(commands)
 
 
 def _is_between(reader: hiredis.Reader) -> bool:
