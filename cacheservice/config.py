@@ -175,6 +175,13 @@ class DefaultsSettings(_Table):
         lt=1,
         description="largest share of the interval by which each start is moved, fixed per process",
     )
+    min_rows: int = Field(default=0, ge=0, description="a result with fewer rows is held, not published")
+    max_shrink: float = Field(
+        default=0.5, ge=0, le=1, description="a result that loses more than this share of the rows is held"
+    )
+    on_column_removed: Literal["hold", "publish"] = Field(
+        default="hold", description="what becomes of a result that lacks a column which the one before had"
+    )
     max_rows: int = Field(default=0, ge=0, description="rows past which a refresh fails; 0 = no limit")
     max_bytes: int = Field(default=0, ge=0, description="bytes of result past which a refresh fails; 0 = no limit")
 

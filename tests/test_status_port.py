@@ -80,12 +80,16 @@ class FakeRefreshes:
     def __init__(self) -> None:
         self.asked: list[str] = []
         self.running: set[str] = set()
+        self.accepted: list[str] = []
 
     def refresh_now(self, name: str) -> bool:
         if name == "gone":
             raise UnknownDataset("unknown dataset 'gone'")
         self.asked.append(name)
         return name not in self.running
+
+    def accept_next(self, name: str) -> None:
+        self.accepted.append(name)
 
 
 def read_to_the_end(client: socket.socket) -> str:
@@ -700,6 +704,15 @@ class Admin(PortTestCase):
         both = "OK products: refresh started\nOK prices: refresh follows the one that is running"
         await self.assert_asks("refresh all", both)
         self.assertEqual(self.refreshes.asked, ["products", "prices", "products", "prices"])
+
+    async def test_accept(self) -> None:
+        """accept lets the next result of one dataset through, and says how to have it now."""
+        await self.assert_asks(
+            "accept products",
+            "OK products: the next result is published whatever the gates say; 'refresh products' reads it now",
+        )
+        self.assertEqual(self.refreshes.accepted, ["products"])
+        await self.assert_asks("accept nope", "ERROR unknown dataset 'nope'; status lists them")
 
     async def test_bad_arguments(self) -> None:
         """An unknown dataset is an error line and starts nothing."""

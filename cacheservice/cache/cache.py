@@ -64,6 +64,12 @@ class Refreshes(Protocol):
         :raises UnknownDataset: if none has that name.
         """
 
+    def accept_next(self, name: str) -> None:
+        """Let the next result through although a gate would hold it, once.
+
+        :raises UnknownDataset: if none has that name.
+        """
+
     def refresh_since(self, name: str, moment: float) -> None:
         """See to it that a refresh begins at or after `moment`, unless one that did is running already.
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
+from cacheservice.cache.changes import Change
 from cacheservice.cache.rows import Rows, RowsBuilder
 from cacheservice.config import DatasetSettings
 from cacheservice.errors import Blocker
@@ -34,7 +35,8 @@ class Snapshot:
 
     `as_of` is the database clock at the start of the transaction that read it; `read_at` this
     machine's monotonic clock, seconds, just before that transaction began; `database_snapshot`
-    what `pg_current_snapshot()` gave in it.
+    what `pg_current_snapshot()` gave in it; `columns` the names of the query's columns; `change` what its
+    publish changed, None if it came from elsewhere.
     """
 
     generation: int
@@ -42,7 +44,18 @@ class Snapshot:
     as_of: datetime
     read_at: float
     database_snapshot: str
+    columns: tuple[str, ...] = ()
     source: Literal["postgres", "disk", "valkey"] = "postgres"
+    change: Change | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The newest result, which a gate refused: why, since when (this machine's wall clock), how many rows it had."""
+
+    reason: str
+    since: datetime
+    rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +81,8 @@ class Dataset:
     def __init__(self, settings: DatasetSettings, now: Callable[[], float]) -> None:
         self.settings = settings
         self.snapshot: Snapshot | None = None
+        self.held: Held | None = None
+        self.accepts_next = False
         self.refreshing = False
         self.loading: RowsBuilder | None = None
         self.expected_rows: int | None = None
@@ -88,8 +103,13 @@ class Dataset:
         """Serve `snapshot` from now on. One assignment: nobody reads half of it."""
         assert snapshot.generation > (self.snapshot.generation if self.snapshot else 0), "a generation never goes down"
         self.snapshot = snapshot
+        self.held = None
         for watcher in list(self._watchers):
             watcher(self)
+
+    def hold(self, reason: str, rows: int, on: datetime) -> None:
+        """Go on with what is served, because the newest result was refused; it is held since the first one was."""
+        self.held = Held(reason, self.held.since if self.held else on, rows)
 
     def watch(self, published: Callable[[Dataset], None]) -> None:
         """Call `published` after each publish, in the same turn. It must not raise."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from cacheservice import __version__
 from cacheservice.cache.cache import Cache
-from cacheservice.cache.dataset import Attempt, Dataset
+from cacheservice.cache.dataset import Attempt, Dataset, Held
 from cacheservice.errors import Blocker
 
 
@@ -40,7 +40,7 @@ def describe_dataset(dataset: Dataset) -> dict[str, Any]:
     return {
         "state": str(dataset.state()),
         "refreshing": dataset.refreshing,
-        "held": None,
+        "held": _held(dataset.held),
         "pinned": False,
         "rows": snapshot.rows.count if snapshot else 0,
         "bytes": snapshot.rows.size_bytes if snapshot else 0,
@@ -57,8 +57,12 @@ def describe_dataset(dataset: Dataset) -> dict[str, Any]:
         "consecutive_failures": dataset.consecutive_failures,
         "next_refresh_in_s": _optional_seconds(dataset.next_refresh_in_s()),
         "last_attempt": describe_attempt(dataset.attempts[-1]) if dataset.attempts else None,
-        "last_change": None,
+        "last_change": snapshot.change._asdict() if snapshot and snapshot.change else None,
     }
+
+
+def _held(held: Held | None) -> dict[str, Any] | None:
+    return {"reason": held.reason, "since": iso(held.since), "rows": held.rows} if held else None
 
 
 def describe_attempt(attempt: Attempt) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 from tabulate import tabulate
 
@@ -36,7 +37,7 @@ def _status_row(dataset: Dataset) -> list[str]:
     limit = duration(settings.max_age_s)
     return [
         dataset.name,
-        str(dataset.state()),
+        f"{dataset.state()}, held" if dataset.held else str(dataset.state()),
         f"age {duration(age_s)} of {limit}" if age_s is not None else f"no age yet, limit {limit}",
         f"{dataset.snapshot.rows.count:,} rows" if dataset.snapshot else "no rows",
         f"generation {dataset.snapshot.generation if dataset.snapshot else 0}",
@@ -61,6 +62,8 @@ def _last(dataset: Dataset) -> str:
     attempt = dataset.attempts[-1]
     if attempt.outcome == "failed":
         return f"failed {times(dataset.consecutive_failures)}: {attempt.error}"
+    if attempt.outcome == "held":
+        return f"held: the result {attempt.error}"
     return f"{attempt.outcome} in {duration(attempt.took_s)}"
 
 
@@ -94,7 +97,7 @@ def _metrics(cache: Cache, connections: int) -> Iterator[tuple[str, float]]:
         yield f"cacheservice_dataset_generation{{{of}}}", snapshot.generation if snapshot else 0
         for state in State:
             yield f'cacheservice_dataset_state{{{of},state="{state}"}}', float(state is current)
-        yield f"cacheservice_dataset_held{{{of}}}", 0
+        yield f"cacheservice_dataset_held{{{of}}}", float(dataset.held is not None)
         for outcome, count in dataset.outcomes.items():
             yield f'cacheservice_refresh_total{{{of},outcome="{outcome}"}}', count
 
@@ -111,6 +114,9 @@ def show(dataset: Dataset) -> str:
         "retry_initial_s": settings.retry_initial_s,
         "retry_max_s": settings.retry_max_s,
         "jitter": settings.jitter,
+        "min_rows": settings.min_rows,
+        "max_shrink": settings.max_shrink,
+        "on_column_removed": settings.on_column_removed,
         "max_rows": settings.max_rows,
         "max_bytes": settings.max_bytes,
     }
@@ -159,6 +165,8 @@ def _state_sentences(dataset: Dataset) -> Iterator[str]:
         f"Generation {dataset.snapshot.generation} with {dataset.snapshot.rows.count:,} rows is served, "
         f"as of {dataset.snapshot.as_of.isoformat(timespec='seconds')} by the database's clock."
     )
+    if (change := dataset.snapshot.change) is not None:
+        yield f"Its publish added {change.added:,}, changed {change.changed:,} and removed {change.removed:,} rows."
 
 
 def _failure_sentences(dataset: Dataset, cache: Cache) -> Iterator[str]:
@@ -172,6 +180,13 @@ def _failure_sentences(dataset: Dataset, cache: Cache) -> Iterator[str]:
             yield f"It was blocked: {describe_blocker(blocker)}."
         if last.advice:
             yield f"What to do: {last.advice}."
+    if dataset.held is not None:
+        ago = duration((datetime.now(UTC) - dataset.held.since).total_seconds())
+        yield f"The newest result is held back, for {ago} now: it {dataset.held.reason}."
+        if last is not None and last.outcome == "held":
+            yield f"What to do: {last.advice}."
+    if dataset.accepts_next:
+        yield "The next result is published whatever the gates say, because an operator accepted it."
     if dataset.missed_ticks:
         yield f"{times(dataset.missed_ticks).capitalize()} a start was skipped, because a refresh was still running."
 

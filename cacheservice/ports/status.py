@@ -51,7 +51,7 @@ class Commands:
             "version": self._version,
             "help": self._help,
         }
-        self._changes: dict[str, Callable[..., str]] = {"refresh": self._refresh}
+        self._changes: dict[str, Callable[..., str]] = {"refresh": self._refresh, "accept": self._accept}
 
     def answer(self, command: str) -> str:
         """The reply to one command with its arguments; a problem is a reply that begins with ERROR."""
@@ -126,6 +126,12 @@ class Commands:
             started = self._refreshes.refresh_now(each)
             replies.append(f"OK {each}: refresh {'started' if started else 'follows the one that is running'}")
         return "\n".join(replies)
+
+    def _accept(self, name: str) -> str:
+        """publish the next result although a gate would hold it, once"""
+        assert self._refreshes is not None
+        self._refreshes.accept_next(self._cache.dataset(name).name)
+        return f"OK {name}: the next result is published whatever the gates say; 'refresh {name}' reads it now"
 
     def _unknown_command(self, name: str) -> str:
         if name in ("prompt", "quit"):

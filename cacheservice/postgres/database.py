@@ -52,11 +52,15 @@ _SLICE_ROWS = 64
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Of which moment the rows are, by the database's clock and snapshot, and by our monotonic clock just before it."""
+    """Of which moment the rows are, by the database's clock and snapshot, and by our monotonic clock just before it.
+
+    `columns` are the names of the query's columns, in their order.
+    """
 
     as_of: datetime
     read_at: float
     database_snapshot: str
+    columns: tuple[str, ...] = ()
 
 
 class Database:
@@ -126,12 +130,14 @@ class Database:
         ((epoch_s, snapshot, pid),) = cursor.fetchall()
         rows_sql = rows_query(dataset.query, dataset.key)
         await self._declare(guard, dataset.name, rows_sql, pid, deadline_at)
+        cursor = await guard.execute(columns_query(dataset.query))
+        columns = tuple(column.name for column in cursor.description)
         if expect is not None:
             cursor = await guard.execute(f"EXPLAIN (FORMAT JSON) {rows_sql}")
             expect(_planned_rows(cursor.fetchone()[0]))
         await self._fetch_all(guard, into)
         await guard.execute("COMMIT")
-        return Reading(datetime.fromtimestamp(epoch_s, UTC), read_at, snapshot.decode())
+        return Reading(datetime.fromtimestamp(epoch_s, UTC), read_at, snapshot.decode(), columns)
 
     async def _fetch_all(self, guard: GuardedConnection, into: RowsBuilder) -> None:
         # The first chunks are small, because nobody knows yet how large a row is.
@@ -196,6 +202,11 @@ def rows_query(query: str, key: Sequence[str]) -> str:
     columns = " || ':' || ".join(f"q.{_quoted(column)}::text" for column in key)
     # q.* is the whole row even where a column is named q.
     return f"SELECT {columns}, row_to_json(q.*)::text FROM (\n{_without_ending(query)}\n) AS q"  # noqa: S608  # the operator's own query
+
+
+def columns_query(query: str) -> str:
+    """The SQL whose result has the query's columns and no row; PostgreSQL plans it and runs nothing."""
+    return f"SELECT * FROM (\n{_without_ending(query)}\n) AS q LIMIT 0"  # noqa: S608  # the operator's own query
 
 
 def _without_ending(query: str) -> str:

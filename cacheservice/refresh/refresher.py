@@ -8,9 +8,10 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.task import LoopingCall
+from twisted.internet.task import LoopingCall, deferLater
 
 from cacheservice.cache.cache import DatabaseStatus
+from cacheservice.cache.changes import Change, ChangeCount
 from cacheservice.cache.dataset import Attempt, Dataset, Snapshot, State, Trigger
 from cacheservice.cache.describe import describe_blocker, seconds
 from cacheservice.cache.rows import Rows, RowsBuilder, Shards
@@ -18,6 +19,7 @@ from cacheservice.config import DatasetSettings
 from cacheservice.errors import DatabaseUnavailable, LockTimeout, RefreshFailed, Stopped
 from cacheservice.postgres.database import Reading
 from cacheservice.refresh.backoff import full_jitter
+from cacheservice.refresh.gates import refusal
 from cacheservice.refresh.slots import Slots
 
 _EXPIRY_MARGIN_S = 0.001
@@ -172,6 +174,14 @@ class Refresher:
 
         try:
             reading = await self._slots.run(dataset.need, self._is_failing, read)
+            rows = builder.finish()
+            refused = refusal(dataset.snapshot, rows.count, reading.columns, settings)
+            accepted, dataset.accepts_next = dataset.accepts_next, False
+            if refused is not None and not accepted:
+                self._hold(refused, reading, rows.count, trigger, began_on)
+            else:
+                change = await self._change(rows)
+                self._publish(reading, rows, change, trigger, began_on, began_at - asked_at, refused)
         except (Stopped, CancelledError):
             self._log.debug("refresh_cancelled", trigger=trigger)
         except RefreshFailed as error:
@@ -181,8 +191,6 @@ class Refresher:
             self._log.error("refresh_broke", trigger=trigger, exc_info=True)
             ours = RefreshFailed(f"an internal error, {type(error).__name__}; its traceback is in the log")
             self._fail(ours, trigger, began_on, self._clock.seconds() - began_at)
-        else:
-            self._publish(reading, builder.finish(), trigger, began_on, began_at - asked_at)
         finally:
             dataset.loading = dataset.expected_rows = None
             builder.discard()
@@ -193,11 +201,57 @@ class Refresher:
     def _is_failing(self) -> bool:
         return self.dataset.consecutive_failures > 0
 
-    def _publish(self, reading: Reading, rows: Rows, trigger: Trigger, began_on: datetime, queued_s: float) -> None:
+    async def _change(self, rows: Rows) -> Change:
+        """What publishing `rows` would change, counted without holding the reactor."""
+        dataset = self.dataset
+        while (served := dataset.snapshot) is not None:
+            count = ChangeCount(served.rows, rows)
+            for _ in count:
+                await deferLater(self._clock, 0)
+            if dataset.snapshot is served:
+                return count.change
+        return Change(rows.count, 0, 0)
+
+    def _hold(self, refused: str, reading: Reading, rows: int, trigger: Trigger, began_on: datetime) -> None:
+        """Go on with what is served; the next interval tries again."""
+        dataset = self.dataset
+        took_s = self._clock.seconds() - reading.read_at
+        dataset.hold(refused, rows, datetime.now(UTC))
+        advice = (
+            f"if the result is right, say 'accept {dataset.name}' on the admin socket, which lets the next one through;"
+            " if not, correct the data, and the next one clears it by itself"
+        )
+        dataset.attempted(Attempt("held", trigger, began_on, took_s, rows, refused, advice))
+        self._status.answered()
+        self._log.warning(
+            "refresh_held", trigger=trigger, error=f"the result {refused}", rows=rows, took_s=seconds(took_s)
+        )
+
+    def _publish(
+        self,
+        reading: Reading,
+        rows: Rows,
+        change: Change,
+        trigger: Trigger,
+        began_on: datetime,
+        queued_s: float,
+        accepted: str | None,
+    ) -> None:
+        """:param accepted: what a gate had against it, and an operator had not."""
         dataset = self.dataset
         generation = dataset.snapshot.generation + 1 if dataset.snapshot else 1
         took_s = self._clock.seconds() - reading.read_at
-        dataset.publish(Snapshot(generation, rows, reading.as_of, reading.read_at, reading.database_snapshot))
+        dataset.publish(
+            Snapshot(
+                generation,
+                rows,
+                reading.as_of,
+                reading.read_at,
+                reading.database_snapshot,
+                reading.columns,
+                change=change,
+            )
+        )
         dataset.attempted(Attempt("published", trigger, began_on, took_s, rows.count))
         self._status.answered()
         self._log.info(
@@ -206,6 +260,8 @@ class Refresher:
             generation=generation,
             rows=rows.count,
             bytes=rows.size_bytes,
+            **change._asdict(),
+            accepted=accepted,
             took_s=seconds(took_s),
             queued_s=seconds(queued_s),
         )

@@ -57,6 +57,10 @@ class CacheService(Service):
         """``cacheservice.cache.cache.Refreshes``."""
         return self._refresher(name).refresh_now()
 
+    def accept_next(self, name: str) -> None:
+        """``cacheservice.cache.cache.Refreshes``."""
+        self._refresher(name).dataset.accepts_next = True
+
     def refresh_since(self, name: str, moment: float) -> None:
         """``cacheservice.cache.cache.Refreshes``."""
         self._refresher(name).refresh_since(moment)

@@ -751,13 +751,14 @@ class RespFactory(ServerFactory):
         subscribers = self.subscribers.get(channel)
         if not subscribers or dataset.snapshot is None:
             return
+        change = dataset.snapshot.change
         message = {
             "dataset": dataset.name,
             "generation": dataset.snapshot.generation,
             "as_of": iso(dataset.snapshot.as_of),
-            "added": None,
-            "changed": None,
-            "removed": None,
+            "added": change.added if change else None,
+            "changed": change.changed if change else None,
+            "removed": change.removed if change else None,
         }
         text = json.dumps(message, separators=(",", ":")).encode()
         for client in list(subscribers):

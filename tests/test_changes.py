@@ -1,0 +1,67 @@
+"""Laws of counting what a publish changes."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from twisted.trial.unittest import SynchronousTestCase
+
+from cacheservice.cache.changes import Change, ChangeCount
+from cacheservice.cache.rows import Rows, RowsBuilder
+
+tables = st.dictionaries(st.binary(max_size=2), st.sampled_from([b"", b"1", b"2"]), max_size=60)
+
+
+def rows_of(table: dict[bytes, bytes]) -> Rows:
+    builder = RowsBuilder(lambda _: None)
+    builder.add(list(table.items()))
+    return builder.finish()
+
+
+def counted(old: Rows, new: Rows) -> tuple[Change, int]:
+    """The change, and in how many steps it was found."""
+    count = ChangeCount(old, new)
+    steps = sum(1 for _ in count)
+    return count.change, steps
+
+
+class Counting(SynchronousTestCase):
+    @settings(deadline=None)
+    @given(tables, tables)
+    def test_what_differs(self, old: dict[bytes, bytes], new: dict[bytes, bytes]) -> None:
+        """Whatever the results: a row is added, changed, removed or the same, by its key and document."""
+        change, _ = counted(rows_of(old), rows_of(new))
+        self.assertEqual(
+            change,
+            (
+                len(new.keys() - old.keys()),
+                sum(old[key] != new[key] for key in old.keys() & new.keys()),
+                len(old.keys() - new.keys()),
+            ),
+        )
+
+    def test_small_ones_at_once(self) -> None:
+        """Small results need no step of their own."""
+        table = {b"%d" % number: b"{}" for number in range(500)}
+        self.assertEqual(counted(rows_of(table), rows_of(table)), ((0, 0, 0), 0))
+
+    def test_large_ones_step_by_step(self) -> None:
+        """No step looks at more than some thousand rows, changed or not, whatever the size of a shard."""
+        count = 300_000
+        old = rows_of({b"%d" % number: b"old" for number in range(count)})
+        same = rows_of({b"%d" % number: b"old" for number in range(count)})
+        new = rows_of({b"%d" % number: b"new" for number in range(10, count + 5)})
+        for other, expected in ((same, (0, 0, 0)), (new, (5, count - 10, 10))):
+            change, steps = counted(old, other)
+            self.assertEqual(change, expected)
+            self.assertGreaterEqual(steps, count // 6000)
+
+    def test_one_large_shard(self) -> None:
+        """Rows that all fall into one shard are counted in steps as well."""
+        shard = {b"%d" % number: b"$1\r\n1\r\n" for number in range(50_000)}
+        shards: list[dict[bytes, bytes]] = [shard, *({} for _ in range(255))]
+        rows = Rows(shards, len(shard), 0, lambda _: None)
+        other = Rows([dict(shard), *({} for _ in range(255))], len(shard), 0, lambda _: None)
+        change, steps = counted(rows, other)
+        self.assertEqual(change, (0, 0, 0))
+        self.assertGreaterEqual(steps, 40)

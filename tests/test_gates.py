@@ -1,0 +1,192 @@
+"""Laws of the gates: what may replace what is served, and what is held back."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from datetime import UTC, datetime
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.internet.threads import deferToThread
+from twisted.trial.unittest import SynchronousTestCase
+
+from cacheservice.cache.dataset import Snapshot
+from cacheservice.cache.rows import RowsBuilder
+from cacheservice.config import DatasetSettings
+from cacheservice.ports.report import show, status_table, why
+from cacheservice.refresh.gates import refusal
+from tests.postgres import connect
+from tests.test_guard import until
+from tests.test_refresh_service import ROWS, ServiceTestCase, declare
+from tests.test_refresher import RefreshTestCase
+
+
+def settings_with(**keys: Any) -> DatasetSettings:
+    return DatasetSettings(name="products", query="SELECT 1 AS id", key="id", **keys)
+
+
+def snapshot(count: int, columns: tuple[str, ...] = ("id",)) -> Snapshot:
+    rows = RowsBuilder(lambda _: None)
+    rows.add([(b"%d" % number, b"{}") for number in range(count)])
+    return Snapshot(1, rows.finish(), datetime.now(UTC), 0.0, "1:1:", columns)
+
+
+class Refusals(SynchronousTestCase):
+    def test_by_default(self) -> None:
+        """A first load passes; half of the rows may go, not more; rows may be added without end."""
+        usual = settings_with()
+        self.assertIsNone(refusal(None, 0, ("id",), usual))
+        served = snapshot(1000)
+        self.assertIsNone(refusal(served, 500, ("id",), usual))
+        self.assertEqual(refusal(served, 499, ("id",), usual), "would drop 1,000 to 499 rows, limit 50 %")
+        self.assertEqual(refusal(served, 0, ("id",), usual), "would drop 1,000 to 0 rows, limit 50 %")
+        self.assertIsNone(refusal(served, 10**9, ("id",), usual))
+        self.assertIsNone(refusal(snapshot(0), 0, ("id",), usual))
+
+    @given(st.integers(0, 300), st.integers(0, 300), st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.999, 1.0]))
+    def test_shrinking(self, before: int, after: int, max_shrink: float) -> None:
+        """It is refused exactly if more than that share of the rows would go: with 0 any loss, with 1 none."""
+        refused = refusal(snapshot(before), after, ("id",), settings_with(max_shrink=max_shrink)) is not None
+        self.assertEqual(refused, before > 0 and (before - after) / before > max_shrink)
+
+    def test_few_rows(self) -> None:
+        """Fewer rows than min_rows are refused, of a first load too."""
+        for served in (None, snapshot(10)):
+            self.assertEqual(refusal(served, 9, ("id",), settings_with(min_rows=10)), "has 9 rows, min_rows is 10")
+            self.assertIsNone(refusal(served, 10, ("id",), settings_with(min_rows=10)))
+
+    def test_columns(self) -> None:
+        """A column that is gone is refused unless it may go; a new one, and another order, never are."""
+        served = snapshot(1, ("id", "name", "price"))
+        self.assertEqual(refusal(served, 1, ("id", "name"), settings_with()), "has no column price any more")
+        self.assertEqual(refusal(served, 1, ("id",), settings_with()), "has the columns name, price no more")
+        self.assertIsNone(refusal(served, 1, ("id",), settings_with(on_column_removed="publish")))
+        self.assertIsNone(refusal(served, 1, ("price", "new", "name", "id"), settings_with()))
+
+
+class Holding(RefreshTestCase):
+    def test_held_until_one_passes(self) -> None:
+        """A refused result changes nothing that readers see; the next interval tries again; a good one clears it."""
+        world = self.started()
+        world.database.last.complete(rows=100)
+        served = world.dataset.snapshot
+        for held_for in (1, 2):
+            world.advance(60)
+            world.database.last.complete(rows=12)
+            self.assertIs(world.dataset.snapshot, served)
+            held = world.dataset.held
+            assert held is not None
+            self.assertEqual((held.reason, held.rows), ("would drop 100 to 12 rows, limit 50 %", 12))
+            self.assertEqual([attempt.outcome for attempt in world.dataset.attempts][-held_for:], ["held"] * held_for)
+            self.assertEqual(world.dataset.consecutive_failures, 0)
+            self.assertEqual(world.log.lines[-1][:2], ("warning", "refresh_held"))
+        first_since = held.since
+        world.advance(60)
+        world.database.last.complete(rows=11)
+        self.assertEqual(world.dataset.held.since if world.dataset.held else None, first_since)
+        world.advance(60)
+        world.database.last.complete(rows=90)
+        self.assertIsNone(world.dataset.held)
+        assert world.dataset.snapshot is not None
+        self.assertEqual((world.dataset.snapshot.generation, world.dataset.snapshot.rows.count), (2, 90))
+        self.assertEqual(world.dataset.snapshot.change, (0, 0, 10))
+
+    def test_accepted_once(self) -> None:
+        """What an operator accepts is let through, and the one after it is not."""
+        world = self.started()
+        world.database.last.complete(rows=100)
+        world.service.accept_next("products")
+        world.advance(60)
+        world.database.last.complete(rows=12)
+        assert world.dataset.snapshot is not None
+        self.assertEqual((world.dataset.snapshot.rows.count, world.dataset.held), (12, None))
+        self.assertEqual(world.log.lines[-1][2]["accepted"], "would drop 100 to 12 rows, limit 50 %")
+        world.advance(60)
+        world.database.last.complete(rows=1)
+        self.assertEqual(world.dataset.snapshot.rows.count, 12)
+
+    def test_accepted_in_vain(self) -> None:
+        """An acceptance is used up by the next result even if no gate had anything against it, but not by a failure."""
+        world = self.started()
+        world.database.last.complete(rows=100)
+        world.service.accept_next("products")
+        world.service.refresh_now("products")
+        world.database.last.fail()
+        self.assertTrue(world.dataset.accepts_next)
+        world.service.refresh_now("products")
+        world.database.last.complete(rows=99)
+        self.assertFalse(world.dataset.accepts_next)
+        world.advance(60)
+        world.database.last.complete(rows=1)
+        self.assertIsNotNone(world.dataset.held)
+
+    def test_what_operators_read(self) -> None:
+        """status, show and why say that it is held, since when, why, and what to do."""
+        world = self.started()
+        world.database.last.complete(rows=100)
+        world.advance(60)
+        world.database.last.complete(rows=12)
+        self.assertIn("fresh, held", status_table(world.cache))
+        self.assertIn("held: the result would drop 100 to 12 rows, limit 50 %", status_table(world.cache))
+        self.assertIn('held: {"reason": "would drop 100 to 12 rows, limit 50 %"', show(world.dataset))
+        words = why(world.dataset, world.cache)
+        self.assertIn("The newest result is held back, for 0.0", words)
+        self.assertIn("now: it would drop 100 to 12 rows, limit 50 %.", words)
+        self.assertIn("say 'accept products' on the admin socket", words)
+        world.service.accept_next("products")
+        self.assertIn("because an operator accepted it", why(world.dataset, world.cache))
+
+
+class Races(ServiceTestCase):
+    async def test_truncate_by_another_session(self) -> None:
+        """A TRUNCATE between a transaction's begin and its read shows it an empty table without an error: held.
+
+        PostgreSQL's manual, 13.5: TRUNCATE is not MVCC-safe.
+        """
+        service, cache = self.make_service(declare("things", interval_s=3600.0))
+        await self.start_and_load(service, cache)
+        dataset = cache.dataset("things")
+        served = dataset.snapshot
+        with closing(connect(self.server, self.database_name)) as other:
+            other.autocommit = False
+            cursor = other.cursor()
+            cursor.execute("LOCK TABLE things IN ACCESS EXCLUSIVE MODE")
+            service.refresh_now("things")
+            # It has its snapshot by now and waits for the lock to open its cursor.
+            await until(lambda: dataset.refreshing and cache.database.connections == 1)
+            await self.until_waiting_for_a_lock()
+            cursor.execute("TRUNCATE things")
+            await deferToThread(other.commit)
+        await until(lambda: not dataset.refreshing)
+        self.assertIs(dataset.snapshot, served)
+        assert dataset.held is not None
+        self.assertEqual(dataset.held.reason, f"would drop {ROWS} to 0 rows, limit 50 %")
+        self.sql(f"INSERT INTO things SELECT i, 1 FROM generate_series(1, {ROWS}) AS i")
+        service.refresh_now("things")
+        await until(lambda: dataset.snapshot is not served)
+        self.assertIsNone(dataset.held)
+        assert dataset.snapshot is not None
+        self.assertEqual(dataset.snapshot.change, (0, ROWS, 0))
+
+    async def test_a_column_that_is_gone(self) -> None:
+        """A migration that drops a column is noticed before readers miss it."""
+        service, cache = self.make_service(declare("things", interval_s=3600.0))
+        await self.start_and_load(service, cache)
+        dataset = cache.dataset("things")
+        assert dataset.snapshot is not None
+        self.assertEqual(dataset.snapshot.columns, ("id", "n"))
+        self.sql("ALTER TABLE things DROP COLUMN n")
+        service.refresh_now("things")
+        await until(lambda: dataset.held is not None)
+        assert dataset.held is not None
+        self.assertEqual(dataset.held.reason, "has no column n any more")
+
+    async def until_waiting_for_a_lock(self) -> None:
+        def waiting() -> bool:
+            with closing(connect(self.server, self.database_name)) as other, other.cursor() as cursor:
+                cursor.execute("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+                return bool(cursor.fetchone()[0])
+
+        while not await deferToThread(waiting):
+            pass
