@@ -184,6 +184,11 @@ class DefaultsSettings(_Table):
     )
     max_rows: int = Field(default=0, ge=0, description="rows past which a refresh fails; 0 = no limit")
     max_bytes: int = Field(default=0, ge=0, description="bytes of result past which a refresh fails; 0 = no limit")
+    group: str = Field(
+        default="",
+        max_length=63,
+        description="datasets of one group are read in one transaction and published together, or none of them",
+    )
 
 
 class DatasetSettings(DefaultsSettings):
@@ -202,6 +207,9 @@ class DatasetSettings(DefaultsSettings):
             raise ValueError(f"must be at least retry_initial_s, which is {retry_initial_s:g}")
         return retry_max_s
 
+
+_OF_A_GROUP = ("interval_s", "timeout_s", "retry_initial_s", "retry_max_s", "jitter")
+"""Keys that say when a refresh happens, which a group has in common."""
 
 _DatasetName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,62}$")]
 
@@ -252,6 +260,8 @@ def load(environ: Mapping[str, str], dsn_problem: Callable[[str], str | None]) -
     for name, dataset in _table(declared["datasets"]).items():
         if "name" in _table(dataset):  # a field of ours, which the table's header sets
             problems["datasets", name, "name"] = _unknown("key", "name", _keys("datasets"))
+    if settings is not None:
+        problems = _group_problems(settings) | problems
     dsn = _table(declared["postgres"]).get("dsn")
     if isinstance(dsn, str) and dsn and (wrong := dsn_problem(dsn)) is not None:
         problems.setdefault(("postgres", "dsn"), wrong)
@@ -278,6 +288,27 @@ def load(environ: Mapping[str, str], dsn_problem: Callable[[str], str | None]) -
         order = _order(list(_table(declared["datasets"])))
         raise ConfigError([f"{label(place)}: {problems[place]}" for place in sorted(problems, key=order)])
     return settings
+
+
+def _group_problems(settings: Settings) -> dict[_Place, str]:
+    """Where datasets of one group differ in what there is only one of for all of them."""
+    return {
+        ("datasets", other.name, key): (
+            f"must be {getattr(first, key):g} as that of {first.name}, which is in the same group"
+        )
+        for first, *others in groups(settings.datasets.values())
+        for other in others
+        for key in _OF_A_GROUP
+        if getattr(other, key) != getattr(first, key)
+    }
+
+
+def groups(datasets: Iterable[DatasetSettings]) -> list[list[DatasetSettings]]:
+    """The datasets that are refreshed together, in the order of declaration; most are alone."""
+    found: dict[tuple[str, str], list[DatasetSettings]] = {}
+    for dataset in datasets:
+        found.setdefault((dataset.group, "" if dataset.group else dataset.name), []).append(dataset)
+    return list(found.values())
 
 
 def is_loopback(host: str) -> bool:

@@ -49,6 +49,16 @@ class Loading(SynchronousTestCase):
 
 
 class WhatLoads(Loading):
+    def test_a_group_is_refreshed_at_one_time(self) -> None:
+        """What says when is the same for all of a group; a difference is a problem that names both."""
+        group = 'query = "SELECT 1"\nkey = "id"\ngroup = "g"\n'
+        toml = f"{DSN}[datasets.a]\n{group}interval_s = 5\n[datasets.b]\n{group}interval_s = 6\nmax_age_s = 99\n"
+        with self.assertRaises(ConfigError) as caught:
+            self.load(toml)
+        problem = f"{FILE}: datasets.b.interval_s: must be 5 as that of a, which is in the same group"
+        self.assertEqual(caught.exception.problems, (problem,))
+        self.load(toml.replace("interval_s = 6", "interval_s = 5"))
+
     def test_defaults(self) -> None:
         """With a DSN and one dataset given, every other key has the contract's default."""
         loaded = self.load(DSN + PRODUCTS)
@@ -76,6 +86,7 @@ class WhatLoads(Loading):
                 "min_rows": 0,
                 "max_shrink": 0.5,
                 "on_column_removed": "hold",
+                "group": "",
                 "max_rows": 0,
                 "on_expired": "serve",
                 "max_bytes": 0,

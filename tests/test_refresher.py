@@ -5,7 +5,7 @@ The database is a fake whose reads end when a test says so; the time is a Clock'
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,7 +21,7 @@ from cacheservice.cache.dataset import Dataset, State
 from cacheservice.cache.rows import RowsBuilder
 from cacheservice.config import DatasetSettings
 from cacheservice.errors import Blocker, DatabaseUnavailable, LockTimeout, QueryFailed, UnknownDataset
-from cacheservice.postgres.database import Reading
+from cacheservice.postgres.database import Reading, Wanted
 from cacheservice.refresh.service import CacheService
 
 AS_OF = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -56,9 +56,8 @@ class FakeDatabase:
         self.after_failure: Callable[[Failure], object] = lambda failure: failure
         self._clock = clock
 
-    def read(
-        self, dataset: DatasetSettings, into: RowsBuilder, expect: Callable[[int], None] | None = None
-    ) -> Deferred[Reading]:
+    def read_together(self, wanted: Sequence[Wanted]) -> Deferred[list[Reading]]:
+        ((dataset, into, expect),) = wanted
         assert dataset.name not in [read.name for read in self.running], "a refresh never overlaps itself"
         read = Read(dataset.name, into, expect, self._clock.seconds())
         self.reads.append(read)
@@ -66,7 +65,7 @@ class FakeDatabase:
             read.result.addErrback(lambda _: None)
             read.fail(self.raising)
             raise self.raising
-        return read.result.addErrback(self.after_failure)
+        return read.result.addErrback(self.after_failure).addCallback(lambda reading: [reading])
 
     @property
     def running(self) -> list[Read]:

@@ -6,7 +6,8 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import psycopg2
 from sqlparse.lexer import tokenize
@@ -63,6 +64,14 @@ class Reading:
     columns: tuple[str, ...] = ()
 
 
+class Wanted(NamedTuple):
+    """A dataset to read, into what, and who gets the planner's estimate of its rows before they come, if anybody."""
+
+    dataset: DatasetSettings
+    into: RowsBuilder
+    expect: Callable[[int], None] | None = None
+
+
 class Database:
     """The one way to the database. It holds no session between reads.
 
@@ -84,17 +93,23 @@ class Database:
     def read(
         self, dataset: DatasetSettings, into: RowsBuilder, expect: Callable[[int], None] | None = None
     ) -> Deferred[Reading]:
-        """Read all rows of the dataset's query as (key, JSON document) into `into`, within its `timeout_s`.
+        """Read one dataset, as `read_together` does."""
+        return self.read_together([Wanted(dataset, into, expect)]).addCallback(itemgetter(0))
 
-        :param expect: if given, gets the planner's estimate of the rows, before they come.
+    def read_together(self, wanted: Sequence[Wanted]) -> Deferred[list[Reading]]:
+        """Read all rows of the datasets' queries as (key, JSON document), in one transaction: of one moment.
+
+        All of it within the `timeout_s` of the first; there is a reading for each, in their order.
+
         :raises RefreshFailed: one of its subclasses. Cancelling the Deferred ends the session at once.
         """
-        deadline_at = self._reactor.seconds() + dataset.timeout_s
+        first = wanted[0].dataset
+        deadline_at = self._reactor.seconds() + first.timeout_s
 
-        async def use(guard: GuardedConnection) -> Reading:
-            return await self._read(guard, dataset, deadline_at, into, expect)
+        async def use(guard: GuardedConnection) -> list[Reading]:
+            return await self._read(guard, wanted, deadline_at)
 
-        return self._with_session(dataset.name, deadline_at, use)
+        return self._with_session(first.group or first.name, deadline_at, use)
 
     def _with_session(self, purpose: str, deadline_at: float, use: Callable[[GuardedConnection], Any]) -> Deferred[Any]:
         guard = GuardedConnection(self._reactor, self._target, deadline_at)
@@ -112,11 +127,9 @@ class Database:
     async def _read(
         self,
         guard: GuardedConnection,
-        dataset: DatasetSettings,
+        wanted: Sequence[Wanted],
         deadline_at: float,
-        into: RowsBuilder,
-        expect: Callable[[int], None] | None,
-    ) -> Reading:
+    ) -> list[Reading]:
         read_at = self._reactor.seconds()
         remaining_ms = guard.remaining_s() * 1000
         cursor = await guard.execute(
@@ -128,16 +141,20 @@ class Database:
             )
         )
         ((epoch_s, snapshot, pid),) = cursor.fetchall()
-        rows_sql = rows_query(dataset.query, dataset.key)
-        await self._declare(guard, dataset.name, rows_sql, pid, deadline_at)
-        cursor = await guard.execute(columns_query(dataset.query))
-        columns = tuple(column.name for column in cursor.description)
-        if expect is not None:
-            cursor = await guard.execute(f"EXPLAIN (FORMAT JSON) {rows_sql}")
-            expect(_planned_rows(cursor.fetchone()[0]))
-        await self._fetch_all(guard, into)
-        await guard.execute("COMMIT")
-        return Reading(datetime.fromtimestamp(epoch_s, UTC), read_at, snapshot.decode(), columns)
+        as_of = datetime.fromtimestamp(epoch_s, UTC)
+        readings = []
+        for dataset, into, expect in wanted:
+            rows_sql = rows_query(dataset.query, dataset.key)
+            await self._declare(guard, dataset.name, rows_sql, pid, deadline_at)
+            cursor = await guard.execute(columns_query(dataset.query))
+            columns = tuple(column.name for column in cursor.description)
+            if expect is not None:
+                cursor = await guard.execute(f"EXPLAIN (FORMAT JSON) {rows_sql}")
+                expect(_planned_rows(cursor.fetchone()[0]))
+            await self._fetch_all(guard, into)
+            readings.append(Reading(as_of, read_at, snapshot.decode(), columns))
+            await guard.execute("CLOSE rows" if len(readings) < len(wanted) else "COMMIT")
+        return readings
 
     async def _fetch_all(self, guard: GuardedConnection, into: RowsBuilder) -> None:
         # The first chunks are small, because nobody knows yet how large a row is.

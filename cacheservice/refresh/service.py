@@ -9,6 +9,7 @@ from twisted.application.service import Service
 from twisted.internet.defer import Deferred, DeferredList
 
 from cacheservice.cache.cache import Cache
+from cacheservice.config import groups
 from cacheservice.errors import UnknownDataset
 from cacheservice.refresh.drain import Drain
 from cacheservice.refresh.refresher import Reads, Refresher
@@ -16,7 +17,8 @@ from cacheservice.refresh.slots import Slots
 
 
 class CacheService(Service):
-    """Refreshes the datasets of `cache` from `database`: a LoopingCall each, at most `max_connections` at once.
+    """Refreshes the datasets of `cache` from `database`: a LoopingCall for each or for each group, at most
+    `max_connections` at once.
 
     :param clock: `IReactorTime`, monotonic.
     :param random: a number from 0 to 1.
@@ -36,21 +38,22 @@ class CacheService(Service):
         self.slots = Slots(max_connections, any_healthy=self._any_healthy)
         self._cache = cache
         self._drain = Drain(clock)
-        self._refreshers = {
-            name: Refresher(dataset, database, cache.database, self.slots, self._drain.add, clock, random, log)
-            for name, dataset in cache.datasets.items()
-        }
+        self._refreshers: dict[str, Refresher] = {}
+        for group in groups(dataset.settings for dataset in cache.datasets.values()):
+            members = [cache.dataset(settings.name) for settings in group]
+            refresher = Refresher(members, database, cache.database, self.slots, self._drain.add, clock, random, log)
+            self._refreshers |= {dataset.name: refresher for dataset in members}
 
     def startService(self) -> None:
         super().startService()
-        for refresher in self._refreshers.values():
+        for refresher in self._each_once():
             refresher.start()
 
     def stopService(self) -> Deferred[Any]:
         """Start nothing more, end what runs; fires when no session is left."""
         super().stopService()
         self.slots.stop()
-        stopped = DeferredList([refresher.stop() for refresher in self._refreshers.values()])
+        stopped = DeferredList([refresher.stop() for refresher in self._each_once()])
         return stopped.addBoth(lambda _: self._drain.stop())
 
     def refresh_now(self, name: str) -> bool:
@@ -59,11 +62,14 @@ class CacheService(Service):
 
     def accept_next(self, name: str) -> None:
         """``cacheservice.cache.cache.Refreshes``."""
-        self._refresher(name).dataset.accepts_next = True
+        self._cache.dataset(name).accepts_next = True
 
     def refresh_since(self, name: str, moment: float) -> None:
         """``cacheservice.cache.cache.Refreshes``."""
         self._refresher(name).refresh_since(moment)
+
+    def _each_once(self) -> list[Refresher]:
+        return list(dict.fromkeys(self._refreshers.values()))
 
     def _refresher(self, name: str) -> Refresher:
         try:

@@ -1,0 +1,51 @@
+"""Tells once when a dataset expires, and once when it is replaced after that."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cacheservice.cache.dataset import Dataset, State
+from cacheservice.cache.describe import seconds
+
+_MARGIN_S = 0.001
+"""A dataset is expired when its age is greater than its limit, not equal to it."""
+_LONGEST_TIMER_S = 2_000_000.0
+"""epoll takes no more than 2**31 ms."""
+
+
+class ExpiryWatch:
+    """Watches one dataset from its first publish on, until it is stopped.
+
+    :param clock: `IReactorTime`, monotonic.
+    """
+
+    def __init__(self, dataset: Dataset, clock: Any, log: Any) -> None:
+        self._dataset = dataset
+        self._clock = clock
+        self._log = log
+        self._timer: Any = None
+        self._told = False
+
+    def stop(self) -> None:
+        if self._timer is not None and self._timer.active():
+            self._timer.cancel()
+
+    def published(self) -> None:
+        """A new snapshot is served."""
+        self.stop()
+        if self._told:
+            if self._dataset.state() is State.EXPIRED:
+                return  # it took longer to read than it may be old
+            self._told = False
+            self._log.info("dataset_recovered")
+        age_s = self._dataset.age_s() or 0.0
+        in_s = max(0.0, self._dataset.settings.max_age_s - age_s) + _MARGIN_S
+        self._timer = self._clock.callLater(min(in_s, _LONGEST_TIMER_S), self._expired)
+
+    def _expired(self) -> None:
+        if self._dataset.state() is not State.EXPIRED:
+            self.published()
+            return
+        self._told = True
+        age_s = self._dataset.age_s() or 0.0
+        self._log.warning("dataset_expired", age_s=seconds(age_s), max_age_s=self._dataset.settings.max_age_s)

@@ -1,0 +1,167 @@
+"""Laws of datasets that are read and published together."""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+import threading
+from contextlib import closing
+from typing import Any
+
+from twisted.internet import reactor
+from twisted.internet.defer import DeferredList
+from twisted.internet.threads import deferToThread
+from twisted.trial.unittest import SynchronousTestCase
+
+from cacheservice.config import groups
+from cacheservice.ports.freshness import Freshness
+from cacheservice.ports.listen import tcp
+from cacheservice.ports.resp.commands import Commands
+from cacheservice.ports.resp.protocol import RespFactory
+from tests.postgres import connect
+from tests.resp_peer import encode
+from tests.test_guard import until
+from tests.test_refresh_service import ServiceTestCase, declare
+from tests.test_resp_port import Client
+
+ACCOUNTS = 40
+START = 100
+READINGS = 10_000
+PUBLISHES = 30
+"""Of both, at the least, while the readers read; and a failure."""
+
+
+class Declared(SynchronousTestCase):
+    def test_groups(self) -> None:
+        """A group's members are together wherever they are declared; a dataset without one is alone."""
+        declared = [declare("a", group="g"), declare("b"), declare("c", group="g"), declare("d", group="b")]
+        self.assertEqual([[each.name for each in group] for group in groups(declared)], [["a", "c"], ["b"], ["d"]])
+
+
+class Together(ServiceTestCase):
+    timeout = 300
+
+    async def setUp(self) -> None:
+        await super().setUp()
+        for name in ("checking", "savings"):
+            self.sql(f"CREATE TABLE {name} AS SELECT i AS id, {START} AS n FROM generate_series(1, {ACCOUNTS}) AS i")
+
+    def declared(self, **settings: Any) -> list[Any]:
+        return [declare(name, f"TABLE {name}", group="bank", **settings) for name in ("checking", "savings")]
+
+    async def test_one_moment(self) -> None:
+        """Both are of one transaction: one as_of, one snapshot of the database, and one session for both."""
+        service, cache = self.make_service(*self.declared(interval_s=3600.0))
+        await self.start_and_load(service, cache)
+        one, other = (cache.dataset(name).snapshot for name in ("checking", "savings"))
+        assert one is not None
+        assert other is not None
+        self.assertEqual(
+            (one.as_of, one.read_at, one.database_snapshot), (other.as_of, other.read_at, other.database_snapshot)
+        )
+        service.refresh_now("savings")
+        await until(lambda: cache.dataset("checking").snapshot is not one)
+        self.assertEqual(
+            [dataset.snapshot and dataset.snapshot.generation for dataset in cache.datasets.values()], [2, 2]
+        )
+
+    async def test_all_or_none_when_one_fails(self) -> None:
+        """If one of them cannot be read, the other one is not published either, and both say why."""
+        service, cache = self.make_service(*self.declared(interval_s=3600.0))
+        await self.start_and_load(service, cache)
+        served = [dataset.snapshot for dataset in cache.datasets.values()]
+        self.sql("UPDATE checking SET n = 1")
+        self.sql("ALTER TABLE savings RENAME TO gone")
+        service.refresh_now("checking")
+        await until(lambda: all(dataset.consecutive_failures for dataset in cache.datasets.values()))
+        self.assertEqual([dataset.snapshot for dataset in cache.datasets.values()], served)
+        self.assertIn("savings", str(cache.dataset("checking").attempts[-1].error))
+        self.sql("ALTER TABLE gone RENAME TO savings")
+        await until(lambda: all(dataset.consecutive_failures == 0 for dataset in cache.datasets.values()))
+
+    async def test_all_or_none_when_one_is_held(self) -> None:
+        """If a gate refuses one of them, all are held; accepting that one lets all through."""
+        service, cache = self.make_service(*self.declared(interval_s=3600.0))
+        await self.start_and_load(service, cache)
+        checking, savings = cache.dataset("checking"), cache.dataset("savings")
+        served = checking.snapshot
+        self.sql("UPDATE checking SET n = 1")
+        self.sql("DELETE FROM savings WHERE id > 1")
+        service.refresh_now("checking")
+        await until(lambda: checking.held is not None)
+        assert checking.held is not None
+        assert savings.held is not None
+        self.assertIs(checking.snapshot, served)
+        self.assertEqual(savings.held.reason, f"would drop {ACCOUNTS} to 1 rows, limit 50 %")
+        self.assertEqual(
+            checking.held.reason,
+            f"is of one group with savings, whose result would drop {ACCOUNTS} to 1 rows, limit 50 %",
+        )
+        self.assertIn("say 'accept savings'", str(checking.attempts[-1].advice))
+        service.accept_next("savings")
+        service.refresh_now("savings")
+        await until(lambda: checking.held is None and checking.snapshot is not served)
+        assert savings.snapshot is not None
+        self.assertEqual((savings.snapshot.rows.count, savings.held), (1, None))
+
+    async def test_money_is_never_made(self) -> None:
+        """Money moves between two tables; whoever adds both up in one MULTI finds it all, 10,000 times out of 10,000,
+        through publishes and failures."""
+        service, cache = self.make_service(*self.declared(interval_s=0.05))
+        await self.start_and_load(service, cache)
+        commands = Commands(cache, Freshness(service, reactor), "")
+        factory = RespFactory(cache, commands, 100, 60.0, reactor)
+        port: Any = tcp(reactor, "127.0.0.1", 0, factory)()
+        stop = threading.Event()
+        outcomes = cache.dataset("checking").outcomes
+
+        def write() -> int:
+            choose = random.Random(1)
+            moved = 0
+            with closing(connect(self.server, self.database_name)) as connection, connection.cursor() as cursor:
+                while not stop.is_set():
+                    source, target = choose.sample(("checking", "savings"), 2)
+                    amount = choose.randrange(1, 50)
+                    cursor.execute("BEGIN")
+                    cursor.execute(f"UPDATE {source} SET n = n - {amount} WHERE id = {choose.randrange(1, ACCOUNTS)}")
+                    cursor.execute(f"UPDATE {target} SET n = n + {amount} WHERE id = {choose.randrange(1, ACCOUNTS)}")
+                    cursor.execute("COMMIT" if choose.random() < 0.9 else "ROLLBACK")
+                    moved += 1
+                    if moved % 1000 == 0:
+                        # Whoever reads fails: the session ends in the middle of it.
+                        cursor.execute(
+                            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                            "WHERE application_name LIKE 'cacheservice%' AND pid <> pg_backend_pid()"
+                        )
+            return moved
+
+        def read(count: int) -> tuple[set[int], int]:
+            sums, moments = set(), set()
+            block = b"".join(
+                encode(*words) for words in (("MULTI",), ("HVALS", "checking"), ("HVALS", "savings"), ("EXEC",))
+            )
+            with closing(socket.create_connection(("127.0.0.1", port.getHost().port), timeout=60)) as connection:
+                client = Client(connection)
+                while count > 0 or outcomes["published"] < PUBLISHES or not outcomes["failed"]:
+                    count -= 1
+                    connection.sendall(block)
+                    *_, (checking, savings) = [client.read() for _ in range(4)]
+                    values = [json.loads(document)["n"] for document in (*checking, *savings)]
+                    sums.add(sum(values))
+                    moments.add(tuple(values))
+            return sums, len(moments)
+
+        writing = deferToThread(write)
+        readers = 4
+        answers = await DeferredList([deferToThread(read, READINGS // readers) for _ in range(readers)])
+        stop.set()
+        self.assertGreater(await writing, 100)
+        await port.stopListening()
+        factory.close_clients()
+        await until(lambda: not factory.clients)
+        for succeeded, answer in answers:
+            self.assertTrue(succeeded, answer)
+            sums, moments = answer
+            self.assertEqual(sums, {2 * ACCOUNTS * START})
+            self.assertGreater(moments, 1, "publishes happened meanwhile")
