@@ -35,6 +35,10 @@ class UnknownDataset(CacheServiceError):
     """A reader or an operator named a dataset that the configuration does not declare."""
 
 
+class NothingToPin(CacheServiceError):
+    """An operator wanted to pin a dataset that has not been loaded. Wait for its first load."""
+
+
 class Stopped(CacheServiceError):
     """The service is stopping; what was asked for will not happen. Ask again when it runs."""
 

@@ -70,6 +70,19 @@ class Refreshes(Protocol):
         :raises UnknownDataset: if none has that name.
         """
 
+    def pin(self, name: str) -> list[str]:
+        """Serve what is served until `unpin`, of the whole group; gives the names of whose.
+
+        :raises UnknownDataset: if none has that name.
+        :raises NothingToPin: if one of them has not been loaded.
+        """
+
+    def unpin(self, name: str) -> list[str]:
+        """Serve the newest results again, of the whole group; gives the names of whose.
+
+        :raises UnknownDataset: if none has that name.
+        """
+
     def refresh_since(self, name: str, moment: float) -> None:
         """See to it that a refresh begins at or after `moment`, unless one that did is running already.
 

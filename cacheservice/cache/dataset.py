@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Literal
 
@@ -83,6 +83,8 @@ class Dataset:
         self.snapshot: Snapshot | None = None
         self.held: Held | None = None
         self.accepts_next = False
+        self.pinned = False
+        self.candidate: Snapshot | None = None
         self.refreshing = False
         self.loading: RowsBuilder | None = None
         self.expected_rows: int | None = None
@@ -106,6 +108,22 @@ class Dataset:
         self.held = None
         for watcher in list(self._watchers):
             watcher(self)
+
+    def keep(self, candidate: Snapshot) -> None:
+        """Remember the newest result of a pinned dataset, until `unpin`."""
+        assert self.pinned, "only a pinned dataset keeps a candidate"
+        self.candidate = candidate
+        self.held = None
+
+    def unpin(self) -> None:
+        """Serve the newest result again, and each one that follows it."""
+        self.pinned = False
+        candidate, self.candidate = self.candidate, None
+        if candidate is not None:
+            self.publish(replace(candidate, generation=self.next_generation()))
+
+    def next_generation(self) -> int:
+        return self.snapshot.generation + 1 if self.snapshot else 1
 
     def hold(self, reason: str, rows: int, on: datetime) -> None:
         """Go on with what is served, because the newest result was refused; it is held since the first one was."""

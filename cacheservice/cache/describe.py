@@ -41,7 +41,7 @@ def describe_dataset(dataset: Dataset) -> dict[str, Any]:
         "state": str(dataset.state()),
         "refreshing": dataset.refreshing,
         "held": _held(dataset.held),
-        "pinned": False,
+        "pinned": dataset.pinned,
         "rows": snapshot.rows.count if snapshot else 0,
         "bytes": snapshot.rows.size_bytes if snapshot else 0,
         "generation": snapshot.generation if snapshot else 0,

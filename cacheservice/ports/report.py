@@ -37,7 +37,7 @@ def _status_row(dataset: Dataset) -> list[str]:
     limit = duration(settings.max_age_s)
     return [
         dataset.name,
-        f"{dataset.state()}, held" if dataset.held else str(dataset.state()),
+        ", ".join([str(dataset.state()), *(["held"] if dataset.held else []), *(["pinned"] if dataset.pinned else [])]),
         f"age {duration(age_s)} of {limit}" if age_s is not None else f"no age yet, limit {limit}",
         f"{dataset.snapshot.rows.count:,} rows" if dataset.snapshot else "no rows",
         f"generation {dataset.snapshot.generation if dataset.snapshot else 0}",
@@ -185,6 +185,10 @@ def _failure_sentences(dataset: Dataset, cache: Cache) -> Iterator[str]:
         yield f"The newest result is held back, for {ago} now: it {dataset.held.reason}."
         if last is not None and last.outcome == "held":
             yield f"What to do: {last.advice}."
+    if dataset.pinned:
+        candidate = dataset.candidate
+        newest = f"; a result with {candidate.rows.count:,} rows waits for 'unpin {dataset.name}'" if candidate else ""
+        yield f"It is pinned by an operator: nothing newer is served{newest}."
     if dataset.accepts_next:
         yield "The next result is published whatever the gates say, because an operator accepted it."
     if dataset.missed_ticks:

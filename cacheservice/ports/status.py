@@ -51,7 +51,12 @@ class Commands:
             "version": self._version,
             "help": self._help,
         }
-        self._changes: dict[str, Callable[..., str]] = {"refresh": self._refresh, "accept": self._accept}
+        self._changes: dict[str, Callable[..., str]] = {
+            "refresh": self._refresh,
+            "accept": self._accept,
+            "pin": self._pin,
+            "unpin": self._unpin,
+        }
 
     def answer(self, command: str) -> str:
         """The reply to one command with its arguments; a problem is a reply that begins with ERROR."""
@@ -132,6 +137,22 @@ class Commands:
         assert self._refreshes is not None
         self._refreshes.accept_next(self._cache.dataset(name).name)
         return f"OK {name}: the next result is published whatever the gates say; 'refresh {name}' reads it now"
+
+    def _pin(self, name: str) -> str:
+        """serve what is served now, whatever is read, until unpin"""
+        assert self._refreshes is not None
+        replies = [f"OK {each}: pinned, {self._served(each)}" for each in self._refreshes.pin(name)]
+        return "\n".join(replies)
+
+    def _unpin(self, name: str) -> str:
+        """serve the newest result again, and those that come"""
+        assert self._refreshes is not None
+        replies = [f"OK {each}: not pinned, {self._served(each)}" for each in self._refreshes.unpin(name)]
+        return "\n".join(replies)
+
+    def _served(self, name: str) -> str:
+        snapshot = self._cache.dataset(name).snapshot
+        return f"generation {snapshot.generation} is served" if snapshot else "nothing is loaded yet"
 
     def _unknown_command(self, name: str) -> str:
         if name in ("prompt", "quit"):

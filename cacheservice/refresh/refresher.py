@@ -15,7 +15,7 @@ from cacheservice.cache.changes import Change, ChangeCount
 from cacheservice.cache.dataset import Attempt, Dataset, Snapshot, Trigger
 from cacheservice.cache.describe import describe_blocker, seconds
 from cacheservice.cache.rows import Rows, RowsBuilder, Shards
-from cacheservice.errors import DatabaseUnavailable, LockTimeout, RefreshFailed, Stopped
+from cacheservice.errors import DatabaseUnavailable, LockTimeout, NothingToPin, RefreshFailed, Stopped
 from cacheservice.postgres.database import Reading, Wanted
 from cacheservice.refresh.backoff import full_jitter
 from cacheservice.refresh.expiry import ExpiryWatch
@@ -124,6 +124,29 @@ class Refresher:
             return False
         self._begin("manual")
         return True
+
+    def pin(self) -> list[str]:
+        """Serve what is served; results that come become candidates.
+
+        :raises NothingToPin: if there is nothing to serve yet.
+        """
+        for dataset in self.datasets:
+            if dataset.snapshot is None:
+                raise NothingToPin(f"{dataset.name} has not been loaded yet")
+        for dataset in self.datasets:
+            dataset.pinned = True
+            self._logs[dataset.name].info("dataset_pinned")
+        return [dataset.name for dataset in self.datasets]
+
+    def unpin(self) -> list[str]:
+        """Serve the newest results, and those that come."""
+        for dataset, expiry in zip(self.datasets, self._expiries, strict=True):
+            served = dataset.snapshot
+            dataset.unpin()
+            self._logs[dataset.name].info("dataset_unpinned", published=dataset.snapshot is not served)
+            if dataset.snapshot is not served:
+                expiry.published()
+        return [dataset.name for dataset in self.datasets]
 
     def _start_loop(self) -> None:
         # The loop's phase is when it really starts, which is later if the reactor was held.
@@ -238,23 +261,32 @@ class Refresher:
             )
 
     async def _publish(self, results: Sequence[_Result], trigger: Trigger, began_on: datetime, queued_s: float) -> None:
-        """Serve all of them from one turn of the reactor on."""
+        """Serve all of them from one turn of the reactor on; of pinned ones, keep them."""
         changes = await self._changes(results)
+        self._status.answered()
         for (dataset, reading, rows, refused), change in zip(results, changes, strict=True):
             dataset.accepts_next = False
-            generation = dataset.snapshot.generation + 1 if dataset.snapshot else 1
+            generation = dataset.next_generation()
             took_s = self._clock.seconds() - reading.read_at
-            dataset.publish(
-                Snapshot(
-                    generation,
-                    rows,
-                    reading.as_of,
-                    reading.read_at,
-                    reading.database_snapshot,
-                    reading.columns,
-                    change=change,
-                )
+            snapshot = Snapshot(
+                generation,
+                rows,
+                reading.as_of,
+                reading.read_at,
+                reading.database_snapshot,
+                reading.columns,
+                change=change,
             )
+            if dataset.pinned:
+                dataset.keep(snapshot)
+                kept = f"waits as a candidate, because {dataset.name} is pinned"
+                advice = f"say 'unpin {dataset.name}' on the admin socket to serve it"
+                dataset.attempted(Attempt("held", trigger, began_on, took_s, rows.count, kept, advice))
+                self._logs[dataset.name].info(
+                    "refresh_held", trigger=trigger, error=f"the result {kept}", rows=rows.count, took_s=seconds(took_s)
+                )
+                continue
+            dataset.publish(snapshot)
             dataset.attempted(Attempt("published", trigger, began_on, took_s, rows.count))
             self._logs[dataset.name].info(
                 "refresh_published",
@@ -267,9 +299,9 @@ class Refresher:
                 took_s=seconds(took_s),
                 queued_s=seconds(queued_s),
             )
-        self._status.answered()
-        for expiry in self._expiries:
-            expiry.published()
+        for dataset, expiry in zip(self.datasets, self._expiries, strict=True):
+            if not dataset.pinned:
+                expiry.published()
 
     async def _changes(self, results: Sequence[_Result]) -> list[Change]:
         """What publishing would change, counted without holding the reactor."""

@@ -64,6 +64,14 @@ class CacheService(Service):
         """``cacheservice.cache.cache.Refreshes``."""
         self._cache.dataset(name).accepts_next = True
 
+    def pin(self, name: str) -> list[str]:
+        """``cacheservice.cache.cache.Refreshes``."""
+        return self._refresher(name).pin()
+
+    def unpin(self, name: str) -> list[str]:
+        """``cacheservice.cache.cache.Refreshes``."""
+        return self._refresher(name).unpin()
+
     def refresh_since(self, name: str, moment: float) -> None:
         """``cacheservice.cache.cache.Refreshes``."""
         self._refresher(name).refresh_since(moment)
