@@ -146,6 +146,18 @@ class LogSettings(_Table):
     )
 
 
+class PersistenceSettings(_Table):
+    directory: str = Field(
+        default="", description="folder in which snapshots are saved for a warm start, made with mode 700; empty = off"
+    )
+    min_save_interval_s: float = Field(
+        default=60.0, ge=0, description="seconds that pass at least from one save of a dataset to its next"
+    )
+    keep_generations: int = Field(
+        default=3, ge=1, description="saved generations of a dataset that are kept, for `rollback`"
+    )
+
+
 class DefaultsSettings(_Table):
     """The keys that every dataset takes from ``[defaults]`` unless it sets them itself."""
 
@@ -227,6 +239,7 @@ class Settings(_Table):
     http: HttpSettings = HttpSettings()
     limits: LimitsSettings = LimitsSettings()
     log: LogSettings = LogSettings()
+    persistence: PersistenceSettings = PersistenceSettings()
     defaults: DefaultsSettings = DefaultsSettings()
     datasets: Mapping[_DatasetName, DatasetSettings]
 

@@ -39,6 +39,10 @@ class NothingToPin(CacheServiceError):
     """An operator wanted to pin a dataset that has not been loaded. Wait for its first load."""
 
 
+class NothingToRollBackTo(CacheServiceError):
+    """There is no saved generation to go back to. Set persistence.directory and let some be saved."""
+
+
 class Stopped(CacheServiceError):
     """The service is stopping; what was asked for will not happen. Ask again when it runs."""
 
@@ -137,6 +141,17 @@ class ResultTooLarge(BadResult):
     """The result passed max_rows or max_bytes. Raise the limit, or select less."""
 
     advice = "select less, or raise the limit"
+
+
+class SnapshotRejected(CacheServiceError):
+    """A saved snapshot is damaged, of an unknown format, or of another dataset, query or key.
+
+    Nothing of it is served. Its file is moved aside; delete it, or keep it to find out what happened to it.
+    """
+
+
+class UnknownGeneration(CacheServiceError):
+    """That generation of the dataset is not on disk. The ones that are, are told beside it."""
 
 
 class MigrationFailed(CacheServiceError):

@@ -17,6 +17,7 @@ from cacheservice.cache.dataset import Dataset
 from cacheservice.config import DatasetSettings
 from cacheservice.postgres.database import Database
 from cacheservice.postgres.target import parse
+from cacheservice.refresh.drain import Drain
 from cacheservice.refresh.service import CacheService
 from tests.postgres import connect, query, sessions_left
 from tests.test_guard import LONGEST_GAP_S, ONE_SLOW_ROW, GuardTestCase, held, our_timers, until
@@ -68,7 +69,9 @@ class ServiceTestCase(GuardTestCase):
         cache = Cache(datasets, reactor.seconds)
         target = parse(self.server.dsn(database=self.database_name, port=self.network.port))
         database = Database(reactor, target, connect_timeout_s, cache.database)
-        service = CacheService(cache, database, max_connections, reactor, random.random, Log(self.events))
+        service = CacheService(
+            cache, database, max_connections, reactor, random.random, Log(self.events), Drain(reactor)
+        )
         self.addCleanup(self.check_log)
         self.addCleanup(lambda: service.stopService() if service.running else None)
         return service, cache

@@ -22,6 +22,7 @@ from cacheservice.cache.rows import RowsBuilder
 from cacheservice.config import DatasetSettings
 from cacheservice.errors import Blocker, DatabaseUnavailable, LockTimeout, QueryFailed, UnknownDataset
 from cacheservice.postgres.database import Reading, Wanted
+from cacheservice.refresh.drain import Drain
 from cacheservice.refresh.service import CacheService
 
 AS_OF = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -118,7 +119,9 @@ class World:
         self.cache = Cache(declared, self.clock.seconds)
         self.database = FakeDatabase(self.clock)
         self.log = FakeLog()
-        self.service = CacheService(self.cache, self.database, max_connections, self.clock, random, self.log)
+        self.service = CacheService(
+            self.cache, self.database, max_connections, self.clock, random, self.log, Drain(self.clock)
+        )
 
     @property
     def dataset(self) -> Dataset:

@@ -83,6 +83,13 @@ class Refreshes(Protocol):
         :raises UnknownDataset: if none has that name.
         """
 
+    def roll_back(self, name: str) -> int:
+        """Begin to serve the saved generation before the one that is served, pinned; gives its number.
+
+        :raises UnknownDataset: if none has that name.
+        :raises NothingToRollBackTo: if there is none.
+        """
+
     def refresh_since(self, name: str, moment: float) -> None:
         """See to it that a refresh begins at or after `moment`, unless one that did is running already.
 

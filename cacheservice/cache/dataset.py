@@ -36,7 +36,8 @@ class Snapshot:
     `as_of` is the database clock at the start of the transaction that read it; `read_at` this
     machine's monotonic clock, seconds, just before that transaction began; `database_snapshot`
     what `pg_current_snapshot()` gave in it; `columns` the names of the query's columns; `change` what its
-    publish changed, None if it came from elsewhere.
+    publish changed, None if it came from elsewhere; `rolled_back_to` the saved generation that a rollback published
+    anew as this one.
     """
 
     generation: int
@@ -47,6 +48,7 @@ class Snapshot:
     columns: tuple[str, ...] = ()
     source: Literal["postgres", "disk", "valkey"] = "postgres"
     change: Change | None = None
+    rolled_back_to: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,7 @@ class Dataset:
         self.accepts_next = False
         self.pinned = False
         self.candidate: Snapshot | None = None
+        self.save_problem: str | None = None
         self.refreshing = False
         self.loading: RowsBuilder | None = None
         self.expected_rows: int | None = None
@@ -114,6 +117,14 @@ class Dataset:
         assert self.pinned, "only a pinned dataset keeps a candidate"
         self.candidate = candidate
         self.held = None
+
+    def roll_back(self, saved: Snapshot) -> None:
+        """Serve `saved` under the next generation, pinned; what was served becomes the candidate if there is none."""
+        served = self.snapshot
+        self.publish(replace(saved, generation=self.next_generation(), change=None, rolled_back_to=saved.generation))
+        newest = self.candidate if self.pinned else served
+        self.pinned = True
+        self.candidate = None if newest is None else replace(newest, change=None)
 
     def unpin(self) -> None:
         """Serve the newest result again, and each one that follows it."""

@@ -64,7 +64,8 @@ def _last(dataset: Dataset) -> str:
         return f"failed {times(dataset.consecutive_failures)}: {attempt.error}"
     if attempt.outcome == "held":
         return f"held: the result {attempt.error}"
-    return f"{attempt.outcome} in {duration(attempt.took_s)}"
+    ended = f"{attempt.outcome} in {duration(attempt.took_s)}"
+    return f"{ended}, not saved: {dataset.save_problem}" if dataset.save_problem else ended
 
 
 def json_line(cache: Cache) -> str:
@@ -189,6 +190,10 @@ def _failure_sentences(dataset: Dataset, cache: Cache) -> Iterator[str]:
         candidate = dataset.candidate
         newest = f"; a result with {candidate.rows.count:,} rows waits for 'unpin {dataset.name}'" if candidate else ""
         yield f"It is pinned by an operator: nothing newer is served{newest}."
+    if dataset.snapshot is not None and dataset.snapshot.rolled_back_to is not None:
+        yield f"It was rolled back to what was saved as generation {dataset.snapshot.rolled_back_to}."
+    if dataset.save_problem is not None:
+        yield f"It could not be saved: {dataset.save_problem}. A restart would begin with what was saved before."
     if dataset.accepts_next:
         yield "The next result is published whatever the gates say, because an operator accepted it."
     if dataset.missed_ticks:

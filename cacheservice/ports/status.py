@@ -56,6 +56,7 @@ class Commands:
             "accept": self._accept,
             "pin": self._pin,
             "unpin": self._unpin,
+            "rollback": self._rollback,
         }
 
     def answer(self, command: str) -> str:
@@ -149,6 +150,12 @@ class Commands:
         assert self._refreshes is not None
         replies = [f"OK {each}: not pinned, {self._served(each)}" for each in self._refreshes.unpin(name)]
         return "\n".join(replies)
+
+    def _rollback(self, name: str) -> str:
+        """serve the saved generation before the one that is served, pinned"""
+        assert self._refreshes is not None
+        generation = self._refreshes.roll_back(name)
+        return f"OK {name}: going back to saved generation {generation}, which is then pinned; 'why {name}' tells when"
 
     def _served(self, name: str) -> str:
         snapshot = self._cache.dataset(name).snapshot

@@ -85,6 +85,9 @@ class Refresher:
     def start(self) -> None:
         """Load now, and then at every start of an interval."""
         # Earlier than an interval from now, not later, so that the first snapshot is not stale before the second.
+        for dataset, expiry in zip(self.datasets, self._expiries, strict=True):
+            if dataset.snapshot is not None:  # restored
+                expiry.published()
         first_in_s = self._interval_s - self._earlier_s
         self._phase_at = self._clock.seconds() + first_in_s
         self._first_tick = self._clock.callLater(first_in_s, self._start_loop)
@@ -147,6 +150,18 @@ class Refresher:
             if dataset.snapshot is not served:
                 expiry.published()
         return [dataset.name for dataset in self.datasets]
+
+    def roll_back(self, saved: Snapshot) -> None:
+        """Serve a saved snapshot of the one dataset, pinned."""
+        (dataset,) = self.datasets
+        dataset.roll_back(saved)
+        self._logs[dataset.name].info(
+            "dataset_rolled_back",
+            to=saved.generation,
+            generation=dataset.snapshot.generation if dataset.snapshot else None,
+            rows=saved.rows.count,
+        )
+        self._expiries[0].published()
 
     def _start_loop(self) -> None:
         # The loop's phase is when it really starts, which is later if the reactor was held.

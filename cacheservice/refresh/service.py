@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
 
 from twisted.application.service import Service
-from twisted.internet.defer import Deferred, DeferredList
+from twisted.internet.defer import CancelledError, Deferred, DeferredList
+from twisted.python.failure import Failure
 
 from cacheservice.cache.cache import Cache
+from cacheservice.cache.dataset import Snapshot
 from cacheservice.config import groups
-from cacheservice.errors import UnknownDataset
+from cacheservice.errors import CacheServiceError, NothingToRollBackTo, UnknownDataset
 from cacheservice.refresh.drain import Drain
 from cacheservice.refresh.refresher import Reads, Refresher
 from cacheservice.refresh.slots import Slots
+
+
+class History(Protocol):
+    """What was saved: ``cacheservice.persistence.store.SnapshotStore``."""
+
+    async def restore(self) -> None:
+        """Publish the newest saved snapshot of each dataset. Never raises."""
+
+    def saved(self, name: str) -> list[int]:
+        """The generations of a dataset that are saved, newest first."""
+
+    async def load(self, name: str, generation: int) -> Snapshot:
+        """:raises CacheServiceError: if it cannot be had."""
 
 
 class CacheService(Service):
@@ -22,6 +37,8 @@ class CacheService(Service):
 
     :param clock: `IReactorTime`, monotonic.
     :param random: a number from 0 to 1.
+    :param drain: gets what is dropped; it is stopped with this service.
+    :param history: what is served before the first refresh, and what can be rolled back to.
     """
 
     name = "refresh"
@@ -34,10 +51,15 @@ class CacheService(Service):
         clock: Any,
         random: Callable[[], float],
         log: Any,
+        drain: Drain,
+        history: History | None = None,
     ) -> None:
         self.slots = Slots(max_connections, any_healthy=self._any_healthy)
         self._cache = cache
-        self._drain = Drain(clock)
+        self._drain = drain
+        self._history = history
+        self._log = log
+        self._under_way: set[Deferred[None]] = set()
         self._refreshers: dict[str, Refresher] = {}
         for group in groups(dataset.settings for dataset in cache.datasets.values()):
             members = [cache.dataset(settings.name) for settings in group]
@@ -46,12 +68,36 @@ class CacheService(Service):
 
     def startService(self) -> None:
         super().startService()
+        if self._history is None:
+            self._start_refreshers()
+        else:
+            self._run(self._start_warm(self._history))
+
+    async def _start_warm(self, history: History) -> None:
+        # What was saved first: the database is asked for nothing before readers have what there is.
+        await history.restore()
+        self._start_refreshers()
+
+    def _start_refreshers(self) -> None:
         for refresher in self._each_once():
             refresher.start()
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        """See `work` to its end, or to the stop of the service."""
+        running = Deferred.fromCoroutine(work)
+        self._under_way.add(running)
+        running.addBoth(self._ran, running)
+
+    def _ran(self, result: object, running: Deferred[None]) -> None:
+        self._under_way.discard(running)
+        if isinstance(result, Failure) and not result.check(CancelledError):
+            self._log.error("internal_error", error=result.getErrorMessage(), traceback=result.getTraceback())
 
     def stopService(self) -> Deferred[Any]:
         """Start nothing more, end what runs; fires when no session is left."""
         super().stopService()
+        for running in list(self._under_way):
+            running.cancel()
         self.slots.stop()
         stopped = DeferredList([refresher.stop() for refresher in self._each_once()])
         return stopped.addBoth(lambda _: self._drain.stop())
@@ -71,6 +117,32 @@ class CacheService(Service):
     def unpin(self, name: str) -> list[str]:
         """``cacheservice.cache.cache.Refreshes``."""
         return self._refresher(name).unpin()
+
+    def roll_back(self, name: str) -> int:
+        """``cacheservice.cache.cache.Refreshes``."""
+        refresher, dataset = self._refresher(name), self._cache.dataset(name)
+        served = dataset.snapshot
+        if len(refresher.datasets) > 1:
+            raise NothingToRollBackTo(f"{name} is of a group, whose saved generations need not be of one moment")
+        if self._history is None:
+            raise NothingToRollBackTo("nothing is saved; set persistence.directory")
+        if served is None:
+            raise NothingToRollBackTo(f"{name} has not been loaded yet")
+        current = served.rolled_back_to or served.generation
+        saved = [generation for generation in self._history.saved(name) if generation < current]
+        if not saved:
+            raise NothingToRollBackTo(f"no generation of {name} before {current} is saved")
+        self._run(self._roll_back(self._history, refresher, saved[0]))
+        return saved[0]
+
+    async def _roll_back(self, history: History, refresher: Refresher, generation: int) -> None:
+        (dataset,) = refresher.datasets
+        try:
+            saved = await history.load(dataset.name, generation)
+        except CacheServiceError as error:
+            self._log.warning("rollback_failed", dataset=dataset.name, to=generation, error=str(error))
+        else:
+            refresher.roll_back(saved)
 
     def refresh_since(self, name: str, moment: float) -> None:
         """``cacheservice.cache.cache.Refreshes``."""

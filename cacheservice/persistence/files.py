@@ -1,0 +1,315 @@
+"""The format of a saved snapshot, on binary files; whoever reads or writes one does so in a thread.
+
+A file is ``CSSNAP``, the format's number (two bytes, big-endian) and then parts:
+
+- the header, a msgpack map of what the file is (see `Header`);
+- the rows, a msgpack stream of arrays of ``[key, document]``, cut into blocks of 256 KiB wherever that falls, so that
+  no part is larger than another however large a document is;
+- the trailer, a msgpack map that repeats the number of rows and their bytes.
+
+A part is its kind (one byte), the length of what is kept of it, a CRC-32, and that: a zstd frame with its content's
+size and checksum. zstd's checksum is of the content alone, and a damaged frame may well give the right content; so the
+CRC is of the part as it lies there and of every part before it, which also finds one that is missing or from another
+file. Nothing in a file depends on the process that wrote it: not on its hashes, not on its machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import zlib
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgpack  # type: ignore[import-untyped]  # ships no type information
+import zstandard
+
+from cacheservice.cache.rows import STARTS, Rows
+from cacheservice.config import DatasetSettings
+from cacheservice.errors import SnapshotRejected
+
+MAGIC = b"CSSNAP"
+FORMAT = 1
+BLOCK_BYTES = 256 * 1024
+SLICE_ROWS = 512
+"""Packed or unpacked in one turn of the reactor, in two thirds of a millisecond."""
+_SLICE_BYTES = 128 * 1024
+"""More than this is split, down to single rows."""
+
+_START = struct.Struct(">6sH")
+_PART = struct.Struct(">cII")
+_HEADER, _ROWS, _TRAILER = b"H", b"R", b"T"
+_MOST_KEPT_BYTES = BLOCK_BYTES + BLOCK_BYTES // 128
+"""zstd adds at most a 256th to what it cannot compress, and a frame's header."""
+_LEVEL = 1
+"""As fast to unpack as any other, the fastest to pack, and no larger than level 3 for rows of JSON (measured)."""
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+_FIELDS = {
+    "dataset": str,
+    "generation": int,
+    "as_of_us": int,
+    "database_snapshot": str,
+    "rows": int,
+    "size_bytes": int,
+    "columns": list,
+    "fingerprint": str,
+}
+
+Row = tuple[bytes, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file is: its dataset, its generation, its `Snapshot` but for the rows, and of which query it is.
+
+    `as_of` is kept to the microsecond. `size_bytes` are those of all keys and documents.
+    """
+
+    dataset: str
+    generation: int
+    as_of: datetime
+    database_snapshot: str
+    rows: int
+    size_bytes: int
+    columns: tuple[str, ...]
+    fingerprint: str
+
+    def check(self, settings: DatasetSettings, generation: int, name: str) -> None:
+        """:raises SnapshotRejected: if the file `name` is not of that generation, or not of the dataset as it is."""
+        if self.dataset != settings.name:
+            raise SnapshotRejected(f"{name}: it is of another dataset, {self.dataset!r}")
+        if self.generation != generation:
+            raise SnapshotRejected(f"{name}: it is of another generation, {self.generation}")
+        if self.fingerprint != fingerprint(settings):
+            raise SnapshotRejected(f"{name}: the query or the key of the dataset was changed since it was saved")
+
+
+def fingerprint(settings: DatasetSettings) -> str:
+    """Of what decides which rows a dataset has and what they are called: its query and its key; 32 hex digits."""
+    return hashlib.blake2b(json.dumps([settings.query, list(settings.key)]).encode(), digest_size=16).hexdigest()
+
+
+def packed(rows: Rows) -> Generator[bytes]:
+    """All rows in pieces of a msgpack stream, each packed in a third of a millisecond unless one row is large.
+
+    It holds the rows until it has ended or is closed.
+    """
+    for keys, documents in rows.slices(SLICE_ROWS):
+        yield from _packed_slice(keys, documents)
+
+
+def _packed_slice(keys: list[bytes], documents: list[bytes]) -> Iterator[bytes]:
+    if sum(map(len, documents)) > _SLICE_BYTES and len(keys) > 1:
+        middle = len(keys) // 2
+        yield from _packed_slice(keys[:middle], documents[:middle])
+        yield from _packed_slice(keys[middle:], documents[middle:])
+        return
+    start = STARTS.get
+    # `unframed` written out. Documents are kept without their frame, because that is what `RowsBuilder` takes.
+    plain = [ready[start(len(ready)) or ready.index(b"\n") + 1 : -2] for ready in documents]
+    yield msgpack.packb(list(zip(keys, plain, strict=True)))
+
+
+class SnapshotWriter:
+    """Writes one file: the header now, the rows as they are packed, the trailer with `finish`.
+
+    :raises OSError: from each method, as the file does.
+    """
+
+    def __init__(self, file: BinaryIO, header: Header) -> None:
+        self._file = file
+        self._header = header
+        self._compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True, write_content_size=True)
+        self._waiting = bytearray()
+        start = _START.pack(MAGIC, FORMAT)
+        self._crc = zlib.crc32(start)
+        self.size_bytes = file.write(start)
+        fields = {
+            "dataset": header.dataset,
+            "generation": header.generation,
+            "as_of_us": (header.as_of - _EPOCH) // _MICROSECOND,
+            "database_snapshot": header.database_snapshot,
+            "rows": header.rows,
+            "size_bytes": header.size_bytes,
+            "columns": list(header.columns),
+            "fingerprint": header.fingerprint,
+        }
+        self._write_part(_HEADER, msgpack.packb(fields))
+
+    def write(self, piece: bytes) -> None:
+        """Take the next piece of `packed`."""
+        self._waiting += piece
+        if len(self._waiting) >= BLOCK_BYTES:
+            whole = len(self._waiting) // BLOCK_BYTES * BLOCK_BYTES
+            for start in range(0, whole, BLOCK_BYTES):
+                self._write_part(_ROWS, bytes(self._waiting[start : start + BLOCK_BYTES]))
+            del self._waiting[:whole]
+
+    def finish(self) -> None:
+        """Write what is left; the file is not flushed."""
+        if self._waiting:
+            self._write_part(_ROWS, bytes(self._waiting))
+        trailer = {"rows": self._header.rows, "size_bytes": self._header.size_bytes}
+        self._write_part(_TRAILER, msgpack.packb(trailer))
+
+    def _write_part(self, kind: bytes, content: bytes) -> None:
+        kept = self._compressor.compress(content)
+        self._crc = _part_crc(kind, kept, self._crc)
+        self.size_bytes += self._file.write(_PART.pack(kind, len(kept), self._crc) + kept)
+
+
+def read(path: Path) -> tuple[Header, Generator[bytes]]:
+    """The header, and the blocks of rows one by one; close the generator to close the file earlier.
+
+    Only when all blocks were read is the file known to be whole: nothing of it may be used before.
+
+    :raises SnapshotRejected: if something is wrong with the file; the generator as well.
+    :raises OSError: if it cannot be read; the generator as well.
+    """
+    parts = _parts(path)
+    try:
+        kind, content = next(parts)
+        if kind != _HEADER:
+            raise _damaged(path.name, "it does not begin with a header")
+        header = _header(content, path.name)
+    except BaseException:
+        parts.close()
+        raise
+    return header, _blocks(parts, header, path.name)
+
+
+def _blocks(parts: Generator[tuple[bytes, bytes]], header: Header, name: str) -> Generator[bytes]:
+    try:
+        for kind, content in parts:
+            if kind == _HEADER:
+                raise _damaged(name, "it has two headers")
+            if kind == _ROWS:
+                yield content
+            elif _unpacked(content, name) != {"rows": header.rows, "size_bytes": header.size_bytes}:
+                raise _damaged(name, "its header and its trailer differ")
+    finally:
+        parts.close()
+
+
+def _parts(path: Path) -> Generator[tuple[bytes, bytes]]:
+    """Kind and content of each part up to the trailer, which is the last one."""
+    name = path.name
+    decompressor = zstandard.ZstdDecompressor()
+    with path.open("rb") as file:
+        start = file.read(_START.size)
+        if len(start) < _START.size and start.startswith(MAGIC[: len(start)]):
+            raise _truncated(name, len(start))
+        if not start.startswith(MAGIC):
+            raise SnapshotRejected(f"{name}: it is no saved snapshot")
+        version = _START.unpack(start)[1]
+        if version != FORMAT:
+            raise SnapshotRejected(f"{name}: format {version} is not known here, only format {FORMAT}")
+        crc = zlib.crc32(start)
+        kind = b""
+        while kind != _TRAILER:
+            head = file.read(_PART.size)
+            if len(head) < _PART.size:
+                raise _truncated(name, file.tell())
+            kind, length, expected_crc = _PART.unpack(head)
+            # Looked at before anything of that length is read.
+            if length > _MOST_KEPT_BYTES or kind not in (_HEADER, _ROWS, _TRAILER):
+                raise _damaged(name, f"no part begins at byte {file.tell() - _PART.size}")
+            kept = file.read(length)
+            if len(kept) < length:
+                raise _truncated(name, file.tell())
+            crc = _part_crc(kind, kept, crc)
+            if crc != expected_crc:
+                raise _damaged(name, f"a checksum before byte {file.tell()} is wrong")
+            if kind == _TRAILER and file.read(1):
+                raise _damaged(name, "something follows its trailer")
+            yield kind, _content(decompressor, kept, name)
+
+
+def _content(decompressor: zstandard.ZstdDecompressor, kept: bytes, name: str) -> bytes:
+    try:
+        # What the frame announces is allocated at once, whatever `max_output_size` is.
+        announced = zstandard.get_frame_parameters(kept)
+        if announced.content_size > BLOCK_BYTES or not announced.has_checksum:
+            raise _damaged(name, "a zstd frame is not as we write them")
+        return decompressor.decompress(kept, max_output_size=BLOCK_BYTES, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise _damaged(name, "a zstd frame cannot be decompressed") from error
+
+
+def _header(content: bytes, name: str) -> Header:
+    fields = _unpacked(content, name)
+    if not isinstance(fields, dict) or {key: type(value) for key, value in fields.items()} != _FIELDS:
+        raise _damaged(name, "its header lacks something")
+    columns = tuple(fields.pop("columns"))
+    as_of_us = fields.pop("as_of_us")
+    with suppress(OverflowError):
+        if all(isinstance(column, str) for column in columns) and min(fields["rows"], fields["size_bytes"]) >= 0:
+            return Header(**fields, columns=columns, as_of=_EPOCH + as_of_us * _MICROSECOND)
+    raise _damaged(name, "its header holds what cannot be")
+
+
+def _unpacked(content: bytes, name: str) -> Any:
+    try:
+        return msgpack.unpackb(content)
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise _damaged(name, "its header or trailer cannot be unpacked") from error
+
+
+class RowsUnpacker:
+    """The rows out of the blocks, in the slices in which they were packed.
+
+    :param name: of the file, for the errors.
+    """
+
+    def __init__(self, header: Header, name: str) -> None:
+        self._name = name
+        # A length that is announced allocates an array's places and nothing else; no array of ours is longer than
+        # this, and what is kept until a document is whole cannot pass what the blocks hold.
+        self._unpacker = msgpack.Unpacker(
+            use_list=False,
+            max_buffer_size=min(2**32 - 1, 2 * BLOCK_BYTES + header.size_bytes + 16 * (SLICE_ROWS + 1)),
+            max_array_len=SLICE_ROWS,
+            max_str_len=0,
+            max_map_len=0,
+            max_ext_len=0,
+        )
+
+    def slices(self, block: bytes) -> Iterator[Sequence[Row]]:
+        """The rows that are whole with this block; a part of one waits for the next.
+
+        :raises SnapshotRejected: if that are no rows.
+        """
+        unpacker = self._unpacker
+        try:
+            unpacker.feed(block)
+            for rows in unpacker:
+                if type(rows) is not tuple or not _are_rows(rows):
+                    raise _damaged(self._name, "what it holds are no rows")
+                yield rows
+        except (ValueError, TypeError, msgpack.UnpackException) as error:
+            raise _damaged(self._name, "its rows cannot be unpacked") from error
+
+
+def _are_rows(rows: tuple[Any, ...]) -> bool:
+    if {type(row) for row in rows} - {tuple} or {len(row) for row in rows} - {2}:
+        return False
+    return not set(map(type, chain.from_iterable(rows))) - {bytes}
+
+
+def _part_crc(kind: bytes, kept: bytes, before: int) -> int:
+    return zlib.crc32(kept, zlib.crc32(kind + len(kept).to_bytes(4, "big"), before))
+
+
+def _truncated(name: str, size_bytes: int) -> SnapshotRejected:
+    return SnapshotRejected(f"{name}: it is truncated, or damaged: it ends within a part, after {size_bytes} bytes")
+
+
+def _damaged(name: str, what: str) -> SnapshotRejected:
+    return SnapshotRejected(f"{name}: it is damaged: {what}")

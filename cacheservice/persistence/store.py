@@ -1,0 +1,493 @@
+"""Saves what PostgreSQL gave, loads it again at the start, and keeps some generations for a way back.
+
+Rows are packed and unpacked slice by slice in the reactor, because readers wait behind it and its dicts are its own;
+files are read, written, compressed and checked in a thread.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from twisted.application.service import Service
+from twisted.internet.defer import Deferred
+from twisted.internet.task import deferLater
+from twisted.internet.threads import deferToThreadPool
+
+from cacheservice.cache.cache import Cache
+from cacheservice.cache.dataset import Dataset, Snapshot
+from cacheservice.cache.describe import seconds
+from cacheservice.cache.rows import Rows, RowsBuilder, Shards
+from cacheservice.config import DatasetSettings
+from cacheservice.errors import BadResult, CacheServiceError, SnapshotRejected, Stopped, UnknownGeneration
+from cacheservice.persistence.files import (
+    Header,
+    RowsUnpacker,
+    SnapshotWriter,
+    fingerprint,
+    packed,
+    read,
+)
+
+_LEAST_RETRY_S = 1.0
+_AHEAD_BYTES = 1024 * 1024
+"""Read by the thread while the reactor unpacks as much."""
+_SAVED = re.compile(r"([a-z][a-z0-9_]{0,62})\.(?!0{12})([0-9]{12})\.snapshot")
+_TEMPORARY = re.compile(r"\.[a-z][a-z0-9_]{0,62}\.[0-9]{12}\.[0-9]+\.tmp")
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+class SnapshotStore(Service):
+    """Keeps snapshots of the datasets of `cache` in `directory`, one file for each generation.
+
+    `problems` tells, for each dataset whose last save failed, why in one line.
+
+    :param min_save_interval_s: the least time from the start of one save of a dataset to that of its next.
+    :param keep_generations: files kept of a dataset, at least 1.
+    :param release: gets the shards of loaded rows when nobody reads them any more.
+    :param reactor: `IReactorTime`, whose `seconds` are monotonic, and `IReactorThreads`.
+    :param wall_s: the wall clock, in seconds since 1970: how old a file's rows are, no monotonic clock knows.
+    """
+
+    name = "persistence"
+
+    def __init__(
+        self,
+        cache: Cache,
+        directory: Path,
+        min_save_interval_s: float,
+        keep_generations: int,
+        release: Callable[[Shards], None],
+        reactor: Any,
+        log: Any,
+        wall_s: Callable[[], float] = time.time,
+    ) -> None:
+        self.problems: dict[str, str] = {}
+        self._cache = cache
+        self._directory = directory
+        self._min_save_interval_s = min_save_interval_s
+        self._keep_generations = keep_generations
+        self._release = release
+        self._reactor = reactor
+        self._log = log
+        self._wall_s = wall_s
+        self._saved: dict[str, list[int]] = {}
+        self._wanted: set[str] = set()
+        self._due_at: dict[str, float] = {}
+        self._timer: Any = None
+        self._saving: Deferred[None] | None = None
+        self._temporary: Path | None = None
+        self._watching = False
+        self._stopping = False
+        self._working = 0
+        self._idle: list[Deferred[None]] = []
+
+    def startService(self) -> None:
+        super().startService()
+        self._stopping = False
+        self._watching = True
+        for dataset in self._cache.datasets.values():
+            dataset.watch(self._published)
+
+    def stopService(self) -> Deferred[None]:
+        """Save nothing more and abandon what is half saved or half loaded; fires when no thread works for it."""
+        super().stopService()
+        self._stopping = True
+        if self._watching:
+            self._watching = False
+            for dataset in self._cache.datasets.values():
+                dataset.unwatch(self._published)
+        self._wanted.clear()
+        self._forget_timer()
+        stopped: Deferred[None] = Deferred()
+        if self._working:
+            self._idle.append(stopped)
+        else:
+            stopped.callback(None)
+        return stopped
+
+    def saved(self, name: str) -> list[int]:
+        """The generations of a dataset on disk, newest first, as `restore` found them and saves changed them since."""
+        return list(self._saved.get(name, ()))
+
+    # Loading
+
+    async def restore(self) -> None:
+        """Publish the newest saved snapshot of each dataset that has none yet. Never raises.
+
+        A file that is refused is logged and moved aside, and the one before it is tried.
+        """
+        await _shielded(Deferred.fromCoroutine(self._restore()))
+
+    async def _restore(self) -> None:
+        try:
+            with self._work():
+                self._saved = await self._in_thread(_scan, self._directory, self._temporary)
+                for dataset in self._cache.datasets.values():
+                    await self._restore_dataset(dataset)
+        except Stopped:
+            return
+        except OSError as error:
+            self._log.warning("snapshot_restore_failed", error=f"{self._directory}: {_reason(error)}")
+
+    async def _restore_dataset(self, dataset: Dataset) -> None:
+        for generation in self.saved(dataset.name):
+            if dataset.snapshot is not None:
+                return
+            began_at = self._reactor.seconds()
+            try:
+                snapshot = await self._load(dataset.settings, generation)
+            except Stopped:
+                raise
+            except Exception as error:
+                # Whatever it is, a mistake of ours too, it must not keep the service from starting.
+                ours = not isinstance(error, CacheServiceError)
+                self._log.warning(
+                    "snapshot_rejected",
+                    dataset=dataset.name,
+                    file=self._path(dataset.name, generation).name,
+                    error=_reason(error) if ours else str(error),
+                    exc_info=ours,
+                )
+                continue
+            # A refresh may have been quicker; what it read is newer.
+            if dataset.snapshot is None:
+                dataset.publish(snapshot)
+                self._log.info(
+                    "snapshot_restored",
+                    dataset=dataset.name,
+                    generation=generation,
+                    rows=snapshot.rows.count,
+                    age_s=seconds(dataset.age_s() or 0.0),
+                    took_s=seconds(self._reactor.seconds() - began_at),
+                )
+
+    async def load(self, name: str, generation: int) -> Snapshot:
+        """One saved generation, for a rollback: whoever publishes it gives it a new number.
+
+        :raises UnknownDataset: if none has that name.
+        :raises UnknownGeneration: if that generation is not on disk.
+        :raises SnapshotRejected: if its file is refused; it was moved aside, unless it only could not be read.
+        :raises Stopped: if the service stops meanwhile.
+        """
+        settings = self._cache.dataset(name).settings
+        if generation not in self._saved.get(name, ()):
+            raise self._unknown(name, generation)
+        return await _shielded(Deferred.fromCoroutine(self._load(settings, generation)))
+
+    async def _load(self, settings: DatasetSettings, generation: int) -> Snapshot:
+        path = self._path(settings.name, generation)
+        with self._work():
+            try:
+                header, rows = await self._read(path, settings, generation)
+            except SnapshotRejected:
+                await self._in_thread(_move_aside, path)
+                self._forget(settings.name, generation)
+                raise
+            except FileNotFoundError:
+                self._forget(settings.name, generation)
+                raise self._unknown(settings.name, generation) from None
+            except OSError as error:
+                # Nothing says that the file is bad: it stays where it is.
+                raise SnapshotRejected(f"{path.name}: it cannot be read: {_reason(error)}") from error
+        age_s = max(0.0, self._wall_s() - header.as_of.timestamp())
+        return Snapshot(
+            generation,
+            rows,
+            header.as_of,
+            self._reactor.seconds() - age_s,
+            header.database_snapshot,
+            header.columns,
+            source="disk",
+        )
+
+    async def _read(self, path: Path, settings: DatasetSettings, generation: int) -> tuple[Header, Rows]:
+        builder = RowsBuilder(self._release, max_rows=settings.max_rows, max_bytes=settings.max_bytes)
+        try:
+            header, blocks = await self._in_thread(_open, path, settings, generation)
+            await self._unpack(header, blocks, builder, path.name)
+            # The trailer says the same as the header, and here are that many.
+            if (builder.count, builder.size_bytes) != (header.rows, header.size_bytes):
+                raise SnapshotRejected(f"{path.name}: it is damaged: its rows are not as many as its header says")
+            return header, builder.finish()
+        except BadResult as error:
+            raise SnapshotRejected(f"{path.name}: {error}") from error
+        finally:
+            builder.discard()
+
+    async def _unpack(self, header: Header, blocks: Generator[bytes], builder: RowsBuilder, name: str) -> None:
+        unpacker = RowsUnpacker(header, name)
+        ahead = self._in_thread(_some, blocks)
+        try:
+            while some := await ahead:
+                ahead = self._in_thread(_some, blocks)
+                for block in some:
+                    for rows in unpacker.slices(block):
+                        builder.add(rows)
+                        await deferLater(self._reactor, 0)
+                        self._go_on()
+        finally:
+            # The thread must have let the file go before it is closed here. What it failed with does not matter then.
+            await ahead.addErrback(lambda _: None)
+            blocks.close()
+
+    def _forget(self, name: str, generation: int) -> None:
+        with suppress(ValueError):
+            self._saved.get(name, []).remove(generation)
+
+    def _unknown(self, name: str, generation: int) -> UnknownGeneration:
+        known = ", ".join(map(str, self.saved(name))) or "none"
+        return UnknownGeneration(f"generation {generation} of {name} is not on disk; there are: {known}")
+
+    # Saving
+
+    def _published(self, dataset: Dataset) -> None:
+        if dataset.snapshot is not None and dataset.snapshot.source == "postgres":
+            self._wanted.add(dataset.name)
+            self._plan()
+
+    def _plan(self) -> None:
+        """Begin the save that is due, or wait for the first that will be."""
+        self._forget_timer()
+        if self._saving is not None or self._stopping or not self._wanted:
+            return
+        name = min(self._wanted, key=lambda name: self._due_at.get(name, -math.inf))
+        in_s = self._due_at.get(name, -math.inf) - self._reactor.seconds()
+        if in_s > 0:
+            self._timer = self._reactor.callLater(in_s, self._plan)
+            return
+        self._wanted.remove(name)
+        saving = Deferred.fromCoroutine(self._save(self._cache.dataset(name)))
+        if not saving.called:
+            self._saving = saving
+        saving.addCallback(self._ended)
+
+    def _ended(self, _: None) -> None:
+        self._saving = None
+        self._plan()
+
+    def _forget_timer(self) -> None:
+        if self._timer is not None and self._timer.active():
+            self._timer.cancel()
+
+    async def _save(self, dataset: Dataset) -> None:
+        """One save, whatever comes of it: it never raises."""
+        # The newest, which may not be the one that was published when this was planned.
+        snapshot = dataset.snapshot
+        if snapshot is None or snapshot.source != "postgres":
+            return
+        name, generation, count = dataset.name, snapshot.generation, snapshot.rows.count
+        log = self._log.bind(dataset=name)
+        began_at = self._reactor.seconds()
+        self._due_at[name] = began_at + self._min_save_interval_s
+        try:
+            with self._work():
+                # Generations only rise, so that a higher number is of an earlier life, from before what was restored.
+                # Left there it would pass for the newest.
+                older = [other for other in self.saved(name) if other < generation]
+                kept = [generation, *older[: self._keep_generations - 1]]
+                dropped = [other for other in self.saved(name) if other not in kept]
+                # A failure's traceback holds the frames it passed, and the thread that failed holds the failure until
+                # its next work: no frame of these may hold the rows then.
+                pieces, header = packed(snapshot.rows), _header(dataset.settings, snapshot)
+                del snapshot
+                try:
+                    file_bytes = await self._write(header, pieces, dropped)
+                finally:
+                    pieces.close()
+        except Stopped:
+            return
+        except Exception as error:
+            self._fail(name, error, log)
+        else:
+            self._saved[name] = kept
+            dataset.save_problem = None
+            if self.problems.pop(name, None) is not None:
+                log.info("snapshot_save_recovered")
+            log.info(
+                "snapshot_saved",
+                generation=generation,
+                rows=count,
+                bytes=file_bytes,
+                took_s=seconds(self._reactor.seconds() - began_at),
+            )
+
+    def _fail(self, name: str, error: Exception, log: Any) -> None:
+        ours = not isinstance(error, OSError)
+        problem = f"{self._directory}: {_reason(error)}"
+        retry_in_s = max(_LEAST_RETRY_S, self._min_save_interval_s)
+        if self.problems.get(name) != problem:
+            self.problems[name] = self._cache.dataset(name).save_problem = problem
+            log.warning("snapshot_save_failed", error=problem, retry_in_s=seconds(retry_in_s), exc_info=ours)
+        self._due_at[name] = self._reactor.seconds() + retry_in_s
+        if not self._stopping:
+            self._wanted.add(name)
+
+    async def _write(self, header: Header, pieces: Iterator[bytes], dropped: Sequence[int]) -> int:
+        """The bytes of the file, which is complete and lasting now, or nothing is left of it."""
+        name, generation = header.dataset, header.generation
+        path = self._path(name, generation)
+        temporary = self._directory / f".{name}.{generation:012}.{os.getpid()}.tmp"
+        self._temporary = temporary
+        try:
+            file = await self._in_thread(_create, temporary)
+            try:
+                writer = await self._in_thread(SnapshotWriter, file, header)
+                # The thread takes one piece after the other, and between them the reactor does all else.
+                for piece in pieces:
+                    await self._in_thread(writer.write, piece)
+                    self._go_on()
+                await self._in_thread(_commit, writer, file, temporary, path)
+            except BaseException:
+                await self._in_thread(_abandon, file, temporary)
+                raise
+            await self._in_thread(_remove, [self._path(name, other) for other in dropped])
+        finally:
+            self._temporary = None
+        return writer.size_bytes
+
+    # Both
+
+    def _path(self, name: str, generation: int) -> Path:
+        return self._directory / f"{name}.{generation:012}.snapshot"
+
+    def _go_on(self) -> None:
+        if self._stopping:
+            raise Stopped("the service is stopping")
+
+    def _in_thread(self, work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> Deferred[_T]:
+        return deferToThreadPool(self._reactor, self._reactor.getThreadPool(), work, *args, **kwargs)
+
+    @contextmanager
+    def _work(self) -> Iterator[None]:
+        """Around what a stop has to wait for."""
+        self._go_on()
+        self._working += 1
+        try:
+            yield
+        finally:
+            self._working -= 1
+            if not self._working:
+                idle, self._idle = self._idle, []
+                for stopped in idle:
+                    stopped.callback(None)
+
+
+def _shielded(running: Deferred[_T]) -> Deferred[_T]:
+    """The result of `running`, which runs on if whoever waits for it gives up: a thread cannot be cancelled."""
+    waiting: Deferred[_T] = Deferred()
+
+    def ended(result: Any) -> None:
+        if not waiting.called:
+            waiting.callback(result)
+
+    running.addBoth(ended)
+    return waiting
+
+
+def _header(settings: DatasetSettings, snapshot: Snapshot) -> Header:
+    return Header(
+        settings.name,
+        snapshot.generation,
+        snapshot.as_of,
+        snapshot.database_snapshot,
+        snapshot.rows.count,
+        snapshot.rows.size_bytes,
+        snapshot.columns,
+        fingerprint(settings),
+    )
+
+
+# What follows runs in a thread.
+
+
+def _scan(directory: Path, busy: Path | None) -> dict[str, list[int]]:
+    """The generations there are, newest first, by dataset. What a killed process left half written is removed."""
+    found: dict[str, list[int]] = {}
+    try:
+        entries = sorted(directory.iterdir(), reverse=True)
+    except FileNotFoundError:
+        return found
+    for path in entries:
+        if _TEMPORARY.fullmatch(path.name) and path != busy:
+            with suppress(OSError):
+                path.unlink()
+        elif (named := _SAVED.fullmatch(path.name)) and path.is_file():
+            found.setdefault(named[1], []).append(int(named[2]))
+    return found
+
+
+def _open(path: Path, settings: DatasetSettings, generation: int) -> tuple[Header, Generator[bytes]]:
+    header, blocks = read(path)
+    try:
+        header.check(settings, generation, path.name)
+    except SnapshotRejected:
+        blocks.close()
+        raise
+    return header, blocks
+
+
+def _some(blocks: Iterator[bytes]) -> list[bytes]:
+    """The next blocks, about 1 MiB of them; none after the last."""
+    some: list[bytes] = []
+    size_bytes = 0
+    for block in blocks:
+        some.append(block)
+        size_bytes += len(block)
+        if size_bytes >= _AHEAD_BYTES:
+            break
+    return some
+
+
+def _move_aside(path: Path) -> None:
+    with suppress(OSError):
+        path.replace(path.with_name(f"{path.name}.rejected"))
+
+
+def _create(temporary: Path) -> Any:
+    temporary.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # One of a killed process with our number, which a container's first process always has.
+    temporary.unlink(missing_ok=True)
+    return open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb")
+
+
+def _commit(writer: SnapshotWriter, file: Any, temporary: Path, path: Path) -> None:
+    """Make it last, then make it the generation's file; a crash leaves all of it or none."""
+    writer.finish()
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+    temporary.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _abandon(file: Any, temporary: Path) -> None:
+    with suppress(OSError):
+        file.close()
+    with suppress(OSError):
+        temporary.unlink()
+
+
+def _remove(paths: Sequence[Path]) -> None:
+    for path in paths:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _reason(error: Exception) -> str:
+    """In words that stay the same when the same thing fails again: without the name of a file."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return f"an internal error, {type(error).__name__}; its traceback is in the log"

@@ -1,0 +1,75 @@
+"""Saves one generation after the other until it is killed: ``python -m tests.persistence_child DIRECTORY ROWS``.
+
+A line on standard output tells that a generation is begun, another that its save is complete.
+"""
+
+from __future__ import annotations
+
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred
+
+from cacheservice.cache.cache import Cache
+from cacheservice.cache.dataset import Snapshot
+from cacheservice.cache.rows import RowsBuilder
+from cacheservice.config import DatasetSettings
+from cacheservice.persistence.store import SnapshotStore
+
+SETTINGS = DatasetSettings(name="products", query="SELECT * FROM products", key=("id",))
+
+
+def rows_of_generation(generation: int, count: int) -> list[tuple[bytes | None, bytes]]:
+    return [(b"%d" % number, b'{"id":%d,"generation":%d}' % (number, generation)) for number in range(count)]
+
+
+class Child:
+    """The log of its store: what is saved makes it publish the next."""
+
+    def __init__(self, directory: Path, count: int) -> None:
+        self.cache = Cache([SETTINGS], reactor.seconds)
+        self.store = SnapshotStore(self.cache, directory, 0.0, 2, lambda _: None, reactor, self)
+        self.count = count
+
+    def bind(self, **_: Any) -> Child:
+        return self
+
+    def warning(self, event: str, **fields: Any) -> None:
+        say(event, fields)
+
+    error = warning
+
+    def info(self, event: str, **fields: Any) -> None:
+        if event == "snapshot_saved":
+            say("saved", fields["generation"])
+            reactor.callLater(0, self.publish)
+
+    async def run(self) -> None:
+        await self.store.restore()
+        self.store.startService()
+        self.publish()
+
+    def publish(self) -> None:
+        dataset = self.cache.dataset("products")
+        generation = dataset.snapshot.generation + 1 if dataset.snapshot else 1
+        builder = RowsBuilder(lambda _: None)
+        builder.add(rows_of_generation(generation, self.count))
+        say("begun", generation)
+        dataset.publish(Snapshot(generation, builder.finish(), datetime.now(UTC), reactor.seconds(), "1:1:"))
+
+
+def say(*words: object) -> None:
+    print(*words, flush=True)  # noqa: T201  # to the test that started it
+
+
+def main() -> None:
+    child = Child(Path(sys.argv[1]), int(sys.argv[2]))
+    reactor.callWhenRunning(lambda: Deferred.fromCoroutine(child.run()))
+    reactor.run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,787 @@
+"""Laws of saved snapshots, on real files and the real reactor."""
+
+from __future__ import annotations
+
+import gc
+import io
+import os
+import random
+import resource
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred
+from twisted.internet.task import deferLater
+from twisted.internet.threads import deferToThread
+from twisted.trial.unittest import SkipTest, SynchronousTestCase, TestCase
+
+from cacheservice.cache.cache import Cache
+from cacheservice.cache.dataset import Dataset, Snapshot
+from cacheservice.cache.rows import Rows, RowsBuilder, Shards
+from cacheservice.config import DatasetSettings
+from cacheservice.errors import SnapshotRejected, Stopped, UnknownDataset, UnknownGeneration
+from cacheservice.persistence.files import (
+    BLOCK_BYTES,
+    FORMAT,
+    MAGIC,
+    Header,
+    RowsUnpacker,
+    SnapshotWriter,
+    fingerprint,
+    packed,
+    read,
+)
+from cacheservice.persistence.store import SnapshotStore
+from tests.persistence_child import rows_of_generation
+
+ROOT = Path(__file__).parent.parent
+AS_OF = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
+KILLS = int(os.environ.get("CACHESERVICE_TEST_KILLS", "30"))
+KILL_ROWS = 20_000
+GIVE_UP_S = 60.0
+
+Table = dict[bytes, bytes]
+
+
+def declared(name: str = "products", **more: Any) -> DatasetSettings:
+    return DatasetSettings.model_validate({"name": name, "query": "SELECT * FROM products", "key": "id"} | more)
+
+
+def rows_of(table: Iterable[tuple[bytes | None, bytes]], release: Callable[[Shards], None] = lambda _: None) -> Rows:
+    builder = RowsBuilder(release)
+    builder.add(list(table))
+    return builder.finish()
+
+
+def header_of(rows: Rows, **more: Any) -> Header:
+    fields: dict[str, Any] = {
+        "dataset": "products",
+        "generation": 7,
+        "as_of": AS_OF,
+        "database_snapshot": "730:735:730,732",
+        "rows": rows.count,
+        "size_bytes": rows.size_bytes,
+        "columns": ("id", "Größe"),
+        "fingerprint": fingerprint(declared()),
+    }
+    return Header(**fields | more)
+
+
+def file_of(rows: Rows, **more: Any) -> bytes:
+    file = io.BytesIO()
+    writer = SnapshotWriter(file, header_of(rows, **more))
+    for piece in packed(rows):
+        writer.write(piece)
+    writer.finish()
+    assert writer.size_bytes == len(file.getvalue())
+    return file.getvalue()
+
+
+def table_of(path: Path) -> tuple[Header, Table]:
+    """All of a file, or its refusal."""
+    header, blocks = read(path)
+    unpacker = RowsUnpacker(header, path.name)
+    rows = [row for block in blocks for slice_ in unpacker.slices(block) for row in slice_]
+    return header, dict(rows)
+
+
+def noise(count: int, length: int, seed: int = 1) -> Table:
+    """Rows that cannot be compressed, so that every byte of their file matters."""
+    random_ = random.Random(seed)
+    return {b"%d" % number: random_.randbytes(length) for number in range(count)}
+
+
+class Folder(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="cacheservice-test-"))
+        self.addCleanup(shutil.rmtree, self.directory)
+        self.path = self.directory / "products.000000000007.snapshot"
+
+    def refusal(self, content: bytes) -> str:
+        """What is said of a file with that content, on one line that names it."""
+        self.path.write_bytes(content)
+        with self.assertRaises(SnapshotRejected) as caught:
+            table_of(self.path)
+        message = str(caught.exception)
+        self.assertEqual(message.splitlines(), [message])
+        self.assertIn(self.path.name, message)
+        return message
+
+
+class Format(Folder):
+    @settings(deadline=None)
+    @given(st.dictionaries(st.binary(max_size=12), st.binary(max_size=300), max_size=100), st.datetimes())
+    def test_what_is_written_is_read(self, table: Table, moment: datetime) -> None:
+        """Any keys and documents, of any bytes, come back, and the header to the microsecond."""
+        rows, as_of = rows_of(table.items()), moment.replace(tzinfo=UTC)
+        self.path.write_bytes(file_of(rows, as_of=as_of))
+        self.assertEqual(table_of(self.path), (header_of(rows, as_of=as_of), table))
+
+    def test_many_and_large_rows(self) -> None:
+        """Rows of many slices and documents of many blocks come back, and no part is larger for it."""
+        table = noise(3000, 100) | {b"large": b"x" * (5 * BLOCK_BYTES + 1), b"empty": b"", b"": random.randbytes(10**6)}
+        self.path.write_bytes(file_of(rows_of(table.items())))
+        self.assertEqual(table_of(self.path)[1], table)
+        _, blocks = read(self.path)
+        self.assertLessEqual(max(map(len, blocks)), BLOCK_BYTES)
+
+    def test_pieces_are_bounded(self) -> None:
+        """No piece holds more than 512 rows, nor more than 128 KiB if it holds more than one."""
+        for length in (10, 1000, 300_000):
+            for piece in packed(rows_of(noise(1100 if length < 10_000 else 5, length).items())):
+                rows = msgpack.unpackb(piece)
+                self.assertLessEqual(len(rows), 512)
+                self.assertTrue(len(piece) <= 136 * 1024 or len(rows) == 1)
+
+    def test_a_fingerprint_is_of_query_and_key(self) -> None:
+        """Another query or key has another fingerprint, wherever one ends and the other begins."""
+        different = [
+            declared(),
+            declared(query="SELECT * FROM products "),
+            declared(key=["id", "sku"]),
+            declared(key=["sku", "id"]),
+            declared(key="id:sku"),
+            declared(key='id","sku'),
+        ]
+        self.assertEqual(len(set(map(fingerprint, different))), len(different))
+        self.assertEqual(fingerprint(declared(interval_s=5.0)), fingerprint(declared()))
+
+
+class Damage(Folder):
+    def test_every_byte_of_a_small_file(self) -> None:
+        """A small file is refused with any one bit of it turned."""
+        whole = file_of(rows_of(noise(3, 20).items()))
+        for position in range(len(whole)):
+            for bit in range(8):
+                content = bytearray(whole)
+                content[position] ^= 1 << bit
+                self.refusal(bytes(content))
+
+    def test_a_thousand_bytes_of_a_large_file(self) -> None:
+        """A file of many blocks is refused with any one byte changed."""
+        whole = file_of(rows_of(noise(4000, 300).items()))
+        random_ = random.Random(2)
+        for _ in range(1000):
+            content = bytearray(whole)
+            content[random_.randrange(len(whole))] ^= random_.randrange(1, 256)
+            self.refusal(bytes(content))
+
+    def test_truncation(self) -> None:
+        """A file that ends early is refused, wherever it ends; one that is longer as well."""
+        whole = file_of(rows_of(noise(4000, 300).items()))
+        ends = {*range(0, len(whole), 4096), *range(600), *range(len(whole) - 200, len(whole))}
+        for end in sorted(ends):
+            self.assertIn("it is truncated", self.refusal(whole[:end]))
+        self.assertIn("something follows", self.refusal(whole + b"\0"))
+        self.assertIn("something follows", self.refusal(whole + whole))
+
+    def test_parts_of_another_file(self) -> None:
+        """Parts that are whole but of another file, or in another place, are refused."""
+        table = noise(2000, 300)
+        one, other = (file_of(rows_of(table.items()), generation=generation) for generation in (7, 8))
+        first = MAGIC + FORMAT.to_bytes(2, "big")
+        header_end = len(first) + 9 + int.from_bytes(one[len(first) + 1 : len(first) + 5], "big")
+        self.assertEqual(one[header_end : header_end + 1], b"R")
+        self.assertIn("checksum", self.refusal(one[:header_end] + other[header_end:]))
+        self.assertIn("does not begin", self.refusal(self.sealed((b"T", {"rows": 0, "size_bytes": 0}))))
+
+    def test_lengths_do_not_allocate(self) -> None:
+        """What a part, a frame or an array announces is not believed."""
+        start = MAGIC + FORMAT.to_bytes(2, "big")
+        self.assertIn("no part begins", self.refusal(start + b"H" + b"\xff" * 8))
+        bomb = zstandard.ZstdCompressor(write_checksum=True).compress(bytes(100 * BLOCK_BYTES))
+        self.assertIn("not as we write them", self.refusal(self.sealed((b"H", bomb))))
+        header = {"dataset": "products", "generation": 7, "as_of_us": 0, "database_snapshot": "", "columns": []}
+        header |= {"rows": 1, "size_bytes": 1, "fingerprint": ""}
+        for rows in (b"\xdd\xff\xff\xff\xff", b"\x91" * 100_000, b"\xc6\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff"):
+            # One that is too long, or one whose rest never comes.
+            self.refusal(self.sealed((b"H", header), (b"R", rows)))
+
+    def test_what_is_no_snapshot(self) -> None:
+        """What is well formed but holds something else is refused."""
+        good: dict[str, Any] = {"dataset": "p", "generation": 7, "as_of_us": 0, "database_snapshot": "", "columns": []}
+        good |= {"rows": 1, "size_bytes": 2, "fingerprint": ""}
+        for header in (
+            {},
+            [],
+            1,
+            good | {"rows": -1},
+            good | {"rows": True},
+            good | {"columns": [1]},
+            good | {"as_of_us": 2**63},
+            good | {"more": 1},
+        ):
+            self.assertIn("header", self.refusal(self.sealed((b"H", header))))
+        for rows in (1, [], [[b"k"]], [[b"k", b"v", b"w"]], [[1, b"v"]], [[b"k", None]], [b"kv"], [[[b"k"], b"v"]]):
+            content = self.sealed((b"H", good), (b"R", rows), (b"T", {"rows": 1, "size_bytes": 2}))
+            if rows == []:
+                self.path.write_bytes(content)  # no row at all; the store counts them
+                self.assertEqual(table_of(self.path)[1], {})
+            else:
+                self.assertIn("no rows", self.refusal(content))
+        self.assertIn("differ", self.refusal(self.sealed((b"H", good), (b"T", {"rows": 2, "size_bytes": 2}))))
+        self.assertIn("two headers", self.refusal(self.sealed((b"H", good), (b"H", good))))
+        self.assertIn("no saved snapshot", self.refusal(b"PK\x03\x04 and more"))
+        self.assertIn(
+            "format 2 is not known here, only format 1", self.refusal(MAGIC + (2).to_bytes(2, "big") + b"whatever")
+        )
+
+    def sealed(self, *parts: tuple[bytes, Any]) -> bytes:
+        """A file of those parts with all its checksums right. Bytes for a header are a frame, for rows their stream."""
+        file = io.BytesIO()
+        writer = SnapshotWriter(file, header_of(rows_of([])))
+        file.seek(8)
+        file.truncate()
+        crc = zlib.crc32(file.getvalue())
+        for kind, content in parts:
+            stream = content if isinstance(content, bytes) else msgpack.packb(content)
+            compress = zstandard.ZstdCompressor(write_checksum=True).compress
+            kept = content if kind == b"H" and isinstance(content, bytes) else compress(stream)
+            crc = zlib.crc32(kind + len(kept).to_bytes(4, "big") + kept, crc)
+            file.write(kind + len(kept).to_bytes(4, "big") + crc.to_bytes(4, "big") + kept)
+        del writer
+        return file.getvalue()
+
+
+class Log:
+    """Remembers events as (event, fields)."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self._bound: dict[str, Any] = {}
+
+    def bind(self, **fields: Any) -> Log:
+        bound = Log()
+        bound.events, bound._bound = self.events, self._bound | fields
+        return bound
+
+    def info(self, event: str, **fields: Any) -> None:
+        self.events.append((event, self._bound | fields))
+
+    warning = error = info
+
+    def named(self, event: str) -> list[dict[str, Any]]:
+        return [fields for name, fields in self.events if name == event]
+
+    def saved(self) -> list[int]:
+        return [fields["generation"] for fields in self.named("snapshot_saved")]
+
+
+async def until(what: Callable[[], object]) -> None:
+    give_up_at = time.monotonic() + GIVE_UP_S
+    while not what():
+        assert time.monotonic() < give_up_at, "it never came"
+        await deferLater(reactor, 0.005)
+
+
+@contextmanager
+def no_descriptor_left() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.open("/dev/null", os.O_RDONLY)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+class Running(TestCase):
+    timeout = 300
+
+    def setUp(self) -> None:
+        # Its own folder is missing at first: the store makes it.
+        self.parent = Path(tempfile.mkdtemp(prefix="cacheservice-test-"))
+        self.addCleanup(shutil.rmtree, self.parent)
+        self.directory = self.parent / "snapshots"
+        self.log = Log()
+        self.wall_s = time.time
+
+    def store(self, *datasets: DatasetSettings, interval_s: float = 0.0, keep: int = 3, start: bool = True) -> Dataset:
+        """The first of those datasets, in a new cache with a new store."""
+        self.cache = Cache(datasets or [declared()], reactor.seconds)
+        self.snapshots = SnapshotStore(
+            self.cache, self.directory, interval_s, keep, lambda _: None, reactor, self.log, self.wall_clock_s
+        )
+        self.addCleanup(self.snapshots.stopService)
+        if start:
+            self.snapshots.startService()
+        return next(iter(self.cache.datasets.values()))
+
+    def publish(self, dataset: Dataset, generation: int, table: Table | None = None, **more: Any) -> None:
+        rows = rows_of(rows_of_generation(generation, 10) if table is None else table.items())
+        fields: dict[str, Any] = {"as_of": AS_OF, "read_at": reactor.seconds(), "database_snapshot": "1:1:"}
+        dataset.publish(Snapshot(generation=generation, rows=rows, **fields | more))
+
+    async def save(self, dataset: Dataset, *generations: int) -> None:
+        for generation in generations:
+            self.publish(dataset, generation)
+            await until(lambda generation=generation: generation in self.log.saved())
+
+    def wall_clock_s(self) -> float:
+        return self.wall_s()
+
+    def path(self, generation: int, name: str = "products") -> Path:
+        return self.directory / f"{name}.{generation:012}.snapshot"
+
+    def files(self) -> list[str]:
+        return sorted(path.name for path in self.directory.iterdir()) if self.directory.exists() else []
+
+    def generation_of(self, snapshot: Snapshot | None, count: int = 10) -> int:
+        """Which one it is, whole."""
+        assert snapshot is not None
+        self.assertEqual(dict(snapshot.rows.items()), dict(rows_of_generation(snapshot.generation, count)))
+        return snapshot.generation
+
+
+class Saving(Running):
+    async def test_a_saved_snapshot_comes_back(self) -> None:
+        """What was published is published again by the next start, all but where it is from."""
+        dataset = self.store()
+        table = noise(5000, 50)
+        self.publish(dataset, 12, table, columns=("id", "name"), database_snapshot="730:735:730,732")
+        await until(self.log.saved)
+        before, size_bytes = dataset.snapshot, self.path(12).stat().st_size
+        assert before is not None
+        (told,) = self.log.named("snapshot_saved")
+        del told["took_s"]
+        self.assertEqual(told, {"dataset": "products", "generation": 12, "rows": 5000, "bytes": size_bytes})
+        again = self.store(start=False)
+        await self.snapshots.restore()
+        after = again.snapshot
+        assert after is not None
+        self.assertEqual(dict(after.rows.items()), table)
+        for field in ("generation", "as_of", "database_snapshot", "columns"):
+            self.assertEqual(getattr(after, field), getattr(before, field))
+        self.assertEqual((after.source, after.rows.size_bytes), ("disk", before.rows.size_bytes))
+        (told,) = self.log.named("snapshot_restored")
+        self.assertEqual((told["dataset"], told["generation"], told["rows"]), ("products", 12, 5000))
+
+    async def test_who_may_read_it(self) -> None:
+        """Folder and files are for the service's own user only; nothing else lies there."""
+        dataset = self.store()
+        await self.save(dataset, 1)
+        self.assertEqual(stat.S_IMODE(self.directory.stat().st_mode), 0o700)
+        self.assertEqual(stat.S_IMODE(self.path(1).stat().st_mode), 0o600)
+        self.assertEqual(self.files(), [self.path(1).name])
+
+    async def test_what_is_not_from_postgres_is_not_saved(self) -> None:
+        """What came from the disk is not written again."""
+        dataset = self.store()
+        self.publish(dataset, 1, source="disk")
+        await self.save(dataset, 2)
+        self.assertEqual(self.log.saved(), [2])
+
+    async def test_the_newest_wins(self) -> None:
+        """Whatever is published while a save runs or within the interval, one more save comes, and is of the newest."""
+        dataset = self.store(interval_s=0.5)
+        began_at = time.monotonic()
+        for generation in range(1, 6):
+            self.publish(dataset, generation)
+        await until(lambda: 5 in self.log.saved())
+        self.assertGreaterEqual(time.monotonic() - began_at, 0.5)
+        self.assertEqual(self.log.saved(), [1, 5])
+
+    async def test_one_save_at_a_time(self) -> None:
+        """However many datasets are published at once, there is one temporary file at a time, and each is saved."""
+        names = ["a", "b", "c", "d"]
+        self.store(*map(declared, names))
+        for dataset in self.cache.datasets.values():
+            self.publish(dataset, 1, noise(3000, 100))
+        most = 0
+        give_up_at = time.monotonic() + GIVE_UP_S
+        while len(self.log.saved()) < len(names) and time.monotonic() < give_up_at:
+            most = max(most, sum(name.endswith(".tmp") for name in self.files()))
+            await deferLater(reactor, 0)
+        self.assertLessEqual(most, 1)
+        self.assertEqual(self.files(), [self.path(1, name).name for name in names])
+
+    async def test_keep_generations(self) -> None:
+        """Of each dataset the newest ones are kept, of the others' none is touched."""
+        dataset = self.store(declared(), declared("prices"), keep=2)
+        await self.save(dataset, 1)
+        self.publish(self.cache.dataset("prices"), 1)
+        await until(lambda: len(self.log.saved()) == 2)
+        await self.save(dataset, 2, 3, 4)
+        self.assertEqual(self.files(), [self.path(1, "prices").name, self.path(3).name, self.path(4).name])
+        self.assertEqual((self.snapshots.saved("products"), self.snapshots.saved("prices")), ([4, 3], [1]))
+        self.assertEqual(self.snapshots.saved("nothing"), [])
+
+    async def test_a_higher_number_is_no_newer(self) -> None:
+        """Once a generation is saved the next start loads it, even if a file of a higher number was left unread."""
+        await self.save(self.store(), 8, 9)
+        self.store(start=False)
+        dataset = self.store()
+        self.snapshots._saved = {"products": [9, 8]}  # as after a restore that could not read them
+        await self.save(dataset, 1)
+        self.assertEqual(self.files(), [self.path(1).name])
+
+    async def test_nothing_is_kept(self) -> None:
+        """When a save has ended, well or not, it holds no rows any more."""
+        dataset = self.store()
+        gc.disable()
+        self.addCleanup(gc.enable)
+        self.publish(dataset, 1)
+        assert dataset.snapshot is not None
+        first = weakref.ref(dataset.snapshot.rows)
+        await until(self.log.saved)
+        self.directory.rename(self.parent / "away")
+        self.directory.write_bytes(b"")
+        self.publish(dataset, 2)
+        self.assertIsNone(first())
+        second = weakref.ref(dataset.snapshot.rows)
+        await until(lambda: self.snapshots.problems)
+        self.publish(dataset, 3)
+        self.assertIsNone(second())
+        self.directory.unlink()
+
+
+class Failing(Running):
+    def mount_small(self) -> None:
+        self.directory.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", self.directory]
+        if subprocess.run(mount, capture_output=True, check=False).returncode:
+            raise SkipTest("a small file system cannot be mounted here")
+        self.addCleanup(subprocess.run, ["umount", self.directory], check=True)
+
+    async def test_a_disk_that_fills(self) -> None:
+        """A full disk is told once, nothing half written stays, the old file is whole; with room again it is saved."""
+        self.mount_small()
+        dataset = self.store()
+        await self.save(dataset, 1)
+        filler = self.directory / "filler"
+        filler.write_bytes(bytes(100 * 1024))
+        self.publish(dataset, 2, noise(400, 500))
+        await until(lambda: self.snapshots.problems)
+        self.assertEqual(self.snapshots.problems, {"products": f"{self.directory}: No space left on device"})
+        self.assertEqual(self.files(), ["filler", self.path(1).name])
+        self.assertEqual(table_of(self.path(1))[1], dict(rows_of_generation(1, 10)))
+        self.publish(dataset, 3, noise(401, 500))
+        await deferLater(reactor, 1.5)
+        self.assertEqual(len(self.log.named("snapshot_save_failed")), 1)
+        filler.unlink()
+        await until(lambda: 3 in self.log.saved())
+        self.assertEqual((self.snapshots.problems, len(self.log.named("snapshot_save_recovered"))), ({}, 1))
+        self.assertEqual(self.snapshots.saved("products"), [3, 1])
+
+    async def test_a_folder_that_goes(self) -> None:
+        """A folder removed while a save runs is a problem of that save; the next one makes it anew."""
+        dataset = self.store()
+        await self.save(dataset, 1)
+        self.publish(dataset, 2, noise(20_000, 100))
+        await until(lambda: any(name.endswith(".tmp") for name in self.files()))
+        self.directory.rename(self.parent / "away")
+        await until(lambda: self.snapshots.problems)
+        self.assertEqual(self.snapshots.problems, {"products": f"{self.directory}: No such file or directory"})
+        self.assertEqual(table_of(self.parent / "away" / self.path(1).name)[1], dict(rows_of_generation(1, 10)))
+        await until(lambda: 2 in self.log.saved())
+        self.assertEqual((self.snapshots.problems, self.files()), ({}, [self.path(2).name]))
+        with self.assertRaisesRegex(UnknownGeneration, "^generation 1 of products is not on disk; there are: 2$"):
+            await self.snapshots.load("products", 1)
+
+    async def test_each_kind_is_told(self) -> None:
+        """Another failure than the last one is told again; of another dataset as well."""
+        dataset = self.store(declared(), declared("prices"))
+        self.directory.write_bytes(b"a file where the folder should be")
+        self.publish(dataset, 1)
+        self.publish(self.cache.dataset("prices"), 1)
+        await until(lambda: len(self.snapshots.problems) == 2)
+        self.directory.unlink()
+        with no_descriptor_left():
+            await until(lambda: "Too many open files" in self.snapshots.problems["products"])
+        await until(lambda: not self.snapshots.problems)
+        told = [fields["error"] for fields in self.log.named("snapshot_save_failed") if fields["dataset"] == "products"]
+        self.assertEqual(len(told), len(set(told)))
+        self.assertEqual(sorted(self.log.saved()), [1, 1])
+
+
+class Restoring(Running):
+    async def refused(self, change: Callable[[], object], *datasets: DatasetSettings, left: int | None = 1) -> str:
+        """Of generations 1 and 2 the second is changed: what is said of it, while the first is served."""
+        await self.save(self.store(), 1, 2)
+        self.path(2).with_suffix(".snapshot.rejected").write_bytes(b"an older one")
+        change()
+        refused = self.path(2).read_bytes()
+        dataset = self.store(*datasets, start=False)
+        await self.snapshots.restore()
+        self.assertEqual(dataset.snapshot and self.generation_of(dataset.snapshot), left)
+        self.assertEqual(self.path(2).with_suffix(".snapshot.rejected").read_bytes(), refused)
+        self.assertFalse(self.path(2).exists())
+        self.assertEqual(self.snapshots.saved("products"), [] if left is None else [left])
+        told = self.log.named("snapshot_rejected")[0]
+        self.assertEqual((told["dataset"], told["file"]), ("products", self.path(2).name))
+        message: str = told["error"]
+        return message
+
+    async def test_damaged(self) -> None:
+        """A damaged file is moved aside, over one that was, and the older generation is served."""
+
+        def damage() -> None:
+            content = bytearray(self.path(2).read_bytes())
+            content[len(content) // 2] ^= 1
+            self.path(2).write_bytes(content)
+
+        self.assertIn("it is damaged", await self.refused(damage))
+
+    async def test_truncated(self) -> None:
+        """So is one that ends early."""
+        self.assertIn("it is truncated", await self.refused(lambda: os.truncate(self.path(2), 100)))
+
+    async def test_empty(self) -> None:
+        """So is one that a crash of the machine left empty."""
+        self.assertIn("it is truncated", await self.refused(lambda: os.truncate(self.path(2), 0)))
+
+    async def test_of_another_dataset(self) -> None:
+        """So is one that was another dataset's."""
+        content = file_of(rows_of([]), dataset="prices", generation=2)
+        message = await self.refused(lambda: self.path(2).write_bytes(content))
+        self.assertIn("it is of another dataset, 'prices'", message)
+
+    async def test_of_another_generation(self) -> None:
+        """So is one that was renamed."""
+        content = file_of(rows_of([]), generation=3)
+        self.assertIn("another generation, 3", await self.refused(lambda: self.path(2).write_bytes(content)))
+
+    async def test_another_format(self) -> None:
+        """So is one of a format that only a later release knows."""
+
+        def change() -> None:
+            content = self.path(2).read_bytes()
+            self.path(2).write_bytes(MAGIC + (9).to_bytes(2, "big") + content[8:])
+
+        self.assertIn("format 9 is not known", await self.refused(change))
+
+    async def test_rows_that_are_too_few(self) -> None:
+        """So is one that is well formed, but not of as many rows as it says."""
+        rows = rows_of(noise(3, 3).items())
+        content = file_of(rows, generation=2, size_bytes=rows.size_bytes + 1)
+        self.assertIn("not as many as", await self.refused(lambda: self.path(2).write_bytes(content)))
+
+    async def test_another_query(self) -> None:
+        """Rows of another query are not served, however old: all of them are moved aside."""
+        message = await self.refused(lambda: None, declared(query="SELECT 1 AS id"), left=None)
+        self.assertIn("the query or the key of the dataset was changed", message)
+
+    async def test_another_key(self) -> None:
+        """Neither are rows by another key."""
+        self.assertIn("the key", await self.refused(lambda: None, declared(key=["id", "sku"]), left=None))
+
+    async def test_limits(self) -> None:
+        """What a refresh would refuse for its size is not served from the disk."""
+        self.assertIn("max_rows = 9", await self.refused(lambda: None, declared(max_rows=9), left=None))
+
+    async def test_what_cannot_be_read_stays(self) -> None:
+        """A file that cannot be read now may be good: it stays, and is read when it can be."""
+        await self.save(self.store(), 1)
+        refusal = self.assertRaisesRegex(SnapshotRejected, "it cannot be read: Too many open files$")
+        with no_descriptor_left(), refusal:
+            await self.snapshots.load("products", 1)
+        self.assertEqual(self.generation_of(await self.snapshots.load("products", 1)), 1)
+
+    async def test_what_is_no_file(self) -> None:
+        """What has a file's name and is none is passed over."""
+        await self.save(self.store(), 1)
+        self.path(2).symlink_to(self.directory / "nowhere")
+        self.path(3).mkdir()
+        os.mkfifo(self.path(4))
+        self.path(0).write_bytes(b"")
+        dataset = self.store(start=False)
+        await self.snapshots.restore()
+        self.assertEqual((self.generation_of(dataset.snapshot), self.snapshots.saved("products")), (1, [1]))
+        self.assertEqual(self.log.named("snapshot_rejected"), [])
+
+    async def test_no_folder(self) -> None:
+        """Without a folder there is nothing to restore, and nothing to say."""
+        dataset = self.store(start=False)
+        await self.snapshots.restore()
+        self.assertEqual((dataset.snapshot, self.log.events), (None, []))
+        self.directory.write_bytes(b"no folder")
+        await self.snapshots.restore()
+        (told,) = self.log.named("snapshot_restore_failed")
+        self.assertEqual(told["error"], f"{self.directory}: Not a directory")
+
+    async def test_leftovers(self) -> None:
+        """What a killed process left half written is removed; what is not ours stays."""
+        self.directory.mkdir()
+        ours, others = ".products.000000000003.4711.tmp", [".hidden", "notes.tmp", "products.3.snapshot"]
+        for name in (ours, *others):
+            (self.directory / name).write_bytes(b"half")
+        self.store(start=False)
+        await self.snapshots.restore()
+        self.assertEqual((self.files(), self.log.events), (sorted(others), []))
+
+    async def test_a_refresh_that_was_quicker(self) -> None:
+        """What was read from PostgreSQL meanwhile is not replaced by something older."""
+        await self.save(self.store(), 5)
+        dataset = self.store(start=False)
+        restored = Deferred.fromCoroutine(self.snapshots.restore())
+        self.publish(dataset, 1)
+        await restored
+        assert dataset.snapshot is not None
+        self.assertEqual((dataset.snapshot.generation, dataset.snapshot.source), (1, "postgres"))
+
+    async def test_the_age_is_the_wall_clocks(self) -> None:
+        """A restored snapshot is as old as the wall clock says, and never younger than now if it is of the future."""
+        await self.save(self.store(), 1)
+        for passed_s, age_s in ((0.0, 0.0), (3600.0, 3600.0), (-3600.0, 0.0)):
+            self.wall_s = lambda passed_s=passed_s: (AS_OF + timedelta(seconds=passed_s)).timestamp()
+            dataset = self.store(start=False)
+            before_s = reactor.seconds()
+            await self.snapshots.restore()
+            assert dataset.snapshot is not None
+            self.assertGreaterEqual(dataset.snapshot.read_at + age_s, before_s - 0.001)
+            self.assertLessEqual(dataset.snapshot.read_at + age_s, reactor.seconds() + 0.001)
+
+    async def test_load(self) -> None:
+        """Any generation on disk can be had for a rollback; what cannot says why."""
+        await self.save(self.store(), 1, 2, 3)
+        dataset = self.store()
+        await self.snapshots.restore()
+        self.assertEqual(self.snapshots.saved("products"), [3, 2, 1])
+        snapshot = await self.snapshots.load("products", 2)
+        self.assertEqual((self.generation_of(snapshot), snapshot.source), (2, "disk"))
+        self.assertEqual(self.generation_of(dataset.snapshot), 3)
+        self.path(1).write_bytes(b"CSSNAP")
+        with self.assertRaises(SnapshotRejected):
+            await self.snapshots.load("products", 1)
+        self.assertEqual(self.snapshots.saved("products"), [3, 2])
+        self.assertTrue(self.path(1).with_suffix(".snapshot.rejected").exists())
+        with self.assertRaises(UnknownGeneration):
+            await self.snapshots.load("products", 1)
+        with self.assertRaises(UnknownDataset):
+            await self.snapshots.load("nothing", 1)
+
+    async def test_rows_go_to_release(self) -> None:
+        """Rows of a file that is found to be bad half-way are given to be freed slice by slice."""
+        await self.save(self.store(), 1)
+        self.publish(self.cache.dataset("products"), 2, noise(20_000, 300))
+        await until(lambda: 2 in self.log.saved())
+        os.truncate(self.path(2), self.path(2).stat().st_size - 1)
+        released: list[int] = []
+        dataset = self.store(start=False)
+        self.snapshots._release = lambda shards: released.append(sum(map(len, shards)))
+        await self.snapshots.restore()
+        self.assertEqual(self.generation_of(dataset.snapshot), 1)
+        self.assertEqual(len(released), 1)
+        self.assertGreater(released[0], 1000)
+
+
+class Stopping(Running):
+    async def stopped(self) -> None:
+        """Stop, after which no thread works for it and no timer is left (trial looks for those)."""
+        await self.snapshots.stopService()
+        self.assertEqual(self.snapshots._working, 0)
+        # The pool's own thread needs a moment more to note that it has nothing to do.
+        await until(lambda: not reactor.getThreadPool().working)
+
+    async def test_while_saving(self) -> None:
+        """A save that runs is abandoned: its temporary file is gone, the older generation is not."""
+        dataset = self.store()
+        await self.save(dataset, 1)
+        self.publish(dataset, 2, noise(100_000, 100))
+        await until(lambda: any(name.endswith(".tmp") for name in self.files()))
+        await self.stopped()
+        self.assertEqual(self.files(), [self.path(1).name])
+        self.assertEqual((self.log.saved(), self.log.named("snapshot_save_failed")), ([1], []))
+        self.publish(dataset, 3)
+        self.snapshots.startService()
+        await self.save(dataset, 4)
+
+    async def test_at_any_moment(self) -> None:
+        """Whenever it is stopped, there are whole files and nothing else."""
+        for turns in range(40):
+            dataset = self.store(keep=1)
+            self.publish(dataset, turns + 1, noise(2000, 10))
+            for _ in range(turns):
+                await deferLater(reactor, 0)
+            await self.stopped()
+            for path in self.directory.iterdir() if self.directory.exists() else ():
+                self.assertEqual(len(table_of(path)[1]), 2000)
+
+    async def test_while_waiting(self) -> None:
+        """A save that is planned is not done at the stop."""
+        dataset = self.store(interval_s=1000.0)
+        await self.save(dataset, 1)
+        self.publish(dataset, 2)
+        await self.stopped()
+        self.assertEqual(self.files(), [self.path(1).name])
+
+    async def test_while_loading(self) -> None:
+        """A restore that runs ends without a word, a load with `Stopped`; their rows are freed."""
+        dataset = self.store()
+        self.publish(dataset, 1, noise(50_000, 100))
+        await until(self.log.saved)
+        dataset = self.store()
+        await self.snapshots.restore()
+        before = len(self.log.events)
+        loaded = Deferred.fromCoroutine(self.snapshots.load("products", 1))
+        await deferLater(reactor, 0.01)
+        await self.stopped()
+        with self.assertRaises(Stopped):
+            await loaded
+        dataset = self.store(start=False)
+        restored = Deferred.fromCoroutine(self.snapshots.restore())
+        await deferLater(reactor, 0.01)
+        await self.stopped()
+        await restored
+        self.assertEqual((dataset.snapshot, self.log.events[before:]), (None, []))
+
+    async def test_giving_up(self) -> None:
+        """Who asked for a generation may give up; the thread ends what it began and nothing is logged."""
+        dataset = self.store()
+        self.publish(dataset, 1, noise(20_000, 100))
+        await until(self.log.saved)
+        loading = Deferred.fromCoroutine(self.snapshots.load("products", 1))
+        await deferLater(reactor, 0.005)
+        loading.addErrback(lambda _: None)
+        loading.cancel()
+        await self.stopped()
+
+
+class Killed(Running):
+    async def test_kill_9(self) -> None:
+        """Killed at any moment, the next start serves the generation that was being saved or the one before, whole."""
+        random_ = random.Random()
+        for _ in range(KILLS):
+            begun = await deferToThread(self.killed_after, random_.uniform(0.0, 0.15))
+            dataset = self.store(start=False)
+            await self.snapshots.restore()
+            self.assertEqual(self.log.named("snapshot_rejected"), [])
+            if dataset.snapshot is None:
+                self.assertEqual(begun, 1)
+            else:
+                self.assertIn(self.generation_of(dataset.snapshot, KILL_ROWS), (begun - 1, begun))
+            self.assertEqual([name for name in self.files() if not name.endswith(".snapshot")], [])
+
+    def killed_after(self, after_s: float) -> int:
+        """The last generation that the child had begun when it was killed, so long after its first."""
+        child = subprocess.Popen(
+            [sys.executable, "-m", "tests.persistence_child", str(self.directory), str(KILL_ROWS)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert child.stdout is not None
+        told = child.stdout.readline()
+        time.sleep(after_s)
+        child.kill()
+        told += child.communicate()[0]
+        words = [line.split() for line in told.splitlines()]
+        self.assertEqual({word for word, *_ in words} - {"begun", "saved"}, set(), told)
+        return max(int(number) for word, number in words if word == "begun")
