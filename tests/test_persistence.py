@@ -539,6 +539,20 @@ class Restoring(Running):
 
         self.assertIn("it is damaged", await self.refused(damage))
 
+    async def test_damaged_anywhere(self) -> None:
+        """So is one whose damage is found only while its rows are read, wherever it is: each file is moved aside."""
+        await self.save(self.store(), 1)
+        good = self.path(1).read_bytes()
+        for at in range(0, len(good), max(1, len(good) // 150)):
+            damaged = bytearray(good)
+            damaged[at] ^= 0x10
+            self.path(1).write_bytes(damaged)
+            dataset = self.store(start=False)
+            await self.snapshots.restore()
+            self.assertIsNone(dataset.snapshot)
+            self.assertFalse(self.path(1).exists(), f"byte {at} is damaged, and the file still there")
+        self.assertEqual([told for told in self.log.named("snapshot_rejected") if told.get("exc_info")], [])
+
     async def test_truncated(self) -> None:
         """So is one that ends early."""
         self.assertIn("it is truncated", await self.refused(lambda: os.truncate(self.path(2), 100)))

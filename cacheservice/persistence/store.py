@@ -225,10 +225,12 @@ class SnapshotStore(Service):
 
     async def _unpack(self, header: Header, blocks: Generator[bytes], builder: RowsBuilder, name: str) -> None:
         unpacker = RowsUnpacker(header, name)
-        ahead = self._in_thread(_some, blocks)
+        ahead: Deferred[list[bytes]] | None = self._in_thread(_some, blocks)
         try:
-            while some := await ahead:
-                ahead = self._in_thread(_some, blocks)
+            while ahead is not None:
+                reading, ahead = ahead, None
+                if some := await reading:
+                    ahead = self._in_thread(_some, blocks)
                 for block in some:
                     for rows in unpacker.slices(block):
                         builder.add(rows)
@@ -236,7 +238,8 @@ class SnapshotStore(Service):
                         self._go_on()
         finally:
             # The thread must have let the file go before it is closed here. What it failed with does not matter then.
-            await ahead.addErrback(lambda _: None)
+            if ahead is not None:
+                await ahead.addErrback(lambda _: None)
             blocks.close()
 
     def _forget(self, name: str, generation: int) -> None:
