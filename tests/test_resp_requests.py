@@ -38,6 +38,13 @@ GARBAGE = [
     b"*\r\n",
     b"*x\r\n",
     b"*1\r\n=8\r\ntxt:PING\r\n",
+    # Behind a word that does not end with CRLF, which neither hiredis nor Redis looks at.
+    b"*2\r\n$1\r\naxx+b\r\n",
+    b"*2\r\n$1\r\naxx(1\r\n",
+    b"*1\r\n$1\r\naxx#f\r\n",
+    b"*2\r\n$1\r\naxx|1\r\n$1\r\na\r\n$1\r\nb\r\n",
+    b"*1\r\n>1\r\n$1\r\na\r\n",
+    b"#f\r\n",
     b"*1\r\n(12\r\n",
     b"~1\r\n$4\r\nPING\r\n",
     b"|1\r\n$1\r\na\r\n$1\r\nb\r\n",
@@ -299,7 +306,10 @@ elif what == "inline":
         while parser.take(512):
             pass
 else:
-    for header in (b"*3000000000\\r\\n", b"*1000000000\\r\\n", b"*999999\\r\\n" * 20, b"*1\\r\\n$500000000\\r\\n"):
+    headers = [b"*1\\r\\n>100000000\\r\\n", b"*2\\r\\n$1\\r\\naxx~100000000\\r\\n"]
+    headers += [b"*1\\r\\n%9999999999\\r\\n", b"*2\\r\\n$1\\r\\naxx|100000000\\r\\n"]
+    headers += [b"*3000000000\\r\\n", b"*1000000000\\r\\n", b"*999999\\r\\n" * 20, b"*1\\r\\n$500000000\\r\\n"]
+    for header in headers:
         for first in (b"", one, b"*1\\r\\n$1\\r\\na\\r\\n"):
             parser = RequestParser()
             try:

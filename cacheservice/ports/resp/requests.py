@@ -22,7 +22,11 @@ MAX_ARGUMENTS_BEFORE_AUTH = 10
 MAX_ARGUMENT_BYTES_BEFORE_AUTH = 16 * 1024
 
 # hiredis allocates what a header announces, and frees it element by element: a million is the most that it may see.
-_HUGE_COUNT = re.compile(rb"\*[0-9]{7}")
+_HUGE_ARRAY = re.compile(rb"\*[0-9]{7}")
+_HUGE_AGGREGATE = re.compile(rb"[>~|%][0-9]{7}")
+
+_DOUBTFUL = (b"+", b"=", b"(", b"~", b">", b"|", b"#")
+"""First bytes of simple strings, verbatim strings, big numbers, sets, pushes, attributes and booleans."""
 
 _SIZES = tuple(b"$%d" % size_bytes for size_bytes in range(1024))
 
@@ -53,6 +57,8 @@ class RequestParser:
         # What hiredis was fed, until it has given all of it, and how many commands it gave of that.
         self._batch = b""
         self._given = 0
+        self._doubtful = False
+        self._verified_bytes = 0
         # What comes after it, parsed here while `_here` is set: to its end, or to the end of one request.
         self._buffer = bytearray()
         self._here = self._here_to_the_end = False
@@ -72,8 +78,8 @@ class RequestParser:
                 self.exhausted = False
                 return
             if _is_plain(data):
-                self._batch, self.exhausted = data, False
-                self._fast.feed(data)
+                self.exhausted = False
+                self._feed_fast(data)
                 return
         self._buffer += data
         if len(self._buffer) + self._arguments_bytes > MAX_REQUEST_BYTES:
@@ -98,6 +104,9 @@ class RequestParser:
             except _NOT_FOR_HIREDIS:
                 known = False  # what came before it is in the list
             good = _count_good(commands)
+            if self._doubtful:
+                good = self._verify(commands[:good])
+                known = known and (good == most or self._verified_bytes == len(self._batch))
             if good < len(commands) or not known:
                 del commands[good:]
                 self._give_back(good, incomplete=False)
@@ -112,6 +121,24 @@ class RequestParser:
             else:
                 self.exhausted = True
         return commands
+
+    def _feed_fast(self, data: bytes) -> None:
+        self._batch = data
+        self._doubtful = _is_doubtful(data)
+        self._verified_bytes = 0
+        self._fast.feed(data)
+
+    def _verify(self, commands: list[list[bytes]]) -> int:
+        """How many of them, from the first on, are what the batch holds, byte by byte."""
+        for number, command in enumerate(commands):
+            written = b"*%d\r\n%b" % (
+                len(command),
+                b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in command]),
+            )
+            if not self._batch.startswith(written, self._verified_bytes):
+                return number
+            self._verified_bytes += len(written)
+        return len(commands)
 
     def _give_back(self, taken: int, *, incomplete: bool) -> None:
         """Take from hiredis what it has not given, to parse it here.
@@ -133,8 +160,7 @@ class RequestParser:
                 data = bytes(self._buffer)
                 if self.authenticated and _is_plain(data):
                     self._buffer.clear()
-                    self._batch = data
-                    self._fast.feed(data)
+                    self._feed_fast(data)
                     return
                 self._here = self._here_to_the_end = True
             try:
@@ -243,22 +269,25 @@ def _two_words(data: bytes) -> list[bytes] | None:
 
 
 def _is_plain(data: bytes) -> bool:
-    """Whether it is for hiredis: an array at the start, and nothing that hiredis takes for a bulk string or an array
-    (RESP 3 has several such types) and Redis for a violation.
+    """Whether it may go to hiredis: an array at the start, and no count that it would allocate memory for.
 
-    One within a word only costs time; one behind a word that does not end with CRLF gets through.
+    RESP 3 has several types with counts. One within a word only costs time.
     """
-    return not (
-        data[0] != 42
-        or _HUGE_COUNT.search(data)
-        # Looking for one byte is ten times as fast as for two.
-        or (b"+" in data and b"\n+" in data)
-        or (b"=" in data and b"\n=" in data)
-        or (b"(" in data and b"\n(" in data)
-        or (b"~" in data and b"\n~" in data)
-        or (b"|" in data and b"\n|" in data)
-        or (b"#" in data and b"\n#" in data)
+    return (
+        data[0] == 42
+        and not _HUGE_ARRAY.search(data)
+        # Looking for single bytes is ten times as fast.
+        and not ((b">" in data or b"~" in data or b"|" in data or b"%" in data) and _HUGE_AGGREGATE.search(data))
     )
+
+
+def _is_doubtful(data: bytes) -> bool:
+    """Whether something in it could be what hiredis takes for a bulk string, or passes over, and Redis refuses.
+
+    Only the first byte of a type would matter, but where that is hiredis alone knows: it does not look at the two bytes
+    behind a word.
+    """
+    return any(mark in data for mark in _DOUBTFUL)
 
 
 def _count_good(commands: list[list[bytes]]) -> int:
