@@ -41,6 +41,17 @@ class Readme(SynchronousTestCase):
         self.assertEqual(others, [])
         self.assertEqual(DatasetSettings(name=name, **dataset).interval_s, 60)
 
+    def test_promises_name_their_tests(self) -> None:
+        """Each row of what happens when something goes wrong names a test that there is."""
+        table = README.partition("## What happens when")[2].partition("## ")[0]
+        rows = [line for line in table.splitlines() if line.startswith("| ")][2:]
+        self.assertGreater(len(rows), 15)
+        for row in rows:
+            named = re.search(r" `(test_\w+)\.(test_\w+)` \|$", row)
+            assert named is not None, row
+            module = (ROOT / "tests" / f"{named[1]}.py").read_text(encoding="utf-8")
+            self.assertTrue(f"def {named[2]}(self" in module, row)
+
 
 if __name__ == "__main__":
     # Writes the table anew: python -m tests.test_readme
