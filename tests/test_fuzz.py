@@ -94,6 +94,9 @@ class UnderAttack:
     kind = ""
     most_events = 0
     """Of the log, for one connection."""
+    make_factory: Callable[[str], Any]
+    in_peace: Callable[[socket.socket], None]
+    """A normal client gets its right answers."""
 
     async def setUp(self) -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -114,19 +117,12 @@ class UnderAttack:
         read = [frame.f_locals.get("data") for frame, _ in frames if frame.f_code.co_name == "dataReceived"]
         self.events.append(" ".join([str(event.get("log_format")), *(f"while {data!r} was read" for data in read)]))
 
-    def make_factory(self, secret: str) -> Any:
-        raise NotImplementedError
-
     def talk(self, secret: str) -> Talk:
         return self.orders(None, secret, 0).talk()
 
     def replies(self) -> dict[str, str]:
         """What is known of the answers beforehand."""
         return {}
-
-    def in_peace(self, client: socket.socket) -> None:
-        """A normal client gets its right answers."""
-        raise NotImplementedError
 
     def orders(self, port: IListeningPort | None, secret: str, inputs: int) -> Orders:
         number = port.getHost().port if port else 0

@@ -539,6 +539,26 @@ class Restoring(Running):
 
         self.assertIn("it is damaged", await self.refused(damage))
 
+    async def test_a_group(self) -> None:
+        """What is saved of a group is restored together if it is of one moment, and else not at all."""
+        members = [declared(name, group="g") for name in ("products", "prices")]
+        for later_s, expected in ((0, [1, 1]), (1, [None, None])):
+            self.store(*members)
+            for number, dataset in enumerate(self.cache.datasets.values()):
+                self.publish(dataset, 1, as_of=AS_OF + timedelta(seconds=later_s * number))
+            await until(self.files_of_both)
+            await self.snapshots.stopService()
+            self.store(*members, start=False)
+            await self.snapshots.restore()
+            restored = [dataset.snapshot for dataset in self.cache.datasets.values()]
+            self.assertEqual([snapshot and snapshot.generation for snapshot in restored], expected)
+            for name in self.files():
+                (self.directory / name).unlink()
+        self.assertEqual(len(self.log.named("group_not_restored")), 1)
+
+    def files_of_both(self) -> bool:
+        return len([name for name in self.files() if name.endswith(".snapshot")]) == 2
+
     async def test_damaged_anywhere(self) -> None:
         """So is one whose damage is found only while its rows are read, wherever it is: each file is moved aside."""
         await self.save(self.store(), 1)

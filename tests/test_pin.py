@@ -63,6 +63,19 @@ class Pinning(RefreshTestCase):
         world.service.unpin("products")
         self.assertIs(world.dataset.snapshot, served)
 
+    def test_rolled_back_while_pinned(self) -> None:
+        """What was served stays the way back, whether it was pinned before the rollback or not."""
+        for pinned in (False, True):
+            dataset = self.loaded().dataset
+            served = dataset.snapshot
+            assert served is not None
+            dataset.pinned = pinned
+            dataset.roll_back(served)
+            dataset.unpin()
+            assert dataset.snapshot is not None
+            self.assertIs(dataset.snapshot.rows, served.rows)
+            self.assertEqual((dataset.snapshot.generation, dataset.snapshot.rolled_back_to), (3, None))
+
     def test_bad_results_stay_bad(self) -> None:
         """The gates hold a pinned dataset's results as well: what they refuse is no candidate."""
         world = self.loaded()

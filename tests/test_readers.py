@@ -21,6 +21,7 @@ from cacheservice.ports.listen import tcp
 class Echo(Protocol):
     transport: Any
     lost: Failure | None = None
+    raises = False
 
     def connectionMade(self) -> None:
         self.factory.clients.append(self)  # type: ignore[union-attr]
@@ -36,6 +37,8 @@ class Echo(Protocol):
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self.lost = reason
+        if self.raises:
+            raise ZeroDivisionError
 
 
 def descriptors() -> int:
@@ -136,6 +139,16 @@ class ReadersTestCase(TestCase):
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
         self.assertEqual(await self.ask(other, b"1"), b"1")
         await self.closed(one, other)
+
+    async def test_a_bug_at_the_end(self) -> None:
+        """An exception while one is ended is logged, and the others are read on."""
+        one, other = await self.connect(), await self.connect()
+        await self.ask(one, b"1")
+        self.clients[0].raises = True
+        await self.closed(one)
+        self.assertGreaterEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+        self.assertEqual(await self.ask(other, b"2"), b"2")
+        await self.closed(other)
 
     async def test_a_reset(self) -> None:
         """A connection that breaks is told to its protocol, and its descriptor is given back."""

@@ -120,9 +120,8 @@ class Dataset:
 
     def roll_back(self, saved: Snapshot) -> None:
         """Serve `saved` under the next generation, pinned; what was served becomes the candidate if there is none."""
-        served = self.snapshot
+        newest = self.candidate or self.snapshot
         self.publish(replace(saved, generation=self.next_generation(), change=None, rolled_back_to=saved.generation))
-        newest = self.candidate if self.pinned else served
         self.pinned = True
         self.candidate = None if newest is None else replace(newest, change=None)
 

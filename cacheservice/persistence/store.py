@@ -24,7 +24,7 @@ from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset, Snapshot
 from cacheservice.cache.describe import seconds
 from cacheservice.cache.rows import Rows, RowsBuilder, Shards
-from cacheservice.config import DatasetSettings
+from cacheservice.config import DatasetSettings, groups
 from cacheservice.errors import BadResult, CacheServiceError, SnapshotRejected, Stopped, UnknownGeneration
 from cacheservice.persistence.files import (
     Header,
@@ -131,20 +131,42 @@ class SnapshotStore(Service):
         try:
             with self._work():
                 self._saved = await self._in_thread(_scan, self._directory, self._temporary)
-                for dataset in self._cache.datasets.values():
-                    await self._restore_dataset(dataset)
+                for group in groups(dataset.settings for dataset in self._cache.datasets.values()):
+                    await self._restore_together([self._cache.dataset(settings.name) for settings in group])
         except Stopped:
             return
         except OSError as error:
             self._log.warning("snapshot_restore_failed", error=f"{self._directory}: {_reason(error)}")
 
-    async def _restore_dataset(self, dataset: Dataset) -> None:
+    async def _restore_together(self, datasets: Sequence[Dataset]) -> None:
+        """One dataset, or those of one group if what is saved of them is of one moment."""
+        began_at = self._reactor.seconds()
+        found = [snapshot for dataset in datasets if (snapshot := await self._newest(dataset)) is not None]
+        # A refresh may have been quicker; what it read is newer.
+        if len(found) < len(datasets) or any(dataset.snapshot is not None for dataset in datasets):
+            return
+        if len({snapshot.as_of for snapshot in found}) > 1:
+            names = ", ".join(dataset.name for dataset in datasets)
+            self._log.warning("group_not_restored", error=f"what is saved of {names} is not of one moment")
+            return
+        for dataset, snapshot in zip(datasets, found, strict=True):
+            dataset.publish(snapshot)
+            self._log.info(
+                "snapshot_restored",
+                dataset=dataset.name,
+                generation=snapshot.generation,
+                rows=snapshot.rows.count,
+                age_s=seconds(dataset.age_s() or 0.0),
+                took_s=seconds(self._reactor.seconds() - began_at),
+            )
+
+    async def _newest(self, dataset: Dataset) -> Snapshot | None:
+        """The newest saved snapshot that is not refused."""
         for generation in self.saved(dataset.name):
             if dataset.snapshot is not None:
-                return
-            began_at = self._reactor.seconds()
+                return None
             try:
-                snapshot = await self._load(dataset.settings, generation)
+                return await self._load(dataset.settings, generation)
             except Stopped:
                 raise
             except Exception as error:
@@ -157,18 +179,7 @@ class SnapshotStore(Service):
                     error=_reason(error) if ours else str(error),
                     exc_info=ours,
                 )
-                continue
-            # A refresh may have been quicker; what it read is newer.
-            if dataset.snapshot is None:
-                dataset.publish(snapshot)
-                self._log.info(
-                    "snapshot_restored",
-                    dataset=dataset.name,
-                    generation=generation,
-                    rows=snapshot.rows.count,
-                    age_s=seconds(dataset.age_s() or 0.0),
-                    took_s=seconds(self._reactor.seconds() - began_at),
-                )
+        return None
 
     async def load(self, name: str, generation: int) -> Snapshot:
         """One saved generation, for a rollback: whoever publishes it gives it a new number.

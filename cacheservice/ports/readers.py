@@ -73,7 +73,11 @@ class Readers:
                 self._log.failure("a client could not be read")
                 reason = error
             if reason is not None:
-                client.end(reason)
+                # What is raised here would end the reading of all the others, too.
+                try:
+                    client.end(reason)
+                except Exception:
+                    self._log.failure("a client could not be ended")
 
     def connectionLost(self, reason: Failure) -> None:
         """The reactor is done."""

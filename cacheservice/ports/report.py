@@ -57,6 +57,11 @@ def _now_and_next(dataset: Dataset) -> str:
 
 
 def _last(dataset: Dataset) -> str:
+    words = [_last_attempt(dataset), f"not saved: {dataset.save_problem}" if dataset.save_problem else ""]
+    return ", ".join(filter(None, words))
+
+
+def _last_attempt(dataset: Dataset) -> str:
     if not dataset.attempts:
         return ""
     attempt = dataset.attempts[-1]
@@ -64,8 +69,7 @@ def _last(dataset: Dataset) -> str:
         return f"failed {times(dataset.consecutive_failures)}: {attempt.error}"
     if attempt.outcome == "held":
         return f"held: the result {attempt.error}"
-    ended = f"{attempt.outcome} in {duration(attempt.took_s)}"
-    return f"{ended}, not saved: {dataset.save_problem}" if dataset.save_problem else ended
+    return f"{attempt.outcome} in {duration(attempt.took_s)}"
 
 
 def json_line(cache: Cache) -> str:
