@@ -55,6 +55,7 @@ AS_OF = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 KILLS = int(os.environ.get("CACHESERVICE_TEST_KILLS", "30"))
 KILL_ROWS = 20_000
 GIVE_UP_S = 60.0
+GROUP = ("products", "prices")
 
 Table = dict[bytes, bytes]
 
@@ -334,6 +335,9 @@ class Running(TestCase):
             self.publish(dataset, generation)
             await until(lambda generation=generation: generation in self.log.saved())
 
+    def saved(self, name: str) -> list[int]:
+        return [generation for (generation,) in self.snapshots.saved([name])]
+
     def wall_clock_s(self) -> float:
         return self.wall_s()
 
@@ -392,7 +396,9 @@ class Saving(Running):
         """Whatever is published while a save runs or within the interval, one more save comes, and is of the newest."""
         dataset = self.store(interval_s=0.5)
         began_at = time.monotonic()
-        for generation in range(1, 6):
+        self.publish(dataset, 1)
+        await until(self.log.saved)
+        for generation in range(2, 6):
             self.publish(dataset, generation)
         await until(lambda: 5 in self.log.saved())
         self.assertGreaterEqual(time.monotonic() - began_at, 0.5)
@@ -420,8 +426,8 @@ class Saving(Running):
         await until(lambda: len(self.log.saved()) == 2)
         await self.save(dataset, 2, 3, 4)
         self.assertEqual(self.files(), [self.path(1, "prices").name, self.path(3).name, self.path(4).name])
-        self.assertEqual((self.snapshots.saved("products"), self.snapshots.saved("prices")), ([4, 3], [1]))
-        self.assertEqual(self.snapshots.saved("nothing"), [])
+        self.assertEqual((self.saved("products"), self.saved("prices")), ([4, 3], [1]))
+        self.assertEqual(self.saved("nothing"), [])
 
     async def test_a_higher_number_is_no_newer(self) -> None:
         """Once a generation is saved the next start loads it, even if a file of a higher number was left unread."""
@@ -478,7 +484,7 @@ class Failing(Running):
         filler.unlink()
         await until(lambda: 3 in self.log.saved())
         self.assertEqual((self.snapshots.problems, len(self.log.named("snapshot_save_recovered"))), ({}, 1))
-        self.assertEqual(self.snapshots.saved("products"), [3, 1])
+        self.assertEqual(self.saved("products"), [3, 1])
 
     async def test_a_folder_that_goes(self) -> None:
         """A folder removed while a save runs is a problem of that save; the next one makes it anew."""
@@ -510,6 +516,24 @@ class Failing(Running):
         self.assertEqual(len(told), len(set(told)))
         self.assertEqual(sorted(self.log.saved()), [1, 1])
 
+    async def test_a_group_is_saved_whole_or_not_at_all(self) -> None:
+        """If one of a group cannot be saved, nothing of the others' new moment is left, and what was saved stays."""
+        self.store(*(declared(name, group="g") for name in GROUP))
+        for name in GROUP:
+            self.publish(self.cache.dataset(name), 1)
+        await until(lambda: len(self.log.saved()) == len(GROUP))
+        # What stands in the way of the last one to be written.
+        self.path(2, GROUP[-1]).mkdir()
+        for name in GROUP:
+            self.publish(self.cache.dataset(name), 2, as_of=AS_OF + timedelta(seconds=1))
+        await until(lambda: len(self.snapshots.problems) == len(GROUP))
+        self.assertEqual(
+            self.files(), sorted([*(self.path(1, name).name for name in GROUP), self.path(2, GROUP[-1]).name])
+        )
+        self.path(2, GROUP[-1]).rmdir()
+        await until(lambda: not self.snapshots.problems)
+        self.assertEqual(self.snapshots.saved(GROUP), [(2, 2), (1, 1)])
+
 
 class Restoring(Running):
     async def refused(self, change: Callable[[], object], *datasets: DatasetSettings, left: int | None = 1) -> str:
@@ -523,7 +547,7 @@ class Restoring(Running):
         self.assertEqual(dataset.snapshot and self.generation_of(dataset.snapshot), left)
         self.assertEqual(self.path(2).with_suffix(".snapshot.rejected").read_bytes(), refused)
         self.assertFalse(self.path(2).exists())
-        self.assertEqual(self.snapshots.saved("products"), [] if left is None else [left])
+        self.assertEqual(self.saved("products"), [] if left is None else [left])
         told = self.log.named("snapshot_rejected")[0]
         self.assertEqual((told["dataset"], told["file"]), ("products", self.path(2).name))
         message: str = told["error"]
@@ -539,25 +563,44 @@ class Restoring(Running):
 
         self.assertIn("it is damaged", await self.refused(damage))
 
-    async def test_a_group(self) -> None:
-        """What is saved of a group is restored together if it is of one moment, and else not at all."""
-        members = [declared(name, group="g") for name in ("products", "prices")]
-        for later_s, expected in ((0, [1, 1]), (1, [None, None])):
-            self.store(*members)
-            for number, dataset in enumerate(self.cache.datasets.values()):
-                self.publish(dataset, 1, as_of=AS_OF + timedelta(seconds=later_s * number))
-            await until(self.files_of_both)
-            await self.snapshots.stopService()
-            self.store(*members, start=False)
-            await self.snapshots.restore()
-            restored = [dataset.snapshot for dataset in self.cache.datasets.values()]
-            self.assertEqual([snapshot and snapshot.generation for snapshot in restored], expected)
-            for name in self.files():
-                (self.directory / name).unlink()
-        self.assertEqual(len(self.log.named("group_not_restored")), 1)
+    async def save_group(self, *generations: int) -> list[DatasetSettings]:
+        """Each generation is of a moment of its own."""
+        members = [declared(name, group="g") for name in GROUP]
+        self.store(*members, keep=5)
+        for generation in generations:
+            for dataset in self.cache.datasets.values():
+                self.publish(dataset, generation, as_of=AS_OF + timedelta(seconds=generation))
+            await until(lambda generation=generation: self.log.saved().count(generation) == len(GROUP))
+        await self.snapshots.stopService()
+        return members
 
-    def files_of_both(self) -> bool:
-        return len([name for name in self.files() if name.endswith(".snapshot")]) == 2
+    async def restored(self, *members: DatasetSettings) -> list[int | None]:
+        self.store(*members, start=False)
+        await self.snapshots.restore()
+        snapshots = [dataset.snapshot for dataset in self.cache.datasets.values()]
+        self.assertLessEqual(len({snapshot and snapshot.as_of for snapshot in snapshots}), 1)
+        return [snapshot and self.generation_of(snapshot) for snapshot in snapshots]
+
+    async def test_a_group(self) -> None:
+        """What is saved of a group is restored together, of the newest moment of which all of it is there and good."""
+        members = await self.save_group(1, 2, 3)
+        self.assertEqual(await self.restored(*members), [3, 3])
+        self.path(3, "prices").unlink()
+        self.assertEqual(await self.restored(*members), [2, 2])
+        content = bytearray(self.path(2).read_bytes())
+        content[-1] ^= 1
+        self.path(2).write_bytes(content)
+        self.assertEqual(await self.restored(*members), [1, 1])
+        self.assertEqual([told["file"] for told in self.log.named("snapshot_rejected")], [self.path(2).name])
+        self.assertEqual(self.log.named("group_not_restored"), [])
+
+    async def test_a_group_of_different_moments(self) -> None:
+        """If there is no moment of which all of it is saved, none of it is restored, which is told."""
+        members = await self.save_group(1, 2)
+        self.path(1).unlink()
+        self.path(2, "prices").unlink()
+        self.assertEqual(await self.restored(*members), [None, None])
+        self.assertIn("products, prices", self.log.named("group_not_restored")[0]["error"])
 
     async def test_damaged_anywhere(self) -> None:
         """So is one whose damage is found only while its rows are read, wherever it is: each file is moved aside."""
@@ -637,7 +680,7 @@ class Restoring(Running):
         self.path(0).write_bytes(b"")
         dataset = self.store(start=False)
         await self.snapshots.restore()
-        self.assertEqual((self.generation_of(dataset.snapshot), self.snapshots.saved("products")), (1, [1]))
+        self.assertEqual((self.generation_of(dataset.snapshot), self.saved("products")), (1, [1]))
         self.assertEqual(self.log.named("snapshot_rejected"), [])
 
     async def test_no_folder(self) -> None:
@@ -687,14 +730,14 @@ class Restoring(Running):
         await self.save(self.store(), 1, 2, 3)
         dataset = self.store()
         await self.snapshots.restore()
-        self.assertEqual(self.snapshots.saved("products"), [3, 2, 1])
+        self.assertEqual(self.saved("products"), [3, 2, 1])
         snapshot = await self.snapshots.load("products", 2)
         self.assertEqual((self.generation_of(snapshot), snapshot.source), (2, "disk"))
         self.assertEqual(self.generation_of(dataset.snapshot), 3)
         self.path(1).write_bytes(b"CSSNAP")
         with self.assertRaises(SnapshotRejected):
             await self.snapshots.load("products", 1)
-        self.assertEqual(self.snapshots.saved("products"), [3, 2])
+        self.assertEqual(self.saved("products"), [3, 2])
         self.assertTrue(self.path(1).with_suffix(".snapshot.rejected").exists())
         with self.assertRaises(UnknownGeneration):
             await self.snapshots.load("products", 1)

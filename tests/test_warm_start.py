@@ -203,6 +203,29 @@ class Rollback(WarmStartTestCase):
         self.assertEqual(self.n(daemon), 7)
         daemon.end()
 
+    def test_a_group(self) -> None:
+        """A group goes back together, to what is saved of one moment, and unpin serves the newest of all of it."""
+        group = 'group = "g"\n'
+        daemon = self.service(f"{THINGS}{group}" + THINGS.replace("datasets.things", "datasets.others") + group)
+        daemon.wait_until_ready()
+        self.until_saved(daemon, 1)
+        self.refreshed(daemon, 2)
+        said = self.admin("rollback others")
+        self.assertIn("OK things: going back to saved generation 1", said)
+        self.assertIn("OK others: going back to saved generation 1", said)
+        until(lambda: self.things(daemon)["generation"] == 3, "the rollback")
+        both = daemon.json()["datasets"].values()
+        self.assertEqual(
+            [(each["generation"], each["pinned"], each["source"]) for each in both], [(3, True, "disk")] * 2
+        )
+        self.assertEqual(len({each["as_of"] for each in both}), 1)
+        self.assertEqual(self.n(daemon), 1)
+        self.assertIn("its group (things, others)", self.admin("rollback things"))
+        self.admin("unpin things")
+        self.assertEqual([each["pinned"] for each in daemon.json()["datasets"].values()], [False, False])
+        self.assertEqual(self.n(daemon), 2)
+        daemon.end()
+
     def test_nothing_to_go_back_to(self) -> None:
         """Without saved generations a rollback says so and changes nothing."""
         daemon = self.service()

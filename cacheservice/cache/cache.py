@@ -83,8 +83,10 @@ class Refreshes(Protocol):
         :raises UnknownDataset: if none has that name.
         """
 
-    def roll_back(self, name: str) -> int:
-        """Begin to serve the saved generation before the one that is served, pinned; gives its number.
+    def roll_back(self, name: str) -> dict[str, int]:
+        """Begin to serve the saved generation before the one that is served, pinned, of the whole group.
+
+        Gives the saved generation of each by name.
 
         :raises UnknownDataset: if none has that name.
         :raises NothingToRollBackTo: if there is none.

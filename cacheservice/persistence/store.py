@@ -1,5 +1,6 @@
 """Saves what PostgreSQL gave, loads it again at the start, and keeps some generations for a way back.
 
+The datasets of a group are saved together and go back together: all that is served of them is of one moment.
 Rows are packed and unpacked slice by slice in the reactor, because readers wait behind it and its dicts are its own;
 files are read, written, compressed and checked in a thread.
 """
@@ -10,10 +11,11 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred
@@ -43,6 +45,20 @@ _TEMPORARY = re.compile(r"\.[a-z][a-z0-9_]{0,62}\.[0-9]{12}\.[0-9]+\.tmp")
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+
+_Names = tuple[str, ...]
+"""Of the datasets of one group, or of one that is alone."""
+_Saved = dict[int, datetime | None]
+"""The generations of a dataset on disk, newest first, with their as_of; None where the header cannot be read."""
+
+
+class _Part(NamedTuple):
+    """One dataset's share of a save: its header, its rows in pieces, and where they are written before they last."""
+
+    header: Header
+    pieces: Generator[bytes]
+    path: Path
+    temporary: Path
 
 
 class SnapshotStore(Service):
@@ -79,12 +95,12 @@ class SnapshotStore(Service):
         self._reactor = reactor
         self._log = log
         self._wall_s = wall_s
-        self._saved: dict[str, list[int]] = {}
-        self._wanted: set[str] = set()
-        self._due_at: dict[str, float] = {}
+        self._saved: dict[str, _Saved] = {}
+        self._wanted: set[_Names] = set()
+        self._due_at: dict[_Names, float] = {}
         self._timer: Any = None
         self._saving: Deferred[None] | None = None
-        self._temporary: Path | None = None
+        self._temporaries: frozenset[Path] = frozenset()
         self._watching = False
         self._stopping = False
         self._working = 0
@@ -114,9 +130,20 @@ class SnapshotStore(Service):
             stopped.callback(None)
         return stopped
 
-    def saved(self, name: str) -> list[int]:
-        """The generations of a dataset on disk, newest first, as `restore` found them and saves changed them since."""
-        return list(self._saved.get(name, ()))
+    def saved(self, names: Sequence[str]) -> list[tuple[int, ...]]:
+        """The generations on disk of a dataset, or of those of a group that are of one moment, newest first.
+
+        As `restore` found them, and as saves changed them since.
+        """
+        first, *others = [self._saved.get(name, {}) for name in names]
+        if not others:
+            return [(generation,) for generation in first]
+        by_moment = [{as_of: generation for generation, as_of in reversed(each.items())} for each in others]
+        return [
+            (generation, *(each[as_of] for each in by_moment))
+            for generation, as_of in first.items()
+            if as_of is not None and all(as_of in each for each in by_moment)
+        ]
 
     # Loading
 
@@ -130,7 +157,7 @@ class SnapshotStore(Service):
     async def _restore(self) -> None:
         try:
             with self._work():
-                self._saved = await self._in_thread(_scan, self._directory, self._temporary)
+                self._saved = await self._in_thread(_scan, self._directory, self._temporaries)
                 for group in groups(dataset.settings for dataset in self._cache.datasets.values()):
                     await self._restore_together([self._cache.dataset(settings.name) for settings in group])
         except Stopped:
@@ -139,15 +166,21 @@ class SnapshotStore(Service):
             self._log.warning("snapshot_restore_failed", error=f"{self._directory}: {_reason(error)}")
 
     async def _restore_together(self, datasets: Sequence[Dataset]) -> None:
-        """One dataset, or those of one group if what is saved of them is of one moment."""
+        """The newest saved snapshot that is not refused, of one dataset or of all of a group."""
+        names = tuple(dataset.name for dataset in datasets)
         began_at = self._reactor.seconds()
-        found = [snapshot for dataset in datasets if (snapshot := await self._newest(dataset)) is not None]
+        found: list[Snapshot] = []
+        for generations in self.saved(names):
+            found = await self._load_unless_refused(datasets, generations)
+            if len(found) == len(datasets):
+                break
         # A refresh may have been quicker; what it read is newer.
-        if len(found) < len(datasets) or any(dataset.snapshot is not None for dataset in datasets):
+        if any(dataset.snapshot is not None for dataset in datasets):
             return
-        if len({snapshot.as_of for snapshot in found}) > 1:
-            names = ", ".join(dataset.name for dataset in datasets)
-            self._log.warning("group_not_restored", error=f"what is saved of {names} is not of one moment")
+        if len(found) < len(datasets):
+            if len(datasets) > 1 and any(self._saved.get(name) for name in names):
+                error = f"nothing that is saved of {', '.join(names)} is of one moment"
+                self._log.warning("group_not_restored", error=error)
             return
         for dataset, snapshot in zip(datasets, found, strict=True):
             dataset.publish(snapshot)
@@ -160,13 +193,14 @@ class SnapshotStore(Service):
                 took_s=seconds(self._reactor.seconds() - began_at),
             )
 
-    async def _newest(self, dataset: Dataset) -> Snapshot | None:
-        """The newest saved snapshot that is not refused."""
-        for generation in self.saved(dataset.name):
+    async def _load_unless_refused(self, datasets: Sequence[Dataset], generations: Sequence[int]) -> list[Snapshot]:
+        """The snapshots of those files up to the first that is refused, which is told."""
+        found: list[Snapshot] = []
+        for dataset, generation in zip(datasets, generations, strict=True):
             if dataset.snapshot is not None:
-                return None
+                break
             try:
-                return await self._load(dataset.settings, generation)
+                found.append(await self._load(dataset.settings, generation))
             except Stopped:
                 raise
             except Exception as error:
@@ -179,7 +213,8 @@ class SnapshotStore(Service):
                     error=_reason(error) if ours else str(error),
                     exc_info=ours,
                 )
-        return None
+                break
+        return found
 
     async def load(self, name: str, generation: int) -> Snapshot:
         """One saved generation, for a rollback: whoever publishes it gives it a new number.
@@ -254,32 +289,37 @@ class SnapshotStore(Service):
             blocks.close()
 
     def _forget(self, name: str, generation: int) -> None:
-        with suppress(ValueError):
-            self._saved.get(name, []).remove(generation)
+        self._saved.get(name, {}).pop(generation, None)
 
     def _unknown(self, name: str, generation: int) -> UnknownGeneration:
-        known = ", ".join(map(str, self.saved(name))) or "none"
+        known = ", ".join(map(str, self._saved.get(name, ()))) or "none"
         return UnknownGeneration(f"generation {generation} of {name} is not on disk; there are: {known}")
 
     # Saving
 
     def _published(self, dataset: Dataset) -> None:
         if dataset.snapshot is not None and dataset.snapshot.source == "postgres":
-            self._wanted.add(dataset.name)
+            self._wanted.add(self._with_its_group(dataset))
             self._plan()
 
+    def _with_its_group(self, dataset: Dataset) -> _Names:
+        group = dataset.settings.group
+        if not group:
+            return (dataset.name,)
+        return tuple(name for name, each in self._cache.datasets.items() if each.settings.group == group)
+
     def _plan(self) -> None:
-        """Begin the save that is due, or wait for the first that will be."""
+        """Wait for the first save that is due, at least for the next turn: all of a group is published by then."""
         self._forget_timer()
         if self._saving is not None or self._stopping or not self._wanted:
             return
-        name = min(self._wanted, key=lambda name: self._due_at.get(name, -math.inf))
-        in_s = self._due_at.get(name, -math.inf) - self._reactor.seconds()
-        if in_s > 0:
-            self._timer = self._reactor.callLater(in_s, self._plan)
-            return
-        self._wanted.remove(name)
-        saving = Deferred.fromCoroutine(self._save(self._cache.dataset(name)))
+        names = min(self._wanted, key=lambda names: self._due_at.get(names, -math.inf))
+        in_s = max(0.0, self._due_at.get(names, -math.inf) - self._reactor.seconds())
+        self._timer = self._reactor.callLater(in_s, self._begin, names)
+
+    def _begin(self, names: _Names) -> None:
+        self._wanted.remove(names)
+        saving = Deferred.fromCoroutine(self._save(names))
         if not saving.called:
             self._saving = saving
         saving.addCallback(self._ended)
@@ -292,80 +332,120 @@ class SnapshotStore(Service):
         if self._timer is not None and self._timer.active():
             self._timer.cancel()
 
-    async def _save(self, dataset: Dataset) -> None:
+    async def _save(self, names: _Names) -> None:
         """One save, whatever comes of it: it never raises."""
-        # The newest, which may not be the one that was published when this was planned.
-        snapshot = dataset.snapshot
-        if snapshot is None or snapshot.source != "postgres":
+        # The newest, which may not be those that were published when this was planned.
+        snapshots = self._newest(names)
+        if not snapshots:
             return
-        name, generation, count = dataset.name, snapshot.generation, snapshot.rows.count
-        log = self._log.bind(dataset=name)
         began_at = self._reactor.seconds()
-        self._due_at[name] = began_at + self._min_save_interval_s
+        self._due_at[names] = began_at + self._min_save_interval_s
         try:
             with self._work():
-                # Generations only rise, so that a higher number is of an earlier life, from before what was restored.
-                # Left there it would pass for the newest.
-                older = [other for other in self.saved(name) if other < generation]
-                kept = [generation, *older[: self._keep_generations - 1]]
-                dropped = [other for other in self.saved(name) if other not in kept]
+                kept = self._kept(names, [snapshot.generation for snapshot in snapshots])
+                dropped = [
+                    self._path(name, generation)
+                    for name in names
+                    for generation in self._saved.get(name, {})
+                    if generation not in kept[name]
+                ]
                 # A failure's traceback holds the frames it passed, and the thread that failed holds the failure until
                 # its next work: no frame of these may hold the rows then.
-                pieces, header = packed(snapshot.rows), _header(dataset.settings, snapshot)
-                del snapshot
+                parts = [self._part(*each) for each in zip(names, snapshots, strict=True)]
+                del snapshots
                 try:
-                    file_bytes = await self._write(header, pieces, dropped)
+                    sizes = await self._write(parts, dropped)
                 finally:
-                    pieces.close()
+                    for part in parts:
+                        part.pieces.close()
         except Stopped:
             return
         except Exception as error:
-            self._fail(name, error, log)
-        else:
-            self._saved[name] = kept
-            dataset.save_problem = None
-            if self.problems.pop(name, None) is not None:
-                log.info("snapshot_save_recovered")
-            log.info(
-                "snapshot_saved",
-                generation=generation,
-                rows=count,
-                bytes=file_bytes,
-                took_s=seconds(self._reactor.seconds() - began_at),
-            )
+            self._fail(names, error)
+            return
+        took_s = self._reactor.seconds() - began_at
+        for part, size_bytes in zip(parts, sizes, strict=True):
+            self._succeed(part.header, kept[part.header.dataset], size_bytes, took_s)
 
-    def _fail(self, name: str, error: Exception, log: Any) -> None:
+    def _newest(self, names: _Names) -> list[Snapshot]:
+        """What is served, unless it was rolled back or is not of one moment."""
+        served = [dataset.snapshot for name in names if (dataset := self._cache.datasets.get(name))]
+        snapshots = [snapshot for snapshot in served if snapshot is not None and snapshot.source == "postgres"]
+        one_moment = len({snapshot.as_of for snapshot in snapshots}) == 1
+        return snapshots if one_moment and len(snapshots) == len(names) else []
+
+    def _kept(self, names: _Names, generations: Sequence[int]) -> dict[str, set[int]]:
+        """Which generations of each are on disk once these are, the newest."""
+        # Generations only rise, so that a higher number is of an earlier life, from before what was restored.
+        # Left there it would pass for the newest.
+        older = [
+            each for each in self.saved(names) if all(other < new for other, new in zip(each, generations, strict=True))
+        ]
+        moments = [tuple(generations), *older[: self._keep_generations - 1]]
+        return {name: set(each) for name, each in zip(names, zip(*moments, strict=True), strict=True)}
+
+    def _part(self, name: str, snapshot: Snapshot) -> _Part:
+        return _Part(
+            _header(self._cache.dataset(name).settings, snapshot),
+            packed(snapshot.rows),
+            self._path(name, snapshot.generation),
+            self._directory / f".{name}.{snapshot.generation:012}.{os.getpid()}.tmp",
+        )
+
+    def _succeed(self, header: Header, kept: set[int], size_bytes: int, took_s: float) -> None:
+        name = header.dataset
+        older = self._saved.get(name, {})
+        self._saved[name] = {header.generation: header.as_of, **{each: older[each] for each in older if each in kept}}
+        self._cache.dataset(name).save_problem = None
+        log = self._log.bind(dataset=name)
+        if self.problems.pop(name, None) is not None:
+            log.info("snapshot_save_recovered")
+        log.info(
+            "snapshot_saved", generation=header.generation, rows=header.rows, bytes=size_bytes, took_s=seconds(took_s)
+        )
+
+    def _fail(self, names: _Names, error: Exception) -> None:
         ours = not isinstance(error, OSError)
         problem = f"{self._directory}: {_reason(error)}"
         retry_in_s = max(_LEAST_RETRY_S, self._min_save_interval_s)
-        if self.problems.get(name) != problem:
-            self.problems[name] = self._cache.dataset(name).save_problem = problem
-            log.warning("snapshot_save_failed", error=problem, retry_in_s=seconds(retry_in_s), exc_info=ours)
-        self._due_at[name] = self._reactor.seconds() + retry_in_s
+        for name in names:
+            if self.problems.get(name) != problem:
+                self.problems[name] = self._cache.dataset(name).save_problem = problem
+                self._log.warning(
+                    "snapshot_save_failed", dataset=name, error=problem, retry_in_s=seconds(retry_in_s), exc_info=ours
+                )
+        self._due_at[names] = self._reactor.seconds() + retry_in_s
         if not self._stopping:
-            self._wanted.add(name)
+            self._wanted.add(names)
 
-    async def _write(self, header: Header, pieces: Iterator[bytes], dropped: Sequence[int]) -> int:
-        """The bytes of the file, which is complete and lasting now, or nothing is left of it."""
-        name, generation = header.dataset, header.generation
-        path = self._path(name, generation)
-        temporary = self._directory / f".{name}.{generation:012}.{os.getpid()}.tmp"
-        self._temporary = temporary
+    async def _write(self, parts: Sequence[_Part], dropped: Sequence[Path]) -> list[int]:
+        """The bytes of each file; all are complete and lasting now, or nothing is left of them."""
+        self._temporaries = frozenset(part.temporary for part in parts)
         try:
-            file = await self._in_thread(_create, temporary)
             try:
-                writer = await self._in_thread(SnapshotWriter, file, header)
-                # The thread takes one piece after the other, and between them the reactor does all else.
-                for piece in pieces:
-                    await self._in_thread(writer.write, piece)
-                    self._go_on()
-                await self._in_thread(_commit, writer, file, temporary, path)
+                sizes = [await self._write_part(part) for part in parts]
+                await self._in_thread(_commit, parts)
             except BaseException:
-                await self._in_thread(_abandon, file, temporary)
+                await self._in_thread(_remove, [part.temporary for part in parts])
                 raise
-            await self._in_thread(_remove, [self._path(name, other) for other in dropped])
+            await self._in_thread(_remove, dropped)
         finally:
-            self._temporary = None
+            self._temporaries = frozenset()
+        return sizes
+
+    async def _write_part(self, part: _Part) -> int:
+        """Write one file that is not known by its name yet, and make it last."""
+        file = await self._in_thread(_create, part.temporary)
+        try:
+            writer = await self._in_thread(SnapshotWriter, file, part.header)
+            # The thread takes one piece after the other, and between them the reactor does all else.
+            for piece in part.pieces:
+                await self._in_thread(writer.write, piece)
+                self._go_on()
+            await self._in_thread(_finish, writer, file)
+        except BaseException:
+            await self._in_thread(_abandon, file)
+            raise
         return writer.size_bytes
 
     # Both
@@ -423,20 +503,29 @@ def _header(settings: DatasetSettings, snapshot: Snapshot) -> Header:
 # What follows runs in a thread.
 
 
-def _scan(directory: Path, busy: Path | None) -> dict[str, list[int]]:
-    """The generations there are, newest first, by dataset. What a killed process left half written is removed."""
-    found: dict[str, list[int]] = {}
+def _scan(directory: Path, busy: Collection[Path]) -> dict[str, _Saved]:
+    """What there is, by dataset. What a killed process left half written is removed."""
+    found: dict[str, _Saved] = {}
     try:
         entries = sorted(directory.iterdir(), reverse=True)
     except FileNotFoundError:
         return found
     for path in entries:
-        if _TEMPORARY.fullmatch(path.name) and path != busy:
+        if _TEMPORARY.fullmatch(path.name) and path not in busy:
             with suppress(OSError):
                 path.unlink()
         elif (named := _SAVED.fullmatch(path.name)) and path.is_file():
-            found.setdefault(named[1], []).append(int(named[2]))
+            found.setdefault(named[1], {})[int(named[2])] = _moment(path)
     return found
+
+
+def _moment(path: Path) -> datetime | None:
+    try:
+        header, blocks = read(path)
+    except (SnapshotRejected, OSError):
+        return None  # told when it is loaded
+    blocks.close()
+    return header.as_of
 
 
 def _open(path: Path, settings: DatasetSettings, generation: int) -> tuple[Header, Generator[bytes]]:
@@ -473,25 +562,32 @@ def _create(temporary: Path) -> Any:
     return open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb")
 
 
-def _commit(writer: SnapshotWriter, file: Any, temporary: Path, path: Path) -> None:
-    """Make it last, then make it the generation's file; a crash leaves all of it or none."""
+def _finish(writer: SnapshotWriter, file: Any) -> None:
     writer.finish()
     file.flush()
     os.fsync(file.fileno())
     file.close()
-    temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def _commit(parts: Sequence[_Part]) -> None:
+    """Give each file its name, or none of them. A crash within leaves some of a group's, which are of no use without
+    the others; what they are to replace is still there."""
     try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        for part in parts:
+            part.temporary.replace(part.path)
+        directory = os.open(parts[0].path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError:
+        _remove([part.path for part in parts])
+        raise
 
 
-def _abandon(file: Any, temporary: Path) -> None:
+def _abandon(file: Any) -> None:
     with suppress(OSError):
         file.close()
-    with suppress(OSError):
-        temporary.unlink()
 
 
 def _remove(paths: Sequence[Path]) -> None:

@@ -154,8 +154,11 @@ class Commands:
     def _rollback(self, name: str) -> str:
         """serve the saved generation before the one that is served, pinned"""
         assert self._refreshes is not None
-        generation = self._refreshes.roll_back(name)
-        return f"OK {name}: going back to saved generation {generation}, which is then pinned; 'why {name}' tells when"
+        replies = [
+            f"OK {each}: going back to saved generation {generation}, which is then pinned; 'why {each}' tells when"
+            for each, generation in self._refreshes.roll_back(name).items()
+        ]
+        return "\n".join(replies)
 
     def _served(self, name: str) -> str:
         snapshot = self._cache.dataset(name).snapshot

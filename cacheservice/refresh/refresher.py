@@ -151,17 +151,17 @@ class Refresher:
                 expiry.published()
         return [dataset.name for dataset in self.datasets]
 
-    def roll_back(self, saved: Snapshot) -> None:
-        """Serve a saved snapshot of the one dataset, pinned."""
-        (dataset,) = self.datasets
-        dataset.roll_back(saved)
-        self._logs[dataset.name].info(
-            "dataset_rolled_back",
-            to=saved.generation,
-            generation=dataset.snapshot.generation if dataset.snapshot else None,
-            rows=saved.rows.count,
-        )
-        self._expiries[0].published()
+    def roll_back(self, saved: Sequence[Snapshot]) -> None:
+        """Serve saved snapshots, one of each dataset, pinned, from one turn of the reactor on."""
+        for dataset, snapshot, expiry in zip(self.datasets, saved, self._expiries, strict=True):
+            dataset.roll_back(snapshot)
+            self._logs[dataset.name].info(
+                "dataset_rolled_back",
+                to=snapshot.generation,
+                generation=dataset.snapshot.generation if dataset.snapshot else None,
+                rows=snapshot.rows.count,
+            )
+            expiry.published()
 
     def _start_loop(self) -> None:
         # The loop's phase is when it really starts, which is later if the reactor was held.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
 from twisted.application.service import Service
@@ -24,8 +24,8 @@ class History(Protocol):
     async def restore(self) -> None:
         """Publish the newest saved snapshot of each dataset. Never raises."""
 
-    def saved(self, name: str) -> list[int]:
-        """The generations of a dataset that are saved, newest first."""
+    def saved(self, names: Sequence[str]) -> list[tuple[int, ...]]:
+        """The saved generations of a dataset, or those of a group that are of one moment, newest first."""
 
     async def load(self, name: str, generation: int) -> Snapshot:
         """:raises CacheServiceError: if it cannot be had."""
@@ -118,31 +118,33 @@ class CacheService(Service):
         """``cacheservice.cache.cache.Refreshes``."""
         return self._refresher(name).unpin()
 
-    def roll_back(self, name: str) -> int:
+    def roll_back(self, name: str) -> dict[str, int]:
         """``cacheservice.cache.cache.Refreshes``."""
-        refresher, dataset = self._refresher(name), self._cache.dataset(name)
-        served = dataset.snapshot
-        if len(refresher.datasets) > 1:
-            raise NothingToRollBackTo(f"{name} is of a group, whose saved generations need not be of one moment")
+        refresher = self._refresher(name)
+        names = [dataset.name for dataset in refresher.datasets]
         if self._history is None:
             raise NothingToRollBackTo("nothing is saved; set persistence.directory")
-        if served is None:
-            raise NothingToRollBackTo(f"{name} has not been loaded yet")
-        current = served.rolled_back_to or served.generation
-        saved = [generation for generation in self._history.saved(name) if generation < current]
-        if not saved:
-            raise NothingToRollBackTo(f"no generation of {name} before {current} is saved")
-        self._run(self._roll_back(self._history, refresher, saved[0]))
-        return saved[0]
+        current = []
+        for dataset in refresher.datasets:
+            if (served := dataset.snapshot) is None:
+                raise NothingToRollBackTo(f"{dataset.name} has not been loaded yet")
+            current.append(served.rolled_back_to or served.generation)
+        for saved in self._history.saved(names):
+            if all(earlier < served for earlier, served in zip(saved, current, strict=True)):
+                self._run(self._roll_back(self._history, refresher, saved))
+                return dict(zip(names, saved, strict=True))
+        group = f" together with its group ({', '.join(names)})" if len(names) > 1 else ""
+        raise NothingToRollBackTo(f"no generation of {name} before {current[names.index(name)]} is saved{group}")
 
-    async def _roll_back(self, history: History, refresher: Refresher, generation: int) -> None:
-        (dataset,) = refresher.datasets
-        try:
-            saved = await history.load(dataset.name, generation)
-        except CacheServiceError as error:
-            self._log.warning("rollback_failed", dataset=dataset.name, to=generation, error=str(error))
-        else:
-            refresher.roll_back(saved)
+    async def _roll_back(self, history: History, refresher: Refresher, generations: Sequence[int]) -> None:
+        saved = []
+        for dataset, generation in zip(refresher.datasets, generations, strict=True):
+            try:
+                saved.append(await history.load(dataset.name, generation))
+            except CacheServiceError as error:
+                self._log.warning("rollback_failed", dataset=dataset.name, to=generation, error=str(error))
+                return
+        refresher.roll_back(saved)
 
     def refresh_since(self, name: str, moment: float) -> None:
         """``cacheservice.cache.cache.Refreshes``."""
