@@ -160,5 +160,9 @@ class MigrationFailed(CacheServiceError):
     """
 
 
+class WatchFailed(CacheServiceError):
+    """`cacheservice watch` or `unwatch` could not reach the database, or was refused. The message says what to do."""
+
+
 class DemoFailed(CacheServiceError):
     """The demo could not start. The message says what is in its way."""

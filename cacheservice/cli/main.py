@@ -18,6 +18,7 @@ from cacheservice.cli.demo import Demo
 from cacheservice.errors import CacheServiceError, ConfigError
 from cacheservice.postgres.migrate import create_reader, migrate
 from cacheservice.postgres.target import parse
+from cacheservice.postgres.watch import unwatch, watch
 
 _ANSWER_TIMEOUT_S = 10.0
 
@@ -66,13 +67,16 @@ def check() -> None:
     click.echo(f"the configuration is valid: {count} dataset{'s' if count != 1 else ''}")
 
 
-@main.command("migrate")
-@click.option(
+_owner_dsn = click.option(
     "--dsn",
     envvar="CACHESERVICE_MIGRATE_DSN",
     show_envvar=True,
-    help="Where, as a role that may create a schema. Without it, postgres.dsn of the configuration.",
+    help="Where, as the tables' owner, who may create a schema. Without it, postgres.dsn of the configuration.",
 )
+
+
+@main.command("migrate")
+@_owner_dsn
 @click.option("--reader", metavar="NAME", help="Also make this role: it may log in and read what it is granted.")
 @click.option(
     "--select", "tables", metavar="TABLE", multiple=True, help="A table that the reader may read; repeatable."
@@ -86,6 +90,48 @@ def migrate_command(dsn: str | None, reader: str | None, tables: tuple[str, ...]
     """
     if tables and not reader:
         raise click.UsageError("--select goes with --reader")
+    dsn = _checked(dsn)
+    names = migrate(dsn, shipped.folder("migrations"))
+    click.echo("\n".join(f"applied {name}" for name in names) or "nothing to apply: the schema is up to date")
+    if reader:
+        create_reader(dsn, reader, tables, _reader_password())
+        click.echo(f"the role {reader} may log in and read {', '.join(tables) or 'nothing yet: grant it SELECT'}")
+
+
+@main.command("watch")
+@click.argument("table")
+@click.option("--key", metavar="COLUMN", multiple=True, required=True, help="The column that names a row; repeatable.")
+@click.option("--notify/--no-notify", default=True, show_default=True, help="Whether each commit is told at once.")
+@click.option("--dry-run", is_flag=True, help="Print the SQL and do nothing.")
+@_owner_dsn
+@_plainly
+def watch_command(table: str, key: tuple[str, ...], notify: bool, dry_run: bool, dsn: str | None) -> None:
+    """Put triggers on TABLE that record the keys of changed rows, so that a refresh reads those alone.
+
+    Then say so in the configuration: watch = [{table = "TABLE", key = "COLUMN"}]. A NOTIFY takes a lock that serialises
+    the commits of the whole database; with --no-notify heavy writers are spared, and changes are seen each interval_s.
+    Say it again after partitions were attached or detached.
+    """
+    names = watch(_checked(dsn), table, key, notify, dry_run, click.echo)
+    if not dry_run:
+        click.echo(f"changes of {', '.join(names)} are recorded by {', '.join(key)}")
+
+
+@main.command("unwatch")
+@click.argument("table")
+@click.option("--key", metavar="COLUMN", multiple=True, help="Of which watch of the table; without it, of every one.")
+@click.option("--dry-run", is_flag=True, help="Print the SQL and do nothing.")
+@_owner_dsn
+@_plainly
+def unwatch_command(table: str, key: tuple[str, ...], dry_run: bool, dsn: str | None) -> None:
+    """Take the triggers of `watch` off TABLE again, with what they recorded."""
+    names = unwatch(_checked(dsn), table, key, dry_run, click.echo)
+    if not dry_run:
+        click.echo(f"changes of {', '.join(names)} are recorded no more")
+
+
+def _checked(dsn: str | None) -> str:
+    """The connection string to use, without a password in sight."""
     if dsn is None:
         dsn = app.load_settings(os.environ).postgres.dsn.get_secret_value()
     _refuse_password_in_arguments()
@@ -93,11 +139,7 @@ def migrate_command(dsn: str | None, reader: str | None, tables: tuple[str, ...]
         parse(dsn)
     except ValueError as error:
         raise click.UsageError(f"--dsn: {error}") from None
-    names = migrate(dsn, shipped.folder("migrations"))
-    click.echo("\n".join(f"applied {name}" for name in names) or "nothing to apply: the schema is up to date")
-    if reader:
-        create_reader(dsn, reader, tables, _reader_password())
-        click.echo(f"the role {reader} may log in and read {', '.join(tables) or 'nothing yet: grant it SELECT'}")
+    return dsn
 
 
 def _refuse_password_in_arguments() -> None:

@@ -22,6 +22,8 @@ from cacheservice.postgres.target import parse
 
 SCHEMA = "cacheservice"
 _CONNECT_TIMEOUT_S = 10
+_FUNCTIONS = ("blocking_sessions(integer)", "changes(jsonb, pg_snapshot, integer)", "prune(interval, integer)")
+"""What a reader may call."""
 
 # Defaults, which a session can unset: the grants are the boundary, these are for mistakes.
 _READER_DEFAULTS = {
@@ -39,7 +41,7 @@ def migrate(dsn: str, directory: Path) -> list[str]:
     :raises MigrationFailed: if the database cannot be reached or refuses.
     """
     try:
-        with closing(_connect(dsn)) as connection, connection.cursor() as cursor:
+        with closing(blocking_connection(dsn, "cacheservice migrate")) as connection, connection.cursor() as cursor:
             # Before yoyo makes its own tables, which are to lie in it.
             cursor.execute(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}")
         uri = DatabaseURI("postgresql", None, None, None, None, None, {"dsn": dsn, "schema": SCHEMA})
@@ -51,19 +53,19 @@ def migrate(dsn: str, directory: Path) -> list[str]:
                 backend.apply_migrations(migrations)
         return names
     except psycopg2.Error as error:
-        raise _failed(dsn, error) from error
+        raise MigrationFailed(told_by(dsn, error)) from error
 
 
 def create_reader(dsn: str, name: str, tables: Sequence[str] = (), password: str | None = None) -> None:
     """Make the role `name`, or bring it to this state: it may log in and read `tables`, nothing else.
 
-    :param tables: as schema.table; without one nothing is granted but the service's own function.
+    :param tables: as schema.table; without one nothing is granted but the service's own functions.
     :param password: sent as its SCRAM verifier, so that it is in no log of the server; None leaves it as it is.
     :raises MigrationFailed: if the database cannot be reached or refuses.
     """
     role = sql.Identifier(name)
     try:
-        with closing(_connect(dsn)) as connection, connection.cursor() as cursor:
+        with closing(blocking_connection(dsn, "cacheservice migrate")) as connection, connection.cursor() as cursor:
             cursor.execute("SELECT 1 FROM pg_roles WHERE rolname = %s", (name,))
             verb = sql.SQL("ALTER" if cursor.fetchone() else "CREATE")
             cursor.execute(
@@ -79,15 +81,16 @@ def create_reader(dsn: str, name: str, tables: Sequence[str] = (), password: str
                 values = sql.SQL(", ").join(map(sql.Literal, value.split(", ")))
                 cursor.execute(sql.SQL("ALTER ROLE {} SET {} = {}").format(role, sql.Identifier(setting), values))
             cursor.execute(sql.SQL("GRANT USAGE ON SCHEMA {} TO {}").format(sql.Identifier(SCHEMA), role))
-            cursor.execute(
-                sql.SQL("GRANT EXECUTE ON FUNCTION {}.blocking_sessions(integer) TO {}").format(
-                    sql.Identifier(SCHEMA), role
+            for function in _FUNCTIONS:
+                cursor.execute(
+                    sql.SQL("GRANT EXECUTE ON FUNCTION {}.{} TO {}").format(
+                        sql.Identifier(SCHEMA), sql.SQL(function), role
+                    )
                 )
-            )
             for table in tables:
                 _grant_select(cursor, table, role)
     except psycopg2.Error as error:
-        raise _failed(dsn, error) from error
+        raise MigrationFailed(told_by(dsn, error)) from error
 
 
 def _grant_select(cursor: Any, table: str, role: sql.Identifier) -> None:
@@ -101,12 +104,14 @@ def _grant_select(cursor: Any, table: str, role: sql.Identifier) -> None:
     cursor.execute(sql.SQL("GRANT SELECT ON {} TO {}").format(sql.SQL(relation), role))
 
 
-def _connect(dsn: str) -> Any:
-    connection = psycopg2.connect(dsn, connect_timeout=_CONNECT_TIMEOUT_S, application_name="cacheservice migrate")
+def blocking_connection(dsn: str, application_name: str) -> Any:
+    """A session in autocommit."""
+    connection = psycopg2.connect(dsn, connect_timeout=_CONNECT_TIMEOUT_S, application_name=application_name)
     connection.autocommit = True
     return connection
 
 
-def _failed(dsn: str, error: psycopg2.Error) -> MigrationFailed:
+def told_by(dsn: str, error: psycopg2.Error) -> str:
+    """What the server said, in one line without a password."""
     message = (error.diag.message_primary if error.diag else None) or str(error)
-    return MigrationFailed(f"PostgreSQL: {parse(dsn).redact(message)}")
+    return f"PostgreSQL: {parse(dsn).redact(message)}"

@@ -1,0 +1,272 @@
+"""Triggers that record the keys of changed rows: what `cacheservice watch` and `unwatch` do. It blocks: for the command
+line, never for the service.
+
+A trigger for each kind of statement, with static SQL in a function of its own, so that its plan is cached; one row with
+an array of keys for each statement (one row a key by dynamic SQL cost three times as much).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from typing import Any, NamedTuple
+
+import psycopg2
+from psycopg2 import sql
+
+from cacheservice.errors import WatchFailed
+from cacheservice.postgres.migrate import blocking_connection, told_by
+
+CHANNEL = "cacheservice"
+"""On which its triggers notify, and the service proves that it listens. A payload "changed 7" is of the watch 7."""
+_LOCK_TIMEOUT_MS = 5000
+"""A trigger is made under a lock that waits for all writers, and all writers wait behind it."""
+_TABLE_KINDS = "rp"
+"""Ordinary and partitioned tables: what has triggers with transition tables."""
+_EVENTS = ("insert", "update", "delete", "truncate")
+
+
+class _Table(NamedTuple):
+    """A table as the database knows it; names are quoted where they need it."""
+
+    name: str
+    oid: int
+    family: tuple[str, ...]
+    """Itself, its partitions and its children: a statement that names one of them fires the triggers of that alone."""
+
+
+def watch(
+    dsn: str, table: str, key: Sequence[str], notify: bool, dry_run: bool, say: Callable[[str], None]
+) -> list[str]:
+    """Record the keys of all rows of `table` that change from now on; gives the names of the tables it is done for.
+
+    Again for one that is watched, it makes its triggers anew.
+
+    :param key: the columns whose values name a row.
+    :param dry_run: only say the SQL.
+    :raises WatchFailed: if the database cannot be reached or refuses, with what to do.
+    """
+    with _transaction(dsn) as cursor:
+        found = _find(cursor, table, key)
+        cursor.execute(
+            "SELECT id FROM cacheservice.watched WHERE relation = %s AND key_columns = %s::name[]",
+            (found.oid, list(key)),
+        )
+        known = cursor.fetchone()
+        cursor.execute("SELECT coalesce(max(id), 0) + 1 FROM cacheservice.watched")
+        number: int = (known or cursor.fetchone())[0]
+        statements = [
+            *(_removing(cursor, number, found.family) if known else ()),
+            _registering(cursor, number, found, key, notify),
+            *_recording(cursor, number, key, notify),
+            *_triggers(cursor, number, found.family),
+        ]
+        _run(cursor, statements, dry_run, say)
+    return list(found.family)
+
+
+def unwatch(dsn: str, table: str, key: Sequence[str], dry_run: bool, say: Callable[[str], None]) -> list[str]:
+    """Undo `watch`; without a key, every watch of that table.
+
+    :raises WatchFailed: if it is not watched so, or the database refuses.
+    """
+    with _transaction(dsn) as cursor:
+        found = _find(cursor, table, key)
+        cursor.execute(
+            "SELECT id FROM cacheservice.watched WHERE relation = %s AND (%s OR key_columns = %s::name[]) ORDER BY id",
+            (found.oid, not key, list(key)),
+        )
+        numbers = [number for (number,) in cursor.fetchall()]
+        if not numbers:
+            raise WatchFailed(f"{found.name} is not watched{' by ' + ', '.join(key) if key else ''}")
+        _run(cursor, [each for number in numbers for each in _removing(cursor, number, found.family)], dry_run, say)
+    return list(found.family)
+
+
+class _transaction:  # noqa: N801  # used as the function that it stands for
+    """A cursor in a transaction that is committed at the end; errors become ours."""
+
+    def __init__(self, dsn: str) -> None:
+        self._dsn = dsn
+
+    def __enter__(self) -> Any:
+        try:
+            self._connection = blocking_connection(self._dsn, "cacheservice watch")
+        except psycopg2.Error as error:
+            raise WatchFailed(told_by(self._dsn, error)) from error
+        self._connection.autocommit = False
+        cursor = self._connection.cursor()
+        cursor.execute(
+            f"SET LOCAL lock_timeout = {_LOCK_TIMEOUT_MS}; SET LOCAL search_path = pg_catalog, public, pg_temp"
+        )
+        return cursor
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        with closing(self._connection):
+            if error is None:
+                self._connection.commit()
+            elif isinstance(error, psycopg2.errors.LockNotAvailable):
+                raise WatchFailed(
+                    f"the table is in use: its lock was not to be had within {_LOCK_TIMEOUT_MS // 1000} s, "
+                    "and writers should not wait longer behind it; try again when no long transaction writes to it"
+                ) from error
+            elif isinstance(error, psycopg2.errors.UndefinedTable | psycopg2.errors.InvalidSchemaName):
+                raise WatchFailed(f"{told_by(self._dsn, error)}; if that is ours, say: cacheservice migrate") from error
+            elif isinstance(error, psycopg2.Error):
+                raise WatchFailed(told_by(self._dsn, error)) from error
+
+
+def _find(cursor: Any, table: str, key: Sequence[str]) -> _Table:
+    # The server splits and folds the name by its own rules.
+    cursor.execute(
+        "SELECT c.oid, n.nspname, c.relname, c.relkind::text, c.relpersistence::text "
+        "FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace WHERE c.oid = %s::regclass",
+        (table,),
+    )
+    oid, schema, relation, kind, persistence = cursor.fetchone()
+    name = sql.Identifier(schema, relation).as_string(cursor)
+    if kind not in _TABLE_KINDS or persistence == "t":
+        raise WatchFailed(f"{name} is no table that can have such triggers; watch the tables that it reads")
+    cursor.execute("SELECT attname FROM pg_attribute WHERE attrelid = %s AND attnum > 0 AND NOT attisdropped", (oid,))
+    columns = [column for (column,) in cursor.fetchall()]
+    for column in key:
+        if column not in columns:
+            raise WatchFailed(f"{name} has no column {column}; it has {', '.join(columns)}")
+    cursor.execute(
+        """
+        WITH RECURSIVE family AS (
+            SELECT %s::oid AS oid
+            UNION ALL
+            SELECT i.inhrelid FROM pg_inherits AS i JOIN family AS f ON i.inhparent = f.oid
+        )
+        SELECT n.nspname, c.relname FROM family AS f JOIN pg_class AS c ON c.oid = f.oid
+        JOIN pg_namespace AS n ON n.oid = c.relnamespace ORDER BY c.oid <> %s, c.oid
+        """,
+        (oid, oid),
+    )
+    family = tuple(sql.Identifier(*names).as_string(cursor) for names in cursor.fetchall())
+    return _Table(name, oid, family)
+
+
+def _registering(cursor: Any, number: int, table: _Table, key: Sequence[str], notify: bool) -> str:
+    return _text(
+        cursor,
+        "INSERT INTO cacheservice.watched (id, relation, key_columns, notifies)\n"
+        "VALUES ({number}, {table}, {key}::name[], {notify});",
+        number=sql.Literal(number),
+        table=sql.Literal(table.name),
+        key=sql.Literal(list(key)),
+        notify=sql.Literal(notify),
+    )
+
+
+_FUNCTION = """\
+CREATE FUNCTION cacheservice.{function}() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    INSERT INTO cacheservice.changes (watched, keys)
+    {keys};{notify}
+    RETURN NULL;
+END
+$$;"""
+# PostgreSQL drops a notification that its transaction has sent already.
+_NOTIFY = """
+    IF FOUND THEN
+        PERFORM pg_notify({channel}, {payload});
+    END IF;"""
+_KEYS = {
+    "insert": "SELECT {number}, array_agg({key}) FROM new_rows AS r HAVING count(*) > 0",
+    "delete": "SELECT {number}, array_agg({key}) FROM old_rows AS r HAVING count(*) > 0",
+    # Both are in the order in which the rows were updated, so they are alike unless a key was changed.
+    "update": (
+        "SELECT {number}, CASE WHEN before.keys = later.keys THEN later.keys ELSE before.keys || later.keys END\n"
+        "    FROM (SELECT array_agg({key}) AS keys FROM old_rows AS r) AS before,\n"
+        "         (SELECT array_agg({key}) AS keys FROM new_rows AS r) AS later\n"
+        "    WHERE later.keys IS NOT NULL"
+    ),
+    "truncate": "SELECT {number}, NULL",
+}
+_TRANSITION = {
+    "insert": "\n    REFERENCING NEW TABLE AS new_rows",
+    "update": "\n    REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows",
+    "delete": "\n    REFERENCING OLD TABLE AS old_rows",
+    "truncate": "",
+}
+
+
+def _recording(cursor: Any, number: int, key: Sequence[str], notify: bool) -> list[str]:
+    """The functions of the triggers. They run as their owner, so that writers need no rights in our schema."""
+    values = [sql.SQL("r.{}::text").format(sql.Identifier(column)) for column in key]
+    element = values[0] if len(values) == 1 else sql.SQL("ARRAY[{}]").format(sql.SQL(", ").join(values))
+    telling = sql.SQL(_NOTIFY).format(channel=sql.Literal(CHANNEL), payload=sql.Literal(f"changed {number}"))
+    return [
+        _text(
+            cursor,
+            _FUNCTION,
+            function=sql.Identifier(f"record_{number}_{event}"),
+            keys=sql.SQL(_KEYS[event]).format(number=sql.Literal(number), key=element),
+            notify=telling if notify else sql.SQL(""),
+        )
+        for event in _EVENTS
+    ]
+
+
+def _triggers(cursor: Any, number: int, family: Sequence[str]) -> list[str]:
+    # ALWAYS: for replicated sessions (session_replication_role) too; and whoever disables triggers for a while and
+    # enables them again leaves them without it, which the next refresh notices.
+    return [
+        _text(
+            cursor,
+            "CREATE TRIGGER {trigger} AFTER {event} ON {table}{transition}\n"
+            "    FOR EACH STATEMENT EXECUTE FUNCTION cacheservice.{function}();\n"
+            "ALTER TABLE {table} ENABLE ALWAYS TRIGGER {trigger};",
+            trigger=sql.Identifier(_trigger(number, event)),
+            event=sql.SQL(event.upper()),
+            table=sql.SQL(table),
+            transition=sql.SQL(_TRANSITION[event]),
+            function=sql.Identifier(f"record_{number}_{event}"),
+        )
+        for table in family
+        for event in _EVENTS
+    ]
+
+
+def _removing(cursor: Any, number: int, family: Sequence[str]) -> list[str]:
+    identifier = sql.Identifier
+    return [
+        *(
+            _text(
+                cursor,
+                "DROP TRIGGER IF EXISTS {trigger} ON {table};",
+                trigger=identifier(_trigger(number, event)),
+                table=sql.SQL(table),
+            )
+            for table in family
+            for event in _EVENTS
+        ),
+        *(
+            # CASCADE: a trigger of a partition that has been detached since.
+            _text(cursor, "DROP FUNCTION cacheservice.{}() CASCADE;", identifier(f"record_{number}_{event}"))
+            for event in _EVENTS
+        ),
+        _text(cursor, "DELETE FROM cacheservice.changes WHERE watched = {};", sql.Literal(number)),
+        _text(cursor, "DELETE FROM cacheservice.watched WHERE id = {};", sql.Literal(number)),
+    ]
+
+
+def _trigger(number: int, event: str) -> str:
+    return f"cacheservice_{number}_{event}"
+
+
+def _text(cursor: Any, template: str, *values: sql.Composable, **named: sql.Composable) -> str:
+    text: str = sql.SQL(template).format(*values, **named).as_string(cursor)
+    return text
+
+
+def _run(cursor: Any, statements: Sequence[str], dry_run: bool, say: Callable[[str], None]) -> None:
+    for statement in statements:
+        if dry_run:
+            say(statement)
+        else:
+            cursor.execute(statement)

@@ -1,0 +1,223 @@
+-- Which rows of watched tables have changed, so that a refresh reads those alone. `cacheservice watch` puts the triggers
+-- on a table; here is what they fill and who reads it.
+
+CREATE TABLE cacheservice.watched (
+    id integer PRIMARY KEY,
+    relation regclass NOT NULL,
+    key_columns name[] NOT NULL,
+    notifies boolean NOT NULL,
+    since_xid xid8 NOT NULL DEFAULT pg_current_xact_id(),
+    UNIQUE (relation, key_columns)
+);
+COMMENT ON TABLE cacheservice.watched IS 'The tables whose changed keys are recorded, by "cacheservice watch".';
+COMMENT ON COLUMN cacheservice.watched.id IS 'Part of the names of its triggers and their functions.';
+COMMENT ON COLUMN cacheservice.watched.key_columns IS 'The columns whose values are recorded, in that order.';
+COMMENT ON COLUMN cacheservice.watched.notifies IS 'Whether its triggers send a NOTIFY, which serialises commits.';
+COMMENT ON COLUMN cacheservice.watched.since_xid IS
+    'The transaction that put the triggers there; a snapshot that does not see it has missed changes.';
+
+CREATE TABLE cacheservice.changes (
+    watched integer NOT NULL,
+    xid xid8 NOT NULL DEFAULT pg_current_xact_id(),
+    changed_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    keys text[]
+);
+-- Most changes are of few keys. Compressing the others takes longer than writing them.
+ALTER TABLE cacheservice.changes ALTER COLUMN keys SET STORAGE EXTERNAL;
+-- In order of time, so that both the refreshes, which want the end, and the pruning, which wants the beginning, read
+-- no more than they take.
+CREATE INDEX changes_watched_xid ON cacheservice.changes (watched, xid);
+COMMENT ON TABLE cacheservice.changes IS 'One row for each statement that changed rows of a watched table.';
+COMMENT ON COLUMN cacheservice.changes.xid IS 'The transaction of that statement: whether a snapshot has seen it.';
+COMMENT ON COLUMN cacheservice.changes.keys IS
+    'The keys of its rows before and after, as text; an array of arrays if a key has several columns. NULL: a TRUNCATE.';
+
+CREATE TABLE cacheservice.pruned (
+    one_row boolean PRIMARY KEY DEFAULT true CHECK (one_row),
+    through xid8 NOT NULL
+);
+INSERT INTO cacheservice.pruned (through) VALUES ('0');
+COMMENT ON TABLE cacheservice.pruned IS 'One row: how far the changes have been deleted.';
+COMMENT ON COLUMN cacheservice.pruned.through IS
+    'The greatest transaction whose changes were deleted; a snapshot that may not have seen it has missed some.';
+
+-- All that a refresh has to know, in one call: a first row with the state, and, if it has nothing against a delta, a row
+-- for each key that was changed by transactions that `previous` does not see, at most `most` of them and one more.
+--
+-- The state must be what it was when `previous` was taken, but for what only describes:
+-- - server: a restart or a crash may have lost transactions that had been seen (synchronous_commit = off, a failover),
+--   and their numbers are given again. A crash resets the statistics, and with them the second moment.
+-- - tables: their partitions, their storage (TRUNCATE, rewriting by ALTER TABLE), their columns.
+--
+-- On a standby pg_current_snapshot() does not list the transactions in progress, so all from xmin on are taken: keys
+-- that are read again without need do no harm.
+CREATE FUNCTION cacheservice.changes(watches jsonb, previous pg_snapshot, most integer)
+RETURNS TABLE (state jsonb, problem text, key text)
+LANGUAGE plpgsql
+STABLE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    each jsonb;
+    name text;
+    relation oid;
+    columns name[];
+    watch cacheservice.watched;
+    tree oid[];
+    complete bigint;
+    watched_ids integer[] := '{}';
+    width integer;
+    tables jsonb := '{}';
+BEGIN
+    FOR each IN SELECT * FROM jsonb_array_elements(watches) LOOP
+        name := each ->> 'table';
+        relation := (each ->> 'relation')::oid;
+        columns := ARRAY(SELECT jsonb_array_elements_text(each -> 'key'));
+        width := cardinality(columns);
+        IF relation IS NULL THEN
+            problem := format('there is no table %s', name);
+            EXIT;
+        END IF;
+        -- What is recorded are values of its rows.
+        IF NOT has_table_privilege(session_user, relation, 'SELECT') THEN
+            problem := format('%s may not read %s; GRANT SELECT ON %s TO %1$I', session_user, name, name);
+            EXIT;
+        END IF;
+        SELECT w.* INTO watch FROM cacheservice.watched AS w WHERE w.relation = changes.relation AND w.key_columns = columns;
+        IF NOT FOUND THEN
+            problem := format('%s is not watched; say: cacheservice watch %s%s', name, name,
+                              (SELECT string_agg(' --key ' || c, '') FROM unnest(columns) AS c));
+            EXIT;
+        END IF;
+        -- Statements that name a partition or a child fire the triggers of that alone.
+        WITH RECURSIVE family AS (
+            SELECT watch.relation::oid AS oid
+            UNION ALL
+            SELECT i.inhrelid FROM pg_inherits AS i JOIN family AS f ON i.inhparent = f.oid
+        )
+        SELECT array_agg(f.oid ORDER BY f.oid),
+               count(*) FILTER (WHERE 4 = (
+                   SELECT count(*) FROM pg_trigger AS t
+                   WHERE t.tgrelid = f.oid AND t.tgenabled = 'A' AND t.tgname LIKE 'cacheservice\_' || watch.id || '\_%'
+               ))
+        INTO tree, complete FROM family AS f;
+        IF complete < cardinality(tree) THEN
+            problem := format('%s or a partition of it lacks a trigger of ours; say again: cacheservice watch %s%s', name, name,
+                              (SELECT string_agg(' --key ' || c, '') FROM unnest(columns) AS c));
+            EXIT;
+        END IF;
+        -- Its worker fires no trigger for statements (PostgreSQL manual, 29.7).
+        IF EXISTS (SELECT FROM pg_subscription_rel AS s WHERE s.srrelid = ANY (tree)) THEN
+            problem := format('%s is filled by logical replication, which fires no such trigger', name);
+            EXIT;
+        END IF;
+        watched_ids := watched_ids || watch.id;
+        tables := tables || jsonb_build_object(name, jsonb_build_object(
+            'watched', watch.id,
+            'notifies', watch.notifies,
+            'since', watch.since_xid::text,
+            'relations', (SELECT jsonb_agg(pg_relation_filenode(t.oid) ORDER BY t.oid) FROM unnest(tree) AS t (oid)),
+            'columns', (
+                SELECT jsonb_agg(a.attname || ' ' || a.atttypid || ' ' || a.atttypmod ORDER BY a.attnum)
+                FROM pg_attribute AS a
+                WHERE a.attrelid = watch.relation AND a.attnum > 0 AND NOT a.attisdropped
+            ),
+            'key_types', (
+                SELECT jsonb_agg(CASE WHEN t.typtype = 'd' THEN t.typbasetype ELSE t.oid END::bigint ORDER BY c.position)
+                FROM unnest(columns) WITH ORDINALITY AS c (name, position)
+                JOIN pg_attribute AS a ON a.attrelid = watch.relation AND a.attname = c.name
+                JOIN pg_type AS t ON t.oid = a.atttypid
+            )
+        ));
+        IF previous IS NOT NULL THEN
+            IF NOT pg_visible_in_snapshot(watch.since_xid, previous) THEN
+                problem := format('%s has been watched only since the last refresh', name);
+            ELSIF EXISTS (
+                SELECT FROM cacheservice.changes AS c
+                WHERE c.watched = watch.id AND c.keys IS NULL AND c.xid >= pg_snapshot_xmin(previous)
+                  AND (pg_is_in_recovery() OR NOT pg_visible_in_snapshot(c.xid, previous))
+            ) THEN
+                problem := format('%s was truncated', name);
+            END IF;
+        END IF;
+    END LOOP;
+    IF previous IS NOT NULL AND problem IS NULL
+       AND (SELECT p.through >= pg_snapshot_xmin(previous) FROM cacheservice.pruned AS p) THEN
+        problem := 'the changes since the last refresh are not kept any more';
+    END IF;
+    state := jsonb_build_object(
+        'server', pg_postmaster_start_time() || ' ' || coalesce((SELECT b.stats_reset FROM pg_stat_bgwriter AS b)::text, '')
+                  || ' ' || (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database()),
+        'tables', tables
+    );
+    RETURN NEXT;
+    IF previous IS NULL OR problem IS NOT NULL THEN
+        RETURN;
+    END IF;
+    IF width = 1 THEN
+        RETURN QUERY
+        SELECT DISTINCT NULL::jsonb, NULL::text, k.key
+        FROM cacheservice.changes AS c CROSS JOIN LATERAL unnest(c.keys) AS k (key)
+        WHERE c.watched = ANY (watched_ids) AND c.xid >= pg_snapshot_xmin(previous)
+          AND (pg_is_in_recovery() OR NOT pg_visible_in_snapshot(c.xid, previous))
+        LIMIT most + 1;
+    ELSE
+        RETURN QUERY
+        SELECT DISTINCT NULL::jsonb, NULL::text, k.key
+        FROM cacheservice.changes AS c
+        CROSS JOIN LATERAL (
+            SELECT jsonb_agg(u.value ORDER BY u.position)::text AS key
+            FROM unnest(c.keys) WITH ORDINALITY AS u (value, position)
+            GROUP BY (u.position - 1) / width
+        ) AS k
+        WHERE c.watched = ANY (watched_ids) AND c.xid >= pg_snapshot_xmin(previous)
+          AND (pg_is_in_recovery() OR NOT pg_visible_in_snapshot(c.xid, previous))
+        LIMIT most + 1;
+    END IF;
+END
+$$;
+COMMENT ON FUNCTION cacheservice.changes(jsonb, pg_snapshot, integer) IS
+    'What was changed in watched tables by transactions that a snapshot does not see, for those who may read them.';
+REVOKE ALL ON FUNCTION cacheservice.changes(jsonb, pg_snapshot, integer) FROM PUBLIC;
+
+-- Deletes what is older than `keep`, the oldest first, at most `most` rows of each watched table a call. What a transaction
+-- that still runs has recorded stays, and so does all that is younger than it: nobody has seen it yet.
+CREATE FUNCTION cacheservice.prune(keep interval, most integer DEFAULT 10000)
+RETURNS bigint
+LANGUAGE plpgsql
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    watched_id integer;
+    greatest_xid xid8;
+    deleted bigint;
+    total bigint := 0;
+BEGIN
+    -- One at a time; the others have nothing to do.
+    IF NOT pg_try_advisory_xact_lock(hashtextextended('cacheservice.prune', 0)) THEN
+        RETURN 0;
+    END IF;
+    FOR watched_id IN SELECT w.id FROM cacheservice.watched AS w LOOP
+        WITH oldest AS (
+            SELECT c.ctid, c.changed_at FROM cacheservice.changes AS c
+            WHERE c.watched = watched_id AND c.xid < pg_snapshot_xmin(pg_current_snapshot())
+            ORDER BY c.xid LIMIT most
+        ), gone AS (
+            DELETE FROM cacheservice.changes AS c USING oldest AS o
+            WHERE c.ctid = o.ctid AND o.changed_at < clock_timestamp() - keep
+            RETURNING c.xid
+        )
+        SELECT count(*), (array_agg(g.xid ORDER BY g.xid DESC))[1] INTO deleted, greatest_xid FROM gone AS g;
+        IF deleted > 0 THEN
+            UPDATE cacheservice.pruned AS p SET through = greatest_xid WHERE p.through < greatest_xid;
+            total := total + deleted;
+        END IF;
+    END LOOP;
+    RETURN total;
+END
+$$;
+COMMENT ON FUNCTION cacheservice.prune(interval, integer) IS
+    'Deletes recorded changes that are older than that; gives how many. The service calls it; so may cron.';
+REVOKE ALL ON FUNCTION cacheservice.prune(interval, integer) FROM PUBLIC;
