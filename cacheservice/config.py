@@ -40,6 +40,8 @@ from cacheservice.errors import ConfigError
 
 _DEFAULT_FILE = "cacheservice.toml"
 _PREFIX = "CACHESERVICE_"
+OWN_CHANNEL = "cacheservice"
+"""On which the triggers of watch notify, and the service proves that it listens."""
 
 # Where a value stands: ("datasets", "products", "interval_s"); () is the file itself.
 _Place = tuple[str, ...]
@@ -70,6 +72,20 @@ def _columns(value: object) -> tuple[object, ...]:
     if not columns or not all(isinstance(column, str) and column for column in columns):
         raise ValueError("must be the name of a column, or a list of such names")
     return columns
+
+
+def _channel(name: str) -> str:
+    if len(name.encode()) > 63:
+        raise ValueError("must be at most 63 bytes long, as PostgreSQL's names are")
+    if name == OWN_CHANNEL:
+        raise ValueError(f'must not be "{OWN_CHANNEL}", which is the channel of the triggers of watch')
+    return name
+
+
+def _tables(value: object) -> object:
+    if not isinstance(value, list | tuple):
+        raise ValueError('must be a list of tables, such as [{table = "public.products", key = "id"}]')
+    return tuple(value)
 
 
 # A duration that becomes a timer of the reactor.
@@ -158,6 +174,13 @@ class PersistenceSettings(_Table):
     )
 
 
+class WatchSettings(_Table):
+    """A table on which `cacheservice watch` has put triggers, and the columns whose values name a row of the dataset."""
+
+    table: str = Field(min_length=1, description="a table that the query reads, with its schema")
+    key: Annotated[tuple[str, ...], BeforeValidator(_columns)] = Field(description="its columns that hold the key")
+
+
 class DefaultsSettings(_Table):
     """The keys that every dataset takes from ``[defaults]`` unless it sets them itself."""
 
@@ -196,10 +219,23 @@ class DefaultsSettings(_Table):
     )
     max_rows: int = Field(default=0, ge=0, description="rows past which a refresh fails; 0 = no limit")
     max_bytes: int = Field(default=0, ge=0, description="bytes of result past which a refresh fails; 0 = no limit")
+    notify: Annotated[str, AfterValidator(_channel)] = Field(
+        default="", description="LISTEN channel: a NOTIFY starts a refresh at once; a JSON list of keys limits it to them"
+    )
+    probe: str = Field(default="", description="SQL that gives one value; while it is unchanged, there is nothing to fetch")
     group: str = Field(
         default="",
         max_length=63,
         description="datasets of one group are read in one transaction and published together, or none of them",
+    )
+    watch: Annotated[tuple[WatchSettings, ...], BeforeValidator(_tables)] = Field(
+        default=(), description="tables, each with its key, whose changed rows are read alone; see Deltas"
+    )
+    max_delta: float = Field(
+        default=0.1, ge=0, le=1, description="share of the rows past which a refresh reads all instead of what changed"
+    )
+    full_interval_s: _TimerSeconds = Field(
+        default=3600.0, description="with watch: seconds after which everything is read again, as a check"
     )
 
 
@@ -274,7 +310,7 @@ def load(environ: Mapping[str, str], dsn_problem: Callable[[str], str | None]) -
         if "name" in _table(dataset):  # a field of ours, which the table's header sets
             problems["datasets", name, "name"] = _unknown("key", "name", _keys("datasets"))
     if settings is not None:
-        problems = _group_problems(settings) | problems
+        problems = _group_problems(settings) | _watch_problems(settings) | problems
     dsn = _table(declared["postgres"]).get("dsn")
     if isinstance(dsn, str) and dsn and (wrong := dsn_problem(dsn)) is not None:
         problems.setdefault(("postgres", "dsn"), wrong)
@@ -313,6 +349,18 @@ def _group_problems(settings: Settings) -> dict[_Place, str]:
         for other in others
         for key in _OF_A_GROUP
         if getattr(other, key) != getattr(first, key)
+    }
+
+
+def _watch_problems(settings: Settings) -> dict[_Place, str]:
+    """Where the key of a watched table has another number of columns than that of its dataset."""
+    return {
+        ("datasets", dataset.name, "watch", str(number), "key"): (
+            f"must be {len(dataset.key)} column{'s' if len(dataset.key) > 1 else ''}, as the key of {dataset.name} is"
+        )
+        for dataset in settings.datasets.values()
+        for number, watch in enumerate(dataset.watch)
+        if len(watch.key) != len(dataset.key)
     }
 
 
@@ -503,6 +551,11 @@ def _keys(table: str) -> dict[str, FieldInfo]:
     return model.model_fields if isinstance(model, type) and issubclass(model, BaseModel) else {}
 
 
+def _keys_at(place: _Place) -> dict[str, FieldInfo]:
+    """The keys that stand beside the one at `place`."""
+    return WatchSettings.model_fields if "watch" in place[:-1] else _keys(place[0])
+
+
 def _refusals(refused: ValidationError, declared: Mapping[str, Any]) -> dict[_Place, str]:
     """What the models refused, by the place where the refused value stands."""
     inherited = _inherited(declared)
@@ -546,10 +599,10 @@ _MESSAGES: Mapping[str, str] = MappingProxyType(
 def _message(error: ErrorDetails, place: _Place) -> str:
     """The problem in a few plain words that say how to mend it. Never the value, which may be a secret."""
     if error["type"] == "missing":
-        return f"required; {_keys(place[0])[place[-1]].description}"
+        return f"required; {_keys_at(place)[place[-1]].description}"
     if error["type"] == "extra_forbidden":
         if len(place) > 1:
-            return _unknown("key", place[-1], _keys(place[0]))
+            return _unknown("key", place[-1], _keys_at(place))
         return _unknown("table" if isinstance(error["input"], dict) else "key", place[0], Settings.model_fields)
     if error["type"] in _MESSAGES:
         return _MESSAGES[error["type"]].format(**error.get("ctx", {}))

@@ -86,7 +86,12 @@ class WhatLoads(Loading):
                 "min_rows": 0,
                 "max_shrink": 0.5,
                 "on_column_removed": "hold",
+                "notify": "",
+                "probe": "",
                 "group": "",
+                "watch": (),
+                "max_delta": 0.1,
+                "full_interval_s": 3600.0,
                 "max_rows": 0,
                 "on_expired": "serve",
                 "max_bytes": 0,
@@ -386,7 +391,7 @@ class Problems(Loading):
         self.assertEqual(self.problem_of("logs = 1\n" + DSN + PRODUCTS), 'logs: unknown key; did you mean "log"?')
         self.assertIn("name: unknown key;", self.problem_of(DSN + PRODUCTS + 'name = "x"'))
         self.assertIn('."[key]": unknown key; did you mean "key"?', self.problem_of(DSN + PRODUCTS + '"[key]" = 1'))
-        self.assertIn("watch: unknown key;", self.problem_of(DSN + PRODUCTS + "watch = []"))
+        self.assertIn("watches: unknown key;", self.problem_of(DSN + PRODUCTS + "watches = []"))
 
     def test_open_to_all(self) -> None:
         """Rows are not served to other machines over the Redis protocol without a password, unless that is allowed."""

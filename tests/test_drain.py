@@ -83,7 +83,7 @@ class Draining(SynchronousTestCase):
     def test_a_dropped_snapshot_is_drained(self) -> None:
         """Rows whose last reference goes are freed over many turns."""
         builder = RowsBuilder(self.drain.add)
-        builder.add([(b"%d" % number, b"{}") for number in range(1000)])
+        builder.add([(b"%d" % number, b"{}") for number in range(100_000)])
         rows = builder.finish()
         self.assertTrue(self.reactor.idle)
         del rows
@@ -91,7 +91,17 @@ class Draining(SynchronousTestCase):
         while not self.reactor.idle:
             self.reactor.turn()
             turns += 1
-        self.assertGreater(turns, 200)
+        self.assertGreater(turns, 20)
+
+    def test_what_is_shared_stays(self) -> None:
+        """Of shards that somebody else holds nothing is freed, whether they are many or few."""
+        for shared in (256, 128, 3, 0):
+            shards = self.shards(256, 100)
+            kept = shards[:shared]
+            self.drain.add(shards)
+            while not self.reactor.idle:
+                self.reactor.turn()
+            self.assertEqual((shards, rows_in(kept)), ([], shared * 100))
 
     def test_stop(self) -> None:
         """After stop nothing is scheduled, whether rows are still being freed or come only now."""

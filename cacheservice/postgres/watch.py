@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 import psycopg2
 from psycopg2 import sql
 
+from cacheservice.config import OWN_CHANNEL
 from cacheservice.errors import WatchFailed
 from cacheservice.postgres.migrate import blocking_connection, told_by
 
-CHANNEL = "cacheservice"
-"""On which its triggers notify, and the service proves that it listens. A payload "changed 7" is of the watch 7."""
 _LOCK_TIMEOUT_MS = 5000
 """A trigger is made under a lock that waits for all writers, and all writers wait behind it."""
 _TABLE_KINDS = "rp"
@@ -199,7 +198,7 @@ def _recording(cursor: Any, number: int, key: Sequence[str], notify: bool) -> li
     """The functions of the triggers. They run as their owner, so that writers need no rights in our schema."""
     values = [sql.SQL("r.{}::text").format(sql.Identifier(column)) for column in key]
     element = values[0] if len(values) == 1 else sql.SQL("ARRAY[{}]").format(sql.SQL(", ").join(values))
-    telling = sql.SQL(_NOTIFY).format(channel=sql.Literal(CHANNEL), payload=sql.Literal(f"changed {number}"))
+    telling = sql.SQL(_NOTIFY).format(channel=sql.Literal(OWN_CHANNEL), payload=sql.Literal(f"changed {number}"))
     return [
         _text(
             cursor,

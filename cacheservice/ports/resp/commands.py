@@ -26,7 +26,7 @@ from cacheservice import __version__
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset, State
 from cacheservice.cache.describe import describe_dataset
-from cacheservice.cache.rows import SHARD_MASK, Rows, Shards, bulk
+from cacheservice.cache.rows import Rows, Shards, bulk
 from cacheservice.ports.freshness import Freshness, is_visible
 from cacheservice.ports.resp import reply
 from cacheservice.ports.resp.reply import CHUNK_ROWS, CommandError
@@ -78,7 +78,7 @@ class Commands:
         self.writes = frozenset(name.encode() for name in self.catalogue["writes"])
         self._bind()
         # What `get` may answer without a further question: what is loaded and served however old it is.
-        self._served: dict[bytes, Shards] = {}
+        self._served: dict[bytes, tuple[Shards, int]] = {}
         for dataset in cache.datasets.values():
             dataset.watch(self._published)
             self._published(dataset)
@@ -129,7 +129,8 @@ class Commands:
 
     def _published(self, dataset: Dataset) -> None:
         if dataset.snapshot is not None and dataset.settings.on_expired == "serve":
-            self._served[dataset.name.encode()] = dataset.snapshot.rows.shards
+            rows = dataset.snapshot.rows
+            self._served[dataset.name.encode()] = rows.shards, rows.mask
 
     # Finding what is asked for
 
@@ -185,14 +186,15 @@ class Commands:
         add = answers.append
         last = b":"  # which no name holds
         shards: Shards = []
+        mask = 0
         try:
             for word, key in batch:
                 if word != b"GET" and word != b"get":  # noqa: PLR1714  # a set would be hashed for
                     break
                 name, _, row = key.partition(b":")
                 if name != last:
-                    shards, last = self._served[name], name
-                add(shards[hash(row) & SHARD_MASK][row])
+                    (shards, mask), last = self._served[name], name
+                add(shards[hash(row) & mask][row])
         except (KeyError, ValueError):
             pass  # no such dataset or row; more or fewer than two words
         return answers

@@ -58,7 +58,7 @@ class SortedShards:
     def __call__(self, rows: Rows, shard: int) -> Sequence[tuple[int, bytes]]:
         if self._rows is None or self._rows() is not rows or self._shard != shard:
             self._rows, self._shard = weakref.ref(rows), shard
-            self._entries = sorted((place_in_shard(key), key) for key in rows.shard_keys(shard))
+            self._entries = sorted((place_in_shard(key), key) for key in rows.keys_by_hash(shard))
         return self._entries
 
 
