@@ -82,6 +82,15 @@ def _channel(name: str) -> str:
     return name
 
 
+_IDENTIFIER = r'(?:"(?:[^"]|"")+"|[^\W\d][\w$]*)'
+
+
+def _relation(name: str) -> str:
+    if not re.fullmatch(rf"{_IDENTIFIER}(?:\.{_IDENTIFIER})?", name):
+        raise ValueError("must be the name of a table as SQL writes it, such as public.products")
+    return name
+
+
 def _tables(value: object) -> object:
     if not isinstance(value, list | tuple):
         raise ValueError('must be a list of tables, such as [{table = "public.products", key = "id"}]')
@@ -175,9 +184,11 @@ class PersistenceSettings(_Table):
 
 
 class WatchSettings(_Table):
-    """A table on which `cacheservice watch` has put triggers, and the columns whose values name a row of the dataset."""
+    """A table with the triggers of `cacheservice watch`, and its columns whose values name a row of the dataset."""
 
-    table: str = Field(min_length=1, description="a table that the query reads, with its schema")
+    table: Annotated[str, AfterValidator(_relation)] = Field(
+        description="a table that the query reads, with its schema"
+    )
     key: Annotated[tuple[str, ...], BeforeValidator(_columns)] = Field(description="its columns that hold the key")
 
 
@@ -220,9 +231,12 @@ class DefaultsSettings(_Table):
     max_rows: int = Field(default=0, ge=0, description="rows past which a refresh fails; 0 = no limit")
     max_bytes: int = Field(default=0, ge=0, description="bytes of result past which a refresh fails; 0 = no limit")
     notify: Annotated[str, AfterValidator(_channel)] = Field(
-        default="", description="LISTEN channel: a NOTIFY starts a refresh at once; a JSON list of keys limits it to them"
+        default="",
+        description="LISTEN channel: a NOTIFY starts a refresh at once; a JSON list of keys limits it to them",
     )
-    probe: str = Field(default="", description="SQL that gives one value; while it is unchanged, there is nothing to fetch")
+    probe: str = Field(
+        default="", description="SQL that gives one value; while it is unchanged, there is nothing to fetch"
+    )
     group: str = Field(
         default="",
         max_length=63,

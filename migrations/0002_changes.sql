@@ -61,7 +61,7 @@ AS $$
 DECLARE
     each jsonb;
     name text;
-    relation oid;
+    relation_oid oid;
     columns name[];
     watch cacheservice.watched;
     tree oid[];
@@ -72,19 +72,19 @@ DECLARE
 BEGIN
     FOR each IN SELECT * FROM jsonb_array_elements(watches) LOOP
         name := each ->> 'table';
-        relation := (each ->> 'relation')::oid;
+        relation_oid := (each ->> 'relation')::oid;
         columns := ARRAY(SELECT jsonb_array_elements_text(each -> 'key'));
         width := cardinality(columns);
-        IF relation IS NULL THEN
+        IF relation_oid IS NULL THEN
             problem := format('there is no table %s', name);
             EXIT;
         END IF;
         -- What is recorded are values of its rows.
-        IF NOT has_table_privilege(session_user, relation, 'SELECT') THEN
+        IF NOT has_table_privilege(session_user, relation_oid, 'SELECT') THEN
             problem := format('%s may not read %s; GRANT SELECT ON %s TO %1$I', session_user, name, name);
             EXIT;
         END IF;
-        SELECT w.* INTO watch FROM cacheservice.watched AS w WHERE w.relation = changes.relation AND w.key_columns = columns;
+        SELECT w.* INTO watch FROM cacheservice.watched AS w WHERE w.relation = relation_oid AND w.key_columns = columns;
         IF NOT FOUND THEN
             problem := format('%s is not watched; say: cacheservice watch %s%s', name, name,
                               (SELECT string_agg(' --key ' || c, '') FROM unnest(columns) AS c));
@@ -124,7 +124,10 @@ BEGIN
                 WHERE a.attrelid = watch.relation AND a.attnum > 0 AND NOT a.attisdropped
             ),
             'key_types', (
-                SELECT jsonb_agg(CASE WHEN t.typtype = 'd' THEN t.typbasetype ELSE t.oid END::bigint ORDER BY c.position)
+                -- Of those that others made, enums alone are fit to be compared as text.
+                SELECT jsonb_agg(CASE WHEN t.typtype = 'd' THEN t.typbasetype
+                                      WHEN t.typtype = 'e' OR t.oid < 16384 THEN t.oid
+                                      ELSE 0 END::bigint ORDER BY c.position)
                 FROM unnest(columns) WITH ORDINALITY AS c (name, position)
                 JOIN pg_attribute AS a ON a.attrelid = watch.relation AND a.attname = c.name
                 JOIN pg_type AS t ON t.oid = a.atttypid

@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Literal
 
 from cacheservice.cache.changes import Change
-from cacheservice.cache.rows import Rows, RowsBuilder
+from cacheservice.cache.rows import Rows, RowsBuilder, Shards
 from cacheservice.config import DatasetSettings
 from cacheservice.errors import Blocker
 
@@ -37,7 +37,8 @@ class Snapshot:
     machine's monotonic clock, seconds, just before that transaction began; `database_snapshot`
     what `pg_current_snapshot()` gave in it; `columns` the names of the query's columns; `change` what its
     publish changed, None if it came from elsewhere; `rolled_back_to` the saved generation that a rollback published
-    anew as this one.
+    anew as this one. `watch_state` is what `cacheservice.changes` told of the watched tables, empty if deltas cannot
+    start from here; `probe` what the probe gave, None if there was none.
     """
 
     generation: int
@@ -49,6 +50,8 @@ class Snapshot:
     source: Literal["postgres", "disk", "valkey"] = "postgres"
     change: Change | None = None
     rolled_back_to: int | None = None
+    watch_state: str = ""
+    probe: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,8 @@ class Attempt:
     error: str | None = None
     advice: str | None = None
     blockers: tuple[Blocker, ...] = ()
+    how: str = ""
+    """How it was read, in words: "a delta of 12 keys", "all rows, because products was truncated"."""
 
 
 class Dataset:
@@ -97,8 +102,12 @@ class Dataset:
         self.consecutive_failures = 0
         self.missed_ticks = 0
         self.next_refresh_at: float | None = None
+        self.differences = 0
+        """Rows that a full read found to differ from what deltas had made of them; there must be none."""
+        self.checked_at: float | None = None
         self._now = now
         self._watchers: list[Callable[[Dataset], None]] = []
+        self._followers: list[Callable[[Dataset], None]] = []
 
     @property
     def name(self) -> str:
@@ -109,8 +118,22 @@ class Dataset:
         assert snapshot.generation > (self.snapshot.generation if self.snapshot else 0), "a generation never goes down"
         self.snapshot = snapshot
         self.held = None
-        for watcher in list(self._watchers):
+        for watcher in [*self._watchers, *self._followers]:
             watcher(self)
+
+    def renew(self, snapshot: Snapshot) -> None:
+        """Serve the same rows and generation as of a later moment, because nothing has changed until then."""
+        assert self.snapshot is not None, "there is nothing to renew"
+        assert snapshot.rows is self.snapshot.rows, "the rows stay"
+        assert snapshot.generation == self.snapshot.generation, "and so does the generation"
+        self.snapshot = snapshot
+        self.held = None
+        for follower in list(self._followers):
+            follower(self)
+
+    def newest(self) -> Snapshot | None:
+        """What the next result is to follow: what is served, or what waits behind a pin."""
+        return self.candidate if self.pinned and self.candidate is not None else self.snapshot
 
     def keep(self, candidate: Snapshot) -> None:
         """Remember the newest result of a pinned dataset, until `unpin`."""
@@ -142,6 +165,14 @@ class Dataset:
     def watch(self, published: Callable[[Dataset], None]) -> None:
         """Call `published` after each publish, in the same turn. It must not raise."""
         self._watchers.append(published)
+
+    def follow(self, moved: Callable[[Dataset], None]) -> None:
+        """Call `moved` after each publish, and each time that what is served is renewed. It must not raise."""
+        self._followers.append(moved)
+
+    def unfollow(self, moved: Callable[[Dataset], None]) -> None:
+        """Undo one `follow`."""
+        self._followers.remove(moved)
 
     def unwatch(self, published: Callable[[Dataset], None]) -> None:
         """Undo one `watch`."""
@@ -177,3 +208,9 @@ class Dataset:
         """How much it needs a refresh: its age as a share of max_age_s, without end if never loaded."""
         age_s = self.age_s()
         return float("inf") if age_s is None else age_s / self.settings.max_age_s
+
+
+def rows_builder(settings: DatasetSettings, release: Callable[[Shards], None]) -> RowsBuilder:
+    """For the rows of a dataset; `release` gets their shards in the end."""
+    patched = bool(settings.watch or settings.notify)
+    return RowsBuilder(release, max_rows=settings.max_rows, max_bytes=settings.max_bytes, patched=patched)

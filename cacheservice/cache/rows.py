@@ -116,14 +116,15 @@ class RowsBuilder:
         self._max_rows = max_rows
         self._max_bytes = max_bytes
         self._patched = patched
-        self._shards: Shards = [{} for _ in range(SHARD_COUNT)]
+        self._shard_count = SHARD_COUNT
+        self._shards: Shards = []
         self._release = release
 
     def expect(self, rows: int) -> None:
         """About so many are to come; said before the first."""
-        if self._patched and not self.count:
+        if self._patched:
             count = 1 << (max(0, rows - 1) // _PATCHED_SHARD_ROWS).bit_length()
-            self._shards = [{} for _ in range(min(max(count, SHARD_COUNT), _MOST_SHARDS))]
+            self._shard_count = min(max(count, SHARD_COUNT), _MOST_SHARDS)
 
     def add(self, chunk: Sequence[tuple[bytes | None, bytes]]) -> None:
         """Take the next rows.
@@ -132,7 +133,7 @@ class RowsBuilder:
         :raises ResultTooLarge: past `max_rows` or `max_bytes`.
         """
         # A million times in a refresh, and so written out: `bulk`, and `max`, whose call costs more than all it does.
-        shards, headers = self._shards, _HEADERS
+        shards, headers = self._shards or self._begun(), _HEADERS
         mask = len(shards) - 1
         size_bytes = longest = 0
         for key, document in chunk:
@@ -156,9 +157,13 @@ class RowsBuilder:
         if 0 < self._max_bytes < self.size_bytes:
             raise ResultTooLarge(f"the result has more than max_bytes = {self._max_bytes} bytes")
 
+    def _begun(self) -> Shards:
+        self._shards = [{} for _ in range(self._shard_count)]
+        return self._shards
+
     def finish(self) -> Rows:
         """The rows taken so far; this builder is empty afterwards."""
-        rows = Rows(self._shards, self.count, self.size_bytes, self._release)
+        rows = Rows(self._shards or self._begun(), self.count, self.size_bytes, self._release)
         self._shards = []
         return rows
 

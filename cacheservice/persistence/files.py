@@ -35,7 +35,7 @@ from cacheservice.config import DatasetSettings
 from cacheservice.errors import SnapshotRejected
 
 MAGIC = b"CSSNAP"
-FORMAT = 1
+FORMAT = 2
 BLOCK_BYTES = 256 * 1024
 SLICE_ROWS = 512
 """Packed or unpacked in one turn of the reactor, in two thirds of a millisecond."""
@@ -60,6 +60,8 @@ _FIELDS = {
     "size_bytes": int,
     "columns": list,
     "fingerprint": str,
+    "watch_state": str,
+    "probe": str,
 }
 
 Row = tuple[bytes, bytes]
@@ -69,7 +71,8 @@ Row = tuple[bytes, bytes]
 class Header:
     """What a file is: its dataset, its generation, its `Snapshot` but for the rows, and of which query it is.
 
-    `as_of` is kept to the microsecond. `size_bytes` are those of all keys and documents.
+    `as_of` is kept to the microsecond. `size_bytes` are those of all keys and documents. `watch_state` and `probe` are
+    what a delta starts from, empty if it cannot.
     """
 
     dataset: str
@@ -80,6 +83,8 @@ class Header:
     size_bytes: int
     columns: tuple[str, ...]
     fingerprint: str
+    watch_state: str = ""
+    probe: str = ""
 
     def check(self, settings: DatasetSettings, generation: int, name: str) -> None:
         """:raises SnapshotRejected: if the file `name` is not of that generation, or not of the dataset as it is."""
@@ -88,12 +93,16 @@ class Header:
         if self.generation != generation:
             raise SnapshotRejected(f"{name}: it is of another generation, {self.generation}")
         if self.fingerprint != fingerprint(settings):
-            raise SnapshotRejected(f"{name}: the query or the key of the dataset was changed since it was saved")
+            raise SnapshotRejected(
+                f"{name}: the query, the key, the probe or watch of the dataset was changed since it was saved"
+            )
 
 
 def fingerprint(settings: DatasetSettings) -> str:
-    """Of what decides which rows a dataset has and what they are called: its query and its key; 32 hex digits."""
-    return hashlib.blake2b(json.dumps([settings.query, list(settings.key)]).encode(), digest_size=16).hexdigest()
+    """Of what decides which rows a dataset has, what they are called, and what a delta starts from; 32 hex digits."""
+    watched = [[watch.table, list(watch.key)] for watch in settings.watch]
+    definition = [settings.query, list(settings.key), settings.probe, watched]
+    return hashlib.blake2b(json.dumps(definition).encode(), digest_size=16).hexdigest()
 
 
 def packed(rows: Rows) -> Generator[bytes]:
@@ -140,6 +149,8 @@ class SnapshotWriter:
             "size_bytes": header.size_bytes,
             "columns": list(header.columns),
             "fingerprint": header.fingerprint,
+            "watch_state": header.watch_state,
+            "probe": header.probe,
         }
         self._write_part(_HEADER, msgpack.packb(fields))
 

@@ -23,7 +23,7 @@ from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThreadPool
 
 from cacheservice.cache.cache import Cache
-from cacheservice.cache.dataset import Dataset, Snapshot
+from cacheservice.cache.dataset import Dataset, Snapshot, rows_builder
 from cacheservice.cache.describe import seconds
 from cacheservice.cache.rows import Rows, RowsBuilder, Shards
 from cacheservice.config import DatasetSettings, groups
@@ -253,12 +253,15 @@ class SnapshotStore(Service):
             header.database_snapshot,
             header.columns,
             source="disk",
+            watch_state=header.watch_state,
+            probe=header.probe or None,
         )
 
     async def _read(self, path: Path, settings: DatasetSettings, generation: int) -> tuple[Header, Rows]:
-        builder = RowsBuilder(self._release, max_rows=settings.max_rows, max_bytes=settings.max_bytes)
+        builder = rows_builder(settings, self._release)
         try:
             header, blocks = await self._in_thread(_open, path, settings, generation)
+            builder.expect(header.rows)
             await self._unpack(header, blocks, builder, path.name)
             # The trailer says the same as the header, and here are that many.
             if (builder.count, builder.size_bytes) != (header.rows, header.size_bytes):
@@ -497,6 +500,8 @@ def _header(settings: DatasetSettings, snapshot: Snapshot) -> Header:
         snapshot.rows.size_bytes,
         snapshot.columns,
         fingerprint(settings),
+        snapshot.watch_state,
+        snapshot.probe or "",
     )
 
 

@@ -66,7 +66,7 @@ class Freshness:
         return True
 
     async def _published(self, dataset: Dataset, timeout_s: float) -> None:
-        """Wait for the next publish, or the time to be up."""
+        """Wait for the next publish or renewal, or the time to be up."""
         woken: Deferred[None] = Deferred()
         timer = self._clock.callLater(timeout_s, woken.callback, None)
 
@@ -74,11 +74,11 @@ class Freshness:
             if not woken.called:
                 woken.callback(None)
 
-        dataset.watch(published)
+        dataset.follow(published)
         try:
             await woken
         finally:
-            dataset.unwatch(published)
+            dataset.unfollow(published)
             if timer.active():
                 timer.cancel()
 

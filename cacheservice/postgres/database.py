@@ -1,24 +1,34 @@
-"""Reads one dataset's query, whole, in one transaction of a session of its own."""
+"""Reads datasets in one transaction: the whole of a query, what has changed of it, or only whether anything has."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import psycopg2
 from sqlparse.lexer import tokenize
 from sqlparse.tokens import Comment, Whitespace
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import deferLater
+from twisted.python.failure import Failure
 
 from cacheservice.cache.cache import DatabaseStatus
+from cacheservice.cache.dataset import Snapshot
 from cacheservice.cache.rows import RowsBuilder
 from cacheservice.config import DatasetSettings
-from cacheservice.errors import Blocker, CacheServiceError, LockTimeout
+from cacheservice.errors import (
+    BadResult,
+    Blocker,
+    CacheServiceError,
+    DatabaseUnavailable,
+    DeadlineExceeded,
+    LockTimeout,
+)
+from cacheservice.postgres import deltas
 from cacheservice.postgres.blockers import find_blockers
 from cacheservice.postgres.guard import GuardedConnection
 from cacheservice.postgres.resolve import Resolver
@@ -34,7 +44,16 @@ SET LOCAL lock_timeout = {lock_ms};
 SET LOCAL idle_in_transaction_session_timeout = {idle_ms};
 SET LOCAL client_connection_check_interval = 1000;
 SET LOCAL cursor_tuple_fraction = 1;
-SELECT extract(epoch FROM now())::float8, pg_current_snapshot()::text, pg_backend_pid()
+SET LOCAL application_name = {application_name};
+{lock}
+SELECT extract(epoch FROM now())::float8, pg_current_snapshot()::text, pg_backend_pid(), {can_tell}
+"""
+_PRUNE = """
+BEGIN READ WRITE;
+SET LOCAL statement_timeout = {statement_ms};
+SET LOCAL lock_timeout = {statement_ms};
+SET LOCAL client_connection_check_interval = 1000;
+SELECT cacheservice.prune({keep_s} * interval '1 s')
 """
 
 _STATEMENT_SHARE = 0.95
@@ -47,6 +66,10 @@ _ASK_TIMEOUT_S = 5.0
 _MOST_CHUNK_ROWS = 1000
 _CHUNK_BYTES = 256 * 1024
 """1000 rows or 256 KiB are asked for at a time; fewer would leave the server waiting."""
+_FEW_KEYS = 500
+"""So many rows at most come in one answer, without a cursor, which takes three more."""
+_IDLE_LIMIT_S = 60.0
+"""How long a session is kept for the next delta. To open one takes longer than the delta itself."""
 _SLICE_ROWS = 64
 """What is unpacked in one turn of the reactor, in a fifth of a millisecond: readers wait behind it."""
 
@@ -55,25 +78,58 @@ _SLICE_ROWS = 64
 class Reading:
     """Of which moment the rows are, by the database's clock and snapshot, and by our monotonic clock just before it.
 
-    `columns` are the names of the query's columns, in their order.
+    `columns` are the names of the query's columns, in their order. `kind` tells what was read: all rows into the
+    builder; a delta, which is in `changed` (None for a row that is gone); or that nothing is to be read. `because`
+    says why it was all rows although there was something to start from. `may_differ` are the keys that had changed
+    by what the triggers recorded, None if that is not known; no other row may differ from what there was.
     """
 
     as_of: datetime
     read_at: float
     database_snapshot: str
     columns: tuple[str, ...] = ()
+    kind: Literal["all", "delta", "unchanged"] = "all"
+    because: str | None = None
+    changed: Mapping[bytes, bytes | None] = field(default_factory=dict)
+    may_differ: frozenset[bytes] | None = None
+    watch_state: str = ""
+    probe: str | None = None
 
 
 class Wanted(NamedTuple):
-    """A dataset to read, into what, and who gets the planner's estimate of its rows before they come, if anybody."""
+    """A dataset to read.
+
+    :param into: gets the rows if all are read.
+    :param expect: gets the planner's estimate of their number before they come, if anybody.
+    :param since: what there is of it; None if nothing, or if all is to be read without a question.
+    :param check: read all although a delta might do, and tell which rows may differ.
+    :param most_keys: of a delta; if more have changed, all is read.
+    :param told: the keys that were notified of up to now, once that is known; None for all. Only they are read then.
+    :param trust_probe: whether the probe's value, if it has not changed, says that nothing has.
+    """
 
     dataset: DatasetSettings
     into: RowsBuilder
     expect: Callable[[int], None] | None = None
+    since: Snapshot | None = None
+    check: bool = False
+    most_keys: int = 0
+    told: Callable[[], Awaitable[frozenset[str] | None]] | None = None
+    trust_probe: bool = True
+
+
+class _Moment(NamedTuple):
+    """A transaction that was begun: its session, its deadline, and the readings of it without what was read."""
+
+    guard: GuardedConnection
+    deadline_at: float
+    pid: int
+    can_tell: bool
+    reading: Reading
 
 
 class Database:
-    """The one way to the database. It holds no session between reads.
+    """The one way to the database. Between reads it holds one session at most, of the last read that wanted a delta.
 
     :param connect_timeout_s: for one session to open, name look-ups included.
     :param status: gets the number of sessions that are open.
@@ -85,9 +141,13 @@ class Database:
         self._connect_timeout_s = connect_timeout_s
         self._resolver = Resolver(reactor)
         self._status = status
+        self._idle: GuardedConnection | None = None
+        self._stopped = False
 
     def stop(self) -> None:
-        """Let the name look-ups go; sessions end with the reads that hold them."""
+        """Let the name look-ups and the kept session go; the others end with the reads that hold them."""
+        self._stopped = True
+        self._end_idle()
         self._resolver.stop()
 
     def read(
@@ -109,20 +169,73 @@ class Database:
         async def use(guard: GuardedConnection) -> list[Reading]:
             return await self._read(guard, wanted, deadline_at)
 
-        return self._with_session(first.group or first.name, deadline_at, use)
+        quick = any(each.dataset.watch or each.dataset.notify or each.dataset.probe for each in wanted)
+        return self._with_session(first.group or first.name, deadline_at, use, keep=quick)
 
-    def _with_session(self, purpose: str, deadline_at: float, use: Callable[[GuardedConnection], Any]) -> Deferred[Any]:
+    def prune(self, keep_s: float, timeout_s: float) -> Deferred[int]:
+        """Delete recorded changes that are older than `keep_s`; gives how many.
+
+        :raises RefreshFailed: one of its subclasses.
+        """
+        deadline_at = self._reactor.seconds() + timeout_s
+
+        async def use(guard: GuardedConnection) -> int:
+            statement_ms = max(1, int(guard.remaining_s() * 1000 * _STATEMENT_SHARE))
+            cursor = await guard.execute(_PRUNE.format(statement_ms=statement_ms, keep_s=keep_s))
+            ((deleted,),) = cursor.fetchall()
+            await guard.execute("COMMIT")
+            return int(deleted)
+
+        return self._with_session("prunes", deadline_at, use, keep=True)
+
+    def _with_session(
+        self, purpose: str, deadline_at: float, use: Callable[[GuardedConnection], Any], *, keep: bool = False
+    ) -> Deferred[Any]:
+        """`use` a session, the kept one if there is one. If it succeeds, `keep` it for the next."""
+        guard = None
+        if keep:
+            guard, self._idle = self._idle, None
+        if guard is not None:
+            guard.renew(deadline_at)
+            d = Deferred.fromCoroutine(use(guard))
+            d.addBoth(self._keep_or_close, guard, keep)
+            d.addErrback(self._again_if_lost, purpose, deadline_at, use, keep)
+            return d
         guard = GuardedConnection(self._reactor, self._target, deadline_at)
         self._status.connections += 1
         d = Deferred.fromCoroutine(guard.connect(self._resolver.resolve, purpose, self._connect_timeout_s))
         d.addCallback(lambda _: Deferred.fromCoroutine(use(guard)))
-        d.addBoth(guard.close_and_passthrough)
-        d.addBoth(self._count_closed)
+        d.addBoth(self._keep_or_close, guard, keep)
         return d
 
-    def _count_closed(self, result: Any) -> Any:
+    def _keep_or_close(self, result: Any, guard: GuardedConnection, keep: bool) -> Any:
+        if keep and self._idle is None and not self._stopped and not isinstance(result, Failure):
+            # Never after a failure: nobody knows what it left behind.
+            guard.renew(self._reactor.seconds() + _IDLE_LIMIT_S)
+            guard.on_end(self._forget)
+            self._idle = guard
+            return result
         self._status.connections -= 1
-        return result
+        return guard.close_and_passthrough(result)
+
+    def _forget(self) -> None:
+        """The kept session came to its deadline."""
+        self._idle = None
+        self._status.connections -= 1
+
+    def _end_idle(self) -> None:
+        guard, self._idle = self._idle, None
+        if guard is not None:
+            self._status.connections -= 1
+            guard.close_and_passthrough(None)
+
+    def _again_if_lost(
+        self, failure: Failure, purpose: str, deadline_at: float, use: Callable[[GuardedConnection], Any], keep: bool
+    ) -> Any:
+        """That a kept session has gone meanwhile is nobody's failure; a new one is opened."""
+        if not failure.check(DatabaseUnavailable) or failure.check(DeadlineExceeded):
+            return failure
+        return self._with_session(purpose, deadline_at, use, keep=keep)
 
     async def _read(
         self,
@@ -130,33 +243,131 @@ class Database:
         wanted: Sequence[Wanted],
         deadline_at: float,
     ) -> list[Reading]:
-        read_at = self._reactor.seconds()
-        remaining_ms = guard.remaining_s() * 1000
-        cursor = await guard.execute(
-            _BEGIN.format(
-                # 0 would mean "no limit".
-                statement_ms=max(1, int(remaining_ms * _STATEMENT_SHARE)),
-                lock_ms=max(1, int(remaining_ms * _LOCK_SHARE)),
-                idle_ms=max(1, int(remaining_ms)),
-            )
-        )
-        ((epoch_s, snapshot, pid),) = cursor.fetchall()
-        as_of = datetime.fromtimestamp(epoch_s, UTC)
-        readings = []
-        for dataset, into, expect in wanted:
-            rows_sql = rows_query(dataset.query, dataset.key)
-            await self._declare(guard, dataset.name, rows_sql, pid, deadline_at)
-            cursor = await guard.execute(columns_query(dataset.query))
-            columns = tuple(column.name for column in cursor.description)
-            if expect is not None:
-                cursor = await guard.execute(f"EXPLAIN (FORMAT JSON) {rows_sql}")
-                expect(_planned_rows(cursor.fetchone()[0]))
-            await self._fetch_all(guard, into)
-            readings.append(Reading(as_of, read_at, snapshot.decode(), columns))
-            await guard.execute("CLOSE rows" if len(readings) < len(wanted) else "COMMIT")
+        moment = await self._begin(guard, [each.dataset for each in wanted], deadline_at)
+        readings = [await self._read_one(moment, each) for each in wanted]
+        await guard.execute("COMMIT")
         return readings
 
-    async def _fetch_all(self, guard: GuardedConnection, into: RowsBuilder) -> None:
+    async def _begin(
+        self, guard: GuardedConnection, datasets: Sequence[DatasetSettings], deadline_at: float
+    ) -> _Moment:
+        read_at = self._reactor.seconds()
+        remaining_ms = guard.remaining_s() * 1000
+        purpose = datasets[0].group or datasets[0].name
+        lock = deltas.lock_sql(datasets)
+        begin = _BEGIN.format(
+            # 0 would mean "no limit".
+            statement_ms=max(1, int(remaining_ms * _STATEMENT_SHARE)),
+            lock_ms=max(1, int(remaining_ms * _LOCK_SHARE)),
+            idle_ms=max(1, int(remaining_ms)),
+            application_name=deltas.literal(self._target.application_name(purpose)),
+            lock=lock,
+            can_tell=deltas.CAN_TELL if lock else "false",
+        )
+        cursor = await self._execute_asking(guard, begin, purpose, guard.pid, deadline_at)
+        ((epoch_s, snapshot, pid, can_tell),) = cursor.fetchall()
+        as_of = datetime.fromtimestamp(epoch_s, UTC)
+        return _Moment(guard, deadline_at, pid, can_tell, Reading(as_of, read_at, snapshot.decode()))
+
+    async def _read_one(self, moment: _Moment, wanted: Wanted) -> Reading:
+        dataset, since, reading = wanted.dataset, wanted.since, moment.reading
+        if since is not None:
+            reading = replace(reading, columns=since.columns)
+        if dataset.probe:
+            cursor = await moment.guard.execute(f"SELECT (\n{_without_ending(dataset.probe)}\n)::text")
+            reading = replace(reading, probe=deltas.value_of(cursor.fetchone()[0]))
+            if since is not None and since.probe == reading.probe and wanted.trust_probe and not wanted.check:
+                return replace(reading, kind="unchanged", watch_state=since.watch_state)
+        because: str | None = None
+        if dataset.watch:
+            told = await self._changes(moment, wanted)
+            reading = replace(reading, watch_state=told.state)
+            because = told.problem
+            if because is None and since is not None:
+                keys = frozenset(deltas.joined(key) for key in told.keys if None not in key)
+                reading = replace(reading, may_differ=keys)
+                if not wanted.check:
+                    return await self._read_keys(moment, dataset, reading, told.keys)
+                because = "it is a check of the deltas"
+        elif since is not None and wanted.told is not None:
+            told_keys = await wanted.told()
+            if told_keys is not None and len(told_keys) <= wanted.most_keys:
+                return await self._read_told(moment, dataset, reading, told_keys)
+        return await self._read_all(moment, wanted, replace(reading, because=because))
+
+    async def _changes(self, moment: _Moment, wanted: Wanted) -> deltas.Changes:
+        if not moment.can_tell:
+            return deltas.Changes("", deltas.CANNOT_TELL, ())
+        dataset, since = wanted.dataset, wanted.since
+        cursor = await moment.guard.execute(deltas.changes_sql(dataset, since, wanted.most_keys))
+        told = deltas.changes(cursor.fetchall(), dataset, since)
+        if len(told.keys) > wanted.most_keys:
+            return told._replace(problem=f"more than {wanted.most_keys:,} keys changed, see max_delta", keys=())
+        return told
+
+    async def _read_keys(
+        self, moment: _Moment, dataset: DatasetSettings, reading: Reading, keys: Sequence[deltas.Key]
+    ) -> Reading:
+        """The rows of the keys that were recorded."""
+        if not keys:
+            return replace(reading, kind="unchanged")
+        columns = [f"q.{_quoted(column)}" for column in dataset.key]
+        if any(None in key for key in keys):
+            # A row of a watched table without a key may be one of the query, too, and must not pass unnoticed.
+            nulls = " OR ".join(f"{column} IS NULL" for column in columns)
+            sql = f"SELECT 1 FROM (\n{_without_ending(dataset.query)}\n) AS q WHERE {nulls} LIMIT 1"  # noqa: S608
+            if (await self._execute_asking_in(moment, sql, dataset.name)).rowcount:
+                raise BadResult("the key of a row is NULL; every row needs a key")
+        predicate = deltas.key_predicate(columns, keys)
+        found = await self._read_some(moment, dataset, predicate, len(keys))
+        return replace(reading, kind="delta", changed=found.without(keys))
+
+    async def _read_told(
+        self, moment: _Moment, dataset: DatasetSettings, reading: Reading, keys: frozenset[str]
+    ) -> Reading:
+        """The rows of the keys that were notified of."""
+        if not keys:
+            return replace(reading, kind="unchanged")
+        columns = [f"q.{_quoted(column)}" for column in dataset.key]
+        if len(columns) == 1:
+            predicate = deltas.key_predicate(columns, [(key,) for key in keys])
+        else:
+            predicate = deltas.joined_predicate(columns, keys)
+        found = await self._read_some(moment, dataset, predicate, len(keys))
+        return replace(reading, kind="delta", changed=found.without([(key,) for key in keys]))
+
+    async def _read_some(
+        self, moment: _Moment, dataset: DatasetSettings, predicate: str, most: int
+    ) -> deltas.ChangedRows:
+        found = deltas.ChangedRows()
+        sql = f"{rows_query(dataset.query, dataset.key)} WHERE {predicate}"
+        if most > _FEW_KEYS:
+            await self._execute_asking_in(moment, f"DECLARE rows NO SCROLL CURSOR FOR {sql}", dataset.name)
+            await self._fetch_all(moment.guard, found)
+            await moment.guard.execute("CLOSE rows")
+        else:
+            await self._unpack(await self._execute_asking_in(moment, sql, dataset.name), found)
+        return found
+
+    async def _read_all(self, moment: _Moment, wanted: Wanted, reading: Reading) -> Reading:
+        dataset, guard = wanted.dataset, moment.guard
+        rows_sql = rows_query(dataset.query, dataset.key)
+        await self._execute_asking_in(moment, f"DECLARE rows NO SCROLL CURSOR FOR {rows_sql}", dataset.name)
+        cursor = await guard.execute(columns_query(dataset.query))
+        described = cursor.description
+        if wanted.expect is not None:
+            cursor = await guard.execute(f"EXPLAIN (FORMAT JSON) {rows_sql}")
+            wanted.expect(_planned_rows(cursor.fetchone()[0]))
+        await self._fetch_all(guard, wanted.into)
+        await guard.execute("CLOSE rows")
+        reading = replace(reading, columns=tuple(column.name for column in described))
+        if not reading.watch_state:
+            return reading
+        types = {column.name: column.type_code for column in described}
+        unfit = deltas.unfit_key(reading.watch_state, dataset, [types[column] for column in dataset.key])
+        return reading if unfit is None else replace(reading, watch_state="", because=unfit)
+
+    async def _fetch_all(self, guard: GuardedConnection, into: RowsBuilder | deltas.ChangedRows) -> None:
         # The first chunks are small, because nobody knows yet how large a row is.
         chunk_rows = 1
         cursor = await guard.execute(_fetch(chunk_rows))
@@ -165,23 +376,29 @@ class Database:
             chunk_rows = _next_chunk_rows(chunk_rows, into)
             pending = guard.execute(_fetch(chunk_rows))
             try:
-                while rows := cursor.fetchmany(_SLICE_ROWS):
-                    into.add(rows)
-                    if cursor.rownumber < cursor.rowcount:
-                        await deferLater(self._reactor, 0)
+                await self._unpack(cursor, into)
             except psycopg2.InterfaceError:
                 await pending  # raises: the session was found lost, and with it what the cursor held
                 raise
             cursor = await pending
 
-    async def _declare(self, guard: GuardedConnection, name: str, rows_sql: str, pid: int, deadline_at: float) -> None:
-        """Open the cursor, which takes the query's locks; ask meanwhile who keeps us from them."""
+    async def _unpack(self, cursor: Any, into: RowsBuilder | deltas.ChangedRows) -> None:
+        while rows := cursor.fetchmany(_SLICE_ROWS):
+            into.add(rows)
+            if cursor.rownumber < cursor.rowcount:
+                await deferLater(self._reactor, 0)
+
+    def _execute_asking_in(self, moment: _Moment, sql: str, name: str) -> Awaitable[Any]:
+        return self._execute_asking(moment.guard, sql, name, moment.pid, moment.deadline_at)
+
+    async def _execute_asking(self, guard: GuardedConnection, sql: str, name: str, pid: int, deadline_at: float) -> Any:
+        """Execute what takes locks; ask meanwhile who keeps us from them."""
         asked: list[Deferred[tuple[Blocker, ...]]] = []
         ask_timer = self._reactor.callLater(
             guard.remaining_s() * _ASK_SHARE, lambda: asked.append(self._ask(name, pid, deadline_at))
         )
         try:
-            await guard.execute(f"DECLARE rows NO SCROLL CURSOR FOR {rows_sql}")
+            return await guard.execute(sql)
         except LockTimeout as error:
             blockers = await asked.pop() if asked else ()
             raise LockTimeout(str(error), error.sqlstate, blockers) from error
@@ -209,7 +426,7 @@ def _fetch(rows: int) -> str:
     return f"FETCH FORWARD {rows} FROM rows"
 
 
-def _next_chunk_rows(last: int, taken: RowsBuilder) -> int:
+def _next_chunk_rows(last: int, taken: RowsBuilder | deltas.ChangedRows) -> int:
     average_bytes = taken.size_bytes // taken.count if taken.count else _CHUNK_BYTES
     return max(1, min(last * 4, _MOST_CHUNK_ROWS, _CHUNK_BYTES // max(1, average_bytes)))
 

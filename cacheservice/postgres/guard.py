@@ -96,6 +96,7 @@ class GuardedConnection:
         self._cursor: _Cursor | None = None
         self._pending: Deferred[Any] | None = None
         self._ended: Exception | None = None
+        self._on_end: Callable[[], None] | None = None
         self._phase = "did not accept a session"
         self._timer = reactor.callLater(max(0.0, deadline_at - self._began_at), self._expire)
 
@@ -116,6 +117,25 @@ class GuardedConnection:
         extensions.register_type(_TEXT_AS_BYTES, self._connection.pollable())
         self._phase = "did not answer"
         self._timer.reset(self.remaining_s())
+
+    def on_end(self, ended: Callable[[], None]) -> None:
+        """Call `ended` if the session comes to its deadline while nobody waits for it; until the next `renew`."""
+        self._on_end = ended
+
+    def renew(self, deadline_at: float) -> None:
+        """From now on the session ends at this moment."""
+        self._on_end = None
+        now: float = self._reactor.seconds()
+        self._deadline_at, self._began_at = deadline_at, now
+        if self._timer.active():
+            self._timer.cancel()
+        self._timer = self._reactor.callLater(max(0.0, deadline_at - now), self._expire)
+
+    @property
+    def pid(self) -> int:
+        """Of the server process, as the server told when the session opened."""
+        number: int = self._connection.pollable().get_backend_pid()
+        return number
 
     def execute(self, sql: str) -> Deferred[Any]:
         """Send one statement; fires with its cursor once the whole answer is here. One at a time.
@@ -176,6 +196,9 @@ class GuardedConnection:
         return pending
 
     def _expire(self) -> None:
+        on_end, self._on_end = self._on_end, None
+        if on_end is not None:
+            on_end()
         waited_s = self._reactor.seconds() - self._began_at
         self.abort(DeadlineExceeded(f"PostgreSQL {self._phase} within {waited_s:.3g} s"))
 

@@ -50,10 +50,13 @@ class Target:
         parameters["port"] = ",".join(port for _, _, port in expanded)
         if any(address for _, address, _ in expanded):
             parameters["hostaddr"] = ",".join(address for _, address, _ in expanded)
-        name = f"{parameters.get('application_name', 'cacheservice')} {purpose}"
-        parameters["application_name"] = name[:_IDENTIFIER_BYTES]
+        parameters["application_name"] = self.application_name(purpose)
         # Kerberos would block; the documents must be UTF-8 whatever the database's encoding is.
         return parameters | {"gssencmode": "disable", "client_encoding": "UTF8"}
+
+    def application_name(self, purpose: str) -> str:
+        """What pg_stat_activity shows of a session."""
+        return f"{self._parameters.get('application_name', 'cacheservice')} {purpose}"[:_IDENTIFIER_BYTES]
 
     @property
     def has_password(self) -> bool:

@@ -68,16 +68,17 @@ def _emptied(shards: Shards) -> Iterator[None]:
     freed = 0
     while len(shards) > _ROW_BY_ROW:
         is_large = len(shards[-1]) > _MOST_SHARD_ROWS and getrefcount(shards[-1]) == _OURS
-        rows = _SLICE_ROWS if is_large else len(shards[-1])
+        rows = len(shards[-1])
         if freed and freed + rows > _MOST_SHARD_ROWS:
             yield
             freed = 0
         if is_large:
             for _ in range(_SLICE_ROWS):
                 shards[-1].popitem()
+            yield
         else:
             del shards[-1]
-        freed += rows + 1  # of an empty one there is a little to free as well
+            freed += rows + 1  # of an empty one there is a little to free as well
     if freed:
         yield
     shards[:] = [shards[place] for place in range(len(shards)) if getrefcount(shards[place]) == _OURS]

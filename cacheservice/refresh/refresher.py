@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, Protocol
 
@@ -12,9 +13,9 @@ from twisted.internet.task import LoopingCall, deferLater
 
 from cacheservice.cache.cache import DatabaseStatus
 from cacheservice.cache.changes import Change, ChangeCount
-from cacheservice.cache.dataset import Attempt, Dataset, Snapshot, Trigger
+from cacheservice.cache.dataset import Attempt, Dataset, Snapshot, Trigger, rows_builder
 from cacheservice.cache.describe import describe_blocker, seconds
-from cacheservice.cache.rows import Rows, RowsBuilder, Shards
+from cacheservice.cache.rows import Rows, RowsBuilder, RowsPatch, Shards
 from cacheservice.errors import DatabaseUnavailable, LockTimeout, NothingToPin, RefreshFailed, Stopped
 from cacheservice.postgres.database import Reading, Wanted
 from cacheservice.refresh.backoff import full_jitter
@@ -28,14 +29,27 @@ class Reads(Protocol):
 
     def read_together(self, wanted: Sequence[Wanted]) -> Deferred[list[Reading]]: ...
 
+    def prune(self, keep_s: float, timeout_s: float) -> Deferred[int]: ...
+
 
 class _Result(NamedTuple):
-    """What was read of one dataset, before it is known whether it is published."""
+    """What was read of one dataset, before it is known whether it is published.
+
+    `base` is what there was when it was read, and `change` what a delta changed of it; None where all was read.
+    """
 
     dataset: Dataset
     reading: Reading
     rows: Rows
     refused: str | None
+    base: Snapshot | None = None
+    change: Change | None = None
+
+
+_LEAST_DELTA_KEYS = 100
+"""A delta of so many keys is cheap however small the dataset is."""
+_PATCHED_A_TURN = 500
+"""Keys, in half a millisecond."""
 
 
 class Refresher:
@@ -47,6 +61,8 @@ class Refresher:
 
     :param clock: `IReactorTime`, monotonic.
     :param random: a number from 0 to 1; the phase is drawn from it once.
+    :param heard_all: waits until every notification that was sent before this call has been heard; False if that is
+        not to be known.
     """
 
     def __init__(
@@ -59,6 +75,7 @@ class Refresher:
         clock: Any,
         random: Callable[[], float],
         log: Any,
+        heard_all: Callable[[], Awaitable[bool]] | None = None,
     ) -> None:
         self.datasets = tuple(datasets)
         self._database = database
@@ -79,6 +96,9 @@ class Refresher:
         self._retry: Any = None
         self._running: Deferred[None] | None = None
         self._again: Trigger | None = None
+        self._again_whole = False
+        self._heard_all = heard_all
+        self._told: dict[str, set[str] | None] = {}
         self._stopping = False
         self._began_at = 0.0
 
@@ -88,6 +108,7 @@ class Refresher:
         for dataset, expiry in zip(self.datasets, self._expiries, strict=True):
             if dataset.snapshot is not None:  # restored
                 expiry.published()
+                dataset.checked_at = self._clock.seconds()
         first_in_s = self._interval_s - self._earlier_s
         self._phase_at = self._clock.seconds() + first_in_s
         self._first_tick = self._clock.callLater(first_in_s, self._start_loop)
@@ -121,12 +142,27 @@ class Refresher:
             dataset.next_refresh_at = next_refresh_at
 
     def refresh_now(self) -> bool:
-        """Start an attempt that begins after this call; False if it follows one that is running."""
+        """Start an attempt that begins after this call and reads all; False if it follows one that is running."""
         if self._running is not None:
-            self._again = "manual"
+            self._again, self._again_whole = "manual", True
             return False
-        self._begin("manual")
+        self._begin("manual", whole=True)
         return True
+
+    def notified(self, name: str, keys: Iterable[str] | None) -> None:
+        """One dataset has changed, in these rows alone or in whatever rows: see to it that it is read.
+
+        However many notifications come, one attempt is running and one follows at most.
+        """
+        told = self._told.setdefault(name, set())
+        if keys is None or told is None:
+            self._told[name] = None
+        else:
+            told.update(keys)
+        if self._running is None:
+            self._begin("notify")
+        elif self._began_at < self._clock.seconds():
+            self._again = self._again or "notify"
 
     def pin(self) -> list[str]:
         """Serve what is served; results that come become candidates.
@@ -170,8 +206,10 @@ class Refresher:
 
     def refresh_since(self, moment: float) -> None:
         """See to it that an attempt begins at or after `moment`, unless one that did is running already."""
-        if self._running is None or self._began_at < moment:
-            self.refresh_now()
+        if self._running is None:
+            self._begin("manual")
+        elif self._began_at < moment:
+            self._again = "manual"
 
     def _tick(self, due: int) -> None:
         is_running = self._running is not None
@@ -182,15 +220,15 @@ class Refresher:
         if not is_running:
             self._begin("interval")
 
-    def _begin(self, trigger: Trigger) -> None:
+    def _begin(self, trigger: Trigger, whole: bool = False) -> None:
         if self._retry is not None and self._retry.active():
             self._retry.cancel()
-        self._again = None
+        self._again, self._again_whole = None, False
         for dataset in self.datasets:
             dataset.refreshing = True
         self._began_at = math.inf  # it waits for a slot, and so begins after whatever moment is asked for now
         self._plan(self._next_tick_at())
-        running = Deferred.fromCoroutine(self._attempt(trigger))
+        running = Deferred.fromCoroutine(self._attempt(trigger, whole))
         if running.called:
             self._ended(None)
         else:
@@ -202,28 +240,26 @@ class Refresher:
         for dataset in self.datasets:
             dataset.refreshing = False
         if self._again is not None and not self._stopping:
-            self._begin(self._again)
+            self._begin(self._again, self._again_whole)
 
-    async def _attempt(self, trigger: Trigger) -> None:
+    async def _attempt(self, trigger: Trigger, whole: bool) -> None:
         """One try, whatever comes of it: it never raises, because it is all that stands in the loop."""
         asked_at = began_at = self._clock.seconds()
         began_on = datetime.now(UTC)
-        builders = [
-            RowsBuilder(self._release, max_rows=dataset.settings.max_rows, max_bytes=dataset.settings.max_bytes)
-            for dataset in self.datasets
-        ]
+        builders = [rows_builder(dataset.settings, self._release) for dataset in self.datasets]
+        bases = [dataset.newest() for dataset in self.datasets]
 
         def read() -> Deferred[list[Reading]]:
             nonlocal began_at, began_on
             began_at = self._began_at = self._clock.seconds()
             began_on = datetime.now(UTC)
-            return self._database.read_together(list(map(_wanted, self.datasets, builders)))
+            bases[:] = [dataset.newest() for dataset in self.datasets]
+            wanted = [self._wanted(*each, trigger, whole) for each in zip(self.datasets, builders, bases, strict=True)]
+            return self._database.read_together(wanted)
 
         try:
             readings = await self._slots.run(self._need, self._is_failing, read)
-            results = [
-                _result(*each) for each in zip(self.datasets, readings, [b.finish() for b in builders], strict=True)
-            ]
+            results = [await self._result(*each) for each in zip(self.datasets, readings, builders, bases, strict=True)]
             if any(result.refused and not result.dataset.accepts_next for result in results):
                 self._hold(results, trigger, began_on)
             else:
@@ -257,8 +293,9 @@ class Refresher:
         """Go on with what is served; the next interval tries again."""
         self._status.answered()
         (first, why_first), *_ = [(r.dataset.name, r.refused) for r in results if r.refused]
-        for dataset, reading, rows, refused in results:
+        for dataset, reading, rows, refused, *_ in results:
             dataset.accepts_next = False
+            self._told[dataset.name] = None
             reason = refused or f"is of one group with {first}, whose result {why_first}"
             took_s = self._clock.seconds() - reading.read_at
             dataset.hold(reason, rows.count, datetime.now(UTC))
@@ -279,62 +316,94 @@ class Refresher:
         """Serve all of them from one turn of the reactor on; of pinned ones, keep them."""
         changes = await self._changes(results)
         self._status.answered()
-        for (dataset, reading, rows, refused), change in zip(results, changes, strict=True):
-            dataset.accepts_next = False
-            generation = dataset.next_generation()
-            took_s = self._clock.seconds() - reading.read_at
-            snapshot = Snapshot(
-                generation,
-                rows,
-                reading.as_of,
-                reading.read_at,
-                reading.database_snapshot,
-                reading.columns,
-                change=change,
-            )
-            if dataset.pinned:
-                dataset.keep(snapshot)
-                kept = f"waits as a candidate, because {dataset.name} is pinned"
-                advice = f"say 'unpin {dataset.name}' on the admin socket to serve it"
-                dataset.attempted(Attempt("held", trigger, began_on, took_s, rows.count, kept, advice))
-                self._logs[dataset.name].info(
-                    "refresh_held", trigger=trigger, error=f"the result {kept}", rows=rows.count, took_s=seconds(took_s)
-                )
-                continue
-            dataset.publish(snapshot)
-            dataset.attempted(Attempt("published", trigger, began_on, took_s, rows.count))
-            self._logs[dataset.name].info(
-                "refresh_published",
-                trigger=trigger,
-                generation=generation,
-                rows=rows.count,
-                bytes=rows.size_bytes,
-                **change._asdict(),
-                accepted=refused,
-                took_s=seconds(took_s),
-                queued_s=seconds(queued_s),
-            )
+        for result, change in zip(results, changes, strict=True):
+            self._publish_one(result, change, trigger, began_on, queued_s)
         for dataset, expiry in zip(self.datasets, self._expiries, strict=True):
             if not dataset.pinned:
                 expiry.published()
+
+    def _publish_one(
+        self, result: _Result, change: Change, trigger: Trigger, began_on: datetime, queued_s: float
+    ) -> None:
+        dataset, reading, rows = result.dataset, result.reading, result.rows
+        log = self._logs[dataset.name]
+        dataset.accepts_next = False
+        generation = dataset.next_generation()
+        took_s = self._clock.seconds() - reading.read_at
+        how = _how(result)
+        snapshot = Snapshot(
+            generation,
+            rows,
+            reading.as_of,
+            reading.read_at,
+            reading.database_snapshot,
+            reading.columns,
+            change=change,
+            watch_state=reading.watch_state,
+            probe=reading.probe,
+        )
+        if reading.kind == "all":
+            dataset.checked_at = self._clock.seconds()
+        if dataset.pinned:
+            dataset.keep(snapshot)
+            kept = f"waits as a candidate, because {dataset.name} is pinned"
+            advice = f"say 'unpin {dataset.name}' on the admin socket to serve it"
+            dataset.attempted(Attempt("held", trigger, began_on, took_s, rows.count, kept, advice, how=how))
+            log.info(
+                "refresh_held", trigger=trigger, error=f"the result {kept}", rows=rows.count, took_s=seconds(took_s)
+            )
+            return
+        fields = {"rows": rows.count, "read": how, "took_s": seconds(took_s), "queued_s": seconds(queued_s)}
+        served = dataset.snapshot
+        if result.change is not None and served is not None and result.base is served and not any(change):
+            dataset.renew(replace(snapshot, generation=served.generation, rows=served.rows, change=served.change))
+            dataset.attempted(Attempt("unchanged", trigger, began_on, took_s, rows.count, how=how))
+            log.info("refresh_unchanged", trigger=trigger, generation=served.generation, **fields)
+            return
+        dataset.publish(snapshot)
+        dataset.attempted(Attempt("published", trigger, began_on, took_s, rows.count, how=how))
+        log.info(
+            "refresh_published",
+            trigger=trigger,
+            generation=generation,
+            bytes=rows.size_bytes,
+            **change._asdict(),
+            accepted=result.refused,
+            **fields,
+        )
 
     async def _changes(self, results: Sequence[_Result]) -> list[Change]:
         """What publishing would change, counted without holding the reactor."""
         while True:
             served = [result.dataset.snapshot for result in results]
-            changes = []
-            for snapshot, result in zip(served, results, strict=True):
-                if snapshot is None:
-                    changes.append(Change(result.rows.count, 0, 0))
-                    continue
-                count = ChangeCount(snapshot.rows, result.rows)
-                for _ in count:
-                    await deferLater(self._clock, 0)
-                changes.append(count.change)
+            changes = [await self._change(*each) for each in zip(results, served, strict=True)]
             if all(result.dataset.snapshot is before for result, before in zip(results, served, strict=True)):
                 return changes
 
+    async def _change(self, result: _Result, served: Snapshot | None) -> Change:
+        if served is None:
+            return Change(result.rows.count, 0, 0)
+        if result.change is not None and result.base is served:
+            return result.change
+        expected = result.reading.may_differ if result.change is None and result.base is served else None
+        count = ChangeCount(served.rows, result.rows, expected)
+        for _ in count:
+            await deferLater(self._clock, 0)
+        if count.unexpected_count:
+            # Deltas have missed something: what is published now is right again, and somebody has to know.
+            result.dataset.differences += count.unexpected_count
+            self._logs[result.dataset.name].error(
+                "delta_differences",
+                count=count.unexpected_count,
+                keys=[key.decode() for key in count.unexpected],
+                error="rows changed of which no trigger told; does the query depend on a table that is not watched, "
+                "or a row of it on other rows?",
+            )
+        return count.change
+
     def _fail(self, error: RefreshFailed, trigger: Trigger, began_on: datetime, took_s: float) -> None:
+        # The keys that were told are as lost as the attempt that took them: the next one reads all.
+        self._told = dict.fromkeys((dataset.name for dataset in self.datasets if dataset.settings.notify), None)
         retry_in_s = self._plan_retry()
         blockers = error.blockers if isinstance(error, LockTimeout) else ()
         if isinstance(error, DatabaseUnavailable):
@@ -368,17 +437,79 @@ class Refresher:
         passed: int = math.floor((self._clock.seconds() - self._phase_at) / self._interval_s)
         return self._phase_at + max(0, passed + 1) * self._interval_s
 
+    def _wanted(
+        self, dataset: Dataset, builder: RowsBuilder, base: Snapshot | None, trigger: Trigger, whole: bool
+    ) -> Wanted:
+        settings = dataset.settings
+        dataset.loading = builder
+        dataset.expected_rows = base.rows.count if base else None
+        told = self._told.pop(dataset.name, set())
+        was_told = told is None or bool(told)
 
-def _wanted(dataset: Dataset, builder: RowsBuilder) -> Wanted:
-    dataset.loading = builder
-    dataset.expected_rows = dataset.snapshot.rows.count if dataset.snapshot else None
+        def expect(rows: int) -> None:
+            builder.expect(rows)
+            dataset.expected_rows = rows
 
-    def expect(rows: int) -> None:
-        dataset.expected_rows = rows
+        async def told_by_now() -> frozenset[str] | None:
+            # Those that come until all that was sent before is heard: they are visible to this transaction, too.
+            if told is None or self._heard_all is None or not await self._heard_all():
+                return None
+            more = self._told.pop(dataset.name, set())
+            return None if more is None else frozenset(told | more)
 
-    # The planner's estimate is asked for only where there is no better one.
-    return Wanted(dataset.settings, builder, expect if dataset.snapshot is None else None)
+        if base is not None:
+            builder.expect(base.rows.count)
+        if whole and not settings.watch:
+            # An operator wants it read; with watch that is a check as well.
+            return Wanted(settings, builder)
+        return Wanted(
+            settings,
+            builder,
+            # The planner's estimate is asked for only where there is no better one.
+            expect if base is None else None,
+            base if settings.watch or settings.probe or settings.notify else None,
+            check=bool(settings.watch) and (whole or self._check_is_due(dataset, trigger)),
+            most_keys=int(max(_LEAST_DELTA_KEYS, settings.max_delta * base.rows.count)) if base else 0,
+            told=told_by_now if settings.notify and trigger == "notify" else None,
+            # Whoever notifies knows better.
+            trust_probe=not was_told,
+        )
+
+    def _check_is_due(self, dataset: Dataset, trigger: Trigger) -> bool:
+        # Not when somebody waits for a change: a check takes as long as reading all.
+        if trigger not in ("interval", "retry") or dataset.checked_at is None:
+            return False
+        due: bool = self._clock.seconds() - dataset.checked_at >= dataset.settings.full_interval_s
+        return due
+
+    async def _result(self, dataset: Dataset, reading: Reading, builder: RowsBuilder, base: Snapshot | None) -> _Result:
+        if reading.kind == "all":
+            rows = builder.finish()
+            return _Result(dataset, reading, rows, _refusal(dataset, rows, reading), base)
+        assert base is not None, "a delta follows something"
+        settings = dataset.settings
+        patch = RowsPatch(base.rows, max_rows=settings.max_rows, max_bytes=settings.max_bytes)
+        for number, (key, document) in enumerate(reading.changed.items(), 1):
+            if document is None:
+                patch.remove(key)
+            else:
+                patch.put(key, document)
+            if number % _PATCHED_A_TURN == 0:
+                await deferLater(self._clock, 0)
+        change = Change(patch.added, patch.changed, patch.removed)
+        rows = patch.finish() if any(change) else base.rows
+        return _Result(dataset, reading, rows, _refusal(dataset, rows, reading), base, change)
 
 
-def _result(dataset: Dataset, reading: Reading, rows: Rows) -> _Result:
-    return _Result(dataset, reading, rows, refusal(dataset.snapshot, rows.count, reading.columns, dataset.settings))
+def _refusal(dataset: Dataset, rows: Rows, reading: Reading) -> str | None:
+    return refusal(dataset.snapshot, rows.count, reading.columns, dataset.settings)
+
+
+def _how(result: _Result) -> str:
+    """What was read, in words."""
+    reading = result.reading
+    if reading.kind == "all":
+        return f"all rows, because {reading.because}" if reading.because else "all rows"
+    if reading.kind == "unchanged":
+        return "nothing, because nothing has changed"
+    return f"a delta of {len(reading.changed):,} key{'s' if len(reading.changed) != 1 else ''}"

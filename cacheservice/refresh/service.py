@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Sequence
+import json
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
 from twisted.application.service import Service
 from twisted.internet.defer import CancelledError, Deferred, DeferredList
+from twisted.internet.task import LoopingCall
 from twisted.python.failure import Failure
 
 from cacheservice.cache.cache import Cache
-from cacheservice.cache.dataset import Snapshot
-from cacheservice.config import groups
-from cacheservice.errors import CacheServiceError, NothingToRollBackTo, UnknownDataset
+from cacheservice.cache.dataset import Dataset, Snapshot
+from cacheservice.config import OWN_CHANNEL, groups
+from cacheservice.errors import CacheServiceError, NothingToRollBackTo, RefreshFailed, UnknownDataset
+from cacheservice.postgres.deltas import watched_ids
 from cacheservice.refresh.drain import Drain
 from cacheservice.refresh.refresher import Reads, Refresher
 from cacheservice.refresh.slots import Slots
+
+CHANGES_KEPT_S = 3600.0
+"""A dataset that was not refreshed for longer reads all rows."""
+_PRUNE_INTERVAL_S = 60.0
+_PRUNE_TIMEOUT_S = 10.0
 
 
 class History(Protocol):
@@ -39,6 +47,7 @@ class CacheService(Service):
     :param random: a number from 0 to 1.
     :param drain: gets what is dropped; it is stopped with this service.
     :param history: what is served before the first refresh, and what can be rolled back to.
+    :param heard_all: waits until every notification that was sent before has come to `heard`; False if nobody knows.
     """
 
     name = "refresh"
@@ -53,17 +62,24 @@ class CacheService(Service):
         log: Any,
         drain: Drain,
         history: History | None = None,
+        heard_all: Callable[[], Awaitable[bool]] | None = None,
     ) -> None:
         self.slots = Slots(max_connections, any_healthy=self._any_healthy)
         self._cache = cache
         self._drain = drain
         self._history = history
         self._log = log
+        self._database = database
+        self._clock = clock
+        self._pruning = LoopingCall(lambda: self._run(self._prune()))
+        self._pruning.clock = clock
         self._under_way: set[Deferred[None]] = set()
         self._refreshers: dict[str, Refresher] = {}
         for group in groups(dataset.settings for dataset in cache.datasets.values()):
             members = [cache.dataset(settings.name) for settings in group]
-            refresher = Refresher(members, database, cache.database, self.slots, self._drain.add, clock, random, log)
+            refresher = Refresher(
+                members, database, cache.database, self.slots, self._drain.add, clock, random, log, heard_all
+            )
             self._refreshers |= {dataset.name: refresher for dataset in members}
 
     def startService(self) -> None:
@@ -81,12 +97,47 @@ class CacheService(Service):
     def _start_refreshers(self) -> None:
         for refresher in self._each_once():
             refresher.start()
+        self._pruning.start(_PRUNE_INTERVAL_S, now=False)
 
-    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+    def heard(self, channel: str, payload: str) -> None:
+        """A notification came."""
+        for name, dataset in self._cache.datasets.items():
+            if channel == OWN_CHANNEL and dataset.settings.watch and self._is_watched(dataset, payload):
+                self._refreshers[name].notified(name, None)
+            elif channel == dataset.settings.notify:
+                self._refreshers[name].notified(name, _keys_of(payload))
+
+    def missed(self) -> None:
+        """Notifications may have been missed: what they would have told of is looked for."""
+        for name, dataset in self._cache.datasets.items():
+            if dataset.settings.watch or dataset.settings.notify:
+                self._refreshers[name].notified(name, None)
+
+    def _is_watched(self, dataset: Dataset, payload: str) -> bool:
+        """Whether "changed 7" is of a table that the dataset watches; of which it is not known, it may be."""
+        newest = dataset.newest()
+        word, _, number = payload.partition(" ")
+        if word != "changed" or not number.isdecimal() or newest is None or not newest.watch_state:
+            return True
+        return int(number) in watched_ids(newest.watch_state)
+
+    async def _prune(self) -> None:
+        """Delete recorded changes that nobody will ask for any more; whatever comes of it, the loop goes on."""
+        if not any(dataset.settings.watch for dataset in self._cache.datasets.values()):
+            return
+        try:
+            deleted = await self._database.prune(CHANGES_KEPT_S, _PRUNE_TIMEOUT_S)
+        except RefreshFailed as error:
+            # On a standby, without the right, without the migration: told with each delta that suffers from it.
+            self._log.debug("changes_not_pruned", error=str(error))
+        else:
+            self._log.debug("changes_pruned", rows=deleted)
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> Deferred[None]:
         """See `work` to its end, or to the stop of the service."""
         running = Deferred.fromCoroutine(work)
         self._under_way.add(running)
-        running.addBoth(self._ran, running)
+        return running.addBoth(self._ran, running)
 
     def _ran(self, result: object, running: Deferred[None]) -> None:
         self._under_way.discard(running)
@@ -96,6 +147,8 @@ class CacheService(Service):
     def stopService(self) -> Deferred[Any]:
         """Start nothing more, end what runs; fires when no session is left."""
         super().stopService()
+        if self._pruning.running:
+            self._pruning.stop()
         for running in list(self._under_way):
             running.cancel()
         self.slots.stop()
@@ -161,3 +214,14 @@ class CacheService(Service):
 
     def _any_healthy(self) -> bool:
         return any(dataset.consecutive_failures == 0 for dataset in self._cache.datasets.values())
+
+
+def _keys_of(payload: str) -> list[str] | None:
+    """The keys that a payload names if it is a JSON list of keys; None, for any row, if it is something else."""
+    try:
+        keys = json.loads(payload)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(keys, list) or not all(isinstance(key, str | int) and not isinstance(key, bool) for key in keys):
+        return None
+    return [str(key) for key in keys]

@@ -221,6 +221,7 @@ class Answers:
         if (
             ready is None
             or ready.generation != snapshot.generation
+            or ready.read_at != snapshot.read_at
             or now_s >= ready.until_s
             or ready.dataset is not dataset
         ):

@@ -58,6 +58,7 @@ class SnapshotHeads:
         # Not the snapshot itself: it would be kept from being freed.
         self.dataset = dataset
         self.generation = snapshot.generation
+        self.read_at = snapshot.read_at
         age_s = max(0.0, now_s - snapshot.read_at)
         self.until_s = now_s + min(1 - age_s % 1, 1 - wall_s % 1)
         # The database's clock may run ahead; RFC 9110, 8.8.2.1 forbids a date later than that of the answer.

@@ -1,0 +1,189 @@
+"""What a refresh asks to read no more than what has changed: SQL, and what its answers mean.
+
+Which keys changed is what `migrations/0002_changes.sql` records and finds. They are then read out of the dataset's
+own query, with a predicate on its key that PostgreSQL pushes down as far as the query allows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from cacheservice.cache.dataset import Snapshot
+from cacheservice.config import DatasetSettings
+from cacheservice.errors import BadResult
+
+# OIDs of pg_type.dat, which never change. The text of values of these types is the same exactly if they are equal,
+# whatever the settings of the session that renders them. It is not of numeric (1.0 and 1.00), citext, floats, or dates.
+_INTEGERS = frozenset({20, 21, 23, 26})
+_TEXTS = frozenset({18, 19, 25, 1043})
+_OTHERS = frozenset({16, 2950})
+_FIRST_USER_OID = 16384
+"""Types from here on are not PostgreSQL's own; of those, enums are fit as well, whose text is the label."""
+
+CAN_TELL = """
+(SELECT EXISTS (
+    SELECT FROM pg_proc AS p JOIN pg_namespace AS n ON n.oid = p.pronamespace
+    WHERE n.nspname = 'cacheservice' AND p.proname = 'changes'
+      AND has_schema_privilege(n.oid, 'USAGE') AND has_function_privilege(p.oid, 'EXECUTE')))"""
+"""Whether this role may ask what has changed; to ask without that would end the transaction."""
+CANNOT_TELL = (
+    "the database does not know cacheservice.changes, or this role may not call it; "
+    "say: cacheservice migrate --reader NAME"
+)
+
+Key = tuple[str | None, ...]
+
+
+class Changes(NamedTuple):
+    """What was told of the watched tables: their state, why a delta is not possible, or the keys that changed."""
+
+    state: str
+    problem: str | None
+    keys: tuple[Key, ...]
+
+
+class ChangedRows:
+    """Takes the rows that were found of some keys, as a `RowsBuilder` does."""
+
+    def __init__(self) -> None:
+        self.rows: dict[bytes, bytes | None] = {}
+        self.count = 0
+        self.size_bytes = 0
+
+    def add(self, chunk: Sequence[tuple[bytes | None, bytes]]) -> None:
+        """:raises BadResult: for a key that came before."""
+        for key, document in chunk:
+            assert key is not None, "NULL is equal to no key"
+            if key in self.rows:
+                raise BadResult(f'the key "{key.decode()}" occurs twice; a key must be unique')
+            self.rows[key] = document
+            self.size_bytes += len(key) + len(document)
+        self.count += len(chunk)
+
+    def without(self, keys: Iterable[Key]) -> Mapping[bytes, bytes | None]:
+        """The rows, and None for each of `keys` of which there is none any more."""
+        return {joined(key): None for key in keys if None not in key} | self.rows
+
+
+def joined(key: Key) -> bytes:
+    """The key as it is served: its values with a colon between."""
+    return ":".join(map(str, key)).encode()
+
+
+def lock_sql(datasets: Iterable[DatasetSettings]) -> str:
+    """Keeps TRUNCATE away from the watched tables, to be said before the transaction takes its snapshot.
+
+    A TRUNCATE that commits after the snapshot was taken would empty the table for it (PostgreSQL manual, 13.6).
+    """
+    tables = dict.fromkeys(watch.table for dataset in datasets for watch in dataset.watch)
+    return f"LOCK TABLE {', '.join(tables)} IN ACCESS SHARE MODE;" if tables else ""
+
+
+def changes_sql(dataset: DatasetSettings, since: Snapshot | None, most_keys: int) -> str:
+    """The call of `cacheservice.changes` for a dataset; `since` is what there is, None to ask for the state alone."""
+    watches = ", ".join(
+        f"jsonb_build_object('table', {literal(watch.table)}, 'relation', to_regclass({literal(watch.table)})::oid, "
+        f"'key', {literal(json.dumps(watch.key))}::jsonb)"
+        for watch in dataset.watch
+    )
+    previous = f"{literal(since.database_snapshot)}::pg_snapshot" if since is not None else "NULL"
+    return f"SELECT state::text, problem, key FROM cacheservice.changes(jsonb_build_array({watches}), {previous}, {most_keys})"  # noqa: S608, E501  # literals
+
+
+def changes(answer: Sequence[tuple[bytes | None, ...]], dataset: DatasetSettings, since: Snapshot | None) -> Changes:
+    """What the answer to `changes_sql` means for a delta from `since`."""
+    (state_text, problem, _), *found = answer
+    assert state_text is not None, "the first row has the state"
+    state = state_text.decode()
+    if problem is not None:
+        return Changes(state, problem.decode(), ())
+    if since is not None and since.watch_state != state and (moved := _moved(since.watch_state, state)) is not None:
+        return Changes(state, moved, ())
+    if len(dataset.key) == 1:
+        keys: tuple[Key, ...] = tuple((None if key is None else key.decode(),) for *_, key in found)
+    else:
+        keys = tuple(tuple(json.loads(key)) for *_, key in found if key is not None)
+    return Changes(state, None, keys)
+
+
+def _moved(before: str, now: str) -> str | None:
+    """Why changes are not known although all are recorded: what they were recorded on is another."""
+    if not before:
+        return "it is the first read of the watched tables"
+    old, new = json.loads(before), json.loads(now)
+    if old["server"] != new["server"]:
+        return "the server was restarted, and could have lost what had been read"
+    for name, table in new["tables"].items():
+        was = old["tables"].get(name)
+        if was is None or was["watched"] != table["watched"] or was["since"] != table["since"]:
+            return f"{name} has been watched only since the last refresh"
+        if was["relations"] != table["relations"] or was["columns"] != table["columns"]:
+            return f"the definition, the storage or the partitions of {name} changed"
+    return None
+
+
+def unfit_key(state: str, dataset: DatasetSettings, type_oids: Sequence[int]) -> str | None:
+    """Why equal keys of the dataset and its watched tables might look different, so that deltas would miss some.
+
+    :param type_oids: the types of the query's key columns, as the server describes them.
+    """
+    for name, table in json.loads(state)["tables"].items():
+        for column, ours, theirs in zip(dataset.key, type_oids, table["key_types"], strict=True):
+            alike = any({ours, theirs} <= fit for fit in (_INTEGERS, _TEXTS)) or (
+                ours == theirs and (ours in _OTHERS or ours >= _FIRST_USER_OID)
+            )
+            if not alike:
+                return (
+                    f"the type of its key {column} or of that of {name} is not fit for deltas: both must be integers, "
+                    "or text, or of one type of uuid, boolean, enum"
+                )
+    return None
+
+
+def watched_ids(state: str) -> frozenset[int]:
+    """The numbers that the notifications of its triggers name."""
+    return frozenset(table["watched"] for table in json.loads(state)["tables"].values()) if state else frozenset()
+
+
+def notifies(state: str) -> bool:
+    """Whether each change is told at once, or some only at the next interval."""
+    return all(table["notifies"] for table in json.loads(state)["tables"].values()) if state else False
+
+
+def key_predicate(columns: Sequence[str], keys: Iterable[Key]) -> str:
+    """A condition on the rows of `rows_query` that exactly the rows of these keys meet.
+
+    The literals have no type, so that each takes that of its column, and an index on it can be used.
+
+    :param columns: quoted, as q.column.
+    """
+    known = [key for key in keys if None not in key]
+    single = [f"{column} = ANY ({_array(key[place] for key in known)})" for place, column in enumerate(columns)]
+    if len(columns) == 1:
+        return single[0]
+    # Each column by itself, for its index; the combinations that nobody asked for fall through the last condition.
+    whole = " || ':' || ".join(f"{column}::text" for column in columns)
+    return " AND ".join([*single, f"({whole}) = ANY ({_array(joined(key).decode() for key in known)})"])
+
+
+def joined_predicate(columns: Sequence[str], keys: Iterable[str]) -> str:
+    """The same for keys as they are served."""
+    return " || ':' || ".join(f"{column}::text" for column in columns) + f" = ANY ({_array(keys)})"
+
+
+def _array(values: Iterable[str | None]) -> str:
+    escaped = (str(value).replace("\\", "\\\\").replace('"', '\\"') for value in dict.fromkeys(values))
+    return literal("{" + ",".join(f'"{value}"' for value in escaped) + "}")
+
+
+def literal(text: str) -> str:
+    """`text` as SQL writes it, whatever standard_conforming_strings is."""
+    quoted = text.replace("'", "''")
+    return f"'{quoted}'" if "\\" not in quoted else " E'" + quoted.replace("\\", "\\\\") + "'"
+
+
+def value_of(probe: Any) -> str:
+    """What a probe gave, as it is compared and kept; NULL is a value, too."""
+    return "NULL" if probe is None else f"={probe.decode()}"
