@@ -240,7 +240,7 @@ class Damage(Folder):
         self.assertIn("two headers", self.refusal(self.sealed((b"H", good), (b"H", good))))
         self.assertIn("no saved snapshot", self.refusal(b"PK\x03\x04 and more"))
         self.assertIn(
-            "format 2 is not known here, only format 1", self.refusal(MAGIC + (2).to_bytes(2, "big") + b"whatever")
+            "format 1 is not known here, only format 2", self.refusal(MAGIC + (1).to_bytes(2, "big") + b"whatever")
         )
 
     def sealed(self, *parts: tuple[bytes, Any]) -> bytes:
@@ -653,7 +653,7 @@ class Restoring(Running):
     async def test_another_query(self) -> None:
         """Rows of another query are not served, however old: all of them are moved aside."""
         message = await self.refused(lambda: None, declared(query="SELECT 1 AS id"), left=None)
-        self.assertIn("the query or the key of the dataset was changed", message)
+        self.assertIn("the query, the key, the probe or watch of the dataset was changed", message)
 
     async def test_another_key(self) -> None:
         """Neither are rows by another key."""

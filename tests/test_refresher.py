@@ -58,7 +58,7 @@ class FakeDatabase:
         self._clock = clock
 
     def read_together(self, wanted: Sequence[Wanted]) -> Deferred[list[Reading]]:
-        ((dataset, into, expect),) = wanted
+        ((dataset, into, expect, *_),) = wanted
         assert dataset.name not in [read.name for read in self.running], "a refresh never overlaps itself"
         read = Read(dataset.name, into, expect, self._clock.seconds())
         self.reads.append(read)
