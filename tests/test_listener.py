@@ -33,7 +33,17 @@ from tests import pgbouncer
 from tests.pgbouncer import running_pgbouncer
 from tests.postgres import connect, query, sessions, sessions_left
 from tests.standby import running_standby
-from tests.test_guard import LONG_S, LONGEST_GAP_S, GuardTestCase, held, our_timers, rows_builder, settings, until
+from tests.test_guard import (
+    LONG_S,
+    LONGEST_GAP_S,
+    GuardTestCase,
+    as_awaitable,
+    held,
+    our_timers,
+    rows_builder,
+    settings,
+    until,
+)
 from tests.test_refresh_service import Log
 
 # What is to be found out soon; an answer that takes longer on a busy machine costs a needless reconnect.
@@ -573,15 +583,13 @@ class LostTests(ListenerTestCase):
         listener = await self.listening("numbers", **{**QUICK, **options})
         for round_ in range(3):
             proofs, losses = self.count("missed"), self.count("listening_lost")
-            result = strike()
-            if result is not None:
-                await result
+            await as_awaitable(strike)
             await until(lambda losses=losses: self.count("listening_lost") > losses)
             self.assertFalse(self.status.listening)
             self.assertTrue(self.status.listening_problem)
             self.assertEqual(len(self.status.listening_problem.splitlines()), 1)
             self.notify("numbers", "missed")
-            mend()
+            await as_awaitable(mend)
             await self.until_proven(proofs + 1)
             self.assertIsNone(self.status.listening_problem)
             self.notify("numbers", str(round_))
@@ -645,8 +653,8 @@ class LostTests(ListenerTestCase):
         def strike() -> Any:
             return deferToThread(self.server.stop, random.choice(["fast", "immediate"]))
 
-        def mend() -> None:
-            self.server.start()
+        def mend() -> Any:
+            return deferToThread(self.server.start)
 
         self.side.close()
         self.writer.close()
