@@ -74,6 +74,15 @@ class DeadlineExceeded(DatabaseUnavailable):
     advice = "look for a frozen or overloaded server or a lost network path; or raise timeout_s"
 
 
+class NotHeard(DatabaseUnavailable):
+    """A session listens, and a notification that was sent to prove it did not arrive; the session was abandoned.
+
+    Nothing to do if it ends by itself; else look at what is between here and the server.
+    """
+
+    advice = "connect to the server itself, not through a proxy that pools transactions"
+
+
 class QueryFailed(RefreshFailed):
     """PostgreSQL answered the dataset's query with an error. Mend the query, the rights or the schema.
 

@@ -12,12 +12,20 @@ from cacheservice.errors import UnknownDataset
 
 
 class DatabaseStatus:
-    """What the last attempts learned of PostgreSQL; `connections` are open now."""
+    """What the last attempts learned of PostgreSQL; `connections` are open now.
+
+    `listening_wanted` says whether any dataset waits for notifications; `listening` whether they arrive, as it was
+    last proven at `listening_proven_at` on the monotonic clock; `listening_problem` why they do not.
+    """
 
     def __init__(self) -> None:
         self.state: Literal["up", "down", "unknown"] = "unknown"
         self.error: str | None = None
         self.connections = 0
+        self.listening_wanted = False
+        self.listening = False
+        self.listening_proven_at: float | None = None
+        self.listening_problem: str | None = None
 
     def answered(self) -> None:
         self.state, self.error = "up", None

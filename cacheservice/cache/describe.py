@@ -28,7 +28,7 @@ def describe(cache: Cache) -> dict[str, Any]:
             "state": database.state,
             "error": database.error,
             "connections": database.connections,
-            "listening": False,
+            "listening": database.listening,
         },
         "datasets": {name: describe_dataset(dataset) for name, dataset in cache.datasets.items()},
     }

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from tabulate import tabulate
 
 from cacheservice import __version__
-from cacheservice.cache.cache import Cache
+from cacheservice.cache.cache import Cache, DatabaseStatus
 from cacheservice.cache.dataset import Attempt, Dataset, State
 from cacheservice.cache.describe import describe, describe_attempt, describe_blocker, describe_dataset
 
@@ -25,11 +25,19 @@ def status_table(cache: Cache) -> str:
     database = cache.database
     head = (
         f"cacheservice {__version__}: {'not ready' if cache.not_ready() else 'ready'}, "
-        f"PostgreSQL {database.state}, up {duration(cache.now() - cache.started_at)}"
+        f"PostgreSQL {database.state}, up {duration(cache.now() - cache.started_at)}{_listening_words(database)}"
     )
     rows = [_status_row(dataset) for dataset in cache.datasets.values()]
     table = tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=("left", "left", "left", "right"))
     return f"{head}\n{_without_trailing_blanks(table)}"
+
+
+def _listening_words(database: DatabaseStatus) -> str:
+    if not database.listening_wanted:
+        return ""
+    if database.listening:
+        return ", listening"
+    return f", NOT listening: {database.listening_problem}" if database.listening_problem else ", NOT listening yet"
 
 
 def _status_row(dataset: Dataset) -> list[str]:
@@ -146,7 +154,26 @@ def _attempt_line(attempt: Attempt) -> str:
 
 def why(dataset: Dataset, cache: Cache) -> str:
     """Plain sentences: the state and why it is so, who is in the way, what happens next."""
-    return "\n".join([*_state_sentences(dataset), *_failure_sentences(dataset, cache), *_next_sentences(dataset)])
+    sentences = [*_state_sentences(dataset), *_failure_sentences(dataset, cache)]
+    if getattr(dataset.settings, "notify", "") or getattr(dataset.settings, "watch", ()):
+        sentences += filter(None, [listening_sentence(cache, cache.now())])
+    return "\n".join([*sentences, *_next_sentences(dataset)])
+
+
+def listening_sentence(cache: Cache, now: float) -> str | None:
+    """Whether notifications arrive, for a dataset that waits for them; None where none does.
+
+    :param now: on the monotonic clock, in seconds.
+    """
+    database = cache.database
+    if not database.listening_wanted:
+        return None
+    if database.listening and database.listening_proven_at is not None:
+        ago = duration(now - database.listening_proven_at)
+        return f"PostgreSQL tells of changes at once: listening, proven {ago} ago."
+    if database.listening_problem is None:
+        return "Listening has not begun yet; it is refreshed on its interval meanwhile."
+    return f"Listening is broken: {database.listening_problem}; it is refreshed on its interval meanwhile."
 
 
 def _state_sentences(dataset: Dataset) -> Iterator[str]:

@@ -8,17 +8,20 @@ whoever waits at once. The server notices within a second (client_connection_che
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fcntl import ioctl
 from functools import partial
 from termios import FIONREAD
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import psycopg2
 from psycopg2 import extensions
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred, fail
+from twisted.internet.interfaces import IReadDescriptor
 from twisted.python.failure import Failure
 from txpostgres import txpostgres
+from zope.interface import implementer
 
 from cacheservice.errors import DatabaseUnavailable, DeadlineExceeded
 from cacheservice.postgres.target import Resolve, Target
@@ -33,6 +36,7 @@ _TEXT_AS_BYTES = extensions.new_type((_TEXT_OID,), "TEXT_AS_BYTES", extensions.B
 _PARTS_PER_TURN = 3
 """libpq takes 16 KiB at a time; a turn of the reactor for each took a fifth of a refresh, and readers wait for many."""
 _NOTHING_TO_READ = bytes(4)
+_NOTIFICATIONS_PER_TURN = 1000
 
 
 class _Session(extensions.connection):  # type: ignore[misc]  # psycopg2 has no types
@@ -78,6 +82,67 @@ class _Connection(txpostgres.Connection):  # type: ignore[misc]
         self._cursors.remove(cursor)
 
 
+@implementer(IReadDescriptor)
+class _Ear:
+    """One wait for notifications, between two statements of a session: until some are there, or until a moment.
+
+    In the reactor only while libpq's socket is surely open, as `_Connection` is. `heard` fires in a turn of the
+    reactor of its own, so that whoever floods us with notifications never holds it.
+    """
+
+    def __init__(self, reactor: Any, session: _Session, until: float) -> None:
+        self.heard: Deferred[list[Any]] = Deferred()
+        self._reactor = reactor
+        self._session = session
+        self._lost: Failure | None = None
+        self._timer = reactor.callLater(max(0.0, until - reactor.seconds()), self._end)
+        # What came with the last answer is in libpq's memory; no event of the socket would tell of it.
+        self.doRead()
+
+    def doRead(self) -> None:
+        self._reactor.removeReader(self)
+        try:
+            self._session.poll()
+        except psycopg2.Error:
+            self._lost = Failure()
+        if self._lost or self._session.notifies:
+            self.wake()
+        else:
+            self._reactor.addReader(self)
+
+    def wake(self) -> None:
+        """Let the wait end now."""
+        if self._timer.active():
+            self._timer.reset(0)
+
+    def stop(self) -> None:
+        """Leave the reactor; `heard` never fires."""
+        self._reactor.removeReader(self)
+        if self._timer.active():
+            self._timer.cancel()
+
+    def _end(self) -> None:
+        self._reactor.removeReader(self)
+        if self._lost is not None:
+            self.heard.errback(self._lost)
+            return
+        notifies = self._session.notifies
+        batch = notifies[:_NOTIFICATIONS_PER_TURN]
+        del notifies[:_NOTIFICATIONS_PER_TURN]
+        self.heard.callback(batch)
+
+    def fileno(self) -> int:
+        return -1 if self._session.closed else self._session.fileno()
+
+    def connectionLost(self, reason: Failure) -> None:
+        """The reactor saw the socket's end before libpq did."""
+        if self._timer.active() and self._lost is None:
+            self.doRead()
+
+    def logPrefix(self) -> str:
+        return "notifications"
+
+
 class GuardedConnection:
     """A session that ends at its deadline, when it is closed, or when a wait for it is cancelled.
 
@@ -94,6 +159,7 @@ class GuardedConnection:
         self._began_at: float = reactor.seconds()
         self._connection = _Connection(reactor)
         self._cursor: _Cursor | None = None
+        self._ear: _Ear | None = None
         self._pending: Deferred[Any] | None = None
         self._ended: Exception | None = None
         self._on_end: Callable[[], None] | None = None
@@ -105,14 +171,28 @@ class GuardedConnection:
         now: float = self._reactor.seconds()
         return max(0.0, self._deadline_at - now)
 
-    async def connect(self, resolve: Resolve, purpose: str, timeout_s: float) -> None:
+    def renew(self, deadline_at: float) -> None:
+        """From now on the session ends at this moment, on the reactor's clock; one that has ended stays so."""
+        self._deadline_at = deadline_at
+        self._began_at = self._reactor.seconds()
+        if self._timer.active():
+            self._timer.reset(self.remaining_s())
+
+    async def connect(
+        self,
+        resolve: Resolve,
+        purpose: str,
+        timeout_s: float,
+        defaults: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         """Open the session, name look-ups included, within `timeout_s` and the deadline.
 
+        :param defaults: libpq's parameters for where the connection string does not set them.
         :raises DatabaseUnavailable: if there is none to be had.
         """
         self._timer.reset(min(timeout_s, self.remaining_s()))
         arguments = await self._wait(lambda: ensureDeferred(self._target.connect_arguments(resolve, purpose)))
-        await self._wait(lambda: self._connection.connect(**arguments), connecting=True)
+        await self._wait(lambda: self._connection.connect(**{**defaults, **arguments}), connecting=True)
         self._reactor.removeReader(self._connection)
         extensions.register_type(_TEXT_AS_BYTES, self._connection.pollable())
         self._phase = "did not answer"
@@ -150,6 +230,25 @@ class GuardedConnection:
             return self._cursor.execute(sql)  # type: ignore[no-any-return]
 
         return self._wait(start)
+
+    def notifications(self, until: float) -> Deferred[list[Any]]:
+        """Wait for notifications; fires with up to 1000 in their order, each with its `channel` and its `payload`.
+
+        With none at the moment `until` on the reactor's clock, or after `wake`. The session's deadline goes on.
+
+        :raises DatabaseUnavailable: when the session is lost.
+        """
+
+        def start() -> Deferred[list[Any]]:
+            self._ear = _Ear(self._reactor, self._connection.pollable(), until)
+            return self._ear.heard
+
+        return self._wait(start)
+
+    def wake(self) -> None:
+        """End a wait for notifications now, if there is one."""
+        if self._ear is not None:
+            self._ear.wake()
 
     def abort(self, reason: Exception) -> None:
         """End the session now; whoever waits gets `reason`, and so does whoever asks later."""
@@ -209,6 +308,8 @@ class GuardedConnection:
         raw = self._connection.pollable()
         if raw is None:
             return  # never connected
+        if self._ear is not None:
+            self._ear.stop()
         for selectable in (self._connection, self._cursor):
             if selectable is not None:
                 self._reactor.removeReader(selectable)

@@ -1,0 +1,74 @@
+"""A real PgBouncer that pools transactions, in front of the server."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import psycopg2
+
+from cacheservice.cli.embedded import EmbeddedPostgres, _free_port
+from tests.standby import folder_of_server_user, server_identity
+
+START_LIMIT_S = 60
+
+PROGRAM = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+NEEDED = "needs PgBouncer: apt-get install pgbouncer"
+
+_CONFIGURATION = """
+[databases]
+* = host=127.0.0.1 port={server_port}
+
+[pgbouncer]
+listen_addr = 127.0.0.1
+listen_port = {port}
+unix_socket_dir =
+auth_type = plain
+auth_file = {users}
+pool_mode = transaction
+default_pool_size = {pool_size}
+"""
+
+
+@contextmanager
+def running_pgbouncer(server: EmbeddedPostgres, pool_size: int = 2) -> Iterator[Callable[..., str]]:
+    """PgBouncer in transaction mode before `server`; gives what `server.dsn` is without it. Needs `PROGRAM`."""
+    assert PROGRAM is not None, NEEDED
+    with folder_of_server_user(server) as folder:
+        port, users = _free_port(), folder / "users.txt"
+        password = psycopg2.extensions.parse_dsn(server.dsn())["password"]
+        users.write_text(f'"postgres" "{password}"\n')
+        configuration = folder / "pgbouncer.ini"
+        configuration.write_text(
+            _CONFIGURATION.format(server_port=server.port, port=port, users=users, pool_size=pool_size)
+        )
+        with (folder / "log").open("wb") as log:
+            process = subprocess.Popen(
+                [PROGRAM, configuration],
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                **server_identity(server),
+            )
+        try:
+            dsn = partial(server.dsn, port=port)
+            limit = time.monotonic() + START_LIMIT_S
+            while True:
+                try:
+                    psycopg2.connect(dsn()).close()
+                    break
+                except psycopg2.OperationalError as error:
+                    said = f"{error} {(folder / 'log').read_text()}"
+                    assert process.poll() is None, said
+                    assert time.monotonic() < limit, said
+                    time.sleep(0.02)
+            yield dsn
+        finally:
+            process.terminate()
+            process.wait()
