@@ -31,6 +31,7 @@ from cacheservice.ports.resp.protocol import RespFactory
 from cacheservice.ports.status import Commands, StatusFactory
 from cacheservice.postgres import target
 from cacheservice.postgres.database import Database
+from cacheservice.postgres.listener import Listener
 from cacheservice.refresh.drain import Drain
 from cacheservice.refresh.service import CacheService
 
@@ -164,22 +165,40 @@ def make_service(settings: Settings, reactor: Any, writer: logs.LineWriter, log:
     _raise_descriptor_limit()
     root = CacheServiceRoot(reactor, writer, log)
     cache = Cache(settings.datasets.values(), reactor.seconds)
+    parsed = target.parse(settings.postgres.dsn.get_secret_value())
     database = Database(
         reactor,
-        target.parse(settings.postgres.dsn.get_secret_value()),
+        parsed,
         settings.postgres.connect_timeout_s,
         cache.database,
     )
     drain = Drain(reactor)
     store = _store(settings.persistence, cache, drain, reactor, log)
+
+    async def heard_all() -> bool:
+        return await listener.heard_all()
+
     refresh = CacheService(
-        cache, database, settings.postgres.max_connections, reactor, random.random, log, drain, store
+        cache, database, settings.postgres.max_connections, reactor, random.random, log, drain, store, heard_all
+    )
+    listener = Listener(
+        parsed,
+        database.resolve,
+        settings.postgres.connect_timeout_s,
+        refresh.channels(),
+        refresh.heard,
+        refresh.missed,
+        cache.database,
+        reactor,
+        random.random,
+        log,
     )
     Signals(reactor, log).setServiceParent(root)
     DatabaseService(database).setServiceParent(root)
     if store is not None:
         store.setServiceParent(root)
     refresh.setServiceParent(root)
+    listener.setServiceParent(root)
 
     limits = settings.limits
     freshness = Freshness(refresh, reactor)

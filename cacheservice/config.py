@@ -75,6 +75,8 @@ def _columns(value: object) -> tuple[object, ...]:
 
 
 def _channel(name: str) -> str:
+    if "\0" in name:
+        raise ValueError("must not hold a NUL")
     if len(name.encode()) > 63:
         raise ValueError("must be at most 63 bytes long, as PostgreSQL's names are")
     if name == OWN_CHANNEL:

@@ -22,12 +22,12 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.cache.cache import Cache, DatabaseStatus
 from cacheservice.cache.describe import describe
-from cacheservice.config import DatasetSettings
+from cacheservice.config import OWN_CHANNEL, DatasetSettings
 from cacheservice.errors import DatabaseUnavailable, DeadlineExceeded
 from cacheservice.ports.report import listening_sentence, status_table, why
 from cacheservice.postgres.database import Database
 from cacheservice.postgres.guard import GuardedConnection
-from cacheservice.postgres.listener import OWN_CHANNEL, Listener
+from cacheservice.postgres.listener import Listener
 from cacheservice.postgres.target import parse
 from tests import pgbouncer
 from tests.pgbouncer import running_pgbouncer

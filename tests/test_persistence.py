@@ -209,7 +209,7 @@ class Damage(Folder):
         bomb = zstandard.ZstdCompressor(write_checksum=True).compress(bytes(100 * BLOCK_BYTES))
         self.assertIn("not as we write them", self.refusal(self.sealed((b"H", bomb))))
         header = {"dataset": "products", "generation": 7, "as_of_us": 0, "database_snapshot": "", "columns": []}
-        header |= {"rows": 1, "size_bytes": 1, "fingerprint": ""}
+        header |= {"rows": 1, "size_bytes": 1, "fingerprint": "", "watch_state": "", "probe": ""}
         for rows in (b"\xdd\xff\xff\xff\xff", b"\x91" * 100_000, b"\xc6\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff"):
             # One that is too long, or one whose rest never comes.
             self.refusal(self.sealed((b"H", header), (b"R", rows)))
@@ -217,7 +217,7 @@ class Damage(Folder):
     def test_what_is_no_snapshot(self) -> None:
         """What is well formed but holds something else is refused."""
         good: dict[str, Any] = {"dataset": "p", "generation": 7, "as_of_us": 0, "database_snapshot": "", "columns": []}
-        good |= {"rows": 1, "size_bytes": 2, "fingerprint": ""}
+        good |= {"rows": 1, "size_bytes": 2, "fingerprint": "", "watch_state": "", "probe": ""}
         for header in (
             {},
             [],

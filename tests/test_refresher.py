@@ -574,6 +574,7 @@ class Lines(RefreshTestCase):
                 "trigger": "start",
                 "generation": 1,
                 "rows": 2,
+                "read": "all rows",
                 "bytes": 6,
                 "added": 2,
                 "changed": 0,

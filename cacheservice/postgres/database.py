@@ -32,7 +32,7 @@ from cacheservice.postgres import deltas
 from cacheservice.postgres.blockers import find_blockers
 from cacheservice.postgres.guard import GuardedConnection
 from cacheservice.postgres.resolve import Resolver
-from cacheservice.postgres.target import Target
+from cacheservice.postgres.target import Resolve, Target
 
 # What a session may do is bounded by its grants; this bounds what it may do by mistake. Settings are LOCAL and come
 # after BEGIN because a transaction-pooling proxy would leak them to other clients otherwise.
@@ -143,6 +143,11 @@ class Database:
         self._status = status
         self._idle: GuardedConnection | None = None
         self._stopped = False
+
+    @property
+    def resolve(self) -> Resolve:
+        """Name look-ups for whoever opens a session of its own."""
+        return self._resolver.resolve
 
     def stop(self) -> None:
         """Let the name look-ups and the kept session go; the others end with the reads that hold them."""

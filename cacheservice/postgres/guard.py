@@ -173,6 +173,7 @@ class GuardedConnection:
 
     def renew(self, deadline_at: float) -> None:
         """From now on the session ends at this moment, on the reactor's clock; one that has ended stays so."""
+        self._on_end = None
         self._deadline_at = deadline_at
         self._began_at = self._reactor.seconds()
         if self._timer.active():
@@ -201,15 +202,6 @@ class GuardedConnection:
     def on_end(self, ended: Callable[[], None]) -> None:
         """Call `ended` if the session comes to its deadline while nobody waits for it; until the next `renew`."""
         self._on_end = ended
-
-    def renew(self, deadline_at: float) -> None:
-        """From now on the session ends at this moment."""
-        self._on_end = None
-        now: float = self._reactor.seconds()
-        self._deadline_at, self._began_at = deadline_at, now
-        if self._timer.active():
-            self._timer.cancel()
-        self._timer = self._reactor.callLater(max(0.0, deadline_at - now), self._expire)
 
     @property
     def pid(self) -> int:

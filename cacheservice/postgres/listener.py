@@ -18,12 +18,11 @@ from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 
 from cacheservice.cache.cache import DatabaseStatus
+from cacheservice.config import OWN_CHANNEL
 from cacheservice.errors import NotHeard, QueryFailed, RefreshFailed
 from cacheservice.postgres.guard import GuardedConnection
 from cacheservice.postgres.target import Resolve, Target
 
-OWN_CHANNEL = "cacheservice"
-"""Canaries go here, and not to the channels of datasets: other programs that listen to those would hear them too."""
 CANARY_INTERVAL_S = 10.0
 ANSWER_WITHIN_S = 5.0
 RETRY_INITIAL_S = 1.0
@@ -116,7 +115,8 @@ class Listener(Service):
         self._retry_max_s = retry_max_s
         self._retry_slowly_s = retry_slowly_s
 
-        # Several services may share a database: each knows its own canaries.
+        # Several services may share a database: each knows its own canaries. They go to our own channel: other programs
+        # that listen to those of datasets would hear them too.
         self._token = f"{_CANARY}{secrets.token_hex(8)}"
         self._canaries = 0
         self._returned = 0  # the number of the newest canary that came back
@@ -127,6 +127,8 @@ class Listener(Service):
         self._silent = 0  # of these, the newest ones that listened and heard nothing
         self._told: tuple[str, str] | None = None
         self._calling = False
+        self._asking: list[Deferred[bool]] = []  # who waits for a canary that is not sent yet
+        self._asked: list[Deferred[bool]] = []  # who waits for the newest one
 
     def startService(self) -> None:
         super().startService()
@@ -147,6 +149,23 @@ class Listener(Service):
                 self._begin()
             else:
                 self._end()
+
+    def heard_all(self) -> Deferred[bool]:
+        """Fires once all that was notified before this call has been heard; with False if that is not to be known.
+
+        What listens hears everything in the order of the commits, and so a canary after all of it.
+        """
+        if self._session is None or not self._proven:
+            return succeed(False)
+        asking: Deferred[bool] = Deferred()
+        self._asking.append(asking)
+        self._session.wake()
+        return asking
+
+    def _answer(self, heard: bool) -> None:
+        asked, self._asked = self._asked, []
+        for each in asked:
+            each.callback(heard)
 
     def _begin(self) -> None:
         self._status.listening_wanted = bool(self._channels)
@@ -220,14 +239,19 @@ class Listener(Service):
                     added, in_force = wanted - in_force, wanted
                     if added and self._proven:
                         self._call(self._missed)
-                elif self._reactor.seconds() >= canary_at:
+                elif self._asking or self._reactor.seconds() >= canary_at:
+                    self._asked, self._asking = self._asking, []
                     await (self._prove_again if self._proven else self._prove_first)(guard)
+                    self._answer(True)
                     canary_at = self._reactor.seconds() + self._canary_interval_s
                 else:
                     guard.renew(canary_at + self._answer_within_s)
                     self._hear(await guard.notifications(canary_at))
         finally:
             self._session = None
+            self._asked += self._asking
+            self._asking = []
+            self._answer(False)
 
     async def _prove_first(self, guard: GuardedConnection) -> None:
         guard.renew(self._reactor.seconds() + self._connect_timeout_s + 3 * self._answer_within_s)

@@ -99,6 +99,12 @@ class CacheService(Service):
             refresher.start()
         self._pruning.start(_PRUNE_INTERVAL_S, now=False)
 
+    def channels(self) -> set[str]:
+        """On which datasets are notified of; the service's own among them where a table is watched."""
+        declared = [dataset.settings for dataset in self._cache.datasets.values()]
+        named = {settings.notify for settings in declared if settings.notify}
+        return named | {OWN_CHANNEL} if any(settings.watch for settings in declared) else named
+
     def heard(self, channel: str, payload: str) -> None:
         """A notification came."""
         for name, dataset in self._cache.datasets.items():
