@@ -27,10 +27,17 @@ from cacheservice import shipped
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.errors import DemoFailed
 from cacheservice.postgres.migrate import create_reader, migrate
+from cacheservice.postgres.watch import watch
 
 _DATABASE = "shop"
 _READER = "cache_reader"
 _TABLES = ("shop.products", "shop.prices", "shop.feature_flags", "shop.customers", "shop.permissions")
+_WATCHED = {
+    "shop.products": ["id"],
+    "shop.prices": ["product_id", "currency"],
+    "shop.customers": ["id"],
+    "shop.permissions": ["customer_id"],
+}
 _STATUS_PORT = 8000
 _RESP_PORT = 6380
 _HTTP_PORT = 8080
@@ -63,16 +70,19 @@ timeout_s = 5
 query = "SELECT id, sku, name, category, stock FROM shop.products"
 key = "id"
 interval_s = 5
+watch = [{{table = "shop.products", key = "id"}}]
 
 [datasets.prices]
 query = "SELECT product_id, currency, amount FROM shop.prices"
 key = ["product_id", "currency"]
 interval_s = 10
+watch = [{{table = "shop.prices", key = ["product_id", "currency"]}}]
 
 [datasets.feature_flags]
 query = "SELECT name, enabled, rollout_percent FROM shop.feature_flags"
 key = "name"
 interval_s = 5
+notify = "feature_flags"
 
 [datasets.permissions]
 query = '''
@@ -83,6 +93,7 @@ GROUP BY c.id
 key = "customer_id"
 interval_s = 15
 required = false
+watch = [{{table = "shop.customers", key = "id"}}, {{table = "shop.permissions", key = "customer_id"}}]
 """
 
 _TO_TRY = """
@@ -93,6 +104,8 @@ The service runs. In another terminal:
   Read:     redis-cli -p {resp_port} GET products:42
             redis-cli -p {resp_port} HGETALL feature_flags
             curl -i http://127.0.0.1:{http_port}/v1/datasets/prices/rows/42:EUR
+  Change:   {psql} -c "UPDATE shop.prices SET amount = 1.23 WHERE product_id = 42"
+            redis-cli -p {resp_port} GET prices:42:EUR      (it is there at once)
   Lock it:  {psql} -c "BEGIN; LOCK TABLE shop.products; SELECT pg_sleep(20)"
             {ask} "why products"        (after 5 s it names the session that holds the lock)
   Freeze:   kill -STOP {postgres_pid}       the database answers nobody; watch the ages rise and nothing else change
@@ -180,13 +193,15 @@ class Demo:
             self._postgres.run_sql(resources.files("cacheservice.cli").joinpath("shop.sql").read_text(), _DATABASE)
         owner = self._postgres.dsn(database=_DATABASE)
         migrate(owner, shipped.folder("migrations"))
+        for table, key in _WATCHED.items():
+            watch(owner, table, key, notify=True, dry_run=False, say=click.echo)
         password = secrets.token_urlsafe(24)
         create_reader(owner, _READER, _TABLES, password)
         return password
 
     def _life_command(self) -> list[str]:
         # psql's own loop; over the unix socket, which asks for no password.
-        return [*self._psql(), "-q", "-o", os.devnull, "-c", "SELECT shop.breathe()", "-c", r"\watch interval=0.3"]
+        return [*self._psql(), "-q", "-o", os.devnull, "-c", "SELECT shop.breathe()", "-c", r"\watch interval=2"]
 
     def _psql(self) -> list[str]:
         socket_dsn = (

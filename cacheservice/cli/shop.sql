@@ -51,14 +51,19 @@ FROM shop.customers AS c
 CROSS JOIN (VALUES ('read'), ('order'), ('refund'), ('export')) AS p (permission)
 WHERE (c.id + length(p.permission)) % 3 <> 0;
 
--- What happens in a shop within a third of a second.
+-- What happens in a shop within two seconds.
 CREATE FUNCTION shop.breathe() RETURNS void LANGUAGE sql AS $$
     UPDATE shop.products SET stock = (stock + 99) % 100, updated_at = now()
     WHERE id IN (SELECT 1 + (random() * 19999)::integer FROM generate_series(1, 3));
     UPDATE shop.prices SET amount = round(amount * (0.98 + random() * 0.04)::numeric, 2)
     WHERE product_id = 1 + (random() * 19999)::integer;
-    UPDATE shop.feature_flags SET rollout_percent = (rollout_percent + 1) % 101
-    WHERE random() < 0.1 AND name = 'flag_' || (1 + (random() * 39)::integer);
+    -- An application may tell by itself what it has changed.
+    WITH changed AS (
+        UPDATE shop.feature_flags SET rollout_percent = (rollout_percent + 1) % 101
+        WHERE random() < 0.2 AND name = 'flag_' || (1 + (random() * 39)::integer)
+        RETURNING name
+    )
+    SELECT pg_notify('feature_flags', json_agg(name)::text) FROM changed HAVING count(*) > 0;
 $$;
 
 ANALYZE;
