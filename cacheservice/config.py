@@ -212,6 +212,11 @@ class DatasetSettings(DefaultsSettings):
         description='the column that names a row, or a list of columns to join with ":"'
     )
 
+    @property
+    def definition(self) -> tuple[str, tuple[str, ...]]:
+        """What decides which rows there are and what they are called."""
+        return self.query, self.key
+
     @field_validator("retry_max_s")
     @classmethod
     def _not_below_the_first(cls, retry_max_s: float, earlier: ValidationInfo) -> float:
@@ -222,6 +227,12 @@ class DatasetSettings(DefaultsSettings):
 
 _OF_A_GROUP = ("interval_s", "timeout_s", "retry_initial_s", "retry_max_s", "jitter")
 """Keys that say when a refresh happens, which a group has in common."""
+
+
+def timing(dataset: DatasetSettings) -> tuple[float, ...]:
+    """What says when a dataset is refreshed."""
+    return tuple(getattr(dataset, key) for key in _OF_A_GROUP)
+
 
 _DatasetName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,62}$")]
 

@@ -18,6 +18,8 @@ Outcome = Literal["published", "unchanged", "held", "failed"]
 Trigger = Literal["interval", "notify", "retry", "manual", "start"]
 
 KEPT_ATTEMPTS = 10
+NO_TRANSACTIONS = "3:3:"
+"""What `pg_current_snapshot()` gives where no transaction has ended yet; the first one's number is 3."""
 
 
 class State(enum.StrEnum):
@@ -78,9 +80,10 @@ class Dataset:
     """What is known of one dataset. `refresh` writes it, the ports read it, all in the reactor's thread.
 
     :param now: the monotonic clock, in seconds.
+    :param generation_before: that of the last snapshot of a dataset of this name that was removed.
     """
 
-    def __init__(self, settings: DatasetSettings, now: Callable[[], float]) -> None:
+    def __init__(self, settings: DatasetSettings, now: Callable[[], float], generation_before: int = 0) -> None:
         self.settings = settings
         self.snapshot: Snapshot | None = None
         self.held: Held | None = None
@@ -88,6 +91,8 @@ class Dataset:
         self.pinned = False
         self.candidate: Snapshot | None = None
         self.save_problem: str | None = None
+        self.told_expired = False
+        self.removed = False
         self.refreshing = False
         self.loading: RowsBuilder | None = None
         self.expected_rows: int | None = None
@@ -97,6 +102,8 @@ class Dataset:
         self.consecutive_failures = 0
         self.missed_ticks = 0
         self.next_refresh_at: float | None = None
+        self._served_definition = settings.definition
+        self._generation_before = generation_before
         self._now = now
         self._watchers: list[Callable[[Dataset], None]] = []
 
@@ -106,11 +113,46 @@ class Dataset:
 
     def publish(self, snapshot: Snapshot) -> None:
         """Serve `snapshot` from now on. One assignment: nobody reads half of it."""
-        assert snapshot.generation > (self.snapshot.generation if self.snapshot else 0), "a generation never goes down"
+        assert snapshot.generation > self.last_generation, "a generation never goes down"
         self.snapshot = snapshot
         self.held = None
-        for watcher in list(self._watchers):
-            watcher(self)
+        self._served_definition = self.settings.definition
+        self._tell()
+
+    @property
+    def last_generation(self) -> int:
+        return self.snapshot.generation if self.snapshot else self._generation_before
+
+    @property
+    def redefined(self) -> bool:
+        """Whether what is served is the result of another query or key than the dataset has now."""
+        return self.snapshot is not None and self._served_definition != self.settings.definition
+
+    def change(self, settings: DatasetSettings) -> None:
+        """Be declared so from now on; what is served is served until the next publish, whatever has changed."""
+        if settings.definition != self.settings.definition:
+            # They are of what it was, and so are its failures.
+            self.candidate = self.held = None
+            self.consecutive_failures = 0
+        self.settings = settings
+
+    def forget_transactions(self) -> None:
+        """The database is another one now: what was read from the one before includes no transaction of it."""
+        if self.snapshot is not None:
+            self.snapshot = replace(self.snapshot, database_snapshot=NO_TRANSACTIONS)
+        if self.candidate is not None:
+            self.candidate = replace(self.candidate, database_snapshot=NO_TRANSACTIONS)
+
+    def end(self) -> None:
+        """Serve nothing any more: it is not declared. Who watches is told, so that nobody waits for a publish."""
+        self._generation_before = self.last_generation
+        self.removed = True
+        self.snapshot = self.candidate = self.held = None
+        self._tell()
+
+    def restore(self, saved: Snapshot) -> None:
+        """Serve `saved` under its own generation, or the next one if that has been used since it was saved."""
+        self.publish(replace(saved, generation=max(saved.generation, self.next_generation())))
 
     def keep(self, candidate: Snapshot) -> None:
         """Remember the newest result of a pinned dataset, until `unpin`."""
@@ -120,7 +162,7 @@ class Dataset:
 
     def roll_back(self, saved: Snapshot) -> None:
         """Serve `saved` under the next generation, pinned; what was served becomes the candidate if there is none."""
-        newest = self.candidate or self.snapshot
+        newest = self.candidate or (None if self.redefined else self.snapshot)
         self.publish(replace(saved, generation=self.next_generation(), change=None, rolled_back_to=saved.generation))
         self.pinned = True
         self.candidate = None if newest is None else replace(newest, change=None)
@@ -133,19 +175,23 @@ class Dataset:
             self.publish(replace(candidate, generation=self.next_generation()))
 
     def next_generation(self) -> int:
-        return self.snapshot.generation + 1 if self.snapshot else 1
+        return self.last_generation + 1
 
     def hold(self, reason: str, rows: int, on: datetime) -> None:
         """Go on with what is served, because the newest result was refused; it is held since the first one was."""
         self.held = Held(reason, self.held.since if self.held else on, rows)
 
     def watch(self, published: Callable[[Dataset], None]) -> None:
-        """Call `published` after each publish, in the same turn. It must not raise."""
+        """Call `published` after each publish and at the end, in the same turn. It must not raise."""
         self._watchers.append(published)
 
     def unwatch(self, published: Callable[[Dataset], None]) -> None:
         """Undo one `watch`."""
         self._watchers.remove(published)
+
+    def _tell(self) -> None:
+        for watcher in list(self._watchers):
+            watcher(self)
 
     def attempted(self, attempt: Attempt) -> None:
         """Remember how an attempt ended."""

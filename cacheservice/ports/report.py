@@ -9,9 +9,9 @@ from datetime import UTC, datetime
 from tabulate import tabulate
 
 from cacheservice import __version__
-from cacheservice.cache.cache import Cache
+from cacheservice.cache.cache import Cache, Rejection
 from cacheservice.cache.dataset import Attempt, Dataset, State
-from cacheservice.cache.describe import describe, describe_attempt, describe_blocker, describe_dataset
+from cacheservice.cache.describe import describe, describe_attempt, describe_blocker, describe_dataset, in_short
 
 
 def ready_line(cache: Cache) -> str:
@@ -27,9 +27,15 @@ def status_table(cache: Cache) -> str:
         f"cacheservice {__version__}: {'not ready' if cache.not_ready() else 'ready'}, "
         f"PostgreSQL {database.state}, up {duration(cache.now() - cache.started_at)}"
     )
+    if cache.rejection is not None:
+        head += f", configuration {_rejected(cache.rejection, cache)}"
     rows = [_status_row(dataset) for dataset in cache.datasets.values()]
     table = tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=("left", "left", "left", "right"))
     return f"{head}\n{_without_trailing_blanks(table)}"
+
+
+def _rejected(rejection: Rejection, cache: Cache) -> str:
+    return f"rejected {duration(cache.now() - rejection.at)} ago: {in_short(rejection.problems)}"
 
 
 def _status_row(dataset: Dataset) -> list[str]:
@@ -146,7 +152,10 @@ def _attempt_line(attempt: Attempt) -> str:
 
 def why(dataset: Dataset, cache: Cache) -> str:
     """Plain sentences: the state and why it is so, who is in the way, what happens next."""
-    return "\n".join([*_state_sentences(dataset), *_failure_sentences(dataset, cache), *_next_sentences(dataset)])
+    sentences = [*_state_sentences(dataset), *_failure_sentences(dataset, cache), *_next_sentences(dataset)]
+    if cache.rejection is not None:
+        sentences.append(f"The newest configuration is not in effect. It was {_rejected(cache.rejection, cache)}.")
+    return "\n".join(sentences)
 
 
 def _state_sentences(dataset: Dataset) -> Iterator[str]:
@@ -170,6 +179,8 @@ def _state_sentences(dataset: Dataset) -> Iterator[str]:
         f"Generation {dataset.snapshot.generation} with {dataset.snapshot.rows.count:,} rows is served, "
         f"as of {dataset.snapshot.as_of.isoformat(timespec='seconds')} by the database's clock."
     )
+    if dataset.redefined:
+        yield "It is the result of the query and key before the last reload, until those of now have been read."
     if (change := dataset.snapshot.change) is not None:
         yield f"Its publish added {change.added:,}, changed {change.changed:,} and removed {change.removed:,} rows."
 

@@ -86,6 +86,11 @@ class Database:
         self._resolver = Resolver(reactor)
         self._status = status
 
+    def configure(self, target: Target, connect_timeout_s: float) -> None:
+        """Open sessions so from now on."""
+        self._target = target
+        self._connect_timeout_s = connect_timeout_s
+
     def stop(self) -> None:
         """Let the name look-ups go; sessions end with the reads that hold them."""
         self._resolver.stop()

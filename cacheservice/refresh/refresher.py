@@ -15,6 +15,7 @@ from cacheservice.cache.changes import Change, ChangeCount
 from cacheservice.cache.dataset import Attempt, Dataset, Snapshot, Trigger
 from cacheservice.cache.describe import describe_blocker, seconds
 from cacheservice.cache.rows import Rows, RowsBuilder, Shards
+from cacheservice.config import timing
 from cacheservice.errors import DatabaseUnavailable, LockTimeout, NothingToPin, RefreshFailed, Stopped
 from cacheservice.postgres.database import Reading, Wanted
 from cacheservice.refresh.backoff import full_jitter
@@ -68,13 +69,12 @@ class Refresher:
         self._clock = clock
         self._logs = {dataset.name: log.bind(dataset=dataset.name) for dataset in datasets}
         self._expiries = [ExpiryWatch(dataset, clock, self._logs[dataset.name]) for dataset in datasets]
-        settings = datasets[0].settings  # a group has in common what says when
-        self._interval_s = settings.interval_s
-        self._earlier_s = settings.interval_s * settings.jitter * random()
-        self._retry_wait_s = full_jitter(settings.retry_initial_s, settings.retry_max_s, random)
-        self._loop = LoopingCall.withCount(self._tick)
-        self._loop.clock = clock
+        self._random = random
+        self._share = random()
+        self._take_timing()
+        self._loop = self._new_loop()
         self._phase_at = 0.0
+        self._started_at: float | None = None
         self._first_tick: Any = None
         self._retry: Any = None
         self._running: Deferred[None] | None = None
@@ -82,36 +82,74 @@ class Refresher:
         self._stopping = False
         self._began_at = 0.0
 
+    def _new_loop(self) -> LoopingCall:
+        loop = LoopingCall.withCount(self._tick)
+        loop.clock = self._clock
+        return loop
+
+    def _take_timing(self) -> None:
+        settings = self.datasets[0].settings  # a group has in common what says when
+        self._timing = timing(settings)
+        self._interval_s = settings.interval_s
+        self._earlier_s = settings.interval_s * settings.jitter * self._share
+        self._retry_wait_s = full_jitter(settings.retry_initial_s, settings.retry_max_s, self._random)
+
     def start(self) -> None:
         """Load now, and then at every start of an interval."""
+        for expiry in self._expiries:
+            expiry.published()  # what was restored, or is served from before
         # Earlier than an interval from now, not later, so that the first snapshot is not stale before the second.
-        for dataset, expiry in zip(self.datasets, self._expiries, strict=True):
-            if dataset.snapshot is not None:  # restored
-                expiry.published()
-        first_in_s = self._interval_s - self._earlier_s
-        self._phase_at = self._clock.seconds() + first_in_s
-        self._first_tick = self._clock.callLater(first_in_s, self._start_loop)
+        self._started_at = self._clock.seconds()
+        self._plan_first_tick(self._interval_s - self._earlier_s)
         self._begin("start")
 
+    def _plan_first_tick(self, in_s: float) -> None:
+        self._phase_at = self._clock.seconds() + in_s
+        self._first_tick = self._clock.callLater(in_s, self._start_loop)
+
+    def settings_changed(self) -> None:
+        """Go by the datasets' new settings; an attempt that runs goes on by those that it began with."""
+        if self._started_at is None:
+            self._take_timing()
+            return
+        for expiry in self._expiries:
+            expiry.published()
+        if timing(self.datasets[0].settings) == self._timing:
+            return
+        self._take_timing()
+        retry_at = self._retry.getTime() if self._retry is not None and self._retry.active() else math.inf
+        self._forget_starts()
+        self._loop = self._new_loop()  # one that was stopped would count what it missed
+        # As if the new interval had begun with the last start.
+        passed_s = self._clock.seconds() - self._started_at
+        self._plan_first_tick(max(0.0, self._interval_s - self._earlier_s - passed_s))
+        if retry_at < self._phase_at:
+            self._retry = self._clock.callLater(retry_at - self._clock.seconds(), self._begin, "retry")
+        self._plan(min(retry_at, self._phase_at))
+
     def stop(self) -> Deferred[None]:
-        """Start nothing more and end what runs; fires when it has."""
-        self._stopping = True
+        """Start nothing more and end what runs; fires when it has. May be called again."""
+        was_stopped, self._stopping = self._stopping, True
         self._forget_plans()
         done: Deferred[None] = Deferred()
         if self._running is None:
             done.callback(None)
         else:
             self._running.addBoth(lambda _: done.callback(None))
-            self._running.cancel()
+            if not was_stopped:
+                self._running.cancel()
         # What ran may have ended by itself at this moment, and planned what comes after it.
         return done.addCallback(lambda _: self._forget_plans())
 
-    def _forget_plans(self) -> None:
+    def _forget_starts(self) -> None:
         if self._loop.running:
             self._loop.stop()
         for timer in (self._first_tick, self._retry):
             if timer is not None and timer.active():
                 timer.cancel()
+
+    def _forget_plans(self) -> None:
+        self._forget_starts()
         for expiry in self._expiries:
             expiry.stop()
         self._plan(None)
@@ -122,6 +160,8 @@ class Refresher:
 
     def refresh_now(self) -> bool:
         """Start an attempt that begins after this call; False if it follows one that is running."""
+        if self._started_at is None:
+            return True  # it begins with the start
         if self._running is not None:
             self._again = "manual"
             return False
@@ -215,12 +255,14 @@ class Refresher:
 
         def read() -> Deferred[list[Reading]]:
             nonlocal began_at, began_on
-            began_at = self._began_at = self._clock.seconds()
+            began_at = self._began_at = self._started_at = self._clock.seconds()
             began_on = datetime.now(UTC)
             return self._database.read_together(list(map(_wanted, self.datasets, builders)))
 
         try:
             readings = await self._slots.run(self._need, self._is_failing, read)
+            if self._stopping:  # they came in spite of it, and may be of a query that is no more
+                raise Stopped("the refreshes were stopped")
             results = [
                 _result(*each) for each in zip(self.datasets, readings, [b.finish() for b in builders], strict=True)
             ]
@@ -371,14 +413,16 @@ class Refresher:
 
 def _wanted(dataset: Dataset, builder: RowsBuilder) -> Wanted:
     dataset.loading = builder
-    dataset.expected_rows = dataset.snapshot.rows.count if dataset.snapshot else None
+    comparable = None if dataset.redefined else dataset.snapshot
+    dataset.expected_rows = comparable.rows.count if comparable else None
 
     def expect(rows: int) -> None:
         dataset.expected_rows = rows
 
     # The planner's estimate is asked for only where there is no better one.
-    return Wanted(dataset.settings, builder, expect if dataset.snapshot is None else None)
+    return Wanted(dataset.settings, builder, expect if comparable is None else None)
 
 
 def _result(dataset: Dataset, reading: Reading, rows: Rows) -> _Result:
-    return _Result(dataset, reading, rows, refusal(dataset.snapshot, rows.count, reading.columns, dataset.settings))
+    comparable = None if dataset.redefined else dataset.snapshot
+    return _Result(dataset, reading, rows, refusal(comparable, rows.count, reading.columns, dataset.settings))

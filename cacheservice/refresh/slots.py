@@ -35,6 +35,12 @@ class Slots:
         self._granting = False
         self._stopped = False
 
+    def set_limit(self, limit: int) -> None:
+        """At most `limit` from now on; what runs beyond it runs to its end."""
+        self._free += limit - self._limit
+        self._limit = limit
+        self._grant()
+
     @property
     def queue_depth(self) -> int:
         return len(self._waiting)
@@ -81,7 +87,7 @@ class Slots:
             return  # a use that ended at once; the loop below goes on, where a call each would exhaust the stack
         self._granting = True
         try:
-            while self._free and (waiting := self._next()) is not None:
+            while self._free > 0 and (waiting := self._next()) is not None:
                 self._waiting.remove(waiting)
                 self._free -= 1
                 waiting.granted.callback(None)
