@@ -175,7 +175,15 @@ def make_service(
     drain = Drain(reactor)
     store = _store(settings.persistence, cache, drain, reactor, log)
     refresh = CacheService(
-        cache, database, settings.postgres.max_connections, reactor, random.random, log, drain, store
+        cache,
+        database,
+        settings.postgres.max_connections,
+        reactor,
+        random.random,
+        log,
+        drain,
+        store,
+        settings.postgres.max_load,
     )
     ports: list[Any] = []
     reload = Reload(

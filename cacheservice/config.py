@@ -90,6 +90,11 @@ class PostgresSettings(_Table):
     max_connections: int = Field(
         default=2, ge=1, description="refreshes that may hold a connection at once; others queue, stalest first"
     )
+    max_load: float = Field(
+        default=0.0,
+        ge=0,
+        description="share of one connection's time that refreshes may use over a minute, 0.1 = 6 s; 0 = no limit",
+    )
 
 
 class StatusSettings(_Table):

@@ -21,6 +21,7 @@ _AT_ONCE = frozenset(
         "postgres.dsn",
         "postgres.connect_timeout_s",
         "postgres.max_connections",
+        "postgres.max_load",
         "limits.max_connections",
         "limits.idle_timeout_s",
         "log.level",
@@ -110,6 +111,7 @@ class Reload:
         postgres, dsn = settings.postgres, settings.postgres.dsn
         # Before the datasets: what is refreshed at once goes by it.
         self._database.configure(target.parse(dsn.get_secret_value()), postgres.connect_timeout_s)
+        self._refresh.slots.budget.share = postgres.max_load
         self._refresh.slots.set_limit(postgres.max_connections)
         datasets = self._refresh.redeclare(list(settings.datasets.values()), moved=dsn != self._dsn)
         self._dsn = dsn

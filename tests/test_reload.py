@@ -18,6 +18,7 @@ import redis
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.cache.cache import Cache, Declared, Rejection, Reloaded
@@ -28,6 +29,7 @@ from cacheservice.ports import report
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.resp.commands import Commands as RespCommands
 from cacheservice.ports.status import Commands
+from cacheservice.refresh.budget import Budget
 from cacheservice.refresh.slots import Slots
 from tests.postgres import fresh_database, query, sessions
 from tests.test_refresher import RefreshTestCase, World
@@ -377,7 +379,7 @@ class Refreshes(RefreshTestCase):
 class Limits(SynchronousTestCase):
     def test_slots(self) -> None:
         """A higher limit lets more run at once; a lower one lets those that run end, and then fewer."""
-        slots = Slots(1, lambda: True)
+        slots = Slots(1, lambda: True, Budget(0.0, Clock()))
         jobs = [Job(str(number)).ask(slots) for number in range(6)]
         self.assertEqual(sum(job.running for job in jobs), 1)
         slots.set_limit(3)

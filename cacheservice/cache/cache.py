@@ -15,12 +15,13 @@ Fate = Literal["added", "changed", "removed"]
 
 
 class DatabaseStatus:
-    """What the last attempts learned of PostgreSQL; `connections` are open now."""
+    """What the last attempts learned of PostgreSQL; `connections` are open now, `queued` refreshes wait for one."""
 
     def __init__(self) -> None:
         self.state: Literal["up", "down", "unknown"] = "unknown"
         self.error: str | None = None
         self.connections = 0
+        self.queued: Callable[[], int] = lambda: 0
 
     def answered(self) -> None:
         self.state, self.error = "up", None

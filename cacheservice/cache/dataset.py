@@ -92,6 +92,9 @@ class Dataset:
         self.candidate: Snapshot | None = None
         self.save_problem: str | None = None
         self.told_expired = False
+        self.due_at: float | None = None
+        self.put_off = False
+        self.last_put_off_s = 0.0
         self.removed = False
         self.refreshing = False
         self.loading: RowsBuilder | None = None
@@ -218,6 +221,10 @@ class Dataset:
     def next_refresh_in_s(self) -> float | None:
         """Seconds until the next attempt is planned to start, never negative; None if none is planned."""
         return None if self.next_refresh_at is None else max(0.0, self.next_refresh_at - self._now())
+
+    def behind_s(self) -> float | None:
+        """Seconds since the refresh that postgres.max_load puts off was due; None if none is put off."""
+        return self._now() - self.due_at if self.put_off and self.due_at is not None else None
 
     def need(self) -> float:
         """How much it needs a refresh: its age as a share of max_age_s, without end if never loaded."""

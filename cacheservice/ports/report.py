@@ -56,6 +56,8 @@ def _now_and_next(dataset: Dataset) -> str:
     if dataset.loading is not None:
         of = f" of {dataset.expected_rows:,}" if dataset.expected_rows else ""
         return f"reading, {dataset.loading.count:,}{of} rows"
+    if (behind_s := dataset.behind_s()) is not None:
+        return f"waits for postgres.max_load, {duration(behind_s)} behind its interval"
     if dataset.refreshing:
         return "waiting for a connection"
     next_in_s = dataset.next_refresh_in_s()
@@ -95,6 +97,7 @@ def _metrics(cache: Cache, connections: int) -> Iterator[tuple[str, float]]:
     yield "cacheservice_uptime_seconds", round(cache.now() - cache.started_at, 3)
     yield "cacheservice_ready", float(not cache.not_ready())
     yield "cacheservice_postgres_up", float(cache.database.state == "up")
+    yield "cacheservice_refresh_queue_depth", cache.database.queued()
     yield 'cacheservice_connections{port="status"}', connections
     yield f'cacheservice_build_info{{version="{__version__}"}}', 1
     for name, dataset in cache.datasets.items():
@@ -219,8 +222,15 @@ def _next_sentences(dataset: Dataset) -> Iterator[str]:
     if dataset.loading is not None:
         of = f" of about {dataset.expected_rows:,}" if dataset.expected_rows is not None else ""
         yield f"A refresh is running now and has read {dataset.loading.count:,}{of} rows."
+    elif (behind_s := dataset.behind_s()) is not None:
+        yield (
+            f"A refresh has been due for {duration(behind_s)} and waits, because refreshes have used what "
+            f"postgres.max_load allows: its {duration(dataset.settings.interval_s)} interval is stretched by as much."
+        )
     elif dataset.refreshing:
         yield "A refresh is due now and waits for one of the postgres.max_connections connections."
+    if dataset.last_put_off_s:
+        yield f"Its last refresh began {duration(dataset.last_put_off_s)} late, put off by postgres.max_load."
     next_in_s = dataset.next_refresh_in_s()
     if next_in_s is not None:
         yield f"The next attempt starts in {duration(next_in_s)}."

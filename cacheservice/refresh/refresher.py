@@ -81,6 +81,8 @@ class Refresher:
         self._again: Trigger | None = None
         self._stopping = False
         self._began_at = 0.0
+        self._urgent = False
+        self._expected_s = 0.0
 
     def _new_loop(self) -> LoopingCall:
         loop = LoopingCall.withCount(self._tick)
@@ -164,6 +166,7 @@ class Refresher:
             return True  # it begins with the start
         if self._running is not None:
             self._again = "manual"
+            self._hurry()
             return False
         self._begin("manual")
         return True
@@ -212,6 +215,21 @@ class Refresher:
         """See to it that an attempt begins at or after `moment`, unless one that did is running already."""
         if self._running is None or self._began_at < moment:
             self.refresh_now()
+        else:
+            self._hurry()
+
+    def _hurry(self) -> None:
+        """Somebody waits for what runs: if postgres.max_load puts it off, it is not put off any more."""
+        if not self._urgent:
+            self._urgent = True
+            self._slots.grant()
+
+    def _is_urgent(self) -> bool:
+        return self._urgent or any(dataset.snapshot is None or dataset.redefined for dataset in self.datasets)
+
+    def _put_off(self) -> None:
+        for dataset in self.datasets:
+            dataset.put_off = True
 
     def _tick(self, due: int) -> None:
         is_running = self._running is not None
@@ -226,8 +244,10 @@ class Refresher:
         if self._retry is not None and self._retry.active():
             self._retry.cancel()
         self._again = None
+        self._urgent = trigger == "manual"
         for dataset in self.datasets:
             dataset.refreshing = True
+            dataset.due_at = self._clock.seconds()
         self._began_at = math.inf  # it waits for a slot, and so begins after whatever moment is asked for now
         self._plan(self._next_tick_at())
         running = Deferred.fromCoroutine(self._attempt(trigger))
@@ -240,7 +260,7 @@ class Refresher:
     def _ended(self, _: object) -> None:
         self._running = None
         for dataset in self.datasets:
-            dataset.refreshing = False
+            dataset.refreshing = dataset.put_off = False
         if self._again is not None and not self._stopping:
             self._begin(self._again)
 
@@ -257,10 +277,21 @@ class Refresher:
             nonlocal began_at, began_on
             began_at = self._began_at = self._started_at = self._clock.seconds()
             began_on = datetime.now(UTC)
-            return self._database.read_together(list(map(_wanted, self.datasets, builders)))
+            for dataset in self.datasets:
+                dataset.last_put_off_s = dataset.behind_s() or 0.0
+                dataset.put_off = False
+            reading = self._database.read_together(list(map(_wanted, self.datasets, builders)))
+            return reading.addBoth(self._note_duration_and_passthrough)
 
         try:
-            readings = await self._slots.run(self._need, self._is_failing, read)
+            readings = await self._slots.run(
+                self._need,
+                self._is_failing,
+                read,
+                urgent=self._is_urgent,
+                expected_s=lambda: self._expected_s,
+                put_off=self._put_off,
+            )
             if self._stopping:  # they came in spite of it, and may be of a query that is no more
                 raise Stopped("the refreshes were stopped")
             results = [
@@ -283,6 +314,10 @@ class Refresher:
             for dataset, builder in zip(self.datasets, builders, strict=True):
                 dataset.loading = dataset.expected_rows = None
                 builder.discard()
+
+    def _note_duration_and_passthrough(self, result: Any) -> Any:
+        self._expected_s = self._clock.seconds() - self._began_at
+        return result
 
     def _tell(self, level: str, event: str, **fields: Any) -> None:
         """A line for each dataset."""

@@ -13,6 +13,7 @@ from cacheservice.cache.cache import Cache, Declared
 from cacheservice.cache.dataset import Dataset, Snapshot
 from cacheservice.config import DatasetSettings, groups
 from cacheservice.errors import CacheServiceError, NothingToRollBackTo, Stopped, UnknownDataset
+from cacheservice.refresh.budget import Budget
 from cacheservice.refresh.drain import Drain
 from cacheservice.refresh.refresher import Reads, Refresher
 from cacheservice.refresh.slots import Slots
@@ -39,6 +40,7 @@ class CacheService(Service):
     :param random: a number from 0 to 1.
     :param drain: gets what is dropped; it is stopped with this service.
     :param history: what is served before the first refresh, and what can be rolled back to.
+    :param max_load: share of one connection's time that refreshes may use; 0 for no limit.
     """
 
     name = "refresh"
@@ -53,8 +55,10 @@ class CacheService(Service):
         log: Any,
         drain: Drain,
         history: History | None = None,
+        max_load: float = 0.0,
     ) -> None:
-        self.slots = Slots(max_connections, any_healthy=self._any_healthy)
+        self.slots = Slots(max_connections, self._any_healthy, Budget(max_load, clock))
+        cache.database.queued = lambda: self.slots.queue_depth
         self._cache = cache
         self._database = database
         self._clock = clock
