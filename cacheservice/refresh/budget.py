@@ -11,7 +11,7 @@ _TOLERANCE_S = 1e-6
 """Sums of times that slide out of the window are not exact."""
 
 
-class _Use:
+class Use:
     """A session of a refresh: since when, until when, and how long it was expected to take."""
 
     __slots__ = ("began_at", "ended_at", "expected_s")
@@ -35,16 +35,16 @@ class Budget:
     def __init__(self, share: float, clock: Any) -> None:
         self.share = share
         self.clock = clock
-        self._ended: deque[_Use] = deque()
-        self._running: set[_Use] = set()
+        self._ended: deque[Use] = deque()
+        self._running: set[Use] = set()
 
-    def begin(self, expected_s: float) -> _Use:
+    def begin(self, expected_s: float) -> Use:
         """Count from now on; whoever begins says `end` with what this gives."""
-        use = _Use(self.clock.seconds(), expected_s)
+        use = Use(self.clock.seconds(), expected_s)
         self._running.add(use)
         return use
 
-    def end(self, use: _Use) -> None:
+    def end(self, use: Use) -> None:
         self._running.discard(use)
         use.ended_at = self.clock.seconds()
         self._ended.append(use)

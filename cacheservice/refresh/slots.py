@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from twisted.internet.defer import Deferred, fail, maybeDeferred
 
 from cacheservice.errors import Stopped
-from cacheservice.refresh.budget import Budget
+from cacheservice.refresh.budget import Budget, Use
 
 T = TypeVar("T")
 
@@ -91,10 +91,11 @@ class Slots:
             waiting.granted.errback(Stopped("the service is stopping"))
 
     def _use(self, use: Callable[[], Deferred[T]], expected_s: float) -> Deferred[T]:
-        return maybeDeferred(use).addBoth(self._release_and_passthrough, self.budget.begin(expected_s))
+        counted = self.budget.begin(expected_s)
+        return maybeDeferred(use).addBoth(self._release_and_passthrough, counted)
 
-    def _release_and_passthrough(self, result: T, use: Any) -> T:
-        self.budget.end(use)
+    def _release_and_passthrough(self, result: T, counted: Use) -> T:
+        self.budget.end(counted)
         self._free += 1
         self.grant()
         return result
