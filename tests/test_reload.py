@@ -28,6 +28,7 @@ from cacheservice.errors import ConfigError, QueryFailed, Stopped, UnknownDatase
 from cacheservice.ports import report
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.resp.commands import Commands as RespCommands
+from cacheservice.ports.resp.reply import CommandError
 from cacheservice.ports.status import Commands
 from cacheservice.refresh.budget import Budget
 from cacheservice.refresh.slots import Slots
@@ -158,6 +159,19 @@ class Refreshes(RefreshTestCase):
         world.advance(5.001)
         self.assertEqual(world.log.events(*events), [*events, "dataset_expired"])
         self.assertEqual(len(world.database.reads), 1)
+
+    def test_on_expired_at_once(self) -> None:
+        """Whether an expired snapshot is served is as declared now, also for what is looked up without a question."""
+        world = self.loaded()
+        commands = RespCommands(world.cache, Freshness(world.service, world.clock), "")
+        get = [[b"GET", b"products:0"]]
+        world.advance(50)
+        for on_expired, answers in (("serve", 1), ("refuse", 0), ("serve", 1)):
+            world.service.redeclare(declared("products", max_age_s=40.0, on_expired=on_expired))
+            self.assertEqual(len(commands.hits(get)), answers)
+        world.service.redeclare(declared("products", max_age_s=40.0, on_expired="refuse"))
+        with self.assertRaisesRegex(CommandError, "^STALE products is 50 s old, limit 40 s$"):
+            commands.rows(b"products")
 
     def test_another_query(self) -> None:
         """The old result is served until the new one is there, which is read at once and compared with nothing."""
@@ -606,6 +620,17 @@ class UnderTwistd(DaemonTestCase):
         until(lambda: len(daemon.lines) > count, "the next line")
         daemon.end()
         self.assert_ended(daemon, -signal.SIGTERM)
+
+    def test_other_limits_of_what_is_served(self) -> None:
+        """Another interval is in the next answer over HTTP, which says how long it may be kept."""
+        daemon = self.begun(table("products"))
+        for interval_s in (3600, 60):
+            self.reload(table("products", interval_s=interval_s))
+            with urllib.request.urlopen(
+                f"http://{daemon.event('service_started')['http']}/v1/datasets/products"
+            ) as answer:
+                self.assertIn(f"max-age={interval_s},", answer.headers["Cache-Control"])
+        self.assertEqual(self.dataset(daemon, "products")["generation"], 1)
 
     def test_whoever_reads_what_changes(self) -> None:
         """While a query is replaced again and again, readers find the old or the new result, never none."""
