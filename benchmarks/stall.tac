@@ -77,9 +77,9 @@ class Asked(LineOnlyReceiver):
 
 
 settings = app.load_settings_or_exit(os.environ)
-writer, log = app.make_log(settings)
+writer, threshold, log = app.make_log(settings)
 application.setComponent(ILogObserver, TwistedEvents(log))
-app.make_service(settings, reactor, writer, log).setServiceParent(application)
+app.make_service(settings, reactor, writer, threshold, log).setServiceParent(application)
 
 watch = Watch()
 reactor.callWhenRunning(watch.tick)

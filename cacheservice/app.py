@@ -20,7 +20,7 @@ from cacheservice import __version__, config
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.describe import seconds
 from cacheservice.config import PersistenceSettings, Settings
-from cacheservice.errors import ConfigError, PortUnavailable
+from cacheservice.errors import CacheServiceError, ConfigError, PortUnavailable
 from cacheservice.ops import logs
 from cacheservice.persistence.store import SnapshotStore
 from cacheservice.ports.freshness import Freshness
@@ -34,6 +34,7 @@ from cacheservice.postgres.database import Database
 from cacheservice.postgres.listener import Listener
 from cacheservice.refresh.drain import Drain
 from cacheservice.refresh.service import CacheService
+from cacheservice.reload import Reload
 
 _STOP_TIMEOUT_S = 4.0
 """The contract allows 5 s for a clean stop, the last lines of the log included."""
@@ -106,16 +107,16 @@ class CacheServiceRoot(MultiService):
 
 
 class Signals(Service):
-    """SIGTERM and SIGINT once: stop in order. Twice: end at once. SIGHUP does not kill.
+    """SIGTERM and SIGINT once: stop in order. Twice: end at once. SIGHUP: reload the configuration.
 
     Twisted itself ignores a second SIGTERM, so that only SIGKILL would end a stop that hangs.
     """
 
     name = "signals"
 
-    def __init__(self, reactor: Any, log: Any) -> None:
+    def __init__(self, reactor: Any, reload: Callable[[], Deferred[Any]]) -> None:
         self._reactor = reactor
-        self._log = log
+        self._reload = reload
 
     def startService(self) -> None:
         super().startService()
@@ -136,12 +137,11 @@ class Signals(Service):
         return first
 
     def _hang_up(self, _: int, __: FrameType | None) -> None:
-        self._reactor.callFromThread(
-            self._log.warning,
-            "signal_ignored",
-            signal="SIGHUP",
-            error="restart the service to apply a changed configuration",
-        )
+        self._reactor.callFromThread(self._reload_now)
+
+    def _reload_now(self) -> None:
+        # A refusal has been told, in the log and in the status.
+        self._reload().addErrback(lambda failure: failure.trap(CacheServiceError))
 
 
 class DatabaseService(Service):
@@ -157,7 +157,9 @@ class DatabaseService(Service):
         self._database.stop()
 
 
-def make_service(settings: Settings, reactor: Any, writer: logs.LineWriter, log: Any) -> CacheServiceRoot:
+def make_service(
+    settings: Settings, reactor: Any, writer: logs.LineWriter, threshold: logs.Threshold, log: Any
+) -> CacheServiceRoot:
     """The whole service, not started yet.
 
     :param reactor: its `seconds` must be monotonic: set back an hour, the wall clock would hold every timer an hour.
@@ -179,7 +181,16 @@ def make_service(settings: Settings, reactor: Any, writer: logs.LineWriter, log:
         return await listener.heard_all()
 
     refresh = CacheService(
-        cache, database, settings.postgres.max_connections, reactor, random.random, log, drain, store, heard_all
+        cache,
+        database,
+        settings.postgres.max_connections,
+        reactor,
+        random.random,
+        log,
+        drain,
+        store,
+        settings.postgres.max_load,
+        heard_all,
     )
     listener = Listener(
         parsed,
@@ -193,7 +204,11 @@ def make_service(settings: Settings, reactor: Any, writer: logs.LineWriter, log:
         random.random,
         log,
     )
-    Signals(reactor, log).setServiceParent(root)
+    ports: list[Any] = []
+    reload = Reload(
+        settings, lambda: load_settings(os.environ), cache, refresh, database, listener, ports, threshold, reactor, log
+    ).reload
+    Signals(reactor, reload).setServiceParent(root)
     DatabaseService(database).setServiceParent(root)
     if store is not None:
         store.setServiceParent(root)
@@ -203,14 +218,17 @@ def make_service(settings: Settings, reactor: Any, writer: logs.LineWriter, log:
     limits = settings.limits
     freshness = Freshness(refresh, reactor)
     status = StatusFactory(Commands(cache), limits.max_connections, limits.idle_timeout_s, reactor)
+    ports.append(status)
     listen = tcp(reactor, settings.status.host, settings.status.port, status)
     _add_port(root, "status", "status.port", listen, status)
     if settings.admin.socket:
-        admin = StatusFactory(Commands(cache, refresh), limits.max_connections, limits.idle_timeout_s, reactor)
+        admin = StatusFactory(Commands(cache, refresh, reload), limits.max_connections, limits.idle_timeout_s, reactor)
+        ports.append(admin)
         _add_port(root, "admin", "admin.socket", unix(reactor, settings.admin.socket, admin), admin)
     if settings.resp.enabled:
         commands = RespCommands(cache, freshness, settings.resp.password.get_secret_value())
         resp = RespFactory(cache, commands, limits.max_connections, limits.idle_timeout_s, reactor)
+        ports.append(resp)
         _add_port(root, "resp", "resp.port", tcp(reactor, settings.resp.host, settings.resp.port, resp), resp)
     if settings.http.enabled:
         http = HttpFactory(
@@ -222,6 +240,7 @@ def make_service(settings: Settings, reactor: Any, writer: logs.LineWriter, log:
             token=settings.http.token.get_secret_value(),
             allow_data=config.is_loopback(settings.http.host) or limits.allow_anonymous,
         )
+        ports.append(http)
         _add_port(root, "http", "http.port", tcp(reactor, settings.http.host, settings.http.port, http), http)
     return root
 
@@ -234,11 +253,12 @@ def _store(settings: PersistenceSettings, cache: Cache, drain: Drain, reactor: A
     return SnapshotStore(cache, directory, interval_s, keep, drain.add, reactor, log)
 
 
-def make_log(settings: Settings) -> tuple[logs.LineWriter, Any]:
-    """The writer of log lines, to be started, and the logger that fills it."""
+def make_log(settings: Settings) -> tuple[logs.LineWriter, logs.Threshold, Any]:
+    """The writer of log lines, to be started; what is logged; and the logger that fills the writer."""
     writer = logs.LineWriter(logs.standard_output(), logs.lost_line)
-    log = logs.make_logger(settings.log.level, settings.log.format, writer.write, colors=os.isatty(1))
-    return writer, log
+    threshold = logs.Threshold(settings.log.level)
+    log = logs.make_logger(threshold, settings.log.format, writer.write, colors=os.isatty(1))
+    return writer, threshold, log
 
 
 def _add_port(root: MultiService, name: str, setting: str, listen: Any, factory: Any) -> None:

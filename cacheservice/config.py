@@ -117,6 +117,11 @@ class PostgresSettings(_Table):
     max_connections: int = Field(
         default=2, ge=1, description="refreshes that may hold a connection at once; others queue, stalest first"
     )
+    max_load: float = Field(
+        default=0.0,
+        ge=0,
+        description="share of one connection's time that refreshes may use over a minute, 0.1 = 6 s; 0 = no limit",
+    )
 
 
 class StatusSettings(_Table):
@@ -264,6 +269,16 @@ class DatasetSettings(DefaultsSettings):
         description='the column that names a row, or a list of columns to join with ":"'
     )
 
+    @property
+    def definition(self) -> tuple[str, tuple[str, ...]]:
+        """What decides which rows there are and what they are called."""
+        return self.query, self.key
+
+    @property
+    def reading(self) -> tuple[object, ...]:
+        """What decides how it is read."""
+        return self.query, self.key, self.probe, self.watch, self.notify
+
     @field_validator("retry_max_s")
     @classmethod
     def _not_below_the_first(cls, retry_max_s: float, earlier: ValidationInfo) -> float:
@@ -274,6 +289,12 @@ class DatasetSettings(DefaultsSettings):
 
 _OF_A_GROUP = ("interval_s", "timeout_s", "retry_initial_s", "retry_max_s", "jitter")
 """Keys that say when a refresh happens, which a group has in common."""
+
+
+def timing(dataset: DatasetSettings) -> tuple[float, ...]:
+    """What says when a dataset is refreshed."""
+    return tuple(getattr(dataset, key) for key in _OF_A_GROUP)
+
 
 _DatasetName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,62}$")]
 

@@ -137,6 +137,36 @@ class LockTimeout(QueryFailed):
         self.blockers = tuple(blockers)
 
 
+class StandbyConflict(QueryFailed):
+    """A standby ended the query, because what it read stood in the way of changes that the primary had sent.
+
+    Set hot_standby_feedback on the standby, or let it wait longer with max_standby_streaming_delay.
+    """
+
+    advice = (
+        "set hot_standby_feedback = on on the standby, or a larger max_standby_streaming_delay; "
+        "or make the query shorter, or read from the primary"
+    )
+
+
+class SerializationFailed(QueryFailed):
+    """PostgreSQL could not give the query a view of its own beside concurrent changes. Only a new try helps."""
+
+    advice = "nothing to do unless it repeats: the database asks for a retry, which comes by itself"
+
+
+class Deadlock(QueryFailed):
+    """The query and another session waited for each other's locks, and PostgreSQL ended the query.
+
+    A plain SELECT hardly does: look for a function that locks, and for what locks the same in another order.
+    """
+
+    advice = (
+        "nothing to do unless it repeats: then look in the server's log for the other session, "
+        "which takes the same locks in another order"
+    )
+
+
 class BadResult(RefreshFailed):
     """The query ran, but its result cannot be a snapshot: a NULL key, a key twice, a key too long.
 

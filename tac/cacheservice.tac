@@ -14,7 +14,7 @@ from cacheservice.ops.logs import TwistedEvents
 reactor.seconds = time.monotonic
 
 settings = app.load_settings_or_exit(os.environ)
-writer, log = app.make_log(settings)
+writer, threshold, log = app.make_log(settings)
 application = Application("cacheservice")
 application.setComponent(ILogObserver, TwistedEvents(log))
-app.make_service(settings, reactor, writer, log).setServiceParent(application)
+app.make_service(settings, reactor, writer, threshold, log).setServiceParent(application)

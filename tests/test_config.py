@@ -312,6 +312,7 @@ class Problems(Loading):
             ("postgres.dsn", "5", text),
             ("postgres.dsn", '{password = "hunter2"}', text),
             ("postgres.max_connections", "0", "must be at least 1"),
+            ("postgres.max_load", "-0.1", "must be at least 0"),
             ("postgres.connect_timeout_s", "0", "must be greater than 0"),
             ("status.host", '"db.example"', address),
             ("status.host", '""', address),
@@ -384,7 +385,7 @@ class Problems(Loading):
         )
         self.assertEqual(
             self.problem_of(DSN + "sslmode = 1\n" + PRODUCTS),
-            "postgres.sslmode: unknown key; known are dsn, connect_timeout_s, max_connections",
+            "postgres.sslmode: unknown key; known are dsn, connect_timeout_s, max_connections, max_load",
         )
         known = "known are postgres, status, admin, resp, http, limits, log, persistence, defaults, datasets"
         self.assertEqual(self.problem_of(DSN + PRODUCTS + "[cluster]\n"), f"cluster: unknown table; {known}")
@@ -528,7 +529,7 @@ class Reference(SynchronousTestCase):
         rows = {path: (default, description) for path, default, description in config.reference()}
         self.assertEqual(len(rows), len(config.reference()))
         self.assertTrue(all(description for _default, description in rows.values()))
-        self.assertEqual(list(rows)[2:5], ["postgres.max_connections", "status.host", "status.port"])
+        self.assertEqual(list(rows)[2:5], ["postgres.max_connections", "postgres.max_load", "status.host"])
         self.assertEqual(rows["datasets.NAME.query"], ("required", "the SQL whose result is kept"))
         self.assertEqual(rows["status.host"][0], '"127.0.0.1"')
         self.assertEqual(rows["datasets.NAME.required"][0], "true")

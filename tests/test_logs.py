@@ -16,7 +16,7 @@ from twisted.logger import Logger, globalLogPublisher
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
-from cacheservice.ops.logs import LineWriter, TwistedEvents, lost_line, make_logger
+from cacheservice.ops.logs import LineWriter, Threshold, TwistedEvents, lost_line, make_logger
 
 MORE_THAN_FITS = 25_000  # lines: a pipe's 64 KiB hold 6,000 of them and the writer 10,000
 
@@ -133,7 +133,7 @@ class LogTestCase(SynchronousTestCase):
         self.lines: list[str] = []
 
     def logger(self, level: str = "debug", line_format: str = "json") -> Any:
-        return make_logger(level, line_format, self.lines.append)
+        return make_logger(Threshold(level), line_format, self.lines.append)
 
     def only(self) -> dict[str, Any]:
         """The fields of the only line."""

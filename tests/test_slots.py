@@ -5,10 +5,12 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.internet.defer import CancelledError, Deferred, fail, succeed
+from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.errors import Stopped
+from cacheservice.refresh.budget import Budget
 from cacheservice.refresh.slots import Slots
 
 
@@ -52,7 +54,7 @@ class SlotsTestCase(SynchronousTestCase):
         self.healthy = True
 
     def slots(self, limit: int) -> Slots:
-        return Slots(limit, lambda: self.healthy)
+        return Slots(limit, lambda: self.healthy, Budget(0.0, Clock()))
 
     def failed_with(self, job: Job, kind: type[Exception]) -> None:
         assert job.result is not None

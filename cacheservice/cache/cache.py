@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from cacheservice.cache.dataset import Dataset, State
 from cacheservice.config import DatasetSettings
 from cacheservice.errors import UnknownDataset
 
+Fate = Literal["added", "changed", "removed"]
+"""What another configuration may do to a dataset."""
+
 
 class DatabaseStatus:
-    """What the last attempts learned of PostgreSQL; `connections` are open now.
+    """What the last attempts learned of PostgreSQL; `connections` are open now, `queued` refreshes wait for one.
 
     `listening_wanted` says whether any dataset waits for notifications; `listening` whether they arrive, as it was
     last proven at `listening_proven_at` on the monotonic clock; `listening_problem` why they do not.
@@ -26,6 +29,7 @@ class DatabaseStatus:
         self.listening = False
         self.listening_proven_at: float | None = None
         self.listening_problem: str | None = None
+        self.queued: Callable[[], int] = lambda: 0
 
     def answered(self) -> None:
         self.state, self.error = "up", None
@@ -34,15 +38,43 @@ class DatabaseStatus:
         self.state, self.error = "down", error
 
 
+class Rejection(NamedTuple):
+    """Why a changed configuration does not take effect, each problem a line; and since when (`now` of the cache)."""
+
+    problems: tuple[str, ...]
+    at: float
+
+
+class Declared(NamedTuple):
+    """The names of the datasets by what became of them."""
+
+    added: list[str]
+    changed: list[str]
+    removed: list[str]
+    unchanged: list[str]
+
+
+class Reloaded(NamedTuple):
+    """What a changed configuration did: to the datasets, and the keys that take effect only at the next start."""
+
+    datasets: Declared
+    needs_restart: list[str]
+
+
 class Cache:
     """The datasets by name, in the order of the configuration.
+
+    `rejection` tells of a configuration that was refused after this one.
 
     :param now: the monotonic clock, in seconds.
     """
 
     def __init__(self, datasets: Iterable[DatasetSettings], now: Callable[[], float]) -> None:
         self._datasets = {settings.name: Dataset(settings, now) for settings in datasets}
+        self._last_generations: dict[str, int] = {}
+        self._watchers: list[Callable[[Dataset, Fate], None]] = []
         self.database = DatabaseStatus()
+        self.rejection: Rejection | None = None
         self.now = now
         self.started_at = now()
 
@@ -56,6 +88,48 @@ class Cache:
             return self._datasets[name]
         except KeyError:
             raise UnknownDataset(f"unknown dataset '{name}'") from None
+
+    def declare(self, declared: Iterable[DatasetSettings]) -> Declared:
+        """Have these datasets and no others, in this order; those that were there stay what they are."""
+        wanted = {settings.name: settings for settings in declared}
+        before = self._datasets
+        self._datasets = {
+            name: before.get(name) or Dataset(settings, self.now, self._last_generations.get(name, 0))
+            for name, settings in wanted.items()
+        }
+        told = Declared([], [], [], [])
+        for name, dataset in self._datasets.items():
+            if name not in before:
+                told.added.append(name)
+                self._tell(dataset, "added")
+            elif dataset.settings != wanted[name]:
+                told.changed.append(name)
+                dataset.change(wanted[name])
+                self._tell(dataset, "changed")
+            else:
+                told.unchanged.append(name)
+        told.removed.extend(name for name in before if name not in wanted)
+        for name in told.removed:
+            before[name].end()
+            # A generation that readers have seen never comes again, not even of a dataset that does.
+            self._last_generations[name] = before[name].last_generation
+            self._tell(before[name], "removed")
+        return told
+
+    def watch(self, declared: Callable[[Dataset, Fate], None]) -> None:
+        """Call `declared` with each dataset that `declare` adds, changes or removes, in the same turn.
+
+        It must not raise.
+        """
+        self._watchers.append(declared)
+
+    def unwatch(self, declared: Callable[[Dataset, Fate], None]) -> None:
+        """Undo one `watch`."""
+        self._watchers.remove(declared)
+
+    def _tell(self, dataset: Dataset, fate: Fate) -> None:
+        for watcher in list(self._watchers):
+            watcher(dataset, fate)
 
     def not_ready(self) -> dict[str, State]:
         """The required datasets that are not loaded or expired, with their state; empty when the service is ready."""

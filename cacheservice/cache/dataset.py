@@ -18,6 +18,8 @@ Outcome = Literal["published", "unchanged", "held", "failed"]
 Trigger = Literal["interval", "notify", "retry", "manual", "start"]
 
 KEPT_ATTEMPTS = 10
+NO_TRANSACTIONS = "3:3:"
+"""What `pg_current_snapshot()` gives where no transaction has ended yet; the first one's number is 3."""
 
 
 class State(enum.StrEnum):
@@ -83,9 +85,10 @@ class Dataset:
     """What is known of one dataset. `refresh` writes it, the ports read it, all in the reactor's thread.
 
     :param now: the monotonic clock, in seconds.
+    :param generation_before: that of the last snapshot of a dataset of this name that was removed.
     """
 
-    def __init__(self, settings: DatasetSettings, now: Callable[[], float]) -> None:
+    def __init__(self, settings: DatasetSettings, now: Callable[[], float], generation_before: int = 0) -> None:
         self.settings = settings
         self.snapshot: Snapshot | None = None
         self.held: Held | None = None
@@ -93,6 +96,11 @@ class Dataset:
         self.pinned = False
         self.candidate: Snapshot | None = None
         self.save_problem: str | None = None
+        self.told_expired = False
+        self.due_at: float | None = None
+        self.put_off = False
+        self.last_put_off_s = 0.0
+        self.removed = False
         self.refreshing = False
         self.loading: RowsBuilder | None = None
         self.expected_rows: int | None = None
@@ -105,6 +113,8 @@ class Dataset:
         self.differences = 0
         """Rows that a full read found to differ from what deltas had made of them; there must be none."""
         self.checked_at: float | None = None
+        self._served_definition = settings.definition
+        self._generation_before = generation_before
         self._now = now
         self._watchers: list[Callable[[Dataset], None]] = []
         self._followers: list[Callable[[Dataset], None]] = []
@@ -115,11 +125,56 @@ class Dataset:
 
     def publish(self, snapshot: Snapshot) -> None:
         """Serve `snapshot` from now on. One assignment: nobody reads half of it."""
-        assert snapshot.generation > (self.snapshot.generation if self.snapshot else 0), "a generation never goes down"
+        assert snapshot.generation > self.last_generation, "a generation never goes down"
         self.snapshot = snapshot
         self.held = None
-        for watcher in [*self._watchers, *self._followers]:
-            watcher(self)
+        self._served_definition = self.settings.definition
+        self._tell()
+
+    @property
+    def last_generation(self) -> int:
+        return self.snapshot.generation if self.snapshot else self._generation_before
+
+    @property
+    def redefined(self) -> bool:
+        """Whether what is served is the result of another query or key than the dataset has now."""
+        return self.snapshot is not None and self._served_definition != self.settings.definition
+
+    def change(self, settings: DatasetSettings) -> None:
+        """Be declared so from now on; what is served is served until the next publish, whatever has changed."""
+        if settings.definition != self.settings.definition:
+            # They are of what it was, and so are its failures.
+            self.candidate = self.held = None
+            self.consecutive_failures = 0
+        if (settings.probe, settings.watch) != (self.settings.probe, self.settings.watch):
+            self._begin_anew()
+        self.settings = settings
+
+    def forget_transactions(self) -> None:
+        """The database is another one now: what was read from the one before includes no transaction of it."""
+        self._begin_anew()
+        if self.snapshot is not None:
+            self.snapshot = replace(self.snapshot, database_snapshot=NO_TRANSACTIONS)
+        if self.candidate is not None:
+            self.candidate = replace(self.candidate, database_snapshot=NO_TRANSACTIONS)
+
+    def _begin_anew(self) -> None:
+        """Let the next read start from nothing: what was told before is not to be compared with what is told now."""
+        if self.snapshot is not None:
+            self.snapshot = replace(self.snapshot, watch_state="", probe=None)
+        if self.candidate is not None:
+            self.candidate = replace(self.candidate, watch_state="", probe=None)
+
+    def end(self) -> None:
+        """Serve nothing any more: it is not declared. Who watches is told, so that nobody waits for a publish."""
+        self._generation_before = self.last_generation
+        self.removed = True
+        self.snapshot = self.candidate = self.held = None
+        self._tell()
+
+    def restore(self, saved: Snapshot) -> None:
+        """Serve `saved` under its own generation, or the next one if that has been used since it was saved."""
+        self.publish(replace(saved, generation=max(saved.generation, self.next_generation())))
 
     def renew(self, snapshot: Snapshot) -> None:
         """Serve the same rows and generation as of a later moment, because nothing has changed until then."""
@@ -132,7 +187,10 @@ class Dataset:
             follower(self)
 
     def newest(self) -> Snapshot | None:
-        """What the next result is to follow: what is served, or what waits behind a pin."""
+        """What the next result is to follow: what is served, or what waits behind a pin; None if that is of another
+        definition."""
+        if self.redefined:
+            return None
         return self.candidate if self.pinned and self.candidate is not None else self.snapshot
 
     def keep(self, candidate: Snapshot) -> None:
@@ -143,7 +201,7 @@ class Dataset:
 
     def roll_back(self, saved: Snapshot) -> None:
         """Serve `saved` under the next generation, pinned; what was served becomes the candidate if there is none."""
-        newest = self.candidate or self.snapshot
+        newest = self.candidate or (None if self.redefined else self.snapshot)
         self.publish(replace(saved, generation=self.next_generation(), change=None, rolled_back_to=saved.generation))
         self.pinned = True
         self.candidate = None if newest is None else replace(newest, change=None)
@@ -156,18 +214,18 @@ class Dataset:
             self.publish(replace(candidate, generation=self.next_generation()))
 
     def next_generation(self) -> int:
-        return self.snapshot.generation + 1 if self.snapshot else 1
+        return self.last_generation + 1
 
     def hold(self, reason: str, rows: int, on: datetime) -> None:
         """Go on with what is served, because the newest result was refused; it is held since the first one was."""
         self.held = Held(reason, self.held.since if self.held else on, rows)
 
     def watch(self, published: Callable[[Dataset], None]) -> None:
-        """Call `published` after each publish, in the same turn. It must not raise."""
+        """Call `published` after each publish and at the end, in the same turn. It must not raise."""
         self._watchers.append(published)
 
     def follow(self, moved: Callable[[Dataset], None]) -> None:
-        """Call `moved` after each publish, and each time that what is served is renewed. It must not raise."""
+        """Call `moved` after each publish, at the end, and when what is served is renewed. It must not raise."""
         self._followers.append(moved)
 
     def unfollow(self, moved: Callable[[Dataset], None]) -> None:
@@ -177,6 +235,10 @@ class Dataset:
     def unwatch(self, published: Callable[[Dataset], None]) -> None:
         """Undo one `watch`."""
         self._watchers.remove(published)
+
+    def _tell(self) -> None:
+        for watcher in [*self._watchers, *self._followers]:
+            watcher(self)
 
     def attempted(self, attempt: Attempt) -> None:
         """Remember how an attempt ended."""
@@ -203,6 +265,10 @@ class Dataset:
     def next_refresh_in_s(self) -> float | None:
         """Seconds until the next attempt is planned to start, never negative; None if none is planned."""
         return None if self.next_refresh_at is None else max(0.0, self.next_refresh_at - self._now())
+
+    def behind_s(self) -> float | None:
+        """Seconds since the refresh that postgres.max_load puts off was due; None if none is put off."""
+        return self._now() - self.due_at if self.put_off and self.due_at is not None else None
 
     def need(self) -> float:
         """How much it needs a refresh: its age as a share of max_age_s, without end if never loaded."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -98,6 +99,12 @@ def describe_blocker(blocker: Blocker) -> str:
         running = "running" if blocker.state == "active" else "last ran"
         words += f", {running} {blocker.statement_kind}"
     return words
+
+
+def in_short(problems: Sequence[str]) -> str:
+    """The first problem of a configuration, and how many more there are."""
+    first, *others = problems
+    return f"{first} (and {len(others)} more)" if others else first
 
 
 def seconds(value: float) -> float:

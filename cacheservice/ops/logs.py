@@ -15,7 +15,7 @@ import structlog
 from twisted.logger import ILogObserver, LogEvent, LogLevel, formatEvent
 from zope.interface import implementer
 
-_LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+_LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 _MOST_WAITING_LINES = 10_000
 _FLUSH_TIMEOUT_S = 0.3
 
@@ -85,10 +85,28 @@ class LineWriter:
             return 0
 
 
-def make_logger(level: str, line_format: str, write: Callable[[str], None], *, colors: bool = False) -> Any:
+class Threshold:
+    """The least severity that is logged, which may change at any time.
+
+    :param level: debug, info, warning or error.
+    """
+
+    def __init__(self, level: str) -> None:
+        self.set(level)
+
+    def set(self, level: str) -> None:
+        self._least = _LEVELS[level]
+
+    def __call__(self, _: Any, level: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        """As one of structlog's processors."""
+        if _LEVELS[level] < self._least:
+            raise structlog.DropEvent
+        return event
+
+
+def make_logger(threshold: Threshold, line_format: str, write: Callable[[str], None], *, colors: bool = False) -> Any:
     """A structlog logger whose every event is one line.
 
-    :param level: the least severe one shown: debug, info, warning, error.
     :param line_format: "json" or "console".
     """
     renderer: list[Any]
@@ -106,12 +124,13 @@ def make_logger(level: str, line_format: str, write: Callable[[str], None], *, c
     return structlog.wrap_logger(
         _Lines(write),
         processors=[
+            threshold,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
             _in_order,
             *renderer,
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
+        wrapper_class=structlog.make_filtering_bound_logger(_LEVELS["debug"]),
         context_class=dict,
         cache_logger_on_first_use=True,
     )

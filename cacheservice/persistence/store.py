@@ -22,7 +22,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThreadPool
 
-from cacheservice.cache.cache import Cache
+from cacheservice.cache.cache import Cache, Fate
 from cacheservice.cache.dataset import Dataset, Snapshot, rows_builder
 from cacheservice.cache.describe import seconds
 from cacheservice.cache.rows import Rows, RowsBuilder, Shards
@@ -110,6 +110,7 @@ class SnapshotStore(Service):
         super().startService()
         self._stopping = False
         self._watching = True
+        self._cache.watch(self._declared)
         for dataset in self._cache.datasets.values():
             dataset.watch(self._published)
 
@@ -119,6 +120,7 @@ class SnapshotStore(Service):
         self._stopping = True
         if self._watching:
             self._watching = False
+            self._cache.unwatch(self._declared)
             for dataset in self._cache.datasets.values():
                 dataset.unwatch(self._published)
         self._wanted.clear()
@@ -157,9 +159,11 @@ class SnapshotStore(Service):
     async def _restore(self) -> None:
         try:
             with self._work():
-                self._saved = await self._in_thread(_scan, self._directory, self._temporaries)
-                for group in groups(dataset.settings for dataset in self._cache.datasets.values()):
-                    await self._restore_together([self._cache.dataset(settings.name) for settings in group])
+                # What is known stays: our saves have kept it true. What is new may be of datasets that are.
+                self._saved = await self._in_thread(_scan, self._directory, self._temporaries) | self._saved
+                datasets = self._cache.datasets
+                for group in groups(dataset.settings for dataset in datasets.values()):
+                    await self._restore_together([datasets[settings.name] for settings in group])
         except Stopped:
             return
         except OSError as error:
@@ -169,6 +173,7 @@ class SnapshotStore(Service):
         """The newest saved snapshot that is not refused, of one dataset or of all of a group."""
         names = tuple(dataset.name for dataset in datasets)
         began_at = self._reactor.seconds()
+        settings = [dataset.settings for dataset in datasets]
         found: list[Snapshot] = []
         for generations in self.saved(names):
             found = await self._load_unless_refused(datasets, generations)
@@ -177,17 +182,19 @@ class SnapshotStore(Service):
         # A refresh may have been quicker; what it read is newer.
         if any(dataset.snapshot is not None for dataset in datasets):
             return
+        if any(dataset.removed for dataset in datasets) or settings != [dataset.settings for dataset in datasets]:
+            return  # another configuration has come meanwhile
         if len(found) < len(datasets):
             if len(datasets) > 1 and any(self._saved.get(name) for name in names):
                 error = f"nothing that is saved of {', '.join(names)} is of one moment"
                 self._log.warning("group_not_restored", error=error)
             return
         for dataset, snapshot in zip(datasets, found, strict=True):
-            dataset.publish(snapshot)
+            dataset.restore(snapshot)
             self._log.info(
                 "snapshot_restored",
                 dataset=dataset.name,
-                generation=snapshot.generation,
+                generation=dataset.last_generation,
                 rows=snapshot.rows.count,
                 age_s=seconds(dataset.age_s() or 0.0),
                 took_s=seconds(self._reactor.seconds() - began_at),
@@ -300,6 +307,12 @@ class SnapshotStore(Service):
 
     # Saving
 
+    def _declared(self, dataset: Dataset, fate: Fate) -> None:
+        if fate == "added":
+            dataset.watch(self._published)
+        elif fate == "removed":
+            self.problems.pop(dataset.name, None)
+
     def _published(self, dataset: Dataset) -> None:
         if dataset.snapshot is not None and dataset.snapshot.source == "postgres":
             self._wanted.add(self._with_its_group(dataset))
@@ -371,8 +384,9 @@ class SnapshotStore(Service):
             self._succeed(part.header, kept[part.header.dataset], size_bytes, took_s)
 
     def _newest(self, names: _Names) -> list[Snapshot]:
-        """What is served, unless it was rolled back or is not of one moment."""
-        served = [dataset.snapshot for name in names if (dataset := self._cache.datasets.get(name))]
+        """What is served, unless it was rolled back, is of another query or not of one moment."""
+        datasets = [dataset for name in names if (dataset := self._cache.datasets.get(name))]
+        served = [dataset.snapshot for dataset in datasets if not dataset.redefined]
         snapshots = [snapshot for snapshot in served if snapshot is not None and snapshot.source == "postgres"]
         one_moment = len({snapshot.as_of for snapshot in snapshots}) == 1
         return snapshots if one_moment and len(snapshots) == len(names) else []
@@ -399,7 +413,8 @@ class SnapshotStore(Service):
         name = header.dataset
         older = self._saved.get(name, {})
         self._saved[name] = {header.generation: header.as_of, **{each: older[each] for each in older if each in kept}}
-        self._cache.dataset(name).save_problem = None
+        if (dataset := self._cache.datasets.get(name)) is not None:
+            dataset.save_problem = None
         log = self._log.bind(dataset=name)
         if self.problems.pop(name, None) is not None:
             log.info("snapshot_save_recovered")
@@ -412,8 +427,9 @@ class SnapshotStore(Service):
         problem = f"{self._directory}: {_reason(error)}"
         retry_in_s = max(_LEAST_RETRY_S, self._min_save_interval_s)
         for name in names:
-            if self.problems.get(name) != problem:
-                self.problems[name] = self._cache.dataset(name).save_problem = problem
+            dataset = self._cache.datasets.get(name)
+            if dataset is not None and self.problems.get(name) != problem:
+                self.problems[name] = dataset.save_problem = problem
                 self._log.warning(
                     "snapshot_save_failed", dataset=name, error=problem, retry_in_s=seconds(retry_in_s), exc_info=ours
                 )

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from twisted.internet.defer import Deferred
-from twisted.internet.task import deferLater
 
 from cacheservice.cache.cache import Refreshes
 from cacheservice.cache.dataset import Dataset, Snapshot
+from cacheservice.errors import UnknownDataset
 
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 2.0
@@ -29,6 +29,8 @@ class Freshness:
         """Wait until the served snapshot was read no longer ago than `max_age_s` before this call.
 
         False if it was not within the dataset's `timeout_s`.
+
+        :raises UnknownDataset: if the dataset is removed meanwhile.
         """
         moment: float = self._clock.seconds() - max_age_s
 
@@ -38,7 +40,10 @@ class Freshness:
         return await self._wait(dataset, enough, moment, dataset.settings.timeout_s)
 
     async def includes(self, dataset: Dataset, transaction_id: int, timeout_s: float) -> bool:
-        """Wait until the served snapshot includes a PostgreSQL transaction that has ended; False if not in time."""
+        """Wait until the served snapshot includes a PostgreSQL transaction that has ended; False if not in time.
+
+        :raises UnknownDataset: if the dataset is removed meanwhile.
+        """
 
         def enough(snapshot: Snapshot) -> bool:
             return is_visible(transaction_id, snapshot.database_snapshot)
@@ -51,12 +56,14 @@ class Freshness:
         pause_s = _FIRST_PAUSE_S
         deadline_at: float = self._clock.seconds() + timeout_s
         while not (dataset.snapshot and enough(dataset.snapshot)):
+            if dataset.removed:
+                raise UnknownDataset(f"unknown dataset '{dataset.name}'")
             left_s = deadline_at - self._clock.seconds()
             if left_s <= 0:
                 return False
             if dataset.snapshot and dataset.snapshot.read_at >= moment:
                 # Read after we asked and still not enough: the transaction has not ended yet. Not again at once.
-                await deferLater(self._clock, min(pause_s, left_s))
+                await self._published(dataset, min(pause_s, left_s))
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
                 moment = self._clock.seconds()
             else:
@@ -66,7 +73,7 @@ class Freshness:
         return True
 
     async def _published(self, dataset: Dataset, timeout_s: float) -> None:
-        """Wait for the next publish or renewal, or the time to be up."""
+        """Wait for the next publish or renewal, the dataset's end, or the time to be up."""
         woken: Deferred[None] = Deferred()
         timer = self._clock.callLater(timeout_s, woken.callback, None)
 

@@ -9,9 +9,9 @@ from datetime import UTC, datetime
 from tabulate import tabulate
 
 from cacheservice import __version__
-from cacheservice.cache.cache import Cache, DatabaseStatus
+from cacheservice.cache.cache import Cache, DatabaseStatus, Rejection
 from cacheservice.cache.dataset import Attempt, Dataset, State
-from cacheservice.cache.describe import describe, describe_attempt, describe_blocker, describe_dataset
+from cacheservice.cache.describe import describe, describe_attempt, describe_blocker, describe_dataset, in_short
 
 
 def ready_line(cache: Cache) -> str:
@@ -27,6 +27,8 @@ def status_table(cache: Cache) -> str:
         f"cacheservice {__version__}: {'not ready' if cache.not_ready() else 'ready'}, "
         f"PostgreSQL {database.state}, up {duration(cache.now() - cache.started_at)}{_listening_words(database)}"
     )
+    if cache.rejection is not None:
+        head += f", configuration {_rejected(cache.rejection, cache)}"
     rows = [_status_row(dataset) for dataset in cache.datasets.values()]
     table = tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=("left", "left", "left", "right"))
     return f"{head}\n{_without_trailing_blanks(table)}"
@@ -38,6 +40,10 @@ def _listening_words(database: DatabaseStatus) -> str:
     if database.listening:
         return ", listening"
     return f", NOT listening: {database.listening_problem}" if database.listening_problem else ", NOT listening yet"
+
+
+def _rejected(rejection: Rejection, cache: Cache) -> str:
+    return f"rejected {duration(cache.now() - rejection.at)} ago: {in_short(rejection.problems)}"
 
 
 def _status_row(dataset: Dataset) -> list[str]:
@@ -58,6 +64,8 @@ def _now_and_next(dataset: Dataset) -> str:
     if dataset.loading is not None:
         of = f" of {dataset.expected_rows:,}" if dataset.expected_rows else ""
         return f"reading, {dataset.loading.count:,}{of} rows"
+    if (behind_s := dataset.behind_s()) is not None:
+        return f"waits for postgres.max_load, {duration(behind_s)} behind its interval"
     if dataset.refreshing:
         return "waiting for a connection"
     next_in_s = dataset.next_refresh_in_s()
@@ -97,6 +105,7 @@ def _metrics(cache: Cache, connections: int) -> Iterator[tuple[str, float]]:
     yield "cacheservice_uptime_seconds", round(cache.now() - cache.started_at, 3)
     yield "cacheservice_ready", float(not cache.not_ready())
     yield "cacheservice_postgres_up", float(cache.database.state == "up")
+    yield "cacheservice_refresh_queue_depth", cache.database.queued()
     yield 'cacheservice_connections{port="status"}', connections
     yield f'cacheservice_build_info{{version="{__version__}"}}', 1
     for name, dataset in cache.datasets.items():
@@ -155,9 +164,12 @@ def _attempt_line(attempt: Attempt) -> str:
 def why(dataset: Dataset, cache: Cache) -> str:
     """Plain sentences: the state and why it is so, who is in the way, what happens next."""
     sentences = [*_state_sentences(dataset), *_failure_sentences(dataset, cache)]
-    if getattr(dataset.settings, "notify", "") or getattr(dataset.settings, "watch", ()):
+    if dataset.settings.notify or dataset.settings.watch:
         sentences += filter(None, [listening_sentence(cache, cache.now())])
-    return "\n".join([*sentences, *_next_sentences(dataset)])
+    sentences += _next_sentences(dataset)
+    if cache.rejection is not None:
+        sentences.append(f"The newest configuration is not in effect. It was {_rejected(cache.rejection, cache)}.")
+    return "\n".join(sentences)
 
 
 def listening_sentence(cache: Cache, now: float) -> str | None:
@@ -197,6 +209,8 @@ def _state_sentences(dataset: Dataset) -> Iterator[str]:
         f"Generation {dataset.snapshot.generation} with {dataset.snapshot.rows.count:,} rows is served, "
         f"as of {dataset.snapshot.as_of.isoformat(timespec='seconds')} by the database's clock."
     )
+    if dataset.redefined:
+        yield "It is the result of the query and key before the last reload, until those of now have been read."
     if (change := dataset.snapshot.change) is not None:
         yield f"Its publish added {change.added:,}, changed {change.changed:,} and removed {change.removed:,} rows."
 
@@ -235,8 +249,15 @@ def _next_sentences(dataset: Dataset) -> Iterator[str]:
     if dataset.loading is not None:
         of = f" of about {dataset.expected_rows:,}" if dataset.expected_rows is not None else ""
         yield f"A refresh is running now and has read {dataset.loading.count:,}{of} rows."
+    elif (behind_s := dataset.behind_s()) is not None:
+        yield (
+            f"A refresh has been due for {duration(behind_s)} and waits, because refreshes have used what "
+            f"postgres.max_load allows: its {duration(dataset.settings.interval_s)} interval is stretched by as much."
+        )
     elif dataset.refreshing:
         yield "A refresh is due now and waits for one of the postgres.max_connections connections."
+    if dataset.last_put_off_s:
+        yield f"Its last refresh began {duration(dataset.last_put_off_s)} late, put off by postgres.max_load."
     next_in_s = dataset.next_refresh_in_s()
     if next_in_s is not None:
         yield f"The next attempt starts in {duration(next_in_s)}."

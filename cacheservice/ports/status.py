@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IHalfCloseableProtocol
 from twisted.internet.protocol import ServerFactory, connectionDone
 from twisted.logger import Logger
@@ -19,8 +20,9 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from cacheservice import __version__
-from cacheservice.cache.cache import Cache, Refreshes
-from cacheservice.errors import CacheServiceError, UnknownDataset
+from cacheservice.cache.cache import Cache, Refreshes, Reloaded
+from cacheservice.cache.describe import in_short
+from cacheservice.errors import CacheServiceError, ConfigError, UnknownDataset
 from cacheservice.ports import report
 
 MAX_LINE_BYTES = 256
@@ -34,11 +36,15 @@ class Commands:
     """The commands of a port, each a method that gives its reply without the line's end.
 
     :param refreshes: what the admin commands go to; None on the status port.
+    :param reload: re-reads the configuration, for the admin socket; its failure is a `CacheServiceError`.
     """
 
-    def __init__(self, cache: Cache, refreshes: Refreshes | None = None) -> None:
+    def __init__(
+        self, cache: Cache, refreshes: Refreshes | None = None, reload: Callable[[], Deferred[Reloaded]] | None = None
+    ) -> None:
         self._cache = cache
         self._refreshes = refreshes
+        self._reload_now = reload
         self.connections: Callable[[], int] = lambda: 0
         self._questions: dict[str, Callable[..., str]] = {
             "ruok": self._ruok,
@@ -51,18 +57,19 @@ class Commands:
             "version": self._version,
             "help": self._help,
         }
-        self._changes: dict[str, Callable[..., str]] = {
+        self._changes: dict[str, Callable[..., str | Deferred[str]]] = {
             "refresh": self._refresh,
             "accept": self._accept,
             "pin": self._pin,
             "unpin": self._unpin,
             "rollback": self._rollback,
+            "reload": self._reload,
         }
 
-    def answer(self, command: str) -> str:
-        """The reply to one command with its arguments; a problem is a reply that begins with ERROR."""
+    def answer(self, command: str) -> str | Deferred[str]:
+        """The reply to one command with its arguments, or what becomes it; a problem is one that begins with ERROR."""
         name, *arguments = command.split()
-        method = self._questions.get(name)
+        method: Callable[..., str | Deferred[str]] | None = self._questions.get(name)
         if method is None and name in self._changes:
             if self._refreshes is None:
                 return f"ERROR {name} is an admin command"
@@ -160,6 +167,11 @@ class Commands:
         ]
         return "\n".join(replies)
 
+    def _reload(self) -> Deferred[str]:
+        """re-read the configuration; the reply comes when it is in effect, or was refused"""
+        assert self._reload_now is not None
+        return self._reload_now().addCallbacks(_reloaded, _not_reloaded)
+
     def _served(self, name: str) -> str:
         snapshot = self._cache.dataset(name).snapshot
         return f"generation {snapshot.generation} is served" if snapshot else "nothing is loaded yet"
@@ -191,6 +203,8 @@ class StatusProtocol(LineReceiver, TimeoutMixin):
     _prompting = False
     _finishing = False
     _choked = False
+    _waiting = False
+    _input_ended = False
     _yielding: Any = None
 
     def __init__(self, factory: StatusFactory) -> None:
@@ -218,22 +232,46 @@ class StatusProtocol(LineReceiver, TimeoutMixin):
         if len(line) > MAX_LINE_BYTES:
             self.lineLengthExceeded(line)
             return
-        commands = [part.strip() for part in line.decode("utf-8", "replace").split(";")]
-        for command in filter(None, commands):
+        commands = [command for part in line.decode("utf-8", "replace").split(";") if (command := part.strip())]
+        if not commands:
+            self._say("ERROR no command; try help")
+        self._run(commands)
+
+    def _run(self, commands: list[str]) -> None:
+        """Answer the commands of a line, one after the other; what becomes of the connection after it."""
+        for number, command in enumerate(commands, 1):
             if command == "quit":
                 self._finish()
                 return
             if command == "prompt":
                 self._prompting = True
                 self._say("")
-            else:
-                self._say(self._answer(command))
-        if not any(commands):
-            self._say("ERROR no command; try help")
-        if self._prompting:
+                continue
+            answer = self._answer(command)
+            if isinstance(answer, Deferred):
+                self._wait(answer, commands[number:])
+                return
+            self._say(answer)
+        if self._prompting and not self._input_ended:
             self._yield()
         else:
             self._finish()
+
+    def _wait(self, answer: Deferred[str], rest: list[str]) -> None:
+        """Say it when it is there, and then go on with the line; nothing more is read before."""
+        self._waiting = True
+        self.setTimeout(None)
+        super().pauseProducing()
+
+        def arrived(reply: str) -> None:
+            self._waiting = False
+            if self not in self.factory.clients:
+                return
+            self.setTimeout(self.factory.idle_timeout_s)
+            self._say(reply)
+            self._run(rest)
+
+        answer.addErrback(self._broke).addCallback(arrived)
 
     def lineLengthExceeded(self, line: bytes) -> None:
         if not self._finishing:
@@ -245,10 +283,11 @@ class StatusProtocol(LineReceiver, TimeoutMixin):
         if self._finishing:
             self.transport.loseConnection()
             return
+        self._input_ended = True
         rest = self.clearLineBuffer()
         if rest:
             self.lineReceived(rest)
-        if not self._finishing:
+        if not self._finishing and not self._waiting:
             self._finish()
 
     def writeConnectionLost(self) -> None:
@@ -265,7 +304,7 @@ class StatusProtocol(LineReceiver, TimeoutMixin):
 
     def resumeProducing(self) -> None:
         self._choked = False
-        if self._yielding is None:
+        if self._yielding is None and not self._waiting:
             super().resumeProducing()
 
     def stopProducing(self) -> None:
@@ -278,12 +317,15 @@ class StatusProtocol(LineReceiver, TimeoutMixin):
             self._yielding = None
         self.factory.clients.discard(self)
 
-    def _answer(self, command: str) -> str:
+    def _answer(self, command: str) -> str | Deferred[str]:
         try:
             return self.factory.commands.answer(command)
         except Exception:
-            self._log.failure("a status command failed")
-            return "ERROR an internal error; its traceback is in the log"
+            return self._broke(Failure())
+
+    def _broke(self, failure: Failure) -> str:
+        self._log.failure("a status command failed", failure)
+        return "ERROR an internal error; its traceback is in the log"
 
     def _say(self, reply: str) -> None:
         text = f"{reply}\n" if reply else ""
@@ -333,6 +375,19 @@ class StatusFactory(ServerFactory):
         """End every connection now."""
         for client in list(self.clients):
             client.transport.abortConnection()
+
+
+def _reloaded(reloaded: Reloaded) -> str:
+    datasets = reloaded.datasets
+    counts = ", ".join(f"{len(names)} {fate}" for fate, names in datasets._asdict().items())
+    rest = f"; at the next start: {', '.join(reloaded.needs_restart)}" if reloaded.needs_restart else ""
+    return f"OK reloaded: {counts}{rest}"
+
+
+def _not_reloaded(failure: Failure) -> str:
+    failure.trap(CacheServiceError)
+    error = failure.value
+    return f"ERROR {in_short(error.problems) if isinstance(error, ConfigError) else error}"
 
 
 def _count(wanted: list[str]) -> str:

@@ -149,6 +149,13 @@ class Database:
         """Name look-ups for whoever opens a session of its own."""
         return self._resolver.resolve
 
+    def configure(self, target: Target, connect_timeout_s: float) -> None:
+        """Open sessions so from now on."""
+        if target != self._target:
+            self._end_idle()
+        self._target = target
+        self._connect_timeout_s = connect_timeout_s
+
     def stop(self) -> None:
         """Let the name look-ups and the kept session go; the others end with the reads that hold them."""
         self._stopped = True

@@ -19,7 +19,7 @@ from twisted.python.failure import Failure
 
 from cacheservice.cache.cache import DatabaseStatus
 from cacheservice.config import OWN_CHANNEL
-from cacheservice.errors import NotHeard, QueryFailed, RefreshFailed
+from cacheservice.errors import DatabaseUnavailable, NotHeard, QueryFailed, RefreshFailed
 from cacheservice.postgres.guard import GuardedConnection
 from cacheservice.postgres.target import Resolve, Target
 
@@ -149,6 +149,12 @@ class Listener(Service):
                 self._begin()
             else:
                 self._end()
+
+    def configure(self, target: Target, connect_timeout_s: float) -> None:
+        """Open sessions so from now on; one that is open to another database is ended."""
+        moved, self._target, self._connect_timeout_s = target != self._target, target, connect_timeout_s
+        if moved and self._session is not None:
+            self._session.abort(DatabaseUnavailable("postgres.dsn was changed"))
 
     def heard_all(self) -> Deferred[bool]:
         """Fires once all that was notified before this call has been heard; with False if that is not to be known.

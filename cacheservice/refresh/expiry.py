@@ -24,19 +24,20 @@ class ExpiryWatch:
         self._clock = clock
         self._log = log
         self._timer: Any = None
-        self._told = False
 
     def stop(self) -> None:
         if self._timer is not None and self._timer.active():
             self._timer.cancel()
 
     def published(self) -> None:
-        """A new snapshot is served."""
+        """A new snapshot is served, or the limit is another."""
         self.stop()
-        if self._told:
+        if self._dataset.snapshot is None:
+            return
+        if self._dataset.told_expired:
             if self._dataset.state() is State.EXPIRED:
                 return  # it took longer to read than it may be old
-            self._told = False
+            self._dataset.told_expired = False
             self._log.info("dataset_recovered")
         age_s = self._dataset.age_s() or 0.0
         in_s = max(0.0, self._dataset.settings.max_age_s - age_s) + _MARGIN_S
@@ -46,6 +47,6 @@ class ExpiryWatch:
         if self._dataset.state() is not State.EXPIRED:
             self.published()
             return
-        self._told = True
+        self._dataset.told_expired = True
         age_s = self._dataset.age_s() or 0.0
         self._log.warning("dataset_expired", age_s=seconds(age_s), max_age_s=self._dataset.settings.max_age_s)

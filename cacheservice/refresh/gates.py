@@ -11,7 +11,8 @@ from cacheservice.config import DatasetSettings
 def refusal(served: Snapshot | None, count: int, columns: Sequence[str], settings: DatasetSettings) -> str | None:
     """Why a result of `count` rows with these columns is not to replace what is served, in words; None if it may.
 
-    A first load has nothing to shrink from; `min_rows` holds for it as well.
+    A first load has nothing to shrink from; `min_rows` holds for it as well. `served` is None also where what is
+    served is of another query.
     """
     if count < settings.min_rows:
         return f"has {count:,} rows, min_rows is {settings.min_rows:,}"

@@ -16,6 +16,7 @@ from cacheservice.cache.changes import Change, ChangeCount
 from cacheservice.cache.dataset import Attempt, Dataset, Snapshot, Trigger, rows_builder
 from cacheservice.cache.describe import describe_blocker, seconds
 from cacheservice.cache.rows import Rows, RowsBuilder, RowsPatch, Shards
+from cacheservice.config import timing
 from cacheservice.errors import DatabaseUnavailable, LockTimeout, NothingToPin, RefreshFailed, Stopped
 from cacheservice.postgres.database import Reading, Wanted
 from cacheservice.refresh.backoff import full_jitter
@@ -85,13 +86,12 @@ class Refresher:
         self._clock = clock
         self._logs = {dataset.name: log.bind(dataset=dataset.name) for dataset in datasets}
         self._expiries = [ExpiryWatch(dataset, clock, self._logs[dataset.name]) for dataset in datasets]
-        settings = datasets[0].settings  # a group has in common what says when
-        self._interval_s = settings.interval_s
-        self._earlier_s = settings.interval_s * settings.jitter * random()
-        self._retry_wait_s = full_jitter(settings.retry_initial_s, settings.retry_max_s, random)
-        self._loop = LoopingCall.withCount(self._tick)
-        self._loop.clock = clock
+        self._random = random
+        self._share = random()
+        self._take_timing()
+        self._loop = self._new_loop()
         self._phase_at = 0.0
+        self._started_at: float | None = None
         self._first_tick: Any = None
         self._retry: Any = None
         self._running: Deferred[None] | None = None
@@ -101,38 +101,80 @@ class Refresher:
         self._told: dict[str, set[str] | None] = {}
         self._stopping = False
         self._began_at = 0.0
+        self._urgent = False
+        self._expected_s = 0.0
+
+    def _new_loop(self) -> LoopingCall:
+        loop = LoopingCall.withCount(self._tick)
+        loop.clock = self._clock
+        return loop
+
+    def _take_timing(self) -> None:
+        settings = self.datasets[0].settings  # a group has in common what says when
+        self._timing = timing(settings)
+        self._interval_s = settings.interval_s
+        self._earlier_s = settings.interval_s * settings.jitter * self._share
+        self._retry_wait_s = full_jitter(settings.retry_initial_s, settings.retry_max_s, self._random)
 
     def start(self) -> None:
         """Load now, and then at every start of an interval."""
+        for expiry in self._expiries:
+            expiry.published()  # what was restored, or is served from before
         # Earlier than an interval from now, not later, so that the first snapshot is not stale before the second.
-        for dataset, expiry in zip(self.datasets, self._expiries, strict=True):
-            if dataset.snapshot is not None:  # restored
-                expiry.published()
-                dataset.checked_at = self._clock.seconds()
-        first_in_s = self._interval_s - self._earlier_s
-        self._phase_at = self._clock.seconds() + first_in_s
-        self._first_tick = self._clock.callLater(first_in_s, self._start_loop)
+        self._started_at = self._clock.seconds()
+        for dataset in self.datasets:
+            if dataset.snapshot is not None:
+                dataset.checked_at = dataset.checked_at or self._started_at
+        self._plan_first_tick(self._interval_s - self._earlier_s)
         self._begin("start")
 
+    def _plan_first_tick(self, in_s: float) -> None:
+        self._phase_at = self._clock.seconds() + in_s
+        self._first_tick = self._clock.callLater(in_s, self._start_loop)
+
+    def settings_changed(self) -> None:
+        """Go by the datasets' new settings; an attempt that runs goes on by those that it began with."""
+        if self._started_at is None:
+            self._take_timing()
+            return
+        for expiry in self._expiries:
+            expiry.published()
+        if timing(self.datasets[0].settings) == self._timing:
+            return
+        self._take_timing()
+        retry_at = self._retry.getTime() if self._retry is not None and self._retry.active() else math.inf
+        self._forget_starts()
+        self._loop = self._new_loop()  # one that was stopped would count what it missed
+        # As if the new interval had begun with the last start.
+        passed_s = self._clock.seconds() - self._started_at
+        self._plan_first_tick(max(0.0, self._interval_s - self._earlier_s - passed_s))
+        if retry_at < self._phase_at:
+            self._retry = self._clock.callLater(retry_at - self._clock.seconds(), self._begin, "retry")
+        self._plan(min(retry_at, self._phase_at))
+
     def stop(self) -> Deferred[None]:
-        """Start nothing more and end what runs; fires when it has."""
-        self._stopping = True
+        """Start nothing more and end what runs; fires when it has. May be called again."""
+        was_stopped, self._stopping = self._stopping, True
         self._forget_plans()
         done: Deferred[None] = Deferred()
         if self._running is None:
             done.callback(None)
         else:
             self._running.addBoth(lambda _: done.callback(None))
-            self._running.cancel()
+            if not was_stopped:
+                self._running.cancel()
         # What ran may have ended by itself at this moment, and planned what comes after it.
         return done.addCallback(lambda _: self._forget_plans())
 
-    def _forget_plans(self) -> None:
+    def _forget_starts(self) -> None:
         if self._loop.running:
             self._loop.stop()
         for timer in (self._first_tick, self._retry):
             if timer is not None and timer.active():
                 timer.cancel()
+
+    def _forget_plans(self) -> None:
+        self._forget_starts()
         for expiry in self._expiries:
             expiry.stop()
         self._plan(None)
@@ -143,8 +185,11 @@ class Refresher:
 
     def refresh_now(self) -> bool:
         """Start an attempt that begins after this call and reads all; False if it follows one that is running."""
+        if self._started_at is None:
+            return True  # it begins with the start
         if self._running is not None:
             self._again, self._again_whole = "manual", True
+            self._hurry()
             return False
         self._begin("manual", whole=True)
         return True
@@ -154,6 +199,8 @@ class Refresher:
 
         However many notifications come, one attempt is running and one follows at most.
         """
+        if self._started_at is None:
+            return  # it is read with the start
         told = self._told.setdefault(name, set())
         if keys is None or told is None:
             self._told[name] = None
@@ -206,10 +253,27 @@ class Refresher:
 
     def refresh_since(self, moment: float) -> None:
         """See to it that an attempt begins at or after `moment`, unless one that did is running already."""
+        if self._started_at is None:
+            return  # it begins with the start
         if self._running is None:
             self._begin("manual")
-        elif self._began_at < moment:
-            self._again = "manual"
+        else:
+            if self._began_at < moment:
+                self._again = "manual"
+            self._hurry()
+
+    def _hurry(self) -> None:
+        """Somebody waits for what runs: if postgres.max_load puts it off, it is not put off any more."""
+        if not self._urgent:
+            self._urgent = True
+            self._slots.grant()
+
+    def _is_urgent(self) -> bool:
+        return self._urgent or any(dataset.snapshot is None or dataset.redefined for dataset in self.datasets)
+
+    def _put_off(self) -> None:
+        for dataset in self.datasets:
+            dataset.put_off = True
 
     def _tick(self, due: int) -> None:
         is_running = self._running is not None
@@ -224,8 +288,10 @@ class Refresher:
         if self._retry is not None and self._retry.active():
             self._retry.cancel()
         self._again, self._again_whole = None, False
+        self._urgent = trigger == "manual"
         for dataset in self.datasets:
             dataset.refreshing = True
+            dataset.due_at = self._clock.seconds()
         self._began_at = math.inf  # it waits for a slot, and so begins after whatever moment is asked for now
         self._plan(self._next_tick_at())
         running = Deferred.fromCoroutine(self._attempt(trigger, whole))
@@ -238,7 +304,7 @@ class Refresher:
     def _ended(self, _: object) -> None:
         self._running = None
         for dataset in self.datasets:
-            dataset.refreshing = False
+            dataset.refreshing = dataset.put_off = False
         if self._again is not None and not self._stopping:
             self._begin(self._again, self._again_whole)
 
@@ -251,14 +317,26 @@ class Refresher:
 
         def read() -> Deferred[list[Reading]]:
             nonlocal began_at, began_on
-            began_at = self._began_at = self._clock.seconds()
+            began_at = self._began_at = self._started_at = self._clock.seconds()
             began_on = datetime.now(UTC)
+            for dataset in self.datasets:
+                dataset.last_put_off_s = dataset.behind_s() or 0.0
+                dataset.put_off = False
             bases[:] = [dataset.newest() for dataset in self.datasets]
             wanted = [self._wanted(*each, trigger, whole) for each in zip(self.datasets, builders, bases, strict=True)]
-            return self._database.read_together(wanted)
+            return self._database.read_together(wanted).addBoth(self._note_duration_and_passthrough)
 
         try:
-            readings = await self._slots.run(self._need, self._is_failing, read)
+            readings = await self._slots.run(
+                self._need,
+                self._is_failing,
+                read,
+                urgent=self._is_urgent,
+                expected_s=lambda: self._expected_s,
+                put_off=self._put_off,
+            )
+            if self._stopping:  # they came in spite of it, and may be of a query that is no more
+                raise Stopped("the refreshes were stopped")
             results = [await self._result(*each) for each in zip(self.datasets, readings, builders, bases, strict=True)]
             if any(result.refused and not result.dataset.accepts_next for result in results):
                 self._hold(results, trigger, began_on)
@@ -277,6 +355,10 @@ class Refresher:
             for dataset, builder in zip(self.datasets, builders, strict=True):
                 dataset.loading = dataset.expected_rows = None
                 builder.discard()
+
+    def _note_duration_and_passthrough(self, result: Any) -> Any:
+        self._expected_s = self._clock.seconds() - self._began_at
+        return result
 
     def _tell(self, level: str, event: str, **fields: Any) -> None:
         """A line for each dataset."""
@@ -502,7 +584,8 @@ class Refresher:
 
 
 def _refusal(dataset: Dataset, rows: Rows, reading: Reading) -> str | None:
-    return refusal(dataset.snapshot, rows.count, reading.columns, dataset.settings)
+    comparable = None if dataset.redefined else dataset.snapshot
+    return refusal(comparable, rows.count, reading.columns, dataset.settings)
 
 
 def _how(result: _Result) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any, Protocol
 
 from twisted.application.service import Service
@@ -11,11 +11,12 @@ from twisted.internet.defer import CancelledError, Deferred, DeferredList
 from twisted.internet.task import LoopingCall
 from twisted.python.failure import Failure
 
-from cacheservice.cache.cache import Cache
+from cacheservice.cache.cache import Cache, Declared
 from cacheservice.cache.dataset import Dataset, Snapshot
-from cacheservice.config import OWN_CHANNEL, groups
-from cacheservice.errors import CacheServiceError, NothingToRollBackTo, RefreshFailed, UnknownDataset
+from cacheservice.config import OWN_CHANNEL, DatasetSettings, groups
+from cacheservice.errors import CacheServiceError, NothingToRollBackTo, RefreshFailed, Stopped, UnknownDataset
 from cacheservice.postgres.deltas import watched_ids
+from cacheservice.refresh.budget import Budget
 from cacheservice.refresh.drain import Drain
 from cacheservice.refresh.refresher import Reads, Refresher
 from cacheservice.refresh.slots import Slots
@@ -30,7 +31,7 @@ class History(Protocol):
     """What was saved: ``cacheservice.persistence.store.SnapshotStore``."""
 
     async def restore(self) -> None:
-        """Publish the newest saved snapshot of each dataset. Never raises."""
+        """Publish the newest saved snapshot of each dataset that has none. Never raises."""
 
     def saved(self, names: Sequence[str]) -> list[tuple[int, ...]]:
         """The saved generations of a dataset, or those of a group that are of one moment, newest first."""
@@ -47,6 +48,7 @@ class CacheService(Service):
     :param random: a number from 0 to 1.
     :param drain: gets what is dropped; it is stopped with this service.
     :param history: what is served before the first refresh, and what can be rolled back to.
+    :param max_load: share of one connection's time that refreshes may use; 0 for no limit.
     :param heard_all: waits until every notification that was sent before has come to `heard`; False if nobody knows.
     """
 
@@ -62,42 +64,66 @@ class CacheService(Service):
         log: Any,
         drain: Drain,
         history: History | None = None,
+        max_load: float = 0.0,
         heard_all: Callable[[], Awaitable[bool]] | None = None,
     ) -> None:
-        self.slots = Slots(max_connections, any_healthy=self._any_healthy)
+        self.slots = Slots(max_connections, self._any_healthy, Budget(max_load, clock))
+        cache.database.queued = lambda: self.slots.queue_depth
         self._cache = cache
+        self._database = database
+        self._clock = clock
+        self._random = random
         self._drain = drain
         self._history = history
         self._log = log
-        self._database = database
-        self._clock = clock
+        self._heard_all = heard_all
         self._pruning = LoopingCall(lambda: self._run(self._prune()))
         self._pruning.clock = clock
         self._under_way: set[Deferred[None]] = set()
         self._refreshers: dict[str, Refresher] = {}
+        self._ending: set[Refresher] = set()
         for group in groups(dataset.settings for dataset in cache.datasets.values()):
-            members = [cache.dataset(settings.name) for settings in group]
-            refresher = Refresher(
-                members, database, cache.database, self.slots, self._drain.add, clock, random, log, heard_all
-            )
-            self._refreshers |= {dataset.name: refresher for dataset in members}
+            self._add([cache.dataset(settings.name) for settings in group])
+
+    def _add(self, members: Sequence[Dataset]) -> Refresher:
+        refresher = Refresher(
+            members,
+            self._database,
+            self._cache.database,
+            self.slots,
+            self._drain.add,
+            self._clock,
+            self._random,
+            self._log,
+            self._heard_all,
+        )
+        if any(dataset.pinned for dataset in members):
+            for dataset in members:  # it came to a group: a pin is of all of it
+                dataset.pinned = dataset.snapshot is not None
+        self._refreshers |= {dataset.name: refresher for dataset in members}
+        return refresher
 
     def startService(self) -> None:
         super().startService()
-        if self._history is None:
-            self._start_refreshers()
-        else:
-            self._run(self._start_warm(self._history))
+        self._pruning.start(_PRUNE_INTERVAL_S, now=False)
+        self._start(self._each_once())
 
-    async def _start_warm(self, history: History) -> None:
+    def _start(self, refreshers: Iterable[Refresher]) -> None:
+        """Start them: who has nothing to serve, after what is saved has been restored."""
+        cold = []
+        for refresher in refreshers:
+            if self._history is None or all(dataset.snapshot for dataset in refresher.datasets):
+                refresher.start()
+            else:
+                cold.append(refresher)
+        if self._history is not None and cold:
+            self._run(self._start_warm(self._history, cold))
+
+    async def _start_warm(self, history: History, refreshers: Sequence[Refresher]) -> None:
         # What was saved first: the database is asked for nothing before readers have what there is.
         await history.restore()
-        self._start_refreshers()
-
-    def _start_refreshers(self) -> None:
-        for refresher in self._each_once():
+        for refresher in self._still_there(refreshers):
             refresher.start()
-        self._pruning.start(_PRUNE_INTERVAL_S, now=False)
 
     def channels(self) -> set[str]:
         """On which datasets are notified of; the service's own among them where a table is watched."""
@@ -139,6 +165,55 @@ class CacheService(Service):
         else:
             self._log.debug("changes_pruned", rows=deleted)
 
+    def redeclare(self, declared: Sequence[DatasetSettings], *, moved: bool = False) -> Declared:
+        """Have these datasets from this turn of the reactor on; those that stay what they are notice nothing.
+
+        One that is new, or whose query, key or group has changed, is loaded at once, and until then goes on serving
+        what it serves. Of one that is gone, the refresh that runs is ended.
+
+        :param moved: the database is another one, so that all are loaded anew.
+        :raises Stopped: if the service does not run.
+        """
+        if not self.running:
+            raise Stopped("the service is stopping")
+        before = self._each_once()
+        definitions = {name: dataset.settings.reading for name, dataset in self._cache.datasets.items()}
+        told = self._cache.declare(declared)
+        if moved:
+            for dataset in self._cache.datasets.values():
+                dataset.forget_transactions()
+            told = told._replace(changed=[name for name in definitions if name not in told.removed], unchanged=[])
+        kept = {
+            frozenset(dataset.name for dataset in refresher.datasets): refresher
+            for refresher in before
+            if not moved and all(d.settings.reading == definitions[d.name] for d in refresher.datasets)
+        }
+        self._refreshers, begun = {}, []
+        for group in groups(declared):
+            members = [self._cache.dataset(settings.name) for settings in group]
+            refresher = kept.get(frozenset(dataset.name for dataset in members))
+            if refresher is None:
+                begun.append(self._add(members))
+                continue
+            self._refreshers |= {dataset.name: refresher for dataset in members}
+            if not all(dataset.name in told.unchanged for dataset in members):
+                refresher.settings_changed()
+        current = set(self._refreshers.values())
+        self._run(self._replace([refresher for refresher in before if refresher not in current], begun))
+        return told
+
+    async def _replace(self, ended: Sequence[Refresher], begun: Sequence[Refresher]) -> None:
+        """Start the ones when no attempt of the others runs any more: a dataset's refreshes never overlap."""
+        self._ending.update(ended)
+        await DeferredList([refresher.stop() for refresher in list(self._ending)])
+        self._ending.difference_update(ended)
+        self._start(self._still_there(begun))
+
+    def _still_there(self, refreshers: Iterable[Refresher]) -> list[Refresher]:
+        """Those that have not been replaced since."""
+        current = set(self._refreshers.values())
+        return [refresher for refresher in refreshers if refresher in current]
+
     def _run(self, work: Coroutine[Any, Any, None]) -> Deferred[None]:
         """See `work` to its end, or to the stop of the service."""
         running = Deferred.fromCoroutine(work)
@@ -158,7 +233,7 @@ class CacheService(Service):
         for running in list(self._under_way):
             running.cancel()
         self.slots.stop()
-        stopped = DeferredList([refresher.stop() for refresher in self._each_once()])
+        stopped = DeferredList([refresher.stop() for refresher in {*self._each_once(), *self._ending}])
         return stopped.addBoth(lambda _: self._drain.stop())
 
     def refresh_now(self, name: str) -> bool:
@@ -200,6 +275,8 @@ class CacheService(Service):
         for dataset, generation in zip(refresher.datasets, generations, strict=True):
             try:
                 saved.append(await history.load(dataset.name, generation))
+                if refresher is not self._refreshers.get(dataset.name):
+                    raise NothingToRollBackTo(f"{dataset.name} is not declared any more as it was then")
             except CacheServiceError as error:
                 self._log.warning("rollback_failed", dataset=dataset.name, to=generation, error=str(error))
                 return

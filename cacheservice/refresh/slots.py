@@ -1,14 +1,16 @@
-"""At most so many refreshes at once; who needs it most goes first."""
+"""At most so many refreshes at once, and so much of their time; who needs it most goes first."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from twisted.internet.defer import Deferred, fail, maybeDeferred
 
 from cacheservice.errors import Stopped
+from cacheservice.refresh.budget import Budget, Use
 
 T = TypeVar("T")
 
@@ -17,6 +19,9 @@ T = TypeVar("T")
 class _Waiting:
     need: Callable[[], float]
     failing: Callable[[], bool]
+    urgent: Callable[[], bool]
+    expected_s: Callable[[], float]
+    put_off: Callable[[], None]
     granted: Deferred[None] = field(default_factory=Deferred)
 
 
@@ -25,63 +30,90 @@ class Slots:
 
     What fails again and again must not delay what works: it goes after it, and never takes the last
     slot as long as `any_healthy` says that something works.
+
+    What does not fit the budget waits, and all that need it less behind it: a slow dataset would never have its turn if
+    quick ones used up what is left. What is urgent is counted, but waits for a slot only.
     """
 
-    def __init__(self, limit: int, any_healthy: Callable[[], bool]) -> None:
+    def __init__(self, limit: int, any_healthy: Callable[[], bool], budget: Budget) -> None:
+        self.budget = budget
         self._free = limit
         self._limit = limit
         self._any_healthy = any_healthy
         self._waiting: list[_Waiting] = []
         self._granting = False
         self._stopped = False
+        self._timer: Any = None
+
+    def set_limit(self, limit: int) -> None:
+        """At most `limit` from now on; what runs beyond it runs to its end."""
+        self._free += limit - self._limit
+        self._limit = limit
+        self.grant()
 
     @property
     def queue_depth(self) -> int:
         return len(self._waiting)
 
     def run(
-        self, need: Callable[[], float], failing: Callable[[], bool], use: Callable[[], Deferred[T]]
+        self,
+        need: Callable[[], float],
+        failing: Callable[[], bool],
+        use: Callable[[], Deferred[T]],
+        *,
+        urgent: Callable[[], bool] = lambda: False,
+        expected_s: Callable[[], float] = lambda: 0.0,
+        put_off: Callable[[], None] = lambda: None,
     ) -> Deferred[T]:
         """Wait for a slot, call `use`, give the slot back when its Deferred has fired.
 
         Cancelling gives the place in the queue back, or cancels `use`'s Deferred.
 
+        :param urgent: whether the budget does not hold it back.
+        :param expected_s: how long it will probably take.
+        :param put_off: called, perhaps often, where there is a slot and only the budget holds it back.
         :raises Stopped: if `stop` was called.
         """
         if self._stopped:
             return fail(Stopped("the service is stopping"))
-        waiting = _Waiting(need, failing)
-        d: Deferred[T] = waiting.granted.addCallback(lambda _: self._use(use))
+        waiting = _Waiting(need, failing, urgent, expected_s, put_off)
+        d: Deferred[T] = waiting.granted.addCallback(lambda _: self._use(use, expected_s()))
         self._waiting.append(waiting)
-        self._grant()
+        self.grant()
         return d.addBoth(self._forget_and_passthrough, waiting)
 
     def stop(self) -> None:
         """Send everybody in the queue away with `Stopped`."""
         self._stopped = True
+        self._forget_timer()
         queue, self._waiting = self._waiting, []
         for waiting in queue:
             waiting.granted.errback(Stopped("the service is stopping"))
 
-    def _use(self, use: Callable[[], Deferred[T]]) -> Deferred[T]:
-        return maybeDeferred(use).addBoth(self._release_and_passthrough)
+    def _use(self, use: Callable[[], Deferred[T]], expected_s: float) -> Deferred[T]:
+        counted = self.budget.begin(expected_s)
+        return maybeDeferred(use).addBoth(self._release_and_passthrough, counted)
 
-    def _release_and_passthrough(self, result: T) -> T:
+    def _release_and_passthrough(self, result: T, counted: Use) -> T:
+        self.budget.end(counted)
         self._free += 1
-        self._grant()
+        self.grant()
         return result
 
     def _forget_and_passthrough(self, result: T, waiting: _Waiting) -> T:
         if waiting in self._waiting:  # it was cancelled before its turn
             self._waiting.remove(waiting)
+            self.grant()  # the budget may have held back others behind it
         return result
 
-    def _grant(self) -> None:
+    def grant(self) -> None:
+        """Give out what is free, now that something has changed."""
         if self._granting:
             return  # a use that ended at once; the loop below goes on, where a call each would exhaust the stack
         self._granting = True
+        self._forget_timer()
         try:
-            while self._free and (waiting := self._next()) is not None:
+            while self._free > 0 and (waiting := self._next()) is not None:
                 self._waiting.remove(waiting)
                 self._free -= 1
                 waiting.granted.callback(None)
@@ -91,4 +123,22 @@ class Slots:
     def _next(self) -> _Waiting | None:
         last_slot_is_kept = self._free == 1 and self._limit > 1 and self._any_healthy()
         candidates = [w for w in self._waiting if not (last_slot_is_kept and w.failing())]
-        return max(candidates, key=lambda w: (not w.failing(), w.need()), default=None)
+        first = _neediest(candidates)
+        if first is None or first.urgent() or self.budget.fits(first.expected_s()):
+            return first
+        urgent = _neediest(w for w in candidates if w.urgent())
+        if urgent is None:
+            for waiting in candidates:
+                waiting.put_off()
+            in_s = self.budget.fits_in_s(first.expected_s())
+            if in_s < math.inf:  # else what runs has to end, which asks again
+                self._timer = self.budget.clock.callLater(in_s, self.grant)
+        return urgent
+
+    def _forget_timer(self) -> None:
+        if self._timer is not None and self._timer.active():
+            self._timer.cancel()
+
+
+def _neediest(waiting: Iterable[_Waiting]) -> _Waiting | None:
+    return max(waiting, key=lambda w: (not w.failing(), w.need()), default=None)

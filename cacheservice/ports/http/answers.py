@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote_to_bytes
 
-from cacheservice.cache.cache import Cache
+from cacheservice.cache.cache import Cache, Fate
 from cacheservice.cache.dataset import Dataset, Snapshot, State
 from cacheservice.cache.describe import describe_dataset
 from cacheservice.errors import UnknownDataset
@@ -93,6 +93,10 @@ class Answers:
         # Generations begin at 1 again with each process.
         self._process = secrets.token_hex(4)
         self._heads: dict[str, SnapshotHeads] = {}
+        cache.watch(self._declared)
+
+    def _declared(self, dataset: Dataset, _: Fate) -> None:
+        self._heads.pop(dataset.name, None)
 
     def answer(self, request: Request) -> Reply | Coroutine[Any, Any, Reply]:
         """The answer, or what becomes it.
@@ -195,7 +199,11 @@ class Answers:
         then: Callable[..., Any],
         arguments: tuple[bytes, ...],
     ) -> Reply:
-        if not await self._freshness.at_most(dataset, max_age_s):
+        try:
+            fresh = await self._freshness.at_most(dataset, max_age_s)
+        except UnknownDataset as error:
+            raise _unknown(error) from None
+        if not fresh:
             age_s = dataset.age_s()
             if age_s is None:
                 raise _not_loaded(dataset)
@@ -213,7 +221,7 @@ class Answers:
         try:
             return self._cache.dataset(name)
         except UnknownDataset as error:
-            raise Problem(404, f"{error}; GET /v1/datasets lists them") from None
+            raise _unknown(error) from None
 
     def _heads_of(self, dataset: Dataset, snapshot: Snapshot) -> SnapshotHeads:
         ready = self._heads.get(dataset.name)
@@ -223,7 +231,6 @@ class Answers:
             or ready.generation != snapshot.generation
             or ready.read_at != snapshot.read_at
             or now_s >= ready.until_s
-            or ready.dataset is not dataset
         ):
             ready = SnapshotHeads(dataset, snapshot, self._process, now_s, self._wall_s())
             self._heads[dataset.name] = ready
@@ -365,6 +372,10 @@ def _served(dataset: Dataset) -> Snapshot:
             {"age_s": round(age_s, 3), "max_age_s": limit_s},
         )
     return snapshot
+
+
+def _unknown(error: UnknownDataset) -> Problem:
+    return Problem(404, f"{error}; GET /v1/datasets lists them")
 
 
 def _not_loaded(dataset: Dataset) -> Problem:

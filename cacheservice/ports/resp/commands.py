@@ -21,12 +21,14 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from twisted.internet.defer import Deferred
+from twisted.python.failure import Failure
 
 from cacheservice import __version__
-from cacheservice.cache.cache import Cache
+from cacheservice.cache.cache import Cache, Fate
 from cacheservice.cache.dataset import Dataset, State
 from cacheservice.cache.describe import describe_dataset
 from cacheservice.cache.rows import Rows, Shards, bulk
+from cacheservice.errors import UnknownDataset
 from cacheservice.ports.freshness import Freshness, is_visible
 from cacheservice.ports.resp import reply
 from cacheservice.ports.resp.reply import CHUNK_ROWS, CommandError
@@ -71,7 +73,9 @@ class Commands:
         self._cache = cache
         self._freshness = freshness
         self._password = password.encode()
-        self._datasets: Mapping[bytes, Dataset] = {name.encode(): each for name, each in cache.datasets.items()}
+        self._datasets: dict[bytes, Dataset] = {}
+        # The order of SCAN, whose cursors hold a place in it: one that is left is taken by the next that comes.
+        self._places: list[bytes | None] = []
         self._sorted = SortedShards()
         catalogue = resources.files(__package__).joinpath("catalogue.json").read_text("utf-8")
         self.catalogue = json.loads(catalogue, object_hook=_flags_as_statuses)
@@ -79,9 +83,9 @@ class Commands:
         self._bind()
         # What `get` may answer without a further question: what is loaded and served however old it is.
         self._served: dict[bytes, tuple[Shards, int]] = {}
+        cache.watch(self._declared)
         for dataset in cache.datasets.values():
-            dataset.watch(self._published)
-            self._published(dataset)
+            self._declared(dataset, "added")
 
     def _bind(self) -> None:
         commands = [
@@ -123,9 +127,26 @@ class Commands:
         """These commands on what is served now, whatever is published later."""
         frozen = copy(self)
         frozen._datasets = {name: copy(dataset) for name, dataset in self._datasets.items()}
+        frozen._places = list(self._places)
         frozen._served = {}  # a publish would empty them
         frozen._bind()
         return frozen
+
+    def _declared(self, dataset: Dataset, fate: Fate) -> None:
+        name = dataset.name.encode()
+        self._served.pop(name, None)
+        if fate == "removed":
+            del self._datasets[name]
+            self._places[self._places.index(name)] = None
+            return
+        if fate == "added":
+            self._datasets[name] = dataset
+            if None in self._places:
+                self._places[self._places.index(None)] = name
+            else:
+                self._places.append(name)
+            dataset.watch(self._published)
+        self._published(dataset)
 
     def _published(self, dataset: Dataset) -> None:
         if dataset.snapshot is not None and dataset.settings.on_expired == "serve":
@@ -318,18 +339,18 @@ class Commands:
     # Scans
 
     def scan(self, _: RespProtocol, words: Words) -> Reply:
-        """Datasets in their order, each one's hash before its rows; MATCH and TYPE drop what was looked at."""
+        """Datasets by their places, each one's hash before its rows; MATCH and TYPE drop what was looked at."""
         cursor = _cursor(words[1])
         options = _scan_options(words[2:], types=True)
         number, place = divmod(cursor, END_OF_DATASET)
         matches = glob(options.match)
-        names = list(self._datasets)
+        places = self._places
         found: list[bytes] = []
         looked_at = 0
-        while number < len(names) and looked_at < options.count:
-            name = names[number]
-            snapshot = self._datasets[name].snapshot
-            if snapshot is None or options.type not in (None, b"string", b"hash"):
+        while number < len(places) and looked_at < options.count:
+            name = places[number]
+            snapshot = None if name is None else self._datasets[name].snapshot
+            if name is None or snapshot is None or options.type not in (None, b"string", b"hash"):
                 number, place = number + 1, 0
                 continue
             if place == 0 and options.type != b"string" and (matches is None or matches(name)):
@@ -345,7 +366,7 @@ class Commands:
                 found += full if matches is None else filter(matches, full)
             if place == END_OF_DATASET:
                 number, place = number + 1, 0
-        following = 0 if number >= len(names) else number * END_OF_DATASET + place
+        following = 0 if number >= len(places) else number * END_OF_DATASET + place
         return _in_a_turn(reply.encode([str(following), found], 2), looked_at)
 
     def hscan(self, _: RespProtocol, words: Words) -> Reply:
@@ -508,7 +529,7 @@ class Commands:
     # What Redis has not
 
     def cache_list(self, client: RespProtocol, _: Words) -> Reply:
-        return reply.encode(list(self._datasets), client.protocol)
+        return reply.encode(list(self._cache.datasets), client.protocol)
 
     def cache_info(self, client: RespProtocol, words: Words) -> Reply:
         return reply.encode(describe_dataset(self._dataset(words[1])), client.protocol)
@@ -528,6 +549,7 @@ class Commands:
             return reply.integer(snapshot is not None and is_visible(transaction_id, snapshot.database_snapshot))
         timeout_s = timeout_ms / 1000
         included = Deferred.fromCoroutine(self._freshness.includes(dataset, transaction_id, timeout_s))
+        included.addErrback(_refuse_unknown)
         return included.addCallback(lambda yes: reply.integer(int(yes)))
 
 
@@ -584,6 +606,12 @@ def _in_a_turn(answer: bytes, looked_at: int) -> Reply:
 def _flags_as_statuses(fields: dict[str, Any]) -> dict[str, Any]:
     """As Redis sends them; redis-cli ends itself over any other type."""
     return fields | {name: frozenset(map(reply.Status, fields[name])) for name in _FLAGS & fields.keys()}
+
+
+def _refuse_unknown(failure: Failure) -> None:
+    """The dataset was removed while it was waited for."""
+    failure.trap(UnknownDataset)
+    raise CommandError(f"ERR {failure.value}")
 
 
 def _shown(name: bytes) -> str:

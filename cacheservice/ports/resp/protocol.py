@@ -16,7 +16,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from cacheservice.cache.cache import Cache
+from cacheservice.cache.cache import Cache, Fate
 from cacheservice.cache.dataset import Dataset
 from cacheservice.cache.describe import iso
 from cacheservice.cache.rows import bulk
@@ -713,8 +713,9 @@ class RespFactory(ServerFactory):
         self._numbers = count(1)
         self._unsent: list[RespProtocol] = []
         self._end_of_turn: Any = None
+        cache.watch(self._declared)
         for dataset in cache.datasets.values():
-            dataset.watch(self._published)
+            self._declared(dataset, "added")
 
     def buildProtocol(self, addr: object) -> RespProtocol:  # type: ignore[override]  # it holds another `factory`
         return RespProtocol(self, next(self._numbers))
@@ -745,6 +746,11 @@ class RespFactory(ServerFactory):
         self.subscribers[channel].discard(client)
         if not self.subscribers[channel]:
             del self.subscribers[channel]
+
+    def _declared(self, dataset: Dataset, fate: Fate) -> None:
+        # Who has subscribed to one that is removed hears nothing of it until it comes again.
+        if fate == "added":
+            dataset.watch(self._published)
 
     def _published(self, dataset: Dataset) -> None:
         channel = _CHANNEL_PREFIX + dataset.name.encode()

@@ -1,0 +1,93 @@
+"""How much of the database's time refreshes may use: a share of one connection's, over a sliding minute."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import Any
+
+WINDOW_S = 60.0
+_TOLERANCE_S = 1e-6
+"""Sums of times that slide out of the window are not exact."""
+
+
+class Use:
+    """A session of a refresh: since when, until when, and how long it was expected to take."""
+
+    __slots__ = ("began_at", "ended_at", "expected_s")
+
+    def __init__(self, began_at: float, expected_s: float) -> None:
+        self.began_at = began_at
+        self.ended_at = math.inf
+        self.expected_s = expected_s
+
+
+class Budget:
+    """What was used in the last minute, and whether more fits.
+
+    What runs counts as what it was expected to take, or as what it has taken if that is more. Who expects to take more
+    than there is begins when nothing was used for a minute, so that it runs as well.
+
+    :param share: of one connection's time; 0 for no limit.
+    :param clock: `IReactorTime`, monotonic.
+    """
+
+    def __init__(self, share: float, clock: Any) -> None:
+        self.share = share
+        self.clock = clock
+        self._ended: deque[Use] = deque()
+        self._running: set[Use] = set()
+
+    def begin(self, expected_s: float) -> Use:
+        """Count from now on; whoever begins says `end` with what this gives."""
+        use = Use(self.clock.seconds(), expected_s)
+        self._running.add(use)
+        return use
+
+    def end(self, use: Use) -> None:
+        self._running.discard(use)
+        use.ended_at = self.clock.seconds()
+        self._ended.append(use)
+        self._forget_old()
+
+    def used_s(self) -> float:
+        """Of the last minute, what runs included."""
+        now: float = self.clock.seconds()
+        start = now - WINDOW_S
+        ended_s = sum(max(0.0, use.ended_at - max(use.began_at, start)) for use in self._ended)
+        return ended_s + sum(max(now - max(use.began_at, start), use.expected_s) for use in self._running)
+
+    def fits(self, expected_s: float) -> bool:
+        """Whether who will probably take that long may begin now."""
+        return not self.share or self._excess_s(expected_s) <= _TOLERANCE_S
+
+    def fits_in_s(self, expected_s: float) -> float:
+        """Seconds until enough of what has ended is more than a minute ago; without end if that never suffices."""
+        excess_s, start = self._excess_s(expected_s), self._window_start()
+        edges = sorted(
+            edge
+            for use in self._ended
+            if use.ended_at > start
+            for edge in ((max(use.began_at, start) - start, 1), (use.ended_at - start, -1))
+        )
+        freed_s = before_s = 0.0
+        leaving = 0
+        for in_s, change in edges:
+            if leaving and freed_s + leaving * (in_s - before_s) >= excess_s - _TOLERANCE_S:
+                return before_s + max(0.0, excess_s - freed_s) / leaving
+            freed_s += leaving * (in_s - before_s)
+            before_s, leaving = in_s, leaving + change
+        return math.inf
+
+    def _excess_s(self, expected_s: float) -> float:
+        most_s = self.share * WINDOW_S
+        return self.used_s() + min(expected_s, most_s) - most_s
+
+    def _window_start(self) -> float:
+        now: float = self.clock.seconds()
+        return now - WINDOW_S
+
+    def _forget_old(self) -> None:
+        start = self._window_start()
+        while self._ended and self._ended[0].ended_at <= start:
+            self._ended.popleft()

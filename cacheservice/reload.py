@@ -1,0 +1,149 @@
+"""Takes over a changed configuration while the service runs: all of it that can be, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from twisted.internet.defer import Deferred
+from twisted.internet.threads import deferToThreadPool
+
+from cacheservice.cache.cache import Cache, Rejection, Reloaded
+from cacheservice.config import Settings
+from cacheservice.errors import ConfigError
+from cacheservice.ops.logs import Threshold
+from cacheservice.postgres import target
+from cacheservice.postgres.database import Database
+from cacheservice.postgres.listener import Listener
+from cacheservice.refresh.service import CacheService
+
+_AT_ONCE = frozenset(
+    {
+        "postgres.dsn",
+        "postgres.connect_timeout_s",
+        "postgres.max_connections",
+        "postgres.max_load",
+        "limits.max_connections",
+        "limits.idle_timeout_s",
+        "log.level",
+    }
+)
+"""Keys beside the datasets' that take effect without a restart."""
+_OF_DATASETS = frozenset({"defaults", "datasets"})
+
+
+class Limited(Protocol):
+    """The factory of a port."""
+
+    max_connections: int
+    idle_timeout_s: float
+
+
+class Reload:
+    """Re-reads the configuration, one time after the other, whoever asks how often.
+
+    :param started: the settings that the service was started with.
+    :param load: reads the configuration, blocking; raises `ConfigError`.
+    :param ports: the factories, which get new limits.
+    :param reactor: `IReactorThreads`.
+    """
+
+    def __init__(
+        self,
+        started: Settings,
+        load: Callable[[], Settings],
+        cache: Cache,
+        refresh: CacheService,
+        database: Database,
+        listener: Listener,
+        ports: Sequence[Limited],
+        threshold: Threshold,
+        reactor: Any,
+        log: Any,
+    ) -> None:
+        self._started = started
+        self._dsn = started.postgres.dsn
+        self._load = load
+        self._cache = cache
+        self._refresh = refresh
+        self._database = database
+        self._listener = listener
+        self._ports = ports
+        self._threshold = threshold
+        self._reactor = reactor
+        self._log = log
+        self._asked: list[Deferred[Reloaded]] = []
+        self._running = False
+
+    def reload(self) -> Deferred[Reloaded]:
+        """Read it in a thread, then apply it in one turn of the reactor; fires when it is in effect.
+
+        All who ask while one is being read share the next one.
+
+        :raises ConfigError: with every problem; nothing has changed then.
+        :raises Stopped: if the service is stopping.
+        """
+        asked: Deferred[Reloaded] = Deferred()
+        self._asked.append(asked)
+        self._begin()
+        return asked
+
+    def _begin(self) -> None:
+        if self._running or not self._asked:
+            return
+        self._running = True
+        asked, self._asked = self._asked, []
+        Deferred.fromCoroutine(self._reload()).addBoth(self._ended, asked)
+
+    def _ended(self, result: Any, asked: Sequence[Deferred[Reloaded]]) -> None:
+        self._running = False
+        self._begin()
+        for each in asked:
+            each.callback(result)
+
+    async def _reload(self) -> Reloaded:
+        try:
+            settings = await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), self._load)
+        except ConfigError as error:
+            self._cache.rejection = Rejection(error.problems, self._cache.now())
+            self._log.error("config_rejected", error="; ".join(error.problems))
+            raise
+        return self._apply(settings)
+
+    def _apply(self, settings: Settings) -> Reloaded:
+        postgres, dsn = settings.postgres, settings.postgres.dsn
+        # Before the datasets: what is refreshed at once goes by it.
+        parsed = target.parse(dsn.get_secret_value())
+        self._database.configure(parsed, postgres.connect_timeout_s)
+        self._listener.configure(parsed, postgres.connect_timeout_s)
+        self._refresh.slots.budget.share = postgres.max_load
+        self._refresh.slots.set_limit(postgres.max_connections)
+        datasets = self._refresh.redeclare(list(settings.datasets.values()), moved=dsn != self._dsn)
+        self._listener.listen_to(self._refresh.channels())
+        self._dsn = dsn
+        self._threshold.set(settings.log.level)
+        for port in self._ports:
+            port.max_connections = settings.limits.max_connections
+            port.idle_timeout_s = settings.limits.idle_timeout_s
+        reloaded = Reloaded(datasets, _needs_restart(self._started, settings))
+        self._cache.rejection = None
+        self._log.info(
+            "config_reloaded",
+            added=datasets.added,
+            changed=datasets.changed,
+            removed=datasets.removed,
+            needs_restart=reloaded.needs_restart,
+        )
+        return reloaded
+
+
+def _needs_restart(started: Settings, settings: Settings) -> list[str]:
+    """The keys that differ from those that the service was started with, and go on as they were."""
+    return [
+        f"{table}.{key}"
+        for table in Settings.model_fields
+        if table not in _OF_DATASETS
+        for key in type(getattr(settings, table)).model_fields
+        if f"{table}.{key}" not in _AT_ONCE
+        if getattr(getattr(started, table), key) != getattr(getattr(settings, table), key)
+    ]

@@ -1,0 +1,158 @@
+"""Laws of what only another try helps against: standby conflicts, serialization failures and deadlocks, told apart."""
+
+from __future__ import annotations
+
+import random
+from contextlib import closing
+from typing import Any
+
+import psycopg2
+from twisted.internet import reactor
+from twisted.internet.task import deferLater
+from twisted.internet.threads import deferToThread
+
+from cacheservice.cache.cache import Cache
+from cacheservice.cache.dataset import Dataset
+from cacheservice.config import DatasetSettings
+from cacheservice.errors import Deadlock, RefreshFailed, SerializationFailed, StandbyConflict
+from cacheservice.ports import report
+from cacheservice.postgres.database import Database
+from cacheservice.postgres.target import parse
+from cacheservice.postgres.translate import translate
+from cacheservice.refresh.drain import Drain
+from cacheservice.refresh.service import CacheService
+from tests.postgres import connect
+from tests.standby import running_standby
+from tests.test_guard import until
+from tests.test_refresh_service import ROWS, Log, ServiceTestCase, declare
+from tests.test_refresher import RefreshTestCase
+
+TAKE_BOTH = """
+CREATE FUNCTION take_both() RETURNS int LANGUAGE plpgsql AS
+$$ BEGIN PERFORM pg_advisory_xact_lock(1); PERFORM pg_advisory_xact_lock(2); RETURN 1; END $$
+"""
+
+
+class Retries(RefreshTestCase):
+    def test_each_is_retried_and_told(self) -> None:
+        """Each is retried with the ordinary backoff, leaves the database up, and has words and advice of its own."""
+        told = set()
+        for kind in (StandbyConflict, SerializationFailed, Deadlock):
+            world = self.started(interval_s=60.0)
+            world.database.last.fail(kind(f"words of {kind.__name__}", "40001"))
+            why = report.why(world.dataset, world.cache)
+            self.assertIn(f"words of {kind.__name__}", why)
+            self.assertIn(kind.advice, why)
+            told.add(kind.advice)
+            self.assertEqual(world.cache.database.state, "up")
+            world.advance(1)
+            self.assertEqual([at for _, at in world.starts], [0, 1])
+            world.database.last.complete()
+            self.assertEqual(world.triggers, ["start", "retry"])
+        self.assertEqual(len(told), 3)
+
+
+class OnTheServer(ServiceTestCase):
+    timeout = 120
+
+    def make_service_before(self, dsn: str, *datasets: DatasetSettings) -> tuple[CacheService, Cache]:
+        cache = Cache(datasets, reactor.seconds)
+        database = Database(reactor, parse(dsn), 30.0, cache.database)
+        service = CacheService(cache, database, 2, reactor, random.random, Log(self.events), Drain(reactor))
+        self.addCleanup(lambda: service.stopService() if service.running else None)
+        return service, cache
+
+    def why(self, dataset: Dataset, cache: Cache, error: type[RefreshFailed]) -> str:
+        why = report.why(dataset, cache)
+        self.assertIn(error.advice, why)
+        return why
+
+    async def test_a_deadlock(self) -> None:
+        """A query that takes locks and is in a deadlock with another session is ended, told and tried again."""
+        self.sql(TAKE_BOTH)
+        service, cache = self.make_service(declare("things", "SELECT take_both() AS id", interval_s=3600.0))
+        dataset = cache.dataset("things")
+        with closing(connect(self.server, self.database_name)) as other, other.cursor() as cursor:
+            # Ours looks for the deadlock first, and is the one that is ended.
+            cursor.execute("SET deadlock_timeout = '10min'; BEGIN; SELECT pg_advisory_xact_lock(2)")
+            service.startService()
+            waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+            await until(lambda: self.ask(waiting) == [(1,)])
+            await deferToThread(cursor.execute, "SELECT pg_advisory_xact_lock(1)")  # until ours has been ended
+            await until(lambda: dataset.attempts)
+            self.assertIn("a deadlock", self.why(dataset, cache, Deadlock))
+            self.assertEqual((dataset.attempts[-1].outcome, cache.database.state), ("failed", "up"))
+            cursor.execute("COMMIT")
+        await until(lambda: dataset.snapshot)
+        self.assertEqual(dataset.attempts[-1].trigger, "retry")
+
+    async def test_a_serialization_failure(self) -> None:
+        """The server's own error is told as such.
+
+        A refresh is READ ONLY and REPEATABLE READ, in which it cannot be provoked: it only comes to who writes, or to
+        SERIALIZABLE. So it is that of a session that writes.
+        """
+        error = await deferToThread(self.serialization_failure)
+        ours = translate(error, parse("host=localhost"))
+        self.assertIsInstance(ours, SerializationFailed)
+        self.assertEqual(
+            (ours.sqlstate, str(ours)), ("40001", "the query could not be kept apart from concurrent changes")
+        )
+
+    def serialization_failure(self) -> psycopg2.Error:
+        with (
+            closing(connect(self.server, self.database_name)) as first,
+            closing(connect(self.server, self.database_name)) as second,
+            first.cursor() as one,
+            second.cursor() as two,
+        ):
+            one.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM things")
+            two.execute("UPDATE things SET n = n + 1 WHERE id = 1")
+            try:
+                one.execute("UPDATE things SET n = n + 1 WHERE id = 1")
+            except psycopg2.Error as error:
+                return error
+        raise AssertionError("it was not refused")
+
+    async def on_standby(self, **settings: str) -> Any:
+        """Start one that waits for no query; gives its `dsn`."""
+        standby = running_standby(self.server, {"max_standby_streaming_delay": "0", **settings})
+        dsn = await deferToThread(standby.__enter__)
+        self.addCleanup(deferToThread, standby.__exit__, None, None, None)
+        return dsn
+
+    async def conflict(self, dataset: Dataset, change: str) -> None:
+        """Change the primary, again and again, until a read of the standby has failed over it."""
+        failures = dataset.outcomes["failed"]
+        while dataset.outcomes["failed"] == failures:
+            await until(lambda: dataset.loading is not None and dataset.loading.count)
+            self.sql(change)
+            self.sql("VACUUM (TRUNCATE false) things")
+            await deferLater(reactor, 0.05)
+
+    async def check_conflict(self, change: str, words: str) -> None:
+        dsn = await self.on_standby()
+        slowly = "SELECT *, pg_sleep(0.01) IS NULL AS slow FROM things"
+        service, cache = self.make_service_before(
+            dsn(database=self.database_name), declare("things", slowly, interval_s=0.3)
+        )
+        dataset = cache.dataset("things")
+        service.startService()
+        await until(lambda: dataset.snapshot)
+        served = dataset.snapshot
+        await self.conflict(dataset, change)
+        why = self.why(dataset, cache, StandbyConflict)
+        self.assertIn(f"the standby ended the query to go on replaying its primary: {words}", why)
+        self.assertEqual(cache.database.state, "up")
+        assert served is not None
+        await until(lambda: dataset.snapshot.generation > served.generation)
+        await service.stopService()
+
+    async def test_rows_that_a_standby_removes(self) -> None:
+        """On a real standby: rows that the query needs are vacuumed on the primary. It is told, and tried again."""
+        await self.check_conflict("UPDATE things SET n = n + 1", "User query might")
+
+    async def test_a_lock_that_a_standby_takes(self) -> None:
+        """On a real standby: the table is locked on the primary. It is told, and tried again."""
+        again = f"INSERT INTO things SELECT i, 0 FROM generate_series(1, {ROWS}) AS i"
+        await self.check_conflict(f"BEGIN; TRUNCATE things; {again}; COMMIT", "User was holding a relation lock")
