@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import resource
 import socket
@@ -10,6 +11,7 @@ import threading
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
+from weakref import ref
 
 import hiredis
 from hypothesis import given, settings
@@ -383,9 +385,16 @@ class Scans(SynchronousTestCase):
         self.cache = Cache([declared(name) for name in ("one", "two", "three")], clock.seconds)
         self.commands = Commands(self.cache, Freshness(Refreshes(), clock), "")
 
+    def test_what_is_frozen_ends_with_its_reader(self) -> None:
+        """What a transaction reads is let go when it ends, and not only when the garbage is collected."""
+        gc.disable()
+        self.addCleanup(gc.enable)
+        frozen = ref(self.commands.frozen())
+        self.assertIsNone(frozen())
+
     def page(self, *words: bytes | str | int) -> tuple[bytes, list[bytes]]:
         told = [str(word).encode() if not isinstance(word, bytes) else word for word in words]
-        answer = self.commands.by_name[told[0].lower()].run(None, told)  # type: ignore[arg-type]  # scans ask nothing of it
+        answer = self.commands.by_name[told[0].lower()].run(self.commands, None, told)  # type: ignore[arg-type]  # scans ask nothing of it
         reader = hiredis.Reader()
         reader.feed(answer if isinstance(answer, bytes) else b"".join(answer))  # type: ignore[arg-type]
         cursor, found = reader.gets()

@@ -391,6 +391,7 @@ class Database:
                 await self._unpack(cursor, into)
             except psycopg2.InterfaceError:
                 await pending  # raises: the session was found lost, and with it what the cursor held
+                await guard.execute("SELECT 1")  # raises, if it ended at its deadline after the next rows had come
                 raise
             cursor = await pending
 

@@ -58,7 +58,7 @@ class Command:
     """One command: how it is run, and how many words it takes, its own name included."""
 
     name: str
-    run: Callable[[RespProtocol, Words], Reply]
+    run: Callable[[Commands, RespProtocol, Words], Reply]
     least: int
     most: float = math.inf
 
@@ -80,48 +80,17 @@ class Commands:
         catalogue = resources.files(__package__).joinpath("catalogue.json").read_text("utf-8")
         self.catalogue = json.loads(catalogue, object_hook=_flags_as_statuses)
         self.writes = frozenset(name.encode() for name in self.catalogue["writes"])
-        self._bind()
+        # Of functions, not of methods: `frozen` makes copies of this object, which would keep themselves alive.
+        self.by_name: Mapping[bytes, Command] = {each.name.encode(): each for each in _commands()}
+        # As clients write them, so that the way of most commands is one look-up.
+        self.by_word: Mapping[bytes, Command] = self.by_name | {
+            name.upper(): each for name, each in self.by_name.items()
+        }
         # What `get` may answer without a further question: what is loaded and served however old it is.
         self._served: dict[bytes, tuple[Shards, int]] = {}
         cache.watch(self._declared)
         for dataset in cache.datasets.values():
             self._declared(dataset, "added")
-
-    def _bind(self) -> None:
-        commands = [
-            Command("get", self.get, 2, 2),
-            Command("mget", self.mget, 2),
-            Command("exists", self.exists, 2),
-            Command("strlen", self.strlen, 2, 2),
-            Command("type", self.type, 2, 2),
-            Command("ttl", self.ttl, 2, 2),
-            Command("pttl", self.pttl, 2, 2),
-            Command("scan", self.scan, 2),
-            Command("dbsize", self.dbsize, 1, 1),
-            Command("hget", self.hget, 3, 3),
-            Command("hmget", self.hmget, 3),
-            Command("hgetall", self.hgetall, 2, 2),
-            Command("hexists", self.hexists, 3, 3),
-            Command("hlen", self.hlen, 2, 2),
-            Command("hkeys", self.hkeys, 2, 2),
-            Command("hvals", self.hvals, 2, 2),
-            Command("hstrlen", self.hstrlen, 3, 3),
-            Command("hscan", self.hscan, 3),
-            Command("echo", self.echo, 2, 2),
-            Command("select", self.select, 2, 2),
-            Command("info", self.info, 1),
-            Command("command", self.command, 1),
-            Command("client", self.client, 2),
-            Command("cache.list", self.cache_list, 1, 1),
-            Command("cache.info", self.cache_info, 2, 2),
-            Command("cache.age", self.cache_age, 2, 2),
-            Command("cache.wait", self.cache_wait, 4, 4),
-        ]
-        self.by_name: Mapping[bytes, Command] = {each.name.encode(): each for each in commands}
-        # As clients write them, so that the way of most commands is one look-up.
-        self.by_word: Mapping[bytes, Command] = self.by_name | {
-            name.upper(): each for name, each in self.by_name.items()
-        }
 
     def frozen(self) -> Commands:
         """These commands on what is served now, whatever is published later."""
@@ -129,7 +98,6 @@ class Commands:
         frozen._datasets = {name: copy(dataset) for name, dataset in self._datasets.items()}
         frozen._places = list(self._places)
         frozen._served = {}  # a publish would empty them
-        frozen._bind()
         return frozen
 
     def _declared(self, dataset: Dataset, fate: Fate) -> None:
@@ -625,3 +593,35 @@ def _unknown_subcommand(command: str, word: bytes) -> CommandError:
 def _resident_bytes() -> int:
     with open("/proc/self/statm", "rb") as statm:
         return int(statm.read().split()[1]) * resource.getpagesize()
+
+
+def _commands() -> list[Command]:
+    return [
+        Command("get", Commands.get, 2, 2),
+        Command("mget", Commands.mget, 2),
+        Command("exists", Commands.exists, 2),
+        Command("strlen", Commands.strlen, 2, 2),
+        Command("type", Commands.type, 2, 2),
+        Command("ttl", Commands.ttl, 2, 2),
+        Command("pttl", Commands.pttl, 2, 2),
+        Command("scan", Commands.scan, 2),
+        Command("dbsize", Commands.dbsize, 1, 1),
+        Command("hget", Commands.hget, 3, 3),
+        Command("hmget", Commands.hmget, 3),
+        Command("hgetall", Commands.hgetall, 2, 2),
+        Command("hexists", Commands.hexists, 3, 3),
+        Command("hlen", Commands.hlen, 2, 2),
+        Command("hkeys", Commands.hkeys, 2, 2),
+        Command("hvals", Commands.hvals, 2, 2),
+        Command("hstrlen", Commands.hstrlen, 3, 3),
+        Command("hscan", Commands.hscan, 3),
+        Command("echo", Commands.echo, 2, 2),
+        Command("select", Commands.select, 2, 2),
+        Command("info", Commands.info, 1),
+        Command("command", Commands.command, 1),
+        Command("client", Commands.client, 2),
+        Command("cache.list", Commands.cache_list, 1, 1),
+        Command("cache.info", Commands.cache_info, 2, 2),
+        Command("cache.age", Commands.cache_age, 2, 2),
+        Command("cache.wait", Commands.cache_wait, 4, 4),
+    ]

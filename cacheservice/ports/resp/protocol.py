@@ -174,12 +174,13 @@ class RespProtocol(Protocol):
             return
         self._left = []
         out, size_bytes = self._hits(batch) if self._plain else ([], 0)
-        by_word = self.factory.commands.by_word
+        commands = self.factory.commands
+        by_word = commands.by_word
         for number, words in enumerate(batch[len(out) :] if out else batch, len(out) + 1):
             command = by_word.get(words[0]) if self._plain else None
             try:
                 if command is not None and command.least <= len(words) <= command.most:
-                    answer = command.run(self, words)
+                    answer = command.run(commands, self, words)
                 else:
                     answer = self._run_special(words)
             except CommandError as error:
@@ -391,8 +392,8 @@ class RespProtocol(Protocol):
         special = getattr(self, f"_do_{name.decode()}", None) if name.isalpha() and name.isascii() else None
         if special is not None:
             return special(words)  # type: ignore[no-any-return]
-        command = self._known(name, words, self.factory.commands)
-        return command.run(self, words)
+        commands = self.factory.commands
+        return self._known(name, words, commands).run(commands, self, words)
 
     @staticmethod
     def _known(name: bytes, words: Words, commands: Commands) -> Command:
@@ -583,7 +584,11 @@ class RespProtocol(Protocol):
         self.in_transaction = True
         try:
             name = words[0].lower()
-            answer = self._do_ping(words) if name == b"ping" else self._known(name, words, commands).run(self, words)
+            answer = (
+                self._do_ping(words)
+                if name == b"ping"
+                else self._known(name, words, commands).run(commands, self, words)
+            )
             assert not isinstance(answer, Deferred), "nothing waits within MULTI"
             return answer
         except CommandError as error:
