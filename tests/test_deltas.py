@@ -1,0 +1,404 @@
+"""Laws of deltas: after each, what is served is what the query gives at that snapshot, whatever writers do."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import random
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred, DeferredList
+from twisted.internet.task import deferLater
+from twisted.internet.threads import deferToThread
+from twisted.trial.unittest import SynchronousTestCase, TestCase
+
+from cacheservice import shipped
+from cacheservice.cache.cache import Cache
+from cacheservice.cache.dataset import Dataset
+from cacheservice.cache.rows import Rows, RowsBuilder, RowsPatch, Shards
+from cacheservice.cli.embedded import EmbeddedPostgres
+from cacheservice.config import DatasetSettings
+from cacheservice.postgres.database import Database, Reading, Wanted
+from cacheservice.postgres.deltas import literal
+from cacheservice.postgres.migrate import migrate
+from cacheservice.postgres.target import parse
+from cacheservice.postgres.watch import watch
+from cacheservice.refresh.drain import Drain
+from cacheservice.refresh.service import CacheService
+from tests.test_refresh_service import Log
+
+ROUNDS = int(os.environ.get("CACHESERVICE_TEST_DELTAS", "150"))
+"""Deltas of each dataset, while writers write."""
+KEYS = 200
+WRITERS = 4
+
+TABLES = """
+CREATE TABLE products (id int PRIMARY KEY, name text, n int NOT NULL);
+CREATE TABLE prices (
+    product_id int, currency text, amount numeric, PRIMARY KEY (product_id, currency) DEFERRABLE INITIALLY IMMEDIATE
+);
+INSERT INTO products SELECT i, 'product ' || i, 0 FROM generate_series(1, 200) AS i;
+INSERT INTO prices SELECT i, c, i FROM generate_series(1, 200) AS i, unnest(ARRAY['EUR', 'a:b', 'x"\\y''']) AS c;
+"""
+PRODUCTS: dict[str, Any] = {"name": "products", "query": "TABLE products", "key": "id"}
+PRODUCTS["watch"] = [{"table": "public.products", "key": "id"}]
+PRICES: dict[str, Any] = {"name": "prices", "query": "TABLE prices", "key": ["product_id", "currency"]}
+PRICES["watch"] = [{"table": "public.prices", "key": ["product_id", "currency"]}]
+JOINED: dict[str, Any] = {
+    "name": "joined",
+    "query": """
+        SELECT p.id, p.name, json_agg(q ORDER BY q.currency) AS prices
+        FROM products AS p JOIN prices AS q ON q.product_id = p.id GROUP BY p.id -- of each product
+    """,
+    "key": "id",
+    "watch": [{"table": "products", "key": "id"}, {"table": "public.prices", "key": "product_id"}],
+}
+
+Table = dict[bytes, bytes]
+
+
+def table_of(rows: Rows) -> Table:
+    return dict(rows.items())
+
+
+def rows_of(table: Table, release: Callable[[Shards], None] = lambda _: None, **options: Any) -> Rows:
+    builder = RowsBuilder(release, patched=True, **options)
+    builder.expect(len(table))
+    builder.add(list(table.items()))
+    return builder.finish()
+
+
+KEY = st.integers(0, 30).map(lambda number: b"%d" % number)
+DOCUMENT = st.sampled_from([b"{}", b'{"a":1}', b'{"a":2}', b"x" * 5000])
+
+
+class Patches(SynchronousTestCase):
+    @given(st.dictionaries(KEY, DOCUMENT), st.lists(st.tuples(KEY, st.none() | DOCUMENT)))
+    def test_as_a_dict_would(self, table: Table, changes: list[tuple[bytes, bytes | None]]) -> None:
+        """A patch changes what a dict would, counts it, and leaves the rows before it as they were."""
+        old = rows_of(table)
+        patch = RowsPatch(old)
+        expected = dict(table)
+        for key, document in changes:
+            if document is None:
+                patch.remove(key)
+                expected.pop(key, None)
+            else:
+                patch.put(key, document)
+                expected[key] = document
+        new = patch.finish()
+        self.assertEqual((table_of(old), table_of(new)), (table, expected))
+        self.assertEqual(new.count, len(expected))
+        self.assertEqual(new.size_bytes, sum(len(key) + len(document) for key, document in expected.items()))
+        self.assertEqual(patch.count, new.count)
+
+    def test_what_is_not_touched_is_shared(self) -> None:
+        """Rows after a patch are the same dicts but for those of its keys, whatever the size of the table."""
+        for count in (1000, 100_000):
+            old = rows_of({b"%d" % number: b"{}" for number in range(count)})
+            patch = RowsPatch(old)
+            for number in range(10):
+                patch.put(b"%d" % number, b"[]")
+            new = patch.finish()
+            copied = [shard for shard, before in zip(new.shards, old.shards, strict=True) if shard is not before]
+            self.assertLessEqual(len(copied), 10)
+            self.assertLessEqual(max(map(len, copied)), 200)
+
+    def test_readers_keep_what_they_read(self) -> None:
+        """However many patches follow and however rows are dropped and drained, each generation stays whole."""
+
+        class Later:
+            def __init__(self) -> None:
+                self.calls: list[Any] = []
+
+            def callLater(self, _: float, call: Any, *arguments: Any) -> Any:
+                self.calls.append((call, arguments))
+
+            def run(self) -> None:
+                while self.calls:
+                    call, arguments = self.calls.pop(0)
+                    call(*arguments)
+
+        clock, choose = Later(), random.Random(1)
+        drain = Drain(clock)
+        table = {b"%d" % number: b"0" for number in range(20_000)}
+        kept: list[tuple[Rows, Table]] = [(rows_of(table, drain.add), table)]
+        for generation in range(1, 60):
+            rows, table = kept[-1]
+            patch, table = RowsPatch(rows), dict(table)
+            for _ in range(choose.choice([1, 10, 3000])):
+                key = b"%d" % choose.randrange(25_000)
+                if choose.random() < 0.3:
+                    patch.remove(key)
+                    table.pop(key, None)
+                else:
+                    patch.put(key, b"%d" % generation)
+                    table[key] = b"%d" % generation
+            kept.append((patch.finish(), table))
+            del rows, patch
+            while len(kept) > 4:
+                del kept[choose.randrange(len(kept) - 1)]
+            clock.run()
+        for rows, table in kept:
+            self.assertEqual(table_of(rows), table)
+
+
+class Literals(SynchronousTestCase):
+    def test_shape(self) -> None:
+        """Quotes are doubled; a backslash makes it an escape string, in which it is doubled as well."""
+        self.assertEqual(literal("it's"), "'it''s'")
+        self.assertEqual(literal("a\\'b"), " E'a\\\\''b'")
+
+
+class Compared(Database):
+    """Reads the whole query as well in the transaction of each delta."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.whole: dict[str, tuple[str, Table]] = {}
+        self.kinds: list[str] = []
+        self.reasons: set[str] = set()
+
+    async def _read_one(self, moment: Any, wanted: Wanted) -> Reading:
+        reading = await super()._read_one(moment, wanted)
+        self.kinds.append(reading.kind)
+        if reading.because:
+            self.reasons.add(reading.because)
+        builder = RowsBuilder(lambda _: None)
+        await self._read_all(moment, Wanted(wanted.dataset, builder), reading)
+        self.whole[wanted.dataset.name] = (reading.database_snapshot, table_of(builder.finish()))
+        return reading
+
+
+class Proof(TestCase):
+    timeout = 600
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.directory = Path(tempfile.mkdtemp(prefix="cacheservice-tests-"))
+        cls.server = EmbeddedPostgres(cls.directory, settings={"max_prepared_transactions": "10"})
+        cls.server.start()
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        cls.server.stop("immediate")
+        shutil.rmtree(cls.directory)
+
+    def setUp(self) -> None:
+        self.dsn = self.server.dsn()
+        self.sql("DROP SCHEMA public CASCADE; DROP SCHEMA IF EXISTS cacheservice CASCADE; CREATE SCHEMA public")
+        self.sql(TABLES)
+        migrate(self.dsn, shipped.folder("migrations"))
+        for table, key in (("products", ["id"]), ("prices", ["product_id"]), ("prices", ["product_id", "currency"])):
+            # A transaction that has notified cannot be prepared.
+            watch(self.dsn, table, key, notify=False, dry_run=False, say=lambda _: None)
+
+    def sql(self, statement: str) -> None:
+        with closing(psycopg2.connect(self.dsn)) as connection, connection.cursor() as cursor:
+            connection.autocommit = True
+            cursor.execute(statement)
+
+    def service(self, *declared: dict[str, Any], **more: Any) -> tuple[CacheService, Cache, Compared]:
+        often = {"interval_s": 3600.0, "timeout_s": 60.0, "max_shrink": 1.0, "max_delta": 1.0}
+        cache = Cache([DatasetSettings.model_validate(often | each | more) for each in declared], reactor.seconds)
+        database = Compared(reactor, parse(self.dsn), 30.0, cache.database)
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        service = CacheService(cache, database, 3, reactor, random.random, Log(self.events), Drain(reactor))
+        self.addCleanup(database.stop)
+        self.addCleanup(lambda: service.stopService() if service.running else None)
+        return service, cache, database
+
+    async def until(self, true: Callable[[], object]) -> None:
+        limit = time.monotonic() + 60
+        while not true():
+            assert time.monotonic() < limit, f"it did not come: {self.events[-5:]}"
+            await deferLater(reactor, 0.001)
+
+    def check(self, dataset: Dataset, database: Compared) -> None:
+        """What is served is the query's result at the snapshot of which it is said to be."""
+        assert dataset.snapshot is not None
+        snapshot, whole = database.whole[dataset.name]
+        self.assertEqual(dataset.snapshot.database_snapshot, snapshot)
+        served = table_of(dataset.snapshot.rows)
+        differing = {key for key in whole.keys() | served.keys() if whole.get(key) != served.get(key)}
+        self.assertEqual({key: (whole.get(key), served.get(key)) for key in differing}, {})
+
+    async def test_whatever_writers_do(self) -> None:
+        """Long and short transactions, rollbacks, savepoints, prepared transactions, changed keys, deletes and
+        re-inserts, TRUNCATE, COPY, MERGE: after each delta the snapshot equals the query at that snapshot."""
+        seed = random.randrange(2**32)
+        service, cache, database = self.service(PRODUCTS, PRICES, JOINED)
+        service.startService()
+        await self.until(lambda: all(dataset.snapshot for dataset in cache.datasets.values()))
+        stop = threading.Event()
+        writers = DeferredList(
+            [deferToThread(write, self.dsn, random.Random(seed + number), stop, number) for number in range(WRITERS)]
+        )
+        choose = random.Random(seed)
+        for _ in range(ROUNDS):
+            for name, dataset in cache.datasets.items():
+                ended = dataset.outcomes.total()
+                service.heard("cacheservice", "changed")
+                await self.until(lambda dataset=dataset, ended=ended: dataset.outcomes.total() > ended)
+                if dataset.attempts[-1].outcome != "failed" and not dataset.refreshing:
+                    self.check(dataset, database)
+                self.assertFalse(name == "" or dataset.held)
+            await deferLater(reactor, choose.random() * 0.02)
+        stop.set()
+        for succeeded, result in await writers:
+            self.assertTrue(succeeded, f"seed {seed}: {result}")
+            self.assertGreater(result, 20)
+        self.assertGreater(database.kinds.count("delta"), ROUNDS, f"seed {seed}: {database.reasons}")
+        # And a full read finds nothing that the deltas missed.
+        for name, dataset in cache.datasets.items():
+            ended = dataset.outcomes.total()
+            service.refresh_now(name)
+            await self.until(lambda dataset=dataset, ended=ended: dataset.outcomes.total() > ended)
+            self.check(dataset, database)
+            self.assertEqual(dataset.differences, 0, f"seed {seed}: {self.events[-5:]}")
+        self.assertTrue(any("was truncated" in reason for reason in database.reasons), database.reasons)
+        await service.stopService()
+        gc.collect()
+        self.assertEqual(self.flushLoggedErrors(), [])
+
+    async def test_commits_out_of_order(self) -> None:
+        """What a transaction did that began before a refresh and ends after it is found by the next one."""
+        service, cache, database = self.service(PRODUCTS)
+        service.startService()
+        dataset = cache.dataset("products")
+        await self.until(lambda: dataset.snapshot)
+        with closing(psycopg2.connect(self.dsn)) as early, closing(psycopg2.connect(self.dsn)) as late:
+            early.cursor().execute("UPDATE products SET n = 1 WHERE id = 1")
+            late.cursor().execute("UPDATE products SET n = 2 WHERE id = 2")
+            late.commit()
+            await self.refreshed(service, dataset, database)
+            self.assertEqual(self.n(dataset, 1, 2), [0, 2])
+            early.commit()
+        await self.refreshed(service, dataset, database)
+        self.assertEqual(self.n(dataset, 1, 2), [1, 2])
+        self.assertEqual(database.kinds, ["all", "delta", "delta"])
+        await service.stopService()
+
+    async def test_a_truncate_waits(self) -> None:
+        """A TRUNCATE cannot come between the snapshot of a delta and what it reads."""
+        service, cache, database = self.service(PRODUCTS)
+        service.startService()
+        dataset = cache.dataset("products")
+        await self.until(lambda: dataset.snapshot)
+        truncated: list[Deferred[None]] = []
+        changes = database._changes
+
+        async def changes_while_truncated(*arguments: Any) -> Any:
+            told = await changes(*arguments)
+            truncated.append(deferToThread(self.sql, "TRUNCATE products"))
+            await deferLater(reactor, 0.2)
+            self.assertFalse(truncated[0].called)
+            return told
+
+        self.patch(database, "_changes", changes_while_truncated)
+        self.sql("UPDATE products SET n = 7 WHERE id = 7")
+        await self.refreshed(service, dataset, database)
+        self.assertEqual(self.n(dataset, 7), [7])
+        await truncated[0]
+        await service.stopService()
+
+    async def refreshed(self, service: CacheService, dataset: Dataset, database: Compared) -> None:
+        ended = dataset.outcomes.total()
+        service.heard("cacheservice", "changed 1")
+        await self.until(lambda: dataset.outcomes.total() > ended)
+        self.check(dataset, database)
+
+    def n(self, dataset: Dataset, *ids: int) -> list[int]:
+        assert dataset.snapshot is not None
+        documents = [dataset.snapshot.rows.get(b"%d" % number) or b"" for number in ids]
+        return [int(document.rpartition(b":")[2].rstrip(b"}")) for document in documents]
+
+
+def write(dsn: str, choose: random.Random, stop: threading.Event, number: int) -> int:
+    """Random transactions until told to stop; gives how many committed."""
+    committed = 0
+    with closing(psycopg2.connect(dsn)) as connection:
+        while not stop.is_set():
+            prepared = choose.random() < 0.15
+            if prepared:
+                connection.tpc_begin(connection.xid(1, f"{number}-{committed}-{choose.random()}", "test"))
+            try:
+                with connection.cursor() as cursor:
+                    for _ in range(choose.choice([1, 1, 1, 3, 10])):
+                        step(cursor, choose)
+                        if choose.random() < 0.1:
+                            time.sleep(choose.random() * 0.05)
+                if prepared:
+                    connection.tpc_prepare()
+                    time.sleep(choose.random() * 0.1)
+                    (connection.tpc_commit if choose.random() < 0.8 else connection.tpc_rollback)()
+                else:
+                    (connection.commit if choose.random() < 0.85 else connection.rollback)()
+                committed += 1
+            except (
+                psycopg2.errors.UniqueViolation,
+                psycopg2.errors.DeadlockDetected,
+                psycopg2.errors.CardinalityViolation,
+            ):
+                (connection.tpc_rollback if prepared else connection.rollback)()
+            time.sleep(choose.random() * 0.01)
+    return committed
+
+
+def step(cursor: Any, choose: random.Random) -> None:
+    """One statement, or a few that belong together."""
+    one, other, n = choose.randrange(KEYS), choose.randrange(KEYS), choose.randrange(10**6)
+    what = choose.randrange(13)
+    if what == 0:
+        cursor.execute("UPDATE products SET n = %s WHERE id = %s", (n, one))
+    elif what == 1:
+        cursor.execute("UPDATE products SET n = %s WHERE id %% 10 = %s", (n, one % 10))
+    elif what == 2:
+        cursor.execute("UPDATE products SET id = %s WHERE id = %s", (other, one))
+    elif what == 3:
+        cursor.execute("DELETE FROM products WHERE id = %s", (one,))
+    elif what == 4:
+        cursor.execute("INSERT INTO products VALUES (%s, 'new', %s) ON CONFLICT (id) DO UPDATE SET n = -1", (one, n))
+    elif what == 5:
+        cursor.execute("DELETE FROM products WHERE id = %s", (one,))
+        cursor.execute("INSERT INTO products VALUES (%s, 'again', %s)", (one, n))
+    elif what == 6:
+        cursor.execute("SAVEPOINT s")
+        cursor.execute("UPDATE products SET n = %s WHERE id = %s", (n, one))
+        cursor.execute("ROLLBACK TO s" if choose.random() < 0.5 else "RELEASE s")
+    elif what == 7:
+        cursor.execute("UPDATE prices SET amount = %s WHERE product_id = %s", (n, one))
+    elif what == 8:
+        cursor.execute("UPDATE prices SET product_id = %s WHERE product_id = %s AND currency = 'EUR'", (other, one))
+    elif what == 9:
+        cursor.execute("DELETE FROM prices WHERE product_id = %s", (one,))
+    elif what == 10:
+        cursor.execute("DELETE FROM prices WHERE product_id = %s", (one,))
+        cursor.copy_expert("COPY prices FROM STDIN", StringIO(f"{one}\tEUR\t{n}\n{one}\ta:b\t{n}\n"))
+    elif what == 11:
+        cursor.execute(
+            "MERGE INTO products AS p USING (VALUES (%s, %s)) AS v (id, n) ON p.id = v.id "
+            "WHEN MATCHED AND v.n %% 3 = 0 THEN DELETE WHEN MATCHED THEN UPDATE SET n = v.n "
+            "WHEN NOT MATCHED THEN INSERT VALUES (v.id, 'merged', v.n)",
+            (one, n),
+        )
+    elif choose.random() < 0.05:
+        cursor.execute("TRUNCATE prices" if n % 2 else "TRUNCATE products")
+        cursor.execute(
+            "INSERT INTO products SELECT i, 'refilled', 0 FROM generate_series(1, 50) AS i ON CONFLICT DO NOTHING"
+        )
+    with contextlib.suppress(psycopg2.ProgrammingError):
+        cursor.fetchall()
