@@ -120,6 +120,7 @@ def _metrics(cache: Cache, connections: int) -> Iterator[tuple[str, float]]:
         for state in State:
             yield f'cacheservice_dataset_state{{{of},state="{state}"}}', float(state is current)
         yield f"cacheservice_dataset_held{{{of}}}", float(dataset.held is not None)
+        yield f"cacheservice_delta_differences_total{{{of}}}", dataset.differences
         for outcome, count in dataset.outcomes.items():
             yield f'cacheservice_refresh_total{{{of},outcome="{outcome}"}}', count
 
@@ -139,6 +140,12 @@ def show(dataset: Dataset) -> str:
         "min_rows": settings.min_rows,
         "max_shrink": settings.max_shrink,
         "on_column_removed": settings.on_column_removed,
+        "notify": settings.notify,
+        "probe": settings.probe,
+        "watch": ", ".join(f"{watch.table} by {':'.join(watch.key)}" for watch in settings.watch),
+        "max_delta": settings.max_delta,
+        "full_interval_s": settings.full_interval_s,
+        "delta_differences": dataset.differences,
         "max_rows": settings.max_rows,
         "max_bytes": settings.max_bytes,
     }
@@ -158,6 +165,8 @@ def _attempt_line(attempt: Attempt) -> str:
     words = f"{fields['started_at']} {attempt.trigger} {attempt.outcome} in {duration(attempt.took_s)}"
     if attempt.rows is not None:
         words += f", {attempt.rows:,} rows"
+    if attempt.how:
+        words += f", read {attempt.how}"
     return f"{words}: {attempt.error}" if attempt.error else words
 
 
@@ -213,6 +222,13 @@ def _state_sentences(dataset: Dataset) -> Iterator[str]:
         yield "It is the result of the query and key before the last reload, until those of now have been read."
     if (change := dataset.snapshot.change) is not None:
         yield f"Its publish added {change.added:,}, changed {change.changed:,} and removed {change.removed:,} rows."
+    if (settings.watch or settings.notify or settings.probe) and dataset.attempts and dataset.attempts[-1].how:
+        yield f"The last attempt read {dataset.attempts[-1].how}."
+    if dataset.differences:
+        yield (
+            f"In all, {dataset.differences:,} rows were found to differ from what deltas had made of them. That must "
+            "not happen: does the query depend on a table that is not watched, or a row of it on other rows?"
+        )
 
 
 def _failure_sentences(dataset: Dataset, cache: Cache) -> Iterator[str]:
