@@ -30,7 +30,8 @@ CREATE INDEX changes_watched_xid ON cacheservice.changes (watched, xid);
 COMMENT ON TABLE cacheservice.changes IS 'One row for each statement that changed rows of a watched table.';
 COMMENT ON COLUMN cacheservice.changes.xid IS 'The transaction of that statement: whether a snapshot has seen it.';
 COMMENT ON COLUMN cacheservice.changes.keys IS
-    'The keys of its rows before and after, as text; an array of arrays if a key has several columns. NULL: a TRUNCATE.';
+    'The keys of its rows before and after, as text; an array of arrays if a key has several columns. '
+    'NULL: a TRUNCATE, or a statement that changed more than a million rows.';
 
 CREATE TABLE cacheservice.pruned (
     one_row boolean PRIMARY KEY DEFAULT true CHECK (one_row),
@@ -61,7 +62,7 @@ AS $$
 DECLARE
     each jsonb;
     name text;
-    relation_oid oid;
+    table_oid oid;
     columns name[];
     watch cacheservice.watched;
     tree oid[];
@@ -72,28 +73,32 @@ DECLARE
 BEGIN
     FOR each IN SELECT * FROM jsonb_array_elements(watches) LOOP
         name := each ->> 'table';
-        relation_oid := (each ->> 'relation')::oid;
+        table_oid := (each ->> 'relation')::oid;
         columns := ARRAY(SELECT jsonb_array_elements_text(each -> 'key'));
         width := cardinality(columns);
-        IF relation_oid IS NULL THEN
+        IF table_oid IS NULL THEN
             problem := format('there is no table %s', name);
             EXIT;
         END IF;
         -- What is recorded are values of its rows.
-        IF NOT has_table_privilege(session_user, relation_oid, 'SELECT') THEN
+        IF NOT has_table_privilege(session_user, table_oid, 'SELECT') THEN
             problem := format('%s may not read %s; GRANT SELECT ON %s TO %1$I', session_user, name, name);
             EXIT;
         END IF;
-        SELECT w.* INTO watch FROM cacheservice.watched AS w WHERE w.relation = relation_oid AND w.key_columns = columns;
+        SELECT w.* INTO watch FROM cacheservice.watched AS w WHERE w.relation = table_oid AND w.key_columns = columns;
         IF NOT FOUND THEN
             problem := format('%s is not watched; say: cacheservice watch %s%s', name, name,
                               (SELECT string_agg(' --key ' || c, '') FROM unnest(columns) AS c));
             EXIT;
         END IF;
-        -- Statements that name a partition or a child fire the triggers of that alone.
+        -- A statement fires only the triggers of the table that it names, be it the parent or a child.
+        IF EXISTS (SELECT FROM pg_inherits AS i WHERE i.inhrelid = watch.relation) THEN
+            problem := format('%s has become a partition or a child of another table; watch that', name);
+            EXIT;
+        END IF;
         WITH RECURSIVE family AS (
             SELECT watch.relation::oid AS oid
-            UNION ALL
+            UNION
             SELECT i.inhrelid FROM pg_inherits AS i JOIN family AS f ON i.inhparent = f.oid
         )
         SELECT array_agg(f.oid ORDER BY f.oid),
@@ -119,8 +124,11 @@ BEGIN
             'since', watch.since_xid::text,
             'relations', (SELECT jsonb_agg(pg_relation_filenode(t.oid) ORDER BY t.oid) FROM unnest(tree) AS t (oid)),
             'columns', (
-                SELECT jsonb_agg(a.attname || ' ' || a.atttypid || ' ' || a.atttypmod ORDER BY a.attnum)
-                FROM pg_attribute AS a
+                -- A virtual column's expression can be changed without a change of any row.
+                SELECT jsonb_agg(concat_ws(' ', a.attname, a.atttypid, a.atttypmod,
+                                           CASE WHEN a.attgenerated <> '' THEN pg_get_expr(d.adbin, d.adrelid) END)
+                                 ORDER BY a.attnum)
+                FROM pg_attribute AS a LEFT JOIN pg_attrdef AS d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
                 WHERE a.attrelid = watch.relation AND a.attnum > 0 AND NOT a.attisdropped
             ),
             'key_types', (
@@ -141,7 +149,7 @@ BEGIN
                 WHERE c.watched = watch.id AND c.keys IS NULL AND c.xid >= pg_snapshot_xmin(previous)
                   AND (pg_is_in_recovery() OR NOT pg_visible_in_snapshot(c.xid, previous))
             ) THEN
-                problem := format('%s was truncated', name);
+                problem := format('%s was truncated, or more than a million of its rows changed at once', name);
             END IF;
         END IF;
     END LOOP;

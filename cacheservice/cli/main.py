@@ -102,15 +102,18 @@ def migrate_command(dsn: str | None, reader: str | None, tables: tuple[str, ...]
 @click.argument("table")
 @click.option("--key", metavar="COLUMN", multiple=True, required=True, help="The column that names a row; repeatable.")
 @click.option("--notify/--no-notify", default=True, show_default=True, help="Whether each commit is told at once.")
-@click.option("--dry-run", is_flag=True, help="Print the SQL and do nothing.")
+@click.option("--dry-run", is_flag=True, help="Print the SQL, one transaction, and do nothing.")
 @_owner_dsn
 @_plainly
 def watch_command(table: str, key: tuple[str, ...], notify: bool, dry_run: bool, dsn: str | None) -> None:
     """Put triggers on TABLE that record the keys of changed rows, so that a refresh reads those alone.
 
     Then say so in the configuration: watch = [{table = "TABLE", key = "COLUMN"}]. A NOTIFY takes a lock that serialises
-    the commits of the whole database; with --no-notify heavy writers are spared, and changes are seen each interval_s.
-    Say it again after partitions were attached or detached.
+    the commits of the whole database, and PostgreSQL prepares no transaction (PREPARE TRANSACTION) that has sent one;
+    with --no-notify writers are spared both, and changes are seen each interval_s.
+
+    Say it as the table's owner: the triggers run with the rights of whoever made them. Say it again after partitions
+    were attached or detached, or triggers disabled and enabled. It waits 5 s for writers that are at work, no longer.
     """
     names = watch(_checked(dsn), table, key, notify, dry_run, click.echo)
     if not dry_run:
@@ -120,7 +123,7 @@ def watch_command(table: str, key: tuple[str, ...], notify: bool, dry_run: bool,
 @main.command("unwatch")
 @click.argument("table")
 @click.option("--key", metavar="COLUMN", multiple=True, help="Of which watch of the table; without it, of every one.")
-@click.option("--dry-run", is_flag=True, help="Print the SQL and do nothing.")
+@click.option("--dry-run", is_flag=True, help="Print the SQL, one transaction, and do nothing.")
 @_owner_dsn
 @_plainly
 def unwatch_command(table: str, key: tuple[str, ...], dry_run: bool, dsn: str | None) -> None:
