@@ -23,8 +23,9 @@ from twisted.trial.unittest import SynchronousTestCase
 from cacheservice import shipped
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.cli.main import main
+from cacheservice.config import OWN_CHANNEL
 from cacheservice.postgres.migrate import create_reader, migrate
-from cacheservice.postgres.watch import CHANNEL, unwatch, watch
+from cacheservice.postgres.watch import unwatch, watch
 from tests.postgres import connect, fresh_database, query
 
 Key = str | tuple[str | None, ...] | None
@@ -143,7 +144,7 @@ class Recording(Watching):
     def test_a_statement_that_touches_no_row(self) -> None:
         """It records nothing and tells nobody."""
         self.watch("items", notify=True)
-        self.sql(f"LISTEN {CHANNEL}")
+        self.sql(f"LISTEN {OWN_CHANNEL}")
         self.sql(
             "INSERT INTO items SELECT 1, 'a' WHERE false",
             "UPDATE items SET name = 'b' WHERE id = 1",
@@ -391,7 +392,7 @@ class Recording(Watching):
     def test_notifications(self) -> None:
         """A transaction tells once, at its commit, which watches recorded something; with --no-notify it does not."""
         listener = self.open()
-        listener.execute(f"LISTEN {CHANNEL}")
+        listener.execute(f"LISTEN {OWN_CHANNEL}")
         self.watch("items", notify=True)
         self.watch("items", "name", "id", notify=False)
         self.sql("BEGIN")
