@@ -43,7 +43,7 @@ class Readme(SynchronousTestCase):
 
     def test_promises_name_their_tests(self) -> None:
         """Each row of what happens when something goes wrong names a test that there is."""
-        table = README.partition("## What happens when")[2].partition("## ")[0]
+        table = README.partition("## What it promises")[2].partition("## ")[0]
         rows = [line for line in table.splitlines() if line.startswith("| ")][2:]
         self.assertGreater(len(rows), 15)
         for row in rows:
