@@ -194,10 +194,12 @@ class Refresher:
         self._begin("manual", whole=True)
         return True
 
-    def notified(self, name: str, keys: Iterable[str] | None) -> None:
+    def notified(self, name: str, keys: Iterable[str] | None, *, at_once: bool = False) -> None:
         """One dataset has changed, in these rows alone or in whatever rows: see to it that it is read.
 
         However many notifications come, one attempt is running and one follows at most.
+
+        :param at_once: do not wait for a retry, because the database has just been proven to be there.
         """
         if self._started_at is None:
             return  # it is read with the start
@@ -207,7 +209,9 @@ class Refresher:
         else:
             told.update(keys)
         if self._running is None:
-            self._begin("notify")
+            # Else with the retry: writers must not drive it past its backoff.
+            if at_once or self._retry is None or not self._retry.active():
+                self._begin("notify")
         elif self._began_at < self._clock.seconds():
             self._again = self._again or "notify"
 

@@ -143,7 +143,7 @@ class CacheService(Service):
         """Notifications may have been missed: what they would have told of is looked for."""
         for name, dataset in self._cache.datasets.items():
             if dataset.settings.watch or dataset.settings.notify:
-                self._refreshers[name].notified(name, None)
+                self._refreshers[name].notified(name, None, at_once=True)
 
     def _is_watched(self, dataset: Dataset, payload: str) -> bool:
         """Whether "changed 7" is of a table that the dataset watches; of which it is not known, it may be."""
