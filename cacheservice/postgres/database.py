@@ -358,7 +358,12 @@ class Database:
             await self._fetch_all(moment.guard, found)
             await moment.guard.execute("CLOSE rows")
         else:
-            await self._unpack(await self._execute_asking_in(moment, sql, dataset.name), found)
+            cursor = await self._execute_asking_in(moment, sql, dataset.name)
+            try:
+                await self._unpack(cursor, found)
+            except psycopg2.InterfaceError:
+                await moment.guard.execute("SELECT 1")  # raises why the session ended, and with it what was to be read
+                raise
         return found
 
     async def _read_all(self, moment: _Moment, wanted: Wanted, reading: Reading) -> Reading:
