@@ -685,11 +685,15 @@ class UnderTwistd(DaemonTestCase):
             self.assertIn("is not in effect", daemon.ask("why products"))
             self.assertEqual({name: self.dataset(daemon, name)["as_of"] for name in before}, before)
             self.assertEqual(len(daemon.json()["datasets"]), 2)
-            rejected = [line for line in daemon.lines if line["event"] == "config_rejected"]
-            self.assertEqual(len(rejected), number)
+            self.until_told(daemon, "config_rejected", number)
         path.write_text(good)
         self.assertEqual(self.admin("reload"), "OK reloaded: 0 added, 0 changed, 0 removed, 2 unchanged")
         self.assertNotIn("rejected", daemon.ask("status"))
+
+    def until_told(self, daemon: Daemon, event: str, times: int) -> None:
+        """Lines are written off the reactor, and so may come after a reply."""
+        until(lambda: [line["event"] for line in daemon.lines].count(event) >= times, f"{event}, {times} times")
+        self.assertEqual([line["event"] for line in daemon.lines].count(event), times)
 
     def test_what_needs_a_restart(self) -> None:
         """Ports, secrets and folders are named and stay as they are; the datasets take effect nevertheless."""
