@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import random
 import secrets
 import signal
@@ -76,12 +75,13 @@ class FreshTestCase(DaemonTestCase):
             dsn=dsn,
         )
 
-    def service(self, *datasets: str, superuser: bool = False, listening: bool = True) -> Daemon:
+    def service(self, *datasets: str, superuser: bool = False, listening: bool = True, quiet: bool = True) -> Daemon:
         daemon = self.started(self.text(*datasets, superuser=superuser))
         daemon.wait_until_ready()
         if listening:
             self.until_listening(daemon)
-        self.until_quiet(daemon)
+        if quiet:
+            self.until_quiet(daemon)
         return daemon
 
     def until_listening(self, daemon: Daemon) -> None:
@@ -205,7 +205,7 @@ class Watching(FreshTestCase):
         """With --no-notify writers are spared: a change is seen with the next interval, by a delta."""
         self.migrated()
         self.watched(notify=False)
-        daemon = self.service(self.dataset(WATCH).replace("interval_s = 3600", "interval_s = 0.3"))
+        daemon = self.service(self.dataset(WATCH).replace("interval_s = 3600", "interval_s = 0.3"), quiet=False)
         self.sql("UPDATE things SET n = 1 WHERE id = 3")
         self.until_n(daemon, 3, 1)
         published = [line for line in self.attempts(daemon) if line["event"] == "refresh_published"]
@@ -334,10 +334,13 @@ class Falling(FreshTestCase):
         """Changes that were deleted before they were read are not missed: all is read."""
         self.migrated()
         self.watched(notify=False)
-        daemon = self.service(self.dataset(WATCH).replace("interval_s = 3600", "interval_s = 1"))
-        self.sql("UPDATE things SET n = 1 WHERE id = 3; SELECT cacheservice.prune('0')")
-        self.sql("SELECT cacheservice.prune('0')")
-        self.until_n(daemon, 3, 1)
+        daemon = self.service(self.dataset(WATCH))
+        self.sql("UPDATE things SET n = 1 WHERE id = 3")
+        self.assertEqual(self.sql("SELECT cacheservice.prune('0')"), [(1,)])
+        ((xid,),) = self.sql("SELECT pg_current_xact_id()::text")
+        self.assertEqual(self.resp(daemon, "CACHE.WAIT", "things", xid, "60000"), 1)
+        self.assertEqual(self.n(daemon, 3), 1)
+        self.assertIn("because the changes since the last refresh are not kept any more", self.reads(daemon)[-1])
 
     def test_without_migrations(self) -> None:
         """Without the migrations, all is read each time, and the log says what to do."""
@@ -375,7 +378,7 @@ class Falling(FreshTestCase):
         self.assertTrue(all("is not fit for deltas" in read for read in self.reads(daemon)), self.reads(daemon))
 
     def test_check_finds_what_was_missed(self) -> None:
-        """A check finds no difference where there is none; where a table is not watched, it names the keys, and mends."""
+        """A check finds no difference where there is none; else it names the keys, and mends."""
         self.tables = ("public.things", "public.names")
         self.sql("CREATE TABLE names AS SELECT i AS id, 0 AS n FROM generate_series(1, 10) AS i")
         self.migrated()
@@ -384,7 +387,8 @@ class Falling(FreshTestCase):
         daemon = self.service(
             self.dataset(f"{WATCH}\nfull_interval_s = 0.5", query=joined).replace(
                 "interval_s = 3600", "interval_s = 0.3"
-            )
+            ),
+            quiet=False,
         )
         self.sql("UPDATE things SET n = 1 WHERE id = 3")
         self.until_n(daemon, 3, 1)
@@ -414,7 +418,8 @@ class Notified(FreshTestCase):
         self.migrated()
         daemon = self.service(self.dataset(NOTIFY))
         self.sql(
-            """UPDATE things SET n = 1 WHERE id IN (3, 4, 5); DELETE FROM things WHERE id = 6; NOTIFY told, '[3, "4"]'"""
+            "UPDATE things SET n = 1 WHERE id IN (3, 4, 5); DELETE FROM things WHERE id = 6;"
+            """NOTIFY told, '[3, "4"]'"""
         )
         self.until_n(daemon, 3, 1)
         self.assertEqual([self.n(daemon, key) for key in (4, 5, 6)], [1, 0, 0])
@@ -547,7 +552,10 @@ class Probed(FreshTestCase):
         """A probe that gives more than one value fails the attempt with words that say so; what is served stays."""
         daemon = self.probed()
         self.sql("INSERT INTO version VALUES (5)")
-        line = self.refresh(daemon)
+        count = len(self.attempts(daemon))
+        ((xid,),) = self.sql("SELECT pg_current_xact_id()::text")
+        self.resp(daemon, "CACHE.WAIT", "things", xid, "1")
+        line = self.until_attempted(daemon, count)
         self.assertEqual(line["event"], "refresh_failed")
         self.assertIn("more than one row", line["error"])
         self.assertEqual(self.n(daemon, 3), 0)
