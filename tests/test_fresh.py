@@ -566,6 +566,16 @@ class Probed(FreshTestCase):
         self.sql("UPDATE things SET n = 1; NOTIFY told")
         self.until_n(daemon, 3, 1)
 
+    def test_notified_of_some_rows(self) -> None:
+        """What the probe told of is not forgotten because only the rows that were notified of have been read."""
+        daemon = self.probed("SELECT v FROM version", NOTIFY)
+        self.sql("UPDATE things SET n = 1 WHERE id IN (3, 5); UPDATE version SET v = 2; NOTIFY told, '[3]'")
+        self.until_n(daemon, 3, 1)
+        self.assertEqual(self.n(daemon, 5), 0)
+        self.assertEqual(self.refresh(daemon)["read"], "all rows")
+        self.assertEqual(self.n(daemon, 5), 1)
+        self.assertEqual(self.refresh(daemon)["event"], "refresh_unchanged")
+
 
 class Operated(FreshTestCase):
     def test_gates(self) -> None:
