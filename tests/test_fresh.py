@@ -402,6 +402,7 @@ class Falling(FreshTestCase):
         self.assertEqual((line["count"], sorted(line["keys"]), line["dataset"]), (2, ["4", "5"], "things"))
         self.until_n(daemon, 4, 10)
         self.assertEqual((self.n(daemon, 5), self.n(daemon, 3)), (10, 1))
+        self.assertIn("checks have found and mended 2 differing rows", daemon.ask("why things"))
 
 
 class Notified(FreshTestCase):
