@@ -175,6 +175,11 @@ def why(dataset: Dataset, cache: Cache) -> str:
     sentences = [*_state_sentences(dataset), *_failure_sentences(dataset, cache)]
     if dataset.settings.notify or dataset.settings.watch:
         sentences += filter(None, [listening_sentence(cache, cache.now())])
+    if dataset.differences:
+        sentences.append(
+            f"Since the start, checks have found and mended {dataset.differences:,} differing rows of which no trigger "
+            "told: the log names keys of them (delta_differences); see that all tables of the query are watched."
+        )
     sentences += _next_sentences(dataset)
     if cache.rejection is not None:
         sentences.append(f"The newest configuration is not in effect. It was {_rejected(cache.rejection, cache)}.")

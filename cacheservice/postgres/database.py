@@ -304,7 +304,8 @@ class Database:
         elif since is not None and wanted.told is not None:
             told_keys = await wanted.told()
             if told_keys is not None and len(told_keys) <= wanted.most_keys:
-                return await self._read_told(moment, dataset, reading, told_keys)
+                # A probe that has changed may stand for other rows, too: the next attempt has to see that it did.
+                return await self._read_told(moment, dataset, replace(reading, probe=since.probe), told_keys)
         return await self._read_all(moment, wanted, replace(reading, because=because))
 
     async def _changes(self, moment: _Moment, wanted: Wanted) -> deltas.Changes:
