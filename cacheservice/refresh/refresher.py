@@ -545,8 +545,8 @@ class Refresher:
 
         if base is not None:
             builder.expect(base.rows.count)
-        if whole and not settings.watch:
-            # An operator wants it read; with watch that is a check as well.
+        if (whole and not settings.watch) or (settings.watch and was_told):
+            # An operator wants it read (with watch that is a check as well), or it was notified of what no trigger saw.
             return Wanted(settings, builder)
         return Wanted(
             settings,

@@ -135,7 +135,7 @@ class CacheService(Service):
         """A notification came."""
         for name, dataset in self._cache.datasets.items():
             if channel == OWN_CHANNEL and dataset.settings.watch and self._is_watched(dataset, payload):
-                self._refreshers[name].notified(name, None)
+                self._refreshers[name].notified(name, ())  # the triggers have recorded which rows
             elif channel == dataset.settings.notify:
                 self._refreshers[name].notified(name, _keys_of(payload))
 
@@ -143,7 +143,7 @@ class CacheService(Service):
         """Notifications may have been missed: what they would have told of is looked for."""
         for name, dataset in self._cache.datasets.items():
             if dataset.settings.watch or dataset.settings.notify:
-                self._refreshers[name].notified(name, None, at_once=True)
+                self._refreshers[name].notified(name, None if dataset.settings.notify else (), at_once=True)
 
     def _is_watched(self, dataset: Dataset, payload: str) -> bool:
         """Whether "changed 7" is of a table that the dataset watches; of which it is not known, it may be."""
