@@ -229,11 +229,6 @@ def _state_sentences(dataset: Dataset) -> Iterator[str]:
         yield f"Its publish added {change.added:,}, changed {change.changed:,} and removed {change.removed:,} rows."
     if (settings.watch or settings.notify or settings.probe) and dataset.attempts and dataset.attempts[-1].how:
         yield f"The last attempt read {dataset.attempts[-1].how}."
-    if dataset.differences:
-        yield (
-            f"In all, {dataset.differences:,} rows were found to differ from what deltas had made of them. That must "
-            "not happen: does the query depend on a table that is not watched, or a row of it on other rows?"
-        )
 
 
 def _failure_sentences(dataset: Dataset, cache: Cache) -> Iterator[str]:
