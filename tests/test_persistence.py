@@ -587,11 +587,14 @@ class Restoring(Running):
         self.assertEqual(await self.restored(*members), [3, 3])
         self.path(3, "prices").unlink()
         self.assertEqual(await self.restored(*members), [2, 2])
-        content = bytearray(self.path(2).read_bytes())
-        content[-1] ^= 1
-        self.path(2).write_bytes(content)
+        for generation, place in ((3, 30), (2, -1)):  # in the header, and at the end
+            content = bytearray(self.path(generation).read_bytes())
+            content[place] ^= 1
+            self.path(generation).write_bytes(content)
         self.assertEqual(await self.restored(*members), [1, 1])
-        self.assertEqual([told["file"] for told in self.log.named("snapshot_rejected")], [self.path(2).name])
+        rejected = [self.path(generation).name for generation in (3, 2)]
+        self.assertEqual([told["file"] for told in self.log.named("snapshot_rejected")], rejected)
+        self.assertFalse(self.path(3).exists() or self.path(2).exists())
         self.assertEqual(self.log.named("group_not_restored"), [])
 
     async def test_a_group_of_different_moments(self) -> None:

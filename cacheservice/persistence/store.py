@@ -175,6 +175,8 @@ class SnapshotStore(Service):
         began_at = self._reactor.seconds()
         settings = [dataset.settings for dataset in datasets]
         found: list[Snapshot] = []
+        if len(datasets) > 1:
+            await self._refuse_those_of_no_moment(datasets)
         for generations in self.saved(names):
             found = await self._load_unless_refused(datasets, generations)
             if len(found) == len(datasets):
@@ -199,6 +201,12 @@ class SnapshotStore(Service):
                 age_s=seconds(dataset.age_s() or 0.0),
                 took_s=seconds(self._reactor.seconds() - began_at),
             )
+
+    async def _refuse_those_of_no_moment(self, datasets: Sequence[Dataset]) -> None:
+        """A file with a damaged header belongs to no moment, and so would never be tried; it is refused all the same."""
+        for dataset in datasets:
+            for generation in [each for each, as_of in self._saved.get(dataset.name, {}).items() if as_of is None]:
+                await self._load_unless_refused([dataset], [generation])
 
     async def _load_unless_refused(self, datasets: Sequence[Dataset], generations: Sequence[int]) -> list[Snapshot]:
         """The snapshots of those files up to the first that is refused, which is told."""
