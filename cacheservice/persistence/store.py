@@ -203,7 +203,7 @@ class SnapshotStore(Service):
             )
 
     async def _refuse_those_of_no_moment(self, datasets: Sequence[Dataset]) -> None:
-        """A file with a damaged header belongs to no moment, and so would never be tried; it is refused all the same."""
+        """A file with a damaged header belongs to no moment, and would never be tried; it is refused all the same."""
         for dataset in datasets:
             for generation in [each for each, as_of in self._saved.get(dataset.name, {}).items() if as_of is None]:
                 await self._load_unless_refused([dataset], [generation])
