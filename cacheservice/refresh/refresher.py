@@ -194,20 +194,21 @@ class Refresher:
         self._begin("manual", whole=True)
         return True
 
-    def notified(self, name: str, keys: Iterable[str] | None, *, at_once: bool = False) -> None:
-        """One dataset has changed, in these rows alone or in whatever rows: see to it that it is read.
-
-        However many notifications come, one attempt is running and one follows at most.
-
-        :param at_once: do not wait for a retry, because the database has just been proven to be there.
-        """
-        if self._started_at is None:
-            return  # it is read with the start
+    def tell(self, name: str, keys: Iterable[str] | None) -> None:
+        """One dataset has changed, in these rows alone or in whatever rows; `notified` is to follow."""
         told = self._told.setdefault(name, set())
         if keys is None or told is None:
             self._told[name] = None
         else:
             told.update(keys)
+
+    def notified(self, *, at_once: bool = False) -> None:
+        """See to it that an attempt begins after what was told: one is running and one follows at most.
+
+        :param at_once: do not wait for a retry, because the database has just been proven to be there.
+        """
+        if self._started_at is None:
+            return  # it is read with the start
         if self._running is None:
             # Else with the retry: writers must not drive it past its backoff.
             if at_once or self._retry is None or not self._retry.active():

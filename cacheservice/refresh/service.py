@@ -23,6 +23,10 @@ from cacheservice.refresh.slots import Slots
 
 CHANGES_KEPT_S = 3600.0
 """A dataset that was not refreshed for longer reads all rows."""
+_BURST = 100
+"""Notifications in a row that are no coincidence: a transaction that sends thousands."""
+_BURST_PAUSE_S = 0.005
+_LONGEST_BURST_S = 0.1
 _PRUNE_INTERVAL_S = 60.0
 _PRUNE_TIMEOUT_S = 10.0
 
@@ -77,6 +81,10 @@ class CacheService(Service):
         self._history = history
         self._log = log
         self._heard_all = heard_all
+        self._told: set[Refresher] = set()
+        self._burst = 0
+        self._burst_began_at = 0.0
+        self._burst_timer: Any = None
         self._pruning = LoopingCall(lambda: self._run(self._prune()))
         self._pruning.clock = clock
         self._under_way: set[Deferred[None]] = set()
@@ -135,15 +143,39 @@ class CacheService(Service):
         """A notification came."""
         for name, dataset in self._cache.datasets.items():
             if channel == OWN_CHANNEL and dataset.settings.watch and self._is_watched(dataset, payload):
-                self._refreshers[name].notified(name, ())  # the triggers have recorded which rows
+                self._changed(name, ())  # the triggers have recorded which rows
             elif channel == dataset.settings.notify:
-                self._refreshers[name].notified(name, _keys_of(payload))
+                self._changed(name, _keys_of(payload))
+
+    def _changed(self, name: str, keys: Sequence[str] | None) -> None:
+        """Begin when the burst that this notification may be of is over: each attempt would see but a part of it."""
+        refresher = self._refreshers[name]
+        refresher.tell(name, keys)
+        if not self._told:
+            self._burst, self._burst_began_at = 0, self._clock.seconds()
+            self._burst_timer = self._clock.callLater(0, self._notify, 0)
+        self._told.add(refresher)
+        self._burst += 1
+
+    def _notify(self, heard_before: int) -> None:
+        more = self._burst - heard_before
+        is_long = self._clock.seconds() - self._burst_began_at > _LONGEST_BURST_S
+        if self._burst >= _BURST and more and not is_long:
+            self._burst_timer = self._clock.callLater(_BURST_PAUSE_S, self._notify, self._burst)
+            return
+        told, self._told = self._told, set()
+        for refresher in self._each_once():
+            if refresher in told:
+                refresher.notified()
 
     def missed(self) -> None:
         """Notifications may have been missed: what they would have told of is looked for."""
         for name, dataset in self._cache.datasets.items():
             if dataset.settings.watch or dataset.settings.notify:
-                self._refreshers[name].notified(name, None if dataset.settings.notify else (), at_once=True)
+                self._refreshers[name].tell(name, None if dataset.settings.notify else ())
+        for refresher in self._each_once():
+            if any(dataset.settings.watch or dataset.settings.notify for dataset in refresher.datasets):
+                refresher.notified(at_once=True)
 
     def _is_watched(self, dataset: Dataset, payload: str) -> bool:
         """Whether "changed 7" is of a table that the dataset watches; of which it is not known, it may be."""
@@ -230,6 +262,8 @@ class CacheService(Service):
         super().stopService()
         if self._pruning.running:
             self._pruning.stop()
+        if self._burst_timer is not None and self._burst_timer.active():
+            self._burst_timer.cancel()
         for running in list(self._under_way):
             running.cancel()
         self.slots.stop()
