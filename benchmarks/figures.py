@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from statistics import median
+from statistics import median, quantiles
 
 from tabulate import tabulate
 
@@ -30,3 +30,11 @@ def floor(value: float, least: float, unit: str = "") -> str:
 
 def mib(value_bytes: float) -> str:
     return f"{value_bytes / 2**20:.1f} MiB"
+
+
+def percentile(values: Sequence[float], share: int) -> float:
+    return quantiles(values, n=100, method="inclusive")[share - 1]
+
+
+def ms(value_s: float) -> str:
+    return f"{value_s * 1000:.1f} ms"

@@ -9,9 +9,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from benchmarks.products import QUERY
@@ -22,6 +23,7 @@ TAC = ROOT / "tac" / "cacheservice.tac"
 _START_LIMIT_S = 30
 _REFRESH_LIMIT_S = 120
 _POLL_INTERVAL_S = 0.02
+_EVENT_INTERVAL_S = 0.002
 
 _CONFIG = """\
 [postgres]
@@ -37,11 +39,9 @@ socket = {admin}
 [limits]
 max_connections = {max_connections}
 [datasets.products]
-query = {query}
-key = "id"
-interval_s = 1000000
-timeout_s = 120
+{dataset}
 """
+_DATASET = {"key": "id", "interval_s": 1_000_000, "timeout_s": 120}
 
 
 class RunningService:
@@ -49,12 +49,15 @@ class RunningService:
 
     :param ports: on 127.0.0.1, by name: status, resp, http.
     :param admin: the path of its admin socket.
+    :param log: the file that its log goes to.
     """
 
-    def __init__(self, pid: int, ports: dict[str, int], admin: Path) -> None:
+    def __init__(self, pid: int, ports: dict[str, int], admin: Path, log: Path) -> None:
         self.pid = pid
         self.port, self.resp_port, self.http_port = ports["status"], ports["resp"], ports["http"]
         self._admin = admin
+        self._log = log
+        self._read_bytes = 0
 
     def ask(self, command: str) -> str:
         """The status port's reply, on a connection of its own."""
@@ -76,7 +79,7 @@ class RunningService:
     def wait_refreshed(self) -> dict[str, Any]:
         """Wait until no refresh runs; how the last one ended.
 
-        :raises RuntimeError: if it did not publish.
+        :raises RuntimeError: if it failed.
         """
         limit = time.monotonic() + _REFRESH_LIMIT_S
         while (products := self.products())["refreshing"]:
@@ -84,9 +87,31 @@ class RunningService:
                 raise RuntimeError("the refresh does not end")
             time.sleep(_POLL_INTERVAL_S)
         attempt: dict[str, Any] = products["last_attempt"]
-        if attempt["outcome"] != "published":
+        if attempt["outcome"] not in ("published", "unchanged"):
             raise RuntimeError(f"the refresh failed: {attempt['error']}")
         return attempt
+
+    def events(self) -> list[dict[str, Any]]:
+        """The lines of its log that were written since the last call."""
+        with self._log.open("rb") as log:
+            log.seek(self._read_bytes)
+            text = log.read()
+        text = text[: text.rfind(b"\n") + 1]
+        self._read_bytes += len(text)
+        return [json.loads(line) for line in text.splitlines() if line.startswith(b"{")]
+
+    def wait_event(self, name: str) -> dict[str, Any]:
+        """The next event of that name; those before it, and those that came with it, are passed over.
+
+        :raises RuntimeError: if there is none within two minutes.
+        """
+        limit = time.monotonic() + _REFRESH_LIMIT_S
+        while time.monotonic() < limit:
+            for event in self.events():
+                if event["event"] == name:
+                    return event
+            time.sleep(_EVENT_INTERVAL_S)
+        raise RuntimeError(f"no {name} within {_REFRESH_LIMIT_S} s")
 
 
 def memory_bytes(pid: int, field: str = "VmRSS") -> int:
@@ -106,13 +131,27 @@ def cpu_s(pid: int) -> float:
 
 @contextmanager
 def running_service(
-    dsn: str, query: str = QUERY, *, max_connections: int = 10_000, tac: Path = TAC, **environment: str
+    dsn: str,
+    query: str = QUERY,
+    *,
+    max_connections: int = 10_000,
+    tac: Path = TAC,
+    dataset: Mapping[str, Any] = MappingProxyType({}),
+    **environment: str,
 ) -> Iterator[RunningService]:
-    """The service, with its first snapshot loaded."""
+    """The service, with its first snapshot loaded.
+
+    :param dataset: more keys of the dataset, or others in place of ours.
+    """
     with tempfile.TemporaryDirectory(prefix="cacheservice-benchmark-") as name:
         directory = Path(name)
         admin, config, log = directory / "admin.sock", directory / "cacheservice.toml", directory / "log"
-        values = {"dsn": json.dumps(dsn), "admin": json.dumps(str(admin)), "query": json.dumps(query)}
+        keys = {"query": query, **_DATASET, **dataset}
+        values = {
+            "dsn": _toml(dsn),
+            "admin": _toml(str(admin)),
+            "dataset": "\n".join(f"{key} = {_toml(value)}" for key, value in keys.items()),
+        }
         config.write_text(_CONFIG.format(**values, max_connections=max_connections))
         ours = {name: value for name, value in os.environ.items() if not name.startswith(("CACHESERVICE_", "PG"))}
         with log.open("wb") as output:
@@ -124,7 +163,7 @@ def running_service(
                 stderr=subprocess.STDOUT,
             )
         try:
-            service = RunningService(process.pid, _ports(process, log), admin)
+            service = RunningService(process.pid, _ports(process, log), admin, log)
             service.wait_refreshed()
             yield service
         finally:
@@ -141,6 +180,15 @@ def _ports(process: subprocess.Popen[bytes], log: Path) -> dict[str, int]:
                 return {name: int(started[name].rpartition(":")[2]) for name in ("status", "resp", "http")}
         time.sleep(_POLL_INTERVAL_S)
     raise RuntimeError(f"the service did not start:\n{log.read_text()}")
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML has it: JSON's, but for tables."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key} = {_toml(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value)
 
 
 def _exchange(client: socket.socket, command: str) -> str:

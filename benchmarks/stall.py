@@ -9,9 +9,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 
-from benchmarks.figures import limit, print_figures, spread
+from benchmarks.figures import limit, ms, percentile, print_figures, spread
 from benchmarks.products import server_with_products
 from benchmarks.service import RunningService, running_service
 
@@ -119,14 +119,6 @@ def figures(measured: list[tuple[Sample, Sample]]) -> list[tuple[str, str, str, 
         row("ruok p50", lambda sample: percentile(sample[0], 50), None),
         row("ruok p99", lambda sample: percentile(sample[0], 99), MOST_RUOK_S),
     ]
-
-
-def percentile(values: list[float], share: int) -> float:
-    return quantiles(values, n=100, method="inclusive")[share - 1]
-
-
-def ms(value_s: float) -> str:
-    return f"{value_s * 1000:.1f} ms"
 
 
 if __name__ == "__main__":
