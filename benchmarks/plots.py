@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.figures import percentile
 
 _SIZE_INCHES = (7.0, 3.6)
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "cacheservice",
     "font.size": 9,
