@@ -31,13 +31,15 @@ def visible(path: Path, by_reader: Mapping[str, Sequence[float]], most_s: Mappin
     for name, values_s in by_reader.items():
         values_ms = [min(value * 1000, shown_ms) for value in values_s]
         p50, p99 = (percentile(values_s, share) * 1000 for share in (50, 99))
-        axes.hist(values_ms, bins, alpha=0.6, label=f"{name}: p50 {p50:.1f} ms, p99 {p99:.1f} ms")
+        label = f"a reader that {name}: p50 {p50:.1f} ms, p99 {p99:.1f} ms"
+        axes.hist(values_ms, bins, histtype="stepfilled", alpha=0.6, label=label)
     for share, most in most_s.items():
         if most * 1000 <= shown_ms:
             axes.axvline(most * 1000, color="0.4", linestyle="--", linewidth=1, label=f"target of p{share}")
+    axes.set_xlim(left=0)
     axes.set_xlabel("ms from the return of COMMIT to a GET with the new value (the last bar: all above)")
     axes.set_ylabel("commits")
-    axes.legend(frameon=False)
+    axes.legend(loc="upper right", facecolor="white", edgecolor="none", framealpha=1)
     _written(figure, path)
 
 
@@ -46,18 +48,21 @@ def over_size(
 ) -> None:
     """Seconds of refreshes by the number of rows that the table has."""
     figure, axes = _begun()
-    for measured, name in ((wholes, "all rows read"), (deltas, f"a delta of {keys} keys")):
+    for measured, name, place in ((wholes, "all rows read", (-6, 4)), (deltas, f"a delta of {keys} keys", (-6, 6))):
         sizes = sorted(measured)
         middles = [median(measured[size]) * 1000 for size in sizes]
         below = [middle - min(measured[size]) * 1000 for size, middle in zip(sizes, middles, strict=True)]
         above = [max(measured[size]) * 1000 - middle for size, middle in zip(sizes, middles, strict=True)]
         axes.errorbar(sizes, middles, yerr=[below, above], marker="o", capsize=3, label=name)
         for size, middle in zip(sizes, middles, strict=True):
-            axes.annotate(f"{middle:,.0f} ms", (size, middle), (6, 6), textcoords="offset points")
+            label = f"{middle:,.0f} ms"
+            axes.annotate(label, (size, middle), place, textcoords="offset points", horizontalalignment="right")
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
     axes.minorticks_off()
+    axes.set_xlim(sizes[0] / 2, sizes[-1] * 1.5)
+    axes.yaxis.set_major_formatter("{x:,g}")
     axes.set_xlabel("rows of the table")
     axes.set_ylabel("ms of a refresh, median and range")
     axes.legend(frameon=False)
