@@ -869,7 +869,11 @@ class RespClient:
         self._storm, self._life, self._random = storm, life, random
         self._socket = socket.create_connection(life.ports["resp"], timeout=READ_LIMIT_S)
         self._replies = hiredis.Reader()
-        self._ask([("HELLO", 3)])
+        try:
+            self._ask([("HELLO", 3)])
+        except BaseException:
+            self.close()  # nobody else has it yet
+            raise
 
     def close(self) -> None:
         self._socket.close()
@@ -991,7 +995,11 @@ class StatusClient:
         self._storm, self._life = storm, life
         self._socket = socket.create_connection(life.ports["status"], timeout=READ_LIMIT_S)
         self._lines = self._socket.makefile("r", encoding="utf-8")
-        self._ask("prompt")
+        try:
+            self._ask("prompt")
+        except BaseException:
+            self.close()  # nobody else has it yet
+            raise
 
     def close(self) -> None:
         self._lines.close()
