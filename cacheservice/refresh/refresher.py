@@ -318,7 +318,7 @@ class Refresher:
         asked_at = began_at = self._clock.seconds()
         began_on = datetime.now(UTC)
         builders = [rows_builder(dataset.settings, self._release) for dataset in self.datasets]
-        bases = [dataset.newest() for dataset in self.datasets]
+        bases: list[Snapshot | None] = []
 
         def read() -> Deferred[list[Reading]]:
             nonlocal began_at, began_on
@@ -382,7 +382,8 @@ class Refresher:
         (first, why_first), *_ = [(r.dataset.name, r.refused) for r in results if r.refused]
         for dataset, reading, rows, refused, *_ in results:
             dataset.accepts_next = False
-            self._told[dataset.name] = None
+            if dataset.settings.notify:
+                self._told[dataset.name] = None  # the keys that were told are not served yet; triggers keep theirs
             reason = refused or f"is of one group with {first}, whose result {why_first}"
             took_s = self._clock.seconds() - reading.read_at
             dataset.hold(reason, rows.count, datetime.now(UTC))
