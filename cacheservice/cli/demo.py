@@ -200,8 +200,9 @@ class Demo:
         return password
 
     def _life_command(self) -> list[str]:
-        # psql's own loop; over the unix socket, which asks for no password.
-        return [*self._psql(), "-q", "-o", os.devnull, "-c", "SELECT shop.breathe()", "-c", r"\watch interval=2"]
+        # psql's own loop, which it has only in a file; over the unix socket, which asks for no password.
+        life = resources.files("cacheservice.cli").joinpath("life.sql")
+        return [*self._psql(), "-q", "-o", os.devnull, "-f", str(life)]
 
     def _psql(self) -> list[str]:
         socket_dsn = (
