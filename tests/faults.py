@@ -57,7 +57,7 @@ from cacheservice.cache.rows import RowsBuilder
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.persistence.store import SnapshotStore
 from tests.chaos import FaultyNetwork
-from tests.persistence_child import SETTINGS, rows_of_generation
+from tests.persistence_child import SETTINGS, killed_after, rows_of_generation
 from tests.postgres import connect, query, sessions
 from tests.resp_peer import encode
 from tests.test_twistd import CLOCK_SHIM, GIVE_UP_S, REPOSITORY, STOP_LIMIT_S, Daemon, until
@@ -1356,8 +1356,9 @@ class Shelf:
     async def kill(self, kills: int, rows: int, most_s: float) -> None:
         """Kill a process that saves one generation after the other at a random moment of the first `most_s`, so often:
         each start has to serve the generation that was being saved or the one before it, whole."""
+        self.directory.mkdir(exist_ok=True)
         for _ in range(kills):
-            begun = await deferToThread(self._killed_after, rows, self._random.uniform(0.0, most_s))
+            begun = await deferToThread(killed_after, self.directory, rows, self._random.uniform(0.0, most_s))
             snapshot, said = await self.restore()
             generation = snapshot.generation if snapshot else 0
             whole = snapshot is None or dict(snapshot.rows.items()) == dict(rows_of_generation(generation, rows))
@@ -1368,22 +1369,6 @@ class Shelf:
                 )
             self._counts.add("kills")
             self._counts.add(f"kills that loaded the {'new' if generation == begun else 'old'} generation")
-
-    def _killed_after(self, rows: int, after_s: float) -> int:
-        """The generation that was being saved."""
-        self.directory.mkdir(exist_ok=True)
-        child = subprocess.Popen(
-            [sys.executable, "-m", "tests.persistence_child", str(self.directory), str(rows)],
-            cwd=REPOSITORY,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert child.stdout is not None
-        told = child.stdout.readline()
-        time.sleep(after_s)
-        child.kill()
-        told += child.communicate()[0]
-        return max(int(line.split()[1]) for line in told.splitlines() if line.startswith("begun "))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ A line on standard output tells that a generation is begun, another that its sav
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,24 @@ class Child:
         builder.add(rows_of_generation(generation, self.count))
         say("begun", generation)
         dataset.publish(Snapshot(generation, builder.finish(), datetime.now(UTC), reactor.seconds(), "1:1:"))
+
+
+def killed_after(directory: Path, count: int, after_s: float) -> int:
+    """The last generation that a child had begun when it was killed, so long after its first; it blocks."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "tests.persistence_child", str(directory), str(count)],
+        cwd=Path(__file__).parent.parent,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None
+    told = child.stdout.readline()
+    time.sleep(after_s)
+    child.kill()
+    told += child.communicate()[0]
+    words = [line.split() for line in told.splitlines()]
+    assert {word for word, *_ in words} <= {"begun", "saved"}, told
+    return max(int(number) for word, number in words if word == "begun")
 
 
 def say(*words: object) -> None:

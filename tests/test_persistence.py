@@ -10,7 +10,6 @@ import resource
 import shutil
 import stat
 import subprocess
-import sys
 import tempfile
 import time
 import weakref
@@ -48,9 +47,8 @@ from cacheservice.persistence.files import (
     read,
 )
 from cacheservice.persistence.store import SnapshotStore
-from tests.persistence_child import rows_of_generation
+from tests.persistence_child import killed_after, rows_of_generation
 
-ROOT = Path(__file__).parent.parent
 AS_OF = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 KILLS = int(os.environ.get("CACHESERVICE_TEST_KILLS", "30"))
 KILL_ROWS = 20_000
@@ -839,7 +837,7 @@ class Killed(Running):
         """Killed at any moment, the next start serves the generation that was being saved or the one before, whole."""
         random_ = random.Random()
         for _ in range(KILLS):
-            begun = await deferToThread(self.killed_after, random_.uniform(0.0, 0.15))
+            begun = await deferToThread(killed_after, self.directory, KILL_ROWS, random_.uniform(0.0, 0.15))
             dataset = self.store(start=False)
             await self.snapshots.restore()
             self.assertEqual(self.log.named("snapshot_rejected"), [])
@@ -848,20 +846,3 @@ class Killed(Running):
             else:
                 self.assertIn(self.generation_of(dataset.snapshot, KILL_ROWS), (begun - 1, begun))
             self.assertEqual([name for name in self.files() if not name.endswith(".snapshot")], [])
-
-    def killed_after(self, after_s: float) -> int:
-        """The last generation that the child had begun when it was killed, so long after its first."""
-        child = subprocess.Popen(
-            [sys.executable, "-m", "tests.persistence_child", str(self.directory), str(KILL_ROWS)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert child.stdout is not None
-        told = child.stdout.readline()
-        time.sleep(after_s)
-        child.kill()
-        told += child.communicate()[0]
-        words = [line.split() for line in told.splitlines()]
-        self.assertEqual({word for word, *_ in words} - {"begun", "saved"}, set(), told)
-        return max(int(number) for word, number in words if word == "begun")
