@@ -59,8 +59,8 @@ class Counting(SynchronousTestCase):
     def test_one_large_shard(self) -> None:
         """Rows that all fall into one shard are counted in steps as well."""
         shard = {b"%d" % number: b"$1\r\n1\r\n" for number in range(50_000)}
-        rows = Rows([shard], len(shard), 0, lambda _: None)
-        other = Rows([dict(shard)], len(shard), 0, lambda _: None)
+        rows = Rows([[shard]], len(shard), 0, lambda _: None)
+        other = Rows([[dict(shard)]], len(shard), 0, lambda _: None)
         change, steps = counted(rows, other)
         self.assertEqual(change, (0, 0, 0))
         self.assertGreaterEqual(steps, 40)

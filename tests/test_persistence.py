@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from twisted.trial.unittest import SkipTest, SynchronousTestCase, TestCase
 
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset, Snapshot
-from cacheservice.cache.rows import Rows, RowsBuilder, Shards
+from cacheservice.cache.rows import Groups, Rows, RowsBuilder
 from cacheservice.config import DatasetSettings
 from cacheservice.errors import SnapshotRejected, Stopped, UnknownDataset, UnknownGeneration
 from cacheservice.persistence.files import (
@@ -62,7 +63,7 @@ def declared(name: str = "products", **more: Any) -> DatasetSettings:
     return DatasetSettings.model_validate({"name": name, "query": "SELECT * FROM products", "key": "id"} | more)
 
 
-def rows_of(table: Iterable[tuple[bytes | None, bytes]], release: Callable[[Shards], None] = lambda _: None) -> Rows:
+def rows_of(table: Iterable[tuple[bytes | None, bytes]], release: Callable[[Groups], None] = lambda _: None) -> Rows:
     builder = RowsBuilder(release)
     builder.add(list(table))
     return builder.finish()
@@ -753,7 +754,7 @@ class Restoring(Running):
         os.truncate(self.path(2), self.path(2).stat().st_size - 1)
         released: list[int] = []
         dataset = self.store(start=False)
-        self.snapshots._release = lambda shards: released.append(sum(map(len, shards)))
+        self.snapshots._release = lambda groups: released.append(sum(map(len, chain.from_iterable(groups))))
         await self.snapshots.restore()
         self.assertEqual(self.generation_of(dataset.snapshot), 1)
         self.assertEqual(len(released), 1)

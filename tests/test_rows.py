@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from cacheservice.cache.rows import MAX_KEY_BYTES, SHARD_COUNT, RowsBuilder, Shards, bulk, unframed
+from cacheservice.cache.rows import MAX_KEY_BYTES, SHARD_COUNT, Groups, RowsBuilder, bulk, unframed
 from cacheservice.errors import BadResult, ResultTooLarge
 
 Chunk = list[tuple[bytes | None, bytes]]
@@ -16,12 +18,13 @@ tables = st.dictionaries(keys, st.binary(max_size=20), max_size=200)
 
 
 class Released:
-    """Whom the shards go to; remembers what was in them."""
+    """Whom the groups go to; remembers what was in them."""
 
     def __init__(self) -> None:
         self.tables: list[dict[bytes, bytes]] = []
 
-    def __call__(self, shards: Shards) -> None:
+    def __call__(self, groups: Groups) -> None:
+        shards = chain.from_iterable(groups)
         self.tables.append({key: unframed(ready) for shard in shards for key, ready in shard.items()})
 
 
@@ -167,7 +170,7 @@ class Release(SynchronousTestCase):
         self.released = Released()
 
     def test_with_the_last_reference(self) -> None:
-        """The shards go to `release` once, when nobody holds the rows any more, and not before."""
+        """The groups go to `release` once, when nobody holds the rows any more, and not before."""
         builder = RowsBuilder(self.released)
         builder.add([(b"1", b"one"), (b"2", b"two")])
         rows = builder.finish()
@@ -192,7 +195,7 @@ class Release(SynchronousTestCase):
     def test_in_shards(self) -> None:
         """Rows lie in many dicts of about the same size, so that none is long to free."""
         sizes: list[int] = []
-        builder = RowsBuilder(lambda shards: sizes.extend(map(len, shards)))
+        builder = RowsBuilder(lambda groups: sizes.extend(map(len, chain.from_iterable(groups))))
         builder.add([(b"%d" % n, b"") for n in range(SHARD_COUNT * 100)])
         builder.discard()
         self.assertEqual((len(sizes), sum(sizes)), (SHARD_COUNT, SHARD_COUNT * 100))

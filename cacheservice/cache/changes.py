@@ -45,9 +45,9 @@ class ChangeCount:
     def __iter__(self) -> Iterator[None]:
         work = 0
         alike = self._old.mask == self._new.mask
-        for place, new in enumerate(self._new.shards):
+        for place, new in enumerate(self._new.shards()):
             # Most often nothing has changed, and the dicts themselves tell that at C speed.
-            if alike and len(new) <= _STEP_ROWS and self._old.shards[place] == new:
+            if alike and len(new) <= _STEP_ROWS and self._old.shard(place) == new:
                 work += len(new)
             else:
                 rows = iter(new.items())

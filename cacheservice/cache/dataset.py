@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Literal
 
 from cacheservice.cache.changes import Change
-from cacheservice.cache.rows import Rows, RowsBuilder, Shards
+from cacheservice.cache.rows import Groups, Rows, RowsBuilder
 from cacheservice.config import DatasetSettings
 from cacheservice.errors import Blocker
 
@@ -276,7 +276,7 @@ class Dataset:
         return float("inf") if age_s is None else age_s / self.settings.max_age_s
 
 
-def rows_builder(settings: DatasetSettings, release: Callable[[Shards], None]) -> RowsBuilder:
-    """For the rows of a dataset; `release` gets their shards in the end."""
+def rows_builder(settings: DatasetSettings, release: Callable[[Groups], None]) -> RowsBuilder:
+    """For the rows of a dataset; `release` gets their groups in the end."""
     patched = bool(settings.watch or settings.notify)
     return RowsBuilder(release, max_rows=settings.max_rows, max_bytes=settings.max_bytes, patched=patched)

@@ -2,7 +2,8 @@
 
 They lie in 256 dicts by hash, because one dict of a million entries holds the reactor
 for 29 ms each time it grows, and as long again when it is freed (measured). Rows that are to be patched lie in more of
-them: what a patch does not touch is shared with the rows before it, and what it touches is copied.
+them, and these in groups: what a patch does not touch is shared with the rows before it, and what it touches is copied,
+a group and one of its dicts for each key.
 
 A document is kept as most clients want it sent: a bulk string of the Redis protocol. Framing it for each read again
 took a fifth of a pipelined GET; taking the frame off for the others is one slice.
@@ -18,12 +19,17 @@ from cacheservice.errors import BadResult, ResultTooLarge
 
 Shards = list[dict[bytes, bytes]]
 """Keys to bulk strings."""
+Groups = list[Shards]
+"""All of the same length, a power of two."""
 
 SHARD_COUNT = 256
 """Of ordinary rows, and the least of others: always a power of two."""
 _MOST_SHARDS = 65_536
-_PATCHED_SHARD_ROWS = 128
-"""A dict of at most 170 entries takes 4 KiB, and its copy a microsecond."""
+_PATCHED_SHARD_ROWS = 32
+"""What a copy takes are the reference counts of its entries, each in a line of memory that no cache holds."""
+PATCHED_GROUP_BITS = 5
+PATCHED_GROUP_MASK = (1 << PATCHED_GROUP_BITS) - 1
+_PLAIN_GROUP_BITS = SHARD_COUNT.bit_length() - 1
 MAX_KEY_BYTES = 64 * 1024
 _SHOWN_KEY_BYTES = 100
 
@@ -50,52 +56,63 @@ def unframed(ready: bytes) -> bytes:
 class Rows:
     """An immutable mapping of `count` keys to documents, `size_bytes` long in all (keys and documents).
 
-    `shards[hash(key) & mask]` holds `key`: for the one place that cannot afford the call of `bulk`. Whoever takes
-    them must let them go in the turn in which this object is replaced, because they are emptied then.
+    With `place = hash(key) & mask`, `groups[place >> bits]` holds `key`, in its shard of the number that the last
+    `bits` bits of `place` give; ordinary rows have one group. That is for the one place that cannot afford the call of
+    `bulk`. Whoever takes them must let them go in the turn in which this object is replaced, because they are emptied
+    after it.
 
-    When the last reference goes, `release` gets the shards, so that their owner can free them slice by slice.
+    When the last reference goes, `release` gets the groups, so that their owner can free them slice by slice.
     """
 
-    __slots__ = ("__weakref__", "count", "mask", "release", "shards", "size_bytes")
+    __slots__ = ("__weakref__", "bits", "count", "groups", "mask", "release", "size_bytes")
 
-    def __init__(self, shards: Shards, count: int, size_bytes: int, release: Callable[[Shards], None]) -> None:
-        self.shards = shards
-        self.mask = len(shards) - 1
+    def __init__(self, groups: Groups, count: int, size_bytes: int, release: Callable[[Groups], None]) -> None:
+        self.groups = groups
+        self.bits = len(groups[0]).bit_length() - 1
+        self.mask = (len(groups) << self.bits) - 1
         self.count = count
         self.size_bytes = size_bytes
         self.release = release
         # At exit the process frees everything by itself.
-        weakref.finalize(self, release, shards).atexit = False
+        weakref.finalize(self, release, groups).atexit = False
 
     def __len__(self) -> int:
         return self.count
 
     def get(self, key: bytes) -> bytes | None:
         """The document of `key`, or None."""
-        ready = self.shards[hash(key) & self.mask].get(key)
+        ready = self.shard(hash(key) & self.mask).get(key)
         return None if ready is None else unframed(ready)
 
     def bulk(self, key: bytes) -> bytes | None:
         """The document of `key` as a bulk string, or None."""
-        return self.shards[hash(key) & self.mask].get(key)
+        return self.shard(hash(key) & self.mask).get(key)
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self.shards[hash(key) & self.mask]
+        return key in self.shard(hash(key) & self.mask)
+
+    def shard(self, place: int) -> dict[bytes, bytes]:
+        """The one at that place, from 0 to `mask`."""
+        return self.groups[place >> self.bits][place & ((1 << self.bits) - 1)]
+
+    def shards(self) -> Iterator[dict[bytes, bytes]]:
+        """All of them, in the order of their places."""
+        return chain.from_iterable(self.groups)
 
     def keys_by_hash(self, low_bits: int) -> Iterator[bytes]:
         """The keys whose hash ends in that number, which is less than SHARD_COUNT."""
-        return chain.from_iterable(self.shards[low_bits::SHARD_COUNT])
+        return chain.from_iterable(map(self.shard, range(low_bits, self.mask + 1, SHARD_COUNT)))
 
     def slices(self, most: int) -> Iterator[tuple[list[bytes], list[bytes]]]:
         """Keys and their bulk strings, at most `most` at a time, for whoever must not take them all in one turn."""
-        keys = chain.from_iterable(self.shards)
-        documents = chain.from_iterable(map(dict.values, self.shards))
+        keys = chain.from_iterable(self.shards())
+        documents = chain.from_iterable(map(dict.values, self.shards()))
         while some := list(islice(keys, most)):
             yield some, list(islice(documents, most))
 
     def items(self) -> Iterator[tuple[bytes, bytes]]:
         """Every key with its document, in an order that stays as long as this object lives."""
-        for shard in self.shards:
+        for shard in self.shards():
             for key, ready in shard.items():
                 yield key, unframed(ready)
 
@@ -109,7 +126,7 @@ class RowsBuilder:
     """
 
     def __init__(
-        self, release: Callable[[Shards], None], *, max_rows: int = 0, max_bytes: int = 0, patched: bool = False
+        self, release: Callable[[Groups], None], *, max_rows: int = 0, max_bytes: int = 0, patched: bool = False
     ) -> None:
         self.count = 0
         self.size_bytes = 0
@@ -161,17 +178,19 @@ class RowsBuilder:
         self._shards = [{} for _ in range(self._shard_count)]
         return self._shards
 
+    def _grouped(self) -> Groups:
+        shards, self._shards = self._shards or self._begun(), []
+        size = 1 << (PATCHED_GROUP_BITS if self._patched else _PLAIN_GROUP_BITS)
+        return [shards[first : first + size] for first in range(0, len(shards), size)]
+
     def finish(self) -> Rows:
         """The rows taken so far; this builder is empty afterwards."""
-        rows = Rows(self._shards or self._begun(), self.count, self.size_bytes, self._release)
-        self._shards = []
-        return rows
+        return Rows(self._grouped(), self.count, self.size_bytes, self._release)
 
     def discard(self) -> None:
         """Free what was taken, slice by slice, after a read that failed."""
-        shards, self._shards = self._shards, []
-        if shards:
-            self._release(shards)
+        if self._shards:
+            self._release(self._grouped())
 
 
 class RowsPatch:
@@ -217,13 +236,13 @@ class RowsPatch:
     def _shard(self, key: bytes) -> dict[bytes, bytes]:
         place = hash(key) & self.old.mask
         own = self._copied.get(place)
-        return self.old.shards[place] if own is None else own
+        return self.old.shard(place) if own is None else own
 
     def _own_shard(self, key: bytes) -> dict[bytes, bytes]:
         place = hash(key) & self.old.mask
         own = self._copied.get(place)
         if own is None:
-            own = self._copied[place] = self.old.shards[place].copy()
+            own = self._copied[place] = self.old.shard(place).copy()
         return own
 
     @property
@@ -239,10 +258,13 @@ class RowsPatch:
             raise ResultTooLarge(f"the result has more than max_rows = {self._max_rows} rows")
         if 0 < self._max_bytes < self._size_bytes:
             raise ResultTooLarge(f"the result has more than max_bytes = {self._max_bytes} bytes")
-        shards = self.old.shards.copy()
+        groups, bits = self.old.groups.copy(), self.old.bits
         for place, shard in self._copied.items():
-            shards[place] = shard
-        return Rows(shards, self.count, self._size_bytes, self.old.release)
+            number = place >> bits
+            if groups[number] is self.old.groups[number]:
+                groups[number] = groups[number].copy()
+            groups[number][place & ((1 << bits) - 1)] = shard
+        return Rows(groups, self.count, self._size_bytes, self.old.release)
 
 
 def _refuse_length(key: bytes) -> None:

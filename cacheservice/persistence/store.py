@@ -25,7 +25,7 @@ from twisted.internet.threads import deferToThreadPool
 from cacheservice.cache.cache import Cache, Fate
 from cacheservice.cache.dataset import Dataset, Snapshot, rows_builder
 from cacheservice.cache.describe import seconds
-from cacheservice.cache.rows import Rows, RowsBuilder, Shards
+from cacheservice.cache.rows import Groups, Rows, RowsBuilder
 from cacheservice.config import DatasetSettings, groups
 from cacheservice.errors import BadResult, CacheServiceError, SnapshotRejected, Stopped, UnknownGeneration
 from cacheservice.persistence.files import (
@@ -68,7 +68,7 @@ class SnapshotStore(Service):
 
     :param min_save_interval_s: the least time from the start of one save of a dataset to that of its next.
     :param keep_generations: files kept of a dataset, at least 1.
-    :param release: gets the shards of loaded rows when nobody reads them any more.
+    :param release: gets the groups of loaded rows when nobody reads them any more.
     :param reactor: `IReactorTime`, whose `seconds` are monotonic, and `IReactorThreads`.
     :param wall_s: the wall clock, in seconds since 1970: how old a file's rows are, no monotonic clock knows.
     """
@@ -81,7 +81,7 @@ class SnapshotStore(Service):
         directory: Path,
         min_save_interval_s: float,
         keep_generations: int,
-        release: Callable[[Shards], None],
+        release: Callable[[Groups], None],
         reactor: Any,
         log: Any,
         wall_s: Callable[[], float] = time.time,

@@ -11,12 +11,13 @@ Rows that were patched share most of their shards with those that followed. What
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from sys import getrefcount
 from typing import Any
 
 from twisted.internet.task import Cooperator
 
-from cacheservice.cache.rows import Shards
+from cacheservice.cache.rows import Groups, Shards
 
 _SLICE_ROWS = 256
 _MOST_SHARD_ROWS = 5000
@@ -26,7 +27,7 @@ _ROW_BY_ROW = 16
 _SAMPLE = 64
 """Shards that are looked at to tell whether nearly all are shared."""
 _OURS = 2
-"""References to a shard that nobody else holds: the list's, and the argument of `getrefcount`."""
+"""References to a group or a shard that nobody else holds: the list's, and the argument of `getrefcount`."""
 
 
 class Drain:
@@ -42,17 +43,13 @@ class Drain:
         )
         self._stopped = False
 
-    def add(self, shards: Shards) -> None:
-        """Take over `shards`, of which the caller keeps no reference."""
-        if self._stopped:
-            return
-        if _nearly_all_are_shared(shards):
-            shards.clear()
-        else:
-            self._cooperator.cooperate(_emptied(shards))
+    def add(self, groups: Groups) -> None:
+        """Take over `groups`, of which the caller keeps no reference; nothing is freed in this turn."""
+        if not self._stopped:
+            self._cooperator.cooperate(_emptied(groups))
 
     def stop(self) -> None:
-        """Leave the rest to the end of the process."""
+        """Free slice by slice no more."""
         self._stopped = True
         self._cooperator.stop()
 
@@ -64,7 +61,12 @@ def _nearly_all_are_shared(shards: Shards) -> bool:
     return own * 16 <= len(sample)
 
 
-def _emptied(shards: Shards) -> Iterator[None]:
+def _emptied(groups: Groups) -> Iterator[None]:
+    own = [number for number in range(len(groups)) if getrefcount(groups[number]) == _OURS]
+    shards = list(chain.from_iterable(groups[number] for number in own))
+    groups.clear()
+    if _nearly_all_are_shared(shards):
+        shards.clear()
     freed = 0
     while len(shards) > _ROW_BY_ROW:
         is_large = len(shards[-1]) > _MOST_SHARD_ROWS and getrefcount(shards[-1]) == _OURS

@@ -15,7 +15,7 @@ from cacheservice.cache.cache import DatabaseStatus
 from cacheservice.cache.changes import Change, ChangeCount
 from cacheservice.cache.dataset import Attempt, Dataset, Snapshot, Trigger, rows_builder
 from cacheservice.cache.describe import describe_blocker, seconds
-from cacheservice.cache.rows import Rows, RowsBuilder, RowsPatch, Shards
+from cacheservice.cache.rows import Groups, Rows, RowsBuilder, RowsPatch
 from cacheservice.config import timing
 from cacheservice.errors import DatabaseUnavailable, LockTimeout, NothingToPin, RefreshFailed, Stopped
 from cacheservice.postgres.database import Reading, Wanted
@@ -72,7 +72,7 @@ class Refresher:
         database: Reads,
         status: DatabaseStatus,
         slots: Slots,
-        release: Callable[[Shards], None],
+        release: Callable[[Groups], None],
         clock: Any,
         random: Callable[[], float],
         log: Any,

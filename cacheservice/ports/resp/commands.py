@@ -27,7 +27,7 @@ from cacheservice import __version__
 from cacheservice.cache.cache import Cache, Fate
 from cacheservice.cache.dataset import Dataset, State
 from cacheservice.cache.describe import describe_dataset
-from cacheservice.cache.rows import Rows, Shards, bulk
+from cacheservice.cache.rows import PATCHED_GROUP_BITS, PATCHED_GROUP_MASK, Groups, Rows, Shards, bulk
 from cacheservice.errors import UnknownDataset
 from cacheservice.ports.freshness import Freshness, is_visible
 from cacheservice.ports.resp import reply
@@ -87,7 +87,7 @@ class Commands:
             name.upper(): each for name, each in self.by_name.items()
         }
         # What `get` may answer without a further question: what is loaded and served however old it is.
-        self._served: dict[bytes, tuple[Shards, int]] = {}
+        self._served: dict[bytes, tuple[Groups, int]] = {}
         cache.watch(self._declared)
         for dataset in cache.datasets.values():
             self._declared(dataset, "added")
@@ -119,7 +119,7 @@ class Commands:
     def _published(self, dataset: Dataset) -> None:
         if dataset.snapshot is not None and dataset.settings.on_expired == "serve":
             rows = dataset.snapshot.rows
-            self._served[dataset.name.encode()] = rows.shards, rows.mask
+            self._served[dataset.name.encode()] = rows.groups, rows.mask
 
     # Finding what is asked for
 
@@ -174,6 +174,7 @@ class Commands:
         answers: list[bytes] = []
         add = answers.append
         last = b":"  # which no name holds
+        groups: Groups = []
         shards: Shards = []
         mask = 0
         try:
@@ -182,8 +183,13 @@ class Commands:
                     break
                 name, _, row = key.partition(b":")
                 if name != last:
-                    (shards, mask), last = self._served[name], name
-                add(shards[hash(row) & mask][row])
+                    (groups, mask), last = self._served[name], name
+                    shards = groups[0] if len(groups) == 1 else []
+                if shards:
+                    add(shards[hash(row) & mask][row])
+                else:
+                    place = hash(row) & mask
+                    add(groups[place >> PATCHED_GROUP_BITS][place & PATCHED_GROUP_MASK][row])
         except (KeyError, ValueError):
             pass  # no such dataset or row; more or fewer than two words
         return answers
