@@ -36,6 +36,16 @@ _ONE = """\
 \\set id random(1, {last})
 UPDATE products SET price = price + 0.01, updated_at = now() WHERE id = :id;
 """
+# What an application commits is seldom one statement: this is the shape of pgbench's own transaction (tpcb-like).
+_SALE = """\
+\\set id random(1, {last})
+BEGIN;
+SELECT price FROM products WHERE id = :id;
+UPDATE products SET price = price + 0.01, updated_at = now() WHERE id = :id;
+INSERT INTO sales (product_id, price) VALUES (:id, 9.99);
+COMMIT;
+"""
+_SALES = "CREATE TABLE sales (product_id integer, price numeric, sold_at timestamptz NOT NULL DEFAULT now())"
 # Checkpoints, after which pages are logged whole, and autovacuum would fall on one run and not on another.
 _UNDISTURBED = """
 ALTER SYSTEM SET checkpoint_timeout = '1h';
@@ -56,17 +66,22 @@ def main() -> None:
         migrate(server.dsn(), shipped.folder("migrations"))
         server.run_sql(_UNDISTURBED)
         many = _MANY.format(last=options.rows - _ROWS + 1, rows=_ROWS)
-        one = _ONE.format(last=options.rows)
+        one, sale = _ONE.format(last=options.rows), _SALE.format(last=options.rows)
+        server.run_sql(_SALES)
         print(f"{_ROWS:,} rows a statement, ms", flush=True)
         many_ms = in_turns(server, options.rounds, many, 1, ["-t", "15"])
         print("a row a statement, one client, ms", flush=True)
         one_ms = in_turns(server, options.rounds, one, 1, ["-T", str(options.seconds)])
         print(f"a row a statement, {_WRITERS} clients, commits/s", flush=True)
-        commits = in_turns(server, options.rounds, one, _WRITERS, ["-T", str(options.seconds)], per_second=True)
+        many_writers = (_WRITERS, ["-T", str(options.seconds)])
+        commits = in_turns(server, options.rounds, one, *many_writers, per_second=True)
+        print("the same, of a row sold in a transaction", flush=True)
+        sales = in_turns(server, options.rounds, sale, *many_writers, per_second=True)
         server.settings = {**server.settings, "fsync": "on"}
         server.restart()
-        print("the same with fsync on", flush=True)
-        durable = in_turns(server, options.rounds, one, _WRITERS, ["-T", str(options.seconds)], per_second=True)
+        print("both with fsync on", flush=True)
+        durable = in_turns(server, options.rounds, one, *many_writers, per_second=True)
+        durable_sales = in_turns(server, options.rounds, sale, *many_writers, per_second=True)
     print()
     figures = []
     for variant in ("no notify", "notify"):
@@ -89,12 +104,18 @@ def main() -> None:
                 limit(median(added), most_ms, " ms"),
             )
         )
-    for what, runs in (("fsync off", commits), ("fsync on", durable)):
+    of_many = {
+        "a row, fsync off": commits,
+        "a row, fsync on": durable,
+        "a sale, fsync off": sales,
+        "a sale, fsync on": durable_sales,
+    }
+    for what, runs in of_many.items():
         for variant in ("no notify", "notify"):
             ratios = [ours / bare for ours, bare in zip(runs[variant], runs["without"], strict=True)]
             figures.append(
                 (
-                    f"{_WRITERS} writers, {what}, {variant}: ratio",
+                    f"{_WRITERS} writers of {what}, {variant}: ratio",
                     spread(ratios),
                     f"{spread(runs['without'], '{:,.0f}'.format)} commits/s",
                     floor(median(ratios), LEAST_OF_COMMITS) if variant == "no notify" else "",
