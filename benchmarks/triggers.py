@@ -19,8 +19,9 @@ from benchmarks.figures import floor, limit, print_figures, spread
 from benchmarks.products import server_with_products
 from cacheservice import shipped
 from cacheservice.cli.embedded import EmbeddedPostgres
+from cacheservice.config import OWN_CHANNEL
 from cacheservice.postgres.migrate import migrate
-from cacheservice.postgres.watch import CHANNEL, unwatch, watch
+from cacheservice.postgres.watch import unwatch, watch
 
 MOST_OF_MANY = 30  # % of an UPDATE of 10,000 rows
 MOST_OF_ONE_MS = {"notify": 0.12, "no notify": 0.08}
@@ -176,7 +177,7 @@ def listening(server: EmbeddedPostgres) -> Iterator[None]:
     ended = threading.Event()
     with closing(psycopg2.connect(server.dsn())) as connection, connection.cursor() as cursor:
         connection.autocommit = True
-        cursor.execute(f"LISTEN {CHANNEL}")
+        cursor.execute(f"LISTEN {OWN_CHANNEL}")
 
         def take() -> None:
             while not ended.is_set():
