@@ -73,6 +73,7 @@ class ServiceTestCase(GuardTestCase):
             cache, database, max_connections, reactor, random.random, Log(self.events), Drain(reactor)
         )
         self.addCleanup(self.check_log)
+        self.addCleanup(database.stop)
         self.addCleanup(lambda: service.stopService() if service.running else None)
         return service, cache
 

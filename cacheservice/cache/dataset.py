@@ -67,7 +67,10 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One try to refresh, ended. Times in seconds; `started_at` by this machine's wall clock, for display only."""
+    """One try to refresh, ended. Times in seconds; `started_at` by this machine's wall clock, for display only.
+
+    `id` is in the log, and at the server in the application_name of the session and a comment of each statement.
+    """
 
     outcome: Outcome
     trigger: Trigger
@@ -77,6 +80,7 @@ class Attempt:
     error: str | None = None
     advice: str | None = None
     blockers: tuple[Blocker, ...] = ()
+    id: str = ""
     how: str = ""
     """How it was read, in words: "a delta of 12 keys", "all rows, because products was truncated"."""
 

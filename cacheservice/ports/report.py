@@ -167,6 +167,8 @@ def _attempt_line(attempt: Attempt) -> str:
         words += f", {attempt.rows:,} rows"
     if attempt.how:
         words += f", read {attempt.how}"
+    if attempt.id:
+        words += f", id {attempt.id}"
     return f"{words}: {attempt.error}" if attempt.error else words
 
 

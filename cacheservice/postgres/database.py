@@ -106,6 +106,7 @@ class Wanted(NamedTuple):
     :param most_keys: of a delta; if more have changed, all is read.
     :param told: the keys that were notified of up to now, once that is known; None for all. Only they are read then.
     :param trust_probe: whether the probe's value, if it has not changed, says that nothing has.
+    :param attempt: the id of the attempt, by which the server's views and logs name what is run for it.
     """
 
     dataset: DatasetSettings
@@ -116,6 +117,7 @@ class Wanted(NamedTuple):
     most_keys: int = 0
     told: Callable[[], Awaitable[frozenset[str] | None]] | None = None
     trust_probe: bool = True
+    attempt: str = ""
 
 
 class _Moment(NamedTuple):
@@ -255,24 +257,25 @@ class Database:
         wanted: Sequence[Wanted],
         deadline_at: float,
     ) -> list[Reading]:
-        moment = await self._begin(guard, [each.dataset for each in wanted], deadline_at)
+        moment = await self._begin(guard, [each.dataset for each in wanted], wanted[0].attempt, deadline_at)
         readings = [await self._read_one(moment, each) for each in wanted]
         await guard.execute("COMMIT")
         return readings
 
     async def _begin(
-        self, guard: GuardedConnection, datasets: Sequence[DatasetSettings], deadline_at: float
+        self, guard: GuardedConnection, datasets: Sequence[DatasetSettings], attempt: str, deadline_at: float
     ) -> _Moment:
         read_at = self._reactor.seconds()
         remaining_ms = guard.remaining_s() * 1000
         purpose = datasets[0].group or datasets[0].name
+        guard.work_for(f"cacheservice {purpose} {attempt}".rstrip())
         lock = deltas.lock_sql(datasets)
         begin = _BEGIN.format(
             # 0 would mean "no limit".
             statement_ms=max(1, int(remaining_ms * _STATEMENT_SHARE)),
             lock_ms=max(1, int(remaining_ms * _LOCK_SHARE)),
             idle_ms=max(1, int(remaining_ms)),
-            application_name=deltas.literal(self._target.application_name(purpose)),
+            application_name=deltas.literal(self._target.application_name(purpose, attempt)),
             lock=lock,
             can_tell=deltas.CAN_TELL if lock else "false",
         )

@@ -54,9 +54,11 @@ class Target:
         # Kerberos would block; the documents must be UTF-8 whatever the database's encoding is.
         return parameters | {"gssencmode": "disable", "client_encoding": "UTF8"}
 
-    def application_name(self, purpose: str) -> str:
-        """What pg_stat_activity shows of a session."""
-        return f"{self._parameters.get('application_name', 'cacheservice')} {purpose}"[:_IDENTIFIER_BYTES]
+    def application_name(self, purpose: str, attempt: str = "") -> str:
+        """What pg_stat_activity shows of a session, and while it works for an attempt, the id of that at the end."""
+        ending = f" {attempt}" if attempt else ""
+        name = f"{self._parameters.get('application_name', 'cacheservice')} {purpose}"
+        return name[: _IDENTIFIER_BYTES - len(ending)] + ending
 
     @property
     def has_password(self) -> bool:

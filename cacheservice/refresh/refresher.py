@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -13,7 +14,7 @@ from twisted.internet.task import LoopingCall, deferLater
 
 from cacheservice.cache.cache import DatabaseStatus
 from cacheservice.cache.changes import Change, ChangeCount
-from cacheservice.cache.dataset import Attempt, Dataset, Snapshot, Trigger, rows_builder
+from cacheservice.cache.dataset import Attempt, Dataset, Outcome, Snapshot, Trigger, rows_builder
 from cacheservice.cache.describe import describe_blocker, seconds
 from cacheservice.cache.rows import Groups, Rows, RowsBuilder, RowsPatch
 from cacheservice.config import timing
@@ -31,6 +32,23 @@ class Reads(Protocol):
     def read_together(self, wanted: Sequence[Wanted]) -> Deferred[list[Reading]]: ...
 
     def prune(self, keep_s: float, timeout_s: float) -> Deferred[int]: ...
+
+
+class _Try(NamedTuple):
+    """An attempt that is under way: its id, why it was begun, and when by this machine's wall clock."""
+
+    id: str
+    trigger: Trigger
+    began_on: datetime
+
+    def ended(
+        self, outcome: Outcome, took_s: float, rows: int | None, error: str | None = None, **more: Any
+    ) -> Attempt:
+        return Attempt(outcome, self.trigger, self.began_on, took_s, rows, error, id=self.id, **more)
+
+    def fields(self) -> dict[str, str]:
+        """For its line in the log."""
+        return {"trigger": self.trigger, "attempt": self.id}
 
 
 class _Result(NamedTuple):
@@ -316,19 +334,19 @@ class Refresher:
     async def _attempt(self, trigger: Trigger, whole: bool) -> None:
         """One try, whatever comes of it: it never raises, because it is all that stands in the loop."""
         asked_at = began_at = self._clock.seconds()
-        began_on = datetime.now(UTC)
+        this = _Try(secrets.token_hex(4), trigger, datetime.now(UTC))
         builders = [rows_builder(dataset.settings, self._release) for dataset in self.datasets]
         bases: list[Snapshot | None] = []
 
         def read() -> Deferred[list[Reading]]:
-            nonlocal began_at, began_on
+            nonlocal began_at, this
             began_at = self._began_at = self._started_at = self._clock.seconds()
-            began_on = datetime.now(UTC)
+            this = this._replace(began_on=datetime.now(UTC))
             for dataset in self.datasets:
                 dataset.last_put_off_s = dataset.behind_s() or 0.0
                 dataset.put_off = False
             bases[:] = [dataset.newest() for dataset in self.datasets]
-            wanted = [self._wanted(*each, trigger, whole) for each in zip(self.datasets, builders, bases, strict=True)]
+            wanted = [self._wanted(*each, this, whole) for each in zip(self.datasets, builders, bases, strict=True)]
             return self._database.read_together(wanted).addBoth(self._note_duration_and_passthrough)
 
         try:
@@ -344,18 +362,18 @@ class Refresher:
                 raise Stopped("the refreshes were stopped")
             results = [await self._result(*each) for each in zip(self.datasets, readings, builders, bases, strict=True)]
             if any(result.refused and not result.dataset.accepts_next for result in results):
-                self._hold(results, trigger, began_on)
+                self._hold(results, this)
             else:
-                await self._publish(results, trigger, began_on, began_at - asked_at)
+                await self._publish(results, this, began_at - asked_at)
         except (Stopped, CancelledError):
-            self._tell("debug", "refresh_cancelled", trigger=trigger)
+            self._tell("debug", "refresh_cancelled", **this.fields())
         except RefreshFailed as error:
-            self._fail(error, trigger, began_on, self._clock.seconds() - began_at)
+            self._fail(error, this, self._clock.seconds() - began_at)
         except Exception as error:
             # A mistake of ours: told with its traceback, and as any other failure no end of the loop.
-            self._tell("error", "refresh_broke", trigger=trigger, exc_info=True)
+            self._tell("error", "refresh_broke", **this.fields(), exc_info=True)
             ours = RefreshFailed(f"an internal error, {type(error).__name__}; its traceback is in the log")
-            self._fail(ours, trigger, began_on, self._clock.seconds() - began_at)
+            self._fail(ours, this, self._clock.seconds() - began_at)
         finally:
             for dataset, builder in zip(self.datasets, builders, strict=True):
                 dataset.loading = dataset.expected_rows = None
@@ -376,7 +394,7 @@ class Refresher:
     def _is_failing(self) -> bool:
         return any(dataset.consecutive_failures > 0 for dataset in self.datasets)
 
-    def _hold(self, results: Sequence[_Result], trigger: Trigger, began_on: datetime) -> None:
+    def _hold(self, results: Sequence[_Result], this: _Try) -> None:
         """Go on with what is served; the next interval tries again."""
         self._status.answered()
         (first, why_first), *_ = [(r.dataset.name, r.refused) for r in results if r.refused]
@@ -391,28 +409,26 @@ class Refresher:
                 f"if the result is right, say 'accept {dataset.name if refused else first}' on the admin socket, "
                 "which lets the next one through; if not, correct the data, and the next one clears it by itself"
             )
-            dataset.attempted(Attempt("held", trigger, began_on, took_s, rows.count, reason, advice))
+            dataset.attempted(this.ended("held", took_s, rows.count, reason, advice=advice))
             self._logs[dataset.name].warning(
                 "refresh_held",
-                trigger=trigger,
+                **this.fields(),
                 error=f"the result {reason}",
                 rows=rows.count,
                 took_s=seconds(took_s),
             )
 
-    async def _publish(self, results: Sequence[_Result], trigger: Trigger, began_on: datetime, queued_s: float) -> None:
+    async def _publish(self, results: Sequence[_Result], this: _Try, queued_s: float) -> None:
         """Serve all of them from one turn of the reactor on; of pinned ones, keep them."""
         changes = await self._changes(results)
         self._status.answered()
         for result, change in zip(results, changes, strict=True):
-            self._publish_one(result, change, trigger, began_on, queued_s)
+            self._publish_one(result, change, this, queued_s)
         for dataset, expiry in zip(self.datasets, self._expiries, strict=True):
             if not dataset.pinned:
                 expiry.published()
 
-    def _publish_one(
-        self, result: _Result, change: Change, trigger: Trigger, began_on: datetime, queued_s: float
-    ) -> None:
+    def _publish_one(self, result: _Result, change: Change, this: _Try, queued_s: float) -> None:
         dataset, reading, rows = result.dataset, result.reading, result.rows
         log = self._logs[dataset.name]
         dataset.accepts_next = False
@@ -436,23 +452,23 @@ class Refresher:
             dataset.keep(snapshot)
             kept = f"waits as a candidate, because {dataset.name} is pinned"
             advice = f"say 'unpin {dataset.name}' on the admin socket to serve it"
-            dataset.attempted(Attempt("held", trigger, began_on, took_s, rows.count, kept, advice, how=how))
+            dataset.attempted(this.ended("held", took_s, rows.count, kept, advice=advice, how=how))
             log.info(
-                "refresh_held", trigger=trigger, error=f"the result {kept}", rows=rows.count, took_s=seconds(took_s)
+                "refresh_held", **this.fields(), error=f"the result {kept}", rows=rows.count, took_s=seconds(took_s)
             )
             return
         fields = {"rows": rows.count, "read": how, "took_s": seconds(took_s), "queued_s": seconds(queued_s)}
         served = dataset.snapshot
         if result.change is not None and served is not None and result.base is served and not any(change):
             dataset.renew(replace(snapshot, generation=served.generation, rows=served.rows, change=served.change))
-            dataset.attempted(Attempt("unchanged", trigger, began_on, took_s, rows.count, how=how))
-            log.info("refresh_unchanged", trigger=trigger, generation=served.generation, **fields)
+            dataset.attempted(this.ended("unchanged", took_s, rows.count, how=how))
+            log.info("refresh_unchanged", **this.fields(), generation=served.generation, **fields)
             return
         dataset.publish(snapshot)
-        dataset.attempted(Attempt("published", trigger, began_on, took_s, rows.count, how=how))
+        dataset.attempted(this.ended("published", took_s, rows.count, how=how))
         log.info(
             "refresh_published",
-            trigger=trigger,
+            **this.fields(),
             generation=generation,
             bytes=rows.size_bytes,
             **change._asdict(),
@@ -489,7 +505,7 @@ class Refresher:
             )
         return count.change
 
-    def _fail(self, error: RefreshFailed, trigger: Trigger, began_on: datetime, took_s: float) -> None:
+    def _fail(self, error: RefreshFailed, this: _Try, took_s: float) -> None:
         # The keys that were told are as lost as the attempt that took them: the next one reads all.
         self._told = dict.fromkeys((dataset.name for dataset in self.datasets if dataset.settings.notify), None)
         retry_in_s = self._plan_retry()
@@ -499,10 +515,10 @@ class Refresher:
         else:
             self._status.answered()
         for dataset in self.datasets:
-            dataset.attempted(Attempt("failed", trigger, began_on, took_s, None, str(error), error.advice, blockers))
+            dataset.attempted(this.ended("failed", took_s, None, str(error), advice=error.advice, blockers=blockers))
             self._logs[dataset.name].warning(
                 "refresh_failed",
-                trigger=trigger,
+                **this.fields(),
                 error=str(error),
                 blocked_by=[describe_blocker(blocker) for blocker in blockers] or None,
                 took_s=seconds(took_s),
@@ -525,9 +541,7 @@ class Refresher:
         passed: int = math.floor((self._clock.seconds() - self._phase_at) / self._interval_s)
         return self._phase_at + max(0, passed + 1) * self._interval_s
 
-    def _wanted(
-        self, dataset: Dataset, builder: RowsBuilder, base: Snapshot | None, trigger: Trigger, whole: bool
-    ) -> Wanted:
+    def _wanted(self, dataset: Dataset, builder: RowsBuilder, base: Snapshot | None, this: _Try, whole: bool) -> Wanted:
         settings = dataset.settings
         dataset.loading = builder
         dataset.expected_rows = base.rows.count if base else None
@@ -549,18 +563,19 @@ class Refresher:
             builder.expect(base.rows.count)
         if (whole and not settings.watch) or (settings.watch and was_told):
             # An operator wants it read (with watch that is a check as well), or it was notified of what no trigger saw.
-            return Wanted(settings, builder)
+            return Wanted(settings, builder, attempt=this.id)
         return Wanted(
             settings,
             builder,
             # The planner's estimate is asked for only where there is no better one.
             expect if base is None else None,
             base if settings.watch or settings.probe or settings.notify else None,
-            check=bool(settings.watch) and (whole or self._check_is_due(dataset, trigger)),
+            check=bool(settings.watch) and (whole or self._check_is_due(dataset, this.trigger)),
             most_keys=int(max(_LEAST_DELTA_KEYS, settings.max_delta * base.rows.count)) if base else 0,
-            told=told_by_now if settings.notify and trigger == "notify" else None,
+            told=told_by_now if settings.notify and this.trigger == "notify" else None,
             # Whoever notifies knows better.
             trust_probe=not was_told,
+            attempt=this.id,
         )
 
     def _check_is_due(self, dataset: Dataset, trigger: Trigger) -> bool:

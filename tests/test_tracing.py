@@ -1,0 +1,114 @@
+"""Laws of following an attempt: one id names it in the log, in `show`, and in all that the server shows of it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from cacheservice.cache.cache import Cache
+from cacheservice.cache.dataset import Dataset
+from cacheservice.config import DatasetSettings
+from cacheservice.ports import report
+from cacheservice.postgres.target import parse
+from tests.postgres import query, sessions
+from tests.test_guard import until
+from tests.test_refresh_service import ServiceTestCase, declare
+
+STARTED = ("refresh_published", "refresh_unchanged", "refresh_held", "refresh_failed")
+
+
+class Seen(NamedTuple):
+    """A session of an attempt as pg_stat_activity shows it."""
+
+    application_name: str
+    query: str
+
+
+class TracingTests(ServiceTestCase):
+    async def served(self, *settings: DatasetSettings) -> Cache:
+        service, cache = self.make_service(*settings)
+        await self.start_and_load(service, cache)
+        return cache
+
+    async def seen(self, statement: str) -> Seen:
+        """The session whose statement holds that word, once there is one."""
+
+        def found() -> list[Seen]:
+            return [
+                Seen(session.application_name, session.query)
+                for session in sessions(self.server, self.database_name)
+                if statement in session.query and session.state == "active"
+            ]
+
+        await until(lambda: bool(found()))
+        return found()[0]
+
+    def attempts(self, dataset: str) -> list[tuple[str, str]]:
+        """(event, id) of the lines in the log."""
+        return [(e, f["attempt"]) for e, f in self.events if e in STARTED and f["dataset"] == dataset]
+
+    async def test_a_refresh_that_hangs(self) -> None:
+        """Whoever sees a statement at the server finds the line of its attempt, and the other way round."""
+        service, cache = self.make_service(declare("slow", "SELECT 1 AS id, pg_sleep(1.5)::text AS slept"))
+        service.startService()
+        session = await self.seen("FETCH")
+        dataset = cache.dataset("slow")
+        await until(lambda: dataset.attempts)
+        first = dataset.attempts[0].id
+        self.assertRegex(first, "^[0-9a-f]{8}$")
+        self.assertEqual(self.attempts("slow")[0], ("refresh_published", first))
+        self.assertEqual(session.application_name, f"cacheservice slow {first}")
+        self.assertTrue(session.query.startswith(f"/* cacheservice slow {first} */ "), session.query)
+        [line] = [line for line in report.show(dataset).splitlines() if f", id {first}" in line]
+        self.assertRegex(line, "^attempt: .* start published in ")
+
+    async def test_each_attempt_has_its_own(self) -> None:
+        """No two attempts share an id, whatever becomes of them."""
+        cache = await self.served(declare("things"))
+        dataset = cache.dataset("things")
+        await self.until_generation(dataset, 1)
+        self.sql("ALTER TABLE things RENAME TO gone")
+        await self.until_failed(dataset)
+        told = self.attempts("things")
+        self.assertEqual({event for event, _ in told}, {"refresh_published", "refresh_failed"})
+        self.assertEqual(len({id for _, id in told}), len(told))
+        self.assertEqual([attempt.id for attempt in dataset.attempts], [id for _, id in told][-10:])
+
+    async def test_of_a_group(self) -> None:
+        """A group is read in one attempt: its datasets have the id in common, and the server shows the group's name."""
+        slow = "SELECT 1 AS id, pg_sleep(1)::text AS slept"
+        service, cache = self.make_service(
+            declare("one", slow, group="shop */ DROP"), declare("other", group="shop */ DROP")
+        )
+        service.startService()
+        session = await self.seen("FETCH")
+        one, other = (cache.dataset(name) for name in ("one", "other"))
+        await until(lambda: one.attempts and other.attempts)
+        self.assertEqual(one.attempts[0].outcome, "published", one.attempts[0].error)
+        self.assertEqual(one.attempts[0].id, other.attempts[0].id)
+        self.assertEqual(session.application_name, f"cacheservice shop */ DROP {one.attempts[0].id}")
+        self.assertTrue(session.query.startswith(f"/* cacheservice shop * / DROP {one.attempts[0].id} */ "))
+
+    async def test_the_session_that_waits_for_the_next(self) -> None:
+        """A session that is kept between two attempts names none of them."""
+        cache = await self.served(declare("things", probe="SELECT 1", interval_s=60.0))
+        self.assertEqual(len(cache.dataset("things").attempts), 1)
+        [kept] = sessions(self.server, self.database_name)
+        self.assertEqual((kept.state, kept.application_name), ("idle", "cacheservice things"))
+
+    async def test_by_statement_timeouts_of_the_server(self) -> None:
+        """The server's own log names the attempt with the statement that it ended."""
+        before = len(self.server.log_path.read_text())
+        service, cache = self.make_service(declare("slow", "SELECT 1 AS id, pg_sleep(9)", timeout_s=0.6))
+        service.startService()
+        dataset: Dataset = cache.dataset("slow")
+        await until(lambda: dataset.attempts)
+        lines = self.server.log_path.read_text()[before:]
+        self.assertIn(f"STATEMENT:  /* cacheservice slow {dataset.attempts[0].id} */ ", lines)
+
+    def test_a_long_name(self) -> None:
+        """PostgreSQL cuts an application_name at 63 bytes; the id is kept, the name before it is cut."""
+        target: Any = parse("application_name=reporting")
+        name = target.application_name("a" * 63, "0123abcd")
+        self.assertEqual((len(name), name[-12:]), (63, "aaa 0123abcd"))
+        [(cut,)] = query(self.server, self.database_name, f"SELECT '{name}'::name::text")
+        self.assertEqual(cut, name)
