@@ -478,7 +478,8 @@ class Notified(FreshTestCase):
         until(lambda: self.described(daemon)["consecutive_failures"] == 0, "no failure")
 
     def test_bursts(self) -> None:
-        """10,000 notifications of one transaction cost two refreshes at most; of 10,000, few; the last is not lost."""
+        """10,000 notifications of one transaction cost two refreshes at most; of 10,000 transactions few, how many
+        depends on how long they take (see test_refresher); the last is not lost."""
         self.migrated()
         daemon = self.service(self.dataset(NOTIFY))
         count = len(self.attempts(daemon))
@@ -496,7 +497,7 @@ class Notified(FreshTestCase):
         )
         self.until_n(daemon, 3, 2)
         self.until_quiet(daemon)
-        self.assertLess(len(self.attempts(daemon)) - count, 2000)
+        self.assertLess(len(self.attempts(daemon)) - count, 100)
 
 
 class Probed(FreshTestCase):

@@ -170,7 +170,11 @@ class RefreshTestCase(SynchronousTestCase):
         self.assertEqual(world.database.running, [])
 
     def assert_last_line(self, world: World, level: str, event: str, fields: dict[str, Any]) -> None:
-        self.assertEqual(world.log.lines[-1], (level, event, fields))
+        last_level, last_event, told = world.log.lines[-1]
+        if "attempt" in told:
+            self.assertRegex(told["attempt"], "^[0-9a-f]{8}$")
+        without_id = {name: value for name, value in told.items() if name != "attempt"}
+        self.assertEqual((last_level, last_event, without_id), (level, event, fields))
 
 
 class Starts(RefreshTestCase):
@@ -321,6 +325,92 @@ class Overlaps(RefreshTestCase):
                 world.database.running[0].complete()
             world.advance(interval_s)
         self.assertEqual({dataset.state() for dataset in world.cache.datasets.values()}, {State.FRESH})
+        self.stop(world)
+
+
+class Bursts(RefreshTestCase):
+    """Notifications of a dataset with `notify`, one after the other."""
+
+    def burst(self, world: World, count: int, pause_s: float, read_s: float) -> int:
+        """How many reads begin while so many come and until all is quiet, each done in `read_s`."""
+        before = len(world.database.reads)
+        end_at: dict[int, float] = {}
+
+        def work() -> None:
+            for read in world.database.running:
+                if world.now_s >= end_at.setdefault(id(read), world.now_s + read_s):
+                    read.complete()
+
+        for _ in range(count):
+            world.service.heard("told", "")
+            for _ in range(max(1, round(pause_s / 0.001))):
+                world.advance(min(pause_s, 0.001))
+                work()
+        for _ in range(1000):
+            world.advance(0.001)
+            work()
+        return len(world.database.reads) - before
+
+    def loaded(self, **options: Any) -> World:
+        world = self.started(**({"notify": "told"} | options))
+        world.advance(0.0)
+        world.database.reads[0].complete()
+        world.advance(10.0)
+        return world
+
+    def test_ten_thousand(self) -> None:
+        """10,000 in a second, each of a transaction of its own, cost two reads: at the first, and after the last."""
+        for read_s in (0.001, 0.02, 0.3):
+            world = self.loaded()
+            self.assertEqual(self.burst(world, 10_000, 0.0001, read_s), 2)
+            self.stop(world)
+
+    def test_the_first_and_those_far_apart(self) -> None:
+        """One that comes alone is read at once, and so is each of some that are not of a burst."""
+        world = self.loaded()
+        self.assertEqual(self.burst(world, 10, 0.03, 0.001), 10)
+
+    def test_without_end(self) -> None:
+        """A stream that never pauses is read every two seconds all the same."""
+        world = self.loaded()
+        self.assertIn(self.burst(world, 10_000, 0.001, 0.01), range(5, 8))
+
+    def test_of_triggers(self) -> None:
+        """What triggers tell of costs little to read, so each change is read as soon as it can be."""
+        world = self.loaded(notify="", watch=[{"table": "public.products", "key": "id"}])
+        before = len(world.database.reads)
+        for _ in range(100):
+            world.service.heard("cacheservice", "changed 1")
+            world.advance(0.001)
+            for read in world.database.running:
+                read.complete()
+        self.assertGreater(len(world.database.reads) - before, 90)
+
+    def test_while_it_fails(self) -> None:
+        """Notifications do not drive a dataset that fails past its backoff."""
+        world = self.loaded(retry_initial_s=4.0)
+        world.service.heard("told", "")
+        world.advance(0.001)
+        world.service.heard("told", "")
+        world.database.running[0].fail()
+        before = len(world.database.reads)
+        for _ in range(100):
+            world.service.heard("told", "")
+            world.advance(0.01)
+        self.assertEqual(len(world.database.reads), before)
+        world.advance(4.0)
+        self.assertEqual(len(world.database.reads), before + 1)
+        world.database.running[0].complete()
+
+    def test_stop_amid_a_burst(self) -> None:
+        """What waits for the end of a burst is given up at the stop."""
+        world = self.loaded()
+        for _ in range(50):
+            world.service.heard("told", "")
+            world.advance(0.001)
+            for read in world.database.running:
+                read.complete()
+        self.assertEqual(world.database.running, [])
         self.stop(world)
 
 

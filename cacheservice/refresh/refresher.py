@@ -67,6 +67,10 @@ class _Result(NamedTuple):
 
 _LEAST_DELTA_KEYS = 100
 """A delta of so many keys is cheap however small the dataset is."""
+_CALM_S = 0.02
+"""A notification that comes within it after another, or after an attempt, is of a burst."""
+_LONGEST_BURST_S = 2.0
+"""However long a burst is, an attempt begins after so much of it."""
 _PATCHED_A_TURN = 500
 """Keys, in half a millisecond."""
 
@@ -112,6 +116,10 @@ class Refresher:
         self._started_at: float | None = None
         self._first_tick: Any = None
         self._retry: Any = None
+        self._calm: Any = None
+        self._burst_began_at = 0.0
+        self._told_at = -math.inf
+        self._ended_at = -math.inf
         self._running: Deferred[None] | None = None
         self._again: Trigger | None = None
         self._again_whole = False
@@ -160,7 +168,7 @@ class Refresher:
         if timing(self.datasets[0].settings) == self._timing:
             return
         self._take_timing()
-        retry_at = self._retry.getTime() if self._retry is not None and self._retry.active() else math.inf
+        retry_at = self._retry.getTime() if _is_active(self._retry) else math.inf
         self._forget_starts()
         self._loop = self._new_loop()  # one that was stopped would count what it missed
         # As if the new interval had begun with the last start.
@@ -188,11 +196,13 @@ class Refresher:
         if self._loop.running:
             self._loop.stop()
         for timer in (self._first_tick, self._retry):
-            if timer is not None and timer.active():
+            if _is_active(timer):
                 timer.cancel()
 
     def _forget_plans(self) -> None:
         self._forget_starts()
+        if _is_active(self._calm):
+            self._calm.cancel()
         for expiry in self._expiries:
             expiry.stop()
         self._plan(None)
@@ -215,6 +225,7 @@ class Refresher:
     def tell(self, name: str, keys: Iterable[str] | None) -> None:
         """One dataset has changed, in these rows alone or in whatever rows; `notified` is to follow."""
         told = self._told.setdefault(name, set())
+        self._told_at = self._clock.seconds()
         if keys is None or told is None:
             self._told[name] = None
         else:
@@ -229,10 +240,29 @@ class Refresher:
             return  # it is read with the start
         if self._running is None:
             # Else with the retry: writers must not drive it past its backoff.
-            if at_once or self._retry is None or not self._retry.active():
+            if at_once:
                 self._begin("notify")
+            elif not _is_active(self._retry) and not _is_active(self._calm):
+                self._begin_when_calm()
         elif self._began_at < self._clock.seconds():
             self._again = self._again or "notify"
+
+    def _begin_when_calm(self) -> None:
+        """Begin now, or if what an application notifies of comes in a burst, when that is over.
+
+        Of a burst each attempt would see but a part. What triggers tell of costs little to read, and is read at once.
+        """
+        self._burst_began_at = self._clock.seconds()
+        self._look_for_calm()
+
+    def _look_for_calm(self) -> None:
+        now = self._clock.seconds()
+        calm_at = min(max(self._told_at, self._ended_at) + _CALM_S, self._burst_began_at + _LONGEST_BURST_S)
+        is_first = self._ended_at + _CALM_S <= self._burst_began_at
+        if is_first or now >= calm_at or not any(dataset.settings.notify for dataset in self.datasets):
+            self._begin("notify")
+        else:
+            self._calm = self._clock.callLater(calm_at - now, self._look_for_calm)
 
     def pin(self) -> list[str]:
         """Serve what is served; results that come become candidates.
@@ -308,8 +338,9 @@ class Refresher:
             self._begin("interval")
 
     def _begin(self, trigger: Trigger, whole: bool = False) -> None:
-        if self._retry is not None and self._retry.active():
-            self._retry.cancel()
+        for timer in (self._retry, self._calm):
+            if _is_active(timer):
+                timer.cancel()
         self._again, self._again_whole = None, False
         self._urgent = trigger == "manual"
         for dataset in self.datasets:
@@ -326,10 +357,16 @@ class Refresher:
 
     def _ended(self, _: object) -> None:
         self._running = None
+        self._ended_at = self._clock.seconds()
         for dataset in self.datasets:
             dataset.refreshing = dataset.put_off = False
-        if self._again is not None and not self._stopping:
-            self._begin(self._again, self._again_whole)
+        again, self._again = self._again, None
+        if again is None or self._stopping:
+            return
+        if again != "notify":
+            self._begin(again, self._again_whole)
+        elif not _is_active(self._retry):
+            self._begin_when_calm()
 
     async def _attempt(self, trigger: Trigger, whole: bool) -> None:
         """One try, whatever comes of it: it never raises, because it is all that stands in the loop."""
@@ -602,6 +639,10 @@ class Refresher:
         change = Change(patch.added, patch.changed, patch.removed)
         rows = patch.finish() if any(change) else base.rows
         return _Result(dataset, reading, rows, _refusal(dataset, rows, reading), base, change)
+
+
+def _is_active(timer: Any) -> bool:
+    return timer is not None and timer.active()
 
 
 def _refusal(dataset: Dataset, rows: Rows, reading: Reading) -> str | None:
