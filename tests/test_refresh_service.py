@@ -259,7 +259,7 @@ class FairnessTests(ServiceTestCase):
         )
         service.startService()
         sql = """
-            SELECT application_name, count(*) FROM pg_stat_activity
+            SELECT regexp_replace(application_name, ' [0-9a-f]{8}$', ''), count(*) FROM pg_stat_activity
             WHERE datname = %s AND application_name LIKE 'cacheservice %%' AND xact_start IS NOT NULL GROUP BY 1
         """
         seen: set[str] = set()
