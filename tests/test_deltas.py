@@ -257,6 +257,7 @@ class Proof(TestCase):
         service.startService()
         await self.until(lambda: all(dataset.snapshot for dataset in cache.datasets.values()))
         stop = threading.Event()
+        self.addCleanup(stop.set)  # else their threads would not end where this test does
         writers = DeferredList(
             [deferToThread(write, self.dsn, random.Random(seed + number), stop, number) for number in range(WRITERS)]
         )
