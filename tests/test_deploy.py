@@ -36,15 +36,24 @@ MOST_EXPOSED = 1.5  # of 10, as systemd-analyze rates it
 
 METRICS = {
     "cacheservice_build_info",
+    "cacheservice_config_rejected",
     "cacheservice_connections",
+    "cacheservice_connections_limit",
     "cacheservice_dataset_age_seconds",
     "cacheservice_dataset_bytes",
+    "cacheservice_dataset_changed_rows_total",
+    "cacheservice_dataset_consecutive_failures",
     "cacheservice_dataset_generation",
     "cacheservice_dataset_held",
+    "cacheservice_dataset_last_attempt_timestamp_seconds",
     "cacheservice_dataset_last_success_timestamp_seconds",
+    "cacheservice_dataset_max_age_seconds",
+    "cacheservice_dataset_pinned",
     "cacheservice_dataset_rows",
     "cacheservice_dataset_state",
     "cacheservice_delta_differences_total",
+    "cacheservice_listening",
+    "cacheservice_postgres_connections",
     "cacheservice_postgres_up",
     "cacheservice_reactor_stall_seconds_bucket",
     "cacheservice_ready",
@@ -52,8 +61,10 @@ METRICS = {
     "cacheservice_refresh_duration_seconds_bucket",
     "cacheservice_refresh_queue_depth",
     "cacheservice_refresh_rows_total",
+    "cacheservice_refresh_skipped_total",
     "cacheservice_refresh_total",
     "cacheservice_rejected_total",
+    "cacheservice_save_failures_total",
     "cacheservice_uptime_seconds",
     "process_cpu_seconds_total",
     "process_max_fds",
@@ -65,6 +76,7 @@ METRICS = {
 """What is public, of histograms their buckets."""
 NOT_DRAWN = {
     "cacheservice_dataset_generation",
+    "cacheservice_dataset_last_attempt_timestamp_seconds",
     "cacheservice_uptime_seconds",
     "process_virtual_memory_bytes",
 }
