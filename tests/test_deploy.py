@@ -205,7 +205,7 @@ class Served(SynchronousTestCase):
         self.addCleanup(shutil.rmtree, folder)
         (folder / "cacheservice.toml").write_text(
             "[status]\nport = 0\n[resp]\nport = 0\n[http]\nport = 0\n"
-            '[datasets.items]\nquery = "SELECT 1 AS id"\nkey = "id"\ninterval_s = 1\n'
+            '[datasets.items]\nquery = "SELECT 1 AS id"\nkey = "id"\ninterval_s = 1\nnotify = "items"\n'
         )
         dsn = self.server.dsn(database=fresh_database(self.server, self.addCleanup))
         served = metrics_of_service(folder, os.environ | {"CACHESERVICE_POSTGRES__DSN": dsn})

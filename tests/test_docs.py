@@ -112,6 +112,21 @@ def test_every_page_is_in_the_index() -> None:
 
 
 @each_page
+def test_names_are_there(page: Path) -> None:
+    """Each setting, event, metric and function that a page names in code type is in the code, or is PostgreSQL's."""
+    of_others = {"target_session_attrs"}
+    text = re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    named = set(re.findall(r"`([a-z][a-z0-9]*(?:_[a-z0-9]+)+)`", text))
+    sources = [
+        path.read_text(encoding="utf-8")
+        for folder in ("cacheservice", "migrations", "deploy")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".sql", ".json", ".toml", ".yml", ".yaml")
+    ]
+    assert sorted(name for name in named - of_others if not any(name in source for source in sources)) == []
+
+
+@each_page
 def test_quoted_code_stands_there(page: Path) -> None:
     """Code that a page quotes with its file and line is at that line; python -m tests.update_references corrects it."""
     wrong = [
