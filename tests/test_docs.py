@@ -296,12 +296,13 @@ class Folder:
             stderr=subprocess.STDOUT,
             text=True,
         ) as service:
-            said = ""
+            said, limit = "", time.monotonic() + LIMIT_S
             try:
                 assert service.stdout is not None
                 while "refresh_published" not in said:
                     line = service.stdout.readline()
                     assert line, said
+                    assert time.monotonic() < limit, said
                     said += line
             finally:
                 service.terminate()
