@@ -10,9 +10,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import kubernetes_validate
 import pytest
@@ -22,7 +24,7 @@ from twisted.trial.unittest import SkipTest, SynchronousTestCase
 from cacheservice import app
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.config import reference
-from tests.postgres import fresh_database
+from tests.postgres import drop_role, fresh_database
 from tests.test_docs import anchors
 from tests.update_references import ROOT
 
@@ -215,8 +217,72 @@ class Served(SynchronousTestCase):
         self.assertEqual(used - served, set())
 
 
-def metrics_of_service(folder: Path, environment: dict[str, str]) -> set[str] | None:
-    """The names that /metrics has, of histograms their buckets; None if there is no /metrics."""
+@pytest.mark.usefixtures("server")
+class Composed(SynchronousTestCase):
+    """What the compose file runs in containers, run beside each other on the embedded server."""
+
+    server: EmbeddedPostgres
+
+    def test_what_is_composed_works(self) -> None:
+        """In the database that it fills and prepares, its service can read every dataset of its configuration."""
+        (compose,) = read_yaml(DEPLOY / "docker-compose.yml")
+        folder = Path(tempfile.mkdtemp(prefix="cacheservice-composed-"))
+        self.addCleanup(shutil.rmtree, folder)
+        database = fresh_database(self.server, self.addCleanup)
+        self.addCleanup(drop_role, self.server, database, "cache_reader")
+        self.server.run_sql((ROOT / "cacheservice" / "cli" / "shop.sql").read_text(encoding="utf-8"), database)
+        address = f"127.0.0.1:{self.server.port}/{database}"
+        secrets = {
+            "postgres_password": urlsplit(self.server.dsn()).password,
+            "reader_password": "a-reader",
+            "dsn": f"postgresql://cache_reader:a-reader@{address}",
+            "resp_password": "a-client",
+            "http_token": "a-token",
+        }
+        for name, secret in secrets.items():
+            (folder / name).write_text(f"{secret}\n")
+
+        def here(text: str) -> str:
+            """Where in this folder and on this server what the containers have is."""
+            for there, where in {
+                "/run/secrets": str(folder),
+                "/var/lib/cacheservice": str(folder / "snapshots"),
+                "postgres/shop": address,
+                "0.0.0.0": "127.0.0.1",
+                "$$": "$",
+            }.items():
+                text = text.replace(there, where)
+            return text
+
+        ports = {f"CACHESERVICE_{name}__PORT": "0" for name in ("STATUS", "RESP", "HTTP")}
+        environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | ports
+        migrate, service = compose["services"]["migrate"], compose["services"]["cacheservice"]
+        for _ in ("at the first start", "at the next"):
+            told = subprocess.run(
+                [*migrate["entrypoint"], here(migrate["command"][0])],
+                check=False,
+                env=environment | {name: here(value) for name, value in migrate["environment"].items()},
+                capture_output=True,
+                text=True,
+                timeout=LIMIT_S,
+            )
+            self.assertEqual(told.returncode, 0, told.stderr)
+        environment |= {name: here(value) for name, value in service["environment"].items()}
+        environment["CACHESERVICE_CONFIG"] = str(DEPLOY / "cacheservice.toml")
+        published: dict[str, int] = {}
+        with running_service(folder, environment) as lines:
+            for line in lines:
+                self.assertNotEqual(line["event"], "refresh_failed", line)
+                if line["event"] == "refresh_published":
+                    published[line["dataset"]] = line["rows"]
+                if len(published) == 3:
+                    break
+        self.assertEqual(published, {"products": 20_000, "prices": 60_000, "feature_flags": 40})
+
+
+@contextmanager
+def running_service(folder: Path, environment: Mapping[str, str]) -> Iterator[Iterator[dict[str, Any]]]:
+    """The lines that a service logs while it runs; it is stopped at the end."""
     with subprocess.Popen(
         [sys.executable, "-m", "cacheservice", "run"],
         cwd=folder,
@@ -225,20 +291,24 @@ def metrics_of_service(folder: Path, environment: dict[str, str]) -> set[str] | 
         stderr=subprocess.STDOUT,
         text=True,
     ) as service:
+        assert service.stdout is not None
         try:
-            assert service.stdout is not None
-            lines = [json.loads(service.stdout.readline())]
-            while lines[-1]["event"] != "refresh_published":
-                lines.append(json.loads(service.stdout.readline()))
-            started = next(line for line in lines if line["event"] == "service_started")
-            connection = http.client.HTTPConnection(started["http"], timeout=LIMIT_S)
-            connection.request("GET", "/metrics", headers={"Connection": "close"})
-            response = connection.getresponse()
-            text = response.read().decode()
-            connection.close()
+            yield map(json.loads, service.stdout)
         finally:
             service.terminate()
             service.communicate(timeout=LIMIT_S)
+
+
+def metrics_of_service(folder: Path, environment: Mapping[str, str]) -> set[str] | None:
+    """The names that /metrics has, of histograms their buckets; None if there is no /metrics."""
+    with running_service(folder, environment) as lines:
+        started = next(line for line in lines if line["event"] == "service_started")
+        next(line for line in lines if line["event"] == "refresh_published")
+        connection = http.client.HTTPConnection(started["http"], timeout=LIMIT_S)
+        connection.request("GET", "/metrics", headers={"Connection": "close"})
+        response = connection.getresponse()
+        text = response.read().decode()
+        connection.close()
     if response.status == http.client.NOT_FOUND:
         return None
     kinds = dict(re.findall(r"^# TYPE (\S+) (\w+)$", text, re.M))

@@ -25,7 +25,7 @@ import psutil
 import pytest
 
 from cacheservice.cli.embedded import EmbeddedPostgres
-from tests.postgres import fresh_database, query
+from tests.postgres import drop_role, fresh_database, query
 from tests.update_references import PAGES, QUOTATION, ROOT, quotations, updated
 
 # Pages and files that may not be there yet; what is there is checked as any other.
@@ -376,7 +376,7 @@ def folder(
             "CREATE TABLE products (id integer PRIMARY KEY, sku text, name text, price numeric);"
             "INSERT INTO products SELECT n, 'SKU-' || n, 'lamp', n FROM generate_series(1, 100) AS n",
         )
-        cleanup.callback(_drop_reader, postgres_server, database)
+        cleanup.callback(drop_role, postgres_server, database, "cache_reader")
         yield Folder(
             tmp_path,
             demo,
@@ -385,12 +385,6 @@ def folder(
                 READER_DSN: postgres_server.dsn("cache_reader", READER_PASSWORD, database),
             },
         )
-
-
-def _drop_reader(server: EmbeddedPostgres, database: str) -> None:
-    if query(server, database, "SELECT 1 FROM pg_roles WHERE rolname = 'cache_reader'"):
-        query(server, database, "DROP OWNED BY cache_reader")
-        query(server, database, "DROP ROLE cache_reader")
 
 
 @each_page
