@@ -15,7 +15,9 @@ RUN python -m venv /opt/cacheservice \
  && /opt/cacheservice/bin/python -m compileall -q /opt/cacheservice
 
 FROM python:3.11-slim
-RUN useradd --system --uid 10001 --no-create-home --shell /usr/sbin/nologin cacheservice
+# The folder is for persistence.directory: a volume that is mounted there takes over whose it is.
+RUN useradd --system --uid 10001 --no-create-home --shell /usr/sbin/nologin cacheservice \
+ && install --directory --owner=10001 --mode=700 /var/lib/cacheservice
 COPY --from=build /opt/cacheservice /opt/cacheservice
 COPY tac /opt/cacheservice/tac
 ENV PATH=/opt/cacheservice/bin:$PATH \

@@ -54,6 +54,13 @@ def fresh_database(server: EmbeddedPostgres, add_cleanup: Callable[..., object] 
     return name
 
 
+def drop_role(server: EmbeddedPostgres, database: str, name: str) -> None:
+    """Drop a role, if there is one, and what it was granted in `database`; roles are the whole server's."""
+    if query(server, database, "SELECT FROM pg_roles WHERE rolname = %s", (name,)):
+        query(server, database, f"DROP OWNED BY {name}")
+        query(server, database, f"DROP ROLE {name}")
+
+
 def sessions(server: EmbeddedPostgres, database: str) -> list[Session]:
     """The sessions that clients hold in `database`, but for those opened by `connect`."""
     statement = """

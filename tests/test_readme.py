@@ -1,4 +1,4 @@
-"""Laws of the README: what it says of the configuration and of the commands is what is so."""
+"""Laws of the README and of docs/configuration.md: what they say of settings, commands and promises is what is so."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from cacheservice.config import DatasetSettings, reference
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+REFERENCE = ROOT / "docs" / "configuration.md"
 
 
 def configuration_table() -> str:
@@ -24,8 +25,9 @@ def configuration_table() -> str:
 
 class Readme(SynchronousTestCase):
     def test_the_configuration_table_is_the_codes(self) -> None:
-        """The README's table of settings is what the code declares, key by key."""
-        shown = re.search(r"<!-- configuration: .*? -->\n(.*?)\n<!-- end of configuration -->", README, re.S)
+        """The table of settings is what the code declares, key by key."""
+        text = REFERENCE.read_text(encoding="utf-8")
+        shown = re.search(r"<!-- configuration: .*? -->\n(.*?)\n<!-- end of configuration -->", text, re.S)
         assert shown is not None
         self.assertEqual(shown[1], configuration_table())
 
@@ -36,7 +38,7 @@ class Readme(SynchronousTestCase):
 
     def test_the_example_configuration_is_valid(self) -> None:
         """The README's configuration loads."""
-        (example,) = re.findall(r"```toml\n(.*?)```", README, re.S)
+        (example,) = re.findall(r"```toml\n(.*?)```", README, re.S)  # tests/test_docs.py runs it
         (name, dataset), *others = tomllib.loads(example)["datasets"].items()
         self.assertEqual(others, [])
         self.assertEqual(DatasetSettings(name=name, **dataset).interval_s, 60)
@@ -58,7 +60,7 @@ if __name__ == "__main__":
     text = re.sub(
         r"(<!-- configuration: .*? -->\n).*?(\n<!-- end of configuration -->)",
         lambda found: found[1] + configuration_table() + found[2],
-        README,
+        REFERENCE.read_text(encoding="utf-8"),
         flags=re.S,
     )
-    (ROOT / "README.md").write_text(text, encoding="utf-8")
+    REFERENCE.write_text(text, encoding="utf-8")

@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -491,9 +492,9 @@ def node_modules(request: pytest.FixtureRequest) -> Iterator[None]:
 class Node(ClientTestCase):
     directory: ClassVar[str]
 
-    def tell(self, program: str) -> list[dict[str, Any]]:
+    def tell(self, program: str, *options: str) -> list[dict[str, Any]]:
         """What the program printed; it is sent a publish each time it says that it has subscribed."""
-        command = ["node", "-e", program.replace("PORT", str(self.peer.port))]
+        command = ["node", *options, "-e", program.replace("PORT", str(self.peer.port))]
         told = []
         with subprocess.Popen(
             command, cwd=self.directory, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -515,6 +516,13 @@ class Node(ClientTestCase):
     def test_node_redis(self) -> None:
         """node-redis, in both protocols."""
         self.assertEqual(self.tell(NODE_REDIS), [NODE_TELLS] * 2)
+
+    def test_the_documented_example(self) -> None:
+        """The example of docs/reading.md runs as it stands there, and gives the document."""
+        page = (Path(__file__).parent.parent / "docs" / "reading.md").read_text(encoding="utf-8")
+        (example,) = re.findall(r"```js\n(.*?)```", page, re.S)
+        program = example.replace("6380", "PORT") + "console.log(JSON.stringify(product));"
+        self.assertEqual(self.tell(program, "--input-type=module"), [json.loads(document(42, 1))])
 
     def test_ioredis(self) -> None:
         """ioredis."""

@@ -108,8 +108,8 @@ The service runs. In another terminal:
             redis-cli -p {resp_port} GET prices:42:EUR      (it is there at once)
   Lock it:  {psql} -c "BEGIN; LOCK TABLE shop.products; SELECT pg_sleep(20)"
             {ask} "why products"        (after 5 s it names the session that holds the lock)
-  Freeze:   kill -STOP {postgres_pid}       the database answers nobody; watch the ages rise and nothing else change
-            kill -CONT {postgres_pid}       it answers again; watch it recover
+  Freeze:   kill -STOP {postgres_pid} $(pgrep -P {postgres_pid})     watch the ages rise, nothing else changes
+            kill -CONT {postgres_pid} $(pgrep -P {postgres_pid})     watch it recover
   Crash:    kill -QUIT {postgres_pid}       the demo starts the database again after {revive_after_s:.0f} s
   Refresh:  echo "refresh all" | nc -NU {admin_socket}
 
