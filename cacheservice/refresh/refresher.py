@@ -283,9 +283,8 @@ class Refresher:
     def _tick(self, due: int) -> None:
         is_running = self._running is not None
         for dataset in self.datasets:
-            dataset.counts.missed_ticks += (
-                due - 1 + is_running
-            )  # those that came while the reactor was held, and this one
+            # Those that came while the reactor was held, and this one.
+            dataset.counts.missed_ticks += due - 1 + is_running
             if is_running:
                 self._logs[dataset.name].debug("interval_skipped", missed_ticks=dataset.missed_ticks)
         if not is_running:
