@@ -25,6 +25,7 @@ from cacheservice.errors import CacheServiceError, ConfigError, PortUnavailable
 from cacheservice.ops import logs
 from cacheservice.ops.metrics import Metrics, ServedPort
 from cacheservice.ops.stall import StallWatch
+from cacheservice.ops.statsd import StatsD
 from cacheservice.persistence.store import SnapshotStore
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.http import HttpFactory
@@ -235,6 +236,8 @@ def make_service(
         store.setServiceParent(root)
     refresh.setServiceParent(root)
     listener.setServiceParent(root)
+    if (statsd := settings.statsd).host:
+        StatsD(metrics, statsd.host, statsd.port, statsd.prefix, database.resolve, reactor, log).setServiceParent(root)
 
     limits = settings.limits
     freshness = Freshness(refresh, reactor)
