@@ -172,14 +172,12 @@ class World:
             case "age":
                 self.clock.advance(number * 10)
             case "count":
-                counts.rows_read += number
-                counts.missed_ticks += 1
-                counts.differences += 2
-                counts.save_failures += 3
+                name = ("rows_read", "missed_ticks", "differences", "save_failures")[number % 4]
+                setattr(counts, name, getattr(counts, name) + 1 + number)
             case "read":
-                counts.resp.hits += number
-                counts.http.misses += 1
-                counts.http.stale += 1
+                reads = counts.resp if number % 2 else counts.http
+                name = ("hits", "misses", "loading", "stale")[number // 2 % 4]
+                setattr(reads, name, getattr(reads, name) + 1 + number)
             case "declare":
                 dataset.change(declared(dataset.name, max_age_s=100.0 + number, query=f"SELECT {number}"))
 
@@ -201,7 +199,13 @@ EVENTS = [
 
 
 class Forms(SynchronousTestCase):
-    @settings(max_examples=60, deadline=None)
+    def assert_same(self, ours: Series, theirs: Series) -> None:
+        """Shows what differs alone: a diff of all of them takes seconds."""
+        places = ours.keys() | theirs.keys()
+        differing = {at: (ours.get(at), theirs.get(at)) for at in places if ours.get(at) != theirs.get(at)}
+        self.assertEqual(differing, {})
+
+    @settings(max_examples=30, deadline=None)
     @given(st.lists(st.tuples(st.sampled_from(["products", "prices"]), st.sampled_from(EVENTS), st.integers(0, 50))))
     def test_all_forms_tell_the_same(self, events: list[tuple[str, str, int]]) -> None:
         """Whatever happens, and after each of it: the text, OpenMetrics, the lines of mntr, and what prometheus-client
@@ -210,15 +214,15 @@ class Forms(SynchronousTestCase):
         world = World()
         for name, what, number in events:
             world.do(world.cache.dataset(name), what, number)
-            world.text()  # so that what is kept is of before the next one
+            self.assert_same(of_text(world.text()), of_text(generate_latest(world.metrics)))
         expected = of_text(generate_latest(world.metrics))
-        self.assertEqual(of_text(world.text()), expected)
-        self.assertEqual(of_monitor_lines(world.metrics.monitor_lines()), expected)
+        self.assert_same(of_text(world.text()), expected)
+        self.assert_same(of_monitor_lines(world.metrics.monitor_lines()), expected)
         openmetrics = of_openmetrics(generate_openmetrics(world.metrics))
-        self.assertEqual(of_openmetrics(world.text(openmetrics=True)), openmetrics)
-        self.assertEqual(openmetrics, expected)
+        self.assert_same(of_openmetrics(world.text(openmetrics=True)), openmetrics)
+        self.assert_same(openmetrics, expected)
         pushed = {place(sample.name, **sample.labels): sample.value for _, sample in world.metrics.samples()}
-        self.assertEqual({at: value for at, value in pushed.items() if not at[0].startswith("process_")}, expected)
+        self.assert_same({at: value for at, value in pushed.items() if not at[0].startswith("process_")}, expected)
 
     def test_help_and_type(self) -> None:
         """Each family is told once, with a sentence of help and its kind, by both formats, as the library tells it."""
@@ -309,9 +313,8 @@ class Stalls(SynchronousTestCase):
         """A reactor that is there all the time is never late."""
         for _ in range(2000):
             self.clock.advance(TICK_S / 4)
-        self.assertAlmostEqual(sum(self.watch.lateness.counts), 500, delta=1)
-        self.assertLess(self.watch.lateness.total, 500 * TICK_S / 2)
-        self.assertEqual(sum(self.watch.lateness.counts[3:]), 0)
+        self.assertEqual(sum(self.watch.lateness.counts), 500)
+        self.assertEqual(self.watch.lateness.total, 0)
 
     @given(st.floats(0.001, 100))
     def test_a_long_turn(self, stall_s: float) -> None:
@@ -340,7 +343,7 @@ class RealStalls(TestCase):
         await deferLater(reactor, 0.05)
         from_a_quarter = BOUNDS_S.index(0.25) + 1
         self.assertGreaterEqual(sum(watch.lateness.counts[from_a_quarter:]), 1)
-        self.assertGreaterEqual(watch.lateness.total, 0.29)
+        self.assertGreaterEqual(watch.lateness.total, 0.3 - TICK_S)
 
 
 PRICES = """

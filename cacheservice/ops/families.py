@@ -19,6 +19,8 @@ _DATASET = "@"
 
 Kind = Literal["gauge", "counter", "histogram"]
 Labels = Mapping[str, str]
+Values = tuple[float, ...]
+"""One for each series of a family, or none at all where there is nothing to tell yet."""
 
 
 class Sample(NamedTuple):
@@ -34,6 +36,7 @@ class Family:
 
     :param name: as it is in a query; a counter's ends in `_total`.
     :param series: what follows the name (of a histogram), and the labels beside the dataset's, of each.
+    :param form: how a value is written, as `%` takes it; a histogram's sum is written in full.
     :param unit: seconds or bytes, if the name ends in it.
     """
 
@@ -43,22 +46,27 @@ class Family:
         kind: Kind,
         documentation: str,
         series: Sequence[tuple[str, Labels]] = (("", {}),),
+        form: str = "%d",
         unit: str = "",
     ) -> None:
-        self.name, self.kind, self.documentation, self.series, self.unit = name, kind, documentation, series, unit
+        self.name, self.kind, self.documentation, self.unit = name, kind, documentation, unit
+        self._series = series
         bare = name.removesuffix("_total") if kind == "counter" else name
         self.text_head = f"# HELP {name} {documentation}\n# TYPE {name} {kind}\n".encode()
         of_unit = f"# UNIT {bare} {unit}\n" if unit else ""
         self.openmetrics_head = f"# HELP {bare} {documentation}\n# TYPE {bare} {kind}\n{of_unit}".encode()
-        self._lines = "".join(f"{name}{suffix}{{{_in_braces(labels)}}} %s\n" for suffix, labels in series)
+        self._template = "".join(
+            f"{name}{suffix}{{{_in_braces(labels)}}} {form if suffix != '_sum' else '%.15g'}\n"
+            for suffix, labels in series
+        )
 
-    def lines(self, dataset: str, values: Sequence[float]) -> bytes:
-        """A line for each series, or none where a dataset has no values (yet)."""
-        return (self._lines.replace(_DATASET, dataset) % tuple(values)).encode() if values else b""
+    def template(self, dataset: str) -> bytes:
+        """A line for each series of a dataset, without the values: `template % values` has them."""
+        return self._template.replace(_DATASET, dataset).encode()
 
-    def samples(self, dataset: str, values: Sequence[float]) -> Iterator[Sample]:
+    def samples(self, dataset: str, values: Values) -> Iterator[Sample]:
         if values:
-            for (suffix, labels), value in zip(self.series, values, strict=True):
+            for (suffix, labels), value in zip(self._series, values, strict=True):
                 yield Sample(self.name + suffix, {"dataset": dataset, **labels}, value)
 
     def metric(self, samples: Iterable[Sample]) -> Metric:
@@ -83,7 +91,7 @@ class Group(NamedTuple):
 
     families: tuple[Family, ...]
     stamp: Callable[[Dataset], Any]
-    values: Callable[[Dataset, Any], Iterable[Sequence[float]]]
+    values: Callable[[Dataset, Any], Iterable[Values]]
 
 
 _OUTCOMES = ("published", "unchanged", "held", "failed")
@@ -94,10 +102,15 @@ def bucket_names(bounds: Sequence[float]) -> list[str]:
     return [*(str(float(bound)) for bound in bounds), "+Inf"]
 
 
-def histogram_values(histogram: Histogram) -> list[float]:
+def histogram_values(histogram: Histogram) -> Values:
     """The values of its series: of each bucket all that are not greater than its bound, their count, their sum."""
-    cumulative = list(accumulate(histogram.counts))
-    return [*cumulative, cumulative[-1], round(histogram.total, 6)]
+    *lower, count = accumulate(histogram.counts)
+    return *lower, count, count, round(histogram.total, 6)
+
+
+def _age_s(dataset: Dataset) -> float | None:
+    age_s = dataset.age_s()
+    return None if age_s is None else round(age_s, 3)
 
 
 def _refreshes_stamp(dataset: Dataset) -> tuple[Any, ...]:
@@ -120,21 +133,21 @@ def _refreshes_stamp(dataset: Dataset) -> tuple[Any, ...]:
     )
 
 
-def _refreshes_values(dataset: Dataset, _: object) -> Iterator[Sequence[float]]:
+def _refreshes_values(dataset: Dataset, _: object) -> Iterator[Values]:
     counts, snapshot = dataset.counts, dataset.snapshot
     yield (snapshot.rows.count if snapshot else 0,)
     yield (snapshot.rows.size_bytes if snapshot else 0,)
     yield (snapshot.generation if snapshot else 0,)
-    yield (snapshot.as_of.timestamp(),) if snapshot else ()
+    yield (round(snapshot.as_of.timestamp(), 3),) if snapshot else ()
     yield (int(dataset.held is not None),)
     yield (int(dataset.pinned),)
     yield (dataset.settings.max_age_s,)
-    yield [counts.outcomes[outcome] for outcome in _OUTCOMES]
+    yield tuple(counts.outcomes[outcome] for outcome in _OUTCOMES)
     yield histogram_values(counts.durations)
     yield (counts.rows_read,)
     yield counts.added, counts.changed, counts.removed
     yield (dataset.consecutive_failures,)
-    yield (dataset.attempts[-1].started_at.timestamp(),) if dataset.attempts else ()
+    yield (round(dataset.attempts[-1].started_at.timestamp(), 3),) if dataset.attempts else ()
     yield (counts.missed_ticks,)
     yield (counts.differences,)
     yield (counts.save_failures,)
@@ -145,19 +158,17 @@ def _reads_stamp(dataset: Dataset) -> tuple[int, ...]:
     return resp.hits, resp.misses, resp.loading, resp.stale, http.hits, http.misses, http.loading, http.stale
 
 
+AGE = Family(
+    "cacheservice_dataset_age_seconds",
+    "gauge",
+    "Seconds since just before the transaction that read the served snapshot; none before the first load.",
+    form="%.3f",
+    unit="seconds",
+)
+"""Alone, because it is never what it was."""
+
 GROUPS = (
-    Group(
-        (
-            Family(
-                "cacheservice_dataset_age_seconds",
-                "gauge",
-                "Seconds since just before the transaction that read the served snapshot; none before the first load.",
-                unit="seconds",
-            ),
-        ),
-        Dataset.age_s,
-        lambda _, age_s: ((() if age_s is None else (round(age_s, 3),)),),
-    ),
+    Group((AGE,), _age_s, lambda _, age_s: ((() if age_s is None else (age_s,)),)),
     Group(
         (
             Family(
@@ -168,7 +179,7 @@ GROUPS = (
             ),
         ),
         Dataset.state,
-        lambda _, current: ([int(state is current) for state in State],),
+        lambda _, current: (tuple(state is current for state in State),),
     ),
     Group(
         (
@@ -184,6 +195,7 @@ GROUPS = (
                 "cacheservice_dataset_last_success_timestamp_seconds",
                 "gauge",
                 "The database's clock when the transaction that read the served snapshot began, since the epoch.",
+                form="%.3f",
                 unit="seconds",
             ),
             Family("cacheservice_dataset_held", "gauge", "1 while the newest result is held back by a gate."),
@@ -192,6 +204,7 @@ GROUPS = (
                 "cacheservice_dataset_max_age_seconds",
                 "gauge",
                 "The age past which the dataset is expired.",
+                form="%.15g",
                 unit="seconds",
             ),
             Family(
@@ -227,6 +240,7 @@ GROUPS = (
                 "cacheservice_dataset_last_attempt_timestamp_seconds",
                 "gauge",
                 "This machine's clock when the last refresh that has ended began, since the epoch.",
+                form="%.3f",
                 unit="seconds",
             ),
             Family(

@@ -35,6 +35,9 @@ _A_TURN = 100
 """Datasets that are rendered anew before the reactor has its turn: 2 ms."""
 _NOT_RENDERED = object()
 _FAMILIES = [family for group in GROUPS for family in group.families]
+# The first family is the age, which changes by itself.
+_OF_CHANGES = GROUPS[1:]
+_STAMPS = [group.stamp for group in _OF_CHANGES]
 
 
 class ServedPort(Protocol):
@@ -52,26 +55,30 @@ class ServedPort(Protocol):
 class _Lines:
     """Of one dataset: the lines of each family, and for each group of families the stamp of what they were made."""
 
-    __slots__ = ("families", "stamps")
+    __slots__ = ("_stamps", "_templates", "families")
 
-    def __init__(self) -> None:
-        self.stamps: list[Any] = [_NOT_RENDERED] * len(GROUPS)
+    def __init__(self, dataset: str) -> None:
         self.families = [b""] * len(_FAMILIES)
+        self._templates = [family.template(dataset) for family in _FAMILIES]
+        self._stamps: list[Any] = [_NOT_RENDERED] * len(_STAMPS)
 
     def render(self, dataset: Dataset) -> bool:
         """Make those anew that are not true any more; gives whether there was more to do than the age."""
-        stamps, place, made = self.stamps, 0, 0
-        for number, (families, stamp, values) in enumerate(GROUPS):
-            current = stamp(dataset)
-            if current != stamps[number]:
-                stamps[number] = current
-                for family, of_family in zip(families, values(dataset, current), strict=True):
-                    self.families[place] = family.lines(dataset.name, of_family)
-                    place += 1
-                made += 1
-            else:
-                place += len(families)
-        return made > 1
+        age_s = dataset.age_s()
+        self.families[0] = b"" if age_s is None else self._templates[0] % round(age_s, 3)
+        stamps = [stamp(dataset) for stamp in _STAMPS]
+        if stamps == self._stamps:
+            return False
+        place = 1
+        for group, current, before in zip(_OF_CHANGES, stamps, self._stamps, strict=True):
+            if current == before:
+                place += len(group.families)
+                continue
+            for values in group.values(dataset, current):
+                self.families[place] = self._templates[place] % values if values else b""
+                place += 1
+        self._stamps = stamps
+        return True
 
 
 class Metrics:
@@ -143,7 +150,7 @@ class Metrics:
     def _render(self, dataset: Dataset) -> bool:
         lines = self._lines.get(dataset.name)
         if lines is None:
-            lines = self._lines[dataset.name] = _Lines()
+            lines = self._lines[dataset.name] = _Lines(dataset.name)
         return lines.render(dataset)
 
     def _columns(self) -> Iterator[tuple[bytes, ...]]:
@@ -220,7 +227,7 @@ class _Service:
         *cumulative, _, total = histogram_values(self._lateness)
         yield HistogramMetricFamily(
             "cacheservice_reactor_stall_seconds",
-            "How late each tick of the reactor came; there is one every 10 ms.",
+            "How late each tick of the reactor came; there is one every 31 ms.",
             list(zip(bucket_names(self._lateness.bounds), cumulative, strict=True)),
             total,
         )

@@ -9,16 +9,18 @@ from twisted.internet.task import LoopingCall
 
 from cacheservice.cache.counts import Histogram
 
-TICK_S = 0.01
-"""A hundred ticks cost 2 ms of CPU (measured): 0.2 % of a core."""
+TICK_S = 1 / 32
+"""One costs up to 130 µs of CPU where nothing else wakes the reactor (measured), 0.4 % of a core, and less else. Its
+multiples are exact, so that what is reckoned with them is as well."""
 BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
 class StallWatch(Service):
     """Ticks while it runs, and counts by how many seconds each tick came too late.
 
-    A turn of the reactor that takes longer than a tick is always seen, as shorter than it was by at most one tick; one
-    that takes less, as often as a tick falls into it. After a long one the ticks that were missed are not made up for.
+    It is what a client has to wait that comes at that moment. A turn of the reactor that takes longer than a tick is
+    always seen, as shorter than it was by at most one tick; one that takes less, as often as a tick falls into it. The
+    ticks that were missed meanwhile are not made up for.
 
     :param clock: `IReactorTime`, monotonic.
     """

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 Reply = bytes | Iterator[bytes] | Deferred[bytes]
 Words = Sequence[bytes]
 T = TypeVar("T")
+_Served = tuple[Shards, Groups, int, Reads]
+"""What `Commands.hits` needs of a dataset: its shards, if they are in one group; its groups, mask, and read counts."""
 
 REDIS_VERSION = "7.0.15"
 """What INFO and HELLO claim: the version whose behaviour this port follows."""
@@ -88,7 +90,7 @@ class Commands:
             name.upper(): each for name, each in self.by_name.items()
         }
         # What `get` may answer without a further question: what is loaded and served however old it is.
-        self._served: dict[bytes, tuple[Groups, int, Reads]] = {}
+        self._served: dict[bytes, _Served] = {}
         cache.watch(self._declared)
         for dataset in cache.datasets.values():
             self._declared(dataset, "added")
@@ -119,8 +121,9 @@ class Commands:
 
     def _published(self, dataset: Dataset) -> None:
         if dataset.snapshot is not None and dataset.settings.on_expired == "serve":
-            rows = dataset.snapshot.rows
-            self._served[dataset.name.encode()] = rows.groups, rows.mask, dataset.counts.resp
+            groups, mask = dataset.snapshot.rows.groups, dataset.snapshot.rows.mask
+            shards = groups[0] if len(groups) == 1 else []
+            self._served[dataset.name.encode()] = shards, groups, mask, dataset.counts.resp
 
     # Finding what is asked for
 
@@ -203,10 +206,10 @@ class Commands:
                 name, _, row = key.partition(b":")
                 if name != last:
                     if answers:
-                        reads.hits += len(answers) - counted  # noqa: F821  # bound with the first answer
-                        counted = len(answers)
-                    (groups, mask, reads), last = self._served[name], name
-                    shards = groups[0] if len(groups) == 1 else []
+                        number = len(answers)
+                        reads.hits += number - counted  # noqa: F821  # bound with the first answer
+                        counted = number
+                    (shards, groups, mask, reads), last = self._served[name], name
                 if shards:
                     add(shards[hash(row) & mask][row])
                 else:
@@ -221,7 +224,7 @@ class Commands:
     def uncount(self, batch: Sequence[Words]) -> None:
         """Take back that these were answered by `hits` in this turn: they will be answered again."""
         for _, key in batch:
-            self._served[key.partition(b":")[0]][2].hits -= 1
+            self._served[key.partition(b":")[0]][-1].hits -= 1
 
     def get(self, client: RespProtocol, words: Words) -> Reply:
         name, colon, row = words[1].partition(b":")
