@@ -101,12 +101,7 @@ class Metrics:
     async def exposition(self, *, openmetrics: bool) -> bytes:
         """All of them, in the Prometheus text format 0.0.4 or as OpenMetrics 1.0.0; no turn of the reactor is long."""
         of_service = generate_openmetrics(self._of_service) if openmetrics else generate_latest(self._of_service)
-        made = 0
-        for dataset in list(self._cache.datasets.values()):
-            made += self._render(dataset)
-            if made == _A_TURN:
-                await deferLater(self._clock, 0)
-                made = 0
+        await self._render_all()
         # One copy of what may be some megabytes, because each costs as much as the rest.
         parts: list[bytes] = []
         for family, column in zip(_FAMILIES, self._columns(), strict=True):
@@ -115,12 +110,11 @@ class Metrics:
         parts.append(of_service)
         return b"".join(parts)
 
-    def monitor_lines(self) -> str:
+    async def monitor_lines(self) -> str:
         """key<TAB>value lines, the same keys and values."""
-        for dataset in self._cache.datasets.values():
-            self._render(dataset)
-        of_datasets = b"".join(chain.from_iterable(self._columns())).decode()
         of_service = [line.rpartition(" ") for line in generate_latest(self._of_service).decode().splitlines()]
+        await self._render_all()
+        of_datasets = b"".join(chain.from_iterable(self._columns())).decode()
         lines = [f"{key}\t{value.removesuffix('.0')}" for key, _, value in of_service if not key.startswith("#")]
         # No label of a dataset holds a space.
         return "\n".join([*lines, of_datasets.replace(" ", "\t").removesuffix("\n")])
@@ -146,6 +140,15 @@ class Metrics:
                     sample for name, values in of_datasets.items() for sample in family.samples(name, values[number])
                 )
         yield from self._of_service.collect()
+
+    async def _render_all(self) -> None:
+        # A turn of its own for what came before: with 10,000 clients the process's descriptors alone take 8 ms.
+        made = _A_TURN
+        for dataset in list(self._cache.datasets.values()):
+            if made >= _A_TURN:
+                await deferLater(self._clock, 0)
+                made = 0
+            made += self._render(dataset)
 
     def _render(self, dataset: Dataset) -> bool:
         lines = self._lines.get(dataset.name)

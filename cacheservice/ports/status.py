@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from twisted.internet.defer import Deferred
@@ -45,13 +45,13 @@ class Commands:
         cache: Cache,
         refreshes: Refreshes | None = None,
         reload: Callable[[], Deferred[Reloaded]] | None = None,
-        monitor: Callable[[], str] | None = None,
+        monitor: Callable[[], Coroutine[Any, Any, str]] | None = None,
     ) -> None:
         self._cache = cache
         self._refreshes = refreshes
         self._reload_now = reload
         self._monitor = monitor
-        self._questions: dict[str, Callable[..., str]] = {
+        self._questions: dict[str, Callable[..., str | Deferred[str]]] = {
             "ruok": self._ruok,
             "ready": self._ready,
             "status": self._status,
@@ -108,9 +108,11 @@ class Commands:
         """everything, as one line of JSON"""
         return report.json_line(self._cache)
 
-    def _mntr(self) -> str:
+    def _mntr(self) -> str | Deferred[str]:
         """key<TAB>value lines for a collector"""
-        return self._monitor() if self._monitor is not None else "ERROR no metrics are collected here"
+        if self._monitor is None:
+            return "ERROR no metrics are collected here"
+        return Deferred.fromCoroutine(self._monitor())
 
     def _show(self, name: str) -> str:
         """the fields of one dataset and its last 10 attempts"""
