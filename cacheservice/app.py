@@ -15,6 +15,7 @@ from typing import Any
 
 from twisted.application.service import MultiService, Service
 from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.python.failure import Failure
 
 from cacheservice import __version__, config
 from cacheservice.cache.cache import Cache
@@ -22,6 +23,9 @@ from cacheservice.cache.describe import seconds
 from cacheservice.config import PersistenceSettings, Settings
 from cacheservice.errors import CacheServiceError, ConfigError, PortUnavailable
 from cacheservice.ops import logs
+from cacheservice.ops.metrics import Metrics, ServedPort
+from cacheservice.ops.stall import StallWatch
+from cacheservice.ops.statsd import StatsD
 from cacheservice.persistence.store import SnapshotStore
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.http import HttpFactory
@@ -38,6 +42,8 @@ from cacheservice.reload import Reload
 
 _STOP_TIMEOUT_S = 4.0
 """The contract allows 5 s for a clean stop, the last lines of the log included."""
+_STOPPED_LAST = frozenset({"status", "http"})
+"""The ports that probes ask."""
 
 
 def load_settings(environ: Mapping[str, str]) -> Settings:
@@ -57,11 +63,13 @@ def load_settings_or_exit(environ: Mapping[str, str]) -> Settings:
 class CacheServiceRoot(MultiService):
     """Everything that runs. Its children start in order and stop one after the other in the reverse order.
 
-    `MultiService` would stop them all at once; here ports close before the refreshes that they may ask for.
+    `MultiService` would stop them all at once; here ports close before the refreshes that they may ask for, but for
+    those that answer probes: until all else has stopped, they say that it is stopping.
     """
 
-    def __init__(self, reactor: Any, writer: logs.LineWriter, log: Any) -> None:
+    def __init__(self, cache: Cache, reactor: Any, writer: logs.LineWriter, log: Any) -> None:
         super().__init__()
+        self._cache = cache
         self._reactor = reactor
         self._writer = writer
         self._log = log
@@ -92,14 +100,24 @@ class CacheServiceRoot(MultiService):
     def stopService(self) -> Deferred[Any]:
         """Fires when all have stopped, or after 4 s."""
         Service.stopService(self)
+        self._cache.stopping = True
         self._log.info("service_stopping")
         stopped = Deferred.fromCoroutine(self._stop_in_order())
         stopped.addTimeout(_STOP_TIMEOUT_S, self._reactor)
         return stopped.addBoth(self._tell_stopped)
 
     async def _stop_in_order(self) -> None:
-        for child in reversed(list(self)):
-            await maybeDeferred(child.stopService)
+        last_first = list(self)[::-1]
+        children = sorted(last_first, key=lambda child: child.name in _STOPPED_LAST)
+        try:
+            while children:
+                await maybeDeferred(children.pop(0).stopService)
+        finally:
+            for child in children:  # there is no time left to wait for any
+                maybeDeferred(child.stopService).addErrback(self._tell_broken)
+
+    def _tell_broken(self, failure: Failure) -> None:
+        self._log.error("internal_error", error=failure.getErrorMessage(), traceback=failure.getTraceback())
 
     def _tell_stopped(self, result: object) -> None:
         clean = result is None
@@ -165,8 +183,8 @@ def make_service(
     :param reactor: its `seconds` must be monotonic: set back an hour, the wall clock would hold every timer an hour.
     """
     _raise_descriptor_limit()
-    root = CacheServiceRoot(reactor, writer, log)
     cache = Cache(settings.datasets.values(), reactor.seconds)
+    root = CacheServiceRoot(cache, reactor, writer, log)
     parsed = target.parse(settings.postgres.dsn.get_secret_value())
     database = Database(
         reactor,
@@ -208,30 +226,38 @@ def make_service(
     reload = Reload(
         settings, lambda: load_settings(os.environ), cache, refresh, database, listener, ports, threshold, reactor, log
     ).reload
+    served: dict[str, ServedPort] = {}
+    stalls = StallWatch(reactor)
+    metrics = Metrics(cache, stalls.lateness, served, reactor)
     Signals(reactor, reload).setServiceParent(root)
+    stalls.setServiceParent(root)
     DatabaseService(database).setServiceParent(root)
     if store is not None:
         store.setServiceParent(root)
     refresh.setServiceParent(root)
     listener.setServiceParent(root)
+    if (statsd := settings.statsd).host:
+        StatsD(metrics, statsd.host, statsd.port, statsd.prefix, database.resolve, reactor, log).setServiceParent(root)
 
     limits = settings.limits
     freshness = Freshness(refresh, reactor)
-    status = StatusFactory(Commands(cache), limits.max_connections, limits.idle_timeout_s, reactor)
+    questions = Commands(cache, monitor=metrics.monitor_lines)
+    served["status"] = status = StatusFactory(questions, limits.max_connections, limits.idle_timeout_s, reactor)
     ports.append(status)
     listen = tcp(reactor, settings.status.host, settings.status.port, status)
     _add_port(root, "status", "status.port", listen, status)
     if settings.admin.socket:
-        admin = StatusFactory(Commands(cache, refresh, reload), limits.max_connections, limits.idle_timeout_s, reactor)
+        all_commands = Commands(cache, refresh, reload, metrics.monitor_lines)
+        served["admin"] = admin = StatusFactory(all_commands, limits.max_connections, limits.idle_timeout_s, reactor)
         ports.append(admin)
         _add_port(root, "admin", "admin.socket", unix(reactor, settings.admin.socket, admin), admin)
     if settings.resp.enabled:
         commands = RespCommands(cache, freshness, settings.resp.password.get_secret_value())
-        resp = RespFactory(cache, commands, limits.max_connections, limits.idle_timeout_s, reactor)
+        served["resp"] = resp = RespFactory(cache, commands, limits.max_connections, limits.idle_timeout_s, reactor)
         ports.append(resp)
         _add_port(root, "resp", "resp.port", tcp(reactor, settings.resp.host, settings.resp.port, resp), resp)
     if settings.http.enabled:
-        http = HttpFactory(
+        served["http"] = http = HttpFactory(
             cache=cache,
             freshness=freshness,
             max_connections=limits.max_connections,
@@ -239,6 +265,7 @@ def make_service(
             reactor=reactor,
             token=settings.http.token.get_secret_value(),
             allow_data=config.is_loopback(settings.http.host) or limits.allow_anonymous,
+            exposition=metrics,
         )
         ports.append(http)
         _add_port(root, "http", "http.port", tcp(reactor, settings.http.host, settings.http.port, http), http)

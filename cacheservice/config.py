@@ -84,6 +84,12 @@ def _channel(name: str) -> str:
     return name
 
 
+def _statsd_prefix(prefix: str) -> str:
+    if prefix and not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", prefix):
+        raise ValueError("must be words of letters, digits, _ and -, with dots between them")
+    return prefix
+
+
 _IDENTIFIER = r'(?:"(?:[^"]|"")+"|[^\W\d][\w$]*)'
 
 
@@ -155,7 +161,7 @@ class HttpSettings(_Table):
     )
     port: int = Field(default=8080, ge=0, le=65535, description="TCP port of HTTP; 0 = any free one")
     token: SecretStr = Field(
-        default=SecretStr(""), description='when set, /v1 wants "Authorization: Bearer" with it; probes never do'
+        default=SecretStr(""), description='when set, /v1 wants "Authorization: Bearer" with it; probes and metrics never do'
     )
 
 
@@ -187,6 +193,14 @@ class PersistenceSettings(_Table):
     )
     keep_generations: int = Field(
         default=3, ge=1, description="saved generations of a dataset that are kept, for `rollback`"
+    )
+
+
+class StatsdSettings(_Table):
+    host: str = Field(default="", description="name or address of the StatsD server that metrics go to; empty = off")
+    port: int = Field(default=8125, ge=1, le=65535, description="its UDP port")
+    prefix: Annotated[str, AfterValidator(_statsd_prefix)] = Field(
+        default="cacheservice", description="what the names of its metrics begin with, before a dot"
     )
 
 
@@ -313,6 +327,7 @@ class Settings(_Table):
     limits: LimitsSettings = LimitsSettings()
     log: LogSettings = LogSettings()
     persistence: PersistenceSettings = PersistenceSettings()
+    statsd: StatsdSettings = StatsdSettings()
     defaults: DefaultsSettings = DefaultsSettings()
     datasets: Mapping[_DatasetName, DatasetSettings]
 

@@ -283,12 +283,12 @@ class Refreshes(RefreshTestCase):
         world.advance(20)
         self.assertIn("waits for postgres.max_load, 12 s behind its interval", report.status_table(world.cache))
         self.assertIn("A refresh has been due for 12 s and waits", report.why(world.dataset, world.cache))
-        self.assertIn("cacheservice_refresh_queue_depth\t1", report.monitor_lines(world.cache, 1))
+        self.assertEqual(world.cache.database.queued(), 1)
         while len(world.database.reads) < 2:
             world.advance(1)
         self.assertIn("late, put off by postgres.max_load", report.why(world.dataset, world.cache))
         self.assertNotIn("behind its interval", report.status_table(world.cache))
-        self.assertIn("cacheservice_refresh_queue_depth\t0", report.monitor_lines(world.cache, 1))
+        self.assertEqual(world.cache.database.queued(), 0)
 
     def test_what_is_not_put_off(self) -> None:
         """A first load, a refresh by hand, and one that a reader waits for begin at once, also if one was put off."""

@@ -387,7 +387,7 @@ class Problems(Loading):
             self.problem_of(DSN + "sslmode = 1\n" + PRODUCTS),
             "postgres.sslmode: unknown key; known are dsn, connect_timeout_s, max_connections, max_load",
         )
-        known = "known are postgres, status, admin, resp, http, limits, log, persistence, defaults, datasets"
+        known = "known are postgres, status, admin, resp, http, limits, log, persistence, statsd, defaults, datasets"
         self.assertEqual(self.problem_of(DSN + PRODUCTS + "[cluster]\n"), f"cluster: unknown table; {known}")
         self.assertEqual(self.problem_of("logs = 1\n" + DSN + PRODUCTS), 'logs: unknown key; did you mean "log"?')
         self.assertIn("name: unknown key;", self.problem_of(DSN + PRODUCTS + 'name = "x"'))

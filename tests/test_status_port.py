@@ -33,10 +33,13 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from cacheservice import __version__
 from cacheservice.cache.cache import Cache
+from cacheservice.cache.counts import Histogram
 from cacheservice.cache.dataset import Attempt, Snapshot
 from cacheservice.cache.rows import RowsBuilder
 from cacheservice.config import DatasetSettings
 from cacheservice.errors import Blocker, PortUnavailable, UnknownDataset
+from cacheservice.ops.metrics import Metrics, ServedPort
+from cacheservice.ops.stall import BOUNDS_S
 from cacheservice.ports.listen import PortService, tcp, unix
 from cacheservice.ports.status import MAX_LINE_BYTES, Commands, StatusFactory, StatusProtocol
 
@@ -124,7 +127,9 @@ class PortTestCase(TestCase):
 
     async def setUp(self) -> None:
         self.cache = filled_cache(self.more_datasets)
-        self.factory = self.make_factory(Commands(self.cache))
+        ports: dict[str, ServedPort] = {}
+        metrics = Metrics(self.cache, Histogram(BOUNDS_S), ports, reactor)
+        self.factory = ports["status"] = self.make_factory(Commands(self.cache, monitor=metrics.monitor_lines))
         self.port = self.listen()
         self.addCleanup(self.close)
 
@@ -309,7 +314,7 @@ class Replies(PortTestCase):
         for line in lines:
             name, value = line.split("\t")
             metrics[name] = float(value)
-            self.assertRegex(name, r'^cacheservice_[a-z_]+(\{[a-z]+="[^"]*"(,[a-z]+="[^"]*")*\})?$')
+            self.assertRegex(name, r'^(cacheservice|process)_[a-z_]+(\{[a-z]+="[^"]*"(,[a-z]+="[^"]*")*\})?$')
         self.assertEqual(len(metrics), len(lines))
         expected = {
             "cacheservice_uptime_seconds": 12.346,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Literal, NamedTuple, Protocol
 
+from cacheservice.cache.counts import Counts
 from cacheservice.cache.dataset import Dataset, State
 from cacheservice.config import DatasetSettings
 from cacheservice.errors import UnknownDataset
@@ -64,7 +65,8 @@ class Reloaded(NamedTuple):
 class Cache:
     """The datasets by name, in the order of the configuration.
 
-    `rejection` tells of a configuration that was refused after this one.
+    `rejection` tells of a configuration that was refused after this one; `stopping` whether the service has begun to
+    stop.
 
     :param now: the monotonic clock, in seconds.
     """
@@ -72,9 +74,11 @@ class Cache:
     def __init__(self, datasets: Iterable[DatasetSettings], now: Callable[[], float]) -> None:
         self._datasets = {settings.name: Dataset(settings, now) for settings in datasets}
         self._last_generations: dict[str, int] = {}
+        self._counts: dict[str, Counts] = {}
         self._watchers: list[Callable[[Dataset, Fate], None]] = []
         self.database = DatabaseStatus()
         self.rejection: Rejection | None = None
+        self.stopping = False
         self.now = now
         self.started_at = now()
 
@@ -94,7 +98,8 @@ class Cache:
         wanted = {settings.name: settings for settings in declared}
         before = self._datasets
         self._datasets = {
-            name: before.get(name) or Dataset(settings, self.now, self._last_generations.get(name, 0))
+            name: before.get(name)
+            or Dataset(settings, self.now, self._last_generations.get(name, 0), self._counts.pop(name, None))
             for name, settings in wanted.items()
         }
         told = Declared([], [], [], [])
@@ -113,6 +118,7 @@ class Cache:
             before[name].end()
             # A generation that readers have seen never comes again, not even of a dataset that does.
             self._last_generations[name] = before[name].last_generation
+            self._counts[name] = before[name].counts
             self._tell(before[name], "removed")
         return told
 
@@ -131,8 +137,13 @@ class Cache:
         for watcher in list(self._watchers):
             watcher(dataset, fate)
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether clients should be sent here: every required dataset is loaded and not expired, and nothing stops."""
+        return not self.stopping and not self.not_ready()
+
     def not_ready(self) -> dict[str, State]:
-        """The required datasets that are not loaded or expired, with their state; empty when the service is ready."""
+        """The required datasets that are not loaded or expired, with their state."""
         states = {name: d.state() for name, d in self._datasets.items() if d.settings.required}
         return {name: state for name, state in states.items() if state in (State.NEVER_LOADED, State.EXPIRED)}
 
@@ -181,4 +192,5 @@ class Refreshes(Protocol):
 
         :param moment: on the monotonic clock, in seconds.
         :raises UnknownDataset: if none has that name.
+        :raises Stopped: if the service is stopping.
         """

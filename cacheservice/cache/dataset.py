@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Literal
 
 from cacheservice.cache.changes import Change
+from cacheservice.cache.counts import Counts
 from cacheservice.cache.rows import Groups, Rows, RowsBuilder
 from cacheservice.config import DatasetSettings
 from cacheservice.errors import Blocker
@@ -90,9 +91,16 @@ class Dataset:
 
     :param now: the monotonic clock, in seconds.
     :param generation_before: that of the last snapshot of a dataset of this name that was removed.
+    :param counts: those of a dataset of this name that was removed, to count on from.
     """
 
-    def __init__(self, settings: DatasetSettings, now: Callable[[], float], generation_before: int = 0) -> None:
+    def __init__(
+        self,
+        settings: DatasetSettings,
+        now: Callable[[], float],
+        generation_before: int = 0,
+        counts: Counts | None = None,
+    ) -> None:
         self.settings = settings
         self.snapshot: Snapshot | None = None
         self.held: Held | None = None
@@ -109,13 +117,10 @@ class Dataset:
         self.loading: RowsBuilder | None = None
         self.expected_rows: int | None = None
         self.attempts: deque[Attempt] = deque(maxlen=KEPT_ATTEMPTS)
-        self.outcomes: Counter[Outcome] = Counter()
+        self.counts = counts or Counts()
         self.last_ended_at: float | None = None
         self.consecutive_failures = 0
-        self.missed_ticks = 0
         self.next_refresh_at: float | None = None
-        self.differences = 0
-        """Rows that a full read found to differ from what deltas had made of them; there must be none."""
         self.checked_at: float | None = None
         self._served_definition = settings.definition
         self._generation_before = generation_before
@@ -127,12 +132,29 @@ class Dataset:
     def name(self) -> str:
         return self.settings.name
 
+    @property
+    def outcomes(self) -> Counter[str]:
+        """How attempts have ended; see `Counts` for this and the next ones."""
+        return self.counts.outcomes
+
+    @property
+    def missed_ticks(self) -> int:
+        return self.counts.missed_ticks
+
+    @property
+    def differences(self) -> int:
+        return self.counts.differences
+
     def publish(self, snapshot: Snapshot) -> None:
         """Serve `snapshot` from now on. One assignment: nobody reads half of it."""
         assert snapshot.generation > self.last_generation, "a generation never goes down"
         self.snapshot = snapshot
         self.held = None
         self._served_definition = self.settings.definition
+        if (change := snapshot.change) is not None:
+            self.counts.added += change.added
+            self.counts.changed += change.changed
+            self.counts.removed += change.removed
         self._tell()
 
     @property
@@ -247,7 +269,8 @@ class Dataset:
     def attempted(self, attempt: Attempt) -> None:
         """Remember how an attempt ended."""
         self.attempts.append(attempt)
-        self.outcomes[attempt.outcome] += 1
+        self.counts.outcomes[attempt.outcome] += 1
+        self.counts.durations.observe(attempt.took_s)
         self.consecutive_failures = self.consecutive_failures + 1 if attempt.outcome == "failed" else 0
         self.last_ended_at = self._now()
 

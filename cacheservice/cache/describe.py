@@ -22,7 +22,7 @@ def describe(cache: Cache) -> dict[str, Any]:
             "version": __version__,
             "pid": os.getpid(),
             "uptime_s": seconds(cache.now() - cache.started_at),
-            "ready": not not_ready,
+            "ready": cache.is_ready,
             "not_ready": {name: str(state) for name, state in not_ready.items()},
         },
         "postgres": {

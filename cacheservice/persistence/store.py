@@ -436,6 +436,8 @@ class SnapshotStore(Service):
         retry_in_s = max(_LEAST_RETRY_S, self._min_save_interval_s)
         for name in names:
             dataset = self._cache.datasets.get(name)
+            if dataset is not None:
+                dataset.counts.save_failures += 1
             if dataset is not None and self.problems.get(name) != problem:
                 self.problems[name] = dataset.save_problem = problem
                 self._log.warning(

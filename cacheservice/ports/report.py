@@ -15,16 +15,18 @@ from cacheservice.cache.describe import describe, describe_attempt, describe_blo
 
 
 def ready_line(cache: Cache) -> str:
-    """`ready`, or `notready` and why."""
-    not_ready = cache.not_ready()
-    return " ".join(["notready", *(f"{name}:{state}" for name, state in not_ready.items())]) if not_ready else "ready"
+    """`ready`, or `notready` and why: `stopping`, `NAME:never_loaded`, `NAME:expired`."""
+    if cache.is_ready:
+        return "ready"
+    reasons = ["stopping"] if cache.stopping else []
+    return " ".join(["notready", *reasons, *(f"{name}:{state}" for name, state in cache.not_ready().items())])
 
 
 def status_table(cache: Cache) -> str:
     """A head line, then a line a dataset, aligned."""
     database = cache.database
     head = (
-        f"cacheservice {__version__}: {'not ready' if cache.not_ready() else 'ready'}, "
+        f"cacheservice {__version__}: {_readiness(cache)}, "
         f"PostgreSQL {database.state}, up {duration(cache.now() - cache.started_at)}{_listening_words(database)}"
     )
     if cache.rejection is not None:
@@ -32,6 +34,10 @@ def status_table(cache: Cache) -> str:
     rows = [_status_row(dataset) for dataset in cache.datasets.values()]
     table = tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=("left", "left", "left", "right"))
     return f"{head}\n{_without_trailing_blanks(table)}"
+
+
+def _readiness(cache: Cache) -> str:
+    return "stopping" if cache.stopping else "ready" if cache.is_ready else "not ready"
 
 
 def _listening_words(database: DatabaseStatus) -> str:
@@ -91,38 +97,6 @@ def _last_attempt(dataset: Dataset) -> str:
 def json_line(cache: Cache) -> str:
     """Everything, as one line."""
     return json.dumps(describe(cache), ensure_ascii=False, separators=(",", ":"))
-
-
-def monitor_lines(cache: Cache, connections: int) -> str:
-    """key<TAB>value lines under the names of the metrics page.
-
-    :param connections: clients of this port.
-    """
-    return "\n".join(f"{key}\t{value:.15g}" for key, value in _metrics(cache, connections))
-
-
-def _metrics(cache: Cache, connections: int) -> Iterator[tuple[str, float]]:
-    yield "cacheservice_uptime_seconds", round(cache.now() - cache.started_at, 3)
-    yield "cacheservice_ready", float(not cache.not_ready())
-    yield "cacheservice_postgres_up", float(cache.database.state == "up")
-    yield "cacheservice_refresh_queue_depth", cache.database.queued()
-    yield 'cacheservice_connections{port="status"}', connections
-    yield f'cacheservice_build_info{{version="{__version__}"}}', 1
-    for name, dataset in cache.datasets.items():
-        of = f'dataset="{name}"'
-        snapshot, age_s, current = dataset.snapshot, dataset.age_s(), dataset.state()
-        if snapshot is not None and age_s is not None:
-            yield f"cacheservice_dataset_age_seconds{{{of}}}", round(age_s, 3)
-            yield f"cacheservice_dataset_last_success_timestamp_seconds{{{of}}}", snapshot.as_of.timestamp()
-        yield f"cacheservice_dataset_rows{{{of}}}", snapshot.rows.count if snapshot else 0
-        yield f"cacheservice_dataset_bytes{{{of}}}", snapshot.rows.size_bytes if snapshot else 0
-        yield f"cacheservice_dataset_generation{{{of}}}", snapshot.generation if snapshot else 0
-        for state in State:
-            yield f'cacheservice_dataset_state{{{of},state="{state}"}}', float(state is current)
-        yield f"cacheservice_dataset_held{{{of}}}", float(dataset.held is not None)
-        yield f"cacheservice_delta_differences_total{{{of}}}", dataset.differences
-        for outcome, count in dataset.outcomes.items():
-            yield f'cacheservice_refresh_total{{{of},outcome="{outcome}"}}', count
 
 
 def show(dataset: Dataset) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from twisted.internet.defer import Deferred
@@ -23,7 +23,7 @@ from cacheservice import __version__
 from cacheservice.cache.cache import Cache, Refreshes, Reloaded
 from cacheservice.cache.describe import in_short
 from cacheservice.errors import CacheServiceError, ConfigError, UnknownDataset
-from cacheservice.ports import report
+from cacheservice.ports import rejected, report
 
 MAX_LINE_BYTES = 256
 _LINGER_S = 2.0
@@ -37,16 +37,21 @@ class Commands:
 
     :param refreshes: what the admin commands go to; None on the status port.
     :param reload: re-reads the configuration, for the admin socket; its failure is a `CacheServiceError`.
+    :param monitor: gives the lines of `mntr`.
     """
 
     def __init__(
-        self, cache: Cache, refreshes: Refreshes | None = None, reload: Callable[[], Deferred[Reloaded]] | None = None
+        self,
+        cache: Cache,
+        refreshes: Refreshes | None = None,
+        reload: Callable[[], Deferred[Reloaded]] | None = None,
+        monitor: Callable[[], Coroutine[Any, Any, str]] | None = None,
     ) -> None:
         self._cache = cache
         self._refreshes = refreshes
         self._reload_now = reload
-        self.connections: Callable[[], int] = lambda: 0
-        self._questions: dict[str, Callable[..., str]] = {
+        self._monitor = monitor
+        self._questions: dict[str, Callable[..., str | Deferred[str]]] = {
             "ruok": self._ruok,
             "ready": self._ready,
             "status": self._status,
@@ -103,9 +108,11 @@ class Commands:
         """everything, as one line of JSON"""
         return report.json_line(self._cache)
 
-    def _mntr(self) -> str:
+    def _mntr(self) -> str | Deferred[str]:
         """key<TAB>value lines for a collector"""
-        return report.monitor_lines(self._cache, self.connections())
+        if self._monitor is None:
+            return "ERROR no metrics are collected here"
+        return Deferred.fromCoroutine(self._monitor())
 
     def _show(self, name: str) -> str:
         """the fields of one dataset and its last 10 attempts"""
@@ -219,6 +226,7 @@ class StatusProtocol(LineReceiver, TimeoutMixin):
         # The transport then pauses us while its buffer is full: a client that never reads costs one reply.
         self.transport.registerProducer(self, True)
         if len(self.factory.clients) > self.factory.max_connections:
+            self.factory.rejected["too_many_connections"] += 1
             self._say(f"ERROR too many connections, the limit is {self.factory.max_connections}")
             self._finish()
         else:
@@ -275,6 +283,7 @@ class StatusProtocol(LineReceiver, TimeoutMixin):
 
     def lineLengthExceeded(self, line: bytes) -> None:
         if not self._finishing:
+            self.factory.rejected["protocol_error"] += 1
             self._say(f"ERROR the line is longer than {MAX_LINE_BYTES} bytes")
             self._finish()
 
@@ -296,6 +305,7 @@ class StatusProtocol(LineReceiver, TimeoutMixin):
         super().resumeProducing()
 
     def timeoutConnection(self) -> None:
+        self.factory.rejected["slow_client"] += self._choked
         self.transport.abortConnection()
 
     def pauseProducing(self) -> None:
@@ -366,7 +376,7 @@ class StatusFactory(ServerFactory):
         self.idle_timeout_s = idle_timeout_s
         self.clock = clock
         self.clients: set[StatusProtocol] = set()
-        commands.connections = lambda: len(self.clients)
+        self.rejected = rejected.none_yet()
 
     def buildProtocol(self, addr: object) -> StatusProtocol:  # type: ignore[override]  # it holds another `factory`
         return StatusProtocol(self)

@@ -331,7 +331,8 @@ class Refresher:
     def _tick(self, due: int) -> None:
         is_running = self._running is not None
         for dataset in self.datasets:
-            dataset.missed_ticks += due - 1 + is_running  # those that came while the reactor was held, and this one
+            # Those that came while the reactor was held, and this one.
+            dataset.counts.missed_ticks += due - 1 + is_running
             if is_running:
                 self._logs[dataset.name].debug("interval_skipped", missed_ticks=dataset.missed_ticks)
         if not is_running:
@@ -532,7 +533,7 @@ class Refresher:
             await deferLater(self._clock, 0)
         if count.unexpected_count:
             # Deltas have missed something: what is published now is right again, and somebody has to know.
-            result.dataset.differences += count.unexpected_count
+            result.dataset.counts.differences += count.unexpected_count
             self._logs[result.dataset.name].error(
                 "delta_differences",
                 count=count.unexpected_count,
@@ -625,9 +626,11 @@ class Refresher:
     async def _result(self, dataset: Dataset, reading: Reading, builder: RowsBuilder, base: Snapshot | None) -> _Result:
         if reading.kind == "all":
             rows = builder.finish()
+            dataset.counts.rows_read += rows.count
             return _Result(dataset, reading, rows, _refusal(dataset, rows, reading), base)
         assert base is not None, "a delta follows something"
         settings = dataset.settings
+        dataset.counts.rows_read += len(reading.changed)
         patch = RowsPatch(base.rows, max_rows=settings.max_rows, max_bytes=settings.max_bytes)
         for number, (key, document) in enumerate(reading.changed.items(), 1):
             if document is None:

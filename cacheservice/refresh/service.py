@@ -81,6 +81,7 @@ class CacheService(Service):
         self._history = history
         self._log = log
         self._heard_all = heard_all
+        self._stopping = False
         self._told: set[Refresher] = set()
         self._burst = 0
         self._burst_began_at = 0.0
@@ -260,6 +261,7 @@ class CacheService(Service):
     def stopService(self) -> Deferred[Any]:
         """Start nothing more, end what runs; fires when no session is left."""
         super().stopService()
+        self._stopping = True
         if self._pruning.running:
             self._pruning.stop()
         if self._burst_timer is not None and self._burst_timer.active():
@@ -318,6 +320,8 @@ class CacheService(Service):
 
     def refresh_since(self, name: str, moment: float) -> None:
         """``cacheservice.cache.cache.Refreshes``."""
+        if self._stopping:
+            raise Stopped("the service is stopping")
         self._refresher(name).refresh_since(moment)
 
     def _each_once(self) -> list[Refresher]:

@@ -8,21 +8,31 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import quote, unquote_to_bytes
 
 from cacheservice.cache.cache import Cache, Fate
 from cacheservice.cache.dataset import Dataset, Snapshot, State
 from cacheservice.cache.describe import describe_dataset
-from cacheservice.errors import UnknownDataset
+from cacheservice.errors import Stopped, UnknownDataset
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.http import heads, negotiation
 from cacheservice.ports.http.bodies import PIECE_BYTES, GzipBodies, Piece, compress_now, cut, json_lines, json_object
 from cacheservice.ports.http.guard import Guard
 from cacheservice.ports.http.heads import JSON, JSON_GZIP, NDJSON, NDJSON_GZIP, Representation, SnapshotHeads
 from cacheservice.ports.http.problem import Problem
+from cacheservice.ports.rejected import Rejected
 
 _JSON = b"application/json"
+_METRICS_TEXT = b"text/plain"
+_METRICS_TYPES: Mapping[bytes, bytes] = MappingProxyType(
+    {
+        _METRICS_TEXT: b"text/plain; version=0.0.4; charset=utf-8",
+        b"application/openmetrics-text": b"application/openmetrics-text; version=1.0.0; charset=utf-8",
+    }
+)
+"""What can be asked for, the first unless something is, and what is then sent."""
 _DATASETS = b"/v1/datasets"
 _DATASET = b"/v1/datasets/"
 _ROW = b"rows/"
@@ -67,11 +77,20 @@ class Request:
         return ""
 
 
+class Exposition(Protocol):
+    """The metrics: ``cacheservice.ops.metrics.Metrics``."""
+
+    async def exposition(self, *, openmetrics: bool) -> bytes:
+        """All of them, in the Prometheus text format 0.0.4 or as OpenMetrics 1.0.0."""
+
+
 class Answers:
     """Answers requests.
 
     :param guard: None without a token.
     :param allow_data: False serves the probes alone, if there is no token.
+    :param rejected: where who is not let in is counted.
+    :param exposition: None for no page of metrics.
     :param wall_s: seconds since the epoch, for dates.
     """
 
@@ -82,6 +101,8 @@ class Answers:
         bodies: GzipBodies,
         guard: Guard | None,
         allow_data: bool,
+        rejected: Rejected,
+        exposition: Exposition | None = None,
         wall_s: Callable[[], float] = time.time,
     ) -> None:
         self._cache = cache
@@ -89,6 +110,8 @@ class Answers:
         self._bodies = bodies
         self._guard = guard
         self._allow_data = allow_data
+        self._rejected = rejected
+        self._exposition = exposition
         self._wall_s = wall_s
         # Generations begin at 1 again with each process.
         self._process = secrets.token_hex(4)
@@ -130,6 +153,9 @@ class Answers:
         elif path == b"/readyz":
             _check_method(request)
             return self._ready()
+        elif path == b"/metrics" and self._exposition is not None:
+            _check_method(request)
+            return self._metrics(request, self._exposition)
         raise Problem(404, "there is nothing at this path; GET /v1/datasets lists what there is")
 
     def problem(self, problem: Problem, target: bytes) -> tuple[bytes, bytes]:
@@ -148,11 +174,18 @@ class Answers:
                 403, "this port serves data beyond its own machine only with a token; set http.token and send it"
             )
         authorization = request.headers.get(b"authorization")
-        if authorization is None:
-            self._guard.refuse_missing()
         host = request.host()
-        self._guard.admit(host)
-        return None if self._guard.accepts(authorization) else self._guard.refuse_wrong(host)
+        try:
+            if authorization is None:
+                self._guard.refuse_missing()
+            self._guard.admit(host)
+        except Problem:
+            self._rejected["auth_failed"] += 1
+            raise
+        if self._guard.accepts(authorization):
+            return None
+        self._rejected["auth_failed"] += 1
+        return self._guard.refuse_wrong(host)
 
     # Live states, which no cache may keep
 
@@ -163,10 +196,21 @@ class Answers:
         return Reply(heads.plain_head(status, _JSON, self._wall_s()), json.dumps(value).encode() + b"\n")
 
     def _ready(self) -> Reply:
+        if self._cache.is_ready:
+            return self._live(200, {"status": "ready"})
         not_ready = {name: str(state) for name, state in self._cache.not_ready().items()}
-        if not_ready:
-            return self._live(503, {"status": "not ready", "not_ready": not_ready})
-        return self._live(200, {"status": "ready"})
+        status = "stopping" if self._cache.stopping else "not ready"
+        return self._live(503, {"status": status, "not_ready": not_ready})
+
+    async def _metrics(self, request: Request, exposition: Exposition) -> Reply:
+        """Whatever a scraper accepts, it gets one of the two: a monitor that hears 406 is blind."""
+        chosen = negotiation.media_type(request.headers.get(b"accept"), tuple(_METRICS_TYPES)) or _METRICS_TEXT
+        body = await exposition.exposition(openmetrics=chosen != _METRICS_TEXT)
+        head = heads.plain_head(200, _METRICS_TYPES[chosen], self._wall_s()) + b"Vary: Accept, Accept-Encoding\r\n"
+        if negotiation.codings(request.headers.get(b"accept-encoding")).gzip and len(body) >= _GZIP_FROM_BYTES:
+            head += b"Content-Encoding: gzip\r\n"
+            body = await self._bodies.compress(body)
+        return Reply(head, cut(body), len(body)) if len(body) > PIECE_BYTES else Reply(head, body)
 
     def _list(self) -> dict[str, Any]:
         fields = ("state", "rows", "bytes", "generation", "as_of", "age_s")
@@ -203,8 +247,12 @@ class Answers:
             fresh = await self._freshness.at_most(dataset, max_age_s)
         except UnknownDataset as error:
             raise _unknown(error) from None
+        except Stopped as error:
+            raise Problem(503, str(error), b"Retry-After: 1\r\n") from None
         if not fresh:
             age_s = dataset.age_s()
+            if age_s is not None:
+                dataset.counts.http.stale += 1
             if age_s is None:
                 raise _not_loaded(dataset)
             raise Problem(
@@ -241,7 +289,9 @@ class Answers:
     ) -> Reply | Coroutine[Any, Any, Reply]:
         document = snapshot.rows.get(key)
         if document is None:
+            dataset.counts.http.misses += 1
             raise Problem(404, f"{dataset.name} has no row '{key[:_SHOWN_KEY_BYTES].decode(errors='replace')}'")
+        dataset.counts.http.hits += 1
         ready = self._heads_of(dataset, snapshot)
         size_bytes = len(document)
         headers = request.headers
@@ -264,6 +314,7 @@ class Answers:
         return Reply(head, cut(body), len(body))
 
     def _whole(self, request: Request, dataset: Dataset, snapshot: Snapshot) -> Reply:
+        dataset.counts.http.hits += 1
         rows, headers = snapshot.rows, request.headers
         lines = b"accept" in headers and _negotiated(request, (_JSON, NDJSON.content_type)) == NDJSON.content_type
         zipped = b"accept-encoding" in headers and _zipped(headers, rows.size_bytes)
@@ -364,6 +415,7 @@ def _served(dataset: Dataset) -> Snapshot:
     if snapshot is None:
         raise _not_loaded(dataset)
     if dataset.settings.on_expired == "refuse" and dataset.state() is State.EXPIRED:
+        dataset.counts.http.stale += 1
         age_s, limit_s = dataset.age_s() or 0.0, dataset.settings.max_age_s
         raise Problem(
             503,
@@ -379,6 +431,7 @@ def _unknown(error: UnknownDataset) -> Problem:
 
 
 def _not_loaded(dataset: Dataset) -> Problem:
+    dataset.counts.http.loading += 1
     return Problem(503, f"{dataset.name} has not been loaded yet", _retry_after(dataset))
 
 

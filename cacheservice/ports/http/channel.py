@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from twisted.internet import tcp
@@ -33,8 +34,9 @@ from twisted.web.iweb import INonQueuedRequestFactory
 from zope.interface import implementer, provider
 
 from cacheservice.cache.cache import Cache
+from cacheservice.ports import rejected
 from cacheservice.ports.freshness import Freshness
-from cacheservice.ports.http.answers import Answers, Reply, Request
+from cacheservice.ports.http.answers import Answers, Exposition, Reply, Request
 from cacheservice.ports.http.bodies import GzipBodies, Piece
 from cacheservice.ports.http.guard import Guard
 from cacheservice.ports.http.problem import Problem
@@ -53,6 +55,8 @@ _PIPELINE_TURN_S = 0.001
 _STREAMS_TURN_S = 0.001
 """How long all streams together may; with what the last of them began it is two milliseconds."""
 
+_REASONS: Mapping[int, rejected.Reason] = MappingProxyType({503: "too_many_connections", 408: "slow_client"})
+"""Why a connection is refused, by the status that it is told; by any other, for what it sent."""
 _CLOSE = b"Connection: close\r\n"
 _HEADER = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([\t -~\x80-\xff]*)")
 _HOST = re.compile(rb"(?:[0-9A-Za-z\-._~%!$&'()*+,;=]*|\[[0-9A-Fa-f:.]+\]|\[v[0-9A-Fa-f]+\.[^\]@/?#]+\])(?::[0-9]*)?")
@@ -399,6 +403,7 @@ class HttpChannel(HTTPChannel):
         """Answer what is no request, or one too many; nothing after it can be understood."""
         if self._finishing:
             return
+        self.factory.rejected[_REASONS.get(status, "protocol_error")] += 1
         head, body = self.factory.answers.problem(Problem(status, detail), b"")
         self._write(head + _CLOSE, body, self._command != b"HEAD")
         self._finish()
@@ -471,6 +476,7 @@ class HttpChannel(HTTPChannel):
             self._finish()
             self._limit(_LINGER_S)
         else:
+            self.factory.rejected["slow_client"] += self._waitingForTransport
             self.transport.abortConnection()
 
 
@@ -483,6 +489,7 @@ class HttpFactory(ServerFactory):
     :param reactor: `IReactorTime`, monotonic, and `IReactorThreads`.
     :param token: what /v1 needs; empty for none.
     :param allow_data: False answers 403 to everything of /v1 as long as there is no token.
+    :param exposition: what /metrics serves; None for no such page.
     :param head_timeout_s: from the first byte of a request's head to its last.
     """
 
@@ -498,6 +505,7 @@ class HttpFactory(ServerFactory):
         reactor: Any,
         token: str = "",
         allow_data: bool = True,
+        exposition: Exposition | None = None,
         head_timeout_s: float = HEAD_TIMEOUT_S,
     ) -> None:
         self.max_connections = max_connections
@@ -506,11 +514,14 @@ class HttpFactory(ServerFactory):
         self.clock = reactor
         self.clients: set[HttpChannel] = set()
         self.bodies = GzipBodies(reactor)
-        self.answers = Answers(cache, freshness, self.bodies, Guard(token, reactor) if token else None, allow_data)
+        self.rejected = rejected.none_yet()
+        guard = Guard(token, reactor) if token else None
+        self.answers = Answers(cache, freshness, self.bodies, guard, allow_data, self.rejected, exposition)
         self.streams = Cooperator(_turn, partial(reactor.callLater, 0))
 
     def buildProtocol(self, addr: object) -> HttpChannel | None:  # type: ignore[override]  # it holds another `factory`
         if len(self.clients) >= self.max_connections + _REFUSED_AT_ONCE:
+            self.rejected["too_many_connections"] += 1
             return None
         return HttpChannel(self)
 

@@ -25,6 +25,7 @@ from twisted.python.failure import Failure
 
 from cacheservice import __version__
 from cacheservice.cache.cache import Cache, Fate
+from cacheservice.cache.counts import Reads
 from cacheservice.cache.dataset import Dataset, State
 from cacheservice.cache.describe import describe_dataset
 from cacheservice.cache.rows import PATCHED_GROUP_BITS, PATCHED_GROUP_MASK, Groups, Rows, Shards, bulk
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 Reply = bytes | Iterator[bytes] | Deferred[bytes]
 Words = Sequence[bytes]
 T = TypeVar("T")
+_Served = tuple[Shards, Groups, int, Reads]
+"""What `Commands.hits` needs of a dataset: its shards, if they are in one group; its groups, mask, and read counts."""
 
 REDIS_VERSION = "7.0.15"
 """What INFO and HELLO claim: the version whose behaviour this port follows."""
@@ -87,7 +90,7 @@ class Commands:
             name.upper(): each for name, each in self.by_name.items()
         }
         # What `get` may answer without a further question: what is loaded and served however old it is.
-        self._served: dict[bytes, tuple[Groups, int]] = {}
+        self._served: dict[bytes, _Served] = {}
         cache.watch(self._declared)
         for dataset in cache.datasets.values():
             self._declared(dataset, "added")
@@ -118,8 +121,9 @@ class Commands:
 
     def _published(self, dataset: Dataset) -> None:
         if dataset.snapshot is not None and dataset.settings.on_expired == "serve":
-            rows = dataset.snapshot.rows
-            self._served[dataset.name.encode()] = rows.groups, rows.mask
+            groups, mask = dataset.snapshot.rows.groups, dataset.snapshot.rows.mask
+            shards = groups[0] if len(groups) == 1 else []
+            self._served[dataset.name.encode()] = shards, groups, mask, dataset.counts.resp
 
     # Finding what is asked for
 
@@ -136,6 +140,21 @@ class Commands:
             age_s, limit_s = dataset.age_s() or 0.0, dataset.settings.max_age_s
             raise CommandError(f"STALE {dataset.name} is {age_s:.0f} s old, limit {limit_s:g} s")
         return snapshot.rows
+
+    def _to_read(self, name: bytes) -> tuple[Rows, Reads]:
+        """The rows that `name` serves now, and where reads of them are counted.
+
+        :raises CommandError: as `rows`; that is counted.
+        """
+        try:
+            return self.rows(name), self._datasets[name].counts.resp
+        except CommandError:
+            if (dataset := self._datasets.get(name)) is not None:
+                if dataset.snapshot is None:
+                    dataset.counts.resp.loading += 1
+                else:
+                    dataset.counts.resp.stale += 1
+            raise
 
     def _dataset(self, name: bytes) -> Dataset:
         dataset = self._datasets.get(name)
@@ -157,34 +176,40 @@ class Commands:
     def _hash(self, key: bytes) -> Rows | None:
         """The rows of the hash `key`; None for NAME:KEY without a row, which is no key at all."""
         name, colon, row = key.partition(b":")
-        rows = self.rows(name)
-        if not colon:
-            return rows
-        if row in rows:
-            raise CommandError(_WRONG_TYPE)
-        return None
+        return _as_hash(self.rows(name), colon, row)
+
+    def _hash_to_read(self, key: bytes) -> tuple[Rows | None, Reads]:
+        """The same, and where reads of it are counted."""
+        name, colon, row = key.partition(b":")
+        rows, reads = self._to_read(name)
+        return _as_hash(rows, colon, row), reads
 
     # Strings
 
     def hits(self, batch: Sequence[Words]) -> list[bytes]:
         """The answers of the GETs that `batch` begins with, as far as each is there and served without a question.
 
-        The way of most reads, and so written out: see benchmarks/resp.py before you shorten it.
+        The way of most reads, and so written out: see benchmarks/resp.py before you shorten it. They are counted by
+        the run of those that go to the same dataset.
         """
         answers: list[bytes] = []
         add = answers.append
         last = b":"  # which no name holds
         groups: Groups = []
         shards: Shards = []
-        mask = 0
+        mask = counted = 0
+        reads: Reads
         try:
             for word, key in batch:
                 if word != b"GET" and word != b"get":  # noqa: PLR1714  # a set would be hashed for
                     break
                 name, _, row = key.partition(b":")
                 if name != last:
-                    (groups, mask), last = self._served[name], name
-                    shards = groups[0] if len(groups) == 1 else []
+                    if answers:
+                        number = len(answers)
+                        reads.hits += number - counted  # noqa: F821  # bound with the first answer
+                        counted = number
+                    (shards, groups, mask, reads), last = self._served[name], name
                 if shards:
                     add(shards[hash(row) & mask][row])
                 else:
@@ -192,26 +217,48 @@ class Commands:
                     add(groups[place >> PATCHED_GROUP_BITS][place & PATCHED_GROUP_MASK][row])
         except (KeyError, ValueError):
             pass  # no such dataset or row; more or fewer than two words
+        if answers:
+            reads.hits += len(answers) - counted
         return answers
 
+    def uncount(self, batch: Sequence[Words]) -> None:
+        """Take back that these were answered by `hits` in this turn: they will be answered again."""
+        for _, key in batch:
+            self._served[key.partition(b":")[0]][-1].hits -= 1
+
     def get(self, client: RespProtocol, words: Words) -> Reply:
-        rows, row = self._string(words[1])
-        return rows.bulk(row) or reply.NIL[client.protocol]
+        name, colon, row = words[1].partition(b":")
+        rows, reads = self._to_read(name)
+        found = rows.bulk(row)
+        if found is None:
+            if not colon:
+                raise CommandError(_WRONG_TYPE)
+            reads.misses += 1
+            return reply.NIL[client.protocol]
+        reads.hits += 1
+        return found
 
     def mget(self, client: RespProtocol, words: Words) -> Reply:
         # Resolved before the first is answered, so that all come from one moment.
         nil = reply.NIL[client.protocol]
         sought = []
-        moment: dict[bytes, Rows] = {}
+        moment: dict[bytes, tuple[Rows, Reads]] = {}
         for key in words[1:]:
             name, colon, row = key.partition(b":")
             if name not in moment:
-                moment[name] = self.rows(name)
+                moment[name] = self._to_read(name)
+            rows, reads = moment[name]
             # A hash among them is nil, as in Redis.
-            sought.append((moment[name] if colon else None, row))
+            sought.append((rows if colon else None, reads, row))
 
-        def some(part: Sequence[tuple[Rows | None, bytes]]) -> bytes:
-            return b"".join([(rows and rows.bulk(row)) or nil for rows, row in part])
+        def some(part: Sequence[tuple[Rows | None, Reads, bytes]]) -> bytes:
+            answers = [(rows and rows.bulk(row)) or nil for rows, _, row in part]
+            if len(moment) == 1:
+                _count(reads, answers, nil)
+            else:
+                for (_, of, _), answer in zip(part, answers, strict=True):
+                    _count(of, [answer], nil)
+            return b"".join(answers)
 
         return _in_slices(reply.array_header(len(sought)), sought, some)
 
@@ -268,32 +315,37 @@ class Commands:
     # Hashes
 
     def hget(self, client: RespProtocol, words: Words) -> Reply:
-        rows = self._hash(words[1])
-        return (rows and rows.bulk(words[2])) or reply.NIL[client.protocol]
+        rows, reads = self._hash_to_read(words[1])
+        nil = reply.NIL[client.protocol]
+        answer = (rows and rows.bulk(words[2])) or nil
+        _count(reads, [answer], nil)
+        return answer
 
     def hmget(self, client: RespProtocol, words: Words) -> Reply:
-        rows, fields = self._hash(words[1]), words[2:]
+        (rows, reads), fields = self._hash_to_read(words[1]), words[2:]
         nil = reply.NIL[client.protocol]
 
         def some(part: Words) -> bytes:
-            return b"".join([(rows and rows.bulk(field)) or nil for field in part])
+            answers = [(rows and rows.bulk(field)) or nil for field in part]
+            _count(reads, answers, nil)
+            return b"".join(answers)
 
         return _in_slices(reply.array_header(len(fields)), fields, some)
 
     def hgetall(self, client: RespProtocol, words: Words) -> Reply:
-        rows = self._hash(words[1])
+        rows = self._whole_hash(words[1])
         header = reply.map_header(len(rows) if rows else 0, client.protocol)
         return chain([header], reply.pairs(rows.slices(CHUNK_ROWS))) if rows else header
 
     def hkeys(self, _: RespProtocol, words: Words) -> Reply:
-        rows = self._hash(words[1])
+        rows = self._whole_hash(words[1])
         header = reply.array_header(len(rows) if rows else 0)
         if not rows:
             return header
         return chain([header], (b"".join(map(bulk, keys)) for keys, _ in rows.slices(CHUNK_ROWS)))
 
     def hvals(self, _: RespProtocol, words: Words) -> Reply:
-        rows = self._hash(words[1])
+        rows = self._whole_hash(words[1])
         header = reply.array_header(len(rows) if rows else 0)
         if not rows:
             return header
@@ -309,6 +361,15 @@ class Commands:
     def hstrlen(self, _: RespProtocol, words: Words) -> Reply:
         rows = self._hash(words[1])
         return reply.integer(len((rows.get(words[2]) if rows is not None else None) or b""))
+
+    def _whole_hash(self, key: bytes) -> Rows | None:
+        """The rows of the hash `key`, which are read as one."""
+        rows, reads = self._hash_to_read(key)
+        if rows is None:
+            reads.misses += 1
+        else:
+            reads.hits += 1
+        return rows
 
     # Scans
 
@@ -344,7 +405,7 @@ class Commands:
         return _in_a_turn(reply.encode([str(following), found], 2), looked_at)
 
     def hscan(self, _: RespProtocol, words: Words) -> Reply:
-        rows = self._hash(words[1])
+        rows = self._whole_hash(words[1])
         cursor = _cursor(words[2])
         options = _scan_options(words[3:], types=False)
         if rows is None or cursor >= END_OF_DATASET:
@@ -439,7 +500,7 @@ class Commands:
             "Stats": {
                 "total_connections_received": factory.connections_received,
                 "total_commands_processed": factory.commands_processed,
-                "rejected_connections": factory.connections_rejected,
+                "rejected_connections": factory.rejected["too_many_connections"],
                 "expired_keys": 0,
                 "evicted_keys": 0,
                 "pubsub_channels": len(factory.subscribers),
@@ -550,6 +611,24 @@ def _scan_options(words: Words, *, types: bool) -> _ScanOptions:
         else:
             raise CommandError(SYNTAX)
     return _ScanOptions(match, min(count, MAX_COUNT), kind)
+
+
+def _as_hash(rows: Rows, colon: bytes, row: bytes) -> Rows | None:
+    """What NAME, or NAME:KEY if there is a colon, is as a hash.
+
+    :raises CommandError: if it is a row.
+    """
+    if not colon:
+        return rows
+    if row in rows:
+        raise CommandError(_WRONG_TYPE)
+    return None
+
+
+def _count(reads: Reads, answers: Sequence[bytes], nil: bytes) -> None:
+    missed = answers.count(nil)
+    reads.misses += missed
+    reads.hits += len(answers) - missed
 
 
 def _cursor(word: bytes) -> int:

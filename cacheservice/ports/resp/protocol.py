@@ -20,6 +20,7 @@ from cacheservice.cache.cache import Cache, Fate
 from cacheservice.cache.dataset import Dataset
 from cacheservice.cache.describe import iso
 from cacheservice.cache.rows import bulk
+from cacheservice.ports import rejected
 from cacheservice.ports.resp import reply
 from cacheservice.ports.resp.commands import REDIS_VERSION, SYNTAX, Command, Commands, Reply, Words
 from cacheservice.ports.resp.reply import CommandError
@@ -105,7 +106,7 @@ class RespProtocol(Protocol):
         self.transport.setTcpNoDelay(True)
         factory.clients.add(self)
         if len(factory.clients) > factory.max_connections:
-            factory.connections_rejected += 1
+            factory.rejected["too_many_connections"] += 1
             self._closing = True
             self._flush([reply.error("ERR max number of clients reached")])
             self._close()
@@ -157,6 +158,7 @@ class RespProtocol(Protocol):
         factory = self.factory
         left_s = self._heard_at + factory.idle_timeout_s - factory.clock.seconds()
         if left_s <= 0 and not self.waiting and not (self._channels and not self._queued):
+            factory.rejected["slow_client"] += self._queued
             self.transport.abortConnection()
         else:
             self._idle_timer = factory.clock.callLater(
@@ -221,11 +223,13 @@ class RespProtocol(Protocol):
             for number, answer in enumerate(out, 1):
                 size_bytes += len(answer)
                 if size_bytes >= BYTES_PER_TURN:
+                    self.factory.commands.uncount(batch[number : len(out)])
                     del out[number:]
                     break
         return out, size_bytes
 
     def _refuse(self, violation: ProtocolViolation) -> None:
+        self.factory.rejected["protocol_error"] += 1
         self._closing = True
         self._flush([reply.error(f"ERR {violation}")])
         self._close()
@@ -378,6 +382,7 @@ class RespProtocol(Protocol):
             # An HTTP request: somebody makes a browser speak to us (as Redis, CVE-2016-10517).
             self._closing = True
             self._log.warn("a request of another protocol came to the RESP port")
+            self.factory.rejected["protocol_error"] += 1
             self.transport.abortConnection()
             return b""
         if not self._authenticated and name not in _WITHOUT_PASSWORD:
@@ -475,6 +480,7 @@ class RespProtocol(Protocol):
             self._authenticated = True
             self._settle()
             return then()  # type: ignore[no-any-return]
+        factory.rejected["auth_failed"] += 1
         failures = factory.failed_auths.pop(self._address, 0) + 1
         if len(factory.failed_auths) >= _MOST_FAILED_AUTHS:
             del factory.failed_auths[next(iter(factory.failed_auths))]  # the one that has been quiet for longest
@@ -637,6 +643,7 @@ class RespProtocol(Protocol):
     def send_message(self, channel: bytes, message: bytes) -> None:
         """A publish, to a subscriber. One that does not read is dropped, as Redis drops it at its output limit."""
         if len(self._messages) >= _MOST_MESSAGES:
+            self.factory.rejected["slow_client"] += 1
             self.transport.abortConnection()
             return
         self._messages.append(reply.push([b"message", channel, message], self.protocol))
@@ -713,7 +720,7 @@ class RespFactory(ServerFactory):
         self.subscribers: dict[bytes, set[RespProtocol]] = defaultdict(set)
         self.failed_auths: dict[str, int] = {}
         self.connections_received = 0
-        self.connections_rejected = 0
+        self.rejected = rejected.none_yet()
         self.commands_processed = 0
         self._numbers = count(1)
         self._unsent: list[RespProtocol] = []

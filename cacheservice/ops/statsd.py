@@ -1,0 +1,194 @@
+"""The metrics, pushed to a StatsD server over UDP (github.com/statsd/statsd, docs/metric_types.md)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import socket
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from twisted.application.service import Service
+from twisted.internet.abstract import isIPAddress, isIPv6Address
+from twisted.internet.defer import CancelledError, Deferred, maybeDeferred
+from twisted.internet.error import CannotListenError, MessageLengthError
+from twisted.internet.protocol import DatagramProtocol
+from twisted.internet.task import LoopingCall, deferLater
+from twisted.python.failure import Failure
+
+from cacheservice.errors import CacheServiceError
+from cacheservice.ops.families import Sample
+from cacheservice.ops.metrics import Metrics
+
+INTERVAL_S = 10.0
+"""What StatsD itself gathers for before it passes it on, unless it is told otherwise."""
+MOST_PACKET_BYTES = 1432
+"""What StatsD's documentation advises for a network of 1500 bytes a frame: 512 for the worst path, 8932 for jumbo."""
+_PACKETS_A_TURN = 8
+_NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9_-]")
+_OF_NO_USE = ("_bucket", "_info")
+"""Endings of names: what StatsD cannot make anything of."""
+
+
+class StatsD(Service):
+    """Sends all metrics each `interval_s` while it runs, whoever listens.
+
+    Gauges as they are, counters as what they have grown by since they were last sent. Of a histogram the count and the
+    sum are counters; its buckets stay here, because StatsD knows no such thing.
+
+    :param resolve: the addresses of a name, found off the reactor; its failure is a `CacheServiceError`.
+    :param reactor: `IReactorTime` and `IReactorUDP`.
+    """
+
+    name = "statsd"
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        host: str,
+        port: int,
+        prefix: str,
+        resolve: Callable[[str], Awaitable[Sequence[str]]],
+        reactor: Any,
+        log: Any,
+        interval_s: float = INTERVAL_S,
+    ) -> None:
+        self._metrics = metrics
+        self._host = host
+        self._port = port
+        self._prefix = prefix
+        self._resolve = resolve
+        self._reactor = reactor
+        self._log = log
+        self._interval_s = interval_s
+        self._sent: dict[str, float] = {}
+        self._loop = LoopingCall(self._push)
+        self._loop.clock = reactor
+        self._pushing: Deferred[None] | None = None
+        self._sender: _Sender | None = None
+        self._problem: str | None = None
+
+    def startService(self) -> None:
+        super().startService()
+        self._loop.start(self._interval_s)
+
+    def stopService(self) -> Deferred[Any]:
+        """Fires when the socket is closed."""
+        super().stopService()
+        if self._loop.running:
+            self._loop.stop()
+        if self._pushing is not None:
+            self._pushing.cancel()
+        return self._close()
+
+    def _push(self) -> Deferred[None]:
+        """Send everything once; whatever comes of it, the loop goes on."""
+        self._pushing = pushing = Deferred.fromCoroutine(self._push_now())
+        return pushing.addBoth(self._pushed)
+
+    def _pushed(self, result: object) -> None:
+        self._pushing = None
+        if isinstance(result, Failure) and not result.check(CancelledError):
+            self._log.error("internal_error", error=result.getErrorMessage(), traceback=result.getTraceback())
+
+    async def _push_now(self) -> None:
+        # What became of the last push is known by now. Each has a socket of its own: so it goes where the name points
+        # to, and from an address that this machine has.
+        problem = None if self._sender is None else self._sender.problem()
+        await self._close()
+        try:
+            sender = self._sender = await self._open()
+            for number, packet in enumerate(packets(self._lines()), 1):
+                sender.send(packet)
+                if number % _PACKETS_A_TURN == 0:
+                    await deferLater(self._reactor, 0)
+        except (OSError, CannotListenError, MessageLengthError, CacheServiceError) as error:
+            problem = getattr(error, "strerror", None) or str(error)
+        self._tell(problem)
+
+    def _tell(self, problem: str | None) -> None:
+        """Once when it begins, and once when it is over."""
+        if problem is not None and self._problem is None:
+            self._log.warning("statsd_unreachable", error=problem.lower(), host=self._host, port=self._port)
+        elif problem is None and self._problem is not None:
+            self._log.info("statsd_recovered", host=self._host, port=self._port)
+        self._problem = problem
+
+    async def _open(self) -> _Sender:
+        address = self._host
+        if not isIPAddress(address) and not isIPv6Address(address):
+            address, *_ = await self._resolve(address)
+        sender = _Sender()
+        self._reactor.listenUDP(0, sender, interface="::" if isIPv6Address(address) else "")
+        # Nothing is to come. Twisted's reading would hear of refusals instead of us, and break on other errors.
+        sender.transport.stopReading()
+        try:
+            sender.transport.connect(address, self._port)
+        except OSError:
+            await maybeDeferred(sender.transport.stopListening)
+            raise
+        return sender
+
+    def _close(self) -> Deferred[Any]:
+        sender, self._sender = self._sender, None
+        return maybeDeferred(lambda: None if sender is None else sender.transport.stopListening())
+
+    def _lines(self) -> Iterator[str]:
+        for kind, sample in self._metrics.samples():
+            if sample.name.endswith(_OF_NO_USE):
+                continue
+            key = self._key(sample)
+            if kind == "gauge":
+                yield f"{key}:{sample.value:.15g}|g"
+                continue
+            grown = sample.value - self._sent.get(key, 0.0)
+            self._sent[key] = sample.value
+            if grown:
+                yield f"{key}:{grown:.15g}|c"
+
+    def _key(self, sample: Sample) -> str:
+        """`cacheservice_refresh_total{dataset="products",outcome="held"}` as `PREFIX.refresh_total.products.held`."""
+        parts = [sample.name.removeprefix("cacheservice_"), *sample.labels.values()]
+        named = [_NOT_IN_A_NAME.sub("_", part) for part in parts]
+        return ".".join([self._prefix, *named] if self._prefix else named)
+
+
+def packets(lines: Iterable[str]) -> Iterator[bytes]:
+    """The lines, as many in a packet as fit."""
+    waiting: list[bytes] = []
+    size_bytes = 0
+    for line in lines:
+        encoded = line.encode()
+        if waiting and size_bytes + len(encoded) > MOST_PACKET_BYTES:
+            yield b"\n".join(waiting)
+            waiting, size_bytes = [], 0
+        waiting.append(encoded)
+        size_bytes += len(encoded) + 1
+    if waiting:
+        yield b"\n".join(waiting)
+
+
+class _Sender(DatagramProtocol):
+    """The socket of one push. A refusal comes by ICMP, after the packet that is refused."""
+
+    transport: Any
+    noisy = False
+
+    def __init__(self) -> None:
+        self._problem: str | None = None
+
+    def send(self, packet: bytes) -> None:
+        """:raises OSError: if there is no way there. A packet that finds the buffer full is lost, as on its way."""
+        try:
+            self.transport.write(packet)
+        except BlockingIOError:
+            self._problem = "the socket's buffer is full"
+
+    def connectionRefused(self) -> None:
+        self._problem = os.strerror(errno.ECONNREFUSED)
+
+    def problem(self) -> str | None:
+        """What is known by now of the packets that were sent."""
+        error = self.transport.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        return os.strerror(error) if error else self._problem
