@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -32,10 +32,12 @@ from twisted.web.http import HTTPChannel
 from twisted.web.iweb import INonQueuedRequestFactory
 from zope.interface import implementer, provider
 
-from cacheservice.cache.cache import Cache
+from cacheservice.cache.cache import Cache, Refreshes
 from cacheservice.ports.freshness import Freshness
+from cacheservice.ports.http import assets
 from cacheservice.ports.http.answers import Answers, Reply, Request
 from cacheservice.ports.http.bodies import GzipBodies, Piece
+from cacheservice.ports.http.events import Feed
 from cacheservice.ports.http.guard import Guard
 from cacheservice.ports.http.problem import Problem
 
@@ -89,8 +91,10 @@ class HttpRequest(Request):
 class _Stream:
     """What is left of a body; it goes on in turns with the other streams while the transport takes it."""
 
-    def __init__(self, task: CooperativeTask[Any]) -> None:
+    def __init__(self, task: CooperativeTask[Any], pieces: Generator[Any, None, None], endless: bool) -> None:
+        self.endless = endless
         self._task = task
+        self._pieces = pieces
         self._paused = False
 
     def pauseProducing(self) -> None:
@@ -106,6 +110,7 @@ class _Stream:
     def stopProducing(self) -> None:
         with suppress(TaskFinished):
             self._task.stop()
+        self._pieces.close()  # whoever makes the body may have to know, and what the task waits for may come late
 
 
 @implementer(IHalfCloseableProtocol)
@@ -280,7 +285,7 @@ class HttpChannel(HTTPChannel):
         return self.factory.answers.problem(error, request.target)
 
     def _send(self, request: HttpRequest, reply: Reply) -> None:
-        head, body, size_bytes = reply
+        head, body, size_bytes, endless = reply
         with_body = request.method != b"HEAD"
         if not self.persistent:
             head += _CLOSE
@@ -296,7 +301,7 @@ class HttpChannel(HTTPChannel):
                 head += b"Content-Length: %d\r\n" % size_bytes
             self._put(head + b"\r\n")
             if with_body:
-                self._send_pieces(body, chunked)
+                self._send_pieces(body, chunked, endless)
                 return
         self._sent()
 
@@ -321,16 +326,17 @@ class HttpChannel(HTTPChannel):
         else:
             self.transport.writeSequence(parts)
 
-    def _send_pieces(self, body: Iterator[Piece], chunked: bool) -> None:
+    def _send_pieces(self, body: Iterator[Piece], chunked: bool, endless: bool) -> None:
         self._deadline_at = None
-        task = self.factory.streams.cooperate(self._pieces_written(body, chunked))
-        self._stream = _Stream(task)
+        pieces = self._pieces_written(body, chunked)
+        task = self.factory.streams.cooperate(pieces)
+        self._stream = _Stream(task, pieces, endless)
         self.registerProducer(self._stream, True)
         if self._waitingForTransport:
             self._stream.pauseProducing()
         task.whenDone().addCallbacks(self._streamed, self._not_streamed).addErrback(self._lost)
 
-    def _pieces_written(self, body: Iterator[Piece], chunked: bool) -> Iterator[Deferred[None] | None]:
+    def _pieces_written(self, body: Iterator[Piece], chunked: bool) -> Generator[Deferred[None] | None, None, None]:
         for piece in body:
             if isinstance(piece, Deferred):
                 yield piece
@@ -423,7 +429,12 @@ class HttpChannel(HTTPChannel):
     def readConnectionLost(self) -> None:
         """The client sent all it will. Whoever waits is taken to be gone; an answer that is on its way goes on."""
         self._read_closed = True
-        if self._waiting is not None or self._finishing or not self._handlingRequest:
+        if self._stream is not None and self._stream.endless:
+            self._stream.stopProducing()
+            self._stream = None
+            self.unregisterProducer()
+            self._finish()
+        elif self._waiting is not None or self._finishing or not self._handlingRequest:
             self._finish()
 
     def writeConnectionLost(self) -> None:
@@ -481,8 +492,10 @@ class HttpFactory(ServerFactory):
     :param idle_timeout_s: of silence between requests, and of taking nothing of an answer, after which a client
         is dropped.
     :param reactor: `IReactorTime`, monotonic, and `IReactorThreads`.
-    :param token: what /v1 needs; empty for none.
-    :param allow_data: False answers 403 to everything of /v1 as long as there is no token.
+    :param refreshes: what commands go to.
+    :param token: what /v1, / and /events need; empty for none.
+    :param admin_token: what commands need; empty for no commands.
+    :param allow_data: False answers 403 to everything but probes as long as there is no token.
     :param head_timeout_s: from the first byte of a request's head to its last.
     """
 
@@ -493,10 +506,12 @@ class HttpFactory(ServerFactory):
         *,
         cache: Cache,
         freshness: Freshness,
+        refreshes: Refreshes,
         max_connections: int,
         idle_timeout_s: float,
         reactor: Any,
         token: str = "",
+        admin_token: str = "",
         allow_data: bool = True,
         head_timeout_s: float = HEAD_TIMEOUT_S,
     ) -> None:
@@ -506,7 +521,9 @@ class HttpFactory(ServerFactory):
         self.clock = reactor
         self.clients: set[HttpChannel] = set()
         self.bodies = GzipBodies(reactor)
-        self.answers = Answers(cache, freshness, self.bodies, Guard(token, reactor) if token else None, allow_data)
+        self.feed = Feed(cache, reactor)
+        guard = Guard(token, reactor, admin_token) if token or admin_token else None
+        self.answers = Answers(cache, freshness, refreshes, self.bodies, self.feed, guard, allow_data, assets.load())
         self.streams = Cooperator(_turn, partial(reactor.callLater, 0))
 
     def buildProtocol(self, addr: object) -> HttpChannel | None:  # type: ignore[override]  # it holds another `factory`
@@ -518,6 +535,7 @@ class HttpFactory(ServerFactory):
         """End every connection now."""
         for client in list(self.clients):
             client.transport.abortConnection()
+        self.feed.stop()
         self.bodies.forget()
 
 
