@@ -3,6 +3,7 @@
 import { duration, took } from "./words.js";
 
 const HOUR_S = 3600;
+const STEP_S = 300;
 const uPlot = window.uPlot;
 
 /** The points of one dataset's last hour, by slots of time: from /history, then one by one from events. */
@@ -25,6 +26,7 @@ export class Hour {
   /** Takes the newest point, which replaces the one of its slot. */
   add(point, toldAt) {
     while (this.points.length && this.points.at(-1).slot >= point.slot) this.points.pop();
+    while (this.points.length && this.points[0].at < toldAt - HOUR_S) this.points.shift();
     this.points.push({
       slot: point.slot,
       at: toldAt - point.ago_s,
@@ -45,20 +47,22 @@ export class Hour {
         points.map((point) => (failed(point) ? null : point.took)),
         points.map((point) => (failed(point) ? point.took : null)),
       ],
-      words: wordsOf(points, failed),
+      words: wordsOf(points, failed, window_s(now)),
     };
   }
 }
 
-function wordsOf(points, failed) {
-  if (!points.length) return { short: "no refresh in the last hour", long: "No refresh has ended in the last hour." };
-  const age = Math.max(...points.map((point) => point.age ?? 0));
-  const slowest = Math.max(...points.map((point) => point.took));
+function wordsOf(points, failed, shown) {
+  const span = duration(shown);
+  if (!points.length) return { short: "no refresh yet", long: `No refresh has ended in the last ${span}.` };
+  const ages = points.map((point) => point.age).filter((age) => age !== null);
+  const age = ages.length ? duration(Math.ceil(Math.max(...ages))) : null;
+  const slowest = took(Math.max(...points.map((point) => point.took)));
   const bad = points.filter(failed).length;
   return {
-    short: `age ≤ ${duration(Math.ceil(age))}, took ≤ ${took(slowest)}`,
+    short: `${span}: ${age === null ? "" : `age ≤ ${age}, `}took ≤ ${slowest}`,
     long:
-      `In the last hour readers were given data of at most ${duration(Math.ceil(age))}; the slowest refresh took ${took(slowest)}` +
+      `In the last ${span} readers were given ${age === null ? "no data" : `data at most ${age} old`}; the slowest attempt took ${slowest}` +
       (bad ? `; attempts failed or were held in ${bad} of ${points.length} spans of 10 seconds.` : "; none failed or was held."),
   };
 }
@@ -80,7 +84,10 @@ const bars = () => uPlot.paths.bars({ size: [0.6, 5, 2], gap: 0 });
 
 const BARE = { cursor: { show: false }, legend: { show: false }, select: { show: false } };
 
-const span = (now) => [now - HOUR_S, now];
+/** How much of the hour is shown, the same for all datasets: what the service has lived, in steps of five minutes. */
+const window_s = (now) => Math.min(HOUR_S, Math.max(STEP_S, Math.ceil(now / STEP_S) * STEP_S));
+
+const span = (now) => [now - window_s(now), now];
 
 /** The small chart of a row: the line of ages over the bars of times, without axes. */
 export function spark(element, hour, now) {
@@ -125,8 +132,8 @@ export function spark(element, hour, now) {
   };
 }
 
-const minutes = (now) => (_, splits) => splits.map((at) => (Math.round(now() - at) < 30 ? "now" : `−${Math.round((now() - at) / 60)} min`));
-const quarters = (now) => () => [60, 45, 30, 15, 0].map((minute) => now() - minute * 60);
+const ago = (now) => (_, splits) => splits.map((at) => (now() - at < 1 ? "now" : `−${duration(Math.round(now() - at))}`));
+const quarters = (now) => () => [4, 3, 2, 1, 0].map((quarter) => now() - (quarter * window_s(now())) / 4);
 
 function large(element, data, { height, now, scale, values, series, hooks = {}, least = 0.001 }) {
   const c = colours();
@@ -136,13 +143,13 @@ function large(element, data, { height, now, scale, values, series, hooks = {}, 
       ...BARE,
       width: element.clientWidth,
       height,
-      padding: [8, 22, 0, 0],
+      padding: [8, 26, 0, 0],
       scales: {
         x: { time: false, range: () => span(now()) },
         [scale]: { range: (_, __, max) => [0, Math.max(max ?? 0, least) * 1.1] },
       },
       axes: [
-        { ...axis, splits: quarters(now), values: minutes(now) },
+        { ...axis, splits: quarters(now), values: ago(now), size: 26 },
         { ...axis, scale, size: 70, values: (_, splits) => splits.map(values) },
       ],
       series,

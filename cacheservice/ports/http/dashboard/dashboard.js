@@ -29,7 +29,12 @@ const state = {
 
 const now = () => state.clock.uptime + (performance.now() - state.clock.at) / 1000;
 
-const rows = new Rows($("list"), $("row"), { why: openDetails, refresh, accept: confirmAccept, now }, fetchHour);
+const rows = new Rows($("list"), $("row"), { why: openDetails, refresh, accept: confirmAccept, now, isDown }, fetchHour);
+
+/** Whether the database is down, and that is why a dataset was not read. */
+function isDown(told) {
+  return state.postgres?.state === "down" && told.last_attempt?.error === state.postgres.error;
+}
 
 // Events
 
@@ -185,12 +190,12 @@ function showHead(problems, counts, newest) {
   const { service, postgres } = state;
   if (!service) return;
   setHidden($("vitals"), false);
-  const isDown = postgres.state === "down";
+  const down = postgres.state === "down";
   const isDeaf = postgres.listening_wanted && !postgres.listening && postgres.listening_problem !== null;
-  const number = Object.values(problems).reduce((sum, names) => sum + names.length, 0) + isDown + isDeaf + (state.rejected !== null);
+  const number = Object.values(problems).reduce((sum, names) => sum + names.length, 0) + down + isDeaf + (state.rejected !== null);
   let level = counts.alarm ? "alarm" : number ? "warning" : counts.waiting && !counts.fine ? "waiting" : "fine";
   let headline = number ? words.plural(number, "problem") : level === "waiting" ? "Loading …" : "All well";
-  if (isDown) headline = number > 1 ? `${headline}: PostgreSQL is down` : "PostgreSQL is down";
+  if (down) headline = number > 1 ? `${headline}: PostgreSQL is down` : "PostgreSQL is down";
   if (state.lost) {
     level = "lost";
     headline = "No connection";
@@ -201,20 +206,21 @@ function showHead(problems, counts, newest) {
   const icon = `assets/icon-${level}.svg`;
   if ($("icon").getAttribute("href") !== icon) $("icon").setAttribute("href", icon);
   document.title = `${headline} – cacheservice`;
-  setText($("summary"), state.lost ? "What is below is as it was told last; ages go on counting." : summary(problems, counts, newest, isDown, isDeaf));
+  setText($("summary"), state.lost ? "What is below is as it was told last; ages go on counting." : summary(problems, counts, newest, down, isDeaf));
 
-  vital("postgres", isDown ? "alarm" : postgres.state === "up" ? "fine" : "waiting", postgres.state === "unknown" ? "not asked yet" : postgres.state);
+  vital("postgres", down ? "alarm" : postgres.state === "up" ? "fine" : "waiting", postgres.state === "unknown" ? "not asked yet" : postgres.state);
   if (!postgres.listening_wanted) vital("listening", "waiting", "not needed");
   else if (postgres.listening) vital("listening", "fine", "yes");
   else vital("listening", isDeaf ? "warning" : "waiting", isDeaf ? "NO" : "not yet");
-  const unready = Object.entries(service.not_ready).map(([name, word]) => `${name} ${word.replace("_", " ")}`);
-  vital("service", service.ready ? "fine" : "alarm", service.ready ? "ready" : `not ready (${listed(unready)})`);
+  const unready = Object.keys(service.not_ready);
+  const because = unready.length > 2 ? words.plural(unready.length, "dataset") : unready.join(", ");
+  vital("service", service.ready ? "fine" : "alarm", service.ready ? "ready" : `not ready because of ${because}`);
   setText($("footer"), `cacheservice ${service.version}, up ${words.duration(now())}, process ${service.pid}`);
 }
 
-function summary(problems, counts, newest, isDown, isDeaf) {
+function summary(problems, counts, newest, down, isDeaf) {
   const said = [];
-  if (isDown) {
+  if (down) {
     const read = newest === null ? "" : ` The newest data were read ${words.duration(newest)} ago.`;
     said.push(`${sentence(state.postgres.error ?? "PostgreSQL does not answer")}${read}`);
   }

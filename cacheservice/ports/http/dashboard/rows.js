@@ -26,7 +26,7 @@ export class Dataset {
     const age = on(told.age_s);
     return {
       age,
-      since: told.held ? Math.max(0, (Date.now() - Date.parse(told.held.since)) / 1000) : 0, // only: today or earlier
+      since: told.held ? Math.max(0, (Date.now() - Date.parse(told.held.since)) / 1000) : 0, // whether its day is told
       nextIn: told.next_refresh_in_s === null ? null : Math.max(0, told.next_refresh_in_s - since),
       endedAgo: on(told.newest_point?.ago_s) ?? 0,
       behind: on(told.behind_s),
@@ -40,6 +40,14 @@ export class Dataset {
 
 export function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
+}
+
+/** Puts in pieces of text, of which those that are `{ strong }` stand out. */
+function setPieces(element, pieces) {
+  const isStrong = (piece) => typeof piece !== "string";
+  const fits = pieces.length === element.childElementCount && pieces.every((piece, i) => isStrong(piece) === (element.children[i].tagName === "STRONG"));
+  if (!fits) element.replaceChildren(...pieces.map((piece) => document.createElement(isStrong(piece) ? "strong" : "span")));
+  pieces.forEach((piece, i) => setText(element.children[i], isStrong(piece) ? piece.strong : piece));
 }
 
 export function setShape(svgUse, shape) {
@@ -99,7 +107,7 @@ class Row {
   }
 
   /** What moves with the time. */
-  tick(now) {
+  tick(now, isDown) {
     const at = this.dataset.at(now);
     const { told } = this.dataset;
     const { parts } = this;
@@ -113,7 +121,7 @@ class Row {
     parts.fill.style.transform = `scaleX(${share.toFixed(3)})`;
     const isProblem = at.level === "alarm" || at.level === "warning";
     setHidden(parts.sentence, !isProblem && !told.pinned);
-    if (!parts.sentence.hidden) setText(parts.sentence, words.problem(told, at));
+    if (!parts.sentence.hidden) setPieces(parts.sentence, words.problem(told, at, isDown(told)));
   }
 
   draw(now) {
@@ -171,7 +179,7 @@ export class Rows {
     const row = this.rows.get(name);
     row.told(this.isAdmin);
     if (this.seen.has(row)) {
-      row.tick(now);
+      row.tick(now, this.actions.isDown);
       row.draw(now);
     }
   }
@@ -215,7 +223,7 @@ export class Rows {
   }
 
   tick(now) {
-    for (const row of this.seen) row.tick(now);
+    for (const row of this.seen) row.tick(now, this.actions.isDown);
   }
 
   /** All that is seen again, after colours, sizes or hours have changed. */
@@ -230,7 +238,7 @@ export class Rows {
       if (!row || row.element !== entry.target) continue;
       if (entry.isIntersecting) {
         this.seen.add(row);
-        row.tick(this.actions.now());
+        row.tick(this.actions.now(), this.actions.isDown);
         this.needsHour(row.dataset);
         row.draw(this.actions.now());
       } else {

@@ -91,38 +91,47 @@ export function nextWords(dataset, nextIn) {
   return nextIn === null ? "not planned" : `in ${duration(Math.ceil(nextIn))}`;
 }
 
-/** What is wrong with a dataset, for somebody who sees it for the first time: how old, since when, why, what next. */
-export function problem(dataset, { age, since, nextIn, endedAgo, behind }) {
+/**
+ * What is wrong with a dataset, for somebody who sees it for the first time: how old, since when, why, what next.
+ *
+ * Pieces of text, those that matter most as `{ strong }`. `isDown` says that the database is, and why is told elsewhere.
+ */
+export function problem(dataset, { age, since, nextIn, endedAgo, behind }, isDown) {
   const state = stateOf(dataset, age);
   const said = [];
-  const from = age === null ? "" : `The data are from ${moment(dataset.as_of, age)}, ${duration(age)} ago`;
   if (age === null) {
-    said.push("Nothing has been loaded yet, so readers get nothing.");
-  } else if (state === "expired") {
-    const readers = dataset.on_expired === "refuse" ? "readers get an error" : "readers still get them";
-    said.push(`${from}; the limit is ${duration(dataset.max_age_s)}, and ${readers}.`);
-  } else if (state === "stale") {
-    said.push(`${from}, and should be read every ${duration(dataset.interval_s)}; the limit is ${duration(dataset.max_age_s)}.`);
+    said.push({ strong: "Nothing has been loaded yet" }, ", so readers get nothing.");
   } else {
-    said.push(`${from}, which is within the limits.`);
+    said.push("The data are ", { strong: `from ${moment(dataset.as_of, age)}, ${duration(age)} ago` });
+    const limit = `the limit is ${duration(dataset.max_age_s)}`;
+    if (state === "expired") {
+      said.push(`; ${limit}, and readers ${dataset.on_expired === "refuse" ? "get an error" : "still get them"}.`);
+    } else if (state === "stale") {
+      said.push(`, and should be read every ${duration(dataset.interval_s)}; ${limit}.`);
+    } else {
+      said.push(", which is within the limits.");
+    }
   }
-  if (dataset.consecutive_failures) {
-    const again = dataset.consecutive_failures > 1 ? `The last ${count(dataset.consecutive_failures)} refreshes failed` : "The last refresh failed";
-    said.push(`${again}, ${duration(endedAgo)} ago: ${sentenceEnd(dataset.last_attempt?.error ?? "no reason is known")}`);
+  const number = dataset.consecutive_failures;
+  if (number) {
+    said.push(` ${number > 1 ? `The last ${count(number)} refreshes` : "The last refresh"} failed, ${duration(endedAgo)} ago`);
+    said.push(isDown ? ", because PostgreSQL is down." : `: ${sentenceEnd(dataset.last_attempt?.error ?? "no reason is known")}`);
   }
   if (dataset.held) {
-    said.push(`The newest result, with ${plural(dataset.held.rows, "row")}, is held back since ${moment(dataset.held.since, since)}: it ${sentenceEnd(dataset.held.reason)}`);
+    const rows = plural(dataset.held.rows, "row");
+    said.push(` The newest result, with ${rows}, is `, { strong: `held back since ${moment(dataset.held.since, since)}` });
+    said.push(`: it ${sentenceEnd(dataset.held.reason)}`);
   }
-  if (dataset.pinned) said.push("An operator has pinned it, so nothing newer is served.");
-  if (dataset.accepts_next) said.push("An operator has accepted the next result, whatever the gates say.");
-  if (dataset.save_problem) said.push(`It cannot be saved: ${sentenceEnd(dataset.save_problem)}`);
-  if (dataset.differences) said.push(`Checks have mended ${plural(dataset.differences, "row")} of whose change no trigger told.`);
-  said.push(nextSentence(dataset, nextIn, behind));
-  return said.join(" ");
+  if (dataset.pinned) said.push(" An operator has pinned it, so nothing newer is served.");
+  if (dataset.accepts_next) said.push(" An operator has accepted the next result, whatever the gates say.");
+  if (dataset.save_problem) said.push(` It cannot be saved: ${sentenceEnd(dataset.save_problem)}`);
+  if (dataset.differences) said.push(` Checks have mended ${plural(dataset.differences, "row")} of whose change no trigger told.`);
+  said.push(" ", { strong: nextSentence(dataset, nextIn, behind) });
+  return said;
 }
 
 function nextSentence(dataset, nextIn, behind) {
-  if (dataset.progress) return "It is being read now.";
+  if (dataset.progress) return dataset.consecutive_failures ? "It is tried again right now." : "It is being read right now.";
   if (dataset.behind_s !== null) return `A refresh has been due for ${duration(behind)}, and waits for postgres.max_load.`;
   if (dataset.refreshing) return "A refresh is due now, and waits for a connection.";
   return nextIn === null ? "No refresh is planned." : `It tries again in ${duration(Math.ceil(nextIn))}.`;
