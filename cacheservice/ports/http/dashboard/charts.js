@@ -132,8 +132,14 @@ export function spark(element, hour, now) {
   };
 }
 
-const ago = (now) => (_, splits) => splits.map((at) => (now() - at < 1 ? "now" : `−${duration(Math.round(now() - at))}`));
-const quarters = (now) => () => [4, 3, 2, 1, 0].map((quarter) => now() - (quarter * window_s(now())) / 4);
+/** Marks on the axis of time, whole minutes apart, and what they say. */
+function minutes(now, width) {
+  const shown = window_s(now) / 60;
+  const step = ([[5, 1], [10, 2], [20, 5], [40, 10]].find(([limit]) => shown <= limit)?.[1] ?? 15) * (width < 480 ? 2 : 1);
+  return Array.from({ length: Math.floor(shown / step) + 1 }, (_, i) => now - i * step * 60).reverse();
+}
+
+const ago = (now) => (_, splits) => splits.map((at) => (now() - at < 1 ? "now" : `−${Math.round((now() - at) / 60)} min`));
 
 function large(element, data, { height, now, scale, values, series, hooks = {}, least = 0.001 }) {
   const c = colours();
@@ -149,7 +155,7 @@ function large(element, data, { height, now, scale, values, series, hooks = {}, 
         [scale]: { range: (_, __, max) => [0, Math.max(max ?? 0, least) * 1.1] },
       },
       axes: [
-        { ...axis, splits: quarters(now), values: ago(now), size: 26 },
+        { ...axis, splits: (plot) => minutes(now(), plot.width), values: ago(now), size: 26 },
         { ...axis, scale, size: 70, values: (_, splits) => splits.map(values) },
       ],
       series,

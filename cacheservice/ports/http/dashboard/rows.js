@@ -91,7 +91,7 @@ class Row {
     const notch = (told.interval_s + told.timeout_s) / told.max_age_s;
     setHidden(parts.notch, notch >= 1);
     parts.notch.style.left = `${notch * 100}%`;
-    setText(parts["age-limit"], `of ${words.duration(told.max_age_s)}`);
+    setText(parts["age-limit"], told.age_s === null ? "" : `of ${words.duration(told.max_age_s)}`);
     setHidden(parts.refresh, !isAdmin);
     setHidden(parts.accept, !isAdmin || !told.held);
     setHidden(parts.loading, !told.progress);
