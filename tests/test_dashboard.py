@@ -44,6 +44,7 @@ from tests.test_http_port import (
     buffered,
     declared,
     encoded,
+    read_to_the_end,
     until,
 )
 from tests.test_twistd import DaemonTestCase
@@ -339,6 +340,9 @@ class Events(EventsTestCase):
                 await until(lambda: self.factory.feed._listeners == 1)
                 client.shutdown(how)
                 await until(lambda: self.factory.feed._listeners == 0)
+                if how == socket.SHUT_WR:
+                    rest: bytes = await deferToThread(read_to_the_end, client)
+                    self.assertTrue(rest.endswith(b"\r\n0\r\n\r\n"))
             await until(lambda: not self.factory.clients)
             self.assertIsNone(self.factory.feed._timer)
 

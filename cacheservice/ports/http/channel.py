@@ -56,6 +56,7 @@ _STREAMS_TURN_S = 0.001
 """How long all streams together may; with what the last of them began it is two milliseconds."""
 
 _CLOSE = b"Connection: close\r\n"
+_LAST_CHUNK = b"0\r\n\r\n"
 _HEADER = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([\t -~\x80-\xff]*)")
 _HOST = re.compile(rb"(?:[0-9A-Za-z\-._~%!$&'()*+,;=]*|\[[0-9A-Fa-f:.]+\]|\[v[0-9A-Fa-f]+\.[^\]@/?#]+\])(?::[0-9]*)?")
 _ALONE = (b"host", b"content-length", b"transfer-encoding", b"authorization", b"if-modified-since")
@@ -91,7 +92,10 @@ class HttpRequest(Request):
 class _Stream:
     """What is left of a body; it goes on in turns with the other streams while the transport takes it."""
 
-    def __init__(self, task: CooperativeTask[Any], pieces: Generator[Any, None, None], endless: bool) -> None:
+    def __init__(
+        self, task: CooperativeTask[Any], pieces: Generator[Any, None, None], chunked: bool, endless: bool
+    ) -> None:
+        self.chunked = chunked
         self.endless = endless
         self._task = task
         self._pieces = pieces
@@ -287,6 +291,8 @@ class HttpChannel(HTTPChannel):
     def _send(self, request: HttpRequest, reply: Reply) -> None:
         head, body, size_bytes, endless = reply
         with_body = request.method != b"HEAD"
+        if endless:
+            self.persistent = False
         if not self.persistent:
             head += _CLOSE
         if isinstance(body, bytes):
@@ -330,7 +336,7 @@ class HttpChannel(HTTPChannel):
         self._deadline_at = None
         pieces = self._pieces_written(body, chunked)
         task = self.factory.streams.cooperate(pieces)
-        self._stream = _Stream(task, pieces, endless)
+        self._stream = _Stream(task, pieces, chunked, endless)
         self.registerProducer(self._stream, True)
         if self._waitingForTransport:
             self._stream.pauseProducing()
@@ -347,7 +353,7 @@ class HttpChannel(HTTPChannel):
                     self._put(piece)
                 yield None
         if chunked:
-            self._put(b"0\r\n\r\n")
+            self._put(_LAST_CHUNK)
 
     def _streamed(self, _: object) -> None:
         self._stream = None
@@ -427,12 +433,15 @@ class HttpChannel(HTTPChannel):
             self.transport.resumeProducing()
 
     def readConnectionLost(self) -> None:
-        """The client sent all it will. Whoever waits is taken to be gone; an answer that is on its way goes on."""
+        """The client sent all it will. Whoever waits is taken to be gone; an answer that will end goes on."""
         self._read_closed = True
-        if self._stream is not None and self._stream.endless:
-            self._stream.stopProducing()
+        stream = self._stream
+        if stream is not None and stream.endless:
             self._stream = None
+            stream.stopProducing()
             self.unregisterProducer()
+            if stream.chunked:
+                self._put(_LAST_CHUNK)
             self._finish()
         elif self._waiting is not None or self._finishing or not self._handlingRequest:
             self._finish()

@@ -32,7 +32,7 @@ HEARTBEAT_S = 10.0
 """Without an event for so long, one that tells of no change shows that the connection lives."""
 RETRY_MS = 2000
 TURN_S = 0.002
-"""500 datasets take 1 ms if nothing has changed, 17 ms if everything has (measured): nine turns."""
+"""Of a look at the datasets: 500 of them take 1 ms if none has changed, 17 ms in nine turns if all have (measured)."""
 
 
 class _Told(NamedTuple):

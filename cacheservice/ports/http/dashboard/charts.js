@@ -6,6 +6,9 @@ const HOUR_S = 3600;
 const STEP_S = 300;
 const uPlot = window.uPlot;
 
+/** How much of the hour is shown, the same for all datasets: what the service has lived, in steps of five minutes. */
+export const window_s = (now) => Math.min(HOUR_S, Math.max(STEP_S, Math.ceil(now / STEP_S) * STEP_S));
+
 /** The points of one dataset's last hour, by slots of time: from /history, then one by one from events. */
 export class Hour {
   constructor() {
@@ -36,31 +39,32 @@ export class Hour {
     });
   }
 
-  /** What is left of it at `now`: columns for uPlot, and what they say in words. */
-  at(now) {
-    const points = this.points.filter((point) => point.at > now - HOUR_S);
+  /** What is left of it at `now`, when the age is `age` or null: columns for uPlot, and what they say in words. */
+  at(now, age) {
+    const points = this.points.filter((point) => point.at > now - window_s(now));
     const failed = (point) => point.outcome === "failed" || point.outcome === "held";
     return {
+      // The age goes on after the last attempt.
       data: [
-        points.map((point) => point.at),
-        points.map((point) => point.age),
-        points.map((point) => (failed(point) ? null : point.took)),
-        points.map((point) => (failed(point) ? point.took : null)),
+        [...points.map((point) => point.at), now],
+        [...points.map((point) => point.age), age],
+        [...points.map((point) => (failed(point) ? null : point.took)), null],
+        [...points.map((point) => (failed(point) ? point.took : null)), null],
       ],
-      words: wordsOf(points, failed, window_s(now)),
+      words: wordsOf(points, failed, age, window_s(now)),
     };
   }
 }
 
-function wordsOf(points, failed, shown) {
+function wordsOf(points, failed, ageNow, shown) {
   const span = duration(shown);
   if (!points.length) return { short: "no refresh yet", long: `No refresh has ended in the last ${span}.` };
-  const ages = points.map((point) => point.age).filter((age) => age !== null);
+  const ages = [...points.map((point) => point.age), ageNow].filter((age) => age !== null);
   const age = ages.length ? duration(Math.ceil(Math.max(...ages))) : null;
   const slowest = took(Math.max(...points.map((point) => point.took)));
   const bad = points.filter(failed).length;
   return {
-    short: `${span}: ${age === null ? "" : `age ≤ ${age}, `}took ≤ ${slowest}`,
+    short: `${age === null ? "" : `age ≤ ${age}, `}took ≤ ${slowest}`,
     long:
       `In the last ${span} readers were given ${age === null ? "no data" : `data at most ${age} old`}; the slowest attempt took ${slowest}` +
       (bad ? `; attempts failed or were held in ${bad} of ${points.length} spans of 10 seconds.` : "; none failed or was held."),
@@ -84,15 +88,13 @@ const bars = () => uPlot.paths.bars({ size: [0.6, 5, 2], gap: 0 });
 
 const BARE = { cursor: { show: false }, legend: { show: false }, select: { show: false } };
 
-/** How much of the hour is shown, the same for all datasets: what the service has lived, in steps of five minutes. */
-const window_s = (now) => Math.min(HOUR_S, Math.max(STEP_S, Math.ceil(now / STEP_S) * STEP_S));
-
 const span = (now) => [now - window_s(now), now];
 
 /** The small chart of a row: the line of ages over the bars of times, without axes. */
-export function spark(element, hour, now) {
+export function spark(element, dataset, now) {
   const c = colours();
-  const { data, words } = hour.at(now);
+  const hourAt = (moment) => dataset.hour.at(moment, dataset.at(moment).age);
+  const { data, words } = hourAt(now);
   let at = now;
   element.setAttribute("aria-label", words.long);
   const plot = new uPlot(
@@ -121,7 +123,7 @@ export function spark(element, hour, now) {
     words,
     draw(later) {
       at = later;
-      const next = hour.at(later);
+      const next = hourAt(later);
       element.setAttribute("aria-label", next.words.long);
       plot.setData(next.data);
       return next.words;
@@ -167,11 +169,13 @@ function large(element, data, { height, now, scale, values, series, hooks = {}, 
 }
 
 /** The two charts of the dialog: ages under their limit, and times. */
-export function details(agesElement, timesElement, hour, maxAge, now) {
+export function details(agesElement, timesElement, dataset, now) {
   const c = colours();
+  const hourAt = (moment) => dataset.hour.at(moment, dataset.at(moment).age);
+  const maxAge = dataset.told.max_age_s;
   let at = now;
   const clock = () => at;
-  const first = hour.at(now);
+  const first = hourAt(now);
   const limit = (plot) => {
     const y = plot.valToPos(maxAge, "age", true);
     if (y < plot.bbox.top) return;
@@ -216,7 +220,7 @@ export function details(agesElement, timesElement, hour, maxAge, now) {
   return {
     draw(later) {
       at = later;
-      const next = hour.at(later);
+      const next = hourAt(later);
       ages.setData(agesData(next));
       timesPlot.setData(timesData(next));
       label(next.words);

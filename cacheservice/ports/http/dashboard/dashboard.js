@@ -1,6 +1,6 @@
 /** The dashboard: takes the service's events, keeps their state, and shows it; ages go on by this machine's clock. */
 
-import { details } from "./charts.js";
+import { details, window_s } from "./charts.js";
 import { Dataset, Rows, setHidden, setShape, setText } from "./rows.js";
 import { Stream, ask } from "./stream.js";
 import * as words from "./words.js";
@@ -215,6 +215,7 @@ function showHead(problems, counts, newest) {
   const unready = Object.keys(service.not_ready);
   const because = unready.length > 2 ? words.plural(unready.length, "dataset") : unready.join(", ");
   vital("service", service.ready ? "fine" : "alarm", service.ready ? "ready" : `not ready because of ${because}`);
+  setText($("span"), words.duration(window_s(now())));
   setText($("footer"), `cacheservice ${service.version}, up ${words.duration(now())}, process ${service.pid}`);
 }
 
@@ -222,7 +223,7 @@ function summary(problems, counts, newest, down, isDeaf) {
   const said = [];
   if (down) {
     const read = newest === null ? "" : ` The newest data were read ${words.duration(newest)} ago.`;
-    said.push(`${sentence(state.postgres.error ?? "PostgreSQL does not answer")}${read}`);
+    said.push(`${sentence(state.postgres.error ?? "PostgreSQL does not answer")}${read} ${nextTry()}`);
   }
   const labels = { expired: "Expired", stale: "Stale", "never loaded": "Never loaded", held: "Held back", failing: "Failing", other: "To look at" };
   for (const [kind, names] of Object.entries(problems)) if (names.length) said.push(`${labels[kind]}: ${listed(names)}.`);
@@ -231,6 +232,13 @@ function summary(problems, counts, newest, down, isDeaf) {
   if (said.length) return said.join(" ");
   if (counts.waiting) return `${words.plural(counts.fine, "dataset")} of ${counts.fine + counts.waiting} are loaded and within their limits.`;
   return counts.fine === 1 ? "The one dataset is within its limits." : `All ${words.count(counts.fine)} datasets are within their limits.`;
+}
+
+/** When the database is tried again, by whichever dataset comes first. */
+function nextTry() {
+  const waits = [...state.datasets.values()].map((dataset) => (dataset.told.progress ? 0 : dataset.at(now()).nextIn ?? Infinity));
+  const first = Math.min(...waits);
+  return first === 0 ? "It is tried again right now." : first < Infinity ? `It is tried again in ${words.duration(Math.ceil(first))}.` : "";
 }
 
 const listed = (names) =>
@@ -402,7 +410,7 @@ function drawDetails() {
   const dataset = state.opened;
   if (!dataset || !dataset.hourIsWhole) return;
   if (state.plots) state.plots.draw(now());
-  else state.plots = details($("details-ages"), $("details-times"), dataset.hour, dataset.told.max_age_s, now());
+  else state.plots = details($("details-ages"), $("details-times"), dataset, now());
 }
 
 function forgetDetails() {

@@ -129,7 +129,7 @@ class Row {
     if (this.plot) {
       setText(this.caption, this.plot.draw(now).short);
     } else if (this.parts.chart.clientWidth) {
-      this.plot = spark(this.parts.chart, this.dataset.hour, now);
+      this.plot = spark(this.parts.chart, this.dataset, now);
       setText(this.caption, this.plot.words.short);
     }
   }
