@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import tempfile
 from collections.abc import Mapping
@@ -407,18 +408,31 @@ class Connection(BrowserTestCase):
         self.sql("INSERT INTO products VALUES (101, 'new')")
         self.serve(products)
         self.wait_for("#headline", "All well")
-        self.wait_for("#vital-page", "live")
+        self.assertEqual(self.text("#vital-page"), "live")
         self.assertEqual(self.text("#lost"), "")
         self.wait_for("#dataset-products .rows", "101")
+
+    def test_a_service_that_falls_silent(self) -> None:
+        """When the service hangs with its connections open, the page says so, too, and lives again when it does."""
+        daemon = self.serve(dataset("products", "SELECT 1 AS id"))
+        self.open(daemon)
+        self.wait_for_state("products", "fresh")
+        daemon.process.send_signal(signal.SIGSTOP)
+        try:
+            self.wait_for("#lost", "It went silent.")
+        finally:
+            daemon.process.send_signal(signal.SIGCONT)
+        self.wait_for("#headline", "All well")
+        self.assertEqual(self.text("#vital-page"), "live")
 
 
 class Reach(BrowserTestCase):
     def products(self) -> Daemon:
         self.sql(TABLE.format("products"))
         return self.serve(
+            dataset("calm", "SELECT 1 AS id"),
             dataset("products", "SELECT * FROM products", **OFTEN | {"max_age_s": 3600}),
             dataset(LONGEST_NAME, "SELECT * FROM missing", **OFTEN),
-            dataset("calm", "SELECT 1 AS id"),
             http='admin_token = "operate"',
         )
 
@@ -497,6 +511,10 @@ class Reach(BrowserTestCase):
         self.assertEqual(focused.active_element.accessible_name, "Why is it so: products")
         self.sql("INSERT INTO products SELECT n, '' FROM generate_series(4, 100) AS n")
         self.wait_for_state("products", "fresh")
+        self.assertEqual(self.order()[-1], "products")
+        self.sql("DELETE FROM products WHERE id > 3")
+        self.wait_for_state("products", "fresh, held")
+        self.assertEqual(self.order()[-1], "calm")
         self.assertEqual(focused.active_element.accessible_name, "Why is it so: products")
 
     def test_for_a_screen_reader(self) -> None:
