@@ -299,6 +299,24 @@ class States(BrowserTestCase):
             label, r"^In the last 5 min readers were given data at most \d+ s old; the slowest attempt took "
         )
 
+    def test_a_reload(self) -> None:
+        """A dataset that a new configuration brings is there, one that is gone is not, and the others stay."""
+        one, two, three = (dataset(name, "SELECT 1 AS id") for name in ("one", "two", "three"))
+        daemon = self.serve(one, two)
+        self.open(daemon)
+        self.wait_for_state("two", "fresh")
+        row = self.find("#dataset-two")
+        file = self.directory / "cacheservice.toml"
+        file.write_text(file.read_text().replace(one, three))
+        daemon.process.send_signal(signal.SIGHUP)
+        self.wait_for_state("three", "fresh")
+        self.assertEqual(self.order(), ["three", "two"])
+        self.assertTrue(row.is_displayed())
+        file.write_text(file.read_text().replace("interval_s", "intervals") + "nonsense = 1\n")
+        daemon.process.send_signal(signal.SIGHUP)
+        self.wait_for("#headline", "1 problem")
+        self.wait_for("#summary", "The newest configuration is not in effect: ")
+
     def test_ages_count_between_events(self) -> None:
         """An age goes on without any event, by a monotonic clock: setting the browser's wall clock changes nothing."""
         self.open(self.serve(dataset("products", "SELECT 1 AS id")))

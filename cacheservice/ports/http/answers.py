@@ -103,7 +103,7 @@ class Answers:
         self._files = files
         self._bodies = bodies
         self._guard = guard
-        self._allow_data = allow_data
+        self._reads_freely = allow_data and (guard is None or not guard.is_for_reading)
         self._wall_s = wall_s
         # Generations begin at 1 again with each process.
         self._process = secrets.token_hex(4)
@@ -158,7 +158,7 @@ class Answers:
 
     def _refused(self, request: Request) -> Coroutine[Any, Any, Reply] | None:
         """None for who may read data."""
-        if self._reads_freely():
+        if self._reads_freely:
             return None
         guard, authorization = self._required_guard(), request.headers.get(b"authorization")
         if authorization is None:
@@ -166,9 +166,6 @@ class Answers:
         host = request.host()
         guard.admit(host)
         return None if guard.accepts(authorization) else guard.refuse_wrong(host)
-
-    def _reads_freely(self) -> bool:
-        return self._allow_data and (self._guard is None or not self._guard.is_for_reading)
 
     def _required_guard(self) -> Guard:
         """:raises Problem: 403 if there is none, so that nobody may read."""
@@ -240,7 +237,7 @@ class Answers:
         """The page holds nothing secret; to who has sent no token it comes with 401, and asks for it."""
         _check_method(request)
         page = self._files[assets.PAGE]
-        if not self._reads_freely() and b"authorization" not in request.headers:
+        if not self._reads_freely and b"authorization" not in request.headers:
             self._required_guard()
             accept = request.headers.get(b"accept")
             if negotiation.media_type(accept, (_PROBLEM, _HTML)) == _HTML:
@@ -250,7 +247,7 @@ class Answers:
     def _asset(self, request: Request, name: bytes) -> Reply:
         """The assets are the same for everybody, and need no token."""
         _check_method(request)
-        if not self._reads_freely():
+        if not self._reads_freely:
             self._required_guard()
         file = self._files.get(name)
         if file is None:

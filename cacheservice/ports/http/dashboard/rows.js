@@ -94,7 +94,7 @@ class Row {
     setText(parts["age-limit"], told.age_s === null ? "" : `of ${words.duration(told.max_age_s)}`);
     setHidden(parts.refresh, !isAdmin);
     setHidden(parts.accept, !isAdmin || !told.held);
-    setHidden(parts.loading, !told.progress);
+    setHidden(parts.loading, !told.progress?.rows); // before the first row it may still be connecting
     if (told.progress) {
       const { rows, expected_rows: expected } = told.progress;
       // Without an expectation the bar moves by itself.

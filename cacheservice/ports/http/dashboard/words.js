@@ -85,7 +85,7 @@ export function changeWords(change) {
 }
 
 export function nextWords(dataset, nextIn) {
-  if (dataset.progress) return "reading now";
+  if (dataset.progress) return dataset.consecutive_failures ? "trying now" : "reading now";
   if (dataset.behind_s !== null) return "waits for max_load";
   if (dataset.refreshing) return "waits its turn";
   return nextIn === null ? "not planned" : `in ${duration(Math.ceil(nextIn))}`;
