@@ -421,6 +421,7 @@ class Connection(BrowserTestCase):
         self.wait_for_state("products", "expired")
         self.wait_for("#vital-page", "not live since")
         self.wait_for("#announcer", "connection to the service is lost")
+        self.assertEqual(self.row("products", "next"), "not known")
         age = int(self.row("products", "age-now").removesuffix(" s"))
         until(lambda: int(self.row("products", "age-now").removesuffix(" s")) > age, "a greater age")
         self.sql("INSERT INTO products VALUES (101, 'new')")

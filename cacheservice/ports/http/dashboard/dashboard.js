@@ -29,11 +29,15 @@ const state = {
 
 const now = () => state.clock.uptime + (performance.now() - state.clock.at) / 1000;
 
-const rows = new Rows($("list"), $("row"), { why: openDetails, refresh, accept: confirmAccept, now, isDown }, fetchHour);
+const rows = new Rows($("list"), $("row"), { why: openDetails, refresh, accept: confirmAccept, now, isDown, isLost }, fetchHour);
 
 /** Whether the database is down, and that is why a dataset was not read. */
 function isDown(told) {
   return state.postgres?.state === "down" && told.last_attempt?.error === state.postgres.error;
+}
+
+function isLost() {
+  return state.lost !== null;
 }
 
 // Events
@@ -534,6 +538,7 @@ setInterval(() => {
   if (state.opened) showDetailsHead();
 }, 1000);
 setInterval(() => {
+  if (state.service) rows.tick(now(), true);
   rows.redraw(now());
   if (state.plots) drawDetails();
 }, 15_000);

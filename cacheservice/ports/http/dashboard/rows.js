@@ -107,8 +107,9 @@ class Row {
   }
 
   /** What moves with the time. */
-  tick(now, isDown) {
+  tick(now, { isDown, isLost }) {
     const at = this.dataset.at(now);
+    if (isLost()) at.nextIn = undefined; // what the service does now, nobody knows
     const { told } = this.dataset;
     const { parts } = this;
     if (this.element.dataset.level !== at.level) this.element.dataset.level = at.level;
@@ -178,10 +179,8 @@ export class Rows {
   told(name, now) {
     const row = this.rows.get(name);
     row.told(this.isAdmin);
-    if (this.seen.has(row)) {
-      row.tick(now, this.actions.isDown);
-      row.draw(now);
-    }
+    row.tick(now, this.actions);
+    if (this.seen.has(row)) row.draw(now);
   }
 
   setAdmin(isAdmin) {
@@ -222,8 +221,9 @@ export class Rows {
     return shown;
   }
 
-  tick(now) {
-    for (const row of this.seen) row.tick(now, this.actions.isDown);
+  /** Those that are seen; now and then all, for who reads the page without seeing it. */
+  tick(now, all = false) {
+    for (const row of all ? this.rows.values() : this.seen) row.tick(now, this.actions);
   }
 
   /** All that is seen again, after colours, sizes or hours have changed. */
@@ -238,7 +238,7 @@ export class Rows {
       if (!row || row.element !== entry.target) continue;
       if (entry.isIntersecting) {
         this.seen.add(row);
-        row.tick(this.actions.now(), this.actions.isDown);
+        row.tick(this.actions.now(), this.actions);
         this.needsHour(row.dataset);
         row.draw(this.actions.now());
       } else {

@@ -84,7 +84,9 @@ export function changeWords(change) {
   return parts.join(", ") || "nothing";
 }
 
+/** When the next refresh is; `nextIn` is undefined while the service is out of reach, and null where none is planned. */
 export function nextWords(dataset, nextIn) {
+  if (nextIn === undefined) return "not known";
   if (dataset.progress) return dataset.consecutive_failures ? "trying now" : "reading now";
   if (dataset.behind_s !== null) return "waits for max_load";
   if (dataset.refreshing) return "waits its turn";
@@ -131,6 +133,7 @@ export function problem(dataset, { age, since, nextIn, endedAgo, behind }, isDow
 }
 
 function nextSentence(dataset, nextIn, behind) {
+  if (nextIn === undefined) return "What the service does now is not known.";
   if (dataset.progress) return dataset.consecutive_failures ? "It is tried again right now." : "It is being read right now.";
   if (dataset.behind_s !== null) return `A refresh has been due for ${duration(behind)}, and waits for postgres.max_load.`;
   if (dataset.refreshing) return "A refresh is due now, and waits for a connection.";
