@@ -385,9 +385,11 @@ class Operating(BrowserTestCase):
         self.assertFalse(self.find("#operator").is_displayed())
 
     def test_a_token_for_reading(self) -> None:
-        """Where reading needs a token the page asks for it, says if it is wrong, and keeps it for the tab alone."""
-        self.open(self.serve(dataset("products", "SELECT 1 AS id"), http='token = "s3cret"'))
-        self.allowed = ["401 (Unauthorized)"]
+        """Where reading needs a token the page asks for it, says if it is wrong, keeps it for the tab alone, and asks
+        again when it is another."""
+        daemon = self.serve(dataset("products", "SELECT 1 AS id"), http='token = "s3cret"')
+        self.open(daemon)
+        self.allowed = ["401 (Unauthorized)", "net::ERR"]
         until(lambda: self.find("#ask").is_displayed(), "the question")
         self.assertEqual(self.text("#datasets"), "")
         self.find("#ask-token").send_keys("guess", Keys.ENTER)
@@ -401,6 +403,12 @@ class Operating(BrowserTestCase):
         self.wait_for_state("products", "fresh")
         self.assertEqual(self.js("return localStorage.length"), 0)
         self.assertNotIn("s3cret", self.browser.current_url)
+        daemon.end()
+        self.serve(dataset("products", "SELECT 1 AS id"), http='token = "0ther"')
+        self.wait_for("#ask-problem", "This is not the token of http.token.")
+        self.assertEqual((self.text("#datasets"), self.text("#lost"), self.text("#vitals")), ("", "", ""))
+        self.find("#ask-token").send_keys("0ther", Keys.ENTER)
+        self.wait_for("#headline", "All well")
 
 
 class Connection(BrowserTestCase):

@@ -1,6 +1,7 @@
 /** The list of datasets: one row each, in the order of need. Everything that comes from outside is put in as text. */
 
 import { Hour, spark } from "./charts.js";
+import { setHidden, setShape, setText } from "./page.js";
 import * as words from "./words.js";
 
 const RANK = { alarm: 0, warning: 1, waiting: 2, fine: 3 };
@@ -38,25 +39,12 @@ export class Dataset {
   }
 }
 
-export function setText(element, text) {
-  if (element.textContent !== text) element.textContent = text;
-}
-
 /** Puts in pieces of text, of which those that are `{ strong }` stand out. */
 function setPieces(element, pieces) {
   const isStrong = (piece) => typeof piece !== "string";
   const fits = pieces.length === element.childElementCount && pieces.every((piece, i) => isStrong(piece) === (element.children[i].tagName === "STRONG"));
   if (!fits) element.replaceChildren(...pieces.map((piece) => document.createElement(isStrong(piece) ? "strong" : "span")));
   pieces.forEach((piece, i) => setText(element.children[i], isStrong(piece) ? piece.strong : piece));
-}
-
-export function setShape(svgUse, shape) {
-  const href = `#shape-${shape}`;
-  if (svgUse.getAttribute("href") !== href) svgUse.setAttribute("href", href);
-}
-
-export function setHidden(element, hidden) {
-  if (element.hidden !== hidden) element.hidden = hidden;
 }
 
 class Row {
