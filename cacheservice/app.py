@@ -260,10 +260,12 @@ def make_service(
         served["http"] = http = HttpFactory(
             cache=cache,
             freshness=freshness,
+            refreshes=refresh,
             max_connections=limits.max_connections,
             idle_timeout_s=limits.idle_timeout_s,
             reactor=reactor,
             token=settings.http.token.get_secret_value(),
+            admin_token=settings.http.admin_token.get_secret_value(),
             allow_data=config.is_loopback(settings.http.host) or limits.allow_anonymous,
             exposition=metrics,
         )

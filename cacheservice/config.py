@@ -161,7 +161,12 @@ class HttpSettings(_Table):
     )
     port: int = Field(default=8080, ge=0, le=65535, description="TCP port of HTTP; 0 = any free one")
     token: SecretStr = Field(
-        default=SecretStr(""), description='when set, /v1 wants "Authorization: Bearer" with it; probes and metrics never do'
+        default=SecretStr(""),
+        description='when set, /v1, / and /events want "Authorization: Bearer" with it; probes and metrics never do',
+    )
+    admin_token: SecretStr = Field(
+        default=SecretStr(""),
+        description="when set, whoever sends it may also refresh, accept, pin and roll back; else HTTP only reads",
     )
 
 
@@ -362,7 +367,7 @@ def load(environ: Mapping[str, str], dsn_problem: Callable[[str], str | None]) -
         if "name" in _table(dataset):  # a field of ours, which the table's header sets
             problems["datasets", name, "name"] = _unknown("key", "name", _keys("datasets"))
     if settings is not None:
-        problems = _group_problems(settings) | _watch_problems(settings) | problems
+        problems = _group_problems(settings) | _watch_problems(settings) | _token_problems(settings) | problems
     dsn = _table(declared["postgres"]).get("dsn")
     if isinstance(dsn, str) and dsn and (wrong := dsn_problem(dsn)) is not None:
         problems.setdefault(("postgres", "dsn"), wrong)
@@ -414,6 +419,14 @@ def _watch_problems(settings: Settings) -> dict[_Place, str]:
         for number, watch in enumerate(dataset.watch)
         if len(watch.key) != len(dataset.key)
     }
+
+
+def _token_problems(settings: Settings) -> dict[_Place, str]:
+    """Where whoever may read could also change something."""
+    token, admin_token = settings.http.token, settings.http.admin_token
+    if not token.get_secret_value() or token != admin_token:
+        return {}
+    return {("http", "admin_token"): "must be another than http.token, which may only read"}
 
 
 def groups(datasets: Iterable[DatasetSettings]) -> list[list[DatasetSettings]]:

@@ -91,6 +91,13 @@ class Commands(FromTheWheel):
         ).stdout
         self.assertTrue(where.startswith(str(self.lib)), where)
 
+    def test_the_dashboard_comes_along(self) -> None:
+        """Each file of the dashboard is in the wheel."""
+        folder = Path("cacheservice") / "ports" / "http" / "dashboard"
+        shipped = {file.name: file.read_bytes() for file in (self.lib / folder).iterdir()}
+        self.assertEqual(shipped, {file.name: file.read_bytes() for file in (ROOT / folder).iterdir()})
+        self.assertIn("index.html", shipped)
+
     def test_help_names_the_commands(self) -> None:
         """--help teaches every command."""
         told = self.run_program("--help")

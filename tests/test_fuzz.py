@@ -344,6 +344,7 @@ class Http(UnderAttack, TestCase):
         return HttpFactory(
             cache=self.cache,
             freshness=freshness,
+            refreshes=NoRefreshes(),
             max_connections=MAX_CONNECTIONS,
             idle_timeout_s=300,
             reactor=reactor,

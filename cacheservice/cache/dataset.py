@@ -11,11 +11,11 @@ from typing import Literal
 
 from cacheservice.cache.changes import Change
 from cacheservice.cache.counts import Counts
+from cacheservice.cache.history import LastHour, Outcome
 from cacheservice.cache.rows import Groups, Rows, RowsBuilder
 from cacheservice.config import DatasetSettings
 from cacheservice.errors import Blocker
 
-Outcome = Literal["published", "unchanged", "held", "failed"]
 Trigger = Literal["interval", "notify", "retry", "manual", "start"]
 
 KEPT_ATTEMPTS = 10
@@ -118,12 +118,14 @@ class Dataset:
         self.expected_rows: int | None = None
         self.attempts: deque[Attempt] = deque(maxlen=KEPT_ATTEMPTS)
         self.counts = counts or Counts()
+        self.last_hour = LastHour()
         self.last_ended_at: float | None = None
         self.consecutive_failures = 0
         self.next_refresh_at: float | None = None
         self.checked_at: float | None = None
         self._served_definition = settings.definition
         self._generation_before = generation_before
+        self._greatest_age_s: float | None = None
         self._now = now
         self._watchers: list[Callable[[Dataset], None]] = []
         self._followers: list[Callable[[Dataset], None]] = []
@@ -148,6 +150,7 @@ class Dataset:
     def publish(self, snapshot: Snapshot) -> None:
         """Serve `snapshot` from now on. One assignment: nobody reads half of it."""
         assert snapshot.generation > self.last_generation, "a generation never goes down"
+        self._note_age()
         self.snapshot = snapshot
         self.held = None
         self._served_definition = self.settings.definition
@@ -207,6 +210,7 @@ class Dataset:
         assert self.snapshot is not None, "there is nothing to renew"
         assert snapshot.rows is self.snapshot.rows, "the rows stay"
         assert snapshot.generation == self.snapshot.generation, "and so does the generation"
+        self._note_age()
         self.snapshot = snapshot
         self.held = None
         for follower in list(self._followers):
@@ -273,6 +277,15 @@ class Dataset:
         self.counts.durations.observe(attempt.took_s)
         self.consecutive_failures = self.consecutive_failures + 1 if attempt.outcome == "failed" else 0
         self.last_ended_at = self._now()
+        self._note_age()
+        self.last_hour.add(self.last_ended_at, attempt.took_s, self._greatest_age_s, attempt.outcome)
+        self._greatest_age_s = None
+
+    def _note_age(self) -> None:
+        """An age is greatest just before a younger snapshot takes over."""
+        age_s = self.age_s()
+        if age_s is not None:
+            self._greatest_age_s = max(age_s, self._greatest_age_s or 0.0)
 
     def age_s(self) -> float | None:
         """Seconds since just before the served snapshot's transaction began; None if never loaded."""

@@ -8,30 +8,40 @@ from datetime import UTC, datetime
 from typing import Any
 
 from cacheservice import __version__
-from cacheservice.cache.cache import Cache
+from cacheservice.cache.cache import Cache, DatabaseStatus
 from cacheservice.cache.dataset import Attempt, Dataset, Held
+from cacheservice.cache.history import Point
 from cacheservice.errors import Blocker
 
 
 def describe(cache: Cache) -> dict[str, Any]:
     """Everything, in the shape of the contract; ages and durations in seconds, sizes in bytes."""
-    not_ready = cache.not_ready()
-    database = cache.database
     return {
-        "service": {
-            "version": __version__,
-            "pid": os.getpid(),
-            "uptime_s": seconds(cache.now() - cache.started_at),
-            "ready": cache.is_ready,
-            "not_ready": {name: str(state) for name, state in not_ready.items()},
-        },
-        "postgres": {
-            "state": database.state,
-            "error": database.error,
-            "connections": database.connections,
-            "listening": database.listening,
-        },
+        "service": describe_service(cache),
+        "postgres": describe_database(cache.database),
         "datasets": {name: describe_dataset(dataset) for name, dataset in cache.datasets.items()},
+    }
+
+
+def describe_service(cache: Cache) -> dict[str, Any]:
+    """The service's part of `json`."""
+    not_ready = cache.not_ready()
+    return {
+        "version": __version__,
+        "pid": os.getpid(),
+        "uptime_s": seconds(cache.now() - cache.started_at),
+        "ready": cache.is_ready,
+        "not_ready": {name: str(state) for name, state in not_ready.items()},
+    }
+
+
+def describe_database(database: DatabaseStatus) -> dict[str, Any]:
+    """The database's part of `json`."""
+    return {
+        "state": database.state,
+        "error": database.error,
+        "connections": database.connections,
+        "listening": database.listening,
     }
 
 
@@ -76,6 +86,23 @@ def describe_attempt(attempt: Attempt) -> dict[str, Any]:
         "rows": attempt.rows,
         "error": attempt.error,
     }
+
+
+def describe_point(point: Point, now: float) -> dict[str, Any]:
+    """A point of the last hour as an object; times in seconds."""
+    return {
+        "slot": point.slot,
+        "ago_s": seconds(now - point.ended_at),
+        "took_s": seconds(point.took_s),
+        "age_s": None if point.age_s is None else seconds(point.age_s),
+        "outcome": point.outcome,
+    }
+
+
+def describe_hour(points: list[Point], now: float) -> dict[str, list[Any]]:
+    """Points of the last hour, a list for each of their fields."""
+    described = [describe_point(point, now) for point in points]
+    return {field: [each[field] for each in described] for field in ("slot", "ago_s", "took_s", "age_s", "outcome")}
 
 
 def describe_blocker(blocker: Blocker) -> str:

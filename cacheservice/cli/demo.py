@@ -56,6 +56,7 @@ port = {resp_port}
 
 [http]
 port = {http_port}
+admin_token = "demo"
 
 [admin]
 socket = "{admin_socket}"
@@ -101,6 +102,7 @@ The service runs. In another terminal:
 
   Look:     {status}
             {ask} "why products"
+            http://127.0.0.1:{http_port}/      (the dashboard; its operator's token is: demo)
   Read:     redis-cli -p {resp_port} GET products:42
             redis-cli -p {resp_port} HGETALL feature_flags
             curl -i http://127.0.0.1:{http_port}/v1/datasets/prices/rows/42:EUR

@@ -14,8 +14,9 @@ from twisted.internet.task import LoopingCall, deferLater
 
 from cacheservice.cache.cache import DatabaseStatus
 from cacheservice.cache.changes import Change, ChangeCount
-from cacheservice.cache.dataset import Attempt, Dataset, Outcome, Snapshot, Trigger, rows_builder
+from cacheservice.cache.dataset import Attempt, Dataset, Snapshot, Trigger, rows_builder
 from cacheservice.cache.describe import describe_blocker, seconds
+from cacheservice.cache.history import Outcome
 from cacheservice.cache.rows import Groups, Rows, RowsBuilder, RowsPatch
 from cacheservice.config import timing
 from cacheservice.errors import DatabaseUnavailable, LockTimeout, NothingToPin, RefreshFailed, Stopped

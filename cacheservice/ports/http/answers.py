@@ -12,17 +12,18 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import quote, unquote_to_bytes
 
-from cacheservice.cache.cache import Cache, Fate
+from cacheservice.cache.cache import Cache, Fate, Refreshes
 from cacheservice.cache.dataset import Dataset, Snapshot, State
-from cacheservice.cache.describe import describe_dataset
+from cacheservice.cache.describe import describe_dataset, describe_hour
 from cacheservice.errors import Stopped, UnknownDataset
+from cacheservice.ports import report
 from cacheservice.ports.freshness import Freshness
-from cacheservice.ports.http import heads, negotiation
+from cacheservice.ports.http import assets, commands, heads, negotiation
 from cacheservice.ports.http.bodies import PIECE_BYTES, GzipBodies, Piece, compress_now, cut, json_lines, json_object
-from cacheservice.ports.http.guard import Guard
+from cacheservice.ports.http.events import Feed
+from cacheservice.ports.http.guard import CHALLENGE, Guard
 from cacheservice.ports.http.heads import JSON, JSON_GZIP, NDJSON, NDJSON_GZIP, Representation, SnapshotHeads
 from cacheservice.ports.http.problem import Problem
-from cacheservice.ports.rejected import Rejected
 
 _JSON = b"application/json"
 _METRICS_TEXT = b"text/plain"
@@ -36,7 +37,10 @@ _METRICS_TYPES: Mapping[bytes, bytes] = MappingProxyType(
 _DATASETS = b"/v1/datasets"
 _DATASET = b"/v1/datasets/"
 _ROW = b"rows/"
+_ASSETS = b"/assets/"
 _READ_METHODS = (b"GET", b"HEAD")
+_ADMIN_TOKEN = "http.admin_token"  # noqa: S105  # its name
+_HTML, _PROBLEM, _EVENTS, _TEXT = b"text/html", b"application/problem+json", b"text/event-stream", b"text/plain"
 
 _GZIP_FROM_BYTES = 1024
 """Below it gzip's own header and a client's work eat what is saved."""
@@ -54,12 +58,14 @@ _SECONDS = re.compile(r"[0-9]+(\.[0-9]*)?|\.[0-9]+")
 class Reply(NamedTuple):
     """An answer, but for the lines that frame its body.
 
-    `body` is bytes, or pieces of `size_bytes` in all, if that is known; None for a 304, which has none.
+    `body` is bytes, or pieces of `size_bytes` in all, if that is known; None for a 304, which has none. One that is
+    `endless` ends with the connection.
     """
 
     head: bytes
     body: bytes | Iterator[Piece] | None
     size_bytes: int | None = None
+    endless: bool = False
 
 
 class Request:
@@ -87,9 +93,10 @@ class Exposition(Protocol):
 class Answers:
     """Answers requests.
 
-    :param guard: None without a token.
+    :param refreshes: what commands go to.
+    :param guard: None without any token.
     :param allow_data: False serves the probes alone, if there is no token.
-    :param rejected: where who is not let in is counted.
+    :param files: those of the dashboard.
     :param exposition: None for no page of metrics.
     :param wall_s: seconds since the epoch, for dates.
     """
@@ -98,19 +105,23 @@ class Answers:
         self,
         cache: Cache,
         freshness: Freshness,
+        refreshes: Refreshes,
         bodies: GzipBodies,
+        feed: Feed,
         guard: Guard | None,
         allow_data: bool,
-        rejected: Rejected,
+        files: Mapping[bytes, assets.Asset],
         exposition: Exposition | None = None,
         wall_s: Callable[[], float] = time.time,
     ) -> None:
         self._cache = cache
         self._freshness = freshness
+        self._refreshes = refreshes
+        self._feed = feed
+        self._files = files
         self._bodies = bodies
         self._guard = guard
-        self._allow_data = allow_data
-        self._rejected = rejected
+        self._reads_freely = allow_data and (guard is None or not guard.is_for_reading)
         self._exposition = exposition
         self._wall_s = wall_s
         # Generations begin at 1 again with each process.
@@ -131,6 +142,10 @@ class Answers:
             path = _path_of_absolute(path)
         if not path.isascii() or not _TARGET.fullmatch(request.target):
             raise Problem(400, "the request's target may hold printable ASCII only; encode the rest as %XX")
+        if request.method == b"POST" and path[:13] == _DATASET:
+            commanded = self._command(request, path[13:])
+            if commanded is not None:
+                return commanded
         if path[:4] == b"/v1/":
             refused = self._refused(request)
             if refused is not None:
@@ -141,22 +156,11 @@ class Answers:
                 return self._of_dataset(request, name, query, self._row, decoded(rest[5:]))
             if not slash:
                 return self._of_dataset(request, name, query, self._whole)
-            if rest == b"status":
-                _check_method(request)
-                return self._live(200, describe_dataset(self._dataset(name)), request)
-        elif path == _DATASETS:
+            return self._about(request, name, rest)
+        if path == _DATASETS:
             _check_method(request)
             return self._live(200, self._list(), request)
-        elif path == b"/livez":
-            _check_method(request)
-            return self._live(200, {"status": "alive"})
-        elif path == b"/readyz":
-            _check_method(request)
-            return self._ready()
-        elif path == b"/metrics" and self._exposition is not None:
-            _check_method(request)
-            return self._metrics(request, self._exposition)
-        raise Problem(404, "there is nothing at this path; GET /v1/datasets lists what there is")
+        return self._for_monitors(request, path) or self._dashboard(request, path)
 
     def problem(self, problem: Problem, target: bytes) -> tuple[bytes, bytes]:
         """The head and the body that a refusal becomes."""
@@ -167,25 +171,130 @@ class Answers:
 
     def _refused(self, request: Request) -> Coroutine[Any, Any, Reply] | None:
         """None for who may read data."""
+        if self._reads_freely:
+            return None
+        guard, authorization = self._required_guard(), request.headers.get(b"authorization")
+        if authorization is None:
+            guard.refuse_missing()
+        host = request.host()
+        guard.admit(host)
+        return None if guard.accepts(authorization) else guard.refuse_wrong(host)
+
+    def _required_guard(self) -> Guard:
+        """:raises Problem: 403 if there is none, so that nobody may read."""
         if self._guard is None:
-            if self._allow_data:
-                return None
             raise Problem(
                 403, "this port serves data beyond its own machine only with a token; set http.token and send it"
             )
-        authorization = request.headers.get(b"authorization")
-        host = request.host()
-        try:
-            if authorization is None:
-                self._guard.refuse_missing()
-            self._guard.admit(host)
-        except Problem:
-            self._rejected["auth_failed"] += 1
-            raise
-        if self._guard.accepts(authorization):
+        return self._guard
+
+    def _command(self, request: Request, rest: bytes) -> Reply | Coroutine[Any, Any, Reply] | None:
+        """What the admin socket does too; None if it is none, or there is no token for commands.
+
+        No browser sends the header that it needs for another site's sake.
+        """
+        guard, (name, _, command) = self._guard, rest.partition(b"/")
+        if guard is None or not guard.is_for_commands or command not in commands.COMMANDS:
             return None
-        self._rejected["auth_failed"] += 1
-        return self._guard.refuse_wrong(host)
+        authorization, host = request.headers.get(b"authorization"), request.host()
+        if authorization is None:
+            guard.refuse_missing(_ADMIN_TOKEN)
+        guard.admit(host)
+        if not guard.accepts_commands(authorization):
+            if guard.accepts(authorization):
+                raise Problem(403, f"this token may only read; send that of {_ADMIN_TOKEN}")
+            return guard.refuse_wrong(host, _ADMIN_TOKEN)
+        if b"transfer-encoding" in request.headers or request.headers.get(b"content-length", b"0").strip(b"0"):
+            raise Problem(413, "a command takes no request body")
+        return self._live(*commands.run(command, self._refreshes, self._dataset(name).name), request)
+
+    # What is told of a dataset
+
+    def _about(self, request: Request, name: bytes, what: bytes) -> Reply:
+        if what == b"status":
+            _check_method(request)
+            return self._live(200, describe_dataset(self._dataset(name)), request)
+        if what == b"why":
+            _check_method(request)
+            return self._why(self._dataset(name), request)
+        if what == b"history":
+            _check_method(request)
+            now = self._cache.now()
+            return self._live(200, describe_hour(self._dataset(name).last_hour.points(now), now), request)
+        if what in commands.COMMANDS:
+            if self._guard is not None and self._guard.is_for_commands:
+                raise Problem(405, "commands are sent with POST", b"Allow: POST\r\n")
+            _check_method(request)
+        raise _nothing_here()
+
+    def _why(self, dataset: Dataset, request: Request) -> Reply:
+        chosen = _negotiated(request, (_JSON, _TEXT))
+        words = report.why(dataset, self._cache)
+        if chosen == _JSON:
+            return self._live(200, {"dataset": dataset.name, "sentences": words.split("\n")})
+        head = heads.plain_head(200, b"text/plain; charset=utf-8", self._wall_s())
+        return Reply(head + b"X-Content-Type-Options: nosniff\r\n", words.encode() + b"\n")
+
+    # The dashboard
+
+    def _dashboard(self, request: Request, path: bytes) -> Reply | Coroutine[Any, Any, Reply]:
+        if path == b"/":
+            return self._page(request)
+        if path == b"/events":
+            return self._events(request)
+        if path[:8] == _ASSETS:
+            return self._asset(request, path[8:])
+        raise _nothing_here()
+
+    def _page(self, request: Request) -> Reply | Coroutine[Any, Any, Reply]:
+        """The page holds nothing secret; to who has sent no token it comes with 401, and asks for it."""
+        _check_method(request)
+        page = self._files[assets.PAGE]
+        if not self._reads_freely and b"authorization" not in request.headers:
+            self._required_guard()
+            accept = request.headers.get(b"accept")
+            if negotiation.media_type(accept, (_PROBLEM, _HTML)) == _HTML:
+                return Reply(page.head(401, self._wall_s()) + CHALLENGE, page.plain)
+        return self._refused(request) or self._file(request, page)
+
+    def _asset(self, request: Request, name: bytes) -> Reply:
+        """The assets are the same for everybody, and need no token."""
+        _check_method(request)
+        if not self._reads_freely:
+            self._required_guard()
+        file = self._files.get(name)
+        if file is None:
+            raise Problem(404, "there is no such file of the dashboard")
+        return self._file(request, file)
+
+    def _file(self, request: Request, file: assets.Asset) -> Reply:
+        headers = request.headers
+        zipped = b"accept-encoding" in headers and _zipped(headers, len(file.plain))
+        tags = headers.get(b"if-none-match")
+        if tags is not None and negotiation.matches(tags, file.entity_tag(zipped)):
+            return Reply(file.head(304, self._wall_s(), zipped), None)
+        return Reply(file.head(200, self._wall_s(), zipped), file.zipped if zipped else file.plain)
+
+    def _events(self, request: Request) -> Reply | Coroutine[Any, Any, Reply]:
+        _check_method(request)
+        refused = self._refused(request)
+        if refused is not None:
+            return refused
+        guard, authorization = self._guard, request.headers.get(b"authorization")
+        access = "read"
+        if guard is not None and authorization is not None:
+            # Whoever sends a token where none is needed wants to know whether it is the right one.
+            guard.admit(request.host())
+            if not guard.accepts(authorization):
+                return guard.refuse_wrong(request.host(), _ADMIN_TOKEN)
+            access = "admin" if guard.accepts_commands(authorization) else "read"
+        _negotiated(request, (_EVENTS,))
+        head = heads.plain_head(200, _EVENTS, self._wall_s())
+        # nginx would keep the events until it has a buffer full.
+        head += (
+            b"X-Content-Type-Options: nosniff\r\nCross-Origin-Resource-Policy: same-origin\r\nX-Accel-Buffering: no\r\n"
+        )
+        return Reply(head, self._feed.follow(access, guard is not None and guard.is_for_commands), endless=True)
 
     # Live states, which no cache may keep
 
@@ -194,6 +303,17 @@ class Answers:
         if request is not None:
             _negotiated(request, (_JSON,))
         return Reply(heads.plain_head(status, _JSON, self._wall_s()), json.dumps(value).encode() + b"\n")
+
+    def _for_monitors(self, request: Request, path: bytes) -> Reply | Coroutine[Any, Any, Reply] | None:
+        """The probes and the metrics, which need no token; None if it is neither."""
+        if path not in (b"/livez", b"/readyz", b"/metrics"):
+            return None
+        _check_method(request)
+        if path == b"/livez":
+            return self._live(200, {"status": "alive"})
+        if path == b"/readyz":
+            return self._ready()
+        return None if self._exposition is None else self._metrics(request, self._exposition)
 
     def _ready(self) -> Reply:
         if self._cache.is_ready:
@@ -424,6 +544,10 @@ def _served(dataset: Dataset) -> Snapshot:
             {"age_s": round(age_s, 3), "max_age_s": limit_s},
         )
     return snapshot
+
+
+def _nothing_here() -> Problem:
+    return Problem(404, "there is nothing at this path; GET /v1/datasets lists what there is")
 
 
 def _unknown(error: UnknownDataset) -> Problem:

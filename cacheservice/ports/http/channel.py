@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Generator, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from types import MappingProxyType
@@ -33,11 +33,13 @@ from twisted.web.http import HTTPChannel
 from twisted.web.iweb import INonQueuedRequestFactory
 from zope.interface import implementer, provider
 
-from cacheservice.cache.cache import Cache
+from cacheservice.cache.cache import Cache, Refreshes
 from cacheservice.ports import rejected
 from cacheservice.ports.freshness import Freshness
+from cacheservice.ports.http import assets
 from cacheservice.ports.http.answers import Answers, Exposition, Reply, Request
 from cacheservice.ports.http.bodies import GzipBodies, Piece
+from cacheservice.ports.http.events import Feed
 from cacheservice.ports.http.guard import Guard
 from cacheservice.ports.http.problem import Problem
 
@@ -58,6 +60,7 @@ _STREAMS_TURN_S = 0.001
 _REASONS: Mapping[int, rejected.Reason] = MappingProxyType({503: "too_many_connections", 408: "slow_client"})
 """Why a connection is refused, by the status that it is told; by any other, for what it sent."""
 _CLOSE = b"Connection: close\r\n"
+_LAST_CHUNK = b"0\r\n\r\n"
 _HEADER = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([\t -~\x80-\xff]*)")
 _HOST = re.compile(rb"(?:[0-9A-Za-z\-._~%!$&'()*+,;=]*|\[[0-9A-Fa-f:.]+\]|\[v[0-9A-Fa-f]+\.[^\]@/?#]+\])(?::[0-9]*)?")
 _ALONE = (b"host", b"content-length", b"transfer-encoding", b"authorization", b"if-modified-since")
@@ -93,8 +96,13 @@ class HttpRequest(Request):
 class _Stream:
     """What is left of a body; it goes on in turns with the other streams while the transport takes it."""
 
-    def __init__(self, task: CooperativeTask[Any]) -> None:
+    def __init__(
+        self, task: CooperativeTask[Any], pieces: Generator[Any, None, None], chunked: bool, endless: bool
+    ) -> None:
+        self.chunked = chunked
+        self.endless = endless
         self._task = task
+        self._pieces = pieces
         self._paused = False
 
     def pauseProducing(self) -> None:
@@ -110,6 +118,7 @@ class _Stream:
     def stopProducing(self) -> None:
         with suppress(TaskFinished):
             self._task.stop()
+        self._pieces.close()  # whoever makes the body may have to know, and what the task waits for may come late
 
 
 @implementer(IHalfCloseableProtocol)
@@ -284,8 +293,10 @@ class HttpChannel(HTTPChannel):
         return self.factory.answers.problem(error, request.target)
 
     def _send(self, request: HttpRequest, reply: Reply) -> None:
-        head, body, size_bytes = reply
+        head, body, size_bytes, endless = reply
         with_body = request.method != b"HEAD"
+        if endless:
+            self.persistent = False
         if not self.persistent:
             head += _CLOSE
         if isinstance(body, bytes):
@@ -300,7 +311,7 @@ class HttpChannel(HTTPChannel):
                 head += b"Content-Length: %d\r\n" % size_bytes
             self._put(head + b"\r\n")
             if with_body:
-                self._send_pieces(body, chunked)
+                self._send_pieces(body, chunked, endless)
                 return
         self._sent()
 
@@ -325,16 +336,17 @@ class HttpChannel(HTTPChannel):
         else:
             self.transport.writeSequence(parts)
 
-    def _send_pieces(self, body: Iterator[Piece], chunked: bool) -> None:
+    def _send_pieces(self, body: Iterator[Piece], chunked: bool, endless: bool) -> None:
         self._deadline_at = None
-        task = self.factory.streams.cooperate(self._pieces_written(body, chunked))
-        self._stream = _Stream(task)
+        pieces = self._pieces_written(body, chunked)
+        task = self.factory.streams.cooperate(pieces)
+        self._stream = _Stream(task, pieces, chunked, endless)
         self.registerProducer(self._stream, True)
         if self._waitingForTransport:
             self._stream.pauseProducing()
         task.whenDone().addCallbacks(self._streamed, self._not_streamed).addErrback(self._lost)
 
-    def _pieces_written(self, body: Iterator[Piece], chunked: bool) -> Iterator[Deferred[None] | None]:
+    def _pieces_written(self, body: Iterator[Piece], chunked: bool) -> Generator[Deferred[None] | None, None, None]:
         for piece in body:
             if isinstance(piece, Deferred):
                 yield piece
@@ -345,7 +357,7 @@ class HttpChannel(HTTPChannel):
                     self._put(piece)
                 yield None
         if chunked:
-            self._put(b"0\r\n\r\n")
+            self._put(_LAST_CHUNK)
 
     def _streamed(self, _: object) -> None:
         self._stream = None
@@ -426,9 +438,17 @@ class HttpChannel(HTTPChannel):
             self.transport.resumeProducing()
 
     def readConnectionLost(self) -> None:
-        """The client sent all it will. Whoever waits is taken to be gone; an answer that is on its way goes on."""
+        """The client sent all it will. Whoever waits is taken to be gone; an answer that will end goes on."""
         self._read_closed = True
-        if self._waiting is not None or self._finishing or not self._handlingRequest:
+        stream = self._stream
+        if stream is not None and stream.endless:
+            self._stream = None
+            stream.stopProducing()
+            self.unregisterProducer()
+            if stream.chunked:
+                self._put(_LAST_CHUNK)
+            self._finish()
+        elif self._waiting is not None or self._finishing or not self._handlingRequest:
             self._finish()
 
     def writeConnectionLost(self) -> None:
@@ -487,8 +507,10 @@ class HttpFactory(ServerFactory):
     :param idle_timeout_s: of silence between requests, and of taking nothing of an answer, after which a client
         is dropped.
     :param reactor: `IReactorTime`, monotonic, and `IReactorThreads`.
-    :param token: what /v1 needs; empty for none.
-    :param allow_data: False answers 403 to everything of /v1 as long as there is no token.
+    :param refreshes: what commands go to.
+    :param token: what /v1, / and /events need; empty for none.
+    :param admin_token: what commands need; empty for no commands.
+    :param allow_data: False answers 403 to everything but probes and metrics as long as there is no token.
     :param exposition: what /metrics serves; None for no such page.
     :param head_timeout_s: from the first byte of a request's head to its last.
     """
@@ -500,10 +522,12 @@ class HttpFactory(ServerFactory):
         *,
         cache: Cache,
         freshness: Freshness,
+        refreshes: Refreshes,
         max_connections: int,
         idle_timeout_s: float,
         reactor: Any,
         token: str = "",
+        admin_token: str = "",
         allow_data: bool = True,
         exposition: Exposition | None = None,
         head_timeout_s: float = HEAD_TIMEOUT_S,
@@ -515,8 +539,11 @@ class HttpFactory(ServerFactory):
         self.clients: set[HttpChannel] = set()
         self.bodies = GzipBodies(reactor)
         self.rejected = rejected.none_yet()
-        guard = Guard(token, reactor) if token else None
-        self.answers = Answers(cache, freshness, self.bodies, guard, allow_data, self.rejected, exposition)
+        self.feed = Feed(cache, reactor)
+        guard = Guard(token, admin_token, self.rejected, reactor) if token or admin_token else None
+        self.answers = Answers(
+            cache, freshness, refreshes, self.bodies, self.feed, guard, allow_data, assets.load(), exposition
+        )
         self.streams = Cooperator(_turn, partial(reactor.callLater, 0))
 
     def buildProtocol(self, addr: object) -> HttpChannel | None:  # type: ignore[override]  # it holds another `factory`
@@ -529,6 +556,7 @@ class HttpFactory(ServerFactory):
         """End every connection now."""
         for client in list(self.clients):
             client.transport.abortConnection()
+        self.feed.stop()
         self.bodies.forget()
 
 

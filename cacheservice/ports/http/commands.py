@@ -1,0 +1,54 @@
+"""The commands of the admin socket that are taken over HTTP, from who has http.admin_token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from cacheservice.cache.cache import Refreshes
+from cacheservice.errors import NothingToPin, NothingToRollBackTo, Stopped
+from cacheservice.ports.http.problem import Problem
+
+Done = tuple[int, dict[str, Any]]
+"""The status of the answer, 202 for what has only begun, and what is told."""
+
+
+def run(command: bytes, refreshes: Refreshes, name: str) -> Done:
+    """Do it to a dataset that there is.
+
+    :raises Problem: 409 if it cannot be done now, 503 if the service is stopping.
+    """
+    try:
+        return COMMANDS[command](refreshes, name)
+    except (NothingToPin, NothingToRollBackTo) as error:
+        raise Problem(409, str(error)) from None
+    except Stopped as error:
+        raise Problem(503, str(error)) from None
+
+
+def _refresh(refreshes: Refreshes, name: str) -> Done:
+    started = refreshes.refresh_now(name)
+    return 202, {"dataset": name, "refresh": "started" if started else "follows the one that is running"}
+
+
+def _accept(refreshes: Refreshes, name: str) -> Done:
+    refreshes.accept_next(name)
+    return 200, {"dataset": name, "accepts_next": True}
+
+
+def _pin(refreshes: Refreshes, name: str) -> Done:
+    return 200, {"dataset": name, "pinned": refreshes.pin(name)}
+
+
+def _unpin(refreshes: Refreshes, name: str) -> Done:
+    return 200, {"dataset": name, "unpinned": refreshes.unpin(name)}
+
+
+def _roll_back(refreshes: Refreshes, name: str) -> Done:
+    return 202, {"dataset": name, "going_back_to": refreshes.roll_back(name)}
+
+
+COMMANDS: Mapping[bytes, Callable[[Refreshes, str], Done]] = MappingProxyType(
+    {b"refresh": _refresh, b"accept": _accept, b"pin": _pin, b"unpin": _unpin, b"rollback": _roll_back}
+)

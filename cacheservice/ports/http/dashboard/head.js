@@ -1,0 +1,115 @@
+/** The head of the page: how it is in a word, why in a sentence, and the connection to the service. */
+
+import { window_s } from "./charts.js";
+import { $, now, sentence, setHidden, setShape, setText, state } from "./page.js";
+import * as words from "./words.js";
+
+const NAMED = 4;
+const COUNTED = { alarm: "expired or never loaded", warning: "stale, held or failing", waiting: "loading or pinned", fine: "fresh" };
+
+export function showHead(problems, counts, newest) {
+  const { service, postgres } = state;
+  if (!service) return;
+  setHidden($("vitals"), false);
+  const down = postgres.state === "down";
+  const isDeaf = postgres.listening_wanted && !postgres.listening && postgres.listening_problem !== null;
+  const number = Object.values(problems).reduce((sum, names) => sum + names.length, 0) + down + isDeaf + (state.rejected !== null);
+  let level = counts.alarm ? "alarm" : number ? "warning" : counts.waiting && !counts.fine ? "waiting" : "fine";
+  let headline = number ? words.plural(number, "problem") : level === "waiting" ? "Loading …" : "All well";
+  if (down) headline = number > 1 ? `${headline}: PostgreSQL is down` : "PostgreSQL is down";
+  if (state.lost) {
+    level = "lost";
+    headline = "No connection";
+  }
+  document.body.dataset.level = level;
+  setShape($("head-shape"), level);
+  setText($("headline"), headline);
+  const icon = `assets/icon-${level}.svg`;
+  if ($("icon").getAttribute("href") !== icon) $("icon").setAttribute("href", icon);
+  document.title = `${headline} – cacheservice`;
+  setText($("summary"), state.lost ? "What is below is as it was told last; ages go on counting." : summary(problems, counts, newest, down, isDeaf));
+
+  vital("postgres", down ? "alarm" : postgres.state === "up" ? "fine" : "waiting", postgres.state === "unknown" ? "not asked yet" : postgres.state);
+  if (!postgres.listening_wanted) vital("listening", "waiting", "not needed");
+  else if (postgres.listening) vital("listening", "fine", "yes");
+  else vital("listening", isDeaf ? "warning" : "waiting", isDeaf ? "NO" : "not yet");
+  const unready = Object.keys(service.not_ready);
+  const because = unready.length > 2 ? words.plural(unready.length, "dataset") : unready.join(", ");
+  vital("service", service.ready ? "fine" : "alarm", service.ready ? "ready" : `not ready because of ${because}`);
+  setText($("span"), words.duration(window_s(now())));
+  setText($("footer"), `cacheservice ${service.version}, up ${words.duration(now())}, process ${service.pid}`);
+}
+
+function summary(problems, counts, newest, down, isDeaf) {
+  const said = [];
+  if (down) {
+    const read = newest === null ? "" : ` The newest data were read ${words.duration(newest)} ago.`;
+    said.push(`${sentence(state.postgres.error ?? "PostgreSQL does not answer")}${read} ${nextTry()}`);
+  }
+  const labels = { expired: "Expired", stale: "Stale", "never loaded": "Never loaded", held: "Held back", failing: "Failing", other: "To look at" };
+  for (const [kind, names] of Object.entries(problems)) if (names.length) said.push(`${labels[kind]}: ${listed(names)}.`);
+  if (isDeaf) said.push(`Changes are not heard at once: ${sentence(state.postgres.listening_problem)}`);
+  if (state.rejected !== null) said.push(`The newest configuration is not in effect: ${sentence(state.rejected)}`);
+  if (said.length) return said.join(" ");
+  if (counts.waiting) return `${words.plural(counts.fine, "dataset")} of ${counts.fine + counts.waiting} are loaded and within their limits.`;
+  return counts.fine === 1 ? "The one dataset is within its limits." : `All ${words.count(counts.fine)} datasets are within their limits.`;
+}
+
+/** When the database is tried again, by whichever dataset comes first. */
+function nextTry() {
+  const waits = [...state.datasets.values()].map((dataset) => (dataset.told.progress ? 0 : dataset.at(now()).nextIn ?? Infinity));
+  const first = Math.min(...waits);
+  return first === 0 ? "It is tried again right now." : first < Infinity ? `It is tried again in ${words.duration(Math.ceil(first))}.` : "";
+}
+
+const listed = (names) =>
+  names.length > NAMED + 1 ? `${names.slice(0, NAMED).join(", ")} and ${words.count(names.length - NAMED)} more` : names.join(", ");
+
+function vital(which, level, text) {
+  const element = $(`vital-${which}`);
+  setText(element, text);
+  element.dataset.level = level;
+}
+
+export function showCounts(counts) {
+  const list = $("counts");
+  if (!list.childElementCount) {
+    for (const level of Object.keys(COUNTED)) {
+      const item = document.createElement("li");
+      item.dataset.level = level;
+      const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+      svg.setAttribute("class", "shape");
+      svg.setAttribute("aria-hidden", "true");
+      const use = document.createElementNS("http://www.w3.org/2000/svg", "use");
+      use.setAttribute("href", `#shape-${level}`);
+      svg.append(use);
+      item.append(svg, document.createElement("span"));
+      list.append(item);
+    }
+  }
+  for (const item of list.children) {
+    const { level } = item.dataset;
+    setHidden(item, !counts[level]);
+    setText(item.lastElementChild, `${words.count(counts[level])} ${COUNTED[level]}`);
+  }
+}
+
+export function showConnection() {
+  setHidden($("lost"), !state.lost);
+  if (!state.lost) {
+    if (state.service) vital("page", "fine", "live");
+    return;
+  }
+  const { at, on, why, retryAt } = state.lost;
+  const passed = (performance.now() - at) / 1000;
+  const wait = Math.ceil((retryAt - performance.now()) / 1000);
+  const next = wait > 0 ? `Next try in ${wait} s.` : "Trying now …";
+  const since = words.moment(on, passed);
+  setText($("lost-since"), `since ${since}, for ${words.duration(passed)}: ${sentence(why)} ${next}`);
+  vital("page", "warning", `not live since ${since}`);
+  if (!state.service) {
+    document.body.dataset.level = "lost";
+    setShape($("head-shape"), "lost");
+    setText($("headline"), "No connection");
+  }
+}

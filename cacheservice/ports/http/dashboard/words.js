@@ -1,0 +1,143 @@
+/** Numbers, times and states in words. Pure functions: of a dataset as the service tells it, and of ages in seconds. */
+
+const whole = new Intl.NumberFormat("en");
+const clockTime = new Intl.DateTimeFormat([], { hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23" });
+const dayAndTime = new Intl.DateTimeFormat([], {
+  day: "numeric", month: "short", hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23",
+});
+
+export const count = (number) => whole.format(number);
+
+/** Seconds as a person says them: 7 s, 3 min 20 s, 5 h 2 min, 3 d 4 h. */
+export function duration(seconds) {
+  const s = Math.max(0, Math.floor(seconds));
+  const two = (size, unit, smaller, smallerUnit) => {
+    const rest = Math.floor((s % size) / smaller);
+    return `${Math.floor(s / size)} ${unit}${rest ? ` ${rest} ${smallerUnit}` : ""}`;
+  };
+  if (s < 120) return `${s} s`;
+  if (s < 7200) return two(60, "min", 1, "s");
+  if (s < 172800) return two(3600, "h", 60, "min");
+  return two(86400, "d", 3600, "h");
+}
+
+/** How long something took: 4 ms, 0.25 s, 3.1 s, then as `duration`. */
+export function took(seconds) {
+  if (seconds < 0.1) return `${Math.round(seconds * 1000)} ms`;
+  if (seconds < 10) return `${seconds.toFixed(seconds < 1 ? 2 : 1)} s`;
+  return duration(seconds);
+}
+
+export function bytes(size) {
+  for (const [limit, unit] of [[1e9, "GB"], [1e6, "MB"], [1e3, "kB"]]) {
+    if (size >= limit) return `${(size / limit).toFixed(size < 10 * limit ? 1 : 0)} ${unit}`;
+  }
+  return `${size} B`;
+}
+
+/** A moment of the database's or the service's clock, in this browser's zone; with its day if that is long ago. */
+export function moment(iso, age = 0) {
+  const at = new Date(iso);
+  return (age > 43200 ? dayAndTime : clockTime).format(at);
+}
+
+export const times = (number) => ({ 1: "once", 2: "twice" })[number] ?? `${count(number)} times`;
+
+export const plural = (number, word) => `${count(number)} ${word}${number === 1 ? "" : "s"}`;
+
+/** By the contract's limits, as the service reckons it: it goes on while the service is out of reach. */
+export function stateOf(dataset, age) {
+  if (age === null) return "never_loaded";
+  if (age > dataset.max_age_s) return "expired";
+  return age > dataset.interval_s + dataset.timeout_s ? "stale" : "fresh";
+}
+
+/** How much somebody has to look: "alarm", "warning", "waiting" or "fine". */
+export function levelOf(dataset, age) {
+  const state = stateOf(dataset, age);
+  const failing = dataset.consecutive_failures > 0;
+  if (state === "expired" || (state === "never_loaded" && failing)) return "alarm";
+  if (state === "stale" || failing || dataset.held || dataset.save_problem || dataset.differences) return "warning";
+  return state === "never_loaded" || dataset.pinned ? "waiting" : "fine";
+}
+
+export function shapeOf(dataset, age) {
+  const level = levelOf(dataset, age);
+  if (dataset.held && level !== "alarm") return "held";
+  return dataset.pinned && level === "waiting" ? "pinned" : level;
+}
+
+/** "stale, held, failing": the state and whatever stands beside it. */
+export function stateWords(dataset, age) {
+  const words = [stateOf(dataset, age).replace("_", " ")];
+  if (dataset.held) words.push("held");
+  if (dataset.pinned) words.push("pinned");
+  if (dataset.consecutive_failures) words.push("failing");
+  if (dataset.save_problem) words.push("not saved");
+  if (dataset.differences) words.push("differs");
+  return words.join(", ");
+}
+
+export function changeWords(change) {
+  if (!change) return "–";
+  const parts = ["added", "changed", "removed"].filter((what) => change[what]).map((what) => `${count(change[what])} ${what}`);
+  return parts.join(", ") || "nothing";
+}
+
+/** When the next refresh is; `nextIn` is undefined while the service is out of reach, and null where none is planned. */
+export function nextWords(dataset, nextIn) {
+  if (nextIn === undefined) return "not known";
+  if (dataset.progress) return dataset.consecutive_failures ? "trying now" : "reading now";
+  if (dataset.behind_s !== null) return "waits for max_load";
+  if (dataset.refreshing) return "waits its turn";
+  return nextIn === null ? "not planned" : `in ${duration(Math.ceil(nextIn))}`;
+}
+
+/**
+ * What is wrong with a dataset, for somebody who sees it for the first time: how old, since when, why, what next.
+ *
+ * Pieces of text, those that matter most as `{ strong }`. `isDown` says that the database is, and why is told elsewhere.
+ */
+export function problem(dataset, { age, since, nextIn, endedAgo, behind }, isDown) {
+  const state = stateOf(dataset, age);
+  const said = [];
+  if (age === null) {
+    said.push({ strong: "Nothing has been loaded yet" }, ", so readers get nothing.");
+  } else {
+    said.push("The data are ", { strong: `from ${moment(dataset.as_of, age)}, ${duration(age)} ago` });
+    const limit = `the limit is ${duration(dataset.max_age_s)}`;
+    if (state === "expired") {
+      said.push(`; ${limit}, and readers ${dataset.on_expired === "refuse" ? "get an error" : "still get them"}.`);
+    } else if (state === "stale") {
+      said.push(`, and should be read every ${duration(dataset.interval_s)}; ${limit}.`);
+    } else {
+      said.push(", which is within the limits.");
+    }
+  }
+  const number = dataset.consecutive_failures;
+  if (number) {
+    said.push(` ${number > 1 ? `The last ${count(number)} refreshes` : "The last refresh"} failed, ${duration(endedAgo)} ago`);
+    said.push(isDown ? ", because PostgreSQL is down." : `: ${sentenceEnd(dataset.last_attempt?.error ?? "no reason is known")}`);
+  }
+  if (dataset.held) {
+    const rows = plural(dataset.held.rows, "row");
+    said.push(` The newest result, with ${rows}, is `, { strong: `held back since ${moment(dataset.held.since, since)}` });
+    said.push(`: it ${sentenceEnd(dataset.held.reason)}`);
+  }
+  if (dataset.pinned) said.push(" An operator has pinned it, so nothing newer is served.");
+  if (dataset.accepts_next) said.push(" An operator has accepted the next result, whatever the gates say.");
+  if (dataset.save_problem) said.push(` It cannot be saved: ${sentenceEnd(dataset.save_problem)}`);
+  if (dataset.differences) said.push(` Checks have mended ${plural(dataset.differences, "row")} of whose change no trigger told.`);
+  said.push(" ", { strong: nextSentence(dataset, nextIn, behind) });
+  return said;
+}
+
+function nextSentence(dataset, nextIn, behind) {
+  if (nextIn === undefined) return "What the service does now is not known.";
+  if (dataset.progress) return dataset.consecutive_failures ? "It is tried again right now." : "It is being read right now.";
+  if (dataset.behind_s !== null) return `A refresh has been due for ${duration(behind)}, and waits for postgres.max_load.`;
+  if (dataset.refreshing) return "A refresh is due now, and waits for a connection.";
+  return nextIn === null ? "No refresh is planned." : `It tries again in ${duration(Math.ceil(nextIn))}.`;
+}
+
+const sentenceEnd = (text) => (/[.!?…]$/.test(text) ? text : `${text}.`);
