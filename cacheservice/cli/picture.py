@@ -206,7 +206,10 @@ _COLUMNS = (
     _Column("last attempt", lambda _, dataset: _last(dataset), least_width=20),
 )
 _DROPPED_FIRST = tuple(
-    column for title in ("last attempt", "size", "gen.") for column in _COLUMNS if column.title == title
+    column
+    for title in ("last attempt", "size", "gen.", "limit", "rows")
+    for column in _COLUMNS
+    if column.title == title
 )
 _GAP = "  "
 

@@ -7,6 +7,8 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import click
 from rich.console import Console, Group, RenderableType
@@ -37,14 +39,24 @@ _REDRAWS_PER_S = 4
 class _StatusCommand(click.Command):
     """With --check, wrong usage is an answer of the plugin as well (Monitoring Plugins guidelines, 2.4: UNKNOWN)."""
 
-    def make_context(self, *args: object, **settings: object) -> click.Context:
-        try:
-            return super().make_context(*args, **settings)  # type: ignore[arg-type]
-        except click.UsageError as error:
-            if "--check" not in sys.argv:
-                raise
-            click.echo(plugin.unknown(in_one_line(error)))
-            raise click.exceptions.Exit(plugin.UNKNOWN) from None
+    def make_context(self, *args: Any, **settings: Any) -> click.Context:
+        with _usage_is_unknown():
+            return super().make_context(*args, **settings)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _usage_is_unknown():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _usage_is_unknown() -> Iterator[None]:
+    try:
+        yield
+    except click.UsageError as error:
+        if "--check" not in sys.argv:
+            raise
+        click.echo(plugin.unknown(in_one_line(error)))
+        raise click.exceptions.Exit(plugin.UNKNOWN) from None
 
 
 @click.command(cls=_StatusCommand, short_help="How are the service and its datasets? (--watch: live)")
