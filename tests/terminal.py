@@ -41,19 +41,16 @@ class Terminal:
 
     @property
     def screen(self) -> str:
-        """What was drawn last by a program that draws the whole screen, from its upper left corner on."""
-        return _ESCAPES.sub("", self.raw.rpartition("\x1b[H")[2]).replace("\r\n", "\n")
+        """The last whole picture of a program that draws the screen anew, each time from its upper left corner on."""
+        pictures = self.raw.split("\x1b[H")
+        return _ESCAPES.sub("", pictures[-2] if len(pictures) > 1 else "").replace("\r\n", "\n")
 
-    def read_until(self, wanted: str, limit_s: float, *, since: int = 0) -> int:
-        """Read until `wanted`, a regular expression, stands in what was written after the first `since` characters.
-
-        Gives how many have been read by then.
-        """
+    def read_until_screen(self, wanted: str, limit_s: float) -> None:
+        """Read until the screen shows `wanted`, a regular expression."""
         limit = time.monotonic() + limit_s
-        while not re.search(wanted, _ESCAPES.sub("", self.raw[since:]).replace("\r\n", "\n")):
+        while not re.search(wanted, self.screen):
             if not self._read(limit - time.monotonic()):
-                raise AssertionError(f"{wanted!r} was not written:\n{self.raw[since:]}")
-        return len(self.raw)
+                raise AssertionError(f"{wanted!r} was not shown:\n{self.screen}")
 
     def interrupt(self) -> None:
         """Ctrl-C."""

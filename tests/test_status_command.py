@@ -201,25 +201,24 @@ class Watch(CommandLine):
         daemon = self.service(GOOD)
         daemon.wait_until_ready()
         terminal = self.terminal("status", "--watch")
-        read = terminal.read_until(r"ready, PostgreSQL up, .*\n(.*\n)*good +fresh", GIVE_UP_S)
+        terminal.read_until_screen(r"^cacheservice \S+ at \S+: ready, PostgreSQL up, .*\n(.*\n)*good +fresh", GIVE_UP_S)
         daemon.kill()
-        read = terminal.read_until(r"no answer from 127\.0\.0\.1:\d+: ", GIVE_UP_S, since=read)
-        ages = [terminal.read_until(r"Below is what it said [\d.]+ s ago", GIVE_UP_S, since=read)]
-        read = terminal.read_until(r"Below is what it said [3-9][\d.]* s ago", GIVE_UP_S, since=ages[0])
-        self.assertIn("good", terminal.screen)
+        for age in (r"[\d.]+", r"[3-9][\d.]*"):
+            notice = rf"^no answer from 127\.0\.0\.1:\d+: .*\nBelow is what it said {age} s ago"
+            terminal.read_until_screen(rf"{notice}(.*\n)*good +fresh", GIVE_UP_S)
         self.service(GOOD).wait_until_ready()
-        read = terminal.read_until(r"cacheservice \S+ at \S+: ready", GIVE_UP_S, since=terminal_end(terminal))
+        terminal.read_until_screen(r"^cacheservice \S+ at \S+: ready", GIVE_UP_S)
         terminal.interrupt()
         self.assertEqual(terminal.wait(GIVE_UP_S), 130)
         last = terminal.raw.rpartition("\x1b[?1049l")[2]
-        self.assertRegex(last, r"ready")
+        self.assertRegex(re.sub(r"\x1b\[[\d;]*m", "", last), r"^cacheservice (.*\n)*good")
         self.assertNotRegex(terminal.text, "Traceback|Aborted")
 
     def test_a_bar_for_what_is_loading(self) -> None:
         """A dataset that is being read has a bar, with the rows that came and those that the planner expects."""
         self.service(GOOD, SLOW).wait_until_ready()
         terminal = self.terminal("status", "--watch", "slow")
-        terminal.read_until(r"reading slow +━+ +[1-9]\d* of about [\d,]+ rows +\d+ %", GIVE_UP_S)
+        terminal.read_until_screen(r"reading slow +━+ +[1-9]\d* of about [\d,]+ rows +\d+ %", GIVE_UP_S)
         self.assertNotIn("good", terminal.screen)
         terminal.interrupt()
         self.assertEqual(terminal.wait(GIVE_UP_S), 130)
@@ -249,10 +248,6 @@ class Watch(CommandLine):
         self.assertRegex(
             told.stderr, r"^cacheservice: no answer from \S+: connection refused; is the service running\?\n$"
         )
-
-
-def terminal_end(terminal: Terminal) -> int:
-    return len(terminal.raw)
 
 
 class Check(CommandLine):

@@ -85,16 +85,17 @@ class Follower:
         """Of a publish, as a subscriber of ``cache:NAME`` gets it."""
         fields = json.loads(text)
         name, generation = fields.pop("dataset"), fields["generation"]
-        if generation > self._told.get(name, 0):
+        told = self._told.get(name, _before(generation))
+        if generation > told:
             self._told[name] = generation
-            yield Event(datetime.now(UTC), "refresh_published", name, fields)
+            yield Event(datetime.now(UTC), "refresh_published", name, fields | _untold(told, generation))
 
     def restart(self, answer: Answer) -> Iterator[Event]:
         """To be asked before any message of a new connection: whether another process answers than before."""
         pid = answer.facts["service"]["pid"]
         if self._pid is not None and self._pid != pid:
-            # Without a warm start generations begin anew; all that there are were published meanwhile.
-            self._told = dict.fromkeys(self._told, 0)
+            # Generations begin anew, or where a warm start left them; what is served now is told of.
+            self._told = {name: _before(dataset["generation"]) for name, dataset in answer.datasets.items()}
             self._due.clear()
             self._pid = pid
             yield Event(datetime.now(UTC), "service_restarted", None, {"pid": pid})
@@ -114,7 +115,8 @@ class Follower:
             if not self.follows(name):
                 continue
             if name not in self._told:
-                self._told[name] = dataset["generation"] if first else 0
+                generation = dataset["generation"]
+                self._told[name] = generation if first else _before(generation)
             yield from self._publishes(name, dataset, subscribed=subscribed)
             yield from self._attempt(name, dataset, quiet=first)
             yield from self._state(name, dataset, quiet=first)
@@ -137,9 +139,7 @@ class Follower:
         fields: dict[str, Any] = {"generation": generation}
         if generation == dataset["generation"]:
             fields |= {"as_of": dataset["as_of"], **(dataset["last_change"] or {})}
-        if generation - told > 1:
-            fields["generations_before_it"] = generation - told - 1
-        yield Event(datetime.now(UTC), "refresh_published", name, fields)
+        yield Event(datetime.now(UTC), "refresh_published", name, fields | _untold(told, generation))
 
     def _attempt(self, name: str, dataset: Mapping[str, Any], *, quiet: bool) -> Iterator[Event]:
         last = dataset["last_attempt"]
@@ -167,6 +167,16 @@ class Follower:
             yield Event(datetime.now(UTC), "dataset_expired", name, fields)
         elif before == "expired":
             yield Event(datetime.now(UTC), "dataset_recovered", name, {"age_s": dataset["age_s"]})
+
+
+def _before(generation: int) -> int:
+    """The one before; 0 if nothing has been published yet."""
+    return max(0, generation - 1)
+
+
+def _untold(told: int, generation: int) -> dict[str, int]:
+    """How many generations there were between the one that was told of last and this one."""
+    return {"generations_before_it": generation - told - 1} if generation - told > 1 else {}
 
 
 class Subscription:
