@@ -487,7 +487,7 @@ class _Look:
         tables = ", ".join(f"{watch.table} by {':'.join(watch.key)}" for watch in dataset.watch)
         self._found.deltas = f"watches {tables}"
         if not self._server.migrated:
-            self._found.findings.append(Finding("problem", f"watch: {deltas.CANNOT_TELL}"))
+            self._found.findings.append(_no_deltas(deltas.CANNOT_TELL))
             return
         with self._step(cursor, "watch"):
             cursor.execute(deltas.lock_sql([dataset]))
@@ -495,8 +495,7 @@ class _Look:
             state, problem, _ = cursor.fetchone()
             problem = problem or deltas.unfit_key(state, dataset, key_oids)
             if problem:
-                text, _, todo = problem.partition("; ")
-                self._found.findings.append(Finding("problem", f"watch: {text}; all rows are read instead", todo))
+                self._found.findings.append(_no_deltas(problem))
 
     def _possible(self, cursor: Any, origins: Sequence[tuple[int | None, int | None]]) -> str:
         """How to get deltas of a query whose rows are those of one table."""
@@ -530,6 +529,12 @@ class _Look:
             self._found.findings.append(
                 Finding("hint", f'notify: the channel "{channel}" has to be quoted', f'say: NOTIFY "{quoted}"')
             )
+
+
+def _no_deltas(why: str) -> Finding:
+    """:param why: what is in the way, and mostly what to do about it behind a semicolon."""
+    text, _, todo = why.partition("; ")
+    return Finding("problem", f"watch: {text}; all rows are read instead", todo)
 
 
 class _Type(NamedTuple):
