@@ -80,7 +80,7 @@ class Inspecting(SynchronousTestCase):
 
 class Describing(Inspecting):
     def test_columns_and_their_types(self) -> None:
-        """The query's columns in their order, with types as SQL writes them; a comment or a semicolon does not matter."""
+        """The query's columns in their order, with types as SQL writes them; a comment or semicolon does not matter."""
         found = self.look("SELECT name AS n, size, id, ARRAY[1.5] FROM shop.products; -- all of it")
         self.assertEqual(
             [tuple(column) for column in found.columns],
@@ -283,6 +283,12 @@ class Problems(Inspecting):
         self.assertEqual(self.hint(sql, notify="Products")[1], 'say: NOTIFY "Products"')
         self.assertTrue(self.look(sql, notify="products", probe="SELECT 1; -- one").ok)
 
+    def test_a_watch_beside_a_failing_query(self) -> None:
+        """What is in the way of deltas is told although the query fails: both can be mended at once."""
+        watching = {"watch": [{"table": "shop.products", "key": "id"}]}
+        found = self.look("SELECT idd FROM shop.products", **watching)
+        self.assertEqual([finding.text.partition(":")[0] for finding in found.findings], ["the query", "watch"])
+
     def test_data_stay_hidden(self) -> None:
         """A value that an error of PostgreSQL quotes is not repeated."""
         text, _ = self.problem("SELECT name::integer AS id FROM shop.products")
@@ -293,7 +299,7 @@ class Problems(Inspecting):
         sql = "SELECT id, name FROM shop.products"
         table = {"watch": [{"table": "shop.products", "key": "id"}]}
         self.assertEqual(self.look(sql).deltas, "possible: cacheservice watch shop.products --key id")
-        self.assertEqual(self.problem(sql, **table)[1], "say: cacheservice migrate --reader NAME")
+        self.assertEqual(self.problem(sql, **table)[1], "say: cacheservice migrate --reader postgres")
         migrate(self.owner, shipped.folder("migrations"))
         self.assertEqual(
             self.problem(sql, **table),

@@ -140,7 +140,8 @@ def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
         of = f"{found.size.row_bytes:,} bytes a row"
         if found.size.document_bytes:
             of = f"{found.size.document_bytes:,} bytes a document"
-        yield "size", f"about {found.size.rows:,} rows, {size(found.size.bytes)} ({of}), cost {found.size.cost:,.0f}"
+        rows = f"about {found.size.rows:,} row{'s' if found.size.rows != 1 else ''}"
+        yield "size", f"{rows}, {size(found.size.bytes)} ({of}), cost {found.size.cost:,.0f}"
     if found.worst is not None:
         yield "plan", f"{found.worst.name}, {100 * found.worst.share:.0f} % of the cost"
     if found.deltas:

@@ -32,13 +32,17 @@ def where(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(
         (
             click.option(
-                "--host", metavar="HOST", help="Where the status port listens; else as configured, else 127.0.0.1."
+                "--host",
+                "-H",
+                metavar="HOST",
+                help="Where the status port listens; else as configured, else 127.0.0.1.",
             ),
             click.option(
-                "--port", type=click.IntRange(1, 65535), help="The status port; else as configured, else 8000."
+                "--port", "-p", type=click.IntRange(1, 65535), help="The status port; else as configured, else 8000."
             ),
             click.option(
                 "--timeout",
+                "-t",
                 "timeout_s",
                 type=click.FloatRange(0, min_open=True),
                 default=10.0,

@@ -61,7 +61,7 @@ def _usage_is_unknown() -> Iterator[None]:
 
 @click.command(cls=_StatusCommand, short_help="How are the service and its datasets? (--watch: live)")
 @click.argument("question", metavar="[QUESTION | NAME]...", nargs=-1, shell_complete=questions_or_names)
-@click.option("--watch", "-w", is_flag=True, help="Keep showing it, each second, until Ctrl-C.")
+@click.option("--watch", is_flag=True, help="Keep showing it, each second, until Ctrl-C.")
 @click.option("--json", "as_json", is_flag=True, help="The port's JSON: indented on a terminal, else as one line.")
 @click.option("--check", is_flag=True, help="A monitoring plugin: one line, exit code 0, 1, 2 or 3.")
 @where

@@ -464,7 +464,8 @@ _STYLES = {
 def in_words(event: Event) -> Text:
     """One line: when, of which dataset, what, and the figures."""
     what = event.name.removeprefix("refresh_").removeprefix("dataset_").replace("_", " ")
-    text = Text(f"{event.at.astimezone(UTC):%H:%M:%S.%f}"[:-3] + "Z  ", "dim")
+    text = Text()
+    text.append(f"{event.at.astimezone(UTC):%H:%M:%S.%f}"[:-3] + "Z  ", "dim")
     if event.dataset is not None:
         text.append(f"{event.dataset}  ", "bold")
     text.append(what, _STYLES.get(event.name, ""))

@@ -216,6 +216,7 @@ class _Look:
             described = cursor.description
         self._probe(cursor)
         if described is None:
+            self._watched(cursor, ())
             return
         types = self._types(cursor, [column.type_code for column in described])
         self._found.columns = tuple(
@@ -486,14 +487,25 @@ class _Look:
             return
         tables = ", ".join(f"{watch.table} by {':'.join(watch.key)}" for watch in dataset.watch)
         self._found.deltas = f"watches {tables}"
+        self._watched(cursor, key_oids)
+
+    def _watched(self, cursor: Any, key_oids: Sequence[int]) -> None:
+        """What is in the way of the deltas that are configured.
+
+        :param key_oids: the types of the key; empty if they are not known.
+        """
+        dataset = self._dataset
+        if not dataset.watch:
+            return
         if not self._server.migrated:
-            self._found.findings.append(_no_deltas(deltas.CANNOT_TELL))
+            self._found.findings.append(_no_deltas(deltas.CANNOT_TELL.replace("NAME", self._server.role)))
             return
         with self._step(cursor, "watch"):
             cursor.execute(deltas.lock_sql([dataset]))
             cursor.execute(deltas.changes_sql(dataset, None, 0))
             state, problem, _ = cursor.fetchone()
-            problem = problem or deltas.unfit_key(state, dataset, key_oids)
+            if problem is None and key_oids:
+                problem = deltas.unfit_key(state, dataset, key_oids)
             if problem:
                 self._found.findings.append(_no_deltas(problem))
 
