@@ -44,7 +44,7 @@ def main() -> None:
     \b
     To begin:
       cacheservice demo                  everything at once, on a sample database
-      cacheservice check --db            is the configuration right, and the database ready for it?
+      cacheservice check --db            are the configuration and the database ready?
       cacheservice run                   the service
       cacheservice status                how is it?      (--watch: live)
       cacheservice why products          why is this one old?
