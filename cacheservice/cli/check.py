@@ -13,14 +13,15 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from cacheservice import app
+from cacheservice import config
 from cacheservice.cli.picture import size
 from cacheservice.cli.terminal import console_of_output, show
 from cacheservice.errors import ConfigError
+from cacheservice.postgres import target
 from cacheservice.postgres.inspect import Finding, Inspection, Server, inspecting
 
 
-@click.command(short_help="Is the configuration right? (--db: and the database ready for it?)")
+@click.command()
 @click.option("--db", "with_database", is_flag=True, help="Ask the database about each dataset; it reads, no more.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def check(with_database: bool, as_json: bool) -> None:
@@ -42,7 +43,7 @@ def check(with_database: bool, as_json: bool) -> None:
     if as_json:
         _print_json(with_database)
         return
-    settings = app.load_settings(os.environ)
+    settings = config.load(os.environ, target.problem)
     datasets = list(settings.datasets.values())
     count = f"{len(datasets)} dataset{'s' if len(datasets) != 1 else ''}"
     valid = f"the configuration is valid: {count}"
@@ -71,7 +72,7 @@ def _print_json(with_database: bool) -> None:
     """One object: the configuration's problems, and with a database what it says."""
     told: dict[str, Any] = {"problems": [], "server": None, "datasets": {}}
     try:
-        settings = app.load_settings(os.environ)
+        settings = config.load(os.environ, target.problem)
     except ConfigError as error:
         click.echo(json.dumps(told | {"problems": list(error.problems)}, ensure_ascii=False, indent=2))
         raise click.exceptions.Exit(1) from None

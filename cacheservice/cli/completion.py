@@ -10,7 +10,7 @@ from click.shell_completion import get_completion_class
 _PROGRAM = "cacheservice"
 
 
-@click.command(short_help="Print what makes a shell complete commands and datasets.")
+@click.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(context: click.Context, shell: str) -> None:

@@ -314,3 +314,23 @@ def _free_port(wanted: int) -> int:
 
 def _interrupt(_: int, __: FrameType | None) -> None:
     raise KeyboardInterrupt
+
+
+@click.command()
+@click.option(
+    "--directory",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Keep everything here for the next start. Without it, in a new folder that is removed at the end.",
+)
+def demo(directory: Path | None) -> None:
+    """Start an embedded PostgreSQL with a small shop in it that never rests, and the service in front of it.
+
+    Ctrl-C ends all of it.
+
+    \b
+    Examples:
+      cacheservice demo
+      cacheservice demo --directory ./shop      and again, with the data of before
+    """
+    with Demo(directory) as running:
+        running.wait()

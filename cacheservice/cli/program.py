@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import click
 
@@ -16,15 +18,45 @@ from cacheservice.errors import CacheServiceError, ConfigError
 _USAGE = 2
 
 
+class Listed(NamedTuple):
+    """A command in the list of all: where it is, as MODULE:NAME in this package, and what it is in short."""
+
+    where: str
+    what: str
+
+
 class Program(click.Group):
     """The group of all commands: its help shows them in sections, its errors are one line each, never a traceback.
 
-    :param sections: the names of commands by the title that they stand under in the help.
+    :param sections: the commands by name, by the title that they stand under in the help.
     """
 
-    def __init__(self, *args: Any, sections: Mapping[str, Sequence[str]], **settings: Any) -> None:
+    def __init__(self, *args: Any, sections: Mapping[str, Mapping[str, Listed]], **settings: Any) -> None:
         super().__init__(*args, **settings)
         self._sections = sections
+        self._listed = {name: listed for section in sections.values() for name, listed in section.items()}
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self._listed)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        listed = self._listed.get(cmd_name)
+        if listed is None:
+            return None
+        module, _, name = listed.where.partition(":")
+        command: click.Command = getattr(import_module(f"{__package__}.{module}"), name)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click's, which does not know the names of what has not been imported."""
+        name = args[0]
+        if name not in self._listed and not ctx.resilient_parsing:
+            near = difflib.get_close_matches(name, self._listed, 1)
+            hint = f"Did you mean '{near[0]}'?" if near else f"There are {', '.join(self._listed)}."
+            raise click.UsageError(f"no such command '{name}'. {hint}", ctx)
+        return super().resolve_command(ctx, args)
 
     def main(self, *args: Any, **settings: Any) -> Any:
         """Run, and exit as a shell expects: 0, the command's own code, 1 for what failed, 2 for wrong usage, 130 for
@@ -69,9 +101,9 @@ class Program(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Click's own list, in sections."""
-        for title, names in self._sections.items():
+        for title, section in self._sections.items():
             with formatter.section(title):
-                formatter.write_dl([(name, self.commands[name].get_short_help_str(limit=80)) for name in names])
+                formatter.write_dl([(name, listed.what) for name, listed in section.items()])
 
 
 @contextmanager

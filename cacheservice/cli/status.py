@@ -59,7 +59,7 @@ def _usage_is_unknown() -> Iterator[None]:
         raise click.exceptions.Exit(plugin.UNKNOWN) from None
 
 
-@click.command(cls=_StatusCommand, short_help="How are the service and its datasets? (--watch: live)")
+@click.command(cls=_StatusCommand)
 @click.argument("question", metavar="[QUESTION | NAME]...", nargs=-1, shell_complete=questions_or_names)
 @click.option("--watch", is_flag=True, help="Keep showing it, each second, until Ctrl-C.")
 @click.option("--json", "as_json", is_flag=True, help="The port's JSON: indented on a terminal, else as one line.")
@@ -113,7 +113,7 @@ def status(
         show(console, picture.render(look, console.width, bars=console.is_terminal))
 
 
-@click.command(short_help="Why is a dataset as it is, and what is there to do?")
+@click.command()
 @click.argument("names", metavar="[NAME]...", nargs=-1, shell_complete=dataset_names)
 @where
 def why(names: tuple[str, ...], host: str | None, port: int | None, timeout_s: float) -> None:

@@ -365,7 +365,7 @@ class _Ports:
             tell(f"cacheservice: publishes are seen by their numbers, twice a second: {complaint}; see --resp-port")
 
 
-@click.command(short_help="Follow publishes, failures and changes of state.")
+@click.command()
 @click.argument("names", metavar="[NAME]...", nargs=-1, shell_complete=dataset_names)
 @click.option("--json", "as_json", is_flag=True, help="A line of JSON for each event.")
 @click.option(
