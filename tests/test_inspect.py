@@ -242,6 +242,16 @@ class Problems(Inspecting):
         self.addCleanup(query, self.server, self.database, f"DROP OWNED BY {self.role}")
         return self.server.dsn(self.role, "hidden-word", self.database)
 
+    def test_a_view_of_what_the_role_must_not_see(self) -> None:
+        """A view gives what its owner may read; that the role has no rights behind it is no problem."""
+        reader = self.reader()
+        query(self.server, self.database, "CREATE VIEW public.goods AS SELECT id, name FROM shop.products")
+        query(self.server, self.database, f"GRANT SELECT ON public.goods TO {self.role}")
+        found = self.look("SELECT * FROM goods", dsn=reader)
+        self.assertEqual((found.ok, found.findings), (True, []))
+        assert found.key is not None
+        self.assertEqual(found.key.how, "all 1,000 rows counted")
+
     def test_names_without_a_schema(self) -> None:
         """A table or a function that search_path does not find is told with the schema that it is in."""
         text, todo = self.problem("SELECT * FROM products")
@@ -273,6 +283,26 @@ class Problems(Inspecting):
         self.assertIn("max_rows = 10", self.problem("SELECT id FROM shop.products", max_rows=10)[0])
         self.assertIn("max_bytes = 99", self.problem("SELECT id FROM shop.products", max_bytes=99)[0])
         self.assertIn("min_rows = 1,001", self.problem("SELECT id FROM shop.products", min_rows=1001)[0])
+
+    def test_rows_that_are_hidden(self) -> None:
+        """Where row security lets the role see some rows only, a hint says so; its owner sees all, and gets none."""
+        reader = self.reader()
+        for statement in (
+            f"GRANT USAGE ON SCHEMA shop TO {self.role}",
+            f"GRANT SELECT ON shop.products TO {self.role}",
+            "ALTER TABLE shop.products ENABLE ROW LEVEL SECURITY",
+            "CREATE POLICY those ON shop.products USING (id < 10)",
+        ):
+            query(self.server, self.database, statement)
+        text, _ = self.hint("SELECT id FROM shop.products AS p", dsn=reader)
+        self.assertIn(f"row security is active on shop.products: {self.role} gets", text)
+        self.assertEqual(self.look("SELECT id FROM shop.products").findings, [])
+
+    def test_a_table_without_statistics(self) -> None:
+        """Where the planner can only guess, a hint says what to do about it."""
+        query(self.server, self.database, 'CREATE TABLE shop."New" AS SELECT 1 AS id')
+        text, todo = self.hint('SELECT id FROM shop."New"')
+        self.assertEqual((text.partition(":")[0], todo), ('shop."New" has never been analyzed', 'ANALYZE shop."New";'))
 
     def test_probe_and_notify(self) -> None:
         """A probe that fails is a problem; one that is NULL, and a channel that has to be quoted, are hints."""

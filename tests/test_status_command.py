@@ -224,6 +224,16 @@ class Watch(CommandLine):
         terminal.interrupt()
         self.assertEqual(terminal.wait(GIVE_UP_S), 130)
 
+    def test_ended_by_a_signal(self) -> None:
+        """SIGTERM ends it with 143, and the terminal is as it was: its own screen, and a cursor."""
+        self.service(GOOD).wait_until_ready()
+        terminal = self.terminal("status", "--watch")
+        terminal.read_until_screen("good", GIVE_UP_S)
+        terminal.process.terminate()
+        self.assertEqual(terminal.wait(GIVE_UP_S), 143)
+        self.assertGreater(terminal.raw.rfind("\x1b[?1049l"), terminal.raw.rfind("\x1b[?1049h"))
+        self.assertGreater(terminal.raw.rfind("\x1b[?25h"), terminal.raw.rfind("\x1b[?25l"))
+
     def test_in_a_pipe(self) -> None:
         """In a pipe each picture follows the one before; with --json each is a line."""
         self.service(GOOD).wait_until_ready()

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -47,6 +48,8 @@ class Tail(CommandLine):
             [sys.executable, "-m", "cacheservice", "tail", "--json", *arguments],
             cwd=self.directory, env=self.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
+        give_up = threading.Timer(2 * GIVE_UP_S, tail.kill)  # and whoever reads from it finds its end
+        give_up.start()
         try:
             yield tail
             tail.send_signal(signal.SIGINT)
@@ -54,6 +57,8 @@ class Tail(CommandLine):
             self.assertEqual(tail.returncode, 130, errors)
             self.assertNotIn("Traceback", errors)
         finally:
+            give_up.cancel()
+            give_up.join()
             tail.kill()
             tail.communicate()
 

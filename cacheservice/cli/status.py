@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import click
@@ -250,6 +252,8 @@ def _watch(address: Address, names: Sequence[str], as_json: bool, timeout_s: flo
 
 def _draw_on_and_on(watch: _Watch) -> None:
     console = console_of_output()
+    # Ended in whatever way, it leaves the terminal as it was.
+    signal.signal(signal.SIGTERM, _exit)
     try:
         with Live(
             # In a thread of rich's: it only reads what was seen last.
@@ -264,6 +268,10 @@ def _draw_on_and_on(watch: _Watch) -> None:
         # The other screen is gone by now, and with it what stood there.
         console.print(watch.render(console))
         raise
+
+
+def _exit(number: int, _: FrameType | None) -> None:
+    raise SystemExit(128 + number)
 
 
 def _print_on_and_on(watch: _Watch, as_json: bool) -> None:

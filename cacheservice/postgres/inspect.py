@@ -349,8 +349,33 @@ class _Look:
             (answer,) = cursor.fetchone()
             plan: Mapping[str, Any] = (answer if isinstance(answer, list) else json.loads(answer))[0]["Plan"]
             self._found.worst = worst_node(plan)
+            self._tables(cursor, plan)
             return plan
         return None
+
+    def _tables(self, cursor: Any, plan: Mapping[str, Any]) -> None:
+        """What a person would not see in the result: rows that are hidden, estimates that are guesses."""
+        scanned = sorted({_table(node) for node in _nodes(plan) if "Relation Name" in node})
+        # By name, not to_regclass: behind a view there may be a schema that the role must not use.
+        cursor.execute(
+            """
+            SELECT format('%%I.%%I', n.nspname, c.relname), row_security_active(c.oid), c.reltuples < 0
+            FROM unnest(%s::text[], %s::text[]) AS u (schema, name)
+            JOIN pg_namespace AS n ON n.nspname = u.schema
+            JOIN pg_class AS c ON c.relnamespace = n.oid AND c.relname = u.name
+            ORDER BY 1
+            """,
+            ([schema for schema, _ in scanned], [name for _, name in scanned]),
+        )
+        for table, hidden, unknown in cursor.fetchall():
+            if hidden:
+                text = (
+                    f"row security is active on {table}: {self._server.role} gets the rows that its policies let it see"
+                )
+                self._found.findings.append(Finding("hint", text, "see that those are all that are meant"))
+            if unknown:
+                text = f"{table} has never been analyzed: rows, bytes and cost are guesses"
+                self._found.findings.append(Finding("hint", text, f"ANALYZE {table};"))
 
     def _unique_index(
         self, cursor: Any, plan: Mapping[str, Any], origins: Sequence[tuple[int | None, int | None]]
@@ -362,7 +387,11 @@ class _Look:
         scanned = _only_table(plan)
         if scanned is None:
             return None
-        cursor.execute("SELECT c.oid FROM pg_class AS c WHERE c.oid = to_regclass(%s)", (scanned,))
+        cursor.execute(
+            "SELECT c.oid FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace "
+            "WHERE (n.nspname, c.relname) = (%s, %s)",
+            scanned,
+        )
         if cursor.fetchone() != (table_oid,):
             return None
         cursor.execute(
@@ -616,6 +645,17 @@ def _node_name(node: Mapping[str, Any]) -> str:
     return name
 
 
+def _nodes(node: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    yield node
+    for child in node.get("Plans", ()):
+        yield from _nodes(child)
+
+
+def _table(node: Mapping[str, Any]) -> tuple[str, str]:
+    """The schema and the name of the table that a node scans."""
+    return str(node["Schema"]), str(node["Relation Name"])
+
+
 _ROW_BY_ROW = {
     "Seq Scan", "Index Scan", "Index Only Scan", "Bitmap Heap Scan", "Bitmap Index Scan", "Tid Scan", "Tid Range Scan",
     "Sort", "Incremental Sort", "Limit", "Gather", "Gather Merge", "Subquery Scan", "Unique", "Materialize",
@@ -624,13 +664,13 @@ _ROW_BY_ROW = {
 """Nodes that give no row more than once."""
 
 
-def _only_table(plan: Mapping[str, Any]) -> str | None:
-    """The table, as SQL writes it, if the plan gives rows of one table, each at most once."""
-    tables: list[str] = []
+def _only_table(plan: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Schema and name of the table, if the plan gives rows of one table, each at most once."""
+    tables: list[tuple[str, str]] = []
 
     def walk(node: Mapping[str, Any]) -> bool:
         if "Relation Name" in node:
-            tables.append(".".join('"' + node[part].replace('"', '""') + '"' for part in ("Schema", "Relation Name")))
+            tables.append(_table(node))
         # What a sub-select looks up adds no row; it hangs below as SubPlan or InitPlan.
         below = [
             child for child in node.get("Plans", ()) if child["Parent Relationship"] not in ("InitPlan", "SubPlan")
