@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Mapping
 from contextlib import closing
@@ -25,9 +28,10 @@ from cacheservice.postgres.migrate import create_reader, migrate
 from cacheservice.postgres.watch import watch
 from tests import pgbouncer
 from tests.pgbouncer import running_pgbouncer
-from tests.postgres import connect, fresh_database, query
+from tests.postgres import connect, fresh_database, query, sessions
 from tests.standby import running_standby
 from tests.test_status_command import CommandLine
+from tests.test_twistd import GIVE_UP_S, until
 
 SHOP = """
 CREATE SCHEMA shop;
@@ -441,6 +445,23 @@ class Command(CommandLine):
         told = self.command("check", "--db", "--json")
         self.assertEqual((told.returncode, told.stderr), (1, ""))
         self.assertTrue(json.loads(told.stdout)["problems"])
+
+    def test_interrupted(self) -> None:
+        """Ctrl-C ends it while it waits for the server."""
+        (self.directory / "cacheservice.toml").write_text(
+            self.configuration('[datasets.a]\nquery = "SELECT 1 AS id, pg_sleep(60)"\nkey = "id"')
+        )
+        checking = subprocess.Popen(
+            [sys.executable, "-m", "cacheservice", "check", "--db"],
+            cwd=self.directory, env=self.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        until(
+            lambda: any("pg_sleep" in session.query for session in sessions(self.server, self.database)), "its sample"
+        )
+        checking.send_signal(signal.SIGINT)
+        said, errors = checking.communicate(timeout=GIVE_UP_S)
+        self.assertEqual((checking.returncode, errors), (-signal.SIGINT, ""))
+        self.assertNotIn("problem", said)
 
     def test_a_database_that_is_down(self) -> None:
         """It is one line on standard error, exit code 1, and no password."""

@@ -20,6 +20,7 @@ from cacheservice.cache.cache import Cache, Rejection
 from cacheservice.cli import plugin
 from cacheservice.cli.asking import Answer, _notes
 from cacheservice.cli.embedded import _free_port
+from cacheservice.cli.options import QUESTIONS
 from cacheservice.cli.problems import Severity, problems
 from cacheservice.config import DatasetSettings
 from cacheservice.ports.report import json_line, status_table
@@ -128,6 +129,8 @@ class Status(CommandLine):
         self.service(GOOD).wait_until_ready()
         self.assertEqual(self.succeed("status", "ruok"), "imok\n")
         self.assertEqual(self.succeed("status", "ruok;", "ready"), "imok\nready\n")
+        questions = [line.split()[0] for line in self.succeed("status", "help").splitlines()]
+        self.assertEqual(questions, [*QUESTIONS, "prompt", "quit", "A;B"])  # which shells complete
         told = self.command("status", "show", "nothing")
         self.assertEqual((told.returncode, told.stdout), (1, "ERROR unknown dataset 'nothing'; status lists them\n"))
 

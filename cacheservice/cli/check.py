@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -46,6 +47,8 @@ def check(with_database: bool, as_json: bool) -> None:
     settings = config.load(os.environ, target.problem)
     datasets = list(settings.datasets.values())
     count = f"{len(datasets)} dataset{'s' if len(datasets) != 1 else ''}"
+    # libpq's calls do not return for a handler of Python's: Ctrl-C would wait for a server that does not answer.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     valid = f"the configuration is valid: {count}"
     if not with_database:
         click.echo(valid)

@@ -29,7 +29,7 @@ from cacheservice.cli.asking import (
 from cacheservice.cli.options import dataset_names, questions_or_names, where
 from cacheservice.cli.picture import Picture
 from cacheservice.cli.problems import problems
-from cacheservice.cli.program import in_one_line
+from cacheservice.cli.program import in_one_line, tell
 from cacheservice.cli.terminal import console_of_output, show
 from cacheservice.errors import CacheServiceError, NoAnswer, Refused
 from cacheservice.ports.report import duration
@@ -193,14 +193,14 @@ def _print_json(answer: Answer) -> None:
 
 
 class _Watch:
-    """What was last seen of a service that may go away and come back."""
+    """What was last seen of a service that may go away and come back, and why it does not answer now, if so."""
 
     def __init__(self, address: Address, names: Sequence[str], timeout_s: float) -> None:
         self._address = address
         self._names = names
         self._timeout_s = timeout_s
         self._connection: Connection | None = None
-        self._absence: NoAnswer | None = None
+        self.absence: NoAnswer | None = None
         self.seen: Picture | None = None
 
     def close(self) -> None:
@@ -221,19 +221,19 @@ class _Watch:
             self.close()
             if self.seen is None:
                 raise
-            self._absence = error if isinstance(error, NoAnswer) else NoAnswer(str(error))
+            self.absence = error if isinstance(error, NoAnswer) else NoAnswer(str(error))
             return False
-        self._absence = None
+        self.absence = None
         return True
 
     def render(self, console: Console) -> RenderableType:
         """How it is now; how old that is, when nobody answers."""
         assert self.seen is not None
         drawn = picture.render(self.seen, console.width, bars=console.is_terminal)
-        if self._absence is None:
+        if self.absence is None:
             return drawn
         age = duration(time.monotonic() - self.seen.answer.taken_at)
-        notice = Text(f"{self._absence}\nBelow is what it said {age} ago. It is asked again each second.", "bold red")
+        notice = Text(f"{self.absence}\nBelow is what it said {age} ago. It is asked again each second.", "bold red")
         return Group(notice, "", drawn)
 
 
@@ -285,7 +285,9 @@ def _print_on_and_on(watch: _Watch, as_json: bool) -> None:
             show(console, watch.render(console))
             click.echo()
         sys.stdout.flush()
-        answered = watch.look()
+        answered_before, answered = answered, watch.look()
+        if as_json and answered_before and not answered:
+            tell(f"cacheservice: {watch.absence}")
 
 
 def _each_interval() -> Iterator[None]:

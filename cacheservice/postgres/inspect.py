@@ -107,7 +107,7 @@ class Inspection:
 
 @dataclass(slots=True)
 class Server:
-    """Whom we are connected to, and as whom."""
+    """Whom we are connected to, and as whom: `role` is quoted where SQL needs it."""
 
     version: str
     database: str
@@ -215,6 +215,7 @@ class _Look:
             cursor.execute(columns_query(self._dataset.query))
             described = cursor.description
         self._probe(cursor)
+        self._channel()
         if described is None:
             self._watched(cursor, ())
             return
@@ -236,7 +237,6 @@ class _Look:
         key_types = [types[place] for place in places]
         self._found.key = self._key(places, key_types, index, sample)
         self._deltas(cursor, [kind.oid for kind in key_types], origins if index else [])
-        self._channel()
 
     @contextmanager
     def _step(self, cursor: Any, what: str) -> Iterator[None]:
@@ -275,8 +275,7 @@ class _Look:
         cursor.execute(
             """
             SELECT format('%%I', n.nspname), format('%%I.%%I', n.nspname, c.relname),
-                   has_schema_privilege(n.oid, 'USAGE'), has_table_privilege(c.oid, 'SELECT'),
-                   format('%%I', current_user)
+                   has_schema_privilege(n.oid, 'USAGE'), has_table_privilege(c.oid, 'SELECT')
             FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
             WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f') AND c.relname = ANY (%(words)s)
               AND (n.nspname = ANY (%(words)s) OR n.nspname = ANY (%(schemas)s))
@@ -285,9 +284,9 @@ class _Look:
             {"words": self._words(), "schemas": list(_SCHEMAS)},
         )
         found_tables = cursor.fetchall()
-        schemas = sorted({schema for schema, _, usage, _, _ in found_tables if not usage})
-        tables = [table for _, table, _, select, _ in found_tables if not select]
-        role = found_tables[0][4] if found_tables else self._server.role
+        schemas = sorted({schema for schema, _, usage, _ in found_tables if not usage})
+        tables = [table for _, table, _, select in found_tables if not select]
+        role = self._server.role
         grants = [f"GRANT USAGE ON SCHEMA {', '.join(schemas)} TO {role};"] if schemas else []
         grants += [f"GRANT SELECT ON {', '.join(tables)} TO {role};"] if tables else []
         return " ".join(grants) or f"grant {role} what the query reads"
@@ -396,7 +395,7 @@ class _Look:
             return None
         cursor.execute(
             """
-            SELECT i.indexrelid::regclass::text, i.indrelid::regclass::text,
+            SELECT i.indexrelid::regclass::text,
                    (SELECT bool_and(a.attnotnull) FROM pg_attribute AS a
                     WHERE a.attrelid = i.indrelid AND a.attnum = ANY (%(columns)s::smallint[]))
             FROM pg_index AS i
@@ -586,7 +585,6 @@ class _Type(NamedTuple):
 
 class _Index(NamedTuple):
     name: str
-    table: str
     not_null: bool
 
 
