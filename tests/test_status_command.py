@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.cache.cache import Cache, Rejection
-from cacheservice.cli import plugin
-from cacheservice.cli.asking import Answer, _notes
+from cacheservice.cli import picture, plugin
+from cacheservice.cli.asking import Address, Answer, _notes
 from cacheservice.cli.embedded import _free_port
 from cacheservice.cli.options import QUESTIONS
 from cacheservice.cli.problems import Severity, problems
@@ -425,6 +426,21 @@ class Judgement(SynchronousTestCase):
             ),
         )
         self.assertEqual(problems(self.answer(**broken))[0].severity, Severity.WARNING)
+
+    def test_a_screen_gets_no_more_than_it_shows(self) -> None:
+        """Of many datasets, a screen that is drawn again and again gets its height of lines in the table, and a problem
+        written out for each nine; the number of the others is told."""
+        clock = Clock()
+        cache = Cache([DatasetSettings(name=f"d{n}", query="SELECT 1", key=("id",)) for n in range(500)], clock.seconds)
+        answer = Answer(0.0, "", json.loads(json_line(cache)), ())
+        drawn = picture.render(picture.Picture(Address("h", 1), answer, {}), 80, bars=True, height=24)
+        console = Console(width=80)
+        with console.capture() as capture:
+            console.print(drawn)
+        said = capture.get()
+        self.assertEqual(len(re.findall(r"(?m)^d\d+ never loaded,", said)), 2)
+        self.assertIn("and 498 more problems", said)
+        self.assertEqual(len(re.findall(r"(?m)^d\d+ +never loaded +–", said)), 24)
 
     def test_the_line_of_a_plugin_has_one_bar(self) -> None:
         """Whatever an error says, the plugin's output stays one line with one bar before the performance data."""

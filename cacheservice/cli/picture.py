@@ -20,6 +20,9 @@ from cacheservice.ports.report import duration, times
 MOST_WRITTEN_OUT = 8
 """More problems than these are counted; the table below them has them all."""
 
+_LINES_OF_A_PROBLEM = 9
+"""A screen has one problem written out for each nine lines of it, so that half of it is left for the table."""
+
 _BLOCKED = "It was blocked: "
 _TO_DO = "What to do: "
 
@@ -41,18 +44,20 @@ class Picture(NamedTuple):
         return {name: dataset for name, dataset in self.answer.datasets.items() if not self.names or name in self.names}
 
 
-def render(picture: Picture, width: int, *, bars: bool) -> RenderableType:
+def render(picture: Picture, width: int, *, bars: bool, height: int | None = None) -> RenderableType:
     """:param width: of the terminal, in columns.
     :param bars: whether it can show bars; a pipe cannot.
+    :param height: of the screen, in lines, if it is drawn again and again: what does not fit is left out.
     """
     found = problems(picture.answer, picture.names)
     parts: list[RenderableType] = [_head(picture)]
     if found:
-        parts += ["", *_written_out(found, picture.advice)]
+        most = MOST_WRITTEN_OUT if height is None else max(1, min(MOST_WRITTEN_OUT, height // _LINES_OF_A_PROBLEM))
+        parts += ["", *_written_out(found, picture.advice, most)]
     loading = _loading(picture, bars=bars)
     if loading.row_count:
         parts += ["", loading]
-    return Group(*parts, "", _table(picture, found, width))
+    return Group(*parts, "", _table(picture, found, width, height))
 
 
 def _head(picture: Picture) -> Text:
@@ -67,8 +72,10 @@ def _head(picture: Picture) -> Text:
     return head
 
 
-def _written_out(found: Collection[Problem], advice: Mapping[str, tuple[str, ...]]) -> Iterator[RenderableType]:
-    for problem in list(found)[:MOST_WRITTEN_OUT]:
+def _written_out(
+    found: Collection[Problem], advice: Mapping[str, tuple[str, ...]], most: int
+) -> Iterator[RenderableType]:
+    for problem in list(found)[:most]:
         line = Text()
         if problem.dataset:
             line.append(f"{problem.dataset} ", "bold")
@@ -92,8 +99,8 @@ def _written_out(found: Collection[Problem], advice: Mapping[str, tuple[str, ...
                 details.add_row("" if number else label, Text(text))
         if details.row_count:
             yield Padding(details, (0, 0, 0, 2))
-    if len(found) > MOST_WRITTEN_OUT:
-        yield Text(f"and {len(found) - MOST_WRITTEN_OUT} more problems; the table begins with them", "yellow")
+    if (others := len(found) - most) > 0:
+        yield Text(f"and {others} more problem{'s' if others > 1 else ''}; the table begins with them", "yellow")
 
 
 def _after(beginning: str, sentences: Collection[str]) -> list[str]:
@@ -127,10 +134,12 @@ class _Column(NamedTuple):
     """If it may be cut off: how much of it is worth showing."""
 
 
-def _table(picture: Picture, found: Collection[Problem], width: int) -> Table:
+def _table(picture: Picture, found: Collection[Problem], width: int, height: int | None) -> Table:
     """Each dataset on a line, those with problems first; of the columns, those that fit."""
     shown = picture.shown
-    names = dict.fromkeys([problem.dataset for problem in found if problem.dataset in shown] + list(shown))
+    names = list(dict.fromkeys([problem.dataset for problem in found if problem.dataset in shown] + list(shown)))
+    if height is not None:
+        del names[height:]
     cells = {column: [column.cell(name, shown[name]) for name in names if name is not None] for column in _COLUMNS}
     widths = {column: max(map(_width, [column.title, *texts])) for column, texts in cells.items()}
     for column in _COLUMNS:

@@ -229,7 +229,8 @@ class _Watch:
     def render(self, console: Console) -> RenderableType:
         """How it is now; how old that is, when nobody answers."""
         assert self.seen is not None
-        drawn = picture.render(self.seen, console.width, bars=console.is_terminal)
+        height = console.height if console.is_terminal else None
+        drawn = picture.render(self.seen, console.width, bars=console.is_terminal, height=height)
         if self.absence is None:
             return drawn
         age = duration(time.monotonic() - self.seen.answer.taken_at)
