@@ -34,7 +34,8 @@ ITEMS = """
 query = "SELECT id, name FROM items"
 key = "id"
 interval_s = 0.3
-timeout_s = 0.5
+timeout_s = 2
+max_age_s = 2.5
 retry_initial_s = 0.1
 retry_max_s = 0.2
 """
@@ -122,7 +123,7 @@ class Status(CommandLine):
         daemon.wait_until_ready()
         said = self.succeed("status")
         self.assertRegex(said, rf"^cacheservice \S+ at 127\.0\.0\.1:{self.port}: ready, PostgreSQL up, up ")
-        self.assertRegex(said, r"(?m)^items +fresh +[\d.]+ s +0.90 s +10 +\d+ B +\d+ +(in [\d.]+ s|reading|waits) +\w+")
+        self.assertRegex(said, r"(?m)^items +fresh +[\d.]+ s +2.50 s +10 +\d+ B +\d+ +(in [\d.]+ s|reading|waits) +\w+")
         self.assertNotRegex(said, r"\x1b|[ \t]\n|not ready|NOT READY")
 
     def test_a_question(self) -> None:
@@ -147,7 +148,7 @@ class Status(CommandLine):
             whole = " ".join(said.split())
             self.assertIn("NOT READY", whole)
             written_out, _, table = said.partition("\ndataset")
-            self.assertRegex(written_out, r"(?m)^items expired, [\d.]+ s old, limit 0.90 s$")
+            self.assertRegex(written_out, r"(?m)^items expired, [\d.]+ s old, limit 2.50 s$")
             self.assertRegex(whole, r"since [\d.]+ s ago; the data are of 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC")
             self.assertRegex(whole, r"why failed .*times.*: PostgreSQL: relation \"items\" does not exist")
             self.assertIn("do create the table, name its schema in the query", whole)
@@ -286,12 +287,12 @@ class Check(CommandLine):
         self.assertEqual((code, text), (0, "CACHESERVICE OK - 2 datasets fresh, PostgreSQL up"))
         self.assertEqual(measures["items_rows"][0], "10")
         _, unit, warn, critical, least, _ = measures["items_age"]
-        self.assertEqual((unit, warn, critical, least), ("s", "0.8", "0.9", "0"))
+        self.assertEqual((unit, warn, critical, least), ("s", "2.3", "2.5", "0"))
         self.assertEqual(measures["ready"][0], "1")
 
     def test_warning(self) -> None:
         """A held result and a refused configuration are warnings: exit code 1, and why."""
-        daemon = self.service(GOOD, ITEMS.replace("timeout_s", "max_age_s = 600\ntimeout_s"))
+        daemon = self.service(GOOD, ITEMS.replace("max_age_s = 2.5", "max_age_s = 600"))
         daemon.wait_until_ready()
         query(self.server, self.database, "DELETE FROM items WHERE id > 1")
         until(lambda: daemon.json()["datasets"]["items"]["held"], "items to be held")
