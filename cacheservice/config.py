@@ -19,7 +19,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -115,6 +115,9 @@ class _Table(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True, hide_input_in_errors=True
     )
+
+
+_AnyTable = TypeVar("_AnyTable", bound=_Table)
 
 
 class PostgresSettings(_Table):
@@ -394,6 +397,29 @@ def load(environ: Mapping[str, str], dsn_problem: Callable[[str], str | None]) -
         order = _order(list(_table(declared["datasets"])))
         raise ConfigError([f"{label(place)}: {problems[place]}" for place in sorted(problems, key=order)])
     return settings
+
+
+class Glance(NamedTuple):
+    """What the configuration says to whoever asks a running service: where its ports are, and what it serves."""
+
+    status: StatusSettings
+    resp: RespSettings
+    datasets: tuple[str, ...]
+
+
+def glance(environ: Mapping[str, str]) -> Glance:
+    """As much of it as can be read. Unlike `load` it needs no DSN; what is missing or refused is the default."""
+    in_file, _ = _read_file(environ.get("CACHESERVICE_CONFIG") or _DEFAULT_FILE)
+    _, values, _ = _read_environment(environ)
+    declared = _overlay(in_file, values)
+
+    def table(name: str, model: type[_AnyTable]) -> _AnyTable:
+        try:
+            return model.model_validate(_table(declared.get(name)))
+        except ValidationError:
+            return model()
+
+    return Glance(table("status", StatusSettings), table("resp", RespSettings), tuple(_table(declared.get("datasets"))))
 
 
 def _group_problems(settings: Settings) -> dict[_Place, str]:

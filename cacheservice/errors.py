@@ -203,5 +203,17 @@ class WatchFailed(CacheServiceError):
     """`cacheservice watch` or `unwatch` could not reach the database, or was refused. The message says what to do."""
 
 
+class NoAnswer(CacheServiceError):
+    """A service was asked over its status port and did not answer. See that it runs, and --host and --port."""
+
+
+class Refused(CacheServiceError):
+    """A service answered a question over its status port with an error, which the message repeats."""
+
+
+class InspectionFailed(CacheServiceError):
+    """`cacheservice check --db` could not reach the database. Mend what the message says and run it again."""
+
+
 class DemoFailed(CacheServiceError):
     """The demo could not start. The message says what is in its way."""

@@ -101,15 +101,17 @@ _TO_TRY = """
 The service runs. In another terminal:
 
   Look:     {status}
-            {ask} "why products"
+            {ask} --watch               (live; or each publish as it comes: {program} tail{tail_ports})
+            {program} why products{port}
             http://127.0.0.1:{http_port}/      (the dashboard; its operator's token is: demo)
+  Check:    CACHESERVICE_CONFIG={configuration} CACHESERVICE_POSTGRES__DSN="{owner}" {program} check --db
   Read:     redis-cli -p {resp_port} GET products:42
             redis-cli -p {resp_port} HGETALL feature_flags
             curl -i http://127.0.0.1:{http_port}/v1/datasets/prices/rows/42:EUR
   Change:   {psql} -c "UPDATE shop.prices SET amount = 1.23 WHERE product_id = 42"
             redis-cli -p {resp_port} GET prices:42:EUR      (it is there at once)
   Lock it:  {psql} -c "BEGIN; LOCK TABLE shop.products; SELECT pg_sleep(20)"
-            {ask} "why products"        (after 5 s it names the session that holds the lock)
+            {program} why products{port}        (after 5 s it names the session that holds the lock)
   Freeze:   kill -STOP {postgres_pid} $(pgrep -P {postgres_pid})     watch the ages rise, nothing else changes
             kill -CONT {postgres_pid} $(pgrep -P {postgres_pid})     watch it recover
   Crash:    kill -QUIT {postgres_pid}       the demo starts the database again after {revive_after_s:.0f} s
@@ -244,7 +246,13 @@ class Demo:
         quoted = " ".join(f'"{word}"' if " " in word else word for word in self._psql())
         program = "cacheservice" if shutil.which("cacheservice") else f"{sys.executable} -m cacheservice"
         port = "" if status_port == _STATUS_PORT else f" --port {status_port}"
+        tail_ports = port if resp_port == _RESP_PORT else f"{port} --resp-port {resp_port}"
         return _TO_TRY.format(
+            program=program,
+            port=port,
+            tail_ports=tail_ports,
+            configuration=directory / "cacheservice.toml",
+            owner=self._psql()[-1],
             status=f"echo status | nc -N 127.0.0.1 {status_port}      (or, without nc: {program} status{port})",
             ask=f"{program} status{port}",
             psql=quoted,
@@ -308,3 +316,23 @@ def _free_port(wanted: int) -> int:
 
 def _interrupt(_: int, __: FrameType | None) -> None:
     raise KeyboardInterrupt
+
+
+@click.command()
+@click.option(
+    "--directory",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Keep everything here for the next start. Without it, in a new folder that is removed at the end.",
+)
+def demo(directory: Path | None) -> None:
+    """Start an embedded PostgreSQL with a small shop in it that never rests, and the service in front of it.
+
+    Ctrl-C ends all of it.
+
+    \b
+    Examples:
+      cacheservice demo
+      cacheservice demo --directory ./shop      and again, with the data of before
+    """
+    with Demo(directory) as running:
+        running.wait()

@@ -289,7 +289,7 @@ class Database:
         if since is not None:
             reading = replace(reading, columns=since.columns)
         if dataset.probe:
-            cursor = await moment.guard.execute(f"SELECT (\n{_without_ending(dataset.probe)}\n)::text")
+            cursor = await moment.guard.execute(probe_query(dataset.probe))
             reading = replace(reading, probe=deltas.value_of(cursor.fetchone()[0]))
             if since is not None and since.probe == reading.probe and wanted.trust_probe and not wanted.check:
                 return replace(reading, kind="unchanged", watch_state=since.watch_state)
@@ -462,7 +462,17 @@ def rows_query(query: str, key: Sequence[str]) -> str:
 
 def columns_query(query: str) -> str:
     """The SQL whose result has the query's columns and no row; PostgreSQL plans it and runs nothing."""
-    return f"SELECT * FROM (\n{_without_ending(query)}\n) AS q LIMIT 0"  # noqa: S608  # the operator's own query
+    return f"{whole_query(query)} LIMIT 0"
+
+
+def whole_query(query: str) -> str:
+    """The SQL that gives the query's rows with its columns."""
+    return f"SELECT * FROM (\n{_without_ending(query)}\n) AS q"  # noqa: S608  # the operator's own query
+
+
+def probe_query(probe: str) -> str:
+    """The SQL whose one value is the probe's, as text."""
+    return f"SELECT (\n{_without_ending(probe)}\n)::text"
 
 
 def _without_ending(query: str) -> str:

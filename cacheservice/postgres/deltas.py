@@ -142,6 +142,11 @@ def unfit_key(state: str, dataset: DatasetSettings, type_oids: Sequence[int]) ->
     return None
 
 
+def is_fit(type_oid: int, *, is_enum: bool) -> bool:
+    """Whether deltas can go by keys of that type: equal values have the same text, whatever the session's settings."""
+    return is_enum or type_oid in _INTEGERS | _TEXTS | _OTHERS
+
+
 def watched_ids(state: str) -> frozenset[int]:
     """The numbers that the notifications of its triggers name."""
     return frozenset(table["watched"] for table in json.loads(state)["tables"].values()) if state else frozenset()

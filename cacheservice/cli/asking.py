@@ -1,0 +1,175 @@
+"""Asks a running service over its status port. It blocks, for at most the time that it is given."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from cacheservice import config
+from cacheservice.errors import NoAnswer, Refused
+
+ANSWER_TIMEOUT_S = 10.0
+IS_IT_RUNNING = "; is the service running?"
+_DEFAULT_PORT = 8000
+_REPLY_END = b"\n\n"
+
+
+class Address(NamedTuple):
+    """Where a port listens. As text it is HOST:PORT, with brackets around an IPv6 address."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class Connection:
+    """A connection to a status port that stays open (`prompt`): a question, its answer, the next question."""
+
+    def __init__(self, address: Address, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
+        """:raises NoAnswer: if nobody listens, or does not answer in time."""
+        self.address = address
+        self._timeout_s = timeout_s
+        self._received = bytearray()
+        with self._no_answer():
+            self._socket = socket.create_connection(address, timeout=timeout_s)
+        try:
+            self.ask("prompt")
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def ask(self, question: str) -> str:
+        """The reply without its ending.
+
+        :raises NoAnswer: if it does not come in time; the connection is of no use any more.
+        :raises Refused: if it begins with ERROR.
+        """
+        deadline_at = time.monotonic() + self._timeout_s
+        with self._no_answer():
+            self._socket.settimeout(self._timeout_s)
+            self._socket.sendall(f"{question}\n".encode())
+            # An empty reply is the empty line alone.
+            while not self._received.startswith(b"\n") and _REPLY_END not in self._received:
+                self._socket.settimeout(max(0.001, deadline_at - time.monotonic()))
+                received = self._socket.recv(65536)
+                if not received:
+                    if self._received.startswith(b"ERROR"):  # too many connections: it says so, and closes
+                        raise Refused(_without_error(self._received.decode("utf-8", "replace")))
+                    raise ConnectionResetError("the connection was closed")
+                self._received += received
+        end = 0 if self._received.startswith(b"\n") else self._received.index(_REPLY_END) + 1
+        reply = self._received[:end].decode("utf-8", "replace").removesuffix("\n")
+        del self._received[: end + 1]
+        if reply.startswith("ERROR"):
+            raise Refused(_without_error(reply))
+        return reply
+
+    @contextmanager
+    def _no_answer(self) -> Iterator[None]:
+        with no_answer_from(self.address):
+            yield
+
+
+@contextmanager
+def no_answer_from(address: Address) -> Iterator[None]:
+    """Makes what a socket raises a `NoAnswer` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error) or type(error).__name__
+        raise NoAnswer(f"no answer from {address}: {reason.lower()}{IS_IT_RUNNING}") from error
+
+
+def ask_once(address: Address, question: str, timeout_s: float) -> str:
+    """The reply to a line of questions, errors included, as a person with `nc` gets it.
+
+    :raises NoAnswer: if it does not come in time.
+    """
+    deadline_at = time.monotonic() + timeout_s
+    reply = bytearray()
+    with no_answer_from(address), socket.create_connection(address, timeout=timeout_s) as connection:
+        connection.sendall(f"{question}\n".encode())
+        connection.shutdown(socket.SHUT_WR)
+        while received := connection.recv(65536):
+            reply += received
+            connection.settimeout(max(0.001, deadline_at - time.monotonic()))
+    return reply.decode("utf-8", "replace").removesuffix("\n")
+
+
+class Answer(NamedTuple):
+    """What the port's `json` said, as text and as the contract's object, and notes of its `status` head line.
+
+    `taken_at` is on this machine's monotonic clock. `notes` tell what `json` has no place for: that notifications do
+    not arrive though a dataset waits for them, and that the newest configuration was refused.
+    """
+
+    taken_at: float
+    line: str
+    facts: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+    @property
+    def datasets(self) -> Mapping[str, Mapping[str, Any]]:
+        datasets: Mapping[str, Mapping[str, Any]] = self.facts["datasets"]
+        return datasets
+
+
+def ask_for_all(connection: Connection) -> Answer:
+    """:raises NoAnswer: if it does not come in time, or from something else than a cacheservice."""
+    line = connection.ask("json")
+    head = connection.ask("status").partition("\n")[0]
+    taken_at = time.monotonic()
+    try:
+        facts = json.loads(line)
+        if not facts["service"].keys() >= {"version", "ready"} or not isinstance(facts["datasets"], dict):
+            raise ValueError
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise NoAnswer(f"what answers at {connection.address} is no cacheservice; see --host and --port") from None
+    return Answer(taken_at, line, facts, tuple(_notes(head)))
+
+
+def _notes(head: str) -> Iterator[str]:
+    """What the head line of `status` says after its first three facts."""
+    rejected_at = head.find(", configuration rejected ")
+    if rejected_at >= 0:
+        yield f"the newest {head[rejected_at + 2 :]}"
+        head = head[:rejected_at]
+    _, found, problem = head.partition(", NOT listening")
+    if found:
+        yield f"notifications do not arrive, NOT listening{problem}"
+
+
+def status_address(host: str | None, port: int | None) -> Address:
+    """Where to ask: what is given, else what the configuration says, else 127.0.0.1:8000."""
+    status = config.glance(os.environ).status
+    return Address(host or reachable(status.host), port or status.port or _DEFAULT_PORT)
+
+
+def reachable(host: str) -> str:
+    """Where on this machine a port is reached that listens on `host`: "all addresses" is none to connect to."""
+    try:
+        wildcard = ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return host
+    return host if not wildcard else "::1" if ":" in host else "127.0.0.1"
+
+
+def _without_error(reply: str) -> str:
+    return reply.strip().removeprefix("ERROR ")

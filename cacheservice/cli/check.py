@@ -1,0 +1,163 @@
+"""`cacheservice check`: whether the configuration is right and, with --db, what the database says of its datasets."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import click
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from cacheservice import config
+from cacheservice.cli.picture import size
+from cacheservice.cli.terminal import console_of_output, show
+from cacheservice.errors import ConfigError
+from cacheservice.postgres import target
+from cacheservice.postgres.inspect import Finding, Inspection, Server, inspecting
+
+
+@click.command()
+@click.option("--db", "with_database", is_flag=True, help="Ask the database about each dataset; it reads, no more.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def check(with_database: bool, as_json: bool) -> None:
+    """Validate the configuration; every problem on a line of its own.
+
+    With --db also ask the database about each dataset, as the service's role and in the transaction of a refresh, but
+    without reading all of it: columns and types, whether the key is unique, rows, bytes and cost as estimated, the
+    costliest node of the plan, rights that are missing, with the GRANT to say, and whether what `watch`, `notify` and
+    `probe` need is there. Rows and bytes are the planner's estimates; run ANALYZE where they are far off.
+
+    Exit code 0 if all is well, 1 if there is a problem. Hints are none.
+
+    \b
+    Examples:
+      cacheservice check
+      cacheservice check --db
+      cacheservice check --db --json | jq '.datasets[] | select(.ok | not) | .findings'
+    """
+    if as_json:
+        _print_json(with_database)
+        return
+    settings = config.load(os.environ, target.problem)
+    datasets = list(settings.datasets.values())
+    count = f"{len(datasets)} dataset{'s' if len(datasets) != 1 else ''}"
+    # libpq's calls do not return for a handler of Python's: Ctrl-C would wait for a server that does not answer.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    valid = f"the configuration is valid: {count}"
+    if not with_database:
+        click.echo(valid)
+        return
+    console = console_of_output()
+    problems = 0
+    with inspecting(settings.postgres, datasets) as inspector:
+        click.echo(valid)
+        show(console, _server(inspector.server))
+        problems += _problem_count(inspector.server.findings)
+        for dataset in datasets:
+            found = inspector.inspect(dataset)
+            problems += _problem_count(found.findings)
+            click.echo()
+            show(console, _dataset(found))
+    click.echo()
+    if problems:
+        click.echo(f"{problems} problem{'s' if problems != 1 else ''}")
+        raise click.exceptions.Exit(1)
+    click.echo(f"no problem: {count} can be read")
+
+
+def _print_json(with_database: bool) -> None:
+    """One object: the configuration's problems, and with a database what it says."""
+    told: dict[str, Any] = {"problems": [], "server": None, "datasets": {}}
+    try:
+        settings = config.load(os.environ, target.problem)
+    except ConfigError as error:
+        click.echo(json.dumps(told | {"problems": list(error.problems)}, ensure_ascii=False, indent=2))
+        raise click.exceptions.Exit(1) from None
+    datasets = list(settings.datasets.values())
+    ok = True
+    if with_database:
+        with inspecting(settings.postgres, datasets) as inspector:
+            told["server"] = _as_object(inspector.server)
+            ok = not _problem_count(inspector.server.findings)
+            for dataset in datasets:
+                found = inspector.inspect(dataset)
+                ok = ok and found.ok
+                told["datasets"][dataset.name] = _as_object(found) | {"ok": found.ok}
+    click.echo(json.dumps(told, ensure_ascii=False, indent=2))
+    if not ok:
+        raise click.exceptions.Exit(1)
+
+
+def _as_object(found: Server | Inspection) -> dict[str, Any]:
+    """Its fields by their names; named tuples become objects as well."""
+
+    def plain(value: Any) -> Any:
+        if hasattr(value, "_asdict"):
+            return {name: plain(each) for name, each in value._asdict().items()}
+        if isinstance(value, list | tuple):
+            return [plain(each) for each in value]
+        return value
+
+    fields = {name: plain(getattr(found, name)) for name in found.__slots__}
+    if isinstance(found, Inspection) and found.size is not None:
+        fields["size"]["bytes"] = found.size.bytes
+    return fields
+
+
+def _problem_count(findings: Iterable[Finding]) -> int:
+    return sum(finding.level == "problem" for finding in findings)
+
+
+def _server(server: Server) -> RenderableType:
+    text = Text(f"PostgreSQL {server.version}, database {server.database} as {server.role}")
+    text.append(", a standby" if server.standby else "")
+    text.append(", through a pooler" if server.pooled else "")
+    text.append("" if server.migrated else ", without the schema `cacheservice` or the right to use it")
+    return Group(text, *_findings(server.findings))
+
+
+def _dataset(found: Inspection) -> RenderableType:
+    head = Text("ok       ", "bold green") if found.ok else Text("PROBLEM  ", "bold red")
+    head.append(found.name, "bold")
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for label, words in _facts(found):
+        grid.add_row(label, Text(words))
+    return Group(head, *([Padding(grid, (0, 0, 0, 2))] if grid.row_count else []), *_findings(found.findings))
+
+
+def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
+    if found.columns:
+        yield "columns", ", ".join(f"{column.name} {column.type}" for column in found.columns)
+    if found.key is not None:
+        words = {True: "unique", False: "NOT unique", None: "unique or not is unknown"}[found.key.unique]
+        columns = ", ".join(f"{column.name} {column.type}" for column in found.key.columns)
+        yield "key", f"{columns}: {words} ({found.key.how})"
+    if found.size is not None:
+        of = f"{found.size.row_bytes:,} bytes a row"
+        if found.size.document_bytes:
+            of = f"{found.size.document_bytes:,} bytes a document"
+        rows = f"about {found.size.rows:,} row{'s' if found.size.rows != 1 else ''}"
+        yield "size", f"{rows}, {size(found.size.bytes)} ({of}), cost {found.size.cost:,.0f}"
+    if found.worst is not None:
+        yield "plan", f"{found.worst.name}, {100 * found.worst.share:.0f} % of the cost"
+    if found.deltas:
+        yield "deltas", found.deltas
+
+
+def _findings(findings: Sequence[Finding]) -> Iterator[RenderableType]:
+    for finding in findings:
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(width=7, no_wrap=True)
+        grid.add_column(overflow="fold")
+        grid.add_row(Text(finding.level, "bold red" if finding.level == "problem" else "yellow"), Text(finding.text))
+        if finding.todo:
+            grid.add_row(Text("do", "dim"), Text(finding.todo))
+        yield Padding(grid, (0, 0, 0, 2))

@@ -1,0 +1,130 @@
+"""What is wrong with a service, by what its status port says: the one judgement behind the table and the plugin."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from datetime import UTC, datetime
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+from cacheservice.cli.asking import Answer
+from cacheservice.ports.report import duration, times
+
+
+class Severity(IntEnum):
+    """How bad it is; the numbers are the exit codes of a monitoring plugin (Monitoring Plugins guidelines, 2.4)."""
+
+    OK = 0
+    WARNING = 1
+    CRITICAL = 2
+
+
+class Problem(NamedTuple):
+    """Something that an operator should know.
+
+    :param dataset: None if it is of the service as a whole.
+    :param what: the fact, in words that follow the dataset's name: "expired, 5 min old, limit 3 min".
+    :param since: since when, in words; empty if that is in the fact, or not known.
+    :param reasons: why it is so.
+    :param next: when it tries again; empty if that is not known.
+    """
+
+    severity: Severity
+    dataset: str | None
+    what: str
+    since: str = ""
+    reasons: tuple[str, ...] = ()
+    next: str = ""
+
+
+def problems(answer: Answer, names: Collection[str] = ()) -> list[Problem]:
+    """What is wrong, the worst first; with `names`, with these datasets alone."""
+    chosen = {name: dataset for name, dataset in answer.datasets.items() if not names or name in names}
+    of_service = [] if names else list(_of_service(answer))
+    required = answer.facts["service"].get("not_ready", {})
+    of_datasets = [
+        problem
+        for name, dataset in chosen.items()
+        if (problem := _of_dataset(name, dataset, required=name in required)) is not None
+    ]
+    # The whole before its parts, because it is most often their reason; sorted() keeps the order of declaration.
+    return [*of_service, *sorted(of_datasets, key=lambda problem: -problem.severity)]
+
+
+def severity(found: Collection[Problem]) -> Severity:
+    return max((problem.severity for problem in found), default=Severity.OK)
+
+
+def _of_service(answer: Answer) -> Iterator[Problem]:
+    postgres = answer.facts["postgres"]
+    if postgres["state"] == "down":
+        yield Problem(Severity.WARNING, None, f"PostgreSQL is down: {postgres['error'] or 'no reason was told'}")
+    for note in answer.notes:
+        yield Problem(Severity.WARNING, None, note)
+
+
+def _of_dataset(name: str, dataset: Mapping[str, Any], *, required: bool) -> Problem | None:
+    state, age_s = dataset["state"], dataset["age_s"]
+    failures, held = dataset["consecutive_failures"], dataset["held"]
+    reasons = tuple(_reasons(dataset))
+    coming = next_attempt(dataset)
+    if state == "never_loaded":
+        level = Severity.CRITICAL if required else Severity.WARNING
+        return Problem(level, name, "never loaded, readers get nothing", "", reasons, coming)
+    old = f"{duration(age_s)} old, limit {duration(dataset['max_age_s'])}"
+    data = f"the data are of {shown_time(dataset['as_of'])}"
+    if state == "expired":
+        past = f"{duration(age_s - dataset['max_age_s'])} ago; {data}"
+        return Problem(Severity.CRITICAL, name, f"expired, {old}", past, reasons, coming)
+    if state == "stale":
+        past = f"{duration(age_s - dataset['interval_s'] - dataset['timeout_s'])} ago; {data}"
+        return Problem(Severity.WARNING, name, f"stale, {old}", past, reasons, coming)
+    if held or failures:
+        what = f"{'held' if held else 'failing'}, {old}"
+        return Problem(Severity.WARNING, name, what, data, reasons, coming)
+    return None
+
+
+def _reasons(dataset: Mapping[str, Any]) -> Iterator[str]:
+    failures, held, last = dataset["consecutive_failures"], dataset["held"], dataset["last_attempt"]
+    if failures:
+        # An attempt of a group that failed with another's may have no words of its own.
+        error = (last or {}).get("error") or "no reason was told"
+        yield f"failed {times(failures)}{ago(last)}: {error}"
+    if held:
+        yield f"held for {duration(_elapsed_s(held['since']))}: the newest result {held['reason']}"
+    if dataset["pinned"]:
+        yield "pinned by an operator: nothing newer is served until it is unpinned"
+    if not (failures or held or dataset["pinned"]) and last is None:
+        yield "no attempt has ended yet"
+
+
+def ago(attempt: Mapping[str, Any] | None) -> str:
+    """How long ago an attempt ended, by the two machines' wall clocks."""
+    if attempt is None:
+        return ""
+    return f", {duration(_elapsed_s(attempt['started_at']) - attempt['took_s'])} ago"
+
+
+def next_attempt(dataset: Mapping[str, Any]) -> str:
+    """What it does now, or when it tries next."""
+    progress, in_s = dataset["progress"], dataset["next_refresh_in_s"]
+    if progress:
+        expected = progress["expected_rows"]
+        return f"reading now, {progress['rows']:,}{f' of about {expected:,}' if expected else ''} rows"
+    if dataset["refreshing"]:
+        return "due now, waits for its turn"
+    return "" if in_s is None else f"in {duration(in_s)}"
+
+
+def shown_time(iso: str | None) -> str:
+    """A moment of the contract's `json`, to the second."""
+    return "an unknown time" if iso is None else f"{_moment(iso):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _elapsed_s(iso: str) -> float:
+    return max(0.0, (datetime.now(UTC) - _moment(iso)).total_seconds())
+
+
+def _moment(iso: str) -> datetime:
+    return datetime.fromisoformat(iso).astimezone(UTC)

@@ -1,0 +1,24 @@
+"""`cacheservice run`: the service, without twistd's flags."""
+
+from __future__ import annotations
+
+import click
+from twisted.scripts import twistd
+
+from cacheservice import shipped
+
+
+@click.command()
+def run() -> None:
+    """Run the service in the foreground: what `twistd -noy tac/cacheservice.tac --pidfile=` runs.
+
+    SIGTERM and Ctrl-C stop it within 5 s, SIGHUP makes it read the configuration again. It logs to standard output.
+
+    \b
+    Examples:
+      cacheservice run
+      CACHESERVICE_CONFIG=/etc/cacheservice.toml CACHESERVICE_POSTGRES__DSN_FILE=/run/secrets/dsn cacheservice run
+    """
+    options = twistd.ServerOptions()  # type: ignore[attr-defined]  # chosen by platform, and so not declared
+    options.parseOptions(["-noy", str(shipped.folder("tac") / "cacheservice.tac"), "--pidfile="])
+    twistd.runApp(options)

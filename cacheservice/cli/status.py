@@ -1,0 +1,304 @@
+"""`cacheservice status` and `cacheservice why`: what a running service says of itself, over its status port."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import click
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.text import Text
+
+from cacheservice.cli import picture, plugin
+from cacheservice.cli.asking import (
+    Address,
+    Answer,
+    Connection,
+    ask_for_all,
+    ask_once,
+    status_address,
+)
+from cacheservice.cli.options import dataset_names, questions_or_names, where
+from cacheservice.cli.picture import Picture
+from cacheservice.cli.problems import problems
+from cacheservice.cli.program import in_one_line, tell
+from cacheservice.cli.terminal import console_of_output, show
+from cacheservice.errors import CacheServiceError, NoAnswer, Refused
+from cacheservice.ports.report import duration
+
+_POLL_INTERVAL_S = 1.0
+_REDRAWS_PER_S = 4
+
+
+class _StatusCommand(click.Command):
+    """With --check, wrong usage is an answer of the plugin as well (Monitoring Plugins guidelines, 2.4: UNKNOWN)."""
+
+    def make_context(self, *args: Any, **settings: Any) -> click.Context:
+        with _usage_is_unknown():
+            return super().make_context(*args, **settings)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _usage_is_unknown():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _usage_is_unknown() -> Iterator[None]:
+    try:
+        yield
+    except click.UsageError as error:
+        if "--check" not in sys.argv:
+            raise
+        click.echo(plugin.unknown(in_one_line(error)))
+        raise click.exceptions.Exit(plugin.UNKNOWN) from None
+
+
+@click.command(cls=_StatusCommand)
+@click.argument("question", metavar="[QUESTION | NAME]...", nargs=-1, shell_complete=questions_or_names)
+@click.option("--watch", is_flag=True, help="Keep showing it, each second, until Ctrl-C.")
+@click.option("--json", "as_json", is_flag=True, help="The port's JSON: indented on a terminal, else as one line.")
+@click.option("--check", is_flag=True, help="A monitoring plugin: one line, exit code 0, 1, 2 or 3.")
+@where
+def status(
+    question: tuple[str, ...],
+    watch: bool,
+    as_json: bool,
+    check: bool,
+    host: str | None,
+    port: int | None,
+    timeout_s: float,
+) -> None:
+    """Show how a running service and its datasets are: what is wrong first, why, and when it tries again.
+
+    With --watch, --json or --check, NAMEs choose datasets. Without one of them the arguments are a QUESTION to the
+    status port, whose answer is printed as it comes; `help` lists the questions.
+
+    \b
+    Examples:
+      cacheservice status                     once
+      cacheservice status --watch             live
+      cacheservice status --json | jq .       for a program
+      cacheservice status ready               ask a question
+      cacheservice status --check products    for Nagios, of one dataset
+
+    --check exits with 0 if all is well, 1 (WARNING) if a dataset is stale, held or failing, PostgreSQL is down,
+    notifications do not arrive or a new configuration was refused, 2 (CRITICAL) if a dataset is expired or a required
+    one was never loaded, 3 (UNKNOWN) if nobody answers.
+    """
+    address = status_address(host, port)
+    if check and (watch or as_json):
+        raise click.UsageError("--check goes with neither --watch nor --json")
+    if check:
+        _check(address, question, timeout_s)
+    elif watch:
+        _watch(address, question, as_json, timeout_s)
+    elif as_json:
+        with Connection(address, timeout_s) as connection:
+            _print_json(_chosen(ask_for_all(connection), question))
+    elif question:
+        answer = ask_once(address, " ".join(question), timeout_s)
+        click.echo(answer)
+        if answer.startswith("ERROR"):
+            raise click.exceptions.Exit(1)
+    else:
+        with Connection(address, timeout_s) as connection:
+            look = _look(connection, ())
+        console = console_of_output()
+        show(console, picture.render(look, console.width, bars=console.is_terminal))
+
+
+@click.command()
+@click.argument("names", metavar="[NAME]...", nargs=-1, shell_complete=dataset_names)
+@where
+def why(names: tuple[str, ...], host: str | None, port: int | None, timeout_s: float) -> None:
+    """Say in sentences how a dataset is, what failed, who blocks it, what to do, and when it tries next.
+
+    Without a NAME, of each dataset that has a problem.
+
+    \b
+    Examples:
+      cacheservice why products
+      cacheservice why
+    """
+    with Connection(status_address(host, port), timeout_s) as connection:
+        if not names:
+            answer = ask_for_all(connection)
+            found = problems(answer)
+            names = tuple(problem.dataset for problem in found if problem.dataset)
+            for problem in found:
+                if problem.dataset is None:
+                    click.echo(f"{problem.what[:1].upper()}{problem.what[1:]}.")
+            if not found:
+                count = len(answer.datasets)
+                click.echo(f"Nothing is wrong: {count} dataset{'s are' if count != 1 else ' is'} fresh.")
+        for number, name in enumerate(names):
+            if number:
+                click.echo()
+            click.echo(connection.ask(f"why {_one_word(name)}"))
+
+
+def _check(address: Address, names: Sequence[str], timeout_s: float) -> None:
+    try:
+        with Connection(address, timeout_s) as connection:
+            level, line = plugin.verdict(_chosen(ask_for_all(connection), names), names)
+    except CacheServiceError as error:
+        click.echo(plugin.unknown(error))
+        raise click.exceptions.Exit(plugin.UNKNOWN) from None
+    click.echo(line)
+    raise click.exceptions.Exit(level)
+
+
+def _chosen(answer: Answer, names: Sequence[str]) -> Answer:
+    """Of the datasets that were named, if any were.
+
+    :raises Refused: if there is none of that name.
+    """
+    for name in names:
+        if name not in answer.datasets:
+            raise Refused(f"unknown dataset {name!r}; there are {', '.join(answer.datasets)}")
+    if not names:
+        return answer
+    facts = {**answer.facts, "datasets": {name: answer.datasets[name] for name in names}}
+    line = json.dumps(facts, ensure_ascii=False, separators=(",", ":"))
+    return answer._replace(facts=facts, line=line)
+
+
+def _look(connection: Connection, names: Sequence[str]) -> Picture:
+    """Ask for everything, and for advice where there are problems."""
+    answer = _chosen(ask_for_all(connection), names)
+    advice: dict[str, tuple[str, ...]] = {}
+    for problem in problems(answer)[: picture.MOST_WRITTEN_OUT]:
+        if problem.dataset is None:
+            continue
+        try:
+            advice[problem.dataset] = tuple(connection.ask(f"why {problem.dataset}").splitlines())
+        except Refused:  # a reload has removed it meanwhile
+            continue
+    return Picture(connection.address, answer, advice, names)
+
+
+def _print_json(answer: Answer) -> None:
+    if sys.stdout.isatty():
+        Console().print_json(answer.line)
+    else:
+        click.echo(answer.line)
+
+
+class _Watch:
+    """What was last seen of a service that may go away and come back, and why it does not answer now, if so."""
+
+    def __init__(self, address: Address, names: Sequence[str], timeout_s: float) -> None:
+        self._address = address
+        self._names = names
+        self._timeout_s = timeout_s
+        self._connection: Connection | None = None
+        self.absence: NoAnswer | None = None
+        self.seen: Picture | None = None
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def look(self) -> bool:
+        """Ask again; whether there was an answer. `seen` stays as it was if not.
+
+        :raises CacheServiceError: if there has never been one, because then it is most likely the wrong address.
+        """
+        try:
+            if self._connection is None:
+                self._connection = Connection(self._address, self._timeout_s)
+            self.seen = _look(self._connection, self._names)
+        except (NoAnswer, Refused) as error:
+            self.close()
+            if self.seen is None:
+                raise
+            self.absence = error if isinstance(error, NoAnswer) else NoAnswer(str(error))
+            return False
+        self.absence = None
+        return True
+
+    def render(self, console: Console) -> RenderableType:
+        """How it is now; how old that is, when nobody answers."""
+        assert self.seen is not None
+        height = console.height if console.is_terminal else None
+        drawn = picture.render(self.seen, console.width, bars=console.is_terminal, height=height)
+        if self.absence is None:
+            return drawn
+        age = duration(time.monotonic() - self.seen.answer.taken_at)
+        notice = Text(f"{self.absence}\nBelow is what it said {age} ago. It is asked again each second.", "bold red")
+        return Group(notice, "", drawn)
+
+
+def _watch(address: Address, names: Sequence[str], as_json: bool, timeout_s: float) -> None:
+    # A service that does not answer must not hold the picture: its age has to be seen to rise.
+    watch = _Watch(address, names, min(timeout_s, 5.0))
+    try:
+        watch.look()
+        if as_json or not sys.stdout.isatty():
+            _print_on_and_on(watch, as_json)
+        else:
+            _draw_on_and_on(watch)
+    finally:
+        watch.close()
+
+
+def _draw_on_and_on(watch: _Watch) -> None:
+    console = console_of_output()
+    # Ended in whatever way, it leaves the terminal as it was.
+    signal.signal(signal.SIGTERM, _exit)
+    try:
+        with Live(
+            # In a thread of rich's: it only reads what was seen last.
+            get_renderable=lambda: watch.render(console),
+            console=console,
+            screen=True,
+            refresh_per_second=_REDRAWS_PER_S,
+        ):
+            for _ in _each_interval():
+                watch.look()
+    except KeyboardInterrupt:
+        # The other screen is gone by now, and with it what stood there.
+        console.print(watch.render(console))
+        raise
+
+
+def _exit(number: int, _: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def _print_on_and_on(watch: _Watch, as_json: bool) -> None:
+    console = console_of_output()
+    answered = True
+    for _ in _each_interval():
+        assert watch.seen is not None
+        if answered and as_json:
+            click.echo(watch.seen.answer.line)
+        elif not as_json:
+            show(console, watch.render(console))
+            click.echo()
+        sys.stdout.flush()
+        answered_before, answered = answered, watch.look()
+        if as_json and answered_before and not answered:
+            tell(f"cacheservice: {watch.absence}")
+
+
+def _each_interval() -> Iterator[None]:
+    while True:
+        yield
+        time.sleep(_POLL_INTERVAL_S)
+
+
+def _one_word(name: str) -> str:
+    """:raises Refused: for what would be more than a name on the port's line."""
+    if not re.fullmatch(r"[^\s;]{1,200}", name):
+        raise Refused(f"unknown dataset {name!r}; 'cacheservice status' shows them all")
+    return name

@@ -1,0 +1,475 @@
+"""Laws of what `cacheservice check --db` finds out, and of the command, on the real server."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from contextlib import closing
+from typing import Any
+
+import psycopg2
+import pytest
+from pydantic import SecretStr
+from twisted.trial.unittest import SynchronousTestCase
+
+from cacheservice import shipped
+from cacheservice.cli.embedded import EmbeddedPostgres, _free_port
+from cacheservice.config import DatasetSettings, PostgresSettings
+from cacheservice.errors import InspectionFailed
+from cacheservice.postgres import database as refreshes
+from cacheservice.postgres import inspect
+from cacheservice.postgres.inspect import Inspection, Server, inspecting
+from cacheservice.postgres.migrate import create_reader, migrate
+from cacheservice.postgres.watch import watch
+from tests import pgbouncer
+from tests.pgbouncer import running_pgbouncer
+from tests.postgres import connect, fresh_database, query, sessions
+from tests.standby import running_standby
+from tests.test_status_command import CommandLine
+from tests.test_twistd import GIVE_UP_S, until
+
+SHOP = """
+CREATE SCHEMA shop;
+CREATE TYPE shop.size AS ENUM ('S', 'M');
+CREATE TABLE shop.products (id integer PRIMARY KEY, name text, size shop.size DEFAULT 'S');
+INSERT INTO shop.products SELECT n, 'product ' || n FROM generate_series(1, 1000) AS n;
+CREATE TABLE shop.prices (product_id integer, currency text, amount numeric, note text);
+CREATE UNIQUE INDEX prices_key ON shop.prices (currency, product_id) INCLUDE (amount);
+CREATE UNIQUE INDEX prices_some ON shop.prices (product_id) WHERE currency = 'EUR';
+INSERT INTO shop.prices SELECT n, c, n, NULL FROM generate_series(1, 1000) AS n, unnest(ARRAY['EUR', 'USD']) AS c;
+CREATE VIEW shop.offers AS
+    SELECT p.id, p.name, r.amount FROM shop.products AS p JOIN shop.prices AS r ON r.product_id = p.id;
+ANALYZE;
+"""
+
+
+@pytest.mark.usefixtures("server")
+class Inspecting(SynchronousTestCase):
+    """A shop, migrated, and a reader with some rights."""
+
+    server: EmbeddedPostgres
+
+    def setUp(self) -> None:
+        self.database = fresh_database(self.server, self.addCleanup)
+        self.owner = self.server.dsn(database=self.database)
+        with closing(connect(self.server, self.database)) as connection:
+            connection.cursor().execute(SHOP)
+
+    def look(self, sql: str, key: str | tuple[str, ...] = "id", dsn: str | None = None, **keys: Any) -> Inspection:
+        """What there is to know about a dataset with this query."""
+        keys = {"name": "it", "query": sql, "key": key, **keys}
+        dataset = DatasetSettings.model_validate(keys)
+        with inspecting(PostgresSettings(dsn=SecretStr(dsn or self.owner)), [dataset]) as inspector:
+            self.seen: Server = inspector.server
+            return inspector.inspect(dataset)
+
+    def problem(self, sql: str, key: str | tuple[str, ...] = "id", **keys: Any) -> tuple[str, str]:
+        """The one problem that there is, and what to do about it."""
+        found = self.look(sql, key, **keys)
+        (problem,) = [finding for finding in found.findings if finding.level == "problem"]
+        self.assertFalse(found.ok)
+        return problem.text, problem.todo
+
+    def hint(self, sql: str, key: str | tuple[str, ...] = "id", **keys: Any) -> tuple[str, str]:
+        found = self.look(sql, key, **keys)
+        self.assertTrue(found.ok, found.findings)
+        (hint,) = found.findings
+        return hint.text, hint.todo
+
+
+class Describing(Inspecting):
+    def test_columns_and_their_types(self) -> None:
+        """The query's columns in their order, with types as SQL writes them; a comment or semicolon does not matter."""
+        found = self.look("SELECT name AS n, size, id, ARRAY[1.5] FROM shop.products; -- all of it")
+        self.assertEqual(
+            [tuple(column) for column in found.columns],
+            [("n", "text"), ("size", "shop.size"), ("id", "integer"), ("array", "numeric[]")],
+        )
+        self.assertTrue(found.ok)
+
+    def test_nothing_is_changed(self) -> None:
+        """It reads only: a query that writes is refused, as a refresh would refuse it."""
+        query(self.server, self.database, "CREATE SEQUENCE shop.it")
+        text, _ = self.problem("SELECT nextval('shop.it') AS id")
+        self.assertIn("read-only transaction", text)
+
+    def test_the_settings_are_those_of_a_refresh(self) -> None:
+        """What it begins with sets all that a refresh sets, and what is no time to the same."""
+        pattern = re.compile(r"SET LOCAL (\w+) = ([^;]*);|(ISOLATION LEVEL [^;]*);")
+
+        def settings(begin: str) -> Mapping[str, str]:
+            found = {name or "begin": value or level for name, value, level in pattern.findall(begin)}
+            return {name: "" if name.endswith("_timeout") else value for name, value in found.items()}
+
+        theirs = dict(settings(refreshes._BEGIN))
+        del theirs["application_name"]  # which the connection has
+        self.assertEqual(settings(inspect._BEGIN), theirs)
+
+    def test_size_and_cost(self) -> None:
+        """Rows as the planner knows them or as they were counted, bytes of whole documents, the plan's cost."""
+        found = self.look("SELECT * FROM shop.products")
+        assert found.size is not None
+        self.assertEqual(found.size.rows, 1000)
+        ((_, total),) = query(
+            self.server,
+            self.database,
+            "SELECT count(*), sum(octet_length(row_to_json(p)::text)) FROM shop.products AS p",
+        )
+        self.assertLess(abs(found.size.bytes - total), 1000)
+        self.assertGreater(found.size.cost, 1)
+        query(self.server, self.database, "INSERT INTO shop.products SELECT n FROM generate_series(1001, 50000) AS n")
+        query(self.server, self.database, "ANALYZE shop.products")
+        found = self.look("SELECT * FROM shop.products")
+        assert found.size is not None
+        self.assertEqual(found.size.rows, 50000)
+
+    def test_the_worst_node(self) -> None:
+        """The node with the highest cost of its own is named as EXPLAIN names it, with its share of the whole."""
+        found = self.look("SELECT * FROM shop.products")
+        assert found.worst is not None
+        self.assertEqual((found.worst.name, found.worst.share), ("Seq Scan on shop.products", 1.0))
+        found = self.look(
+            "SELECT n AS id, (SELECT count(*) FROM shop.prices AS r) AS c FROM generate_series(1, 2) AS n"
+        )
+        assert found.worst is not None
+        self.assertEqual(found.worst.name, "Seq Scan on shop.prices")
+        self.assertTrue(0.5 < found.worst.share < 1, found.worst)
+
+    def test_shares_of_nested_loops(self) -> None:
+        """The inner side of a nested loop counts as often as it runs; shares are never more than the whole."""
+
+        def node(kind: str, total: float, rows: int, *plans: Any, **more: Any) -> dict[str, Any]:
+            return {"Node Type": kind, "Total Cost": total, "Plan Rows": rows, "Plans": list(plans), **more}
+
+        loop = node(
+            "Nested Loop", 1010, 100,
+            node("Seq Scan", 10, 100, **{"Parent Relationship": "Outer", "Relation Name": "few", "Schema": "s"}),
+            node("Seq Scan", 9, 1, **{"Parent Relationship": "Inner", "Relation Name": "many", "Schema": "s"}),
+        )  # fmt: skip
+        worst = inspect.worst_node(loop)
+        self.assertEqual(worst.name, "Seq Scan on s.many")
+        self.assertAlmostEqual(worst.share, 900 / 1010)
+
+
+class Keys(Inspecting):
+    def test_a_unique_index_makes_it_unique(self) -> None:
+        """Rows of one table whose key holds all columns of a unique index: unique by the catalog, in whatever order."""
+        for sql, key, index in (
+            ("SELECT id, name FROM shop.products WHERE id > 10 ORDER BY name", "id", "shop.products_pkey"),
+            ('SELECT id AS "Id" FROM shop.products', "Id", "shop.products_pkey"),
+            ("SELECT product_id, currency FROM shop.prices", ("product_id", "currency"), "shop.prices_key"),
+            ("SELECT name, id FROM shop.products", ("name", "id"), "shop.products_pkey"),
+        ):
+            found = self.look(sql, key)
+            assert found.key is not None
+            self.assertEqual((found.key.unique, found.key.how), (True, f"unique index {index}"), sql)
+
+    def test_an_index_that_says_nothing_of_the_rows(self) -> None:
+        """A partial index, rows that a join or a set multiplies, or a key that is computed: it is counted instead."""
+        for sql, key, unique in (
+            ("SELECT product_id AS id FROM shop.prices", "id", False),
+            ("SELECT p.id FROM shop.products AS p JOIN shop.prices AS r ON r.product_id = p.id", "id", False),
+            ("SELECT id FROM shop.products UNION ALL SELECT id FROM shop.products", "id", False),
+            ("SELECT id, generate_series(1, 2) AS n FROM shop.products", "id", False),
+            ("SELECT id % 10 AS id FROM shop.products", "id", False),
+            ("SELECT id, amount FROM shop.offers WHERE amount < 0", "id", True),
+            ("SELECT id + 1 AS id FROM shop.products", "id", True),
+        ):
+            found = self.look(sql, key)
+            assert found.key is not None, sql
+            self.assertEqual(found.key.unique, unique, sql)
+            self.assertRegex(found.key.how, r"^all [\d,]+ rows counted$", sql)
+            self.assertEqual(found.ok, unique, sql)
+
+    def test_a_sample(self) -> None:
+        """Of many rows it counts a sample, and says so; one that is not to be had in time leaves it open."""
+        found = self.look("SELECT n AS id FROM generate_series(1, 20000) AS n")
+        assert found.key is not None
+        self.assertEqual((found.key.unique, found.key.how), (True, "counted in a sample of 10,000 rows"))
+        self.patch(inspect, "_SAMPLE_TIMEOUT_MS", 200)
+        found = self.look("SELECT 1 AS id, pg_sleep(60)")
+        assert found.key is not None
+        self.assertEqual((found.key.unique, found.ok), (None, True))
+        (finding,) = found.findings
+        self.assertIn("timeout_s = 30", finding.text)
+
+    def test_null(self) -> None:
+        """A key that is NULL is a problem; one that may become so, by its table, a hint."""
+        text, _ = self.problem("SELECT nullif(id, 7) AS id FROM shop.products")
+        self.assertEqual(text, "the key is NULL in 1 of 1,000 rows")
+        text, todo = self.hint("SELECT product_id, currency FROM shop.prices", ("product_id", "currency"))
+        self.assertIn("may become NULL", text)
+        self.assertIn("NOT NULL", todo)
+
+    def test_a_column_that_is_not_there(self) -> None:
+        """A key that is no column of the query is a problem, with the nearest name."""
+        text, todo = self.problem("SELECT id, name FROM shop.products", "nmae")
+        self.assertEqual((text, todo), ("key: the query has no column nmae", 'did you mean "name"?'))
+
+    def test_types_for_deltas(self) -> None:
+        """Integers, text, uuid, boolean and enums can be told apart by their text; others cannot."""
+        for expression, fit in (
+            ("1", True), ("1::bigint", True), ("'a'::text", True), ("'a'::varchar(9)", True), ("true", True),
+            ("gen_random_uuid()", True), ("'S'::shop.size", True), ("1.0", False), ("now()", False),
+            ("1::float8", False), ("ARRAY[1]", False),
+        ):  # fmt: skip
+            found = self.look(f"SELECT {expression} AS id")
+            assert found.key is not None
+            self.assertEqual(found.key.fit, fit, expression)
+
+
+class Problems(Inspecting):
+    def test_rights(self) -> None:
+        """All GRANTs that a role lacks are said at once, and after them it has what it needs."""
+        reader = self.reader()
+        sql = "SELECT p.id, r.amount FROM shop.products AS p, shop.prices AS r WHERE r.product_id = p.id AND id < 2"
+        text, todo = self.problem(sql, dsn=reader)
+        self.assertIn("permission denied for schema shop", text)
+        self.assertEqual(
+            todo,
+            f"GRANT USAGE ON SCHEMA shop TO {self.role}; GRANT SELECT ON shop.prices, shop.products TO {self.role};",
+        )
+        with closing(connect(self.server, self.database)) as connection:
+            connection.cursor().execute(todo)
+        self.assertTrue(self.look(f"{sql} AND currency = 'EUR'", dsn=reader).ok)
+
+    def reader(self) -> str:
+        migrate(self.owner, shipped.folder("migrations"))
+        self.role = f"reader_{self.database.removeprefix('test_')}"
+        create_reader(self.owner, self.role, (), "hidden-word")
+        self.addCleanup(query, self.server, "postgres", f"DROP ROLE {self.role}")
+        self.addCleanup(query, self.server, self.database, f"DROP OWNED BY {self.role}")
+        return self.server.dsn(self.role, "hidden-word", self.database)
+
+    def test_a_view_of_what_the_role_must_not_see(self) -> None:
+        """A view gives what its owner may read; that the role has no rights behind it is no problem."""
+        reader = self.reader()
+        query(self.server, self.database, "CREATE VIEW public.goods AS SELECT id, name FROM shop.products")
+        query(self.server, self.database, f"GRANT SELECT ON public.goods TO {self.role}")
+        found = self.look("SELECT * FROM goods", dsn=reader)
+        self.assertEqual((found.ok, found.findings), (True, []))
+        assert found.key is not None
+        self.assertEqual(found.key.how, "all 1,000 rows counted")
+
+    def test_names_without_a_schema(self) -> None:
+        """A table or a function that search_path does not find is told with the schema that it is in."""
+        text, todo = self.problem("SELECT * FROM products")
+        self.assertIn('relation "products" does not exist', text)
+        self.assertIn("write shop.products", todo)
+        query(self.server, self.database, "CREATE FUNCTION shop.one() RETURNS int LANGUAGE sql AS 'SELECT 1'")
+        self.assertIn("write shop.one", self.problem("SELECT one() AS id")[1])
+        self.assertIn("correct the name", self.problem("SELECT * FROM nowhere")[1])
+
+    def test_errors_have_their_line(self) -> None:
+        """A syntax error is told with the line of the query that it is in; a column, with PostgreSQL's own hint."""
+        text, _ = self.problem("SELECT id\nFROM shop.products\nWHERE id >")
+        self.assertRegex(text, "syntax error at or near .*, line 3 of the query")
+        text, todo = self.problem("SELECT id,\n  nam FROM shop.products")
+        self.assertIn("line 2 of the query", text)
+        self.assertIn('"products.name"', todo)
+
+    def test_a_locked_table(self) -> None:
+        """A table that another session has locked is told as that, within seconds."""
+        self.patch(inspect, "_BEGIN", inspect._BEGIN.replace("lock_timeout = 3000", "lock_timeout = 100"))
+        with closing(psycopg2.connect(self.owner)) as other:
+            other.cursor().execute("LOCK TABLE shop.products")
+            text, _ = self.problem("SELECT id FROM shop.products")
+            other.rollback()
+        self.assertIn("a table is locked by another session", text)
+
+    def test_limits(self) -> None:
+        """A result that would pass max_rows or max_bytes, or stay below min_rows, is a problem before it is one."""
+        self.assertIn("max_rows = 10", self.problem("SELECT id FROM shop.products", max_rows=10)[0])
+        self.assertIn("max_bytes = 99", self.problem("SELECT id FROM shop.products", max_bytes=99)[0])
+        self.assertIn("min_rows = 1,001", self.problem("SELECT id FROM shop.products", min_rows=1001)[0])
+
+    def test_rows_that_are_hidden(self) -> None:
+        """Where row security lets the role see some rows only, a hint says so; its owner sees all, and gets none."""
+        reader = self.reader()
+        for statement in (
+            f"GRANT USAGE ON SCHEMA shop TO {self.role}",
+            f"GRANT SELECT ON shop.products TO {self.role}",
+            "ALTER TABLE shop.products ENABLE ROW LEVEL SECURITY",
+            "CREATE POLICY those ON shop.products USING (id < 10)",
+        ):
+            query(self.server, self.database, statement)
+        text, _ = self.hint("SELECT id FROM shop.products AS p", dsn=reader)
+        self.assertIn(f"row security is active on shop.products: {self.role} gets", text)
+        self.assertEqual(self.look("SELECT id FROM shop.products").findings, [])
+
+    def test_a_table_without_statistics(self) -> None:
+        """Where the planner can only guess, a hint says what to do about it."""
+        query(self.server, self.database, 'CREATE TABLE shop."New" AS SELECT 1 AS id')
+        text, todo = self.hint('SELECT id FROM shop."New"')
+        self.assertEqual((text.partition(":")[0], todo), ('shop."New" has never been analyzed', 'ANALYZE shop."New";'))
+
+    def test_probe_and_notify(self) -> None:
+        """A probe that fails is a problem; one that is NULL, and a channel that has to be quoted, are hints."""
+        sql = "SELECT id FROM shop.products"
+        self.assertIn("probe: ", self.problem(sql, probe="SELECT 1 / 0")[0])
+        self.assertIn("more than one row", self.problem(sql, probe=sql)[0])
+        self.assertIn("gives NULL", self.hint(sql, probe="SELECT NULL")[0])
+        self.assertEqual(self.hint(sql, notify="Products")[1], 'say: NOTIFY "Products"')
+        self.assertTrue(self.look(sql, notify="products", probe="SELECT 1; -- one").ok)
+
+    def test_a_watch_beside_a_failing_query(self) -> None:
+        """What is in the way of deltas is told although the query fails: both can be mended at once."""
+        watching = {"watch": [{"table": "shop.products", "key": "id"}]}
+        found = self.look("SELECT idd FROM shop.products", **watching)
+        self.assertEqual([finding.text.partition(":")[0] for finding in found.findings], ["the query", "watch"])
+
+    def test_data_stay_hidden(self) -> None:
+        """A value that an error of PostgreSQL quotes is not repeated."""
+        text, _ = self.problem("SELECT name::integer AS id FROM shop.products")
+        self.assertNotIn("product 1", text)
+
+    def test_watch(self) -> None:
+        """What deltas need is said step by step: the migration, the triggers, the type of the key; then nothing."""
+        sql = "SELECT id, name FROM shop.products"
+        table = {"watch": [{"table": "shop.products", "key": "id"}]}
+        self.assertEqual(self.look(sql).deltas, "possible: cacheservice watch shop.products --key id")
+        self.assertEqual(self.problem(sql, **table)[1], "say: cacheservice migrate --reader postgres")
+        migrate(self.owner, shipped.folder("migrations"))
+        self.assertEqual(
+            self.problem(sql, **table),
+            (
+                "watch: shop.products is not watched; all rows are read instead",
+                "say: cacheservice watch shop.products --key id",
+            ),
+        )
+        watch(self.owner, "shop.products", ["id"], True, False, self.fail)
+        found = self.look(sql, **table)
+        self.assertEqual((found.ok, found.deltas), (True, "watches shop.products by id"))
+        self.assertIn("is not fit for deltas", self.problem("SELECT id::numeric AS id FROM shop.products", **table)[0])
+        query(self.server, self.database, "ALTER TABLE shop.products DISABLE TRIGGER USER")
+        self.assertIn("lacks a trigger", self.problem(sql, **table)[0])
+        self.assertIn("write shop.products", self.problem(sql, watch=[{"table": "products", "key": "id"}])[1])
+
+
+class Servers(Inspecting):
+    WATCHED: Mapping[str, Any] = {"notify": "told"}
+
+    def test_who_we_are(self) -> None:
+        """Version, database and role are told."""
+        self.look("SELECT 1 AS id")
+        self.assertEqual((self.seen.database, self.seen.role), (self.database, "postgres"))
+        self.assertFalse(self.seen.standby or self.seen.pooled)
+        self.assertEqual(self.seen.findings, [])
+        self.assertRegex(self.seen.version, r"^\d+")
+
+    def test_a_standby(self) -> None:
+        """On a standby a dataset that waits for notifications is told that none will come."""
+        with running_standby(self.server) as dsn:
+            found = self.look("SELECT id FROM shop.products", dsn=dsn(database=self.database), **self.WATCHED)
+        self.assertTrue(found.ok)
+        self.assertTrue(self.seen.standby)
+        self.assertIn("takes no LISTEN: it", self.seen.findings[0].text)
+
+    def test_a_pooler(self) -> None:
+        """A pooler is noticed, whatever it calls itself, and everything else is found through it."""
+        if pgbouncer.PROGRAM is None:
+            pytest.skip(pgbouncer.NEEDED)
+        with running_pgbouncer(self.server) as dsn:
+            found = self.look("SELECT id FROM shop.products", dsn=dsn(database=self.database), **self.WATCHED)
+        self.assertTrue(found.ok)
+        self.assertTrue(self.seen.pooled)
+        self.assertIn("PgBouncer", self.seen.findings[0].text)
+
+    def test_nobody_there(self) -> None:
+        """A database that cannot be reached is one line without a password, with what to do."""
+        with self.assertRaises(InspectionFailed) as caught:
+            self.look("SELECT 1 AS id", dsn=f"postgresql://me:hidden-word@127.0.0.1:{_free_port()}/x")
+        self.assertRegex(str(caught.exception), r"^PostgreSQL refused the connection: .*; check that PostgreSQL runs")
+        self.assertNotIn("hidden-word", str(caught.exception))
+        self.assertNotIn("\n", str(caught.exception))
+
+    def test_a_session_that_is_lost(self) -> None:
+        """A server that ends the session in the middle of it is the same."""
+        end = threading.Timer(
+            1.0,
+            lambda: query(
+                self.server,
+                "postgres",
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'cacheservice check'",
+            ),
+        )
+        end.start()
+        self.addCleanup(end.join)
+        with self.assertRaises(InspectionFailed):
+            self.look("SELECT 1 AS id, pg_sleep(4)")
+
+
+class Command(CommandLine):
+    def test_all_is_well(self) -> None:
+        """Exit code 0 and a line a fact, no line wider than the terminal."""
+        (self.directory / "cacheservice.toml").write_text(
+            self.configuration('[datasets.items]\nquery = "TABLE items"\nkey = "id"')
+        )
+        said = self.succeed("check", "--db", COLUMNS="80")
+        self.assertRegex(said, r"(?m)^the configuration is valid: 1 dataset$")
+        self.assertRegex(said, rf"(?m)^PostgreSQL [\d.]+, database {self.database} as postgres")
+        self.assertRegex(said, r"(?m)^ok +items\n  columns  id integer, name text$")
+        self.assertRegex(said, r"(?m)^no problem: 1 dataset can be read$")
+        self.assertLessEqual(max(map(len, said.splitlines())), 80)
+
+    def test_a_problem_does_not_stop_the_others(self) -> None:
+        """Each dataset is looked at, whatever is wrong with the one before; exit code 1. JSON says the same."""
+        tables = [f'[datasets.{name}]\nquery = "{sql}"\nkey = "id"\n' for name, sql in (
+            ("a", "SELECT 1 AS id"), ("b", "SELECT x"), ("c", "TABLE items"), ("d", "SELECT 1 AS id FROM"),
+        )]  # fmt: skip
+        (self.directory / "cacheservice.toml").write_text(self.configuration(*tables))
+        told = self.command("check", "--db")
+        self.assertEqual((told.returncode, told.stderr), (1, ""))
+        self.assertEqual(
+            re.findall(r"(?m)^(ok|PROBLEM) +(\w)$", told.stdout),
+            [("ok", "a"), ("PROBLEM", "b"), ("ok", "c"), ("PROBLEM", "d")],
+        )
+        self.assertTrue(told.stdout.endswith("\n2 problems\n"))
+        told = self.command("check", "--db", "--json")
+        self.assertEqual(told.returncode, 1)
+        datasets = json.loads(told.stdout)["datasets"]
+        self.assertEqual(
+            {name: found["ok"] for name, found in datasets.items()}, {"a": True, "b": False, "c": True, "d": False}
+        )
+        self.assertEqual(datasets["c"]["columns"][0], {"name": "id", "type": "integer"})
+        self.assertEqual(datasets["c"]["size"]["rows"], 10)
+
+    def test_a_bad_configuration_as_json(self) -> None:
+        """A configuration with a problem is told in the same object; nothing is asked of a database."""
+        (self.directory / "cacheservice.toml").write_text("[nonsense]\n")
+        told = self.command("check", "--db", "--json")
+        self.assertEqual((told.returncode, told.stderr), (1, ""))
+        self.assertTrue(json.loads(told.stdout)["problems"])
+
+    def test_interrupted(self) -> None:
+        """Ctrl-C ends it while it waits for the server."""
+        (self.directory / "cacheservice.toml").write_text(
+            self.configuration('[datasets.a]\nquery = "SELECT 1 AS id, pg_sleep(60)"\nkey = "id"')
+        )
+        checking = subprocess.Popen(
+            [sys.executable, "-m", "cacheservice", "check", "--db"],
+            cwd=self.directory, env=self.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        until(
+            lambda: any("pg_sleep" in session.query for session in sessions(self.server, self.database)), "its sample"
+        )
+        checking.send_signal(signal.SIGINT)
+        said, errors = checking.communicate(timeout=GIVE_UP_S)
+        self.assertEqual((checking.returncode, errors), (-signal.SIGINT, ""))
+        self.assertNotIn("problem", said)
+
+    def test_a_database_that_is_down(self) -> None:
+        """It is one line on standard error, exit code 1, and no password."""
+        dsn = f"postgresql://me:hidden-word@127.0.0.1:{_free_port()}/x"
+        (self.directory / "cacheservice.toml").write_text(
+            self.configuration('[datasets.a]\nquery = "SELECT 1 AS id"\nkey = "id"', dsn=dsn)
+        )
+        told = self.command("check", "--db")
+        self.assertEqual((told.returncode, told.stdout), (1, ""))
+        self.assertRegex(told.stderr, r"^cacheservice: PostgreSQL refused the connection: [^\n]*\n$")
+        self.assertNotIn("hidden-word", told.stderr)

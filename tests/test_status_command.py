@@ -1,0 +1,452 @@
+"""Laws of `cacheservice status` and `why`, run as programs against a service on the real server."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from twisted.internet.task import Clock
+from twisted.trial.unittest import SynchronousTestCase
+
+from cacheservice.cache.cache import Cache, Rejection
+from cacheservice.cli import picture, plugin
+from cacheservice.cli.asking import Address, Answer, _notes
+from cacheservice.cli.embedded import _free_port
+from cacheservice.cli.options import QUESTIONS
+from cacheservice.cli.problems import Severity, problems
+from cacheservice.config import DatasetSettings
+from cacheservice.ports.report import json_line, status_table
+from tests.postgres import query
+from tests.terminal import Terminal
+from tests.test_twistd import GIVE_UP_S, REPOSITORY, Daemon, DaemonTestCase, until
+
+ITEMS = """
+[datasets.items]
+query = "SELECT id, name FROM items"
+key = "id"
+interval_s = 0.3
+timeout_s = 2
+max_age_s = 2.5
+retry_initial_s = 0.1
+retry_max_s = 0.2
+"""
+GOOD = """
+[datasets.good]
+query = "SELECT 1 AS id"
+key = "id"
+interval_s = 0.3
+max_age_s = 600
+"""
+# The planner expects 100 rows a call of generate_series, which come one in 20 ms.
+SLOW = """
+[datasets.slow]
+query = "SELECT a AS id, pg_sleep(0.02)::text AS slept FROM generate_series(1, 100000) AS a"
+key = "id"
+interval_s = 600
+timeout_s = 600
+required = false
+"""
+_PERFORMANCE = re.compile(r"(\w+)=(U|-?[\d.]+)([a-zA-Z%]*);([\d.]*);([\d.]*);([\d.]*)(?:;([\d.]*))?")
+
+
+class CommandLine(DaemonTestCase):
+    """A service with some datasets, and programs that ask it, which find it by its configuration file."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.port = _free_port()
+        query(
+            self.server,
+            self.database,
+            "CREATE TABLE items AS SELECT n AS id, 'n' AS name FROM generate_series(1, 10) n",
+        )
+
+    def environment(self, **more: str) -> dict[str, str]:
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("CACHESERVICE_", "PG", "COLUMNS", "NO_COLOR", "FORCE_COLOR"))
+        }
+        return {**inherited, "TERM": "xterm-256color", "LANG": "C.UTF-8", **more}
+
+    def service(self, *tables: str) -> Daemon:
+        return self.started(self.configuration(*tables, port=self.port))
+
+    def command(self, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "cacheservice", *arguments],
+            check=False,
+            cwd=self.directory,
+            env=self.environment(**environ),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=GIVE_UP_S,
+        )
+
+    def succeed(self, *arguments: str, **environ: str) -> str:
+        told = self.command(*arguments, **environ)
+        self.assertEqual((told.returncode, told.stderr), (0, ""))
+        return told.stdout
+
+    def terminal(self, *arguments: str, columns: int = 80, **environ: str) -> Terminal:
+        terminal = Terminal(
+            [sys.executable, "-m", "cacheservice", *arguments],
+            cwd=self.directory,
+            environ=self.environment(**environ),
+            columns=columns,
+        )
+        self.addCleanup(terminal.close)
+        return terminal
+
+    def lose_items(self, daemon: Daemon) -> None:
+        """From now on the query of `items` fails; wait until its last good snapshot is expired."""
+        query(self.server, self.database, "ALTER TABLE items RENAME TO gone")
+        until(lambda: daemon.json()["datasets"]["items"]["state"] == "expired", "items to expire")
+
+
+class Status(CommandLine):
+    def test_all_is_well(self) -> None:
+        """Without a question it is a head line and a line a dataset, in plain text where there is no terminal; the
+        address is that of the configuration file, where all addresses mean this machine."""
+        configuration = self.configuration(ITEMS, GOOD, port=self.port)
+        daemon = self.started(configuration.replace("[status]\n", '[status]\nhost = "0.0.0.0"\n'))
+        daemon.wait_until_ready()
+        said = self.succeed("status")
+        self.assertRegex(said, rf"^cacheservice \S+ at 127\.0\.0\.1:{self.port}: ready, PostgreSQL up, up ")
+        self.assertRegex(said, r"(?m)^items +fresh +[\d.]+ s +2.50 s +10 +\d+ B +\d+ +(in [\d.]+ s|reading|waits) +\w+")
+        self.assertNotRegex(said, r"\x1b|[ \t]\n|not ready|NOT READY")
+
+    def test_a_question(self) -> None:
+        """A question is asked as it stands, and its answer printed as it comes; an error is exit code 1."""
+        self.service(GOOD).wait_until_ready()
+        self.assertEqual(self.succeed("status", "ruok"), "imok\n")
+        self.assertEqual(self.succeed("status", "ruok;", "ready"), "imok\nready\n")
+        questions = [line.split()[0] for line in self.succeed("status", "help").splitlines()]
+        self.assertEqual(questions, [*QUESTIONS, "prompt", "quit", "A;B"])  # which shells complete
+        told = self.command("status", "show", "nothing")
+        self.assertEqual((told.returncode, told.stdout), (1, "ERROR unknown dataset 'nothing'; status lists them\n"))
+
+    def test_what_is_wrong_comes_first(self) -> None:
+        """Which data are old, since when, why, what to do and when it tries next stand above the table, whose first
+        lines are those datasets; a narrow terminal has it all within its width."""
+        daemon = self.service(GOOD, ITEMS)
+        daemon.wait_until_ready()
+        self.lose_items(daemon)
+        for columns in (60, 80, 120):
+            said = self.succeed("status", COLUMNS=str(columns))
+            self.assertLessEqual(max(map(len, said.splitlines())), columns, said)
+            whole = " ".join(said.split())
+            self.assertIn("NOT READY", whole)
+            written_out, _, table = said.partition("\ndataset")
+            self.assertRegex(written_out, r"(?m)^items expired, [\d.]+ s old, limit 2.50 s$")
+            self.assertRegex(whole, r"since [\d.]+ s ago; the data are of 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC")
+            self.assertRegex(whole, r"why failed .*times.*: PostgreSQL: relation \"items\" does not exist")
+            self.assertIn("do create the table, name its schema in the query", whole)
+            self.assertRegex(whole, r"next (in [\d.]+ s|reading now|due now)")
+            self.assertLess(table.index("\nitems"), table.index("\ngood"))
+
+    def test_colours_are_for_terminals_that_want_them(self) -> None:
+        """A terminal gets the state as a colour and as a word; with NO_COLOR the word alone; no line is too wide."""
+        daemon = self.service(GOOD, ITEMS)
+        daemon.wait_until_ready()
+        self.lose_items(daemon)
+        coloured = self.terminal("status")
+        self.assertEqual(coloured.wait(GIVE_UP_S), 0)
+        self.assertRegex(coloured.raw, r"\x1b\[[\d;]*31mexpired")
+        self.assertRegex(coloured.raw, r"\x1b\[[\d;]*32mfresh")
+        self.assertLessEqual(max(map(len, coloured.text.splitlines())), 80, coloured.text)
+        plain = self.terminal("status", NO_COLOR="1")
+        self.assertEqual(plain.wait(GIVE_UP_S), 0)
+        self.assertNotRegex(plain.raw, r"\x1b\[[\d;]*3[0-7]m")
+        self.assertRegex(plain.text, r"items expired, .*\n")
+
+    def test_json(self) -> None:
+        """Standard output is the port's JSON: as one line in a pipe, indented on a terminal; names choose datasets."""
+        self.service(GOOD, ITEMS).wait_until_ready()
+        piped = self.succeed("status", "--json")
+        self.assertEqual(piped.count("\n"), 1)
+        self.assertEqual(sorted(json.loads(piped)["datasets"]), ["good", "items"])
+        chosen = json.loads(self.succeed("status", "--json", "items"))
+        self.assertEqual(list(chosen["datasets"]), ["items"])
+        self.assertEqual(chosen["datasets"]["items"].keys(), json.loads(piped)["datasets"]["items"].keys())
+        terminal = self.terminal("status", "--json")
+        self.assertEqual(terminal.wait(GIVE_UP_S), 0)
+        self.assertEqual(json.loads(terminal.text)["service"]["ready"], True)
+        self.assertGreater(terminal.text.count("\n"), 30)
+
+    def test_why(self) -> None:
+        """`why NAME` is the port's answer; without a name it is that of each dataset with a problem, no other."""
+        daemon = self.service(GOOD, ITEMS)
+        daemon.wait_until_ready()
+        self.assertEqual(self.succeed("why"), "Nothing is wrong: 2 datasets are fresh.\n")
+        self.assertRegex(self.succeed("why", "good"), r"^good is fresh: ")
+        self.lose_items(daemon)
+        said = self.succeed("why")
+        self.assertRegex(said, r"^items is expired: ")
+        self.assertNotIn("good is", said)
+        told = self.command("why", "item")
+        self.assertEqual(told.returncode, 1)
+        self.assertEqual(told.stderr, "cacheservice: unknown dataset 'item'; did you mean 'items'?\n")
+        self.assertEqual(self.command("why", "items; ruok").returncode, 1)
+
+
+class Watch(CommandLine):
+    def test_it_survives_the_service(self) -> None:
+        """While the service is away it says so and how old its picture is; when it is back the picture is new; Ctrl-C
+        ends it with exit code 130 and leaves the last picture, and the terminal as it was."""
+        daemon = self.service(GOOD)
+        daemon.wait_until_ready()
+        terminal = self.terminal("status", "--watch")
+        terminal.read_until_screen(r"^cacheservice \S+ at \S+: ready, PostgreSQL up, .*\n(.*\n)*good +fresh", GIVE_UP_S)
+        daemon.kill()
+        for age in (r"[\d.]+", r"[3-9][\d.]*"):
+            notice = rf"^no answer from 127\.0\.0\.1:\d+: .*\nBelow is what it said {age} s ago"
+            terminal.read_until_screen(rf"{notice}(.*\n)*good +fresh", GIVE_UP_S)
+        self.service(GOOD).wait_until_ready()
+        terminal.read_until_screen(r"^cacheservice \S+ at \S+: ready", GIVE_UP_S)
+        terminal.interrupt()
+        self.assertEqual(terminal.wait(GIVE_UP_S), 130)
+        last = terminal.raw.rpartition("\x1b[?1049l")[2]
+        self.assertRegex(re.sub(r"\x1b\[[\d;]*m", "", last), r"^cacheservice (.*\n)*good")
+        self.assertNotRegex(terminal.text, "Traceback|Aborted")
+
+    def test_a_bar_for_what_is_loading(self) -> None:
+        """A dataset that is being read has a bar, with the rows that came and those that the planner expects."""
+        self.service(GOOD, SLOW).wait_until_ready()
+        terminal = self.terminal("status", "--watch", "slow")
+        terminal.read_until_screen(r"reading slow +━+ +[1-9]\d* of about [\d,]+ rows +\d+ %", GIVE_UP_S)
+        self.assertNotIn("good", terminal.screen)
+        terminal.interrupt()
+        self.assertEqual(terminal.wait(GIVE_UP_S), 130)
+
+    def test_ended_by_a_signal(self) -> None:
+        """SIGTERM ends it with 143, and the terminal is as it was: its own screen, and a cursor."""
+        self.service(GOOD).wait_until_ready()
+        terminal = self.terminal("status", "--watch")
+        terminal.read_until_screen("good", GIVE_UP_S)
+        terminal.process.terminate()
+        self.assertEqual(terminal.wait(GIVE_UP_S), 143)
+        self.assertGreater(terminal.raw.rfind("\x1b[?1049l"), terminal.raw.rfind("\x1b[?1049h"))
+        self.assertGreater(terminal.raw.rfind("\x1b[?25h"), terminal.raw.rfind("\x1b[?25l"))
+
+    def test_in_a_pipe(self) -> None:
+        """In a pipe each picture follows the one before; with --json each is a line."""
+        self.service(GOOD).wait_until_ready()
+        for arguments, wanted in ((["--json"], '{"service":'), ([], "cacheservice ")):
+            watching = subprocess.Popen(
+                [sys.executable, "-m", "cacheservice", "status", "--watch", *arguments],
+                cwd=self.directory, env=self.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )  # fmt: skip
+            assert watching.stdout is not None
+            seen = 0
+            while seen < 2:
+                line = watching.stdout.readline()
+                self.assertTrue(line)
+                seen += line.startswith(wanted)
+            watching.send_signal(signal.SIGINT)
+            _, errors = watching.communicate(timeout=GIVE_UP_S)
+            self.assertEqual((watching.returncode, errors.strip()), (130, ""))
+
+    def test_nobody_there(self) -> None:
+        """Where nobody answers from the start, it is a wrong address, and told in one line."""
+        told = self.command("status", "--watch", "--port", str(_free_port()))
+        self.assertEqual((told.returncode, told.stdout), (1, ""))
+        self.assertRegex(
+            told.stderr, r"^cacheservice: no answer from \S+: connection refused; is the service running\?\n$"
+        )
+
+
+class Check(CommandLine):
+    def check(self, *names: str) -> tuple[int, str, Mapping[str, tuple[str, ...]]]:
+        """Exit code, text and performance data of the plugin, whose output has to be one line of the right form."""
+        told = self.command("status", "--check", *names)
+        self.assertEqual(told.stderr, "")
+        self.assertRegex(told.stdout, r"^CACHESERVICE (OK|WARNING|CRITICAL|UNKNOWN) - [^|\n]+( \| [^|\n]+)?\n$")
+        text, _, data = told.stdout.rstrip("\n").partition(" | ")
+        measures = {}
+        for each in data.split():
+            found = _PERFORMANCE.fullmatch(each)
+            assert found is not None, each
+            measures[found[1]] = found.groups()[1:]
+        return told.returncode, text, measures
+
+    def test_ok(self) -> None:
+        """All fresh: exit code 0; ages in seconds against the limits of stale and expired."""
+        self.service(GOOD, ITEMS).wait_until_ready()
+        code, text, measures = self.check()
+        self.assertEqual((code, text), (0, "CACHESERVICE OK - 2 datasets fresh, PostgreSQL up"))
+        self.assertEqual(measures["items_rows"][0], "10")
+        _, unit, warn, critical, least, _ = measures["items_age"]
+        self.assertEqual((unit, warn, critical, least), ("s", "2.3", "2.5", "0"))
+        self.assertEqual(measures["ready"][0], "1")
+
+    def test_warning(self) -> None:
+        """A held result and a refused configuration are warnings: exit code 1, and why."""
+        daemon = self.service(GOOD, ITEMS.replace("max_age_s = 2.5", "max_age_s = 600"))
+        daemon.wait_until_ready()
+        query(self.server, self.database, "DELETE FROM items WHERE id > 1")
+        until(lambda: daemon.json()["datasets"]["items"]["held"], "items to be held")
+        code, text, _ = self.check()
+        self.assertEqual(code, 1)
+        self.assertRegex(text, r"^CACHESERVICE WARNING - items (held|stale), .*would drop 10 to 1 rows")
+        self.assertEqual(self.check("good")[0], 0)
+        (self.directory / "cacheservice.toml").write_text("[nonsense]\n")
+        daemon.process.send_signal(signal.SIGHUP)
+        daemon.event("config_rejected")
+        told = self.command("status", "--check", "--port", str(self.port))
+        self.assertEqual(told.returncode, 1)
+        self.assertIn("the newest configuration rejected", told.stdout)
+
+    def test_critical(self) -> None:
+        """An expired dataset, and a required one that was never loaded, are critical: exit code 2."""
+        daemon = self.service(GOOD, ITEMS, ITEMS.replace("items", "never").replace("0.3", "600"))
+        until(lambda: daemon.json()["datasets"]["never"]["consecutive_failures"], "never to fail")
+        self.lose_items(daemon)
+        code, text, measures = self.check()
+        self.assertEqual(code, 2)
+        self.assertIn("items expired", text)
+        self.assertIn("never never loaded", text)
+        self.assertEqual(measures["never_age"][0], "U")
+        self.assertEqual(self.check("items")[0], 2)
+        self.assertEqual(self.check("never")[0], 2)
+        self.assertEqual(self.check("good")[0], 0)
+
+    def test_unknown(self) -> None:
+        """Nobody there, something else there, no such dataset, wrong usage: exit code 3, one line of output."""
+        self.service(GOOD).wait_until_ready()
+        self.assertEqual(
+            self.check("nothing")[:2], (3, "CACHESERVICE UNKNOWN - unknown dataset 'nothing'; there are good")
+        )
+        self.assertEqual(self.check("--port", str(_free_port()))[0], 3)
+        self.assertEqual(self.check("--port", "none")[0], 3)
+        self.assertEqual(self.check("--nonsense")[0], 3)
+        self.assertEqual(self.check("--json")[0], 3)
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            port = str(silent.getsockname()[1])
+            self.assertRegex(self.check("--port", port, "--timeout", "0.5")[1], "UNKNOWN - no answer .* timed out")
+
+
+class Errors(CommandLine):
+    def test_wrong_usage_is_one_line(self) -> None:
+        """A slip is told in one line that names the command, what is wrong, and where to read on; exit code 2."""
+        for arguments, wanted in (
+            (["statu"], r"cacheservice: no such command 'statu'. Did you mean 'status'\? See: cacheservice --help\n"),
+            (
+                ["status", "--wach"],
+                r"cacheservice status: no such option '?--wach'?.*--watch.*See: cacheservice status --help\n",
+            ),
+            (["unwatch"], r"cacheservice unwatch: missing argument 'TABLE'. See: cacheservice unwatch --help\n"),
+            (["status", "--check", "--port", "0"], None),
+        ):
+            told = self.command(*arguments)
+            if wanted is None:
+                self.assertEqual((told.returncode, told.stderr), (3, ""))
+            else:
+                self.assertEqual((told.returncode, told.stdout), (2, ""))
+                self.assertRegex(told.stderr, f"^{wanted}$")
+
+    def test_a_reader_that_has_gone(self) -> None:
+        """Output that nobody reads any more, as after `head`, ends a command without a word."""
+        self.service(GOOD).wait_until_ready()
+        for arguments in (["status"], ["status", "json"], ["status", "--watch"], ["why"], ["--help"]):
+            reader, writer = os.pipe()
+            os.close(reader)
+            told = subprocess.run(
+                [sys.executable, "-m", "cacheservice", *arguments],
+                check=False, cwd=self.directory, env=self.environment(), stdout=writer, stderr=subprocess.PIPE,
+                timeout=GIVE_UP_S,
+            )  # fmt: skip
+            os.close(writer)
+            self.assertEqual((told.returncode, told.stderr), (141, b""), arguments)
+
+    def test_a_folder_that_cannot_be_made(self) -> None:
+        """A failing system call is one line that names the place."""
+        (self.directory / "file").touch()
+        told = self.command("demo", "--directory", "file/x")
+        self.assertEqual(told.returncode, 1)
+        self.assertRegex(told.stderr, r"^cacheservice: file/x: not a directory\n$")
+
+    def test_help_teaches(self) -> None:
+        """Each command's help has an example that begins with the command; the list of commands fits 80 columns."""
+        overview = self.succeed("--help", COLUMNS="80")
+        names = re.findall(r"(?m)^  ([a-z]+)  ", overview.partition("Try it:")[2])
+        self.assertEqual(len(names), 10)
+        self.assertNotIn("...", overview.partition("Try it:")[2])
+        for name in names:
+            self.assertRegex(self.succeed(name, "--help"), rf"Examples?.*:\n(.*\n)*.*cacheservice {name}\b", name)
+
+
+class Page(CommandLine):
+    def test_its_commands_run(self) -> None:
+        """Every command of docs/command-line.md that is marked as one of a shell succeeds."""
+        self.service(GOOD.replace("good", "products")).wait_until_ready()
+        page = (REPOSITORY / "docs" / "command-line.md").read_text(encoding="utf-8")
+        commands = "".join(re.findall(r"```sh\n(.*?)```", page, re.S)).splitlines()
+        self.assertGreater(len(commands), 4)
+        for command in commands:
+            told = subprocess.run(
+                ["bash", "-c", command],
+                check=False, cwd=self.directory, capture_output=True, text=True, timeout=GIVE_UP_S,
+                env=self.environment(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}"),
+            )  # fmt: skip
+            self.assertEqual((told.returncode, told.stderr), (0, ""), command)
+
+
+class Judgement(SynchronousTestCase):
+    """What is wrong, by answers that a service would give."""
+
+    def answer(self, **changes: Any) -> Answer:
+        clock = Clock()
+        cache = Cache([DatasetSettings(name=name, query="SELECT 1", key=("id",)) for name in ("a", "b")], clock.seconds)
+        for name, value in changes.items():
+            setattr(cache.database, name, value) if name != "rejection" else setattr(cache, name, value)
+        facts = json.loads(json_line(cache))
+        return Answer(0.0, "", facts, tuple(_notes(status_table(cache).partition("\n")[0])))
+
+    def test_notes_of_the_head_line(self) -> None:
+        """What `json` has no place for is taken from the head line of `status`, whatever else stands in it."""
+        self.assertEqual(self.answer().notes, ())
+        self.assertEqual(self.answer(listening_wanted=True, listening=True, listening_proven_at=0.0).notes, ())
+        broken = {"listening_wanted": True, "listening_problem": "refused, configuration of pg_hba"}
+        rejection = Rejection(("x.toml: a, NOT listening: b",), 0.0)
+        self.assertEqual(
+            self.answer(**broken, rejection=rejection).notes,
+            (
+                "the newest configuration rejected 0.00 s ago: x.toml: a, NOT listening: b",
+                "notifications do not arrive, NOT listening: refused, configuration of pg_hba",
+            ),
+        )
+        self.assertEqual(problems(self.answer(**broken))[0].severity, Severity.WARNING)
+
+    def test_a_screen_gets_no_more_than_it_shows(self) -> None:
+        """Of many datasets, a screen that is drawn again and again gets its height of lines in the table, and a problem
+        written out for each nine; the number of the others is told."""
+        clock = Clock()
+        cache = Cache([DatasetSettings(name=f"d{n}", query="SELECT 1", key=("id",)) for n in range(500)], clock.seconds)
+        answer = Answer(0.0, "", json.loads(json_line(cache)), ())
+        drawn = picture.render(picture.Picture(Address("h", 1), answer, {}), 80, bars=True, height=24)
+        console = Console(width=80)
+        with console.capture() as capture:
+            console.print(drawn)
+        said = capture.get()
+        self.assertEqual(len(re.findall(r"(?m)^d\d+ never loaded,", said)), 2)
+        self.assertIn("and 498 more problems", said)
+        self.assertEqual(len(re.findall(r"(?m)^d\d+ +never loaded +–", said)), 24)
+
+    def test_the_line_of_a_plugin_has_one_bar(self) -> None:
+        """Whatever an error says, the plugin's output stays one line with one bar before the performance data."""
+        answer = self.answer(state="down", error="refused | so\nit says")
+        _, line = plugin.verdict(answer)
+        self.assertEqual(line.count("|"), 1)
+        self.assertNotIn("\n", line)
+        self.assertIn("refused / so it says", line)
