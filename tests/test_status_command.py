@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -27,7 +26,7 @@ from cacheservice.config import DatasetSettings
 from cacheservice.ports.report import json_line, status_table
 from tests.postgres import query
 from tests.terminal import Terminal
-from tests.test_twistd import GIVE_UP_S, REPOSITORY, Daemon, DaemonTestCase, until
+from tests.test_twistd import GIVE_UP_S, Daemon, DaemonTestCase, until
 
 ITEMS = """
 [datasets.items]
@@ -384,22 +383,6 @@ class Errors(CommandLine):
         self.assertNotIn("...", overview.partition("Try it:")[2])
         for name in names:
             self.assertRegex(self.succeed(name, "--help"), rf"Examples?.*:\n(.*\n)*.*cacheservice {name}\b", name)
-
-
-class Page(CommandLine):
-    def test_its_commands_run(self) -> None:
-        """Every command of docs/command-line.md that is marked as one of a shell succeeds."""
-        self.service(GOOD.replace("good", "products")).wait_until_ready()
-        page = (REPOSITORY / "docs" / "command-line.md").read_text(encoding="utf-8")
-        commands = "".join(re.findall(r"```sh\n(.*?)```", page, re.S)).splitlines()
-        self.assertGreater(len(commands), 4)
-        for command in commands:
-            told = subprocess.run(
-                ["bash", "-c", command],
-                check=False, cwd=self.directory, capture_output=True, text=True, timeout=GIVE_UP_S,
-                env=self.environment(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}"),
-            )  # fmt: skip
-            self.assertEqual((told.returncode, told.stderr), (0, ""), command)
 
 
 class Judgement(SynchronousTestCase):
