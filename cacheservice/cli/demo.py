@@ -100,10 +100,10 @@ watch = [{{table = "shop.customers", key = "id"}}, {{table = "shop.permissions",
 _TO_TRY = """
 The service runs. In another terminal:
 
-  Look:     {status}
+  Look:     http://127.0.0.1:{http_port}/      in a browser (its operator's token is: demo)
+            {status}
             {ask} --watch               (live; or each publish as it comes: {program} tail{tail_ports})
             {program} why products{port}
-            http://127.0.0.1:{http_port}/      (the dashboard; its operator's token is: demo)
   Check:    CACHESERVICE_CONFIG={configuration} CACHESERVICE_POSTGRES__DSN="{owner}" {program} check --db
   Read:     redis-cli -p {resp_port} GET products:42
             redis-cli -p {resp_port} HGETALL feature_flags
@@ -116,6 +116,7 @@ The service runs. In another terminal:
             kill -CONT {postgres_pid} $(pgrep -P {postgres_pid})     watch it recover
   Crash:    kill -QUIT {postgres_pid}       the demo starts the database again after {revive_after_s:.0f} s
   Refresh:  echo "refresh all" | nc -NU {admin_socket}
+  Log:      tail -f {log}
 
 Ctrl-C ends all of it.{kept}
 """
@@ -160,7 +161,7 @@ class Demo:
                 time.sleep(0.5)
         except KeyboardInterrupt:
             return
-        raise DemoFailed(f"the service ended by itself, exit code {self._service.returncode}")
+        raise DemoFailed(f"the service ended by itself, exit code {self._service.returncode}: {self._last_line()}")
 
     def _start(self) -> None:
         directory = self._resources.enter_context(_folder(self._directory))
@@ -185,7 +186,12 @@ class Demo:
         environment |= {"CACHESERVICE_CONFIG": str(configuration), "CACHESERVICE_POSTGRES__DSN": dsn}
         click.echo("Starting the service …")
         command = [sys.executable, "-m", "cacheservice", "run"]
-        self._service = self._resources.enter_context(_child(command, env=environment, cwd=directory))
+        # Into a file: what there is to try would be off the screen in half a minute.
+        self._log = directory / "service.log"
+        with self._log.open("wb") as log:
+            self._service = self._resources.enter_context(
+                _child(command, env=environment, cwd=directory, stdout=log, stderr=subprocess.STDOUT)
+            )
         self._wait_for_answer(status_port)
         click.echo(self._what_to_try(directory, status_port, resp_port, http_port, admin_socket))
 
@@ -238,7 +244,11 @@ class Demo:
             except OSError:
                 pass
             time.sleep(0.1)
-        raise DemoFailed("the service did not become ready; its log is above")
+        raise DemoFailed(f"the service did not become ready: {self._last_line()}")
+
+    def _last_line(self) -> str:
+        *_, last = ["its log is empty", *self._log.read_text(errors="replace").splitlines()]
+        return last
 
     def _what_to_try(
         self, directory: Path, status_port: int, resp_port: int, http_port: int, admin_socket: Path
@@ -259,6 +269,7 @@ class Demo:
             postgres_pid=self._postgres.pid,
             revive_after_s=_REVIVE_AFTER_S,
             admin_socket=admin_socket,
+            log=self._log,
             resp_port=resp_port,
             http_port=http_port,
             kept=f" The data stay in {directory}." if self._directory else "",
