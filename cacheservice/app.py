@@ -135,16 +135,24 @@ class Signals(Service):
     def __init__(self, reactor: Any, reload: Callable[[], Deferred[Any]]) -> None:
         self._reactor = reactor
         self._reload = reload
+        self._came_early = False
 
     def startService(self) -> None:
         super().startService()
         signal.signal(signal.SIGHUP, self._hang_up)
+        signal.signal(signal.SIGTERM, self._remember)
         # Twisted installs its own handlers of these when the reactor starts to run, after this.
         self._reactor.callWhenRunning(self._install)
+
+    def _remember(self, _: int, __: FrameType | None) -> None:
+        """Nothing could stop in order yet."""
+        self._came_early = True
 
     def _install(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._once(signal.getsignal(number)))
+        if self._came_early:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _once(self, stop: Any) -> Callable[[int, FrameType | None], None]:
         def first(number: int, frame: FrameType | None) -> None:

@@ -18,8 +18,10 @@ from typing import Any
 
 import psutil
 import pytest
+from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
+from cacheservice.app import Signals
 from cacheservice.cli.embedded import EmbeddedPostgres
 from tests.postgres import fresh_database, query, sessions
 
@@ -545,6 +547,27 @@ class Time(DaemonTestCase):
         self.assertLess(daemon.json()["service"]["uptime_s"], 3 * GIVE_UP_S)
         daemon.end()
         self.assert_ended(daemon, -signal.SIGTERM)
+
+
+class EarlySignals(SynchronousTestCase):
+    def test_sigterm_before_the_reactor_runs(self) -> None:
+        """A SIGTERM that comes before there is anybody to stop in order stops in order as soon as there is."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            self.addCleanup(signal.signal, number, signal.getsignal(number))
+        started: list[Callable[[], None]] = []
+        stopped: list[int] = []
+
+        class Reactor:
+            callWhenRunning = started.append
+
+        signals = Signals(Reactor(), lambda: Deferred())
+        signals.startService()
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))  # as the reactor does when it starts
+        self.assertEqual(stopped, [])
+        for call in started:
+            call()
+        self.assertEqual(stopped, [signal.SIGTERM])
 
 
 class Secrets(DaemonTestCase):
