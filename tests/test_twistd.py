@@ -560,7 +560,7 @@ class EarlySignals(SynchronousTestCase):
         class Reactor:
             callWhenRunning = started.append
 
-        signals = Signals(Reactor(), lambda: Deferred())
+        signals = Signals(Reactor(), Deferred)
         signals.startService()
         os.kill(os.getpid(), signal.SIGTERM)
         signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))  # as the reactor does when it starts
