@@ -161,7 +161,8 @@ class HttpSettings(_Table):
     )
     port: int = Field(default=8080, ge=0, le=65535, description="TCP port of HTTP; 0 = any free one")
     token: SecretStr = Field(
-        default=SecretStr(""), description='when set, /v1 wants "Authorization: Bearer" with it; probes and metrics never do'
+        default=SecretStr(""),
+        description='when set, /v1, / and /events want "Authorization: Bearer" with it; probes and metrics never do',
     )
 
 
