@@ -349,7 +349,7 @@ def _http_corpus() -> list[bytes]:
     paths = ["/livez", "/readyz", "/", "/metrics", "/events", "/nothing", "/v1/datasets", "/v1/datasets/empty", of]
     paths += ["/v1/datasets/prices", "/v1/datasets/nope", "/v1/datasets/strict/rows/2?x=1", f"http://a{of}"]
     paths += [f"{of}/rows/1", f"{of}/rows/", f"{of}/rows/a%2Fb%00%C3%A9", f"{of}/status", f"{of}/rows/1?max_age=1e9"]
-    paths += [f"{of}?max_age=99999999&max_age=1"]
+    paths += [f"{of}?max_age=99999999&max_age=1", f"{of}/why", f"{of}/history", f"{of}/refresh", "/assets/dashboard.js"]
     corpus = [_http(f"GET {path} HTTP/1.1", "Host: a") for path in paths]
     corpus += [_http(f"HEAD {path} HTTP/1.1", "Host: a") for path in paths[::3]]
     whole, row = "GET /v1/datasets/products HTTP/1.1", "GET /v1/datasets/products/rows/1 HTTP/1.1"

@@ -31,7 +31,7 @@ class Point(NamedTuple):
 
 
 class LastHour:
-    """At most 360 points of one dataset, whatever its interval; 11 KiB then.
+    """At most 360 points of one dataset, whatever its interval; 12 KiB then.
 
     Columns of numbers, because 360 tuples of floats would take six times as much.
     """

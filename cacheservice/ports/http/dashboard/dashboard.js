@@ -108,7 +108,7 @@ function refused(status, detail) {
   setHidden($("datasets"), true);
   setHidden($("ask"), false);
   setText($("ask-problem"), given || status !== 401 ? sentence(detail) : "");
-  setText($("headline"), "Who is there?");
+  setText($("headline"), "Locked");
   setText($("summary"), "");
   setHidden($("vitals"), true);
   $("ask-token").value = "";
