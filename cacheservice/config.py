@@ -644,7 +644,9 @@ def _keys(table: str) -> dict[str, FieldInfo]:
 
 def _keys_at(place: _Place) -> dict[str, FieldInfo]:
     """The keys that stand beside the one at `place`."""
-    return WatchSettings.model_fields if "watch" in place[:-1] else _keys(place[0])
+    # …, "watch", its number, the key; a dataset may be called "watch" as well.
+    in_watch = len(place) > 3 and place[-3] == "watch"
+    return WatchSettings.model_fields if in_watch else _keys(place[0])
 
 
 def _refusals(refused: ValidationError, declared: Mapping[str, Any]) -> dict[_Place, str]:

@@ -377,6 +377,32 @@ class Problems(Loading):
             self.problem_of(DSN + PRODUCTS + "interval_s = -1"), "datasets.products.interval_s: must be greater than 0"
         )
 
+    def test_a_dataset_called_watch(self) -> None:
+        """A dataset may have the name of a key, and its problems are told as those of any other."""
+        self.assertEqual(
+            self.problem_of(DSN + '[datasets.watch]\nkey = "id"\n'),
+            "datasets.watch.query: required; the SQL whose result is kept",
+        )
+
+    def test_a_glance_needs_no_whole_configuration(self) -> None:
+        """Addresses and names can be had without a DSN, from the file and from the environment; what is refused or
+        cannot be read is the default."""
+        with TemporaryDirectory() as folder:
+            file = Path(folder) / "c.toml"
+            environ = {"CACHESERVICE_CONFIG": str(file), "CACHESERVICE_RESP__PASSWORD": "hidden-word"}
+            file.write_text('[status]\nport = 8100\n[resp]\nport = "x"\n[datasets.a]\n[datasets.b]\nquery = 1\n')
+            seen = config.glance(environ | {"CACHESERVICE_STATUS__HOST": "::1"})
+            self.assertEqual((seen.status.host, seen.status.port, seen.datasets), ("::1", 8100, ("a", "b")))
+            self.assertEqual((seen.resp.port, seen.resp.host), (6380, "127.0.0.1"))
+            for text in ("[[[", "status = 1\ndatasets = 2", ""):
+                file.write_text(text)
+                seen = config.glance(environ)
+                self.assertEqual((seen.status.port, seen.datasets), (8000, ()))
+            self.assertEqual(seen.resp.password.get_secret_value(), "hidden-word")
+            self.assertNotIn("hidden-word", repr(seen))
+            file.unlink()
+            self.assertEqual(config.glance(environ).status.port, 8000)
+
     def test_unknown(self) -> None:
         """A key or table that the contract does not know, or that does not work yet, is a problem."""
         self.assertEqual(
