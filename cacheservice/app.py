@@ -144,8 +144,10 @@ class Signals(Service):
         # Twisted installs its own handlers of these when the reactor starts to run, after this.
         self._reactor.callWhenRunning(self._install)
 
-    def _remember(self, _: int, __: FrameType | None) -> None:
+    def _remember(self, number: int, frame: FrameType | None) -> None:
         """Nothing could stop in order yet."""
+        if self._came_early:
+            _end_at_once(number, frame)
         self._came_early = True
 
     def _install(self) -> None:
