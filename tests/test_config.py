@@ -625,9 +625,11 @@ class AnyInput(Loading):
     @settings(max_examples=300, deadline=None)
     @given(documents | sound_but_for_some(), variables)
     def test_loads_or_raises_config_error(self, document: dict[str, Any], environ: dict[str, str]) -> None:
-        """Whatever the file and the environment hold, it loads or is a ConfigError of lines that stand alone."""
+        """Whatever the file and the environment hold, it loads or is a ConfigError of lines that stand alone; a glance
+        at it raises nothing."""
         environ.pop("CACHESERVICE_CONFIG", None)
         Path(FILE).write_text(as_toml(document), encoding="utf-8")
+        config.glance(environ)
         try:
             loaded = config.load(environ, no_dsn_problem)
         except ConfigError as error:

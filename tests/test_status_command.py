@@ -412,8 +412,8 @@ class Judgement(SynchronousTestCase):
         self.assertEqual(problems(self.answer(**broken))[0].severity, Severity.WARNING)
 
     def test_a_screen_gets_no_more_than_it_shows(self) -> None:
-        """Of many datasets, a screen that is drawn again and again gets its height of lines in the table, and a problem
-        written out for each nine; the number of the others is told."""
+        """Of many datasets, a screen that is drawn again and again gets its height of lines in the table, and problems
+        written out on half of it; the number of the others is told."""
         clock = Clock()
         cache = Cache([DatasetSettings(name=f"d{n}", query="SELECT 1", key=("id",)) for n in range(500)], clock.seconds)
         answer = Answer(0.0, "", json.loads(json_line(cache)), ())
@@ -423,7 +423,7 @@ class Judgement(SynchronousTestCase):
             console.print(drawn)
         said = capture.get()
         self.assertEqual(len(re.findall(r"(?m)^d\d+ never loaded,", said)), 2)
-        self.assertIn("and 498 more problems", said)
+        self.assertIn("and 498 more datasets have problems", said)
         self.assertEqual(len(re.findall(r"(?m)^d\d+ +never loaded +–", said)), 24)
 
     def test_the_line_of_a_plugin_has_one_bar(self) -> None:

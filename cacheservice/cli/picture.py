@@ -20,8 +20,9 @@ from cacheservice.ports.report import duration, times
 MOST_WRITTEN_OUT = 8
 """More problems than these are counted; the table below them has them all."""
 
-_LINES_OF_A_PROBLEM = 9
-"""A screen has one problem written out for each nine lines of it, so that half of it is left for the table."""
+_LINES_OF_A_PROBLEM = 6
+_OTHER_LINES = 8
+"""The head, two problems of the service, the table's head, and the empty lines between."""
 
 _BLOCKED = "It was blocked: "
 _TO_DO = "What to do: "
@@ -51,10 +52,15 @@ def render(picture: Picture, width: int, *, bars: bool, height: int | None = Non
     """
     found = problems(picture.answer, picture.names)
     parts: list[RenderableType] = [_head(picture)]
-    if found:
-        most = MOST_WRITTEN_OUT if height is None else max(1, min(MOST_WRITTEN_OUT, height // _LINES_OF_A_PROBLEM))
-        parts += ["", *_written_out(found, picture.advice, most)]
     loading = _loading(picture, bars=bars)
+    if found:
+        most = MOST_WRITTEN_OUT
+        if height is not None:
+            # What the table leaves; half of a screen that the table would fill.
+            left = height - len(picture.shown) - loading.row_count - _OTHER_LINES
+            lines = left if left >= _LINES_OF_A_PROBLEM else height // 2
+            most = max(1, min(most, lines // _LINES_OF_A_PROBLEM))
+        parts += ["", *_written_out(found, picture.advice, most)]
     if loading.row_count:
         parts += ["", loading]
     return Group(*parts, "", _table(picture, found, width, height))
@@ -75,7 +81,9 @@ def _head(picture: Picture) -> Text:
 def _written_out(
     found: Collection[Problem], advice: Mapping[str, tuple[str, ...]], most: int
 ) -> Iterator[RenderableType]:
-    for problem in list(found)[:most]:
+    """Those of the whole service, and of the datasets at most `most`."""
+    of_datasets = [problem for problem in found if problem.dataset]
+    for problem in [*(problem for problem in found if not problem.dataset), *of_datasets[:most]]:
         line = Text()
         if problem.dataset:
             line.append(f"{problem.dataset} ", "bold")
@@ -99,8 +107,9 @@ def _written_out(
                 details.add_row("" if number else label, Text(text))
         if details.row_count:
             yield Padding(details, (0, 0, 0, 2))
-    if (others := len(found) - most) > 0:
-        yield Text(f"and {others} more problem{'s' if others > 1 else ''}; the table begins with them", "yellow")
+    if (others := len(of_datasets) - most) > 0:
+        are = "datasets have problems" if others > 1 else "dataset has a problem"
+        yield Text(f"and {others} more {are}; the table begins with those", "yellow")
 
 
 def _after(beginning: str, sentences: Collection[str]) -> list[str]:
