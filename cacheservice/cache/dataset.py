@@ -129,6 +129,7 @@ class Dataset:
         self._now = now
         self._watchers: list[Callable[[Dataset], None]] = []
         self._followers: list[Callable[[Dataset], None]] = []
+        self._attempt_watchers: list[Callable[[Dataset], object]] = []
 
     @property
     def name(self) -> str:
@@ -262,6 +263,10 @@ class Dataset:
         """Undo one `follow`."""
         self._followers.remove(moved)
 
+    def watch_attempts(self, ended: Callable[[Dataset], object]) -> None:
+        """Call `ended` after each attempt, in the turn in which it ends. It must not raise."""
+        self._attempt_watchers.append(ended)
+
     def unwatch(self, published: Callable[[Dataset], None]) -> None:
         """Undo one `watch`."""
         self._watchers.remove(published)
@@ -280,6 +285,8 @@ class Dataset:
         self._note_age()
         self.last_hour.add(self.last_ended_at, attempt.took_s, self._greatest_age_s, attempt.outcome)
         self._greatest_age_s = None
+        for watcher in self._attempt_watchers:
+            watcher(self)
 
     def _note_age(self) -> None:
         """An age is greatest just before a younger snapshot takes over."""

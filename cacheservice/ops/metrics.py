@@ -26,7 +26,7 @@ from prometheus_client.openmetrics.exposition import generate_latest as generate
 from twisted.internet.task import deferLater
 
 from cacheservice import __version__
-from cacheservice.cache.cache import Cache
+from cacheservice.cache.cache import Cache, Fate
 from cacheservice.cache.counts import Histogram
 from cacheservice.cache.dataset import Dataset
 from cacheservice.ops.families import GROUPS, Sample, bucket_names, histogram_values
@@ -97,6 +97,15 @@ class Metrics:
         self._of_service.register(_Service(cache, lateness, ports))
         ProcessCollector(registry=self._of_service)
         self._lines: dict[str, _Lines] = {}
+        cache.watch(self._declared)
+        for dataset in cache.datasets.values():
+            self._declared(dataset, "added")
+
+    def _declared(self, dataset: Dataset, fate: Fate) -> None:
+        if fate == "added":
+            # When an attempt ends its lines are made, so that a scrape of many that were refreshed is no longer than
+            # one of none.
+            dataset.watch_attempts(self._render)
 
     async def exposition(self, *, openmetrics: bool) -> bytes:
         """All of them, in the Prometheus text format 0.0.4 or as OpenMetrics 1.0.0; no turn of the reactor is long."""
@@ -151,6 +160,8 @@ class Metrics:
             made += self._render(dataset)
 
     def _render(self, dataset: Dataset) -> bool:
+        if dataset.removed:
+            return False
         lines = self._lines.get(dataset.name)
         if lines is None:
             lines = self._lines[dataset.name] = _Lines(dataset.name)
