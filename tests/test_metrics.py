@@ -277,6 +277,8 @@ class Forms(SynchronousTestCase):
         named = {dict(labels).get("dataset") for _, labels in without}
         self.assertEqual(named, {None, "prices", "flags"})
         self.assertNotIn('dataset="products"', world.monitor_lines())
+        world.attempt(products, "failed")  # which was under way when it was removed
+        self.assertEqual(set(world.metrics._lines), {"prices", "flags"})
         world.cache.declare([declared("prices"), declared("products", max_age_s=7.0)])
         again = of_text(world.text())
         counters = [at for at in before if at[0].endswith(("_total", "_bucket", "_count", "_sum"))]
@@ -284,6 +286,17 @@ class Forms(SynchronousTestCase):
         self.assertEqual(again[place("cacheservice_reads_total", dataset="products", port="resp", result="hit")], 7)
         self.assertEqual(again[place("cacheservice_dataset_generation", dataset="products")], 0)
         self.assertEqual(again[place("cacheservice_dataset_max_age_seconds", dataset="products")], 7)
+
+    def test_ready_before_they_are_asked_for(self) -> None:
+        """What an attempt changes is rendered when it ends: a scrape after it needs no more turns."""
+        world = World(*(f"d{number}" for number in range(350)))
+        world.text()
+        before = world.clock.turns
+        for dataset in world.cache.datasets.values():
+            world.publish(dataset)
+            world.attempt(dataset, "published")
+        world.text()
+        self.assertEqual(world.clock.turns, before + 1)
 
     def test_no_turn_is_long(self) -> None:
         """When all of many datasets have changed, the reactor has its turn after each hundred, and before them all;

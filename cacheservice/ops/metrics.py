@@ -102,7 +102,9 @@ class Metrics:
             self._declared(dataset, "added")
 
     def _declared(self, dataset: Dataset, fate: Fate) -> None:
-        if fate == "added":
+        if fate == "removed":
+            self._lines.pop(dataset.name, None)
+        elif fate == "added":
             # When an attempt ends its lines are made, so that a scrape of many that were refreshed is no longer than
             # one of none.
             dataset.watch_attempts(self._render)
@@ -170,11 +172,8 @@ class Metrics:
     def _columns(self) -> Iterator[tuple[bytes, ...]]:
         """Of each family the lines of all datasets, which have to stand together."""
         datasets = self._cache.datasets
-        if self._lines.keys() != datasets.keys():
-            for name in self._lines.keys() - datasets.keys():
-                del self._lines[name]
-            for name in datasets.keys() - self._lines.keys():
-                self._render(datasets[name])  # it was added while others were rendered
+        for name in datasets.keys() - self._lines.keys():
+            self._render(datasets[name])  # it was added while others were rendered
         return zip(*(self._lines[name].families for name in datasets), strict=True)
 
 

@@ -36,7 +36,7 @@ from cacheservice.postgres.target import Resolve, Target
 
 # What a session may do is bounded by its grants; this bounds what it may do by mistake. Settings are LOCAL and come
 # after BEGIN because a transaction-pooling proxy would leak them to other clients otherwise.
-_BEGIN = """
+BEGIN_READING = """
 BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;
 SET LOCAL search_path = pg_catalog, public, pg_temp;
 SET LOCAL statement_timeout = {statement_ms};
@@ -44,10 +44,15 @@ SET LOCAL lock_timeout = {lock_ms};
 SET LOCAL idle_in_transaction_session_timeout = {idle_ms};
 SET LOCAL client_connection_check_interval = 1000;
 SET LOCAL cursor_tuple_fraction = 1;
+"""
+_BEGIN = (
+    BEGIN_READING
+    + """\
 SET LOCAL application_name = {application_name};
 {lock}
 SELECT extract(epoch FROM now())::float8, pg_current_snapshot()::text, pg_backend_pid(), {can_tell}
 """
+)
 _PRUNE = """
 BEGIN READ WRITE;
 SET LOCAL statement_timeout = {statement_ms};

@@ -21,7 +21,7 @@ import psycopg2
 from cacheservice.config import DatasetSettings, PostgresSettings
 from cacheservice.errors import InspectionFailed
 from cacheservice.postgres import deltas
-from cacheservice.postgres.database import columns_query, probe_query, rows_query, whole_query
+from cacheservice.postgres.database import BEGIN_READING, columns_query, probe_query, rows_query, whole_query
 from cacheservice.postgres.target import parse
 from cacheservice.postgres.translate import translate
 
@@ -31,16 +31,9 @@ _SAMPLE_TIMEOUT_MS = 5000
 SAMPLE_ROWS = 10_000
 _OLDEST_VERSION = 140_000
 
-# As a refresh begins (database.py), but with timeouts of our own.
-_BEGIN = f"""
-BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;
-SET LOCAL search_path = pg_catalog, public, pg_temp;
-SET LOCAL statement_timeout = {_STATEMENT_TIMEOUT_MS};
-SET LOCAL lock_timeout = {_LOCK_TIMEOUT_MS};
-SET LOCAL idle_in_transaction_session_timeout = {_STATEMENT_TIMEOUT_MS};
-SET LOCAL client_connection_check_interval = 1000;
-SET LOCAL cursor_tuple_fraction = 1;
-"""
+_BEGIN = BEGIN_READING.format(
+    statement_ms=_STATEMENT_TIMEOUT_MS, lock_ms=_LOCK_TIMEOUT_MS, idle_ms=_STATEMENT_TIMEOUT_MS
+)
 _SCHEMAS = ("pg_catalog", "public")
 """Where names are looked for that have no schema."""
 
