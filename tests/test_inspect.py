@@ -22,8 +22,9 @@ from cacheservice.cli.embedded import EmbeddedPostgres, _free_port
 from cacheservice.config import DatasetSettings, PostgresSettings
 from cacheservice.errors import InspectionFailed
 from cacheservice.postgres import database as refreshes
-from cacheservice.postgres import inspect
-from cacheservice.postgres.inspect import Inspection, Server, inspecting
+from cacheservice.postgres.inspect import Inspection, Server, inspecting, keys
+from cacheservice.postgres.inspect import session as inspect_session
+from cacheservice.postgres.inspect.plans import worst_node
 from cacheservice.postgres.migrate import create_reader, migrate
 from cacheservice.postgres.watch import watch
 from tests import pgbouncer
@@ -108,7 +109,7 @@ class Describing(Inspecting):
 
         theirs = dict(settings(refreshes._BEGIN))
         del theirs["application_name"]  # which the connection has
-        self.assertEqual(settings(inspect._BEGIN), theirs)
+        self.assertEqual(settings(inspect_session._BEGIN), theirs)
 
     def test_size_and_cost(self) -> None:
         """Rows as the planner knows them or as they were counted, bytes of whole documents, the plan's cost."""
@@ -151,7 +152,7 @@ class Describing(Inspecting):
             node("Seq Scan", 10, 100, **{"Parent Relationship": "Outer", "Relation Name": "few", "Schema": "s"}),
             node("Seq Scan", 9, 1, **{"Parent Relationship": "Inner", "Relation Name": "many", "Schema": "s"}),
         )  # fmt: skip
-        worst = inspect.worst_node(loop)
+        worst = worst_node(loop)
         self.assertEqual(worst.name, "Seq Scan on s.many")
         self.assertAlmostEqual(worst.share, 900 / 1010)
 
@@ -191,7 +192,7 @@ class Keys(Inspecting):
         found = self.look("SELECT n AS id FROM generate_series(1, 20000) AS n")
         assert found.key is not None
         self.assertEqual((found.key.unique, found.key.how), (True, "counted in a sample of 10,000 rows"))
-        self.patch(inspect, "_SAMPLE_TIMEOUT_MS", 200)
+        self.patch(keys, "_SAMPLE_TIMEOUT_MS", 200)
         found = self.look("SELECT 1 AS id, pg_sleep(60)")
         assert found.key is not None
         self.assertEqual((found.key.unique, found.ok), (None, True))
@@ -275,7 +276,9 @@ class Problems(Inspecting):
 
     def test_a_locked_table(self) -> None:
         """A table that another session has locked is told as that, within seconds."""
-        self.patch(inspect, "_BEGIN", inspect._BEGIN.replace("lock_timeout = 3000", "lock_timeout = 100"))
+        self.patch(
+            inspect_session, "_BEGIN", inspect_session._BEGIN.replace("lock_timeout = 3000", "lock_timeout = 100")
+        )
         with closing(psycopg2.connect(self.owner)) as other:
             other.cursor().execute("LOCK TABLE shop.products")
             text, _ = self.problem("SELECT id FROM shop.products")

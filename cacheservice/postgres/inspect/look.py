@@ -1,0 +1,32 @@
+"""What every check of one dataset works with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from cacheservice.config import DatasetSettings
+from cacheservice.postgres.inspect.findings import Finding, Inspection, Server
+
+STATEMENT_TIMEOUT_MS = 10_000
+LOCK_TIMEOUT_MS = 3000
+SCHEMAS = ("pg_catalog", "public")
+"""Where names are looked for that have no schema."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One look at one dataset, in a transaction of its own; checks add to `found`.
+
+    `cursor` and `connection` are the driver's.
+    """
+
+    connection: Any
+    cursor: Any
+    dsn: str
+    server: Server
+    dataset: DatasetSettings
+    found: Inspection
+
+    def add(self, level: Literal["problem", "hint"], text: str, todo: str = "") -> None:
+        self.found.findings.append(Finding(level, text, todo))

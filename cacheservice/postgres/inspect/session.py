@@ -1,0 +1,134 @@
+"""The session in which `cacheservice check --db` looks at the datasets, and the order of its checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from typing import Any
+
+import psycopg2
+
+from cacheservice.config import DatasetSettings, PostgresSettings
+from cacheservice.errors import InspectionFailed
+from cacheservice.postgres import deltas
+from cacheservice.postgres.database import BEGIN_READING, columns_query
+from cacheservice.postgres.inspect import keys
+from cacheservice.postgres.inspect.failures import step
+from cacheservice.postgres.inspect.findings import Column, Finding, Inspection, Server
+from cacheservice.postgres.inspect.look import LOCK_TIMEOUT_MS, STATEMENT_TIMEOUT_MS, Look
+from cacheservice.postgres.inspect.tables import explain
+from cacheservice.postgres.inspect.watching import describe_deltas, look_at_channel, look_at_probe, look_at_watches
+from cacheservice.postgres.target import parse
+from cacheservice.postgres.translate import translate
+
+_OLDEST_VERSION = 140_000
+_BEGIN = BEGIN_READING.format(statement_ms=STATEMENT_TIMEOUT_MS, lock_ms=LOCK_TIMEOUT_MS, idle_ms=STATEMENT_TIMEOUT_MS)
+
+
+class Inspector:
+    """A session to look at datasets with; `inspecting` opens and closes it."""
+
+    def __init__(self, connection: Any, dsn: str, datasets: Sequence[DatasetSettings]) -> None:
+        self._connection = connection
+        self._dsn = dsn
+        self.server = _server(connection, datasets)
+
+    def inspect(self, dataset: DatasetSettings) -> Inspection:
+        """What there is to know about one; its problems are findings, not errors.
+
+        In a transaction of its own, which leaves nothing behind.
+        """
+        found = Inspection(dataset.name)
+        with self._connection.cursor() as cursor:
+            cursor.execute(_BEGIN)
+            try:
+                _look_at_all(Look(self._connection, cursor, self._dsn, self.server, dataset, found))
+            finally:
+                if not self._connection.closed:
+                    cursor.execute("ROLLBACK")
+        return found
+
+
+@contextmanager
+def inspecting(postgres: PostgresSettings, datasets: Sequence[DatasetSettings]) -> Iterator[Inspector]:
+    """A session in the database that the datasets are to be read from.
+
+    :raises InspectionFailed: if the database cannot be reached, or is lost on the way.
+    """
+    dsn = postgres.dsn.get_secret_value()
+    target = parse(dsn)
+    try:
+        connection = psycopg2.connect(
+            dsn,
+            connect_timeout=max(2, round(postgres.connect_timeout_s)),  # libpq takes no less
+            application_name=target.application_name("check"),
+            client_encoding="UTF8",
+        )
+        with closing(connection):
+            connection.autocommit = True
+            yield Inspector(connection, dsn, datasets)
+    except psycopg2.Error as error:
+        # A session that opened and failed can only have been lost: what a query does wrong is a finding.
+        translated = translate(error, target, connecting=True)
+        raise InspectionFailed(f"{translated}; {translated.advice}") from error
+
+
+def _look_at_all(look: Look) -> None:
+    described = None
+    with step(look, "the query"):
+        look.cursor.execute(columns_query(look.dataset.query))
+        described = look.cursor.description
+    look_at_probe(look)
+    look_at_channel(look)
+    if described is None:
+        look_at_watches(look, ())
+        return
+    types = keys.types_of(look, [column.type_code for column in described])
+    look.found.columns = tuple(Column(column.name, kind.name) for column, kind in zip(described, types, strict=True))
+    keys.warn_of_same_names(look)
+    places = keys.key_places(look)
+    if places is None:
+        return
+    plan = explain(look)
+    if plan is None:
+        return
+    origins = [(described[place].table_oid, described[place].table_column) for place in places]
+    index = keys.unique_index(look, plan, origins)
+    sample = keys.take_sample(look)
+    keys.judge_size(look, plan, sample)
+    key_types = [types[place] for place in places]
+    look.found.key = keys.judge_key(look, places, key_types, index, sample)
+    describe_deltas(look, [kind.oid for kind in key_types], origins if index else [])
+
+
+def _server(connection: Any, datasets: Sequence[DatasetSettings]) -> Server:
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT current_setting('server_version'), current_database(), format('%I', current_user), "
+            f"pg_is_in_recovery(), pg_backend_pid(), {deltas.CAN_TELL}"
+        )
+        version, database, role, standby, pid, migrated = cursor.fetchone()
+    # A pooler gives its clients process ids of its own, to cancel by.
+    pooled = connection.info.backend_pid != pid
+    server = Server(version, database, role, standby, pooled, migrated)
+    if connection.server_version < _OLDEST_VERSION:
+        server.findings.append(Finding("problem", f"PostgreSQL {version} is too old", "use PostgreSQL 14 or later"))
+    heard = [dataset.name for dataset in datasets if dataset.watch or dataset.notify]
+    if heard and standby:
+        server.findings.append(
+            Finding(
+                "hint",
+                f"a standby takes no LISTEN: {', '.join(heard)} will be refreshed on their intervals only",
+                "read from the primary where changes are to be seen at once",
+            )
+        )
+    if heard and pooled:
+        server.findings.append(
+            Finding(
+                "hint",
+                "this is a connection pooler (PgBouncer): if it pools transactions, LISTEN does not work through it, "
+                f"and {', '.join(heard)} will be refreshed on their intervals only",
+                "connect to the server itself",
+            )
+        )
+    return server

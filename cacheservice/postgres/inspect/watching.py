@@ -1,0 +1,83 @@
+"""Whether what is to tell of changes can: watch, notify and probe."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from cacheservice.postgres import deltas
+from cacheservice.postgres.database import probe_query
+from cacheservice.postgres.inspect.failures import step
+from cacheservice.postgres.inspect.findings import Finding
+from cacheservice.postgres.inspect.look import Look
+
+
+def describe_deltas(look: Look, key_oids: Sequence[int], origins: Sequence[tuple[int | None, int | None]]) -> None:
+    """Whether what is watched can be, or what it would take where nothing is."""
+    dataset, key = look.dataset, look.found.key
+    assert key is not None
+    if not dataset.watch:
+        look.found.deltas = _possible(look, origins) if key.fit else "not by a key of that type"
+        return
+    tables = ", ".join(f"{watch.table} by {':'.join(watch.key)}" for watch in dataset.watch)
+    look.found.deltas = f"watches {tables}"
+    look_at_watches(look, key_oids)
+
+
+def look_at_watches(look: Look, key_oids: Sequence[int]) -> None:
+    """What is in the way of the deltas that are configured.
+
+    :param key_oids: the types of the key; empty if they are not known.
+    """
+    dataset = look.dataset
+    if not dataset.watch:
+        return
+    if not look.server.migrated:
+        look.found.findings.append(_no_deltas(deltas.CANNOT_TELL.replace("NAME", look.server.role)))
+        return
+    with step(look, "watch"):
+        look.cursor.execute(deltas.lock_sql([dataset]))
+        look.cursor.execute(deltas.changes_sql(dataset, None, 0))
+        state, problem, _ = look.cursor.fetchone()
+        if problem is None and key_oids:
+            problem = deltas.unfit_key(state, dataset, key_oids)
+        if problem:
+            look.found.findings.append(_no_deltas(problem))
+
+
+def _possible(look: Look, origins: Sequence[tuple[int | None, int | None]]) -> str:
+    """How to get deltas of a query whose rows are those of one table."""
+    if not origins:
+        return "possible for tables whose columns hold the key; see `watch`"
+    table_oid, numbers = origins[0][0], [number for _, number in origins]
+    look.cursor.execute(
+        "SELECT format('%%I.%%I', n.nspname, c.relname), "
+        "ARRAY(SELECT a.attname FROM unnest(%s::smallint[]) WITH ORDINALITY AS k (number, place) "
+        "JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attnum = k.number ORDER BY k.place)::text[] "
+        "FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace WHERE c.oid = %s",
+        (numbers, table_oid),
+    )
+    table, columns = look.cursor.fetchone()
+    return f"possible: cacheservice watch {table}{''.join(f' --key {column}' for column in columns)}"
+
+
+def look_at_probe(look: Look) -> None:
+    if not look.dataset.probe:
+        return
+    with step(look, "probe"):
+        look.cursor.execute(probe_query(look.dataset.probe))
+        if look.cursor.fetchone()[0] is None:
+            look.add("hint", "probe: it gives NULL now; while it does, nothing is fetched after the first load")
+
+
+def look_at_channel(look: Look) -> None:
+    channel = look.dataset.notify
+    if channel and not re.fullmatch(r"[a-z_][a-z0-9_$]*", channel):
+        quoted = channel.replace('"', '""')
+        look.add("hint", f'notify: the channel "{channel}" has to be quoted', f'say: NOTIFY "{quoted}"')
+
+
+def _no_deltas(why: str) -> Finding:
+    """:param why: what is in the way, and mostly what to do about it behind a semicolon."""
+    text, _, todo = why.partition("; ")
+    return Finding("problem", f"watch: {text}; all rows are read instead", todo)
