@@ -150,7 +150,7 @@ class GuardTestCase(TestCase):
     async def open(self, timeout_s: float = LONG_S, port: int | None = None) -> GuardedConnection:
         """A session that is past its connecting, and closed by whoever asked for it."""
         guard = self.guard(timeout_s, port=port)
-        await guard.connect(self.direct._resolver.resolve, "test", LONG_S)
+        await guard.connect(self.direct.resolve, "test", LONG_S)
         return guard
 
     def ask(self, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:

@@ -104,7 +104,7 @@ class ListenerTestCase(GuardTestCase):
         }
         listener = Listener(
             target,
-            self.direct._resolver.resolve,
+            self.direct.resolve,
             channels=channels,
             reactor=reactor,
             random=random.random,
@@ -360,7 +360,7 @@ class GuardedNotificationsTests(ListenerTestCase):
         """A wait ends with the session; renewed, its deadline is the new one, be it later or sooner."""
         guard = self.guard(1.0)
         self.addCleanup(guard.close_and_passthrough, None)
-        await guard.connect(self.direct._resolver.resolve, "test", LONG_S)
+        await guard.connect(self.direct.resolve, "test", LONG_S)
         guard.renew(reactor.seconds() + LONG_S)
         self.assertEqual(await guard.notifications(reactor.seconds() + 1.1), [])
         guard.renew(reactor.seconds() + 0.05)

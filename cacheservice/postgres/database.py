@@ -14,7 +14,6 @@ from sqlparse.lexer import tokenize
 from sqlparse.tokens import Comment, Whitespace
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import deferLater
-from twisted.python.failure import Failure
 
 from cacheservice.cache.cache import DatabaseStatus
 from cacheservice.cache.dataset import Snapshot
@@ -24,14 +23,12 @@ from cacheservice.errors import (
     BadResult,
     Blocker,
     CacheServiceError,
-    DatabaseUnavailable,
-    DeadlineExceeded,
     LockTimeout,
 )
 from cacheservice.postgres import deltas
 from cacheservice.postgres.blockers import find_blockers
 from cacheservice.postgres.guard import GuardedConnection
-from cacheservice.postgres.resolve import Resolver
+from cacheservice.postgres.sessions import Sessions
 from cacheservice.postgres.target import Resolve, Target
 
 # What a session may do is bounded by its grants; this bounds what it may do by mistake. Settings are LOCAL and come
@@ -73,8 +70,6 @@ _CHUNK_BYTES = 256 * 1024
 """1000 rows or 256 KiB are asked for at a time; fewer would leave the server waiting."""
 _FEW_KEYS = 500
 """So many rows at most come in one answer, without a cursor, which takes three more."""
-_IDLE_LIMIT_S = 60.0
-"""How long a session is kept for the next delta. To open one takes longer than the delta itself."""
 _SLICE_ROWS = 64
 """What is unpacked in one turn of the reactor, in a fifth of a millisecond: readers wait behind it."""
 
@@ -136,7 +131,7 @@ class _Moment(NamedTuple):
 
 
 class Database:
-    """The one way to the database. Between reads it holds one session at most, of the last read that wanted a delta.
+    """The one way to the database: reads over the sessions of a pool.
 
     :param connect_timeout_s: for one session to open, name look-ups included.
     :param status: gets the number of sessions that are open.
@@ -144,30 +139,20 @@ class Database:
 
     def __init__(self, reactor: Any, target: Target, connect_timeout_s: float, status: DatabaseStatus) -> None:
         self._reactor = reactor
-        self._target = target
-        self._connect_timeout_s = connect_timeout_s
-        self._resolver = Resolver(reactor)
-        self._status = status
-        self._idle: GuardedConnection | None = None
-        self._stopped = False
+        self._sessions = Sessions(reactor, target, connect_timeout_s, status)
 
     @property
     def resolve(self) -> Resolve:
         """Name look-ups for whoever opens a session of its own."""
-        return self._resolver.resolve
+        return self._sessions.resolve
 
     def configure(self, target: Target, connect_timeout_s: float) -> None:
         """Open sessions so from now on."""
-        if target != self._target:
-            self._end_idle()
-        self._target = target
-        self._connect_timeout_s = connect_timeout_s
+        self._sessions.configure(target, connect_timeout_s)
 
     def stop(self) -> None:
         """Let the name look-ups and the kept session go; the others end with the reads that hold them."""
-        self._stopped = True
-        self._end_idle()
-        self._resolver.stop()
+        self._sessions.stop()
 
     def read(
         self, dataset: DatasetSettings, into: RowsBuilder, expect: Callable[[int], None] | None = None
@@ -189,7 +174,7 @@ class Database:
             return await self._read(guard, wanted, deadline_at)
 
         quick = any(each.dataset.watch or each.dataset.notify or each.dataset.probe for each in wanted)
-        return self._with_session(first.group or first.name, deadline_at, use, keep=quick)
+        return self._sessions.use(first.group or first.name, deadline_at, use, keep=quick)
 
     def prune(self, keep_s: float, timeout_s: float) -> Deferred[int]:
         """Delete recorded changes that are older than `keep_s`; gives how many.
@@ -205,56 +190,7 @@ class Database:
             await guard.execute("COMMIT")
             return int(deleted)
 
-        return self._with_session("prunes", deadline_at, use, keep=True)
-
-    def _with_session(
-        self, purpose: str, deadline_at: float, use: Callable[[GuardedConnection], Any], *, keep: bool = False
-    ) -> Deferred[Any]:
-        """`use` a session, the kept one if there is one. If it succeeds, `keep` it for the next."""
-        guard = None
-        if keep:
-            guard, self._idle = self._idle, None
-        if guard is not None:
-            guard.renew(deadline_at)
-            d = Deferred.fromCoroutine(use(guard))
-            d.addBoth(self._keep_or_close, guard, keep)
-            d.addErrback(self._again_if_lost, purpose, deadline_at, use, keep)
-            return d
-        guard = GuardedConnection(self._reactor, self._target, deadline_at)
-        self._status.connections += 1
-        d = Deferred.fromCoroutine(guard.connect(self._resolver.resolve, purpose, self._connect_timeout_s))
-        d.addCallback(lambda _: Deferred.fromCoroutine(use(guard)))
-        d.addBoth(self._keep_or_close, guard, keep)
-        return d
-
-    def _keep_or_close(self, result: Any, guard: GuardedConnection, keep: bool) -> Any:
-        if keep and self._idle is None and not self._stopped and not isinstance(result, Failure):
-            # Never after a failure: nobody knows what it left behind.
-            guard.renew(self._reactor.seconds() + _IDLE_LIMIT_S)
-            guard.on_end(self._forget)
-            self._idle = guard
-            return result
-        self._status.connections -= 1
-        return guard.close_and_passthrough(result)
-
-    def _forget(self) -> None:
-        """The kept session came to its deadline."""
-        self._idle = None
-        self._status.connections -= 1
-
-    def _end_idle(self) -> None:
-        guard, self._idle = self._idle, None
-        if guard is not None:
-            self._status.connections -= 1
-            guard.close_and_passthrough(None)
-
-    def _again_if_lost(
-        self, failure: Failure, purpose: str, deadline_at: float, use: Callable[[GuardedConnection], Any], keep: bool
-    ) -> Any:
-        """That a kept session has gone meanwhile is nobody's failure; a new one is opened."""
-        if not failure.check(DatabaseUnavailable) or failure.check(DeadlineExceeded):
-            return failure
-        return self._with_session(purpose, deadline_at, use, keep=keep)
+        return self._sessions.use("prunes", deadline_at, use, keep=True)
 
     async def _read(
         self,
@@ -280,7 +216,7 @@ class Database:
             statement_ms=max(1, int(remaining_ms * _STATEMENT_SHARE)),
             lock_ms=max(1, int(remaining_ms * _LOCK_SHARE)),
             idle_ms=max(1, int(remaining_ms)),
-            application_name=deltas.literal(self._target.application_name(purpose, attempt)),
+            application_name=deltas.literal(self._sessions.target.application_name(purpose, attempt)),
             lock=lock,
             can_tell=deltas.CAN_TELL if lock else "false",
         )
@@ -437,7 +373,7 @@ class Database:
 
     def _ask(self, name: str, pid: int, deadline_at: float) -> Deferred[tuple[Blocker, ...]]:
         ask_by = min(deadline_at, self._reactor.seconds() + _ASK_TIMEOUT_S)
-        d: Deferred[tuple[Blocker, ...]] = self._with_session(
+        d: Deferred[tuple[Blocker, ...]] = self._sessions.use(
             f"{name} (who blocks it)", ask_by, lambda guard: find_blockers(guard, pid)
         )
 
