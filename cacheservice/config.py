@@ -237,9 +237,9 @@ class DefaultsSettings(_Table):
         description="age in seconds past which a snapshot is expired; 3 x interval_s unless set",
     )
     on_expired: Literal["serve", "refuse"] = Field(
-        default="serve", description='"refuse" makes reads fail once the snapshot is expired'
+        default="serve", description='"refuse" makes reads fail, and the service unready, once the snapshot is expired'
     )
-    required: bool = Field(default=True, description="whether the service is ready only when this dataset is")
+    required: bool = Field(default=True, description="whether the service is ready only when this dataset can be read")
     retry_initial_s: _TimerSeconds = Field(
         default=1.0, description="seconds within which the first retry starts; doubled with each failure"
     )

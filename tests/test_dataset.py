@@ -157,9 +157,13 @@ class Needs(AtTime):
 
 class Readiness(AtTime):
     def test_boundaries(self) -> None:
-        """The service is ready when every required dataset is loaded and not expired; stale is good enough."""
+        """The service is ready when every required dataset can be read, be it stale or expired."""
         cache = Cache(
-            [declared("products"), declared("prices", max_age_s=1000.0), declared("extra", required=False)],
+            [
+                declared("products"),
+                declared("prices", on_expired="refuse"),
+                declared("extra", required=False, on_expired="refuse"),
+            ],
             self.clock.seconds,
         )
         self.assertEqual(cache.not_ready(), {"products": State.NEVER_LOADED, "prices": State.NEVER_LOADED})
@@ -170,10 +174,14 @@ class Readiness(AtTime):
         self.clock.advance(180)
         self.assertEqual((cache.dataset("products").state(), cache.not_ready()), (State.STALE, {}))
         self.clock.advance(0.0625)
-        self.assertEqual(cache.not_ready(), {"products": State.EXPIRED})
+        self.assertEqual(cache.dataset("products").state(), State.EXPIRED)
+        self.assertEqual(cache.not_ready(), {"prices": State.EXPIRED})
+        cache.dataset("prices").publish(snapshot(2, self.clock.seconds()))
+        self.clock.advance(170)
+        self.assertEqual((cache.dataset("products").state(), cache.is_ready), (State.EXPIRED, True))
 
     def test_a_database_that_is_down_does_not_matter(self) -> None:
-        """Loaded and not expired is ready, whatever is known of the database."""
+        """Loaded is ready, whatever is known of the database."""
         cache = Cache([declared()], self.clock.seconds)
         cache.dataset("products").publish(snapshot(1, self.clock.seconds()))
         cache.database.failed("connection refused")

@@ -93,10 +93,10 @@ class Pinning(RefreshTestCase):
         world.service.pin("products")
         for _ in range(4):
             self.refreshed(world, 99)
-        self.assertEqual(world.cache.not_ready(), {"products": "expired"})
+        self.assertEqual(world.dataset.state(), "expired")
         self.assertEqual(world.log.events("dataset_expired", "dataset_recovered"), ["dataset_expired"])
         world.service.unpin("products")
-        self.assertEqual(world.cache.not_ready(), {})
+        self.assertEqual(world.dataset.state(), "fresh")
         self.assertEqual(world.log.events("dataset_expired", "dataset_recovered")[-1], "dataset_recovered")
 
     def test_nothing_to_pin(self) -> None:

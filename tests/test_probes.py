@@ -71,7 +71,7 @@ class Probes(ProbesTestCase):
 
     def test_a_database_that_is_frozen_or_down(self) -> None:
         """It stays alive, and ready for as long as what it serves may be served; and is ready again by itself."""
-        quick = PRODUCTS.replace("max_age_s = 600", "max_age_s = 2\ntimeout_s = 1")
+        quick = PRODUCTS.replace("max_age_s = 600", 'max_age_s = 2\ntimeout_s = 1\non_expired = "refuse"')
         lasting = '[datasets.lasting]\nquery = "SELECT 1 AS id"\nkey = "id"\ninterval_s = 0.3\nmax_age_s = 600\n'
         daemon = self.started(self.configuration(quick, lasting))
         self.wait_ready(daemon)
@@ -83,6 +83,17 @@ class Probes(ProbesTestCase):
             self.assertEqual(self.now(daemon)[place("cacheservice_postgres_up")], 0)
             end()
             self.wait_ready(daemon)
+
+    def test_an_outage_longer_than_max_age(self) -> None:
+        """Expired data that may be served keep it ready, on both ports and in the metrics: they are for alerts."""
+        daemon = self.started(self.configuration(PRODUCTS.replace("max_age_s = 600", "max_age_s = 1\ntimeout_s = 1")))
+        self.wait_ready(daemon)
+        self.server.stop()
+        self.addCleanup(self.server.start)
+        until(lambda: daemon.json()["datasets"]["products"]["state"] == "expired", "the end of its age")
+        self.wait_ready(daemon)
+        self.assertEqual(self.now(daemon)[place("cacheservice_ready")], 1)
+        self.assertEqual(self.get(daemon, "/v1/datasets/products/rows/1").status, 200)
 
     def test_under_load(self) -> None:
         """While clients pipe thousands of GETs and download whole datasets, and datasets are refreshed, probes are
@@ -173,6 +184,17 @@ class Stopping(ProbesTestCase):
         self.assertEqual(said, {503})
         daemon.process.wait(STOP_LIMIT_S)
         self.assert_ended(daemon, -signal.SIGTERM)
+
+    def test_an_outage_longer_than_max_age(self) -> None:
+        """Expired data that may be served keep it ready, on both ports and in the metrics: they are for alerts."""
+        daemon = self.started(self.configuration(PRODUCTS.replace("max_age_s = 600", "max_age_s = 1\ntimeout_s = 1")))
+        self.wait_ready(daemon)
+        self.server.stop()
+        self.addCleanup(self.server.start)
+        until(lambda: daemon.json()["datasets"]["products"]["state"] == "expired", "the end of its age")
+        self.wait_ready(daemon)
+        self.assertEqual(self.now(daemon)[place("cacheservice_ready")], 1)
+        self.assertEqual(self.get(daemon, "/v1/datasets/products/rows/1").status, 200)
 
     def test_under_load(self) -> None:
         """It says so in the midst of downloads and pipelines, too, and ends in time."""

@@ -148,11 +148,11 @@ class Refreshes(RefreshTestCase):
         world = self.loaded()
         world.advance(50)
         events = ["dataset_expired", "dataset_recovered"]
-        world.service.redeclare(declared("products", max_age_s=40.0))
+        world.service.redeclare(declared("products", max_age_s=40.0, on_expired="refuse"))
         world.advance(0.002)
         self.assertEqual((world.dataset.state(), world.log.events(*events)), (State.EXPIRED, events[:1]))
         self.assertEqual(world.cache.not_ready(), {"products": State.EXPIRED})
-        world.service.redeclare(declared("products", max_age_s=40.0, required=False))
+        world.service.redeclare(declared("products", max_age_s=40.0, on_expired="refuse", required=False))
         self.assertEqual(world.cache.not_ready(), {})
         world.service.redeclare(declared("products", max_age_s=55.0))
         self.assertEqual((world.dataset.state(), world.log.events(*events)), (State.FRESH, events))

@@ -175,6 +175,8 @@ class Replies(PortTestCase):
         self.cache.dataset("prices").publish(Snapshot(1, RowsBuilder(lambda _: None).finish(), MOMENT, 1000.0, ""))
         await self.assert_asks("ready", "ready")
         self.cache.dataset("prices").publish(Snapshot(2, RowsBuilder(lambda _: None).finish(), MOMENT, 1.0, ""))
+        await self.assert_asks("ready", "ready")
+        self.cache.dataset("prices").change(declared("prices").model_copy(update={"on_expired": "refuse"}))
         await self.assert_asks("ready", "notready prices:expired")
 
     async def test_version(self) -> None:

@@ -111,15 +111,20 @@ class WarmStart(WarmStartTestCase):
         second.end()
 
     def test_expired_not_hidden(self) -> None:
-        """What is older than max_age_s is served as expired, and the service is not ready."""
+        """What is older than max_age_s is served as expired; the service is ready, unless it must not be served."""
         first = self.service()
         first.wait_until_ready()
         self.until_saved(first, 1)
         first.end()
         second = self.service(THINGS.replace("7200", "0.5").replace("3600", "0.2"), dsn=NOWHERE)
         until(lambda: self.things(second)["state"] == "expired", "the expired snapshot")
-        self.assertEqual((second.ask("ready"), self.n(second)), ("notready things:expired", 1))
+        self.assertEqual((second.ask("ready"), self.n(second)), ("ready", 1))
         second.end()
+        old = THINGS.replace("7200", '0.5\non_expired = "refuse"').replace("3600", "0.2")
+        third = self.service(old, dsn=NOWHERE)
+        until(lambda: self.things(third)["state"] == "expired", "the expired snapshot")
+        self.assertEqual(third.ask("ready"), "notready things:expired")
+        third.end()
 
     def test_files_that_are_refused(self) -> None:
         """A damaged file, and one of another query, are named in the log, moved aside, and the start goes on."""

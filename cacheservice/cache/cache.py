@@ -139,13 +139,22 @@ class Cache:
 
     @property
     def is_ready(self) -> bool:
-        """Whether clients should be sent here: every required dataset is loaded and not expired, and nothing stops."""
+        """Whether clients should be sent here: every required dataset can be read, and nothing stops."""
         return not self.stopping and not self.not_ready()
 
     def not_ready(self) -> dict[str, State]:
-        """The required datasets that are not loaded or expired, with their state."""
-        states = {name: d.state() for name, d in self._datasets.items() if d.settings.required}
-        return {name: state for name, state in states.items() if state in (State.NEVER_LOADED, State.EXPIRED)}
+        """The required datasets that readers get nothing from, with their state.
+
+        An outage of the database expires the datasets of every replica in the same second. If unready, none would be
+        left to serve what may still be served.
+        """
+        required = {name: dataset for name, dataset in self._datasets.items() if dataset.settings.required}
+        return {name: d.state() for name, d in required.items() if not is_readable(d.state(), d.settings.on_expired)}
+
+
+def is_readable(state: State, on_expired: Literal["serve", "refuse"]) -> bool:
+    """Whether a dataset in `state` answers reads. Data that may be served however old they are always do."""
+    return state is not State.NEVER_LOADED and not (state is State.EXPIRED and on_expired == "refuse")
 
 
 class Refreshes(Protocol):

@@ -200,7 +200,9 @@ class _Service:
             "cacheservice_uptime_seconds", "Seconds since the start.", round(cache.now() - cache.started_at, 3)
         )
         yield GaugeMetricFamily(
-            "cacheservice_ready", "1 while every required dataset is loaded and not expired.", int(cache.is_ready)
+            "cacheservice_ready",
+            "1 while every required dataset can be read, and the service is not stopping.",
+            int(cache.is_ready),
         )
         yield GaugeMetricFamily(
             "cacheservice_config_rejected",

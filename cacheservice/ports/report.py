@@ -194,7 +194,8 @@ def _state_sentences(dataset: Dataset) -> Iterator[str]:
             "Readers get the last good snapshot."
         )
     else:
-        yield f"{dataset.name} is expired: {age}. Readers get the last good snapshot."
+        served = "Readers get the last good snapshot" if settings.on_expired == "serve" else "Readers get an error"
+        yield f"{dataset.name} is expired: {age}. {served}."
     yield (
         f"Generation {dataset.snapshot.generation} with {dataset.snapshot.rows.count:,} rows is served, "
         f"as of {dataset.snapshot.as_of.isoformat(timespec='seconds')} by the database's clock."
