@@ -214,7 +214,7 @@ class States(BrowserTestCase):
         self.wait_for_state("kept", "fresh, pinned")
         self.wait_for("#headline", "4 problems")
         self.wait_for("#summary", "Expired: old. Stale: aging. Never loaded: missing. Held back: shrunk.")
-        self.wait_for("#vital-service", "not ready because of missing, old")
+        self.wait_for("#vital-service", "not ready because of missing")
         self.assertEqual(self.order(), ["missing", "old", "shrunk", "aging", "kept", "calm"])
         self.assertEqual(
             {name: self.shape(name) for name in self.order()},

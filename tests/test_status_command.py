@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -145,7 +146,7 @@ class Status(CommandLine):
             said = self.succeed("status", COLUMNS=str(columns))
             self.assertLessEqual(max(map(len, said.splitlines())), columns, said)
             whole = " ".join(said.split())
-            self.assertIn("NOT READY", whole)
+            self.assertIn(": ready, PostgreSQL up", whole)
             written_out, _, table = said.partition("\ndataset")
             self.assertRegex(written_out, r"(?m)^items expired, [\d.]+ s old, limit 2.50 s$")
             self.assertRegex(whole, r"since [\d.]+ s ago; the data are of 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC")
@@ -282,12 +283,18 @@ class Check(CommandLine):
     def test_ok(self) -> None:
         """All fresh: exit code 0; ages in seconds against the limits of stale and expired."""
         self.service(GOOD, ITEMS).wait_until_ready()
-        code, text, measures = self.check()
+        code, text, measures = self.check("--perfdata", "all")
         self.assertEqual((code, text), (0, "CACHESERVICE OK - 2 datasets fresh, PostgreSQL up"))
         self.assertEqual(measures["items_rows"][0], "10")
         _, unit, warn, critical, least, _ = measures["items_age"]
         self.assertEqual((unit, warn, critical, least), ("s", "2.3", "2.5", "0"))
         self.assertEqual(measures["ready"][0], "1")
+        _, _, summary = self.check()
+        self.assertEqual((summary["ready"][0], summary["fresh"][0], summary["expired"][0]), ("1", "2", "0"))
+        self.assertEqual((summary["age_of_limit"][1], summary["age_of_limit"][3]), ("%", "100"))
+        self.assertNotIn("items_age", summary)
+        self.assertIn("items_age", self.check("items")[2])
+        self.assertEqual(self.check("--perfdata", "none")[2], {})
 
     def test_warning(self) -> None:
         """A held result and a refused configuration are warnings: exit code 1, and why."""
@@ -315,24 +322,61 @@ class Check(CommandLine):
         self.assertEqual(code, 2)
         self.assertIn("items expired", text)
         self.assertIn("never never loaded", text)
-        self.assertEqual(measures["never_age"][0], "U")
+        self.assertEqual((measures["expired"][0], measures["never_loaded"][0]), ("1", "1"))
+        self.assertEqual(self.check("never")[2]["never_age"][0], "U")
         self.assertEqual(self.check("items")[0], 2)
         self.assertEqual(self.check("never")[0], 2)
         self.assertEqual(self.check("good")[0], 0)
 
+    def test_dead_or_hung(self) -> None:
+        """A service that is not there, is something else, hangs or answers too slowly is critical: exit code 2."""
+        code, text, _ = self.check("--port", str(_free_port()))
+        self.assertEqual(code, 2)
+        self.assertRegex(text, "CRITICAL - no answer .*: connection refused; is the service running")
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            port = str(silent.getsockname()[1])
+            code, text, _ = self.check("--port", port, "--timeout", "0.5")
+            self.assertEqual(code, 2)
+            self.assertRegex(text, "CRITICAL - no answer .* timed out")
+        daemon = self.service(GOOD)
+        daemon.wait_until_ready()
+        daemon.process.send_signal(signal.SIGSTOP)
+        self.addCleanup(daemon.process.send_signal, signal.SIGCONT)
+        self.assertEqual(self.check("--timeout", "0.5")[0], 2)
+
+    def test_the_time_is_that_of_all_answers(self) -> None:
+        """A service that is slow with each answer does not take a plugin past its time."""
+        with socket.create_server(("127.0.0.1", 0)) as slow:
+
+            def answer_slowly() -> None:
+                client, _ = slow.accept()
+                with client:
+                    for reply in (b"\n", b"{}\n\n", b"x\n\n"):
+                        client.recv(100)
+                        if done.wait(0.7):
+                            return
+                        client.sendall(reply)
+
+            done = threading.Event()
+            thread = threading.Thread(target=answer_slowly)
+            thread.start()
+            try:
+                code, text, _ = self.check("--port", str(slow.getsockname()[1]), "--timeout", "1")
+            finally:
+                done.set()
+                thread.join()
+        self.assertEqual(code, 2)
+        self.assertRegex(text, "timed out")
+
     def test_unknown(self) -> None:
-        """Nobody there, something else there, no such dataset, wrong usage: exit code 3, one line of output."""
+        """No such dataset, wrong usage: exit code 3, one line of output."""
         self.service(GOOD).wait_until_ready()
         self.assertEqual(
             self.check("nothing")[:2], (3, "CACHESERVICE UNKNOWN - unknown dataset 'nothing'; there are good")
         )
-        self.assertEqual(self.check("--port", str(_free_port()))[0], 3)
         self.assertEqual(self.check("--port", "none")[0], 3)
         self.assertEqual(self.check("--nonsense")[0], 3)
         self.assertEqual(self.check("--json")[0], 3)
-        with socket.create_server(("127.0.0.1", 0)) as silent:
-            port = str(silent.getsockname()[1])
-            self.assertRegex(self.check("--port", port, "--timeout", "0.5")[1], "UNKNOWN - no answer .* timed out")
 
 
 class Errors(CommandLine):
@@ -395,6 +439,27 @@ class Judgement(SynchronousTestCase):
             setattr(cache.database, name, value) if name != "rejection" else setattr(cache, name, value)
         facts = json.loads(json_line(cache))
         return Answer(0.0, "", facts, tuple(_notes(status_table(cache).partition("\n")[0])))
+
+    def test_a_line_for_agents(self) -> None:
+        """With a hundred datasets that all fail the plugin's line stays below 1,024 bytes."""
+        facts = self.answer().facts
+        one = facts["datasets"]["a"] | {"state": "expired", "age_s": 86400.0 * 365, "consecutive_failures": 3}
+        one["as_of"] = "2026-01-01T00:00:00+00:00"
+        one["last_attempt"] = {"error": "a reason that goes on " * 20, "started_at": one["as_of"], "took_s": 3.0}
+        datasets = {f"dataset_with_a_rather_long_name_{number}": one for number in range(100)}
+        level, line = plugin.verdict(Answer(0.0, "", {**facts, "datasets": datasets}, ()))
+        self.assertEqual(level, 2)
+        self.assertLess(len(line.encode()), 1024)
+        self.assertIn("and 95 more", line)
+
+    def test_figures_have_no_exponent(self) -> None:
+        """The guidelines allow digits and a point."""
+        facts = self.answer().facts
+        one = facts["datasets"]["a"] | {"age_s": 12345678.5, "max_age_s": 1e7, "interval_s": 1e6, "timeout_s": 0.25}
+        answer = Answer(0.0, "", {**facts, "datasets": {"a": one}}, ())
+        _, line = plugin.verdict(answer, ("a",), "all")
+        self.assertIn("a_age=12345678.5s;1000000.25;10000000;0", line)
+        self.assertIn("age_of_limit=123.457%", plugin.verdict(answer)[1])
 
     def test_notes_of_the_head_line(self) -> None:
         """What `json` has no place for is taken from the head line of `status`, whatever else stands in it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import math
 import os
 import socket
 import time
@@ -33,10 +34,16 @@ class Address(NamedTuple):
 class Connection:
     """A connection to a status port that stays open (`prompt`): a question, its answer, the next question."""
 
-    def __init__(self, address: Address, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
-        """:raises NoAnswer: if nobody listens, or does not answer in time."""
+    def __init__(self, address: Address, timeout_s: float = ANSWER_TIMEOUT_S, *, deadline_at: float = math.inf) -> None:
+        """Connect, and keep the connection open.
+
+        :param timeout_s: of each answer.
+        :param deadline_at: of all of them together, on this machine's monotonic clock.
+        :raises NoAnswer: if nobody listens, or does not answer in time.
+        """
         self.address = address
         self._timeout_s = timeout_s
+        self._deadline_at = deadline_at
         self._received = bytearray()
         with self._no_answer():
             self._socket = socket.create_connection(address, timeout=timeout_s)
@@ -61,9 +68,9 @@ class Connection:
         :raises NoAnswer: if it does not come in time; the connection is of no use any more.
         :raises Refused: if it begins with ERROR.
         """
-        deadline_at = time.monotonic() + self._timeout_s
+        deadline_at = min(time.monotonic() + self._timeout_s, self._deadline_at)
         with self._no_answer():
-            self._socket.settimeout(self._timeout_s)
+            self._socket.settimeout(max(0.001, deadline_at - time.monotonic()))
             self._socket.sendall(f"{question}\n".encode())
             # An empty reply is the empty line alone.
             while not self._received.startswith(b"\n") and _REPLY_END not in self._received:
@@ -141,7 +148,7 @@ def ask_for_all(connection: Connection) -> Answer:
         if not facts["service"].keys() >= {"version", "ready"} or not isinstance(facts["datasets"], dict):
             raise ValueError
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise NoAnswer(f"what answers at {connection.address} is no cacheservice; see --host and --port") from None
+        raise NoAnswer(f"the server at {connection.address} is not a cacheservice; see --host and --port") from None
     return Answer(taken_at, line, facts, tuple(_notes(head)))
 
 

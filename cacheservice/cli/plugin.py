@@ -1,29 +1,45 @@
 """`cacheservice status --check`: one line for Nagios and those that run its plugins.
 
-The form is that of the Monitoring Plugins Development Guidelines: 2.6 (performance data), 2.4 (exit codes).
+The form is that of the Monitoring Plugins Development Guidelines: 2.6 (performance data), 2.4 (exit codes). A service
+that is dead is CRITICAL, as in check_tcp; UNKNOWN is for wrong usage and bugs.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, Literal
 
 from cacheservice.cli.asking import Answer
 from cacheservice.cli.problems import Problem, Severity, problems, severity
 
+Detail = Literal["none", "summary", "all"]
+"""Of the performance data: none; the service as a whole; four figures of each dataset, too."""
+
 UNKNOWN = 3
 _MOST_TOLD = 5
+_MOST_TOLD_CHARACTERS = 600
+"""Of all problems. With the summary a line stays below 1,024 bytes, where agents such as NRPE may cut it."""
+_STATES = ("fresh", "stale", "expired", "never_loaded")
 
 
-def verdict(answer: Answer, names: Collection[str] = ()) -> tuple[Severity, str]:
-    """The exit code and the line; with `names`, of these datasets alone."""
+def verdict(answer: Answer, names: Collection[str] = (), detail: Detail = "summary") -> tuple[Severity, str]:
+    """Return the exit code and the line; with `names`, of these datasets alone."""
     found = problems(answer, names)
     level = severity(found)
-    return level, f"CACHESERVICE {level.name} - {_summary(answer, found, names)} | {' '.join(_measures(answer, names))}"
+    figures = " ".join(_figures(answer, names, detail))
+    data = f" | {figures}" if figures else ""
+    return level, f"CACHESERVICE {level.name} - {_summary(answer, found, names)}{data}"
+
+
+def no_answer(why: object) -> tuple[Severity, str]:
+    """Return the exit code and the line for a service that is dead, hangs or refuses."""
+    return Severity.CRITICAL, f"CACHESERVICE CRITICAL - {_plain(str(why))}"
 
 
 def unknown(why: object) -> str:
-    """The line of exit code 3: the plugin cannot tell."""
+    """Return the line of exit code 3: wrong usage, or a bug."""
     return f"CACHESERVICE UNKNOWN - {_plain(str(why))}"
 
 
@@ -32,7 +48,8 @@ def _summary(answer: Answer, found: Collection[Problem], names: Collection[str])
         count = len(names) or len(answer.datasets)
         return f"{count} dataset{'s' if count != 1 else ''} fresh, PostgreSQL {answer.facts['postgres']['state']}"
     worst_first = sorted(found, key=lambda problem: -problem.severity)
-    told = [_plain(_sentence(problem)) for problem in worst_first[:_MOST_TOLD]]
+    first = worst_first[:_MOST_TOLD]
+    told = [_shortened(_plain(_sentence(problem)), _MOST_TOLD_CHARACTERS // len(first)) for problem in first]
     if len(found) > _MOST_TOLD:
         told.append(f"and {len(found) - _MOST_TOLD} more")
     return "; ".join(told)
@@ -48,20 +65,50 @@ def _plain(text: str) -> str:
     return " ".join(text.replace("|", "/").split())
 
 
-def _measures(answer: Answer, names: Collection[str]) -> Iterator[str]:
-    """'label'=value[unit];warn;crit;min: the age warns once stale, and is critical once expired."""
+def _shortened(text: str, most_characters: int) -> str:
+    return text if len(text) <= most_characters else f"{text[: most_characters - 1].rstrip()}…"
+
+
+def _figures(answer: Answer, names: Collection[str], detail: Detail) -> Iterator[str]:
+    """'label'=value[unit];warn;crit;min;max, in the order of importance."""
+    if detail == "none":
+        return
     if not names:
         yield f"ready={int(answer.facts['service']['ready'])};;;0;1"
-    for name, dataset in answer.datasets.items():
-        if names and name not in names:
-            continue
-        stale_s = min(dataset["interval_s"] + dataset["timeout_s"], dataset["max_age_s"])
-        # U: the value could not be determined, for what has never been loaded.
-        age = "U" if dataset["age_s"] is None else f"{dataset['age_s']:g}s"
-        yield f"{_label(name, 'age')}={age};{stale_s:g};{dataset['max_age_s']:g};0"
-        yield f"{_label(name, 'rows')}={dataset['rows']};;;0"
-        yield f"{_label(name, 'bytes')}={dataset['bytes']}B;;;0"
-        yield f"{_label(name, 'failures')}={dataset['consecutive_failures']};0;;0"
+    chosen = {name: dataset for name, dataset in answer.datasets.items() if not names or name in names}
+    if detail == "summary":
+        yield from _counts(list(chosen.values()))
+        return
+    for name, dataset in chosen.items():
+        yield from _measures(name, dataset)
+
+
+def _counts(datasets: Collection[Mapping[str, Any]]) -> Iterator[str]:
+    """How many datasets are in which state, and how near the oldest is to its limit."""
+    states = Counter(dataset["state"] for dataset in datasets)
+    for state in _STATES:
+        yield f"{state}={states[state]};;;0;{len(datasets)}"
+    yield f"held={sum(bool(dataset['held']) for dataset in datasets)};0;;0;{len(datasets)}"
+    yield f"failing={sum(bool(dataset['consecutive_failures']) for dataset in datasets)};0;;0;{len(datasets)}"
+    shares = [dataset["age_s"] / dataset["max_age_s"] for dataset in datasets if dataset["age_s"] is not None]
+    # U: the value could not be determined, because nothing has been loaded.
+    oldest = f"{_number(100 * max(shares))}%" if shares else "U"
+    yield f"age_of_limit={oldest};;100;0"
+
+
+def _measures(name: str, dataset: Mapping[str, Any]) -> Iterator[str]:
+    """The age warns once the dataset is stale, and is critical once it is expired."""
+    stale_s = min(dataset["interval_s"] + dataset["timeout_s"], dataset["max_age_s"])
+    age = "U" if dataset["age_s"] is None else f"{_number(dataset['age_s'])}s"
+    yield f"{_label(name, 'age')}={age};{_number(stale_s)};{_number(dataset['max_age_s'])};0"
+    yield f"{_label(name, 'rows')}={dataset['rows']};;;0"
+    yield f"{_label(name, 'bytes')}={dataset['bytes']}B;;;0"
+    yield f"{_label(name, 'failures')}={dataset['consecutive_failures']};0;;0"
+
+
+def _number(value: float) -> str:
+    """Without an exponent, which the guidelines do not allow (2.6: a value is of the class [-0-9.])."""
+    return f"{value:.3f}".rstrip("0").removesuffix(".")
 
 
 def _label(name: str, measure: str) -> str:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, get_args
 
 import click
 from rich.console import Console, Group, RenderableType
@@ -66,12 +66,18 @@ def _usage_is_unknown() -> Iterator[None]:
 @click.option("--watch", is_flag=True, help="Keep showing it, each second, until Ctrl-C.")
 @click.option("--json", "as_json", is_flag=True, help="The port's JSON: indented on a terminal, else as one line.")
 @click.option("--check", is_flag=True, help="A monitoring plugin: one line, exit code 0, 1, 2 or 3.")
+@click.option(
+    "--perfdata",
+    type=click.Choice(get_args(plugin.Detail)),
+    help="With --check: figures of the whole (summary, the default without NAMEs), of each dataset (all), or none.",
+)
 @where
 def status(
     question: tuple[str, ...],
     watch: bool,
     as_json: bool,
     check: bool,
+    perfdata: plugin.Detail | None,
     host: str | None,
     port: int | None,
     timeout_s: float,
@@ -90,14 +96,16 @@ def status(
       cacheservice status --check products    for Nagios, of one dataset
 
     --check exits with 0 if all is well, 1 (WARNING) if a dataset is stale, held or failing, PostgreSQL is down,
-    notifications do not arrive or a new configuration was refused, 2 (CRITICAL) if a dataset is expired or a required
-    one was never loaded, 3 (UNKNOWN) if nobody answers.
+    notifications do not arrive or a new configuration was refused, 2 (CRITICAL) if a dataset is expired, a required
+    one was never loaded or the service does not answer in time, 3 (UNKNOWN) for wrong usage.
     """
     address = status_address(host, port)
     if check and (watch or as_json):
         raise click.UsageError("--check goes with neither --watch nor --json")
+    if perfdata and not check:
+        raise click.UsageError("--perfdata goes with --check")
     if check:
-        _check(address, question, timeout_s)
+        _check(address, question, timeout_s, perfdata or ("all" if question else "summary"))
     elif watch:
         _watch(address, question, as_json, timeout_s)
     elif as_json:
@@ -145,15 +153,28 @@ def why(names: tuple[str, ...], host: str | None, port: int | None, timeout_s: f
             click.echo(connection.ask(f"why {_one_word(name)}"))
 
 
-def _check(address: Address, names: Sequence[str], timeout_s: float) -> None:
+def _check(address: Address, names: Sequence[str], timeout_s: float, detail: plugin.Detail) -> None:
+    """Print the plugin's line and exit with its code, whatever happens."""
+    code: int
     try:
-        with Connection(address, timeout_s) as connection:
-            level, line = plugin.verdict(_chosen(ask_for_all(connection), names), names)
-    except CacheServiceError as error:
-        click.echo(plugin.unknown(error))
-        raise click.exceptions.Exit(plugin.UNKNOWN) from None
+        code, line = _judge(address, names, timeout_s, detail)
+    except Exception as error:  # a traceback would end as WARNING, with exit code 1
+        code, line = plugin.UNKNOWN, plugin.unknown(f"a bug: {type(error).__name__}: {error}")
     click.echo(line)
-    raise click.exceptions.Exit(level)
+    raise click.exceptions.Exit(code)
+
+
+def _judge(address: Address, names: Sequence[str], timeout_s: float, detail: plugin.Detail) -> tuple[int, str]:
+    """Ask within `timeout_s` in all: schedulers of plugins count the whole run."""
+    try:
+        with Connection(address, timeout_s, deadline_at=time.monotonic() + timeout_s) as connection:
+            answer = ask_for_all(connection)
+    except CacheServiceError as error:
+        return plugin.no_answer(error)
+    try:
+        return plugin.verdict(_chosen(answer, names), names, detail)
+    except Refused as error:
+        return plugin.UNKNOWN, plugin.unknown(error)
 
 
 def _chosen(answer: Answer, names: Sequence[str]) -> Answer:
