@@ -2,15 +2,19 @@
 
 Half of the time one process has to stand all that does not end it; then it is killed, restarted and its files damaged
 as well. After that: a process that may have 64 descriptors, saves that are killed at random moments, files with a
-changed byte or cut off. What is checked, and how, `tests/faults.py` tells, which does the same in the tests, short.
+changed byte or cut off, and the tests that draw their inputs, with new seeds, which are printed. What is checked, and
+how, `tests/faults.py` tells, which does the same in the tests, short.
 It needs root, for a small file system that fills, and a C compiler, for a clock that can be turned.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import platform
+import secrets
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -35,6 +39,7 @@ FROZEN = "database: all of it frozen"
 FLOOD = "clients: more than descriptors"
 SIXTY_FOUR = ("sh", "-c", 'ulimit -n 64; exec "$0" "$@"')
 
+_DRAWN = ("tests/test_fuzz.py", "tests/test_deltas.py", "tests/test_resp_requests.py", "tests/test_watch.py")
 _KILL_ROWS = 20_000
 _KILL_WITHIN_S = 0.15
 _FLOODS = 5
@@ -51,6 +56,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=500, help="of a process that saves")
     parser.add_argument("--corruptions", type=int, default=1000, help="single bytes of a saved file")
     parser.add_argument("--starts", type=int, default=20, help="of the whole service with a damaged file")
+    parser.add_argument("--draws", type=int, default=1, help="runs of the tests that draw their inputs, with new seeds")
     parser.add_argument("--report", type=Path, help="a Markdown file to write")
     options = parser.parse_args()
     reactor.seconds = time.monotonic
@@ -58,6 +64,7 @@ def main() -> None:
     random, counts, began_at = Random(options.seed), Counts(), time.monotonic()
     storms = stormy(options, random, counts)
     on_files(options, random, counts)
+    failed = [seed for seed in (secrets.randbelow(2**32) for _ in range(options.draws)) if not drawn(seed)]
     tables = report(storms, counts, time.monotonic() - began_at)
     bad = counts.bad()
     for title, rows, headers in tables:
@@ -66,7 +73,9 @@ def main() -> None:
         print(f"\n{MUST_BE_0[what]}:", *examples, sep="\n  ")
     if options.report is not None:
         options.report.write_text(markdown(tables, bad, options))
-    sys.exit(1 if bad else 0)
+    if failed:
+        print(f"\nThe tests that draw their inputs failed with these seeds: {failed}")
+    sys.exit(1 if bad or failed else 0)
 
 
 # The service
@@ -155,6 +164,17 @@ def on_files(options: argparse.Namespace, random: Random, counts: Counts) -> Non
         shutil.rmtree(directory)
     if failed:
         sys.exit(failed[0].getTraceback())
+
+
+# The tests that draw their inputs
+
+
+def drawn(seed: int) -> bool:
+    """Run the tests that draw their inputs with new ones; True if they passed."""
+    seeds = {"FUZZ_SEED": f"{seed:08x}", "CACHESERVICE_TEST_DELTAS_SEED": str(seed), "TESTS_RANDOM": "1"}
+    print("pytest with", " ".join(f"{name}={value}" for name, value in seeds.items()), "…", flush=True)
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", f"--hypothesis-seed={seed}", *_DRAWN]
+    return not subprocess.run(command, check=False, env=os.environ | seeds).returncode
 
 
 # What came of it

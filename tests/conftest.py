@@ -1,21 +1,49 @@
-"""Fixtures: one real PostgreSQL for the whole run, started by the first test that needs it."""
+"""Fixtures: one real PostgreSQL for the whole run, started by the first test that needs it.
+
+Every run has the same inputs: hypothesis derives its examples from the tests, the module `random` is seeded with the
+name of the test, and other seeds are constants. TESTS_RANDOM=1 has hypothesis draw new examples, and print how to
+repeat those that fail; `benchmarks.soak` sets it.
+"""
 
 from __future__ import annotations
 
+import os
+import random
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from cacheservice.cli.embedded import EmbeddedPostgres
+from tests.versions import DEFAULT_VERSION, VERSIONS, OlderPostgres
+
+# No deadline: how long an example takes is up to the machine.
+settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
+settings.register_profile("random", deadline=None, print_blob=True)
+settings.load_profile("random" if os.environ.get("TESTS_RANDOM") else "fixed")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    random.seed(item.nodeid)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--postgres",
+        choices=[DEFAULT_VERSION, *VERSIONS],
+        default=DEFAULT_VERSION,
+        help="the major version of the PostgreSQL that the tests use",
+    )
 
 
 @pytest.fixture(scope="session")
-def postgres_server() -> Iterator[EmbeddedPostgres]:
+def postgres_server(request: pytest.FixtureRequest) -> Iterator[EmbeddedPostgres]:
     directory = Path(tempfile.mkdtemp(prefix="cacheservice-tests-"))
-    server = EmbeddedPostgres(directory)
+    version = request.config.getoption("--postgres")
+    server = EmbeddedPostgres(directory) if version == DEFAULT_VERSION else OlderPostgres(directory, version)
     try:
         server.start()
         yield server

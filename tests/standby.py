@@ -65,7 +65,7 @@ def running_standby(
         }
         arguments = [word for name, value in options.items() for word in ("-c", f"{name}={value}")]
         with (folder / "log").open("wb") as log:
-            program = [_programs() / "postgres", "-D", data, *arguments]
+            program = [server.programs / "postgres", "-D", data, *arguments]
             process = subprocess.Popen(program, stdout=log, stderr=log, start_new_session=True, **common)
         try:
             dsn = partial(server.dsn, port=port)

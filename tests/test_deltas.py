@@ -41,6 +41,7 @@ from cacheservice.refresh.service import CacheService
 from tests.standby import running_standby
 from tests.test_refresh_service import Log
 
+SEED = int(os.environ.get("CACHESERVICE_TEST_DELTAS_SEED", "20261128"))
 ROUNDS = int(os.environ.get("CACHESERVICE_TEST_DELTAS", "150"))
 """Deltas of each dataset, while writers write."""
 KEYS = 200
@@ -252,16 +253,15 @@ class Proof(TestCase):
             await self.prove(ROUNDS // 3)
 
     async def prove(self, rounds: int) -> None:
-        seed = random.randrange(2**32)
         service, cache, database = self.service(PRODUCTS, PRICES, JOINED)
         service.startService()
         await self.until(lambda: all(dataset.snapshot for dataset in cache.datasets.values()))
         stop = threading.Event()
         self.addCleanup(stop.set)  # else their threads would not end where this test does
         writers = DeferredList(
-            [deferToThread(write, self.dsn, random.Random(seed + number), stop, number) for number in range(WRITERS)]
+            [deferToThread(write, self.dsn, random.Random(SEED + number), stop, number) for number in range(WRITERS)]
         )
-        choose = random.Random(seed)
+        choose = random.Random(SEED)
         for _ in range(rounds):
             for dataset in cache.datasets.values():
                 await self.attempted(service, dataset)
@@ -272,9 +272,9 @@ class Proof(TestCase):
             await deferLater(reactor, choose.random() * 0.02)
         stop.set()
         for succeeded, result in await writers:
-            self.assertTrue(succeeded, f"seed {seed}: {result}")
+            self.assertTrue(succeeded, f"seed {SEED}: {result}")
             self.assertGreater(result, 20 * rounds // ROUNDS)
-        self.assertGreater(database.kinds.count("delta"), rounds, f"seed {seed}: {database.reasons}")
+        self.assertGreater(database.kinds.count("delta"), rounds, f"seed {SEED}: {database.reasons}")
         # Whether a writer has truncated is left to chance; the last one is not.
         self.sql("TRUNCATE prices")
         await self.until_replayed()
@@ -286,7 +286,7 @@ class Proof(TestCase):
             service.refresh_now(name)
             await self.until(lambda dataset=dataset, ended=ended: dataset.outcomes.total() > ended)
             self.check(dataset, database)
-            self.assertEqual(dataset.differences, 0, f"seed {seed}: {self.events[-5:]}")
+            self.assertEqual(dataset.differences, 0, f"seed {SEED}: {self.events[-5:]}")
         await service.stopService()
         gc.collect()
         self.assertEqual(self.flushLoggedErrors(), [])

@@ -4,6 +4,7 @@ told that some may have been missed; whatever cannot hear is found out, and noth
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import random
 import socket
@@ -650,8 +651,10 @@ class LostTests(ListenerTestCase):
         """Both in order and at once."""
         self.addCleanup(self.server.start)
 
+        ways = itertools.cycle(("fast", "immediate"))
+
         def strike() -> Any:
-            return deferToThread(self.server.stop, random.choice(["fast", "immediate"]))
+            return deferToThread(self.server.stop, next(ways))
 
         def mend() -> Any:
             return deferToThread(self.server.start)

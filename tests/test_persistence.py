@@ -836,7 +836,7 @@ class Stopping(Running):
 class Killed(Running):
     async def test_kill_9(self) -> None:
         """Killed at any moment, the next start serves the generation that was being saved or the one before, whole."""
-        random_ = random.Random()
+        random_ = random.Random(1)
         for _ in range(KILLS):
             begun = await deferToThread(killed_after, self.directory, KILL_ROWS, random_.uniform(0.0, 0.15))
             dataset = self.store(start=False)

@@ -81,6 +81,11 @@ class EmbeddedPostgres:
         return self._process.pid if self._process is not None and self.running else None
 
     @property
+    def programs(self) -> Path:
+        """The folder of `postgres` and `initdb`."""
+        return _programs()
+
+    @property
     def psql_path(self) -> Path:
         return _programs() / "psql"
 
@@ -120,7 +125,7 @@ class EmbeddedPostgres:
         arguments = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(  # noqa: S603 - our own program, no shell
-                [_programs() / "postgres", "-D", self.socket_directory, *arguments],
+                [self.programs / "postgres", "-D", self.socket_directory, *arguments],
                 cwd=self.socket_directory,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -201,16 +206,19 @@ class EmbeddedPostgres:
         if len(os.fsencode(data / f".s.PGSQL.{self.port}")) > SOCKET_PATH_LIMIT_BYTES:
             raise EmbeddedPostgresError(f"{self.directory} is too long a path for a unix socket: choose a shorter one")
         self.directory.mkdir(parents=True, exist_ok=True)
-        wheel = _wheel().get_server(data, start=False, postgres_version=18)
         try:
-            wheel.ensure_pgdata_inited()
+            self._initialize(data)
         except subprocess.CalledProcessError as error:
             raise EmbeddedPostgresError(f"initdb failed in {data}: its output is in the log above") from error
         (data / "pg_hba.conf").write_text(CLIENT_AUTHENTICATION)
-        if wheel.system_user is None:
-            return {}
         owner = data.stat()
+        if os.geteuid() == owner.st_uid:
+            return {}
         return {"user": owner.st_uid, "group": owner.st_gid, "extra_groups": []}
+
+    def _initialize(self, data: Path) -> None:
+        """Run initdb in `data` if it is empty, as the user that the server is to run as."""
+        _wheel().get_server(data, start=False, postgres_version=18).ensure_pgdata_inited()
 
     def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
         limit = time.monotonic() + START_LIMIT_S
