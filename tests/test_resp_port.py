@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import resource
 import socket
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import closing
+from pathlib import Path
+from random import Random
 from typing import Any
 from weakref import ref
 
@@ -29,11 +34,12 @@ from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.listen import tcp
 from cacheservice.ports.resp.commands import Commands
 from cacheservice.ports.resp.protocol import BYTES_PER_TURN, RespFactory, RespProtocol
-from cacheservice.ports.resp.scan import END_OF_DATASET, SortedShards, place_in_shard, scan_rows
+from cacheservice.ports.resp.scan import END_OF_DATASET, SortedShards, numbered, scan_rows
 from tests.resp_peer import MOMENT, ROWS, declared, document, encode, filled_cache, publish
 
 GIVE_UP_S = 60.0  # a client that waits longer than this for its reply has hung
 MANY_ROWS = 300_000
+ROOT = Path(__file__).resolve().parent.parent
 
 Words = tuple[bytes | str | int, ...]
 
@@ -378,6 +384,50 @@ def peak_memory_bytes() -> int:
 
 key_sets = st.sets(st.integers(0, 60), max_size=50)
 
+SCANNED = """
+import json, sys
+from twisted.internet.task import Clock
+import hiredis
+from cacheservice.cache.cache import Cache
+from cacheservice.ports.freshness import Freshness
+from cacheservice.ports.resp.commands import Commands
+from tests.test_resp_port import Refreshes, declared, publish
+
+seed = int(sys.argv[1])
+names = ["one", "two", "three"][:: -1 if seed % 2 else 1]
+cache = Cache([declared(name) for name in names], Clock().seconds)
+commands = Commands(cache, Freshness(Refreshes(), Clock()), "")
+for name in names:
+    publish(cache, name, range(500)[:: -1 if seed % 2 else 1])
+
+def pages(*words):
+    found, cursor = {}, "0"
+    while cursor not in found:
+        reader = hiredis.Reader(encoding="utf-8")
+        asked = [*words, cursor, "COUNT", "40"]
+        answer = commands.by_name[words[0]].run(commands, None, [str(each).encode() for each in asked])
+        reader.feed(answer if isinstance(answer, bytes) else b"".join(answer))
+        following, page = reader.gets()
+        if words[0] == "hscan":
+            page = page[::2]
+        found[cursor] = following, page
+        cursor = following
+    return found
+
+commands.by_name = {name.decode(): command for name, command in commands.by_name.items()}
+print(json.dumps([pages("scan"), pages("hscan", "two")]))
+"""
+
+
+def scanned_by_a_process(seed: int) -> list[dict[str, tuple[str, list[str]]]]:
+    """The pages of a SCAN and an HSCAN by their cursors, of a process with that hash seed."""
+    program = [sys.executable, "-c", SCANNED, str(seed)]
+    done = subprocess.run(
+        program, capture_output=True, check=True, cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": str(seed)}
+    )
+    found: list[dict[str, tuple[str, list[str]]]] = json.loads(done.stdout)
+    return found
+
 
 class Scans(SynchronousTestCase):
     def setUp(self) -> None:
@@ -470,7 +520,59 @@ class Scans(SynchronousTestCase):
             place, keys = scan_rows(rows, place, 1, colliding)
             found += keys
         self.assertEqual(sorted(found), sorted(b"%d" % number for number in range(2000)))
-        self.assertEqual(place_in_shard(b"a"), place_in_shard(bytes([97])))
+
+    def test_a_cursor_of_another_process(self) -> None:
+        """Processes page alike, whatever their hash seeds, the order of the datasets and the order of the rows.
+
+        A scan that goes to another replica with each page returns all that is on both.
+        """
+        replicas = [scanned_by_a_process(seed) for seed in (1, 2)]
+        self.assertEqual(*replicas)
+        everything = [f"{name}:{key}" for name in ("one", "two", "three") for key in range(500)]
+        for number, wanted in enumerate((["one", "two", "three", *everything], [str(key) for key in range(500)])):
+            pages = [replica[number] for replica in replicas]
+            cursor, found, page = "0", [], 0
+            while page == 0 or cursor != "0":
+                cursor, some = pages[page % 2][cursor]
+                found += some
+                page += 1
+            self.assertEqual(sorted(found), sorted(wanted))
+
+    def test_a_cursor_outlives_other_datasets(self) -> None:
+        """A cursor in one dataset goes on there, whatever other datasets come, go, or stand before it."""
+        publish(self.cache, "three", range(100))
+        full = self.all_from(b"0")
+        self.assertEqual(len(full), 101)
+        cursor, first = self.page("SCAN", 0, "COUNT", 30)
+        for names in (("three",), ("new", "three", "other", "one"), ("three", "two", "one")):
+            self.cache.declare([declared(name) for name in names])
+            self.assertEqual(sorted(first + self.all_from(cursor)), sorted(full))
+
+    def all_from(self, cursor: bytes) -> list[bytes]:
+        found: list[bytes] = []
+        while True:
+            cursor, page = self.page("SCAN", cursor, "COUNT", 7)
+            found += page
+            if cursor == b"0":
+                return found
+
+    @settings(deadline=None)
+    @given(st.sets(st.binary(min_size=1, max_size=4), max_size=50))
+    def test_numbers_of_datasets(self, names: set[bytes]) -> None:
+        """Each dataset has a number of its own, never 0, in whatever order they are declared."""
+        numbers = numbered(names)
+        self.assertEqual(numbers, numbered(sorted(names, reverse=True)))
+        self.assertEqual({name for _, name in numbers}, names)
+        self.assertEqual(len({number for number, _ in numbers} - {0}), len(names))
+
+    def test_numbers_that_collide(self) -> None:
+        """Of two names with one checksum the later one takes the next number, and the other keeps its own."""
+        by_number: dict[int, list[bytes]] = {}
+        choose = Random(1)
+        for name in (choose.randbytes(8) for _ in range(10_000)):
+            by_number.setdefault(numbered([name])[0][0], []).append(name)
+        number, (first, second, *_) = next((key, each) for key, each in by_number.items() if len(each) > 1)
+        self.assertEqual(numbered([second, first]), [(number, min(first, second)), (number + 1, max(first, second))])
 
     def test_any_cursor(self) -> None:
         """A cursor nobody gave is answered with a page or the end, never with an error."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from itertools import chain
+from random import Random
+from uuid import UUID
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -77,6 +79,28 @@ class Lookup(SynchronousTestCase):
         builder.add([(b"%d" % n, b"{}") for n in range(1000)])
         rows = builder.finish()
         self.assertEqual(list(rows.items()), list(rows.items()))
+
+    def test_shards_are_balanced(self) -> None:
+        """Keys as databases have them spread over the shards, over many as well: a patch copies one for each key."""
+        choose = Random(1)
+        for pattern in (
+            (b"%d" % n for n in range(60_000)),
+            (b"%d" % (n * 1000) for n in range(60_000)),
+            (b"%012d" % n for n in range(60_000)),
+            (b"%d:%b" % (n // 4, (b"EUR", b"USD", b"GBP", b"CHF")[n % 4]) for n in range(60_000)),
+            (b"2026-%02d-%02d:%d" % (n % 12 + 1, n // 12 % 28 + 1, n // 336) for n in range(60_000)),
+            (b"%b%b" % (bytes([65 + n // 26 % 26, 65 + n % 26]), b"%06d" % (n // 676)) for n in range(60_000)),
+            (str(UUID(int=choose.getrandbits(128), version=4)).encode() for _ in range(60_000)),
+            (b"%x" % (n << 16) for n in range(60_000)),
+        ):
+            some = [(key, b"") for key in pattern]
+            for patched in (False, True):
+                builder = RowsBuilder(Released(), patched=patched)
+                builder.expect(60_000)
+                builder.add(some)
+                rows = builder.finish()
+                mean = rows.count / (rows.mask + 1)
+                self.assertLess(max(map(len, rows.shards())), mean + 8 * mean**0.5)
 
     def test_no_row_at_all(self) -> None:
         """A result without rows is a result."""

@@ -1,9 +1,10 @@
 """The rows of one snapshot: key -> JSON document, both bytes, never changed once built.
 
-They lie in 256 dicts by hash, because one dict of a million entries holds the reactor
-for 29 ms each time it grows, and as long again when it is freed (measured). Rows that are to be patched lie in more of
-them, and these in groups: what a patch does not touch is shared with the rows before it, and what it touches is copied,
-a group and one of its dicts for each key.
+They lie in 256 dicts by the CRC-32 of their keys, because one dict of a million entries holds the reactor for 29 ms
+each time it grows, and as long again when it is freed (measured). Python's own hash differs from process to process,
+and the cursors of SCAN, which follow these dicts, must not; a CRC takes no longer (measured). Rows that are to be
+patched lie in more of them, and these in groups: what a patch does not touch is shared with the rows before it, and
+what it touches is copied, a group and one of its dicts for each key.
 
 A document is kept as most clients want it sent: a bulk string of the Redis protocol. Framing it for each read again
 took a fifth of a pipelined GET; taking the frame off for the others is one slice.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
+from zlib import crc32
 
 from cacheservice.errors import BadResult, ResultTooLarge
 
@@ -56,7 +58,7 @@ def unframed(ready: bytes) -> bytes:
 class Rows:
     """An immutable mapping of `count` keys to documents, `size_bytes` long in all (keys and documents).
 
-    With `place = hash(key) & mask`, `groups[place >> bits]` holds `key`, in its shard of the number that the last
+    With `place = crc32(key) & mask`, `groups[place >> bits]` holds `key`, in its shard of the number that the last
     `bits` bits of `place` give; ordinary rows have one group. That is for the one place that cannot afford the call of
     `bulk`. Whoever takes them must let them go in the turn in which this object is replaced, because they are emptied
     after it.
@@ -81,15 +83,15 @@ class Rows:
 
     def get(self, key: bytes) -> bytes | None:
         """The document of `key`, or None."""
-        ready = self.shard(hash(key) & self.mask).get(key)
+        ready = self.shard(crc32(key) & self.mask).get(key)
         return None if ready is None else unframed(ready)
 
     def bulk(self, key: bytes) -> bytes | None:
         """The document of `key` as a bulk string, or None."""
-        return self.shard(hash(key) & self.mask).get(key)
+        return self.shard(crc32(key) & self.mask).get(key)
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self.shard(hash(key) & self.mask)
+        return key in self.shard(crc32(key) & self.mask)
 
     def shard(self, place: int) -> dict[bytes, bytes]:
         """The one at that place, from 0 to `mask`."""
@@ -99,8 +101,8 @@ class Rows:
         """All of them, in the order of their places."""
         return chain.from_iterable(self.groups)
 
-    def keys_by_hash(self, low_bits: int) -> Iterator[bytes]:
-        """The keys whose hash ends in that number, which is less than SHARD_COUNT."""
+    def keys_by_checksum(self, low_bits: int) -> Iterator[bytes]:
+        """The keys whose CRC-32 ends in that number, which is less than SHARD_COUNT."""
         return chain.from_iterable(map(self.shard, range(low_bits, self.mask + 1, SHARD_COUNT)))
 
     def slices(self, most: int) -> Iterator[tuple[list[bytes], list[bytes]]]:
@@ -150,7 +152,7 @@ class RowsBuilder:
         :raises ResultTooLarge: past `max_rows` or `max_bytes`.
         """
         # A million times in a refresh, and so written out: `bulk`, and `max`, whose call costs more than all it does.
-        shards, headers = self._shards or self._begun(), _HEADERS
+        shards, headers, checksum = self._shards or self._begun(), _HEADERS, crc32
         mask = len(shards) - 1
         size_bytes = longest = 0
         for key, document in chunk:
@@ -159,7 +161,7 @@ class RowsBuilder:
                 raise BadResult(f"the key of row {number} is NULL; every row needs a key")
             size = len(document)
             ready = (headers[size] if size < _PREPARED else b"$%d\r\n" % size) + document + b"\r\n"
-            if shards[hash(key) & mask].setdefault(key, ready) is not ready:
+            if shards[checksum(key) & mask].setdefault(key, ready) is not ready:
                 raise BadResult(f"the key {_shown(key)} occurs twice; a key must be unique")
             length = len(key)
             if length > longest:  # noqa: PLR1730
@@ -234,12 +236,12 @@ class RowsPatch:
             del self._own_shard(key)[key]
 
     def _shard(self, key: bytes) -> dict[bytes, bytes]:
-        place = hash(key) & self.old.mask
+        place = crc32(key) & self.old.mask
         own = self._copied.get(place)
         return self.old.shard(place) if own is None else own
 
     def _own_shard(self, key: bytes) -> dict[bytes, bytes]:
-        place = hash(key) & self.old.mask
+        place = crc32(key) & self.old.mask
         own = self._copied.get(place)
         if own is None:
             own = self._copied[place] = self.old.shard(place).copy()

@@ -13,12 +13,14 @@ import os
 import platform
 import resource
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from importlib import resources
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
+from zlib import crc32
 
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
@@ -34,7 +36,7 @@ from cacheservice.ports.freshness import Freshness, is_visible
 from cacheservice.ports.resp import reply
 from cacheservice.ports.resp.reply import CHUNK_ROWS, CommandError
 from cacheservice.ports.resp.requests import integer
-from cacheservice.ports.resp.scan import END_OF_DATASET, MAX_COUNT, SortedShards, glob, scan_rows
+from cacheservice.ports.resp.scan import END_OF_DATASET, MAX_COUNT, SortedShards, glob, numbered, scan_rows
 
 if TYPE_CHECKING:
     from cacheservice.ports.resp.protocol import RespProtocol
@@ -77,8 +79,8 @@ class Commands:
         self._freshness = freshness
         self._password = password.encode()
         self._datasets: dict[bytes, Dataset] = {}
-        # The order of SCAN, whose cursors hold a place in it: one that is left is taken by the next that comes.
-        self._places: list[bytes | None] = []
+        # The order of SCAN; None until it is asked for.
+        self._numbered: list[tuple[int, bytes]] | None = None
         self._sorted = SortedShards()
         catalogue = resources.files(__package__).joinpath("catalogue.json").read_text("utf-8")
         self.catalogue = json.loads(catalogue, object_hook=_flags_as_statuses)
@@ -99,7 +101,6 @@ class Commands:
         """These commands on what is served now, whatever is published later."""
         frozen = copy(self)
         frozen._datasets = {name: copy(dataset) for name, dataset in self._datasets.items()}
-        frozen._places = list(self._places)
         frozen._served = {}  # a publish would empty them
         return frozen
 
@@ -108,14 +109,11 @@ class Commands:
         self._served.pop(name, None)
         if fate == "removed":
             del self._datasets[name]
-            self._places[self._places.index(name)] = None
+            self._numbered = None
             return
         if fate == "added":
             self._datasets[name] = dataset
-            if None in self._places:
-                self._places[self._places.index(None)] = name
-            else:
-                self._places.append(name)
+            self._numbered = None
             dataset.watch(self._published)
         self._published(dataset)
 
@@ -198,6 +196,7 @@ class Commands:
         groups: Groups = []
         shards: Shards = []
         mask = counted = 0
+        checksum = crc32
         reads: Reads
         try:
             for word, key in batch:
@@ -211,9 +210,9 @@ class Commands:
                         counted = number
                     (shards, groups, mask, reads), last = self._served[name], name
                 if shards:
-                    add(shards[hash(row) & mask][row])
+                    add(shards[checksum(row) & mask][row])
                 else:
-                    place = hash(row) & mask
+                    place = checksum(row) & mask
                     add(groups[place >> PATCHED_GROUP_BITS][place & PATCHED_GROUP_MASK][row])
         except (KeyError, ValueError):
             pass  # no such dataset or row; more or fewer than two words
@@ -374,19 +373,24 @@ class Commands:
     # Scans
 
     def scan(self, _: RespProtocol, words: Words) -> Reply:
-        """Datasets by their places, each one's hash before its rows; MATCH and TYPE drop what was looked at."""
+        """Datasets by their numbers, each one's hash before its rows; MATCH and TYPE drop what was looked at."""
         cursor = _cursor(words[1])
         options = _scan_options(words[2:], types=True)
         number, place = divmod(cursor, END_OF_DATASET)
         matches = glob(options.match)
-        places = self._places
+        if self._numbered is None:
+            self._numbered = numbered(self._datasets)
+        datasets = self._numbered
+        index = bisect_left(datasets, (number, b""))
+        if index < len(datasets) and datasets[index][0] != number:
+            place = 0  # the one that it was in is gone
         found: list[bytes] = []
         looked_at = 0
-        while number < len(places) and looked_at < options.count:
-            name = places[number]
-            snapshot = None if name is None else self._datasets[name].snapshot
-            if name is None or snapshot is None or options.type not in (None, b"string", b"hash"):
-                number, place = number + 1, 0
+        while index < len(datasets) and looked_at < options.count:
+            name = datasets[index][1]
+            snapshot = self._datasets[name].snapshot
+            if snapshot is None or options.type not in (None, b"string", b"hash"):
+                index, place = index + 1, 0
                 continue
             if place == 0 and options.type != b"string" and (matches is None or matches(name)):
                 found.append(name)
@@ -400,8 +404,8 @@ class Commands:
                 full = [b"%b:%b" % (name, key) for key in keys]
                 found += full if matches is None else filter(matches, full)
             if place == END_OF_DATASET:
-                number, place = number + 1, 0
-        following = 0 if number >= len(places) else number * END_OF_DATASET + place
+                index, place = index + 1, 0
+        following = 0 if index >= len(datasets) else datasets[index][0] * END_OF_DATASET + place
         return _in_a_turn(reply.encode([str(following), found], 2), looked_at)
 
     def hscan(self, _: RespProtocol, words: Words) -> Reply:

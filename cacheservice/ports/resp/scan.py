@@ -1,7 +1,9 @@
 """SCAN and HSCAN: what is there from the first call to the last is returned at least once, across publishes too.
 
-A cursor is a place in the order of the keys' hashes, which no publish changes: 13 bits for the dataset, 8 for the
-shard, 32 for the hash within it. 53 bits in all, because some clients keep a cursor in a double.
+A cursor is a place in an order that no publish changes and that is the same in every process, so that a scan may go on
+at another replica, or after a restart: 21 bits for the number of the dataset, 32 for the key. Both are CRC-32: of a
+name its last bits, of a key the last 8 bits, which choose its shard, before the other 24. 53 bits in all, because some
+clients keep a cursor in a double.
 """
 
 from __future__ import annotations
@@ -9,17 +11,34 @@ from __future__ import annotations
 import re
 import weakref
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from zlib import crc32
 
 from cacheservice.cache.rows import SHARD_COUNT, Rows
 
 MAX_COUNT = 10_000
 """The most that one call looks at, whatever COUNT says: it is only a hint, and the reactor is not to be held."""
 
-_HASH_BITS = 32
-_PLACE_BITS = 40
+_KEY_BITS = 24
+"""Of a place within its shard."""
+_PLACE_BITS = 32
 END_OF_DATASET = 1 << _PLACE_BITS
-MAX_DATASETS = 1 << 13
+_DATASET_NUMBERS = 1 << 21
+
+
+def numbered(names: Iterable[bytes]) -> list[tuple[int, bytes]]:
+    """The datasets with their numbers, in the order of these.
+
+    A number depends on the dataset's name, and on other names only where two would have the same one: of these the
+    later in the alphabet takes the next that is free. No number is 0, which no cursor but the first may be.
+    """
+    taken: dict[int, bytes] = {}
+    for name in sorted(names):
+        number = crc32(name) % _DATASET_NUMBERS
+        while not number or number in taken:
+            number = (number + 1) % _DATASET_NUMBERS
+        taken[number] = name
+    return sorted(taken.items())
 
 
 def scan_rows(
@@ -27,24 +46,24 @@ def scan_rows(
 ) -> tuple[int, list[bytes]]:
     """At least `count` keys from place `start` on, if there are as many; and where to go on, or END_OF_DATASET.
 
-    :param sorted_shard: gives (hash within the shard, key) of one shard, sorted.
+    :param sorted_shard: gives (place within the shard, key) of one shard, sorted.
     """
     found: list[bytes] = []
-    shard, place = start >> _HASH_BITS, start & ((1 << _HASH_BITS) - 1)
+    shard, place = start >> _KEY_BITS, start & ((1 << _KEY_BITS) - 1)
     while shard < SHARD_COUNT:
         entries = sorted_shard(rows, shard)
         index = bisect_left(entries, (place, b""))
         taken = index + count - len(found)
-        # Keys of one hash have one place: all of them, or the rest would never be seen.
+        # Keys of one checksum have one place: all of them, or the rest would never be seen.
         while 0 < taken < len(entries) and entries[taken][0] == entries[taken - 1][0]:
             taken += 1
         found.extend(key for _, key in entries[index:taken])
         if taken < len(entries):
-            return shard << _HASH_BITS | entries[taken][0], found
+            return shard << _KEY_BITS | entries[taken][0], found
         shard, place = shard + 1, 0
         if len(found) >= count:
             break
-    return (shard << _HASH_BITS if shard < SHARD_COUNT else END_OF_DATASET), found
+    return (shard << _KEY_BITS if shard < SHARD_COUNT else END_OF_DATASET), found
 
 
 class SortedShards:
@@ -58,13 +77,13 @@ class SortedShards:
     def __call__(self, rows: Rows, shard: int) -> Sequence[tuple[int, bytes]]:
         if self._rows is None or self._rows() is not rows or self._shard != shard:
             self._rows, self._shard = weakref.ref(rows), shard
-            self._entries = sorted((place_in_shard(key), key) for key in rows.keys_by_hash(shard))
+            self._entries = sorted((place_in_shard(key), key) for key in rows.keys_by_checksum(shard))
         return self._entries
 
 
 def place_in_shard(key: bytes) -> int:
-    """The 32 bits of a key's hash above those that choose its shard."""
-    return (hash(key) >> 8) & ((1 << _HASH_BITS) - 1)
+    """The bits of a key's CRC-32 above those that choose its shard."""
+    return crc32(key) >> 8
 
 
 def glob(pattern: bytes) -> Callable[[bytes], object] | None:
