@@ -36,6 +36,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from cacheservice import session_rules
 from cacheservice.errors import ConfigError
 
 _DEFAULT_FILE = "cacheservice.toml"
@@ -90,11 +91,8 @@ def _statsd_prefix(prefix: str) -> str:
     return prefix
 
 
-_IDENTIFIER = r'(?:"(?:[^"]|"")+"|[^\W\d][\w$]*)'
-
-
 def _relation(name: str) -> str:
-    if not re.fullmatch(rf"{_IDENTIFIER}(?:\.{_IDENTIFIER})?", name):
+    if not re.fullmatch(rf"{session_rules.IDENTIFIER}(?:\.{session_rules.IDENTIFIER})?", name):
         raise ValueError("must be the name of a table as SQL writes it, such as public.products")
     return name
 
@@ -105,6 +103,8 @@ def _tables(value: object) -> object:
     return tuple(value)
 
 
+_SearchPath = Annotated[str, AfterValidator(session_rules.search_path)]
+_SessionSettings = Annotated[Mapping[str, str], BeforeValidator(session_rules.session_settings)]
 # A duration that becomes a timer of the reactor.
 _TimerSeconds = Annotated[float, Field(gt=0), AfterValidator(_held_by_a_timer)]
 
@@ -130,6 +130,14 @@ class PostgresSettings(_Table):
         default=0.0,
         ge=0,
         description="share of one connection's time that refreshes may use over a minute, 0.1 = 6 s; 0 = no limit",
+    )
+    search_path: _SearchPath = Field(
+        default=session_rules.DEFAULT_SEARCH_PATH,
+        min_length=1,
+        description="schemas in which names without one are found, as SQL writes them",
+    )
+    settings: _SessionSettings = Field(
+        default={}, description='settings of PostgreSQL for all queries, such as {TimeZone = "Europe/Berlin"}'
     )
 
 
@@ -280,6 +288,10 @@ class DefaultsSettings(_Table):
     full_interval_s: _TimerSeconds = Field(
         default=3600.0, description="with watch: seconds after which everything is read again, as a check"
     )
+    search_path: _SearchPath = Field(default="", description="as postgres.search_path, for this query; empty = that")
+    settings: _SessionSettings = Field(
+        default={}, description="as postgres.settings, for this query, beside and over those"
+    )
 
 
 class DatasetSettings(DefaultsSettings):
@@ -299,7 +311,7 @@ class DatasetSettings(DefaultsSettings):
     @property
     def reading(self) -> tuple[object, ...]:
         """What decides how it is read."""
-        return self.query, self.key, self.probe, self.watch, self.notify
+        return self.query, self.key, self.probe, self.watch, self.notify, self.search_path, self.settings
 
     @field_validator("retry_max_s")
     @classmethod
@@ -309,6 +321,8 @@ class DatasetSettings(DefaultsSettings):
         return retry_max_s
 
 
+_OF_A_TRANSACTION = ("search_path", "settings")
+"""Keys of the transaction in which a group is read."""
 _OF_A_GROUP = ("interval_s", "timeout_s", "retry_initial_s", "retry_max_s", "jitter")
 """Keys that say when a refresh happens, which a group has in common."""
 
@@ -324,7 +338,7 @@ _DatasetName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,62}$")]
 class Settings(_Table):
     """The whole configuration, frozen. `datasets` is read-only and in the order of declaration.
 
-    Each dataset already holds what `defaults` gives it.
+    Each dataset already holds what `defaults` and `postgres` give it.
     """
 
     postgres: PostgresSettings
@@ -341,10 +355,25 @@ class Settings(_Table):
 
     @field_validator("datasets")
     @classmethod
-    def _at_least_one(cls, datasets: Mapping[str, DatasetSettings]) -> Mapping[str, DatasetSettings]:
+    def _at_least_one(
+        cls, datasets: Mapping[str, DatasetSettings], earlier: ValidationInfo
+    ) -> Mapping[str, DatasetSettings]:
         if not datasets:
             raise ValueError("none declared; add a [datasets.NAME] table with query and key")
-        return MappingProxyType(dict(datasets))
+        postgres = earlier.data.get("postgres")
+        if postgres is None:  # it was refused, which is what gets reported
+            return MappingProxyType(dict(datasets))
+        return MappingProxyType({name: _of_session(dataset, postgres) for name, dataset in datasets.items()})
+
+
+def _of_session(dataset: DatasetSettings, postgres: PostgresSettings) -> DatasetSettings:
+    """`dataset` with what holds for all sessions where it chooses nothing itself."""
+    return dataset.model_copy(
+        update={
+            "search_path": dataset.search_path or postgres.search_path,
+            "settings": session_rules.merged(postgres.settings, dataset.settings),
+        }
+    )
 
 
 def load(environ: Mapping[str, str], dsn_problem: Callable[[str], str | None]) -> Settings:
@@ -424,15 +453,20 @@ def glance(environ: Mapping[str, str]) -> Glance:
 
 def _group_problems(settings: Settings) -> dict[_Place, str]:
     """Where datasets of one group differ in what there is only one of for all of them."""
-    return {
-        ("datasets", other.name, key): (
-            f"must be {getattr(first, key):g} as that of {first.name}, which is in the same group"
-        )
-        for first, *others in groups(settings.datasets.values())
-        for other in others
-        for key in _OF_A_GROUP
-        if getattr(other, key) != getattr(first, key)
-    }
+    problems: dict[_Place, str] = {}
+    for first, *others in groups(settings.datasets.values()):
+        for other in others:
+            for key in _OF_A_GROUP:
+                if getattr(other, key) != (common := getattr(first, key)):
+                    problems["datasets", other.name, key] = (
+                        f"must be {common:g} as that of {first.name}, which is in the same group"
+                    )
+            for key in _OF_A_TRANSACTION:
+                if getattr(other, key) != getattr(first, key):
+                    problems["datasets", other.name, key] = (
+                        f"must be as that of {first.name}, which is in the same group, and is read with it"
+                    )
+    return problems
 
 
 def _watch_problems(settings: Settings) -> dict[_Place, str]:

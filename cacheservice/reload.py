@@ -23,6 +23,8 @@ _AT_ONCE = frozenset(
         "postgres.connect_timeout_s",
         "postgres.max_connections",
         "postgres.max_load",
+        "postgres.search_path",
+        "postgres.settings",
         "limits.max_connections",
         "limits.idle_timeout_s",
         "log.level",

@@ -95,6 +95,8 @@ class WhatLoads(Loading):
                 "max_rows": 0,
                 "on_expired": "serve",
                 "max_bytes": 0,
+                "search_path": "pg_catalog, public, pg_temp",
+                "settings": {},
             },
         )
 
@@ -411,7 +413,8 @@ class Problems(Loading):
         )
         self.assertEqual(
             self.problem_of(DSN + "sslmode = 1\n" + PRODUCTS),
-            "postgres.sslmode: unknown key; known are dsn, connect_timeout_s, max_connections, max_load",
+            "postgres.sslmode: unknown key; known are dsn, connect_timeout_s, max_connections, max_load, "
+            "search_path, settings",
         )
         known = "known are postgres, status, admin, resp, http, limits, log, persistence, statsd, defaults, datasets"
         self.assertEqual(self.problem_of(DSN + PRODUCTS + "[cluster]\n"), f"cluster: unknown table; {known}")
@@ -555,7 +558,7 @@ class Reference(SynchronousTestCase):
         rows = {path: (default, description) for path, default, description in config.reference()}
         self.assertEqual(len(rows), len(config.reference()))
         self.assertTrue(all(description for _default, description in rows.values()))
-        self.assertEqual(list(rows)[2:5], ["postgres.max_connections", "postgres.max_load", "status.host"])
+        self.assertEqual(list(rows)[2:5], ["postgres.max_connections", "postgres.max_load", "postgres.search_path"])
         self.assertEqual(rows["datasets.NAME.query"], ("required", "the SQL whose result is kept"))
         self.assertEqual(rows["status.host"][0], '"127.0.0.1"')
         self.assertEqual(rows["datasets.NAME.required"][0], "true")

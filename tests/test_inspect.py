@@ -26,6 +26,7 @@ from cacheservice.postgres.inspect import Inspection, Server, inspecting, keys
 from cacheservice.postgres.inspect import session as inspect_session
 from cacheservice.postgres.inspect.plans import worst_node
 from cacheservice.postgres.migrate import create_reader, migrate
+from cacheservice.postgres.session_settings import Limits, begin_reading
 from cacheservice.postgres.watch import watch
 from tests import pgbouncer
 from tests.pgbouncer import running_pgbouncer
@@ -100,16 +101,19 @@ class Describing(Inspecting):
         self.assertIn("read-only transaction", text)
 
     def test_the_settings_are_those_of_a_refresh(self) -> None:
-        """What it begins with sets all that a refresh sets, and what is no time to the same."""
-        pattern = re.compile(r"SET LOCAL (\w+) = ([^;]*);|(ISOLATION LEVEL [^;]*);")
+        """It begins as a refresh of that dataset does, but for the time limits."""
+        begun: list[tuple[DatasetSettings, Limits]] = []
 
-        def settings(begin: str) -> Mapping[str, str]:
-            found = {name or "begin": value or level for name, value, level in pattern.findall(begin)}
-            return {name: "" if name.endswith("_timeout") else value for name, value in found.items()}
+        def recorded(dataset: DatasetSettings, limits: Limits) -> str:
+            begun.append((dataset, limits))
+            return begin_reading(dataset, limits)
 
-        theirs = dict(settings(refreshes._BEGIN))
-        del theirs["application_name"]  # which the connection has
-        self.assertEqual(settings(inspect_session._BEGIN), theirs)
+        self.assertIs(inspect_session.begin_reading, refreshes.begin_reading)
+        self.patch(inspect_session, "begin_reading", recorded)
+        self.look("SELECT current_setting('work_mem') AS id", settings={"work_mem": "7MB"}, search_path="ext")
+        ((dataset, limits),) = begun
+        self.assertEqual((dataset.settings, dataset.search_path), ({"work_mem": "7MB"}, "ext, pg_temp"))
+        self.assertEqual(limits.lock_ms, 3000)
 
     def test_size_and_cost(self) -> None:
         """Rows as the planner knows them or as they were counted, bytes of whole documents, the plan's cost."""
@@ -276,9 +280,7 @@ class Problems(Inspecting):
 
     def test_a_locked_table(self) -> None:
         """A table that another session has locked is told as that, within seconds."""
-        self.patch(
-            inspect_session, "_BEGIN", inspect_session._BEGIN.replace("lock_timeout = 3000", "lock_timeout = 100")
-        )
+        self.patch(inspect_session, "_LIMITS", inspect_session._LIMITS._replace(lock_ms=100))
         with closing(psycopg2.connect(self.owner)) as other:
             other.cursor().execute("LOCK TABLE shop.products")
             text, _ = self.problem("SELECT id FROM shop.products")

@@ -655,7 +655,9 @@ class Restoring(Running):
     async def test_another_query(self) -> None:
         """Rows of another query are not served, however old: all of them are moved aside."""
         message = await self.refused(lambda: None, declared(query="SELECT 1 AS id"), left=None)
-        self.assertIn("the query, the key, the probe or watch of the dataset was changed", message)
+        self.assertIn(
+            "the query, the key, the probe, watch, settings or search_path of the dataset was changed", message
+        )
 
     async def test_another_key(self) -> None:
         """Neither are rows by another key."""

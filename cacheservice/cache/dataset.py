@@ -176,7 +176,7 @@ class Dataset:
             # They are of what it was, and so are its failures.
             self.candidate = self.held = None
             self.consecutive_failures = 0
-        if (settings.probe, settings.watch) != (self.settings.probe, self.settings.watch):
+        if settings.reading != self.settings.reading:
             self._begin_anew()
         self.settings = settings
 

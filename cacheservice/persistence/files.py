@@ -33,6 +33,7 @@ import zstandard
 from cacheservice.cache.rows import STARTS, Rows
 from cacheservice.config import DatasetSettings
 from cacheservice.errors import SnapshotRejected
+from cacheservice.session_rules import DEFAULT_SEARCH_PATH
 
 MAGIC = b"CSSNAP"
 FORMAT = 2
@@ -94,14 +95,17 @@ class Header:
             raise SnapshotRejected(f"{name}: it is of another generation, {self.generation}")
         if self.fingerprint != fingerprint(settings):
             raise SnapshotRejected(
-                f"{name}: the query, the key, the probe or watch of the dataset was changed since it was saved"
+                f"{name}: the query, the key, the probe, watch, settings or search_path of the dataset was changed "
+                "since it was saved"
             )
 
 
 def fingerprint(settings: DatasetSettings) -> str:
     """Of what decides which rows a dataset has, what they are called, and what a delta starts from; 32 hex digits."""
     watched = [[watch.table, list(watch.key)] for watch in settings.watch]
-    definition = [settings.query, list(settings.key), settings.probe, watched]
+    definition: list[object] = [settings.query, list(settings.key), settings.probe, watched]
+    if settings.settings or settings.search_path not in ("", DEFAULT_SEARCH_PATH):
+        definition += [settings.search_path, dict(settings.settings)]
     return hashlib.blake2b(json.dumps(definition).encode(), digest_size=16).hexdigest()
 
 

@@ -28,28 +28,16 @@ from cacheservice.errors import (
 from cacheservice.postgres import deltas
 from cacheservice.postgres.blockers import find_blockers
 from cacheservice.postgres.guard import GuardedConnection
+from cacheservice.postgres.session_settings import Limits, begin_reading
 from cacheservice.postgres.sessions import Sessions
 from cacheservice.postgres.target import Resolve, Target
 
-# What a session may do is bounded by its grants; this bounds what it may do by mistake. Settings are LOCAL and come
-# after BEGIN because a transaction-pooling proxy would leak them to other clients otherwise.
-BEGIN_READING = """
-BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;
-SET LOCAL search_path = pg_catalog, public, pg_temp;
-SET LOCAL statement_timeout = {statement_ms};
-SET LOCAL lock_timeout = {lock_ms};
-SET LOCAL idle_in_transaction_session_timeout = {idle_ms};
-SET LOCAL client_connection_check_interval = 1000;
-SET LOCAL cursor_tuple_fraction = 1;
-"""
-_BEGIN = (
-    BEGIN_READING
-    + """\
+_BEGIN = """\
+{begin}
 SET LOCAL application_name = {application_name};
 {lock}
-SELECT extract(epoch FROM now())::float8, pg_current_snapshot()::text, pg_backend_pid(), {can_tell}
+SELECT extract(epoch FROM now()), pg_current_snapshot()::text, pg_backend_pid(), {can_tell}
 """
-)
 _PRUNE = """
 BEGIN READ WRITE;
 SET LOCAL statement_timeout = {statement_ms};
@@ -212,17 +200,21 @@ class Database:
         guard.work_for(f"cacheservice {purpose} {attempt}".rstrip())
         lock = deltas.lock_sql(datasets)
         begin = _BEGIN.format(
-            # 0 would mean "no limit".
-            statement_ms=max(1, int(remaining_ms * _STATEMENT_SHARE)),
-            lock_ms=max(1, int(remaining_ms * _LOCK_SHARE)),
-            idle_ms=max(1, int(remaining_ms)),
+            begin=begin_reading(
+                datasets[0],  # a group has in common what decides how it is read
+                Limits(
+                    statement_ms=max(1, int(remaining_ms * _STATEMENT_SHARE)),
+                    lock_ms=max(1, int(remaining_ms * _LOCK_SHARE)),
+                    idle_ms=max(1, int(remaining_ms)),
+                ),
+            ),
             application_name=deltas.literal(self._sessions.target.application_name(purpose, attempt)),
             lock=lock,
             can_tell=deltas.CAN_TELL if lock else "false",
         )
         cursor = await self._execute_asking(guard, begin, purpose, guard.pid, deadline_at)
         ((epoch_s, snapshot, pid, can_tell),) = cursor.fetchall()
-        as_of = datetime.fromtimestamp(epoch_s, UTC)
+        as_of = datetime.fromtimestamp(float(epoch_s), UTC)
         return _Moment(guard, deadline_at, pid, can_tell, Reading(as_of, read_at, snapshot.decode()))
 
     async def _read_one(self, moment: _Moment, wanted: Wanted) -> Reading:

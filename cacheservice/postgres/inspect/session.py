@@ -11,18 +11,21 @@ import psycopg2
 from cacheservice.config import DatasetSettings, PostgresSettings
 from cacheservice.errors import InspectionFailed
 from cacheservice.postgres import deltas
-from cacheservice.postgres.database import BEGIN_READING, columns_query
+from cacheservice.postgres.database import columns_query
 from cacheservice.postgres.inspect import keys
 from cacheservice.postgres.inspect.failures import step
 from cacheservice.postgres.inspect.findings import Column, Finding, Inspection, Server
 from cacheservice.postgres.inspect.look import LOCK_TIMEOUT_MS, STATEMENT_TIMEOUT_MS, Look
 from cacheservice.postgres.inspect.tables import explain
 from cacheservice.postgres.inspect.watching import describe_deltas, look_at_channel, look_at_probe, look_at_watches
+from cacheservice.postgres.session_settings import Limits, begin_reading
 from cacheservice.postgres.target import parse
 from cacheservice.postgres.translate import translate
 
 _OLDEST_VERSION = 140_000
-_BEGIN = BEGIN_READING.format(statement_ms=STATEMENT_TIMEOUT_MS, lock_ms=LOCK_TIMEOUT_MS, idle_ms=STATEMENT_TIMEOUT_MS)
+_LIMITS = Limits(statement_ms=STATEMENT_TIMEOUT_MS, lock_ms=LOCK_TIMEOUT_MS, idle_ms=STATEMENT_TIMEOUT_MS)
+
+_OF_SETTINGS = "correct postgres.settings, or the settings of the dataset"
 
 
 class Inspector:
@@ -40,9 +43,12 @@ class Inspector:
         """
         found = Inspection(dataset.name)
         with self._connection.cursor() as cursor:
-            cursor.execute(_BEGIN)
             try:
+                cursor.execute(begin_reading(dataset, _LIMITS))
                 _look_at_all(Look(self._connection, cursor, self._dsn, self.server, dataset, found))
+            except (psycopg2.errors.InvalidParameterValue, psycopg2.errors.UndefinedObject) as error:
+                # Of the transaction's settings: what a query does wrong is a finding by then.
+                found.findings.append(Finding("problem", f"settings: {error.diag.message_primary}", _OF_SETTINGS))
             finally:
                 if not self._connection.closed:
                     cursor.execute("ROLLBACK")

@@ -1,0 +1,92 @@
+"""The settings of a reading transaction: its bounds, where names are found, and how values are read and rendered.
+
+A document is text that the server renders, so every setting that takes part in that belongs to the query. All are set
+LOCAL and after BEGIN: a transaction-pooling proxy would leak them to other clients otherwise, as it leaks to us what
+those clients set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+from cacheservice.config import DatasetSettings
+from cacheservice.postgres.deltas import literal
+from cacheservice.session_rules import DEFAULT_SEARCH_PATH
+
+RENDERING: Mapping[str, str] = MappingProxyType(
+    {
+        "TimeZone": "UTC",
+        "IntervalStyle": "postgres",
+        "bytea_output": "hex",
+        "extra_float_digits": "1",
+        "lc_monetary": "C",
+        "lc_numeric": "C",
+        "lc_time": "C",
+        "xmlbinary": "base64",
+        "xmloption": "content",
+        "quote_all_identifiers": "off",
+    }
+)
+"""How values become text. "C" is the one locale that every server has."""
+MEANING: Mapping[str, str] = MappingProxyType(
+    {
+        "standard_conforming_strings": "on",
+        "array_nulls": "on",
+        "backslash_quote": "safe_encoding",
+        "transform_null_equals": "off",
+        "row_security": "on",
+        "gin_fuzzy_search_limit": "0",
+    }
+)
+"""What a query means, at PostgreSQL's own defaults."""
+OF_THE_ROLE = ("DateStyle", "default_text_search_config", "timezone_abbreviations", "role")
+"""What a query means, where initdb or the role chose it: their choice stays, another client's SET does not.
+
+Of DateStyle that is the order of day and month in what is read; what is rendered is ISO.
+"""
+
+
+class Limits(NamedTuple):
+    """The bounds of a reading transaction, in milliseconds; none is 0, which would mean "no limit"."""
+
+    statement_ms: int
+    lock_ms: int
+    idle_ms: int
+
+
+def begin_reading(dataset: DatasetSettings, limits: Limits) -> str:
+    """The statements that begin a transaction in which `dataset` is read. None of them takes the snapshot.
+
+    What a session may do is bounded by its grants; this bounds what it may do by mistake.
+    """
+    return f"""
+BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;
+SET LOCAL search_path TO {dataset.search_path or DEFAULT_SEARCH_PATH};
+SET LOCAL statement_timeout = {limits.statement_ms};
+SET LOCAL lock_timeout = {limits.lock_ms};
+SET LOCAL idle_in_transaction_session_timeout = {limits.idle_ms};
+SET LOCAL client_connection_check_interval = 1000;
+SET LOCAL cursor_tuple_fraction = 1;
+{pinned_sql(dataset.settings)}
+"""
+
+
+def pinned_sql(chosen: Mapping[str, str]) -> str:
+    """The statements that set what renders values and what gives a query its meaning; `chosen` goes over it."""
+    known = {name.lower() for name in chosen}
+    pinned = {name: value for name, value in {**RENDERING, **MEANING}.items() if name.lower() not in known}
+    return "\n".join(
+        [
+            *(f"SET LOCAL {name} TO DEFAULT;" for name in OF_THE_ROLE if name.lower() not in known),
+            *([] if "datestyle" in known else ["SET LOCAL DateStyle = ISO;"]),
+            *(f"SET LOCAL {name} = {literal(value)};" for name, value in pinned.items()),
+            *(f"SET LOCAL {_quoted(name)} = {literal(value)};" for name, value in chosen.items()),
+        ]
+    )
+
+
+def _quoted(name: str) -> str:
+    """A setting's name; config lets no quote into it. One of an extension has a dot between its parts."""
+    return ".".join(f'"{part}"' for part in name.split("."))

@@ -1,0 +1,272 @@
+"""Laws of the settings of a reading transaction: one document, whatever the role, the host or a pooler set."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import psycopg2
+import pytest
+from twisted.internet import reactor
+from twisted.trial.unittest import SynchronousTestCase, TestCase
+
+from cacheservice import config
+from cacheservice.cache.cache import DatabaseStatus
+from cacheservice.cache.rows import RowsBuilder
+from cacheservice.cli.embedded import EmbeddedPostgres
+from cacheservice.config import DatasetSettings, PostgresSettings
+from cacheservice.errors import ConfigError
+from cacheservice.persistence.files import fingerprint
+from cacheservice.postgres.database import Database
+from cacheservice.postgres.inspect import inspecting
+from cacheservice.postgres.target import parse
+from tests import pgbouncer
+from tests.pgbouncer import running_pgbouncer
+from tests.postgres import fresh_database, query
+
+# One column for each setting that is pinned, by its name; the others of the test are PostgreSQL's defaults.
+RENDERED = """
+SELECT 1 AS id,
+       timestamptz '2026-07-01 12:00:00+00' AS "TimeZone", (date '2026-07-01')::text AS "DateStyle",
+       interval '1 day 02:00' AS "IntervalStyle", '\\x01ff'::bytea AS bytea_output,
+       0.1::float8 + 0.2::float8 AS extra_float_digits, 1234.5::numeric::money AS lc_monetary,
+       to_char(1234.5, 'FM9G999D9') AS lc_numeric, to_char(date '2026-07-01', 'TMMonth') AS lc_time,
+       current_setting('xmlbinary') AS xmlbinary, current_setting('xmloption') AS xmloption,
+       'id'::text::regclass::text AS quote_all_identifiers, 'a\\b' AS standard_conforming_strings,
+       '{NULL}'::text[] AS array_nulls, (SELECT NULL = NULL) AS transform_null_equals,
+       (SELECT string_agg(label, '') FROM guarded) AS row_security,
+       current_setting('gin_fuzzy_search_limit') AS gin_fuzzy_search_limit,
+       current_setting('backslash_quote') AS backslash_quote
+"""
+DEFAULTS: Mapping[str, Any] = {
+    "id": 1,
+    "TimeZone": "2026-07-01T12:00:00+00:00",
+    "DateStyle": "2026-07-01",
+    "IntervalStyle": "1 day 02:00:00",
+    "bytea_output": "\\x01ff",
+    "extra_float_digits": 0.30000000000000004,
+    "lc_monetary": "$1,234.50",
+    "lc_numeric": "1,234.5",
+    "lc_time": "July",
+    "xmlbinary": "base64",
+    "xmloption": "content",
+    "quote_all_identifiers": "id",
+    "standard_conforming_strings": "a\\b",
+    "array_nulls": [None],
+    "transform_null_equals": None,
+    "row_security": "seen",
+    "gin_fuzzy_search_limit": "0",
+    "backslash_quote": "safe_encoding",
+}
+OTHERS: Mapping[str, str] = {
+    "TimeZone": "Asia/Kolkata",
+    "DateStyle": "German, DMY",
+    "IntervalStyle": "iso_8601",
+    "bytea_output": "escape",
+    "extra_float_digits": "-15",
+    "xmlbinary": "hex",
+    "xmloption": "document",
+    "quote_all_identifiers": "on",
+    "standard_conforming_strings": "off",
+    "array_nulls": "off",
+    "transform_null_equals": "on",
+    "row_security": "off",
+    "gin_fuzzy_search_limit": "7",
+    "backslash_quote": "off",
+}
+"""What another client, or the role, may have set; locales other than C need not be installed."""
+ROLE = "of_settings"
+
+
+@pytest.mark.usefixtures("server")
+class SessionSettingsTestCase(TestCase):
+    server: EmbeddedPostgres
+    timeout = 240
+
+    def setUp(self) -> None:
+        self.name = fresh_database(self.server, self.addCleanup)
+        self.role = f"{ROLE}_{self.name}"
+        self.sql(
+            "CREATE TABLE id (); CREATE TABLE guarded AS SELECT unnest(ARRAY['seen', 'hidden']) AS label; "
+            "ALTER TABLE guarded ENABLE ROW LEVEL SECURITY; CREATE POLICY p ON guarded USING (label = 'seen'); "
+            f"CREATE ROLE {self.role} LOGIN PASSWORD 'reader'; GRANT SELECT ON guarded TO {self.role}"
+        )
+        self.addCleanup(query, self.server, "postgres", f"DROP ROLE {self.role}")
+        self.addCleanup(self.sql, f"DROP OWNED BY {self.role}")
+
+    def sql(self, statement: str) -> list[tuple[Any, ...]]:
+        return query(self.server, self.name, statement)
+
+    async def document(self, sql: str = RENDERED, dsn: str | None = None, **more: Any) -> Any:
+        dsn = dsn or self.server.dsn(self.role, "reader", database=self.name)
+        database = Database(reactor, parse(dsn), 60.0, DatabaseStatus())
+        self.addCleanup(database.stop)
+        builder = RowsBuilder(lambda _: None)
+        settings = {"name": "things", "query": sql, "key": "id", "timeout_s": 60.0, **more}
+        reading = await database.read(DatasetSettings.model_validate(settings), builder)
+        self.assertGreater(reading.as_of.year, 2024)
+        ((_, document),) = builder.finish().items()
+        return json.loads(document)
+
+
+class Pinned(SessionSettingsTestCase):
+    async def test_whatever_the_role_has(self) -> None:
+        """What ALTER ROLE and ALTER DATABASE set changes no document."""
+        self.assertEqual(await self.document(), DEFAULTS)
+        for number, (name, value) in enumerate(OTHERS.items()):
+            owner = f"ROLE {self.role}" if number % 2 else f"DATABASE {self.name}"
+            self.sql(f"ALTER {owner} SET {name} = '{value}'")
+        self.assertEqual(await self.document(), DEFAULTS)
+
+    async def test_what_is_chosen(self) -> None:
+        """`settings` of the service or of a dataset go over what is pinned, each in its own spelling of the name."""
+        chosen = {"timezone": "Europe/Berlin", "INTERVALSTYLE": "iso_8601", "DateStyle": "German", "app.tenant": "it's"}
+        sql = RENDERED.replace("SELECT 1 AS id", "SELECT current_setting('app.tenant') AS tenant, 1 AS id")
+        self.assertEqual(
+            await self.document(sql, settings=chosen),
+            {
+                **DEFAULTS,
+                "TimeZone": "2026-07-01T14:00:00+02:00",
+                "IntervalStyle": "P1DT2H",
+                "DateStyle": "01.07.2026",
+                "tenant": "it's",
+            },
+        )
+
+    async def test_what_the_role_decides(self) -> None:
+        """The order of day and month in what a query reads is the role's, and so is its text search configuration."""
+        sql = "SELECT 1 AS id, '1/2/2026'::date AS day, to_tsvector('running')::text AS words"
+        self.sql(f"ALTER ROLE {self.role} SET default_text_search_config = 'simple'")
+        self.assertEqual(await self.document(sql), {"id": 1, "day": "2026-01-02", "words": "'running':1"})
+        self.sql(f"ALTER ROLE {self.role} SET DateStyle = 'German, DMY'")
+        self.sql(f"ALTER ROLE {self.role} SET default_text_search_config = 'english'")
+        self.assertEqual(await self.document(sql), {"id": 1, "day": "2026-02-01", "words": "'run':1"})
+
+    async def test_search_path(self) -> None:
+        """Names are found where the dataset, or else the service, says; temporary objects come last."""
+        self.sql("CREATE SCHEMA ext; CREATE FUNCTION ext.f() RETURNS text LANGUAGE sql AS $$ SELECT 'of ext' $$")
+        self.sql("CREATE FUNCTION public.f() RETURNS text LANGUAGE sql AS $$ SELECT 'of public' $$")
+        self.sql(f"GRANT USAGE ON SCHEMA ext TO {self.role}")
+        sql = "SELECT 1 AS id, f() AS f"
+        self.assertEqual((await self.document(sql))["f"], "of public")
+        for path in ("ext, public", 'pg_catalog, "ext", public'):
+            self.assertEqual((await self.document(sql, search_path=path))["f"], "of ext")
+        found = await self.document("SELECT 1 AS id, current_setting('search_path') AS path", search_path="ext")
+        self.assertEqual(found["path"], "ext, pg_temp")
+
+    async def test_behind_pgbouncer(self) -> None:
+        """What another client sets in a session of the pool changes no document, and it keeps what it set."""
+        if pgbouncer.PROGRAM is None:
+            pytest.skip(pgbouncer.NEEDED)
+        superuser = {**DEFAULTS, "row_security": "seenhidden"}
+        with running_pgbouncer(self.server, pool_size=1) as dsn:
+            through = dsn(database=self.name)
+            self.assertEqual(await self.document(dsn=through), superuser)
+            with closing(psycopg2.connect(through)) as stranger, stranger.cursor() as cursor:
+                stranger.autocommit = True
+                for name, value in {**OTHERS, "default_text_search_config": "german", "role": self.role}.items():
+                    cursor.execute(f"SET {name} = '{value}'")
+                self.assertEqual(await self.document(dsn=through), superuser)
+                words = (
+                    "SELECT 1 AS id, to_tsvector('running')::text AS words, current_user AS role, '1/2/2026'::date AS d"
+                )
+                served = {"id": 1, "words": "'run':1", "role": "postgres", "d": "2026-01-02"}
+                self.assertEqual(await self.document(words, dsn=through), served)
+                cursor.execute("SELECT current_setting('bytea_output'), current_setting('role')")
+                self.assertEqual(cursor.fetchone(), ("escape", self.role))
+
+    async def test_check_names_a_value_that_is_not_possible(self) -> None:
+        """`check --db` tells of a value that PostgreSQL refuses, and goes on."""
+        postgres = PostgresSettings.model_validate({"dsn": self.server.dsn(database=self.name)})
+        declared = {"name": "things", "query": "SELECT 1 AS id", "key": "id", "settings": {"TimeZone": "Europe/Berln"}}
+        dataset = DatasetSettings.model_validate(declared)
+        with inspecting(postgres, [dataset]) as inspector:
+            (finding,) = inspector.inspect(dataset).findings
+            self.assertEqual(
+                (finding.level, finding.text),
+                ("problem", 'settings: invalid value for parameter "TimeZone": "Europe/Berln"'),
+            )
+            right = dataset.model_copy(update={"settings": {"TimeZone": "Europe/Berlin"}})
+            self.assertTrue(inspector.inspect(right).ok)
+
+
+class Declared(SynchronousTestCase):
+    def load(self, toml: str) -> config.Settings:
+        with TemporaryDirectory() as directory, contextlib.chdir(directory):
+            Path("cacheservice.toml").write_text(f'[postgres]\ndsn = "host=db"\n{toml}', encoding="utf-8")
+            return config.load({}, lambda _: None)
+
+    def problems(self, toml: str) -> list[str]:
+        with self.assertRaises(ConfigError) as caught:
+            self.load(toml)
+        return [problem.removeprefix("cacheservice.toml: ") for problem in caught.exception.problems]
+
+    DATASET = '[datasets.a]\nquery = "SELECT 1 AS id"\nkey = "id"\n'
+
+    def test_what_a_dataset_takes_from_the_service(self) -> None:
+        """A dataset has the settings of [postgres], then of [defaults], then its own; of search_path the nearest."""
+        general = 'search_path = "a"\nsettings = {TimeZone = "UTC", jit = false, work_mem = 4096}\n'
+        loaded = self.load(f'{general}{self.DATASET}settings = {{timezone = "Asia/Kolkata"}}').datasets["a"]
+        self.assertEqual(loaded.settings, {"jit": "off", "work_mem": "4096", "timezone": "Asia/Kolkata"})
+        self.assertEqual(loaded.search_path, "a, pg_temp")
+        loaded = self.load(f'{general}[defaults]\nsearch_path = "b, pg_temp"\n{self.DATASET}').datasets["a"]
+        self.assertEqual(loaded.search_path, "b, pg_temp")
+        self.assertEqual(self.load(self.DATASET).datasets["a"].search_path, "pg_catalog, public, pg_temp")
+
+    def test_what_is_refused(self) -> None:
+        """What would break the service is refused with the reason, and so is a name or a list that cannot be one."""
+        for name, reason in {
+            "statement_timeout": "the service sets it for each transaction, by timeout_s",
+            "SEARCH_PATH": "it has a key of its own: search_path",
+            "client_encoding": "documents are UTF-8",
+            "role": "log in as that role, in postgres.dsn",
+        }.items():
+            self.assertEqual(
+                self.problems(f"settings = {{{name} = 'x'}}\n{self.DATASET}"),
+                [f"postgres.settings: {name} is not to be chosen here: {reason}"],
+            )
+        self.assertEqual(
+            self.problems(f"{self.DATASET}settings = {{'a; DROP TABLE b' = 'x'}}"),
+            ["datasets.a.settings: 'a; DROP TABLE b' is not the name of a setting of PostgreSQL"],
+        )
+        self.assertEqual(
+            self.problems(f"{self.DATASET}settings = {{jit = 'on', JIT = 'off'}}"),
+            ["datasets.a.settings: jit is chosen twice"],
+        )
+        self.assertEqual(
+            self.problems(f"{self.DATASET}settings = {{jit = []}}"),
+            ["datasets.a.settings: jit must be text, a number, true or false"],
+        )
+        self.assertEqual(
+            self.problems(f"search_path = 'public; DROP TABLE b'\n{self.DATASET}"),
+            ['postgres.search_path: must be schemas as SQL writes them, such as "pg_catalog, public, ext"'],
+        )
+
+    def test_a_group_has_one_transaction(self) -> None:
+        """The datasets of a group have the same settings and search_path."""
+        other = self.DATASET.replace("[datasets.a]", "[datasets.b]")
+        group = 'group = "g"\n'
+        self.assertEqual(
+            self.problems(f'{self.DATASET}{group}{other}{group}search_path = "ext"\nsettings = {{jit = "off"}}'),
+            [
+                f"datasets.b.{key}: must be as that of a, which is in the same group, and is read with it"
+                for key in ("search_path", "settings")
+            ],
+        )
+
+    def test_what_was_saved_is_of_the_same_settings(self) -> None:
+        """A snapshot saved under other settings or another search_path is not restored."""
+        plain = self.load(self.DATASET).datasets["a"]
+        others = [
+            self.load(f"{self.DATASET}{more}").datasets["a"]
+            for more in ('settings = {TimeZone = "Europe/Berlin"}', 'search_path = "ext"')
+        ]
+        self.assertEqual(len({fingerprint(each) for each in [plain, *others]}), 3)
+        self.assertEqual(
+            fingerprint(plain), fingerprint(DatasetSettings(name="a", query="SELECT 1 AS id", key=("id",)))
+        )
