@@ -19,7 +19,7 @@ from twisted.internet.stdio import StandardIO
 from twisted.protocols.basic import LineReceiver
 
 from cacheservice.cache.cache import Cache
-from cacheservice.cache.dataset import Snapshot
+from cacheservice.cache.dataset import Attempt, Snapshot
 from cacheservice.cache.rows import RowsBuilder
 from cacheservice.config import DatasetSettings
 from cacheservice.ports.freshness import Freshness
@@ -49,6 +49,10 @@ def publish(cache: Cache, name: str, keys: Iterator[bytes] | range, database_sna
         rows.add([(b"%d" % key if isinstance(key, int) else key, document(number, generation))])
     dataset.publish(Snapshot(generation, rows.finish(), MOMENT, cache.now(), database_snapshot))
     return generation
+
+
+def failed_attempt() -> Attempt:
+    return Attempt(outcome="failed", trigger="interval", started_at=MOMENT, took_s=0.1, error="it does not work")
 
 
 def filled_cache(now: Callable[[], float], row_count: int = ROWS) -> Cache:
@@ -85,8 +89,12 @@ class Orders(LineReceiver):
 
     def lineReceived(self, line: bytes) -> None:
         order, name, rows = line.decode().split()
-        assert order == "publish"
-        self.sendLine(b"%d" % publish(self._cache, name, range(int(rows))))
+        if order == "fail":
+            self._cache.dataset(name).attempted(failed_attempt())
+            self.sendLine(b"0")
+        else:
+            assert order == "publish"
+            self.sendLine(b"%d" % publish(self._cache, name, range(int(rows))))
 
     def connectionLost(self, reason: Any = None) -> None:
         reactor.stop()

@@ -40,6 +40,7 @@ from cacheservice.ports.http.guard import Guard
 from cacheservice.ports.http.negotiation import codings, matches, media_type, unchanged_since
 from cacheservice.ports.http.problem import Problem
 from cacheservice.ports.listen import tcp
+from cacheservice.ports.throttle import LONG_WAIT_S, SHORT_WAIT_S
 
 MOMENT = datetime(2026, 1, 2, 3, 4, 5, 678000, tzinfo=UTC)
 GIVE_UP_S = 60.0  # a client that waits longer than this for its answer has hung
@@ -1292,47 +1293,31 @@ class Guesses(SynchronousTestCase):
         self.assertEqual(problems[0].status, 401)
         return float(self.clock.seconds() - began_at)
 
-    def test_each_failure_waits_longer(self) -> None:
-        """The wait doubles from 0.1 s to 5 s, is each address's own, and is forgiven after a minute without one."""
-        waits = [round(self.waited_s(), 3) for _ in range(9)]
-        self.assertEqual(waits, [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0, 5.0])
-        self.assertAlmostEqual(self.waited_s("192.0.2.2"), 0.1)
-        self.clock.advance(61)
-        self.assertAlmostEqual(self.waited_s(), 0.1)
+    def test_a_guess_waits(self) -> None:
+        """As the throttle of all ports has it: see test_throttle.py."""
+        waits = [round(self.waited_s(), 3) for _ in range(30)]
+        self.assertEqual((waits[0], waits[-1]), (SHORT_WAIT_S, LONG_WAIT_S))
 
     def test_many_at_once_are_refused_unread(self) -> None:
-        """Guesses in parallel are no way around the wait: with ten waiting, not even the right token is looked at."""
-        waiting = [self.guess() for _ in range(10)]
+        """Guesses in parallel are no way around the wait: with 32 waiting, not even the right token is looked at."""
+        waiting = [self.guess() for _ in range(32)]
         with self.assertRaises(Problem) as caught:
             self.guard.admit("192.0.2.1")
         self.assertEqual(caught.exception.status, 429)
         self.guard.admit("192.0.2.2")
-        self.clock.advance(5)
+        self.clock.advance(LONG_WAIT_S)
         self.assertTrue(all(waiting))
         self.guard.admit("192.0.2.1")
 
-    def test_addresses_of_one_network_are_one(self) -> None:
-        """Whoever has 2**64 addresses has one wait; IPv4 within IPv6 is IPv4."""
-        self.waited_s("2001:db8::1")
-        self.assertAlmostEqual(self.waited_s("2001:db8::2:3"), 0.2)
-        self.assertAlmostEqual(self.waited_s("2001:db8:0:1::1"), 0.1)
-        self.waited_s("::ffff:192.0.2.9")
-        self.assertAlmostEqual(self.waited_s("192.0.2.9"), 0.2)
-        self.assertAlmostEqual(self.waited_s("::ffff:192.0.2.8"), 0.1)
-
-    def test_memory_is_bounded(self) -> None:
-        """A guesser with many networks does not fill the memory."""
-        for number in range(3000):
-            self.waited_s(f"10.{number // 250}.{number % 250}.1")
-        self.assertLessEqual(len(self.guard._failures), 1024)
-
-    def test_a_guesser_that_goes_leaves_nothing(self) -> None:
-        """A wait that is cancelled leaves no timer."""
-        refused = Deferred.fromCoroutine(self.guard.refuse_wrong("192.0.2.1"))
-        refused.addErrback(lambda _: None)
-        refused.cancel()
+    def test_a_guesser_that_goes(self) -> None:
+        """A wait that is cancelled leaves no timer, and its place stays taken: going is no way around the wait."""
+        for _ in range(32):
+            refused = Deferred.fromCoroutine(self.guard.refuse_wrong("192.0.2.1"))
+            refused.addErrback(lambda _: None)
+            refused.cancel()
         self.assertEqual(self.clock.getDelayedCalls(), [])
-        self.assertEqual([failures.waiting for failures in self.guard._failures.values()], [0])
+        with self.assertRaises(Problem):
+            self.guard.admit("192.0.2.1")
 
 
 class ProbesOnly(PortTestCase):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -43,8 +44,15 @@ class Peer:
 
     def publish(self, name: str, rows: int) -> int:
         """Publish `rows` rows; gives the generation."""
+        return self._order(f"publish {name} {rows}")
+
+    def fail(self, name: str) -> None:
+        """Have an attempt to load `name` fail."""
+        self._order(f"fail {name} 0")
+
+    def _order(self, line: str) -> int:
         assert self._process.stdin is not None
-        self._process.stdin.write(f"publish {name} {rows}\n".encode())
+        self._process.stdin.write(f"{line}\n".encode())
         self._process.stdin.flush()
         return self._answer()
 
@@ -126,6 +134,23 @@ class RedisPy(ClientTestCase):
                 client.get("nope:1")
             with self.assertRaisesRegex(redis.exceptions.ResponseError, "WRONGTYPE"):
                 client.get("strict")
+
+    def test_a_dataset_that_never_loads(self) -> None:
+        """After the start a client with default settings gets an error at once, and a pipeline its good answers."""
+        peer = Peer()
+        self.addCleanup(peer.end)
+        client = redis.Redis(port=peer.port)
+        self.addCleanup(client.close)
+        peer.fail("prices")
+        began = time.monotonic()
+        with self.assertRaisesRegex(redis.exceptions.ResponseError, "NOTLOADED prices has not been loaded yet"):
+            client.get("prices:1")
+        self.assertLess(time.monotonic() - began, 0.5)
+        pipeline = client.pipeline(transaction=False).get("strict:1").get("prices:1").get("strict:2")
+        piped = pipeline.execute(raise_on_error=False)
+        self.assertEqual([piped[0], piped[2]], [document(1, 1), document(2, 1)])
+        self.assertIsInstance(piped[1], redis.exceptions.ResponseError)
+        self.assertEqual(client.info()["total_connections_received"], 1)
 
     def test_about_the_server(self) -> None:
         """INFO, CLIENT, COMMAND and DBSIZE are parsed."""
@@ -300,6 +325,14 @@ class WithPassword(ClientTestCase):
                     self.assertRaises(redis.exceptions.AuthenticationError),
                 ):
                     client.hlen("strict")
+        # With the settings of every user: eleven attempts, and a socket time-out of 5 s. Half of it is redis-py's own.
+        began = time.monotonic()
+        with (
+            redis.Redis(port=self.peer.port, password="wrong") as client,
+            self.assertRaises(redis.exceptions.AuthenticationError),
+        ):
+            client.hlen("strict")
+        self.assertLess(time.monotonic() - began, 25)
         url = f"redis://default:{PASSWORD.replace(' ', '%20')}@127.0.0.1:{self.peer.port}/0"
         with redis.Redis.from_url(url) as client:
             self.assertEqual(client.hlen("strict"), 3)

@@ -30,12 +30,13 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Snapshot
 from cacheservice.cache.rows import RowsBuilder
+from cacheservice.ports import throttle
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.listen import tcp
 from cacheservice.ports.resp.commands import Commands
 from cacheservice.ports.resp.protocol import BYTES_PER_TURN, RespFactory, RespProtocol
 from cacheservice.ports.resp.scan import END_OF_DATASET, SortedShards, numbered, scan_rows
-from tests.resp_peer import MOMENT, ROWS, declared, document, encode, filled_cache, publish
+from tests.resp_peer import MOMENT, ROWS, declared, document, encode, failed_attempt, filled_cache, publish
 
 GIVE_UP_S = 60.0  # a client that waits longer than this for its reply has hung
 MANY_ROWS = 300_000
@@ -246,6 +247,11 @@ class Reads(PortTestCase):
         ):
             for read in reads:
                 await self.assert_asks(read.format(name), expected)
+        # Its first attempt has ended: the start is over.
+        self.cache.dataset("prices").attempted(failed_attempt())
+        for read in reads:
+            expected = "NOTLOADED prices has not been loaded yet; CACHE.INFO prices has its last attempt"
+            await self.assert_asks(read.format("prices"), expected)
         await self.assert_asks("CACHE.INFO nope", "ERR unknown dataset 'nope'")
         await self.assert_asks("CACHE.WAIT nope 1 1", "ERR unknown dataset 'nope'")
         await self.assert_asks("FOO a", "ERR unknown command 'FOO'")
@@ -1028,18 +1034,30 @@ class Password(PortTestCase):
             self.assertEqual((len(many), one), (ROWS, document(1, 1)))
 
     async def test_failures_are_slowed(self) -> None:
-        """Each failed password of an address delays the next answer more; one that is right ends that."""
+        """A wrong password waits for its answer, longer if there were many; a right one does not."""
 
         def conversation(client: Client) -> Any:
             return client.ask("AUTH", "wrong")
 
         began = reactor.seconds()
         for _ in range(2):
-            self.assertTrue((await self.converse(conversation)).startswith("WRONGPASS"))
-        self.assertGreaterEqual(reactor.seconds() - began, 0.5 + 1.0 - 0.1)
-        self.assertEqual(self.factory.failed_auths, {"127.0.0.1": 2})
+            self.assertTrue((await self.converse(conversation)).startswith("WRONGPASS invalid"))
+        self.assertGreaterEqual(reactor.seconds() - began, 2 * throttle.SHORT_WAIT_S - 0.01)
+        for _ in range(30):
+            self.factory.throttle.failed("127.0.0.1")
+        began = reactor.seconds()
         self.assertEqual(await self.ask("AUTH", self.password), b"OK")
-        self.assertEqual(self.factory.failed_auths, {})
+        self.assertLess(reactor.seconds() - began, throttle.LONG_WAIT_S)
+        began = reactor.seconds()
+        self.assertTrue((await self.converse(conversation)).startswith("WRONGPASS invalid"))
+        self.assertGreaterEqual(reactor.seconds() - began, throttle.LONG_WAIT_S - 0.01)
+
+    async def test_with_too_many_guesses_none_is_looked_at(self) -> None:
+        """While many guesses of an address wait, even the right password is refused, in words of its own."""
+        for words in (("AUTH", self.password), ("HELLO", 3, "AUTH", "default", self.password)):
+            for _ in range(60):
+                self.factory.throttle.failed("127.0.0.1")
+            self.assertRegex(await self.ask(*words), "^WRONGPASS too many wrong passwords from this address")
 
     async def test_many_at_once(self) -> None:
         """A pipeline of guesses gets one answer a delay, not all at once."""
@@ -1047,7 +1065,7 @@ class Password(PortTestCase):
         self.addCleanup(client.socket.close)
         client.socket.sendall(encode("AUTH", "wrong") * 100)
         self.assertTrue((await deferToThread(client.read)).startswith("WRONGPASS"))
-        self.assertLessEqual(self.factory.failed_auths["127.0.0.1"], 2)
+        self.assertLessEqual(self.factory.rejected["auth_failed"], 3)
         client.socket.close()
         await until(lambda: not self.factory.clients)
 

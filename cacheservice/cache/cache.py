@@ -81,6 +81,7 @@ class Cache:
         self.stopping = False
         self.now = now
         self.started_at = now()
+        self._untried = set(self._datasets)
 
     @property
     def datasets(self) -> Mapping[str, Dataset]:
@@ -136,6 +137,21 @@ class Cache:
     def _tell(self, dataset: Dataset, fate: Fate) -> None:
         for watcher in list(self._watchers):
             watcher(dataset, fate)
+
+    @property
+    def is_starting(self) -> bool:
+        """Whether the first attempts of the service's start are still under way.
+
+        They are those of the required datasets, or of all if none is required; what was restored counts as tried.
+        """
+        if self._untried:
+            any_required = any(dataset.settings.required for dataset in self._datasets.values())
+            self._untried = {
+                name
+                for name in self._untried & self._datasets.keys()
+                if not self._datasets[name].was_tried and (self._datasets[name].settings.required or not any_required)
+            }
+        return bool(self._untried)
 
     @property
     def is_ready(self) -> bool:

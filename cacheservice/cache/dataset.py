@@ -166,6 +166,11 @@ class Dataset:
         return self.snapshot.generation if self.snapshot else self._generation_before
 
     @property
+    def was_tried(self) -> bool:
+        """Whether an attempt has ended, or a saved snapshot is served."""
+        return self.snapshot is not None or self.last_ended_at is not None
+
+    @property
     def redefined(self) -> bool:
         """Whether what is served is the result of another query or key than the dataset has now."""
         return self.snapshot is not None and self._served_definition != self.settings.definition

@@ -133,11 +133,17 @@ class Commands:
         dataset = self._dataset(name)
         snapshot = dataset.snapshot
         if snapshot is None:
-            raise CommandError(f"LOADING {dataset.name} has not been loaded yet")
+            raise CommandError(self._not_loaded(dataset))
         if dataset.settings.on_expired == "refuse" and dataset.state() is State.EXPIRED:
             age_s, limit_s = dataset.age_s() or 0.0, dataset.settings.max_age_s
             raise CommandError(f"STALE {dataset.name} is {age_s:.0f} s old, limit {limit_s:g} s")
         return snapshot.rows
+
+    def _not_loaded(self, dataset: Dataset) -> str:
+        """LOADING only while the service starts: clients take it for a restarting server, and reconnect."""
+        if self._cache.is_starting:
+            return f"LOADING {dataset.name} has not been loaded yet"
+        return f"NOTLOADED {dataset.name} has not been loaded yet; CACHE.INFO {dataset.name} has its last attempt"
 
     def _to_read(self, name: bytes) -> tuple[Rows, Reads]:
         """The rows that `name` serves now, and where reads of them are counted.

@@ -25,6 +25,7 @@ from cacheservice.ports.resp import reply
 from cacheservice.ports.resp.commands import REDIS_VERSION, SYNTAX, Command, Commands, Reply, Words
 from cacheservice.ports.resp.reply import CommandError
 from cacheservice.ports.resp.requests import ProtocolViolation, RequestParser, integer
+from cacheservice.ports.throttle import LONG_WAIT_S, Throttle
 
 COMMANDS_PER_TURN = 512
 """What one client may have done before its neighbours have their turn: about half a millisecond."""
@@ -36,10 +37,6 @@ _MOST_MESSAGES = 1000
 _READ_AHEAD_BYTES = 64 * 1024
 """What is read of a client that waits for a reply, so that its going away is noticed."""
 
-_FAILED_AUTH_DELAY_S = 0.5
-_MOST_DOUBLINGS = 4
-_MOST_FAILED_AUTHS = 10_000
-"""Addresses that are remembered."""
 _CHANNEL_PREFIX = b"cache:"
 _CROSS_PROTOCOL = (b"post", b"host:")
 _WITHOUT_PASSWORD = (b"auth", b"hello", b"quit")
@@ -51,6 +48,7 @@ _NOT_QUEUED = (b"exec", b"discard", b"multi", b"quit", b"reset")
 _NOAUTH = reply.error("NOAUTH Authentication required.")
 _INTERNAL_ERROR = reply.error("ERR internal error; its traceback is in the log")
 _WRONGPASS = reply.error("WRONGPASS invalid username-password pair or user is disabled.")
+_UNREAD_PASS = reply.error("WRONGPASS too many wrong passwords from this address, so this one was not looked at")
 
 
 @implementer(IHalfCloseableProtocol, IPullProducer)
@@ -473,20 +471,17 @@ class RespProtocol(Protocol):
         return self._authenticate(user, words[-1], lambda: reply.OK)
 
     def _authenticate(self, user: bytes, password: bytes, then: Any) -> Reply:
-        """Check a password; each failure from an address makes its next ones slower."""
+        """Check a password; a wrong one waits for its answer."""
         factory = self.factory
+        if factory.throttle.is_full(self._address):
+            factory.rejected["auth_failed"] += 1
+            return deferLater(factory.clock, LONG_WAIT_S, lambda: _UNREAD_PASS)
         if factory.commands.accepts(user, password):
-            factory.failed_auths.pop(self._address, None)
             self._authenticated = True
             self._settle()
             return then()  # type: ignore[no-any-return]
         factory.rejected["auth_failed"] += 1
-        failures = factory.failed_auths.pop(self._address, 0) + 1
-        if len(factory.failed_auths) >= _MOST_FAILED_AUTHS:
-            del factory.failed_auths[next(iter(factory.failed_auths))]  # the one that has been quiet for longest
-        factory.failed_auths[self._address] = failures
-        delay_s = _FAILED_AUTH_DELAY_S * 2 ** min(failures - 1, _MOST_DOUBLINGS)
-        return deferLater(factory.clock, delay_s, lambda: _WRONGPASS)
+        return deferLater(factory.clock, factory.throttle.failed(self._address), lambda: _WRONGPASS)
 
     def _do_hello(self, words: Words) -> Reply:
         options = list(words[1:])
@@ -718,7 +713,7 @@ class RespFactory(ServerFactory):
         self.clock = clock
         self.clients: set[RespProtocol] = set()
         self.subscribers: dict[bytes, set[RespProtocol]] = defaultdict(set)
-        self.failed_auths: dict[str, int] = {}
+        self.throttle = Throttle(clock.seconds)
         self.connections_received = 0
         self.rejected = rejected.none_yet()
         self.commands_processed = 0
