@@ -18,7 +18,7 @@ from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.python.failure import Failure
 
 from cacheservice import __version__, config
-from cacheservice.cache.cache import Cache
+from cacheservice.cache.cache import Cache, ConnectionCap
 from cacheservice.cache.describe import seconds
 from cacheservice.config import PersistenceSettings, Settings
 from cacheservice.errors import CacheServiceError, ConfigError, PortUnavailable
@@ -27,6 +27,8 @@ from cacheservice.ops.metrics import Metrics, ServedPort
 from cacheservice.ops.stall import StallWatch
 from cacheservice.ops.statsd import StatsD
 from cacheservice.persistence.store import SnapshotStore
+from cacheservice.ports import admission
+from cacheservice.ports.admission import Door, Room
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.http import HttpFactory
 from cacheservice.ports.listen import PortService, tcp, unix
@@ -42,6 +44,8 @@ from cacheservice.reload import Reload
 
 _STOP_TIMEOUT_S = 4.0
 """The contract allows 5 s for a clean stop, the last lines of the log included."""
+_MANY_DESCRIPTORS = 1 << 20
+"""For a limit of open files that is none."""
 _STOPPED_LAST = frozenset({"status", "http"})
 """The ports that probes ask."""
 
@@ -192,8 +196,8 @@ def make_service(
 
     :param reactor: its `seconds` must be monotonic: set back an hour, the wall clock would hold every timer an hour.
     """
-    _raise_descriptor_limit()
     cache = Cache(settings.datasets.values(), reactor.seconds)
+    room = _make_room(settings, cache, log)
     root = CacheServiceRoot(cache, reactor, writer, log)
     parsed = target.parse(settings.postgres.dsn.get_secret_value())
     database = Database(
@@ -234,7 +238,17 @@ def make_service(
     )
     ports: list[Any] = []
     reload = Reload(
-        settings, lambda: load_settings(os.environ), cache, refresh, database, listener, ports, threshold, reactor, log
+        settings,
+        lambda: load_settings(os.environ),
+        cache,
+        refresh,
+        database,
+        listener,
+        ports,
+        room,
+        threshold,
+        reactor,
+        log,
     ).reload
     served: dict[str, ServedPort] = {}
     stalls = StallWatch(reactor)
@@ -250,38 +264,63 @@ def make_service(
         StatsD(metrics, statsd.host, statsd.port, statsd.prefix, database.resolve, reactor, log).setServiceParent(root)
 
     limits = settings.limits
+    max_connections, accepted = room.limit(limits.max_connections), room.plan.accepted
+
+    def door(port: str, reserve: int = room.plan.reserve) -> Door:
+        return Door(port, room, reserve, log, reactor.seconds)
+
     freshness = Freshness(refresh, reactor)
     questions = Commands(cache, monitor=metrics.monitor_lines)
-    served["status"] = status = StatusFactory(questions, limits.max_connections, limits.idle_timeout_s, reactor)
+    served["status"] = status = StatusFactory(
+        questions, max_connections, limits.idle_timeout_s, reactor, door("status")
+    )
     ports.append(status)
-    listen = tcp(reactor, settings.status.host, settings.status.port, status)
+    listen = tcp(reactor, settings.status.host, settings.status.port, status, accepted)
     _add_port(root, "status", "status.port", listen, status)
     if settings.admin.socket:
         all_commands = Commands(cache, refresh, reload, metrics.monitor_lines)
-        served["admin"] = admin = StatusFactory(all_commands, limits.max_connections, limits.idle_timeout_s, reactor)
+        served["admin"] = admin = StatusFactory(
+            all_commands, max_connections, limits.idle_timeout_s, reactor, door("admin")
+        )
         ports.append(admin)
         _add_port(root, "admin", "admin.socket", unix(reactor, settings.admin.socket, admin), admin)
     if settings.resp.enabled:
         commands = RespCommands(cache, freshness, settings.resp.password.get_secret_value())
-        served["resp"] = resp = RespFactory(cache, commands, limits.max_connections, limits.idle_timeout_s, reactor)
+        served["resp"] = resp = RespFactory(
+            cache, commands, max_connections, limits.idle_timeout_s, reactor, door("resp", reserve=0)
+        )
         ports.append(resp)
-        _add_port(root, "resp", "resp.port", tcp(reactor, settings.resp.host, settings.resp.port, resp), resp)
+        _add_port(root, "resp", "resp.port", tcp(reactor, settings.resp.host, settings.resp.port, resp, accepted), resp)
     if settings.http.enabled:
         served["http"] = http = HttpFactory(
             cache=cache,
             freshness=freshness,
             refreshes=refresh,
-            max_connections=limits.max_connections,
+            max_connections=max_connections,
             idle_timeout_s=limits.idle_timeout_s,
             reactor=reactor,
             token=settings.http.token.get_secret_value(),
             admin_token=settings.http.admin_token.get_secret_value(),
             allow_data=config.is_loopback(settings.http.host) or limits.allow_anonymous,
             exposition=metrics,
+            door=door("http"),
         )
         ports.append(http)
-        _add_port(root, "http", "http.port", tcp(reactor, settings.http.host, settings.http.port, http), http)
+        _add_port(root, "http", "http.port", tcp(reactor, settings.http.host, settings.http.port, http, accepted), http)
     return root
+
+
+def _make_room(settings: Settings, cache: Cache, log: Any) -> Room:
+    """What the ports may have of the process's descriptors; say so if that is less than configured."""
+    ports = 2 + bool(settings.admin.socket) + settings.resp.enabled + settings.http.enabled
+    room = Room(admission.plan(_raise_descriptor_limit(), settings.postgres.max_connections, ports))
+    configured, open_files = settings.limits.max_connections, room.plan.descriptors
+    limit = room.limit(configured)
+    if limit < configured:
+        cache.cap_connections(ConnectionCap(limit, configured, open_files))
+        advice = "raise the limit of open files, or lower limits.max_connections"
+        log.warning("connections_capped", limit=limit, configured=configured, open_files=open_files, advice=advice)
+    return room
 
 
 def _store(settings: PersistenceSettings, cache: Cache, drain: Drain, reactor: Any, log: Any) -> SnapshotStore | None:
@@ -313,11 +352,12 @@ def _address(address: Any) -> str:
     return os.fsdecode(address.name)
 
 
-def _raise_descriptor_limit() -> None:
+def _raise_descriptor_limit() -> int:
     """Ten thousand clients need more descriptors than the usual soft limit of 1024; the hard one is ours to use."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return _MANY_DESCRIPTORS if hard == resource.RLIM_INFINITY else hard
 
 
 def _end_at_once(number: int, _: FrameType | None) -> None:

@@ -182,7 +182,11 @@ class HttpSettings(_Table):
 
 
 class LimitsSettings(_Table):
-    max_connections: int = Field(default=10_000, ge=1, description="clients that each port serves at once")
+    max_connections: int = Field(
+        default=10_000,
+        ge=1,
+        description="clients that each port serves at once, as far as the limit of open files allows",
+    )
     idle_timeout_s: _TimerSeconds = Field(
         default=300.0, description="seconds of silence after which a client is dropped"
     )

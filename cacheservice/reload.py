@@ -12,6 +12,7 @@ from cacheservice.cache.cache import Cache, Rejection, Reloaded
 from cacheservice.config import Settings
 from cacheservice.errors import ConfigError
 from cacheservice.ops.logs import Threshold
+from cacheservice.ports.admission import Room
 from cacheservice.postgres import target
 from cacheservice.postgres.database import Database
 from cacheservice.postgres.listener import Listener
@@ -47,6 +48,7 @@ class Reload:
     :param started: the settings that the service was started with.
     :param load: reads the configuration, blocking; raises `ConfigError`.
     :param ports: the factories, which get new limits.
+    :param room: what there is for clients, whatever the limits are.
     :param reactor: `IReactorThreads`.
     """
 
@@ -59,6 +61,7 @@ class Reload:
         database: Database,
         listener: Listener,
         ports: Sequence[Limited],
+        room: Room,
         threshold: Threshold,
         reactor: Any,
         log: Any,
@@ -71,6 +74,7 @@ class Reload:
         self._database = database
         self._listener = listener
         self._ports = ports
+        self._room = room
         self._threshold = threshold
         self._reactor = reactor
         self._log = log
@@ -125,7 +129,7 @@ class Reload:
         self._dsn = dsn
         self._threshold.set(settings.log.level)
         for port in self._ports:
-            port.max_connections = settings.limits.max_connections
+            port.max_connections = self._room.limit(settings.limits.max_connections)
             port.idle_timeout_s = settings.limits.idle_timeout_s
         reloaded = Reloaded(datasets, _needs_restart(self._started, settings))
         self._cache.rejection = None

@@ -1119,26 +1119,33 @@ class ConnectionLimit(PortTestCase):
     max_connections = 3
 
     async def test_one_too_many(self) -> None:
-        """The connection over the limit is told so and closed, whether it asks or not; those before it live on."""
+        """A connection over the limit may ask for probes; whatever else it does it is told that there are too many, and
+        closed. Those before it live on."""
 
-        def conversation() -> tuple[bytes, bytes, list[Answer], Answer]:
+        def conversation() -> tuple[bytes, bytes, list[Answer], Answer, list[int]]:
             clients = [self.connect() for _ in range(self.max_connections)]
             first = [ask_on(client, "/livez") for client in clients]
             with closing(self.connect()) as silent:
                 unasked = read_to_the_end(silent)
             with closing(self.connect()) as eager:
-                eager.sendall(b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n")
+                eager.sendall(b"GET /v1/datasets HTTP/1.1\r\nHost: a\r\n\r\n")
                 asked = read_to_the_end(eager)
+            probed = []
+            for path in (b"/livez", b"/readyz?x", b"/metrics"):
+                with closing(self.connect()) as probe:
+                    probe.sendall(b"GET %b HTTP/1.1\r\nHost: a\r\n\r\n" % path)
+                    probed += statuses(read_to_the_end(probe))
             answers = [*first, *(ask_on(client, "/livez") for client in clients)]
             for client in clients:
                 client.close()
             while True:
                 with closing(self.connect()) as client:
-                    after = ask_on(client, "/livez")
+                    after = ask_on(client, "/v1/datasets")
                     if after.status == 200:
-                        return unasked, asked, answers, after
+                        return unasked, asked, answers, after, probed
 
-        unasked, asked, answers, after = await deferToThread(conversation)
+        unasked, asked, answers, after, probed = await deferToThread(conversation)
+        self.assertEqual(probed, [200, 503, 404])
         for text in (unasked, asked):
             self.assertEqual(statuses(text), [503])
             self.assertIn(b"too many connections, the limit is 3", text)
@@ -1146,11 +1153,13 @@ class ConnectionLimit(PortTestCase):
         self.assertEqual({answer.status for answer in [*answers, after]}, {200})
 
     async def test_a_flood(self) -> None:
-        """Far over the limit, connections are closed at once: a flood costs no descriptors."""
+        """Far over the limit, connections are closed at once: a flood costs no descriptors, and keeps no probe out."""
         clients = [self.connect() for _ in range(self.max_connections + 300)]
         try:
-            self.assertEqual(await deferToThread(clients[-1].recv, 1000), b"")
-            self.assertLessEqual(len(self.factory.clients), self.max_connections + 100)
+            self.assertEqual(statuses(await deferToThread(read_to_the_end, clients[-100])), [503])
+            await until(lambda: len(self.factory.clients) <= self.max_connections + 16)
+            self.assertEqual((await self.ask("/livez")).status, 200)
+            self.assertGreaterEqual(self.factory.rejected["too_many_connections"], 284)
         finally:
             for client in clients:
                 client.close()

@@ -612,16 +612,23 @@ class FewConnections(PortTestCase):
     max_connections = 2
 
     async def test_the_limit(self) -> None:
-        """One client too many is told so in a line, though it has asked; when one leaves there is room again."""
+        """One client too many is answered if it asks at once, and else told so in a line; however many wait there."""
         held = [await deferToThread(self.connect) for _ in range(2)]
         for client in held:
             self.addCleanup(client.close)
         await until(lambda: len(self.factory.clients) == 2)
+        self.assertEqual(await self.converse(read_to_the_end), "ERROR too many connections, the limit is 2\n")
+        waiting = [await deferToThread(self.connect) for _ in range(50)]
+        for client in waiting:
+            self.addCleanup(client.close)
         for _ in range(3):
-            await self.assert_asks("ruok", "ERROR too many connections, the limit is 2")
-        held[0].close()
-        await until(lambda: len(self.factory.clients) == 1)
-        await self.assert_asks("ruok", "imok")
+            await self.assert_asks("ruok", "imok")
+            await self.assert_asks("ready", "notready prices:never_loaded")
+        self.assertEqual(
+            await deferToThread(read_to_the_end, waiting[0]), "ERROR too many connections, the limit is 2\n"
+        )
+        await until(lambda: len(self.factory.clients) <= 2 + 16)
+        self.assertGreaterEqual(self.factory.rejected["too_many_connections"], 35)
 
 
 class ShortPatience(PortTestCase):

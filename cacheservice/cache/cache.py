@@ -46,6 +46,14 @@ class Rejection(NamedTuple):
     at: float
 
 
+class ConnectionCap(NamedTuple):
+    """That a port takes fewer clients than configured, because the process may open only so many files."""
+
+    limit: int
+    configured: int
+    open_files: int
+
+
 class Declared(NamedTuple):
     """The names of the datasets by what became of them."""
 
@@ -81,6 +89,7 @@ class Cache:
         self.stopping = False
         self.now = now
         self.started_at = now()
+        self.connection_cap: ConnectionCap | None = None
         self._untried = set(self._datasets)
 
     @property
@@ -122,6 +131,10 @@ class Cache:
             self._counts[name] = before[name].counts
             self._tell(before[name], "removed")
         return told
+
+    def cap_connections(self, cap: ConnectionCap) -> None:
+        """Note it, for the status."""
+        self.connection_cap = cap
 
     def watch(self, declared: Callable[[Dataset, Fate], None]) -> None:
         """Call `declared` with each dataset that `declare` adds, changes or removes, in the same turn.

@@ -69,12 +69,15 @@ def _where(error: CannotListenError) -> str:
     return os.fsdecode(error.port)
 
 
-def tcp(reactor: Any, host: str, port: int, factory: ServerFactory) -> Callable[[], IListeningPort]:
+def tcp(
+    reactor: Any, host: str, port: int, factory: ServerFactory, most_accepted: int = Port.most_accepted
+) -> Callable[[], IListeningPort]:
     """Listen on an IP address ("localhost" is 127.0.0.1: a look-up would block)."""
     interface = "127.0.0.1" if host == "localhost" else host
 
     def listen() -> IListeningPort:
         listening: Any = Port(port, factory, BACKLOG, interface, reactor)  # type: ignore[arg-type]
+        listening.most_accepted = most_accepted
         listening.startListening()
         return listening  # type: ignore[no-any-return]
 

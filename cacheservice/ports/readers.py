@@ -116,10 +116,20 @@ class Port(tcp.Port):
 
     transport = Client
     readers: Readers
+    most_accepted = 100
+    """Connections that are accepted in one turn: each may hold a descriptor until its end, though it is turned away."""
 
     def startListening(self) -> None:
         super().startListening()
         self.readers = Readers(self.reactor)
+
+    def doRead(self) -> None:
+        """Accept what has come."""
+        # With no descriptor left Twisted accepts and closes by the one that it keeps in reserve. If another thread is
+        # quicker to take that, it is not reserved again, and every turn would try to accept in vain.
+        tcp._reservedFD.reserve()
+        self.numberAccepts = min(self.numberAccepts, self.most_accepted)
+        super().doRead()
 
     def connectionLost(self, reason: Failure) -> None:
         super().connectionLost(reason)

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from tabulate import tabulate
 
 from cacheservice import __version__
-from cacheservice.cache.cache import Cache, DatabaseStatus, Rejection
+from cacheservice.cache.cache import Cache, ConnectionCap, DatabaseStatus, Rejection
 from cacheservice.cache.dataset import Attempt, Dataset, State
 from cacheservice.cache.describe import describe, describe_attempt, describe_blocker, describe_dataset, in_short
 
@@ -27,13 +27,20 @@ def status_table(cache: Cache) -> str:
     database = cache.database
     head = (
         f"cacheservice {__version__}: {_readiness(cache)}, "
-        f"PostgreSQL {database.state}, up {duration(cache.now() - cache.started_at)}{_listening_words(database)}"
+        f"PostgreSQL {database.state}, up {duration(cache.now() - cache.started_at)}"
+        f"{_cap_words(cache.connection_cap)}{_listening_words(database)}"
     )
     if cache.rejection is not None:
         head += f", configuration {_rejected(cache.rejection, cache)}"
     rows = [_status_row(dataset) for dataset in cache.datasets.values()]
     table = tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=("left", "left", "left", "right"))
     return f"{head}\n{_without_trailing_blanks(table)}"
+
+
+def _cap_words(cap: ConnectionCap | None) -> str:
+    if cap is None:
+        return ""
+    return f", clients capped at {cap.limit:,} of {cap.configured:,} by the limit of {cap.open_files:,} open files"
 
 
 def _readiness(cache: Cache) -> str:

@@ -24,6 +24,7 @@ from cacheservice.cache.cache import Cache, Refreshes, Reloaded
 from cacheservice.cache.describe import in_short
 from cacheservice.errors import CacheServiceError, ConfigError, UnknownDataset
 from cacheservice.ports import rejected, report
+from cacheservice.ports.admission import RESERVE_S, Door, open_door
 
 MAX_LINE_BYTES = 256
 _LINGER_S = 2.0
@@ -211,6 +212,7 @@ class StatusProtocol(LineReceiver, TimeoutMixin):
     _finishing = False
     _choked = False
     _waiting = False
+    _in_reserve = False
     _input_ended = False
     _yielding: Any = None
 
@@ -225,12 +227,26 @@ class StatusProtocol(LineReceiver, TimeoutMixin):
         self.factory.clients.add(self)
         # The transport then pauses us while its buffer is full: a client that never reads costs one reply.
         self.transport.registerProducer(self, True)
-        if len(self.factory.clients) > self.factory.max_connections:
-            self.factory.rejected["too_many_connections"] += 1
-            self._say(f"ERROR too many connections, the limit is {self.factory.max_connections}")
-            self._finish()
-        else:
-            self.setTimeout(self.factory.idle_timeout_s)
+        # Past the limit it may ask like any other, but is the first to go: the questions are those of monitors.
+        self._in_reserve = not self.factory.door.admit(self, self.factory.max_connections)
+        self.setTimeout(self._patience_s)
+
+    @property
+    def _patience_s(self) -> float:
+        """How long the client may be silent, or take nothing of a reply."""
+        return RESERVE_S if self._in_reserve else self.factory.idle_timeout_s
+
+    def turn_away(self) -> None:
+        """Another connection past the limit needs the place, or this one has been silent for too long."""
+        self.factory.rejected["too_many_connections"] += 1
+        self.factory.door.note_refusal(self.factory.max_connections)
+        if self._finishing or self._choked or self._waiting:
+            self.transport.abortConnection()
+            return
+        self._say(f"ERROR too many connections, the limit is {self.factory.max_connections}")
+        self._finishing = True
+        self.transport.unregisterProducer()
+        self.transport.loseConnection()
 
     def lineReceived(self, line: bytes) -> None:
         if self._finishing:
@@ -275,7 +291,7 @@ class StatusProtocol(LineReceiver, TimeoutMixin):
             self._waiting = False
             if self not in self.factory.clients:
                 return
-            self.setTimeout(self.factory.idle_timeout_s)
+            self.setTimeout(self._patience_s)
             self._say(reply)
             self._run(rest)
 
@@ -305,6 +321,9 @@ class StatusProtocol(LineReceiver, TimeoutMixin):
         super().resumeProducing()
 
     def timeoutConnection(self) -> None:
+        if self._in_reserve and not self._finishing:
+            self.turn_away()
+            return
         self.factory.rejected["slow_client"] += self._choked
         self.transport.abortConnection()
 
@@ -326,6 +345,7 @@ class StatusProtocol(LineReceiver, TimeoutMixin):
             self._yielding.cancel()
             self._yielding = None
         self.factory.clients.discard(self)
+        self.factory.door.left(self, was_admitted=not self._in_reserve)
 
     def _answer(self, command: str) -> str | Deferred[str]:
         try:
@@ -357,7 +377,7 @@ class StatusProtocol(LineReceiver, TimeoutMixin):
         """Nothing more will be said; once it is out, the connection ends when the client closes, or soon."""
         self._finishing = True
         self.clearLineBuffer()
-        self.setTimeout(self.factory.idle_timeout_s)
+        self.setTimeout(self._patience_s)
         self.transport.unregisterProducer()
         self.transport.loseWriteConnection()
 
@@ -366,11 +386,15 @@ class StatusFactory(ServerFactory):
     """Makes the protocol of the status port or, with `refreshes`, of the admin socket.
 
     :param clock: `IReactorTime`.
+    :param door: lets clients in; None for one that only `max_connections` closes.
     """
 
     noisy = False
 
-    def __init__(self, commands: Commands, max_connections: int, idle_timeout_s: float, clock: Any) -> None:
+    def __init__(
+        self, commands: Commands, max_connections: int, idle_timeout_s: float, clock: Any, door: Door | None = None
+    ) -> None:
+        self.door = door or open_door(clock.seconds)
         self.commands = commands
         self.max_connections = max_connections
         self.idle_timeout_s = idle_timeout_s

@@ -38,6 +38,8 @@ _DATASETS = b"/v1/datasets"
 _DATASET = b"/v1/datasets/"
 _ROW = b"rows/"
 _ASSETS = b"/assets/"
+_PROBES = frozenset({b"/livez", b"/readyz", b"/metrics"})
+"""What monitors ask. It needs no token, and is answered past the limit of connections."""
 _READ_METHODS = (b"GET", b"HEAD")
 _ADMIN_TOKEN = "http.admin_token"  # noqa: S105  # its name
 _HTML, _PROBLEM, _EVENTS, _TEXT = b"text/html", b"application/problem+json", b"text/event-stream", b"text/plain"
@@ -306,7 +308,7 @@ class Answers:
 
     def _for_monitors(self, request: Request, path: bytes) -> Reply | Coroutine[Any, Any, Reply] | None:
         """The probes and the metrics, which need no token; None if it is neither."""
-        if path not in (b"/livez", b"/readyz", b"/metrics"):
+        if path not in _PROBES:
             return None
         _check_method(request)
         if path == b"/livez":
@@ -456,6 +458,11 @@ class Answers:
 
 
 # The request's parts
+
+
+def is_probe(request: Request) -> bool:
+    """Whether a monitor asks."""
+    return request.target.partition(b"?")[0] in _PROBES
 
 
 def decoded(part: bytes) -> bytes:

@@ -35,9 +35,10 @@ from zope.interface import implementer, provider
 
 from cacheservice.cache.cache import Cache, Refreshes
 from cacheservice.ports import rejected
+from cacheservice.ports.admission import RESERVE_S, Door, open_door
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.http import assets
-from cacheservice.ports.http.answers import Answers, Exposition, Reply, Request
+from cacheservice.ports.http.answers import Answers, Exposition, Reply, Request, is_probe
 from cacheservice.ports.http.bodies import GzipBodies, Piece
 from cacheservice.ports.http.events import Feed
 from cacheservice.ports.http.guard import Guard
@@ -50,14 +51,12 @@ MAX_HEAD_BYTES = 16 * 1024
 _LINGER_S = 2.0
 """How long a client may take to close after our last word. Closing first, with input of it
 unread, would send a reset that overtakes the answer (RFC 9112, 9.6)."""
-_REFUSED_AT_ONCE = 100
-"""Connections over the limit that are told so; more are closed without a word."""
 _PIPELINE_TURN_S = 0.001
 """How long the pipelined requests of one client may hold the reactor."""
 _STREAMS_TURN_S = 0.001
 """How long all streams together may; with what the last of them began it is two milliseconds."""
 
-_REASONS: Mapping[int, rejected.Reason] = MappingProxyType({503: "too_many_connections", 408: "slow_client"})
+_REASONS: Mapping[int, rejected.Reason] = MappingProxyType({408: "slow_client"})
 """Why a connection is refused, by the status that it is told; by any other, for what it sent."""
 _CLOSE = b"Connection: close\r\n"
 _LAST_CHUNK = b"0\r\n\r\n"
@@ -142,6 +141,7 @@ class HttpChannel(HTTPChannel):
     _stream: _Stream | None = None
     _direct = _may_be_direct = False
     _in_head = False
+    _in_reserve = False
     _finishing = False
     _read_closed = False
     _answered_while_choked = False
@@ -157,9 +157,23 @@ class HttpChannel(HTTPChannel):
         self._direct = self._may_be_direct = isinstance(self.transport, tcp.Server)  # TLS would be another's
         factory = self.factory
         factory.clients.add(self)
-        self._limit(factory.idle_timeout_s)
-        if len(factory.clients) > factory.max_connections:
-            self._refuse(503, f"too many connections, the limit is {factory.max_connections}")
+        self._in_reserve = not factory.door.admit(self, factory.max_connections)
+        self._limit(self._patience_s)
+
+    @property
+    def _patience_s(self) -> float:
+        """How long the client may be silent, or take nothing of an answer."""
+        return RESERVE_S if self._in_reserve else self.factory.idle_timeout_s
+
+    def turn_away(self) -> None:
+        """Another connection past the limit needs the place."""
+        if self._finishing or self._handlingRequest:
+            self.transport.abortConnection()
+        else:
+            self._refuse(503, self._too_many())
+
+    def _too_many(self) -> str:
+        return f"too many connections, the limit is {self.factory.max_connections}"
 
     # From bytes to a request
 
@@ -174,7 +188,7 @@ class HttpChannel(HTTPChannel):
             self._finish()  # the rest of this head will never come
         elif not self._in_head and (self._buffer or self.requests):
             self._in_head = True
-            self._limit(self.factory.head_timeout_s)
+            self._limit(RESERVE_S if self._in_reserve else self.factory.head_timeout_s)
 
     def lineReceived(self, line: bytes) -> None:
         if not self._finishing:
@@ -234,6 +248,8 @@ class HttpChannel(HTTPChannel):
             self._check_body(headers)
         if b"expect" in headers and headers[b"expect"].lower() != b"100-continue":
             self._refuse(417, "the one expectation that is known is 100-continue")
+        if self._in_reserve:
+            self.persistent = False
         if self._finishing:
             self.length = None  # to HTTPChannel: do not go on to the answer
 
@@ -265,6 +281,8 @@ class HttpChannel(HTTPChannel):
         """Answer a request, now or later. The next one is not looked at before."""
         self._in_head = False
         try:
+            if self._in_reserve and not is_probe(request):
+                raise Problem(503, self._too_many(), b"Retry-After: 1\r\n")
             reply = self.factory.answers.answer(request)
         except Exception as error:
             reply = Reply(*self._refusal(error, request))
@@ -290,6 +308,8 @@ class HttpChannel(HTTPChannel):
         if not isinstance(error, Problem):
             self._log.failure("an HTTP request could not be answered", Failure(error))
             error = Problem(500, "an internal error; its traceback is in the log")
+        elif self._in_reserve and error.status == 503:
+            self._note_refusal()
         return self.factory.answers.problem(error, request.target)
 
     def _send(self, request: HttpRequest, reply: Reply) -> None:
@@ -383,7 +403,7 @@ class HttpChannel(HTTPChannel):
 
     def _next(self) -> None:
         self._yielding = None
-        self._limit(self.factory.idle_timeout_s)
+        self._limit(self._patience_s)
         self.requestDone(self.requests[0])
         # Within dataReceived there may be more requests to come out of what was received.
         if self._read_closed and not (self._busyReceiving or self._handlingRequest or self._finishing):
@@ -395,7 +415,7 @@ class HttpChannel(HTTPChannel):
         """The client does not read. Nor do we: HTTPChannel would, while it waits for an answer to be made."""
         super().pauseProducing()
         self._networkProducer.pauseProducing()
-        self._limit(self.factory.idle_timeout_s)
+        self._limit(self._patience_s)
 
     def resumeProducing(self) -> None:
         self._deadline_at = None
@@ -407,7 +427,7 @@ class HttpChannel(HTTPChannel):
             self._answered_while_choked = False
             self._next()
         elif not self._handlingRequest:
-            self._limit(self.factory.idle_timeout_s)
+            self._limit(self._patience_s)
 
     # The end
 
@@ -415,10 +435,17 @@ class HttpChannel(HTTPChannel):
         """Answer what is no request, or one too many; nothing after it can be understood."""
         if self._finishing:
             return
-        self.factory.rejected[_REASONS.get(status, "protocol_error")] += 1
+        if status == 503:
+            self._note_refusal()
+        else:
+            self.factory.rejected[_REASONS.get(status, "protocol_error")] += 1
         head, body = self.factory.answers.problem(Problem(status, detail), b"")
         self._write(head + _CLOSE, body, self._command != b"HEAD")
         self._finish()
+
+    def _note_refusal(self) -> None:
+        self.factory.rejected["too_many_connections"] += 1
+        self.factory.door.note_refusal(self.factory.max_connections)
 
     def loseConnection(self) -> None:
         """HTTPChannel's word for: the last answer is out."""
@@ -430,8 +457,8 @@ class HttpChannel(HTTPChannel):
         self.clearLineBuffer()
         self._dataBuffer.clear()
         self._networkProducer.unregisterProducer()
-        self._limit(self.factory.idle_timeout_s)
-        if self._read_closed:
+        self._limit(self._patience_s)
+        if self._read_closed or self._in_reserve:  # a place in reserve is free at once
             self.transport.loseConnection()
         else:
             self.transport.loseWriteConnection()
@@ -458,6 +485,7 @@ class HttpChannel(HTTPChannel):
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         super().connectionLost(reason)
         self.factory.clients.discard(self)
+        self.factory.door.left(self, was_admitted=not self._in_reserve)
         self._finishing = True
         self._deadline_at = None
         for call in (self._timer, self._yielding):
@@ -490,6 +518,8 @@ class HttpChannel(HTTPChannel):
         left_s = self._deadline_at - self.factory.clock.seconds()
         if left_s > 0:
             self._timer = self.factory.clock.callLater(left_s, self._expire)
+        elif self._in_reserve and not (self._finishing or self._waitingForTransport):
+            self._refuse(503, self._too_many())
         elif self._in_head and not self._finishing:
             self._refuse(408, f"the head did not come to its end within {self.factory.head_timeout_s:g} s")
         elif not (self._finishing or self._waitingForTransport):
@@ -513,6 +543,7 @@ class HttpFactory(ServerFactory):
     :param allow_data: False answers 403 to everything but probes and metrics as long as there is no token.
     :param exposition: what /metrics serves; None for no such page.
     :param head_timeout_s: from the first byte of a request's head to its last.
+    :param door: lets clients in; None for one that only `max_connections` closes.
     """
 
     noisy = False
@@ -531,7 +562,9 @@ class HttpFactory(ServerFactory):
         allow_data: bool = True,
         exposition: Exposition | None = None,
         head_timeout_s: float = HEAD_TIMEOUT_S,
+        door: Door | None = None,
     ) -> None:
+        self.door = door or open_door(reactor.seconds)
         self.max_connections = max_connections
         self.idle_timeout_s = idle_timeout_s
         self.head_timeout_s = head_timeout_s
@@ -546,10 +579,7 @@ class HttpFactory(ServerFactory):
         )
         self.streams = Cooperator(_turn, partial(reactor.callLater, 0))
 
-    def buildProtocol(self, addr: object) -> HttpChannel | None:  # type: ignore[override]  # it holds another `factory`
-        if len(self.clients) >= self.max_connections + _REFUSED_AT_ONCE:
-            self.rejected["too_many_connections"] += 1
-            return None
+    def buildProtocol(self, addr: object) -> HttpChannel:  # type: ignore[override]  # it holds another `factory`
         return HttpChannel(self)
 
     def close_clients(self) -> None:

@@ -21,6 +21,7 @@ from cacheservice.cache.dataset import Dataset
 from cacheservice.cache.describe import iso
 from cacheservice.cache.rows import bulk
 from cacheservice.ports import rejected
+from cacheservice.ports.admission import Door, open_door
 from cacheservice.ports.resp import reply
 from cacheservice.ports.resp.commands import REDIS_VERSION, SYNTAX, Command, Commands, Reply, Words
 from cacheservice.ports.resp.reply import CommandError
@@ -92,6 +93,7 @@ class RespProtocol(Protocol):
         self._closing = False
         self._input_ended = False
         self._last_command = b""
+        self._admitted = False
         self._connected_at = self._heard_at = factory.clock.seconds()
         self._idle_timer: Any = None
 
@@ -103,16 +105,24 @@ class RespProtocol(Protocol):
         # A small reply is not to wait for the next one.
         self.transport.setTcpNoDelay(True)
         factory.clients.add(self)
-        if len(factory.clients) > factory.max_connections:
-            factory.rejected["too_many_connections"] += 1
-            self._closing = True
-            self._flush([reply.error("ERR max number of clients reached")])
-            self._close()
+        self._admitted = factory.door.admit(self, factory.max_connections)
+        if not self._admitted:
+            self.turn_away()
             return
         self._idle_timer = factory.clock.callLater(factory.idle_timeout_s, self._check_idle)
 
+    def turn_away(self) -> None:
+        """There are too many clients; no probe asks here."""
+        factory = self.factory
+        factory.rejected["too_many_connections"] += 1
+        factory.door.note_refusal(factory.max_connections)
+        self._closing = True
+        self._flush([reply.error("ERR max number of clients reached")])
+        self._close()
+
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self._closing = True
+        self.factory.door.left(self, was_admitted=self._admitted)
         self._stream = None
         self._unsent = []
         self.factory.clients.discard(self)
@@ -699,12 +709,19 @@ class RespFactory(ServerFactory):
     """Makes the RESP port's protocol and knows its clients.
 
     :param clock: `IReactorTime`, monotonic.
+    :param door: lets clients in; None for one that only `max_connections` closes.
     """
 
     noisy = False
 
     def __init__(
-        self, cache: Cache, commands: Commands, max_connections: int, idle_timeout_s: float, clock: Any
+        self,
+        cache: Cache,
+        commands: Commands,
+        max_connections: int,
+        idle_timeout_s: float,
+        clock: Any,
+        door: Door | None = None,
     ) -> None:
         self.cache = cache
         self.commands = commands
@@ -714,6 +731,7 @@ class RespFactory(ServerFactory):
         self.clients: set[RespProtocol] = set()
         self.subscribers: dict[bytes, set[RespProtocol]] = defaultdict(set)
         self.throttle = Throttle(clock.seconds)
+        self.door = door or open_door(clock.seconds)
         self.connections_received = 0
         self.rejected = rejected.none_yet()
         self.commands_processed = 0

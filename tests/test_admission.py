@@ -1,0 +1,116 @@
+"""Laws of who is let in, and of what the process's descriptors are for."""
+
+from __future__ import annotations
+
+import socket
+from contextlib import ExitStack
+
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.internet.task import Clock
+from twisted.trial.unittest import SynchronousTestCase
+
+from cacheservice.ports.admission import Door, Plan, Room, plan
+from tests.test_metrics import place
+from tests.test_probes import PRODUCTS, ProbesTestCase
+from tests.test_twistd import GIVE_UP_S, until
+
+OPEN_FILES = ("sh", "-c", 'ulimit -n 100; exec "$0" "$@"')
+
+
+class Guest:
+    def __init__(self) -> None:
+        self.turned_away = False
+
+    def turn_away(self) -> None:
+        self.turned_away = True
+
+
+class Log:
+    def __init__(self) -> None:
+        self.lines: list[dict[str, object]] = []
+
+    def warning(self, event: str, **fields: object) -> None:
+        self.lines.append(fields)
+
+
+class Plans(SynchronousTestCase):
+    @given(st.integers(40, 1 << 20), st.integers(1, 100), st.integers(1, 5))
+    def test_it_adds_up(self, descriptors: int, sessions: int, ports: int) -> None:
+        """There is always a place for a client and a probe; with descriptors for all of it, no more is given away."""
+        made = plan(descriptors, sessions, ports)
+        self.assertGreaterEqual(min(made.clients, made.reserve, made.accepted), 1)
+        if descriptors >= 40 + sessions + 2 * ports:
+            self.assertLessEqual(made.clients + made.reserve * ports + made.accepted + 28 + sessions, descriptors)
+
+    def test_usual_limits(self) -> None:
+        """Of 1,024 some 850 are for clients; of 40,000 nearly all."""
+        self.assertEqual(plan(1024, 2, 3), Plan(1024, 843, 16, 100))
+        self.assertEqual(plan(40_000, 2, 3).clients, 39_819)
+
+
+class Doors(SynchronousTestCase):
+    def door(self, clients: int, reserve: int, clock: Clock | None = None, log: Log | None = None) -> Door:
+        room = Room(Plan(100, clients, reserve, 10))
+        return Door("http", room, reserve, log, (clock or Clock()).seconds)
+
+    def test_two_limits(self) -> None:
+        """That of the port and that of the files of all ports; who leaves makes room."""
+        room = Room(Plan(100, 3, 0, 10))
+        first, second = (Door(name, room, 0, None, Clock().seconds) for name in ("resp", "http"))
+        guests = [Guest() for _ in range(4)]
+        self.assertTrue(first.admit(guests[0], 2) and first.admit(guests[1], 2))
+        self.assertFalse(first.admit(guests[2], 2))
+        self.assertTrue(second.admit(guests[2], 2))
+        self.assertFalse(second.admit(guests[3], 2))
+        first.left(guests[3], was_admitted=False)
+        self.assertFalse(second.admit(guests[3], 2))
+        first.left(guests[0], was_admitted=True)
+        self.assertTrue(second.admit(guests[3], 2))
+
+    def test_the_oldest_in_reserve_goes(self) -> None:
+        """The newest has a place in reserve, whoever waits there."""
+        door = self.door(1, 2)
+        self.assertTrue(door.admit(Guest(), 1))
+        guests = [Guest() for _ in range(4)]
+        self.assertFalse(any(door.admit(guest, 1) for guest in guests))
+        self.assertEqual([guest.turned_away for guest in guests], [True, True, False, False])
+        door.left(guests[2], was_admitted=False)
+        self.assertFalse(door.admit(Guest(), 1))
+        self.assertFalse(guests[3].turned_away)
+
+    def test_refusals_are_logged_once_a_minute(self) -> None:
+        """With how many there were since the last line."""
+        clock, log = Clock(), Log()
+        door = self.door(1, 2, clock, log)
+        for _ in range(5):
+            door.note_refusal(1)
+        clock.advance(61)
+        door.note_refusal(1)
+        self.assertEqual([line["count"] for line in log.lines], [1, 5])
+
+
+class FewDescriptors(ProbesTestCase):
+    """The service with few descriptors, and more clients than those allow."""
+
+    def test_refreshes_go_on(self) -> None:
+        """With 100 descriptors and 300 idle clients refreshes and probes work; log and status name the limit."""
+        daemon = self.started(self.configuration(PRODUCTS), before=OPEN_FILES)
+        self.wait_ready(daemon)
+        capped = daemon.event("connections_capped")
+        self.assertEqual((capped["configured"], capped["open_files"]), (10_000, 100))
+        self.assertIn(
+            f"clients capped at {capped['limit']} of 10,000 by the limit of 100 open files", daemon.ask("status")
+        )
+        with ExitStack() as there:
+            for port in (self.port_of(daemon, "resp"), self.port_of(daemon, "http"), self.port_of(daemon, "status")):
+                for _ in range(100):
+                    there.enter_context(socket.create_connection(("127.0.0.1", port), timeout=GIVE_UP_S))
+            before = daemon.generation()
+            until(lambda: daemon.generation() > before + 2, "refreshes")
+            self.assertEqual(daemon.json()["datasets"]["products"]["consecutive_failures"], 0)
+            self.wait_ready(daemon)
+            now = self.now(daemon)
+            self.assertEqual(now[place("cacheservice_connections_limit", port="http")], capped["limit"])
+            self.assertGreater(now[place("cacheservice_rejected_total", port="resp", reason="too_many_connections")], 0)
+            self.assertEqual(daemon.event("clients_turned_away")["open_files"], 100)
