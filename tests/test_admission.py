@@ -114,3 +114,22 @@ class FewDescriptors(ProbesTestCase):
             self.assertEqual(now[place("cacheservice_connections_limit", port="http")], capped["limit"])
             self.assertGreater(now[place("cacheservice_rejected_total", port="resp", reason="too_many_connections")], 0)
             self.assertEqual(daemon.event("clients_turned_away")["open_files"], 100)
+
+    def test_none_left(self) -> None:
+        """A connection for which there is no descriptor fails in words that say so, though libpq has none."""
+        program = """
+import os, resource, psycopg2
+from cacheservice.postgres.target import parse
+from cacheservice.postgres.translate import translate
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+try:
+    while True: os.dup(0)
+except OSError: pass
+try: psycopg2.connect("host=localhost hostaddr=127.0.0.1 port=1", async_=1)
+except psycopg2.Error as error: ours = translate(error, parse("host=localhost"), connecting=True)
+print(ours, "|", ours.advice)
+"""
+        told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+        self.assertIn(
+            "no connection could be opened: all 64 open files of the process are used | raise the limit", told
+        )

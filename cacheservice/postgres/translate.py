@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import resource
 from typing import Any
 
 import psycopg2
@@ -30,6 +32,7 @@ _SHOWS_DATA = re.compile("2[23]...")
 _OF_RECOVERY = re.compile("conflict with recovery")
 _RECOVERY_FUNCTION = re.compile("RecoveryConflict")
 """The function of the server that raises it, because a message may be translated."""
+_FEW_DESCRIPTORS = 4
 _QUOTED = re.compile(r'"[^"]*"')
 
 _ADVICE = {
@@ -52,7 +55,15 @@ def translate(error: psycopg2.Error, target: Target, *, connecting: bool = False
     """Ours for any exception of the driver. The caller raises it `from` the driver's."""
     sqlstate: str = getattr(error, "pgcode", None) or ""
     diagnostics = getattr(error, "diag", None)
-    message = target.redact((diagnostics and diagnostics.message_primary) or str(error) or type(error).__name__)
+    words = (diagnostics and diagnostics.message_primary) or str(error)
+    if connecting and not words and (open_files := _spent_open_files()):
+        # Asynchronous libpq fails without a word where a socket cannot be made.
+        spent = DatabaseUnavailable(
+            f"no connection could be opened: all {open_files} open files of the process are used"
+        )
+        spent.advice = "raise the limit of open files (LimitNOFILE=, ulimit -n), or lower limits.max_connections"
+        return spent
+    message = target.redact(words or f"{type(error).__name__} without a reason")
     advice = _ADVICE.get(sqlstate) or _ADVICE.get(sqlstate[:2])
     if connecting and advice is None:
         advice = next((_ADVICE[code] for code, words in _REFUSED.items() if words.search(message)), None)
@@ -73,6 +84,18 @@ def translate(error: psycopg2.Error, target: Target, *, connecting: bool = False
     if _SHOWS_DATA.fullmatch(sqlstate):
         message = _QUOTED.sub('"…"', message)
     return QueryFailed(f"PostgreSQL: {message} (SQLSTATE {sqlstate})", sqlstate, advice)
+
+
+def _spent_open_files() -> int:
+    """The limit of open files if nearly all are used, else 0."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        used = len(os.listdir("/proc/self/fd"))
+    except FileNotFoundError:
+        return 0
+    except OSError:
+        return limit
+    return limit if limit - used < _FEW_DESCRIPTORS else 0
 
 
 def _try_again(sqlstate: str, message: str, diagnostics: Any) -> QueryFailed:
