@@ -56,7 +56,7 @@ def translate(error: psycopg2.Error, target: Target, *, connecting: bool = False
     sqlstate: str = getattr(error, "pgcode", None) or ""
     diagnostics = getattr(error, "diag", None)
     words = (diagnostics and diagnostics.message_primary) or str(error)
-    if connecting and not words and (open_files := _spent_open_files()):
+    if connecting and (not words or "Too many open files" in words) and (open_files := _spent_open_files()):
         # Asynchronous libpq fails without a word where a socket cannot be made.
         spent = DatabaseUnavailable(
             f"no connection could be opened: all {open_files} open files of the process are used"
