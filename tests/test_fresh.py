@@ -20,7 +20,8 @@ from typing import Any
 import hiredis
 import psycopg2
 
-from cacheservice.postgres.migrate import create_reader, migrate
+from cacheservice.postgres.migrate import migrate
+from cacheservice.postgres.reader import create_reader
 from cacheservice.postgres.watch import unwatch, watch
 from cacheservice.shipped import folder
 from tests.postgres import connect, query

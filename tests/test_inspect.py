@@ -25,7 +25,8 @@ from cacheservice.postgres import database as refreshes
 from cacheservice.postgres.inspect import Inspection, Server, inspecting, keys
 from cacheservice.postgres.inspect import session as inspect_session
 from cacheservice.postgres.inspect.plans import worst_node
-from cacheservice.postgres.migrate import create_reader, migrate
+from cacheservice.postgres.migrate import migrate
+from cacheservice.postgres.reader import create_reader
 from cacheservice.postgres.session_settings import Limits, begin_reading
 from cacheservice.postgres.watch import watch
 from tests import pgbouncer

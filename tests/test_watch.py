@@ -24,7 +24,8 @@ from cacheservice import shipped
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.cli.main import main
 from cacheservice.config import OWN_CHANNEL
-from cacheservice.postgres.migrate import create_reader, migrate
+from cacheservice.postgres.migrate import migrate
+from cacheservice.postgres.reader import create_reader
 from cacheservice.postgres.watch import unwatch, watch
 from tests.postgres import connect, fresh_database, query
 

@@ -26,7 +26,8 @@ import click
 from cacheservice import shipped
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.errors import DemoFailed
-from cacheservice.postgres.migrate import create_reader, migrate
+from cacheservice.postgres.migrate import migrate
+from cacheservice.postgres.reader import create_reader
 from cacheservice.postgres.watch import watch
 
 _DATABASE = "shop"

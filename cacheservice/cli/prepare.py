@@ -10,8 +10,8 @@ import click
 
 from cacheservice import config, shipped
 from cacheservice.postgres import target
-from cacheservice.postgres.migrate import create_reader
 from cacheservice.postgres.migrate import migrate as apply_migrations
+from cacheservice.postgres.reader import create_reader
 from cacheservice.postgres.target import parse
 from cacheservice.postgres.watch import unwatch as take_triggers
 from cacheservice.postgres.watch import watch as put_triggers
@@ -26,12 +26,19 @@ _owner_dsn = click.option(
 
 @click.command()
 @_owner_dsn
+@click.option(
+    "--owner",
+    metavar="ROLE",
+    help="The role that owns what is made, if it is not the session's: that of the tables, so that it can run `watch`.",
+)
 @click.option("--reader", metavar="NAME", help="Also make this role: it may log in and read what it is granted.")
 @click.option(
     "--select", "tables", metavar="TABLE", multiple=True, help="A table that the reader may read; repeatable."
 )
-def migrate(dsn: str | None, reader: str | None, tables: tuple[str, ...]) -> None:
+def migrate(dsn: str | None, owner: str | None, reader: str | None, tables: tuple[str, ...]) -> None:
     """Bring what the service needs into the database: the schema `cacheservice`; with --reader, a role for the service.
+
+    Each migration is one transaction: a run that is interrupted leaves nothing behind, and the next one goes on.
 
     The reader's password is taken from CACHESERVICE_READER_PASSWORD, or the file that CACHESERVICE_READER_PASSWORD_FILE
     names; without either, set one with psql's \\password.
@@ -40,11 +47,12 @@ def migrate(dsn: str | None, reader: str | None, tables: tuple[str, ...]) -> Non
     Examples (a DSN without a password in it may also stand behind --dsn):
       CACHESERVICE_MIGRATE_DSN=postgresql://owner@db/shop cacheservice migrate
       cacheservice migrate --reader cache_reader --select public.products --select public.prices
+      CACHESERVICE_MIGRATE_DSN=postgresql://dba@db/shop cacheservice migrate --owner shop_owner
     """
     if tables and not reader:
         raise click.UsageError("--select goes with --reader")
     dsn = _checked(dsn)
-    names = apply_migrations(dsn, shipped.folder("migrations"))
+    names = apply_migrations(dsn, shipped.folder("migrations"), owner)
     click.echo("\n".join(f"applied {name}" for name in names) or "nothing to apply: the schema is up to date")
     if reader:
         create_reader(dsn, reader, tables, _reader_password())

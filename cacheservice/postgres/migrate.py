@@ -1,117 +1,153 @@
-"""What the service needs in the database: the schema `cacheservice`, and a reader with few rights.
+"""Applies the files in `migrations/`, each in one transaction, and records them in the schema `cacheservice`.
 
-It blocks: for the command line, never for the service.
+The records are those of yoyo-migrations, which applied them before: a database that it has migrated goes on from there.
+A transaction waits for an advisory lock of its own kind, which ends with it, so that nothing is left behind by a
+command that is killed and two at once do not disturb each other. A lock row that yoyo left means nothing here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import closing
+import hashlib
+import socket
+import uuid
 from pathlib import Path
-from typing import Any
 
-import psycopg2
-from psycopg2 import extensions, sql
-from yoyo import read_migrations
-from yoyo.backends.core.postgresql import PostgresqlBackend
-from yoyo.connections import DatabaseURI
-from yoyo.migrations import default_migration_table
+from psycopg2 import sql
 
 from cacheservice.errors import MigrationFailed
-from cacheservice.postgres.target import parse
+from cacheservice.postgres import admin
+from cacheservice.postgres.admin import SCHEMA, Refused, Session
 
-SCHEMA = "cacheservice"
-_CONNECT_TIMEOUT_S = 10
-_FUNCTIONS = ("blocking_sessions(integer)", "changes(jsonb, pg_snapshot, integer)", "prune(interval, integer)")
-"""What a reader may call."""
+_LOCK = "SELECT pg_advisory_xact_lock(hashtextextended('cacheservice.migrate', 0))"
 
-# Defaults, which a session can unset: the grants are the boundary, these are for mistakes.
-_READER_DEFAULTS = {
-    "default_transaction_read_only": "on",
-    "statement_timeout": "60s",
-    "lock_timeout": "30s",
-    "idle_in_transaction_session_timeout": "60s",
-    "search_path": "pg_catalog, public",
+_RECORDS = """
+CREATE TABLE IF NOT EXISTS cacheservice._yoyo_migration (
+    migration_hash varchar(64) PRIMARY KEY,
+    migration_id varchar(255),
+    applied_at_utc timestamp
+);
+CREATE TABLE IF NOT EXISTS cacheservice._yoyo_log (
+    id varchar(36) PRIMARY KEY,
+    migration_hash varchar(64),
+    migration_id varchar(255),
+    operation varchar(10),
+    username varchar(255),
+    hostname varchar(255),
+    comment varchar(255),
+    created_at_utc timestamp
+);
+CREATE TABLE IF NOT EXISTS cacheservice._yoyo_version (
+    version integer PRIMARY KEY,
+    installed_at_utc timestamp
+);
+INSERT INTO cacheservice._yoyo_version SELECT 2, now() AT TIME ZONE 'utc'
+WHERE NOT EXISTS (SELECT FROM cacheservice._yoyo_version);
+"""
+_RECORD = """
+INSERT INTO cacheservice._yoyo_migration VALUES (%(hash)s, %(name)s, clock_timestamp() AT TIME ZONE 'utc');
+INSERT INTO cacheservice._yoyo_log VALUES
+    (%(id)s, %(hash)s, %(name)s, 'apply', session_user, %(host)s, NULL, clock_timestamp() AT TIME ZONE 'utc');
+"""
+
+# yoyo committed a migration before it recorded it, and could fail in between.
+_APPLIED_UNRECORDED = {
+    "0001_schema": "to_regprocedure('cacheservice.blocking_sessions(integer)') IS NOT NULL",
+    "0002_changes": "to_regclass('cacheservice.changes') IS NOT NULL",
 }
 
+_OBJECTS = """
+SELECT format('SCHEMA %I', n.nspname), pg_get_userbyid(n.nspowner)
+FROM pg_namespace AS n WHERE n.nspname = 'cacheservice'
+UNION ALL
+SELECT format('TABLE %s', c.oid::regclass), pg_get_userbyid(c.relowner)
+FROM pg_class AS c WHERE c.relnamespace = 'cacheservice'::regnamespace AND c.relkind IN ('r', 'p')
+UNION ALL
+SELECT format('FUNCTION %s', p.oid::regprocedure), pg_get_userbyid(p.proowner)
+FROM pg_proc AS p WHERE p.pronamespace = 'cacheservice'::regnamespace
+"""
+"""What is in the schema, itself first, and the role that owns it."""
 
-def migrate(dsn: str, directory: Path) -> list[str]:
-    """Apply what has not been applied yet; gives the names, in order. All of it lies in the schema `cacheservice`.
 
+def migrate(dsn: str, directory: Path, owner: str | None = None) -> list[str]:
+    """Apply the migrations that have not been applied yet; return their names, in order.
+
+    :param owner: the role that shall own the schema and everything in it; without it, the role that owns the tables
+        already, or the session's.
     :raises MigrationFailed: if the database cannot be reached or refuses.
     """
+    applied = []
     try:
-        with closing(blocking_connection(dsn, "cacheservice migrate")) as connection, connection.cursor() as cursor:
-            # Before yoyo makes its own tables, which are to lie in it.
-            cursor.execute(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}")
-        uri = DatabaseURI("postgresql", None, None, None, None, None, {"dsn": dsn, "schema": SCHEMA})
-        with PostgresqlBackend(uri, default_migration_table) as backend:
-            backend.init_database()
-            with backend.lock():
-                migrations = backend.to_apply(read_migrations(str(directory)))
-                names = [migration.id for migration in migrations]
-                backend.apply_migrations(migrations)
-        return names
-    except psycopg2.Error as error:
-        raise MigrationFailed(told_by(dsn, error)) from error
+        with admin.session(dsn, "cacheservice migrate") as session:
+            for file in migration_files(directory):
+                with session.transaction():
+                    session.cursor.execute(_LOCK)
+                    if _apply(session, file, owner):
+                        applied.append(file.stem)
+    except Refused as refused:
+        raise MigrationFailed(str(refused)) from refused
+    return applied
 
 
-def create_reader(dsn: str, name: str, tables: Sequence[str] = (), password: str | None = None) -> None:
-    """Make the role `name`, or bring it to this state: it may log in and read `tables`, nothing else.
-
-    :param tables: as schema.table; without one nothing is granted but the service's own functions.
-    :param password: sent as its SCRAM verifier, so that it is in no log of the server; None leaves it as it is.
-    :raises MigrationFailed: if the database cannot be reached or refuses.
-    """
-    role = sql.Identifier(name)
-    try:
-        with closing(blocking_connection(dsn, "cacheservice migrate")) as connection, connection.cursor() as cursor:
-            cursor.execute("SELECT 1 FROM pg_roles WHERE rolname = %s", (name,))
-            verb = sql.SQL("ALTER" if cursor.fetchone() else "CREATE")
-            cursor.execute(
-                sql.SQL(
-                    "{} ROLE {} LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION NOBYPASSRLS CONNECTION LIMIT 20"
-                ).format(verb, role)
-            )
-            if password is not None:
-                verifier = extensions.encrypt_password(password, name, connection, "scram-sha-256")
-                cursor.execute(sql.SQL("ALTER ROLE {} PASSWORD {}").format(role, sql.Literal(verifier)))
-            for setting, value in _READER_DEFAULTS.items():
-                # search_path takes a list, which must not be quoted as one.
-                values = sql.SQL(", ").join(map(sql.Literal, value.split(", ")))
-                cursor.execute(sql.SQL("ALTER ROLE {} SET {} = {}").format(role, sql.Identifier(setting), values))
-            cursor.execute(sql.SQL("GRANT USAGE ON SCHEMA {} TO {}").format(sql.Identifier(SCHEMA), role))
-            for function in _FUNCTIONS:
-                cursor.execute(
-                    sql.SQL("GRANT EXECUTE ON FUNCTION {}.{} TO {}").format(
-                        sql.Identifier(SCHEMA), sql.SQL(function), role
-                    )
-                )
-            for table in tables:
-                _grant_select(cursor, table, role)
-    except psycopg2.Error as error:
-        raise MigrationFailed(told_by(dsn, error)) from error
+def migration_files(directory: Path) -> list[Path]:
+    """In the order in which they are applied."""
+    return sorted(path for path in directory.glob("*.sql") if not path.name.endswith(".rollback.sql"))
 
 
-def _grant_select(cursor: Any, table: str, role: sql.Identifier) -> None:
-    # The server splits and folds the name by its own rules.
-    cursor.execute(
-        "SELECT relnamespace::regnamespace::text, oid::regclass::text FROM pg_class WHERE oid = %s::regclass", (table,)
-    )
-    schema, relation = cursor.fetchone()
-    # Both came back quoted where they need it.
-    cursor.execute(sql.SQL("GRANT USAGE ON SCHEMA {} TO {}").format(sql.SQL(schema), role))
-    cursor.execute(sql.SQL("GRANT SELECT ON {} TO {}").format(sql.SQL(relation), role))
+def _apply(session: Session, file: Path, owner: str | None) -> bool:
+    """Apply one migration in the transaction that runs; return whether there was anything to apply."""
+    _prepare(session, owner)
+    name = file.stem
+    record = {
+        "hash": hashlib.sha256(name.encode()).hexdigest(),
+        "name": name,
+        "id": str(uuid.uuid1()),
+        "host": socket.gethostname(),
+    }
+    if session.value("SELECT count(*) FROM cacheservice._yoyo_migration WHERE migration_hash = %s", (record["hash"],)):
+        return False
+    unrecorded = _APPLIED_UNRECORDED.get(name, "false")
+    if not session.value(f"SELECT {unrecorded}"):  # constants
+        session.cursor.execute(file.read_text(encoding="utf-8"))
+    session.cursor.execute(_RECORD, record)
+    return True
 
 
-def blocking_connection(dsn: str, application_name: str) -> Any:
-    """A session in autocommit."""
-    connection = psycopg2.connect(dsn, connect_timeout=_CONNECT_TIMEOUT_S, application_name=application_name)
-    connection.autocommit = True
-    return connection
+def _prepare(session: Session, owner: str | None) -> None:
+    """Bring the schema and its records to their owner, and act as that from here to the end of the transaction."""
+    if not session.value("SELECT count(*) FROM pg_namespace WHERE nspname = %s", (SCHEMA,)):
+        authorization = sql.SQL(" AUTHORIZATION {}").format(sql.Identifier(owner)) if owner else sql.SQL("")
+        session.cursor.execute(sql.SQL("CREATE SCHEMA {}{}").format(sql.Identifier(SCHEMA), authorization))
+    if owner is not None:
+        _give_all_to(session, owner)
+    act_as_owner(session, owner)
+    session.cursor.execute(_RECORDS)
 
 
-def told_by(dsn: str, error: psycopg2.Error) -> str:
-    """What the server said, in one line without a password."""
-    message = (error.diag.message_primary if error.diag else None) or str(error)
-    return f"PostgreSQL: {parse(dsn).redact(message)}"
+def _give_all_to(session: Session, owner: str) -> None:
+    role = sql.Identifier(owner)
+    for what, has in session.rows(_OBJECTS):
+        if has != owner:
+            session.cursor.execute(sql.SQL("ALTER {} OWNER TO {}").format(sql.SQL(what), role))
+
+
+def act_as_owner(session: Session, owner: str | None = None) -> None:
+    """Take the role that owns our tables until the end of the transaction, so that what is made belongs to it too."""
+    owners = [
+        name
+        for (name,) in session.rows(
+            "SELECT DISTINCT pg_get_userbyid(relowner) FROM pg_class "
+            "WHERE relkind = 'r' AND relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = %s)",
+            (SCHEMA,),
+        )
+    ]
+    current = session.value("SELECT current_user")
+    role = acting_role(owner, current, owners)
+    if role != current:
+        session.cursor.execute(sql.SQL("SET LOCAL ROLE {}").format(sql.Identifier(role)))
+
+
+def acting_role(wanted: str | None, current: str, owners: list[str]) -> str:
+    """The role to act as: the wanted one, else the one that owns all our tables, else the session's own."""
+    if wanted is not None:
+        return wanted
+    return owners[0] if len(owners) == 1 else current

@@ -11,19 +11,17 @@ statement), and nobody else may put them on a table: on one with a column whose 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import psycopg2
 from psycopg2 import sql
 
 from cacheservice.config import OWN_CHANNEL
 from cacheservice.errors import WatchFailed
-from cacheservice.postgres.migrate import SCHEMA, blocking_connection, told_by
+from cacheservice.postgres import admin
+from cacheservice.postgres.admin import LOCK_TIMEOUT_MS, Refused
 
-_LOCK_TIMEOUT_MS = 5000
-"""A trigger is made under a lock that waits for all writers, and all writers wait behind it."""
 _TABLE_KINDS = "rp"
 """Ordinary and partitioned tables: what has triggers with transition tables."""
 _EVENTS = ("insert", "update", "delete", "truncate")
@@ -31,7 +29,7 @@ _MOST_ROWS = 1_000_000
 """Of a statement that changes more rows no keys are recorded, as if it were a TRUNCATE: an array has 1 GB at most, and
 the statement would fail."""
 _ONE_AT_A_TIME = "LOCK TABLE cacheservice.watched IN SHARE ROW EXCLUSIVE MODE"
-_BEGIN = f"BEGIN;\nSET LOCAL lock_timeout = {_LOCK_TIMEOUT_MS};"
+_BEGIN = f"BEGIN;\nSET LOCAL lock_timeout = {LOCK_TIMEOUT_MS};"
 
 
 class _Table(NamedTuple):
@@ -95,39 +93,17 @@ def unwatch(dsn: str, table: str, key: Sequence[str], dry_run: bool, say: Callab
     return list(found.family)
 
 
-class _transaction:  # noqa: N801  # used as the function that it stands for
+@contextmanager
+def _transaction(dsn: str) -> Iterator[Any]:
     """A cursor in a transaction that is committed at the end; errors become ours."""
-
-    def __init__(self, dsn: str) -> None:
-        self._dsn = dsn
-
-    def __enter__(self) -> Any:
-        try:
-            self._connection = blocking_connection(self._dsn, "cacheservice watch")
-        except psycopg2.Error as error:
-            raise WatchFailed(told_by(self._dsn, error)) from error
-        self._connection.autocommit = False
-        cursor = self._connection.cursor()
-        cursor.execute(
-            f"SET LOCAL lock_timeout = {_LOCK_TIMEOUT_MS}; SET LOCAL search_path = pg_catalog, public, pg_temp"
-        )
-        return cursor
-
-    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
-        with closing(self._connection):
-            if error is None:
-                self._connection.commit()
-            elif isinstance(error, psycopg2.errors.LockNotAvailable):
-                raise WatchFailed(
-                    f"the table is in use: its lock was not to be had within {_LOCK_TIMEOUT_MS // 1000} s, "
-                    "and writers should not wait longer behind it; try again when no long transaction writes to it"
-                ) from error
-            elif isinstance(error, psycopg2.errors.UndefinedTable | psycopg2.errors.InvalidSchemaName):
-                told = told_by(self._dsn, error)
-                ours = f'"{SCHEMA}' in told
-                raise WatchFailed(f"{told}; say first: cacheservice migrate" if ours else told) from error
-            elif isinstance(error, psycopg2.Error):
-                raise WatchFailed(told_by(self._dsn, error)) from error
+    try:
+        with admin.session(dsn, "cacheservice watch") as session, session.transaction():
+            session.cursor.execute("SET LOCAL search_path = pg_catalog, public, pg_temp")
+            if not session.value("SELECT to_regclass('cacheservice.watched') IS NOT NULL"):
+                raise WatchFailed("the database has no table cacheservice.watched; say first: cacheservice migrate")
+            yield session.cursor
+    except Refused as refused:
+        raise WatchFailed(str(refused)) from refused
 
 
 def _find(cursor: Any, table: str, key: Sequence[str]) -> _Table:

@@ -1,0 +1,145 @@
+"""Sessions of the commands that change the database, and their errors in one line. For the command line: they block."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from typing import Any
+
+import psycopg2
+
+from cacheservice.postgres.target import parse
+
+SCHEMA = "cacheservice"
+LOCK_TIMEOUT_MS = 5000
+"""How long a command waits for a table: all writers of that table wait behind it."""
+_CONNECT_TIMEOUT_S = 10
+_OLDEST_VERSION = 140_000
+
+# LOCAL, as in all our transactions: a proxy that pools transactions would leave it to other clients otherwise.
+BEGIN = f"""\
+BEGIN READ WRITE;
+SET LOCAL search_path = pg_catalog, pg_temp;
+SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS};
+SET LOCAL statement_timeout = 0;
+SET LOCAL client_connection_check_interval = 1000;
+SET LOCAL client_min_messages = warning;"""
+
+
+class Refused(Exception):
+    """A command cannot go on; the message is one line with the cause and the next step, without a password."""
+
+
+class Session:
+    """A blocking session in autocommit; `cursor` and `connection` are the driver's."""
+
+    def __init__(self, connection: Any, cursor: Any, role: str, database: str) -> None:
+        self.connection = connection
+        self.cursor = cursor
+        self.role = role
+        self.database = database
+        """Both as SQL writes them."""
+
+    def rows(self, statement: str, parameters: tuple[Any, ...] | None = None) -> list[tuple[Any, ...]]:
+        self.cursor.execute(statement, parameters)
+        found: list[tuple[Any, ...]] = self.cursor.fetchall()
+        return found
+
+    def value(self, statement: str, parameters: tuple[Any, ...] | None = None) -> Any:
+        """The one value of the one row."""
+        ((found,),) = self.rows(statement, parameters)
+        return found
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All or nothing, whenever the command or the server ends."""
+        self.cursor.execute(BEGIN)
+        try:
+            yield
+        except BaseException:
+            if not self.connection.closed:
+                self.cursor.execute("ROLLBACK")
+            raise
+        self.cursor.execute("COMMIT")
+
+
+@contextmanager
+def session(dsn: str, application_name: str) -> Iterator[Session]:
+    """A session in which a command works.
+
+    :raises Refused: if the server cannot be reached, is too old, is a standby, or refuses a statement.
+    """
+    try:
+        connection = psycopg2.connect(dsn, connect_timeout=_CONNECT_TIMEOUT_S, application_name=application_name)
+    except psycopg2.Error as error:
+        raise Refused(told_by(dsn, error)) from error
+    with closing(connection):
+        connection.autocommit = True
+        if (refusal := too_old(connection.server_version)) is not None:
+            raise Refused(refusal)
+        role = database = ""
+        try:
+            with connection.cursor() as cursor:
+                cursor.execute(
+                    "SELECT format('%I', current_user), format('%I', current_database()), pg_is_in_recovery()"
+                )
+                role, database, is_standby = cursor.fetchone()
+                if is_standby:
+                    raise Refused("this server is a standby, which cannot be written to; run it on the primary")
+                yield Session(connection, cursor, role, database)
+        except psycopg2.Error as error:
+            raise Refused(explained(dsn, error, role, database)) from error
+
+
+def too_old(version: int) -> str | None:
+    """Why a server of that version (libpq's number) cannot be used; None if it can."""
+    if version >= _OLDEST_VERSION:
+        return None
+    shown = f"{version // 10_000}.{version % 10_000}"
+    return f"PostgreSQL {shown} is too old; use PostgreSQL {_OLDEST_VERSION // 10_000} or later"
+
+
+def told_by(dsn: str, error: psycopg2.Error) -> str:
+    """The server's message, in one line without a password."""
+    message = (error.diag.message_primary if error.diag else None) or str(error)
+    return f"PostgreSQL: {parse(dsn).redact(message)}"
+
+
+_NEXT_STEPS = (
+    (r"permission denied for database (.+)", "GRANT CREATE ON DATABASE {database} TO {role};"),
+    (
+        r'(?:permission denied to set role|must be (?:member of|able to SET ROLE)(?: role)?) "(.+)"',
+        'GRANT "{0}" TO {role};',
+    ),
+    (
+        r"permission denied for schema (.+)",
+        "run it as the owner of schema {0}, or: GRANT USAGE, CREATE ON SCHEMA {0} TO {role};",
+    ),
+    (r"must be owner of (?:\w+) (.+)", "run it as the owner of {0}"),
+    (r"permission denied to create role", "ALTER ROLE {role} CREATEROLE; or create the reader yourself first"),
+    (r"permission denied for (?:table|function|view|sequence) (.+)", "run it as the owner of {0}"),
+)
+
+
+def next_step(message: str, role: str, database: str) -> str:
+    """The statement that gives a role what it lacks, by the server's message; empty if that is not known.
+
+    :param role: quoted, as `database` is.
+    """
+    for pattern, advice in _NEXT_STEPS:
+        if found := re.search(pattern, message):
+            return advice.format(*found.groups(), role=role, database=database)
+    return ""
+
+
+def explained(dsn: str, error: psycopg2.Error, role: str, database: str) -> str:
+    """The server's message, and the next step where it is known."""
+    told = told_by(dsn, error)
+    if error.pgcode == "55P03":
+        return (
+            f"the table is in use: its lock was not to be had within {LOCK_TIMEOUT_MS // 1000} s, and writers should "
+            "not wait longer behind it; try again when no long transaction writes to it and no other such command runs"
+        )
+    advice = next_step(told, role, database) if error.pgcode == "42501" else ""
+    return f"{told}; {advice}" if advice else told

@@ -1,0 +1,134 @@
+"""The role that the service reads as: it may log in, read what it is granted, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import psycopg2
+from psycopg2 import extensions, sql
+
+from cacheservice.errors import MigrationFailed
+from cacheservice.postgres import admin
+from cacheservice.postgres.admin import SCHEMA, Refused, Session
+from cacheservice.postgres.migrate import act_as_owner
+
+_FUNCTIONS = ("blocking_sessions(integer)", "changes(jsonb, pg_snapshot, integer)", "prune(interval, integer)")
+"""What a reader may call."""
+
+_ATTRIBUTES = {
+    "rolcanlogin": (True, "LOGIN"),
+    "rolsuper": (False, "NOSUPERUSER"),
+    "rolcreatedb": (False, "NOCREATEDB"),
+    "rolcreaterole": (False, "NOCREATEROLE"),
+    "rolreplication": (False, "NOREPLICATION"),
+    "rolbypassrls": (False, "NOBYPASSRLS"),
+    "rolconnlimit": (20, "CONNECTION LIMIT 20"),
+}
+
+# Defaults, which a session can unset: the grants are the boundary, these are for mistakes.
+_DEFAULTS = {
+    "default_transaction_read_only": "on",
+    "statement_timeout": "60s",
+    "lock_timeout": "30s",
+    "idle_in_transaction_session_timeout": "60s",
+    "search_path": "pg_catalog, public",
+}
+
+
+def create_reader(dsn: str, name: str, tables: Sequence[str] = (), password: str | None = None) -> None:
+    """Make the role `name`, or bring it to this state: it may log in and read `tables`, nothing else.
+
+    Only what differs is changed: to alter a role takes rights over it (PostgreSQL 16: ADMIN OPTION), and nobody but a
+    superuser may so much as repeat NOSUPERUSER.
+
+    :param tables: as schema.table; without one nothing is granted but the service's own functions.
+    :param password: sent as its SCRAM verifier, so that it is in no log of the server; None leaves it as it is.
+    :raises MigrationFailed: if the database cannot be reached or refuses.
+    """
+    try:
+        with admin.session(dsn, "cacheservice migrate") as session, session.transaction():
+            if session.value("SELECT current_user = %s", (name,)):
+                raise Refused(f"{name} is the role of this session; name another for the service to read as")
+            _make_role(session, name, password)
+            role = sql.Identifier(name)
+            for table in tables:
+                _grant_select(session, table, role)
+            act_as_owner(session)
+            _grant_ours(session, role)
+    except Refused as refused:
+        raise MigrationFailed(str(refused)) from refused
+
+
+def _make_role(session: Session, name: str, password: str | None) -> None:
+    role = sql.Identifier(name)
+    present = session.rows(f"SELECT {', '.join(_ATTRIBUTES)} FROM pg_roles WHERE rolname = %s", (name,))  # noqa: S608  # constants
+    words = list(attributes_to_set(dict(zip(_ATTRIBUTES, present[0], strict=True)) if present else None))
+    settings = session.rows(
+        "SELECT unnest(s.setconfig) FROM pg_db_role_setting AS s JOIN pg_roles AS r ON r.oid = s.setrole "
+        "WHERE s.setdatabase = 0 AND r.rolname = %s",
+        (name,),
+    )
+    try:
+        if words:
+            verb = "ALTER" if present else "CREATE"
+            session.cursor.execute(sql.SQL("{} ROLE {} {}").format(sql.SQL(verb), role, sql.SQL(" ".join(words))))
+        if password is not None:
+            verifier = extensions.encrypt_password(password, name, session.connection, "scram-sha-256")
+            session.cursor.execute(sql.SQL("ALTER ROLE {} PASSWORD {}").format(role, sql.Literal(verifier)))
+        for setting, value in _DEFAULTS.items():
+            if (f"{setting}={value}",) not in settings:
+                # search_path takes a list, which must not be quoted as one.
+                values = sql.SQL(", ").join(map(sql.Literal, value.split(", ")))
+                session.cursor.execute(
+                    sql.SQL("ALTER ROLE {} SET {} = {}").format(role, sql.Identifier(setting), values)
+                )
+    except psycopg2.errors.InsufficientPrivilege as error:
+        told = str(error.diag.message_primary)
+        if not present or "create role" in told:
+            raise
+        reader = role.as_string(session.cursor)
+        raise Refused(
+            f"PostgreSQL: {told}: {reader} exists, and {session.role} may not change it; as the "
+            f"role that made it, or as a superuser: GRANT {reader} TO {session.role} WITH ADMIN OPTION;"
+        ) from error
+
+
+def attributes_to_set(present: Mapping[str, object] | None) -> Iterator[str]:
+    """The words for CREATE ROLE, or those for ALTER ROLE that change something.
+
+    :param present: the role's columns of pg_roles; None if there is no such role.
+    """
+    for column, (wanted, words) in _ATTRIBUTES.items():
+        if present is None or present[column] != wanted:
+            yield words
+
+
+def _grant_ours(session: Session, role: sql.Identifier) -> None:
+    session.cursor.execute(sql.SQL("GRANT USAGE ON SCHEMA {} TO {}").format(sql.Identifier(SCHEMA), role))
+    for function in _FUNCTIONS:
+        session.cursor.execute(
+            sql.SQL("GRANT EXECUTE ON FUNCTION {}.{} TO {}").format(sql.Identifier(SCHEMA), sql.SQL(function), role)
+        )
+
+
+def _grant_select(session: Session, table: str, role: sql.Identifier) -> None:
+    # The server splits, folds and finds the name by its own rules, and by the session's own search_path.
+    session.cursor.execute("SET LOCAL search_path TO DEFAULT")
+    ((schema, relation),) = session.rows(
+        "SELECT relnamespace::regnamespace::text, oid::regclass::text FROM pg_class WHERE oid = %s::regclass", (table,)
+    )
+    reader = role.as_string(session.cursor)
+    # Both came back quoted where they need it.
+    for what, name, kind, right in (("SCHEMA ", schema, "schema", "USAGE"), ("", relation, "table", "SELECT")):
+        may = f"SELECT has_{kind}_privilege(%s::regrole, %s::{'regnamespace' if kind == 'schema' else 'regclass'}, %s)"
+        session.cursor.execute("SAVEPOINT granting")
+        try:
+            session.cursor.execute(sql.SQL(f"GRANT {right} ON {what}{{}} TO {{}}").format(sql.SQL(name), role))
+        except psycopg2.errors.InsufficientPrivilege:
+            session.cursor.execute("ROLLBACK TO SAVEPOINT granting")
+        # Where the session's role may not pass the right on, the server refuses or only warns. The reader may have it.
+        if not session.value(may, (reader, name, right)):
+            raise Refused(
+                f"{session.role} may not grant {right} on {what.lower()}{name}; run it as the owner of {name}, or have "
+                f"that say: GRANT {right} ON {what}{name} TO {reader};"
+            )
