@@ -11,7 +11,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.errors import Stopped
 from cacheservice.refresh.budget import Budget
-from cacheservice.refresh.slots import Slots
+from cacheservice.refresh.slots import MOST_PASSED_OVER, Slots
 
 
 class Job:
@@ -189,6 +189,27 @@ class Failing(SlotsTestCase):
         self.assertEqual([job.running for job in failing[1:]], [True, True, False])
         for job in failing[1:]:
             job.end()
+
+    def test_not_for_ever(self) -> None:
+        """Where healthy ones always wait, who fails has its turn after a number of them, one at a time."""
+        for limit in (1, 2):
+            slots = self.slots(limit)
+            running = [Job("busy").ask(slots) for _ in range(limit)]
+            failing = [Job(f"failing {number}", float("inf"), failing=True).ask(slots) for number in range(2)]
+            for number in range(MOST_PASSED_OVER):
+                running.append(Job(str(number), 0.5).ask(slots))
+                running.pop(0).end()
+                self.assertEqual([job.running for job in failing], [False, False])
+            running += [Job(f"more {number}", 0.5).ask(slots) for number in range(2)]
+            running.pop(0).end()
+            self.assertEqual([job.running for job in failing], [True, False])
+            if limit > 1:  # the other slot is not for who fails as long as one of them runs
+                running.pop(0).end()
+                self.assertEqual([job.running for job in failing], [True, False])
+            failing[0].end()
+            self.assertEqual(failing[1].running, True)
+            for job in [*failing[1:], *running]:
+                job.end()
 
     def test_all_slots_where_nothing_is_healthy(self) -> None:
         """Where everything fails, all slots are used."""

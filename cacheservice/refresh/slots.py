@@ -14,6 +14,9 @@ from cacheservice.refresh.budget import Budget, Use
 
 T = TypeVar("T")
 
+MOST_PASSED_OVER = 20
+"""How many others go before one that fails; a single failure must not keep a dataset from a busy database for good."""
+
 
 @dataclass(eq=False, slots=True)
 class _Waiting:
@@ -23,13 +26,17 @@ class _Waiting:
     expected_s: Callable[[], float]
     put_off: Callable[[], None]
     granted: Deferred[None] = field(default_factory=Deferred)
+    passed_over: int = 0
+    """How often another one was granted a slot meanwhile."""
+    took_turn_failing: bool = False
 
 
 class Slots:
     """Like `DeferredSemaphore`, but a free slot goes to the greatest need at that moment.
 
     What fails again and again must not delay what works: it goes after it, and never takes the last
-    slot as long as `any_healthy` says that something works.
+    slot as long as `any_healthy` says that something works. After `MOST_PASSED_OVER` others it has a turn like
+    them, one failing use at a time.
 
     What does not fit the budget waits, and all that need it less behind it: a slow dataset would never have its turn if
     quick ones used up what is left. What is urgent is counted, but waits for a slot only.
@@ -41,6 +48,7 @@ class Slots:
         self._limit = limit
         self._any_healthy = any_healthy
         self._waiting: list[_Waiting] = []
+        self._failing_uses = 0
         self._granting = False
         self._stopped = False
         self._timer: Any = None
@@ -77,7 +85,7 @@ class Slots:
         if self._stopped:
             return fail(Stopped("the service is stopping"))
         waiting = _Waiting(need, failing, urgent, expected_s, put_off)
-        d: Deferred[T] = waiting.granted.addCallback(lambda _: self._use(use, expected_s()))
+        d: Deferred[T] = waiting.granted.addCallback(lambda _: self._use(use, waiting))
         self._waiting.append(waiting)
         self.grant()
         return d.addBoth(self._forget_and_passthrough, waiting)
@@ -90,13 +98,14 @@ class Slots:
         for waiting in queue:
             waiting.granted.errback(Stopped("the service is stopping"))
 
-    def _use(self, use: Callable[[], Deferred[T]], expected_s: float) -> Deferred[T]:
-        counted = self.budget.begin(expected_s)
-        return maybeDeferred(use).addBoth(self._release_and_passthrough, counted)
+    def _use(self, use: Callable[[], Deferred[T]], waiting: _Waiting) -> Deferred[T]:
+        counted = self.budget.begin(waiting.expected_s())
+        return maybeDeferred(use).addBoth(self._release_and_passthrough, counted, waiting)
 
-    def _release_and_passthrough(self, result: T, counted: Use) -> T:
+    def _release_and_passthrough(self, result: T, counted: Use, waiting: _Waiting) -> T:
         self.budget.end(counted)
         self._free += 1
+        self._failing_uses -= waiting.took_turn_failing
         self.grant()
         return result
 
@@ -116,17 +125,21 @@ class Slots:
             while self._free > 0 and (waiting := self._next()) is not None:
                 self._waiting.remove(waiting)
                 self._free -= 1
+                waiting.took_turn_failing = waiting.failing()
+                self._failing_uses += waiting.took_turn_failing
+                for other in self._waiting:
+                    other.passed_over += 1
                 waiting.granted.callback(None)
         finally:
             self._granting = False
 
     def _next(self) -> _Waiting | None:
         last_slot_is_kept = self._free == 1 and self._limit > 1 and self._any_healthy()
-        candidates = [w for w in self._waiting if not (last_slot_is_kept and w.failing())]
-        first = _neediest(candidates)
+        candidates = [w for w in self._waiting if not (last_slot_is_kept and self._is_put_back(w))]
+        first = self._neediest(candidates)
         if first is None or first.urgent() or self.budget.fits(first.expected_s()):
             return first
-        urgent = _neediest(w for w in candidates if w.urgent())
+        urgent = self._neediest(w for w in candidates if w.urgent())
         if urgent is None:
             for waiting in candidates:
                 waiting.put_off()
@@ -135,10 +148,13 @@ class Slots:
                 self._timer = self.budget.clock.callLater(in_s, self.grant)
         return urgent
 
+    def _is_put_back(self, waiting: _Waiting) -> bool:
+        is_overdue = waiting.passed_over >= MOST_PASSED_OVER and not self._failing_uses
+        return waiting.failing() and not is_overdue
+
+    def _neediest(self, waiting: Iterable[_Waiting]) -> _Waiting | None:
+        return max(waiting, key=lambda w: (not self._is_put_back(w), w.need()), default=None)
+
     def _forget_timer(self) -> None:
         if self._timer is not None and self._timer.active():
             self._timer.cancel()
-
-
-def _neediest(waiting: Iterable[_Waiting]) -> _Waiting | None:
-    return max(waiting, key=lambda w: (not w.failing(), w.need()), default=None)
