@@ -42,6 +42,11 @@ def query(
         return cursor.fetchall() if cursor.description else []
 
 
+def at_least(server: EmbeddedPostgres, major: int) -> bool:
+    """Whether it is of this major version or a later one."""
+    return int(query(server, "postgres", "SHOW server_version_num")[0][0]) >= 10_000 * major
+
+
 def fresh_database(server: EmbeddedPostgres, add_cleanup: Callable[..., object] | None = None) -> str:
     """Create an empty database and return its name.
 

@@ -404,7 +404,7 @@ class Migrations(TestCase):
             cursor.execute("/* a comment */ BEGIN")
             cursor.execute("-- another\nLOCK TABLE granted")
             with self.assertRaises(LockTimeout) as failed:
-                await self.read("SELECT * FROM granted", timeout_s=1.5)
+                await self.read("SELECT * FROM granted", timeout_s=8)
             (blocker,) = failed.exception.blockers
             self.assertEqual(blocker.pid, holder.info.backend_pid)
         self.assertEqual((blocker.user, blocker.application), ("postgres", "cacheservice tests"))

@@ -102,8 +102,8 @@ class TracingTests(ServiceTestCase):
         service.startService()
         dataset: Dataset = cache.dataset("slow")
         await until(lambda: dataset.attempts)
-        lines = self.server.log_path.read_text()[before:]
-        self.assertIn(f"STATEMENT:  /* cacheservice slow {dataset.attempts[0].id} */ ", lines)
+        told = f"STATEMENT:  /* cacheservice slow {dataset.attempts[0].id} */ "
+        await until(lambda: told in self.server.log_path.read_text()[before:])
 
     def test_a_long_name(self) -> None:
         """PostgreSQL cuts an application_name at 63 bytes; the id is kept, the name before it is cut."""
