@@ -269,7 +269,7 @@ def make_service(
     def door(port: str, reserve: int = room.plan.reserve) -> Door:
         return Door(port, room, reserve, log, reactor.seconds)
 
-    freshness = Freshness(refresh, reactor)
+    freshness = Freshness(refresh, cache.database, reactor)
     questions = Commands(cache, monitor=metrics.monitor_lines)
     served["status"] = status = StatusFactory(
         questions, max_connections, limits.idle_timeout_s, reactor, door("status")

@@ -14,8 +14,11 @@ import psycopg2
 from twisted.internet import reactor
 from twisted.internet.task import deferLater
 
+from cacheservice.cache.identity import ServerIdentity
 from cacheservice.cli.embedded import EmbeddedPostgres
 
+PRIMARY = ServerIdentity("shop", 16384, "reader", False, 1_000_000, 2_000_000, 1, "7312345678901234567")
+"""The server of snapshots that came from none."""
 OURS = "cacheservice tests"  # the application_name of the sessions opened here
 
 

@@ -26,6 +26,7 @@ from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.listen import tcp
 from cacheservice.ports.resp.commands import Commands
 from cacheservice.ports.resp.protocol import RespFactory
+from tests.postgres import PRIMARY
 
 MOMENT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 ROWS = 1000
@@ -47,7 +48,7 @@ def publish(cache: Cache, name: str, keys: Iterator[bytes] | range, database_sna
     rows = RowsBuilder(lambda shards: None)
     for number, key in enumerate(keys):
         rows.add([(b"%d" % key if isinstance(key, int) else key, document(number, generation))])
-    dataset.publish(Snapshot(generation, rows.finish(), MOMENT, cache.now(), database_snapshot))
+    dataset.publish(Snapshot(generation, rows.finish(), MOMENT, cache.now(), database_snapshot, server=PRIMARY))
     return generation
 
 
@@ -59,6 +60,7 @@ def filled_cache(now: Callable[[], float], row_count: int = ROWS) -> Cache:
     """products: 1,000 rows. empty: none. strict: 3 rows, refused when expired. prices: never loaded."""
     names = [declared("products"), declared("empty"), declared("strict", on_expired="refuse"), declared("prices")]
     cache = Cache(names, now)
+    cache.database.seen(PRIMARY)
     publish(cache, "products", range(row_count))
     publish(cache, "empty", range(0))
     publish(cache, "strict", range(3))
@@ -105,7 +107,7 @@ def main() -> None:
     password = sys.argv[1] if len(sys.argv) > 1 else ""
     row_count = sys.argv[2] if len(sys.argv) > 2 else ROWS
     cache = filled_cache(reactor.seconds, int(row_count))
-    commands = Commands(cache, Freshness(NoRefreshes(), reactor), password)
+    commands = Commands(cache, Freshness(NoRefreshes(), cache.database, reactor), password)
     factory = RespFactory(cache, commands, 10_000, 300, reactor)
     port = tcp(reactor, "127.0.0.1", 0, factory)()
     orders = Orders(cache)

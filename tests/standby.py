@@ -8,8 +8,8 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -42,22 +42,54 @@ def folder_of_server_user(server: EmbeddedPostgres) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
+class Standby:
+    """A running hot standby: a call of it returns what `server.dsn` does for the server itself."""
+
+    def __init__(self, server: EmbeddedPostgres, port: int, process: subprocess.Popen[bytes]) -> None:
+        self.port = port
+        self.process = process
+        self._dsn = partial(server.dsn, port=port)
+
+    def __call__(self, **more: Any) -> str:
+        return self._dsn(**more)
+
+    def sql(self, statement: str, **more: Any) -> list[tuple[Any, ...]]:
+        """Run one statement in a session of its own, as superuser; the rows, or [] where it returns none."""
+        with closing(psycopg2.connect(self(**more))) as connection, connection.cursor() as cursor:
+            connection.autocommit = True
+            cursor.execute(statement)
+            return cursor.fetchall() if cursor.description else []
+
+    def receiver(self) -> int:
+        """The pid of the process that receives WAL."""
+        ((pid,),) = self.sql("SELECT pid FROM pg_stat_wal_receiver")
+        return int(pid)
+
+
 @contextmanager
 def running_standby(
-    server: EmbeddedPostgres, settings: Mapping[str, str] = MappingProxyType({})
-) -> Iterator[Callable[..., str]]:
-    """A hot standby of `server`, which must run; gives what `server.dsn` is for the server itself.
+    server: EmbeddedPostgres,
+    settings: Mapping[str, str] = MappingProxyType({}),
+    of: Standby | None = None,
+    *,
+    streaming: bool = True,
+) -> Iterator[Standby]:
+    """A hot standby of `server`, which must run, or of its standby `of`.
 
     It blocks for some seconds. `settings` go over those of the server. ``SELECT pg_promote()`` makes it a primary.
+    Without `streaming` it has no primary to connect to, and waits for what `restore_command` brings.
     """
     with folder_of_server_user(server) as folder:
         data, port = folder / "data", _free_port()
         common: dict[str, Any] = {"cwd": folder, "stdin": subprocess.DEVNULL, **server_identity(server)}
         source = ["-h", server.socket_directory, "-p", str(server.port), "-U", "postgres"]
+        if of is not None:
+            source = ["-h", "127.0.0.1", "-p", str(of.port), "-U", "postgres"]
         copy = [_programs() / "pg_basebackup", *source, "-D", data, "-X", "stream", "-c", "fast", "-R"]
         subprocess.run(copy, check=True, capture_output=True, **common)
         options = {
             **server.settings,
+            **({} if streaming else {"primary_conninfo": ""}),
             **settings,
             "listen_addresses": "127.0.0.1",
             "port": str(port),
@@ -68,9 +100,9 @@ def running_standby(
             program = [server.programs / "postgres", "-D", data, *arguments]
             process = subprocess.Popen(program, stdout=log, stderr=log, start_new_session=True, **common)
         try:
-            dsn = partial(server.dsn, port=port)
-            _wait_until_ready(process, dsn(), folder / "log")
-            yield dsn
+            standby = Standby(server, port, process)
+            _wait_until_ready(process, standby(), folder / "log")
+            yield standby
         finally:
             process.send_signal(signal.SIGQUIT)  # an immediate stop
             process.wait()

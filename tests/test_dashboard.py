@@ -629,7 +629,7 @@ class CommandsTestCase(EventsTestCase):
         self.operators = Operators()
         return HttpFactory(
             cache=self.cache,
-            freshness=Freshness(self.refreshes, self.clock),
+            freshness=Freshness(self.refreshes, self.cache.database, self.clock),
             refreshes=self.operators,
             max_connections=self.max_connections,
             idle_timeout_s=self.idle_timeout_s,

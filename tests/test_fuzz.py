@@ -283,7 +283,7 @@ class Resp(UnderAttack, TestCase):
     most_events = 1  # that it spoke another protocol
 
     def make_factory(self, secret: str) -> RespFactory:
-        commands = RespCommands(self.cache, Freshness(NoRefreshes(), reactor), secret)
+        commands = RespCommands(self.cache, Freshness(NoRefreshes(), self.cache.database, reactor), secret)
         return RespFactory(self.cache, commands, MAX_CONNECTIONS, 300, reactor)
 
     def in_peace(self, client: socket.socket) -> None:
@@ -349,7 +349,7 @@ class Http(UnderAttack, TestCase):
     kind = "http"
 
     def make_factory(self, secret: str) -> HttpFactory:
-        freshness = Freshness(NoRefreshes(), reactor)
+        freshness = Freshness(NoRefreshes(), self.cache.database, reactor)
         return HttpFactory(
             cache=self.cache,
             freshness=freshness,

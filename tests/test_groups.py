@@ -110,7 +110,7 @@ class Together(ServiceTestCase):
         through publishes and failures."""
         service, cache = self.make_service(*self.declared(interval_s=0.05))
         await self.start_and_load(service, cache)
-        commands = Commands(cache, Freshness(service, reactor), "")
+        commands = Commands(cache, Freshness(service, cache.database, reactor), "")
         factory = RespFactory(cache, commands, 100, 60.0, reactor)
         port: Any = tcp(reactor, "127.0.0.1", 0, factory)()
         stop = threading.Event()

@@ -166,7 +166,7 @@ class PortTestCase(TestCase):
     def make_factory(self) -> HttpFactory:
         return HttpFactory(
             cache=self.cache,
-            freshness=Freshness(self.refreshes, self.clock),
+            freshness=Freshness(self.refreshes, self.cache.database, self.clock),
             refreshes=self.refreshes,
             max_connections=self.max_connections,
             idle_timeout_s=self.idle_timeout_s,

@@ -239,7 +239,7 @@ class Damage(Folder):
         self.assertIn("two headers", self.refusal(self.sealed((b"H", good), (b"H", good))))
         self.assertIn("no saved snapshot", self.refusal(b"PK\x03\x04 and more"))
         self.assertIn(
-            "format 1 is not known here, only format 2", self.refusal(MAGIC + (1).to_bytes(2, "big") + b"whatever")
+            "format 1 is not known here, only 2 and 3", self.refusal(MAGIC + (1).to_bytes(2, "big") + b"whatever")
         )
 
     def sealed(self, *parts: tuple[bytes, Any]) -> bytes:

@@ -22,7 +22,7 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.cache.cache import Cache, Declared, Rejection, Reloaded
-from cacheservice.cache.dataset import NO_TRANSACTIONS, State
+from cacheservice.cache.dataset import State
 from cacheservice.config import DatasetSettings
 from cacheservice.errors import ConfigError, QueryFailed, Stopped, UnknownDataset
 from cacheservice.ports import report
@@ -32,7 +32,7 @@ from cacheservice.ports.resp.reply import CommandError
 from cacheservice.ports.status import Commands
 from cacheservice.refresh.budget import Budget
 from cacheservice.refresh.slots import Slots
-from tests.postgres import fresh_database, query, sessions
+from tests.postgres import PRIMARY, fresh_database, query, sessions
 from tests.test_refresher import RefreshTestCase, World
 from tests.test_slots import Job
 from tests.test_twistd import GIVE_UP_S, Daemon, DaemonTestCase, until
@@ -163,7 +163,7 @@ class Refreshes(RefreshTestCase):
     def test_on_expired_at_once(self) -> None:
         """Whether an expired snapshot is served is as declared now, also for what is looked up without a question."""
         world = self.loaded()
-        commands = RespCommands(world.cache, Freshness(world.service, world.clock), "")
+        commands = RespCommands(world.cache, Freshness(world.service, world.cache.database, world.clock), "")
         get = [[b"GET", b"products:0"]]
         world.advance(50)
         for on_expired, answers in (("serve", 1), ("refuse", 0), ("serve", 1)):
@@ -269,7 +269,7 @@ class Refreshes(RefreshTestCase):
     def test_nothing_keeps_what_is_removed(self) -> None:
         """Its rows go as soon as nobody reads them, whatever port has served them."""
         world = self.loaded("a", "products", rows=10)
-        commands = RespCommands(world.cache, Freshness(world.service, world.clock), "")
+        commands = RespCommands(world.cache, Freshness(world.service, world.cache.database, world.clock), "")
         self.assertEqual(commands.hits([[b"GET", b"products:1"]]), [b"$2\r\n{}\r\n"])
         assert world.dataset.snapshot is not None
         rows = weakref.ref(world.dataset.snapshot.rows)
@@ -291,7 +291,7 @@ class Refreshes(RefreshTestCase):
     def test_who_waits_for_one_that_is_removed(self) -> None:
         """Who waits for a newer snapshot of it, or for a transaction in it, is told at once that it is unknown."""
         world = self.loaded()
-        freshness = Freshness(world.service, world.clock)
+        freshness = Freshness(world.service, world.cache.database, world.clock)
         world.advance(10)
         waiting = [
             Deferred.fromCoroutine(freshness.at_most(world.dataset, 5.0)),
@@ -305,7 +305,9 @@ class Refreshes(RefreshTestCase):
         """Who waits for a newer snapshot gets that of the new query."""
         world = self.loaded()
         world.advance(10)
-        waiting = Deferred.fromCoroutine(Freshness(world.service, world.clock).at_most(world.dataset, 5.0))
+        waiting = Deferred.fromCoroutine(
+            Freshness(world.service, world.cache.database, world.clock).at_most(world.dataset, 5.0)
+        )
         world.service.redeclare(declared("products", query="SELECT 2 AS id"))
         self.assertNoResult(waiting)
         world.database.last.complete()
@@ -321,7 +323,8 @@ class Refreshes(RefreshTestCase):
             assert dataset.snapshot is not None
             assert old is not None
             self.assertIs(dataset.snapshot.rows, old.rows)
-            self.assertEqual(dataset.snapshot.database_snapshot, NO_TRANSACTIONS)
+            self.assertFalse(dataset.snapshot.includes(3, PRIMARY))
+            self.assertIsNone(dataset.snapshot.server)
         # An empty database that was named by mistake does not empty the cache.
         world.database.running[0].complete(rows=0)
         self.assertIsNotNone(world.cache.dataset("a").held)
@@ -410,7 +413,7 @@ class Scans(RefreshTestCase):
         world = self.started("a", "b", "c", "d")
         while world.database.running:
             world.database.running[0].complete(rows=20)
-        commands = RespCommands(world.cache, Freshness(world.service, world.clock), "")
+        commands = RespCommands(world.cache, Freshness(world.service, world.cache.database, world.clock), "")
 
         def scan(cursor: bytes) -> tuple[bytes, set[bytes]]:
             answer = commands.scan(None, [b"SCAN", cursor, b"COUNT", b"5"])  # type: ignore[arg-type]

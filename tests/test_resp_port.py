@@ -36,6 +36,7 @@ from cacheservice.ports.listen import tcp
 from cacheservice.ports.resp.commands import Commands
 from cacheservice.ports.resp.protocol import BYTES_PER_TURN, RespFactory, RespProtocol
 from cacheservice.ports.resp.scan import END_OF_DATASET, SortedShards, numbered, scan_rows
+from tests.postgres import PRIMARY
 from tests.resp_peer import MOMENT, ROWS, declared, document, encode, failed_attempt, filled_cache, publish
 
 GIVE_UP_S = 60.0  # a client that waits longer than this for its reply has hung
@@ -119,7 +120,7 @@ class PortTestCase(TestCase):
         self.now.advance(1000)
         self.cache = self.make_cache()
         self.refreshes = Refreshes()
-        commands = Commands(self.cache, Freshness(self.refreshes, reactor), self.password)
+        commands = Commands(self.cache, Freshness(self.refreshes, self.cache.database, reactor), self.password)
         self.factory = RespFactory(self.cache, commands, self.max_connections, self.idle_timeout_s, self.clock)
         self.port = tcp(reactor, "127.0.0.1", 0, self.factory)()
         self.addCleanup(self.close)
@@ -402,7 +403,7 @@ from tests.test_resp_port import Refreshes, declared, publish
 seed = int(sys.argv[1])
 names = ["one", "two", "three"][:: -1 if seed % 2 else 1]
 cache = Cache([declared(name) for name in names], Clock().seconds)
-commands = Commands(cache, Freshness(Refreshes(), Clock()), "")
+commands = Commands(cache, Freshness(Refreshes(), cache.database, Clock()), "")
 for name in names:
     publish(cache, name, range(500)[:: -1 if seed % 2 else 1])
 
@@ -439,7 +440,7 @@ class Scans(SynchronousTestCase):
     def setUp(self) -> None:
         clock = Clock()
         self.cache = Cache([declared(name) for name in ("one", "two", "three")], clock.seconds)
-        self.commands = Commands(self.cache, Freshness(Refreshes(), clock), "")
+        self.commands = Commands(self.cache, Freshness(Refreshes(), self.cache.database, clock), "")
 
     def test_what_is_frozen_ends_with_its_reader(self) -> None:
         """What a transaction reads is let go when it ends, and not only when the garbage is collected."""
@@ -845,7 +846,9 @@ class Waiting(PortTestCase):
         snapshot = self.cache.dataset("products").snapshot
         assert snapshot is not None
         self.cache.dataset("products").publish(
-            Snapshot(snapshot.generation + 1, snapshot.rows, MOMENT, reactor.seconds(), database_snapshot)
+            Snapshot(
+                snapshot.generation + 1, snapshot.rows, MOMENT, reactor.seconds(), database_snapshot, server=PRIMARY
+            )
         )
 
     async def test_included_already(self) -> None:
@@ -894,7 +897,7 @@ class Waiting(PortTestCase):
             assert snapshot is not None
             database_snapshot = "200:200:" if len(begun) > 1 else "100:100:"
             self.cache.dataset("products").publish(
-                Snapshot(snapshot.generation + 1, snapshot.rows, MOMENT, began, database_snapshot)
+                Snapshot(snapshot.generation + 1, snapshot.rows, MOMENT, began, database_snapshot, server=PRIMARY)
             )
             if again or wanted:
                 refresh()

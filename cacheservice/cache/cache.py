@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from cacheservice.cache.counts import Counts
 from cacheservice.cache.dataset import Dataset, State
+from cacheservice.cache.identity import ServerIdentity
 from cacheservice.config import DatasetSettings
 from cacheservice.errors import UnknownDataset
 
@@ -19,12 +20,14 @@ class DatabaseStatus:
     """What the last attempts learned of PostgreSQL; `connections` are open now, `queued` refreshes wait for one.
 
     `listening_wanted` says whether any dataset waits for notifications; `listening` whether they arrive, as it was
-    last proven at `listening_proven_at` on the monotonic clock; `listening_problem` why they do not.
+    last proven at `listening_proven_at` on the monotonic clock; `listening_problem` why they do not. `server` is the
+    one that was read last, None before the first read.
     """
 
     def __init__(self) -> None:
         self.state: Literal["up", "down", "unknown"] = "unknown"
         self.error: str | None = None
+        self.server: ServerIdentity | None = None
         self.connections = 0
         self.listening_wanted = False
         self.listening = False
@@ -34,6 +37,10 @@ class DatabaseStatus:
 
     def answered(self) -> None:
         self.state, self.error = "up", None
+
+    def seen(self, server: ServerIdentity | None) -> None:
+        """A transaction runs on `server`, or what was read from it is to be published."""
+        self.server = server
 
     def failed(self, error: str) -> None:
         self.state, self.error = "down", error

@@ -12,6 +12,7 @@ from typing import Literal
 from cacheservice.cache.changes import Change
 from cacheservice.cache.counts import Counts
 from cacheservice.cache.history import LastHour, Outcome
+from cacheservice.cache.identity import ServerIdentity, is_visible, why_another
 from cacheservice.cache.rows import Groups, Rows, RowsBuilder
 from cacheservice.config import DatasetSettings
 from cacheservice.errors import Blocker
@@ -19,8 +20,6 @@ from cacheservice.errors import Blocker
 Trigger = Literal["interval", "notify", "retry", "manual", "start"]
 
 KEPT_ATTEMPTS = 10
-NO_TRANSACTIONS = "3:3:"
-"""What `pg_current_snapshot()` gives where no transaction has ended yet; the first one's number is 3."""
 
 
 class State(enum.StrEnum):
@@ -41,7 +40,8 @@ class Snapshot:
     what `pg_current_snapshot()` gave in it; `columns` the names of the query's columns; `change` what its
     publish changed, None if it came from elsewhere; `rolled_back_to` the saved generation that a rollback published
     anew as this one. `watch_state` is what `cacheservice.changes` told of the watched tables, empty if deltas cannot
-    start from here; `probe` what the probe gave, None if there was none.
+    start from here; `probe` what the probe gave, None if there was none. `server` is the one that it was read from,
+    None if that is not known.
     """
 
     generation: int
@@ -55,6 +55,13 @@ class Snapshot:
     rolled_back_to: int | None = None
     watch_state: str = ""
     probe: str | None = None
+    server: ServerIdentity | None = None
+
+    def includes(self, transaction_id: int, present: ServerIdentity | None) -> bool:
+        """Whether it shows what a committed transaction of the server `present` did."""
+        if self.server is None or why_another(self.server, present) is not None:
+            return False
+        return is_visible(transaction_id, self.database_snapshot, in_recovery=self.server.in_recovery)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,9 +196,9 @@ class Dataset:
         """The database is another one now: what was read from the one before includes no transaction of it."""
         self._begin_anew()
         if self.snapshot is not None:
-            self.snapshot = replace(self.snapshot, database_snapshot=NO_TRANSACTIONS)
+            self.snapshot = replace(self.snapshot, server=None)
         if self.candidate is not None:
-            self.candidate = replace(self.candidate, database_snapshot=NO_TRANSACTIONS)
+            self.candidate = replace(self.candidate, server=None)
 
     def _begin_anew(self) -> None:
         """Let the next read start from nothing: what was told before is not to be compared with what is told now."""

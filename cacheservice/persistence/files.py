@@ -21,7 +21,7 @@ import struct
 import zlib
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import chain
 from pathlib import Path
@@ -30,13 +30,16 @@ from typing import Any, BinaryIO
 import msgpack  # type: ignore[import-untyped]  # ships no type information
 import zstandard
 
+from cacheservice.cache.identity import ServerIdentity
 from cacheservice.cache.rows import STARTS, Rows
 from cacheservice.config import DatasetSettings
 from cacheservice.errors import SnapshotRejected
 from cacheservice.session_rules import DEFAULT_SEARCH_PATH
 
 MAGIC = b"CSSNAP"
-FORMAT = 2
+FORMAT = 3
+_READABLE = frozenset({2, FORMAT})
+"""Format 2 does not name the server that was read."""
 BLOCK_BYTES = 256 * 1024
 SLICE_ROWS = 512
 """Packed or unpacked in one turn of the reactor, in two thirds of a millisecond."""
@@ -52,7 +55,7 @@ _LEVEL = 1
 """As fast to unpack as any other, the fastest to pack, and no larger than level 3 for rows of JSON (measured)."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
-_FIELDS = {
+_FIELDS_OF_2 = {
     "dataset": str,
     "generation": int,
     "as_of_us": int,
@@ -64,6 +67,17 @@ _FIELDS = {
     "watch_state": str,
     "probe": str,
 }
+_FIELDS = _FIELDS_OF_2 | {"server": dict}
+_PARTS_OF_SERVER = {
+    "database": str,
+    "database_oid": int,
+    "role": str,
+    "in_recovery": bool,
+    "started_us": int | None,
+    "counted_since_us": int | None,
+    "timeline": int | None,
+    "system_identifier": str | None,
+}
 
 Row = tuple[bytes, bytes]
 
@@ -73,7 +87,7 @@ class Header:
     """What a file is: its dataset, its generation, its `Snapshot` but for the rows, and of which query it is.
 
     `as_of` is kept to the microsecond. `size_bytes` are those of all keys and documents. `watch_state` and `probe` are
-    what a delta starts from, empty if it cannot.
+    what a delta starts from, empty if it cannot. `server` is the one that was read, None in files of format 2.
     """
 
     dataset: str
@@ -86,6 +100,7 @@ class Header:
     fingerprint: str
     watch_state: str = ""
     probe: str = ""
+    server: ServerIdentity | None = None
 
     def check(self, settings: DatasetSettings, generation: int, name: str) -> None:
         """:raises SnapshotRejected: if the file `name` is not of that generation, or not of the dataset as it is."""
@@ -155,6 +170,7 @@ class SnapshotWriter:
             "fingerprint": header.fingerprint,
             "watch_state": header.watch_state,
             "probe": header.probe,
+            "server": asdict(header.server) if header.server else {},
         }
         self._write_part(_HEADER, msgpack.packb(fields))
 
@@ -224,8 +240,8 @@ def _parts(path: Path) -> Generator[tuple[bytes, bytes]]:
         if not start.startswith(MAGIC):
             raise SnapshotRejected(f"{name}: it is no saved snapshot")
         version = _START.unpack(start)[1]
-        if version != FORMAT:
-            raise SnapshotRejected(f"{name}: format {version} is not known here, only format {FORMAT}")
+        if version not in _READABLE:
+            raise SnapshotRejected(f"{name}: format {version} is not known here, only 2 and {FORMAT}")
         crc = zlib.crc32(start)
         kind = b""
         while kind != _TRAILER:
@@ -260,14 +276,27 @@ def _content(decompressor: zstandard.ZstdDecompressor, kept: bytes, name: str) -
 
 def _header(content: bytes, name: str) -> Header:
     fields = _unpacked(content, name)
-    if not isinstance(fields, dict) or {key: type(value) for key, value in fields.items()} != _FIELDS:
+    types = {key: type(value) for key, value in fields.items()} if isinstance(fields, dict) else {}
+    if types not in (_FIELDS, _FIELDS_OF_2):
         raise _damaged(name, "its header lacks something")
     columns = tuple(fields.pop("columns"))
     as_of_us = fields.pop("as_of_us")
+    server = _server(fields.pop("server", {}), name)
     with suppress(OverflowError):
         if all(isinstance(column, str) for column in columns) and min(fields["rows"], fields["size_bytes"]) >= 0:
-            return Header(**fields, columns=columns, as_of=_EPOCH + as_of_us * _MICROSECOND)
+            return Header(**fields, columns=columns, as_of=_EPOCH + as_of_us * _MICROSECOND, server=server)
     raise _damaged(name, "its header holds what cannot be")
+
+
+def _server(parts: dict[Any, Any], name: str) -> ServerIdentity | None:
+    if not parts:
+        return None
+    if parts.keys() == _PARTS_OF_SERVER.keys() and all(
+        isinstance(parts[part], kind) and (kind is bool or not isinstance(parts[part], bool))
+        for part, kind in _PARTS_OF_SERVER.items()
+    ):
+        return ServerIdentity(**parts)
+    raise _damaged(name, "its header names a server that cannot be")
 
 
 def _unpacked(content: bytes, name: str) -> Any:

@@ -270,6 +270,7 @@ class SnapshotStore(Service):
             source="disk",
             watch_state=header.watch_state,
             probe=header.probe or None,
+            server=header.server,
         )
 
     async def _read(self, path: Path, settings: DatasetSettings, generation: int) -> tuple[Header, Rows]:
@@ -528,6 +529,7 @@ def _header(settings: DatasetSettings, snapshot: Snapshot) -> Header:
         fingerprint(settings),
         snapshot.watch_state,
         snapshot.probe or "",
+        snapshot.server,
     )
 
 

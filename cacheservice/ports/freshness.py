@@ -7,7 +7,7 @@ from typing import Any
 
 from twisted.internet.defer import Deferred
 
-from cacheservice.cache.cache import Refreshes
+from cacheservice.cache.cache import DatabaseStatus, Refreshes
 from cacheservice.cache.dataset import Dataset, Snapshot
 from cacheservice.errors import UnknownDataset
 
@@ -18,11 +18,13 @@ _LONGEST_PAUSE_S = 2.0
 class Freshness:
     """What the read ports ask when what is served is not fresh enough.
 
+    :param database: knows which server's transactions are waited for.
     :param clock: `IReactorTime`, monotonic.
     """
 
-    def __init__(self, refreshes: Refreshes, clock: Any) -> None:
+    def __init__(self, refreshes: Refreshes, database: DatabaseStatus, clock: Any) -> None:
         self._refreshes = refreshes
+        self._database = database
         self._clock = clock
 
     async def at_most(self, dataset: Dataset, max_age_s: float) -> bool:
@@ -46,7 +48,7 @@ class Freshness:
         """
 
         def enough(snapshot: Snapshot) -> bool:
-            return is_visible(transaction_id, snapshot.database_snapshot)
+            return snapshot.includes(transaction_id, self._database.server)
 
         return await self._wait(dataset, enough, self._clock.seconds(), timeout_s)
 
@@ -88,17 +90,3 @@ class Freshness:
             dataset.unfollow(published)
             if timer.active():
                 timer.cancel()
-
-
-def is_visible(transaction_id: int, database_snapshot: str) -> bool:
-    """Whether a snapshot, as `pg_current_snapshot()` shows it (xmin:xmax:xip,…), sees what that transaction committed.
-
-    PostgreSQL manual, 9.28.2: everything before xmin has ended, nothing from xmax on has, of those between the listed
-    ones have not.
-    """
-    xmin, xmax, in_progress = database_snapshot.split(":")
-    if transaction_id < int(xmin):
-        return True
-    if transaction_id >= int(xmax):
-        return False
-    return str(transaction_id) not in in_progress.split(",")

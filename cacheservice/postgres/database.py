@@ -17,6 +17,7 @@ from twisted.internet.task import deferLater
 
 from cacheservice.cache.cache import DatabaseStatus
 from cacheservice.cache.dataset import Snapshot
+from cacheservice.cache.identity import ServerIdentity, why_another
 from cacheservice.cache.rows import RowsBuilder
 from cacheservice.config import DatasetSettings
 from cacheservice.errors import (
@@ -28,6 +29,7 @@ from cacheservice.errors import (
 from cacheservice.postgres import deltas
 from cacheservice.postgres.blockers import find_blockers
 from cacheservice.postgres.guard import GuardedConnection
+from cacheservice.postgres.server import LIFE, Life, Servers
 from cacheservice.postgres.session_settings import Limits, begin_reading
 from cacheservice.postgres.sessions import Sessions
 from cacheservice.postgres.target import Resolve, Target
@@ -36,7 +38,7 @@ _BEGIN = """\
 {begin}
 SET LOCAL application_name = {application_name};
 {lock}
-SELECT extract(epoch FROM now()), pg_current_snapshot()::text, pg_backend_pid(), {can_tell}
+SELECT extract(epoch FROM now()), pg_current_snapshot()::text, pg_backend_pid(), {can_tell}, {life}
 """
 _PRUNE = """
 BEGIN READ WRITE;
@@ -69,7 +71,8 @@ class Reading:
     `columns` are the names of the query's columns, in their order. `kind` tells what was read: all rows into the
     builder; a delta, which is in `changed` (None for a row that is gone); or that nothing is to be read. `because`
     says why it was all rows although there was something to start from. `may_differ` are the keys that had changed
-    by what the triggers recorded, None if that is not known; no other row may differ from what there was.
+    by what the triggers recorded, None if that is not known; no other row may differ from what there was. `server` is
+    the one that was read.
     """
 
     as_of: datetime
@@ -82,6 +85,7 @@ class Reading:
     may_differ: frozenset[bytes] | None = None
     watch_state: str = ""
     probe: str | None = None
+    server: ServerIdentity | None = None
 
 
 class Wanted(NamedTuple):
@@ -122,11 +126,13 @@ class Database:
     """The one way to the database: reads over the sessions of a pool.
 
     :param connect_timeout_s: for one session to open, name look-ups included.
-    :param status: gets the number of sessions that are open.
+    :param status: gets the number of sessions that are open, and which server answers.
     """
 
     def __init__(self, reactor: Any, target: Target, connect_timeout_s: float, status: DatabaseStatus) -> None:
         self._reactor = reactor
+        self._status = status
+        self._servers = Servers()
         self._sessions = Sessions(reactor, target, connect_timeout_s, status)
 
     @property
@@ -136,6 +142,7 @@ class Database:
 
     def configure(self, target: Target, connect_timeout_s: float) -> None:
         """Open sessions so from now on."""
+        self._servers.forget()
         self._sessions.configure(target, connect_timeout_s)
 
     def stop(self) -> None:
@@ -211,14 +218,21 @@ class Database:
             application_name=deltas.literal(self._sessions.target.application_name(purpose, attempt)),
             lock=lock,
             can_tell=deltas.CAN_TELL if lock else "false",
+            life=LIFE.format(crashes=str(any(each.watch or each.probe for each in datasets)).lower()),
         )
         cursor = await self._execute_asking(guard, begin, purpose, guard.pid, deadline_at)
-        ((epoch_s, snapshot, pid, can_tell),) = cursor.fetchall()
+        ((epoch_s, snapshot, pid, can_tell, *life),) = cursor.fetchall()
+        server = await self._servers.identify(guard, Life(*life))
+        self._status.seen(server)
         as_of = datetime.fromtimestamp(float(epoch_s), UTC)
-        return _Moment(guard, deadline_at, pid, can_tell, Reading(as_of, read_at, snapshot.decode()))
+        return _Moment(guard, deadline_at, pid, can_tell, Reading(as_of, read_at, snapshot.decode(), server=server))
 
     async def _read_one(self, moment: _Moment, wanted: Wanted) -> Reading:
-        dataset, since, reading = wanted.dataset, wanted.since, moment.reading
+        dataset, reading = wanted.dataset, moment.reading
+        another = None if wanted.since is None else why_another(wanted.since.server, reading.server)
+        if another is not None:
+            wanted = wanted._replace(since=None)
+        since = wanted.since
         if since is not None:
             reading = replace(reading, columns=since.columns)
         if dataset.probe:
@@ -226,11 +240,11 @@ class Database:
             reading = replace(reading, probe=deltas.value_of(cursor.fetchone()[0]))
             if since is not None and since.probe == reading.probe and wanted.trust_probe and not wanted.check:
                 return replace(reading, kind="unchanged", watch_state=since.watch_state)
-        because: str | None = None
+        because = another
         if dataset.watch:
             told = await self._changes(moment, wanted)
             reading = replace(reading, watch_state=told.state)
-            because = told.problem
+            because = told.problem or another
             if because is None and since is not None:
                 keys = frozenset(deltas.joined(key) for key in told.keys if None not in key)
                 reading = replace(reading, may_differ=keys)

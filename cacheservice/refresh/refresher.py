@@ -461,6 +461,8 @@ class Refresher:
         """Serve all of them from one turn of the reactor on; of pinned ones, keep them."""
         changes = await self._changes(results)
         self._status.answered()
+        # Again, so that a transaction that is waited for is looked for on this server, whatever was read meanwhile.
+        self._status.seen(results[0].reading.server)
         for result, change in zip(results, changes, strict=True):
             self._publish_one(result, change, this, queued_s)
         for dataset, expiry in zip(self.datasets, self._expiries, strict=True):
@@ -484,6 +486,7 @@ class Refresher:
             change=change,
             watch_state=reading.watch_state,
             probe=reading.probe,
+            server=reading.server,
         )
         if reading.kind == "all":
             dataset.checked_at = self._clock.seconds()

@@ -32,7 +32,7 @@ from cacheservice.cache.dataset import Dataset, State
 from cacheservice.cache.describe import describe_dataset
 from cacheservice.cache.rows import PATCHED_GROUP_BITS, PATCHED_GROUP_MASK, Groups, Rows, Shards, bulk
 from cacheservice.errors import UnknownDataset
-from cacheservice.ports.freshness import Freshness, is_visible
+from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.resp import reply
 from cacheservice.ports.resp.reply import CHUNK_ROWS, CommandError
 from cacheservice.ports.resp.requests import integer
@@ -591,7 +591,8 @@ class Commands:
             raise CommandError("ERR XID and TIMEOUT_MS must not be negative, and TIMEOUT_MS at most a day")
         if client.in_transaction:
             snapshot = dataset.snapshot
-            return reply.integer(snapshot is not None and is_visible(transaction_id, snapshot.database_snapshot))
+            present = self._cache.database.server
+            return reply.integer(snapshot is not None and snapshot.includes(transaction_id, present))
         timeout_s = timeout_ms / 1000
         included = Deferred.fromCoroutine(self._freshness.includes(dataset, transaction_id, timeout_s))
         included.addErrback(_refuse_unknown)

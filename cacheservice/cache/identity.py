@@ -1,0 +1,77 @@
+"""Which server a snapshot was read from, and whether it is the one that answers now.
+
+Transaction numbers, probes and recorded changes mean something only on the server that they came from: a restart, a
+crash or a failover may lose transactions whose numbers are then assigned again, and another database may have a probe
+of the same value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ServerIdentity:
+    """One life of one PostgreSQL server, and the database and role of the session.
+
+    :param started_us: start of the postmaster, in microseconds since 1970; None if the server did not report it.
+    :param counted_since_us: reset of the background writer's statistics, which a crash causes as well, although the
+        postmaster lives on; None if it was not asked for.
+    :param timeline: of a primary the present one. A standby follows a new one without losing what it has replayed.
+    :param system_identifier: of the cluster, primary and standbys alike; None if the role may not read it.
+    """
+
+    database: str
+    database_oid: int
+    role: str
+    in_recovery: bool
+    started_us: int | None
+    counted_since_us: int | None = None
+    timeline: int | None = None
+    system_identifier: str | None = None
+
+
+def why_another(before: ServerIdentity | None, now: ServerIdentity | None) -> str | None:
+    """Why a snapshot that was read from `before` proves nothing about `now`; None if both are the same.
+
+    Such a snapshot includes no transaction, satisfies no probe and is the base of no delta. The start of the postmaster
+    tells lives apart, so an unknown start is never equal. The other parts are compared where both are known: of one
+    life, a part that only one read could see has not changed.
+    """
+    if before is None or now is None:
+        return "the server that was read before is not known"
+    if _differ(before.system_identifier, now.system_identifier):
+        return "the last read was of another cluster"
+    if (before.database_oid, before.database) != (now.database_oid, now.database):
+        return f"the last read was of another database, {before.database}"
+    if before.role != now.role:
+        return f"the last read was by another role, {before.role}"
+    if before.in_recovery and not now.in_recovery:
+        return "the last read was of a standby, which was promoted since or is another server"
+    if now.in_recovery and not before.in_recovery:
+        return "the last read was of a primary, and this server is a standby"
+    if _differ(before.timeline, now.timeline):
+        return "the server follows another timeline since a failover"
+    if before.started_us is None or before.started_us != now.started_us:
+        return "the server was restarted, and could have lost what had been read"
+    if _differ(before.counted_since_us, now.counted_since_us):
+        return "the server crashed or its statistics were reset, and it could have lost what had been read"
+    return None
+
+
+def _differ(before: str | int | None, now: str | int | None) -> bool:
+    return before is not None and now is not None and before != now
+
+
+def is_visible(transaction_id: int, database_snapshot: str, *, in_recovery: bool = False) -> bool:
+    """Whether a snapshot, as `pg_current_snapshot()` shows it (xmin:xmax:xip,…), sees a committed transaction's work.
+
+    PostgreSQL manual, 9.28.2: everything before xmin has ended, nothing from xmax on has, of those between the listed
+    ones have not. In recovery none are listed, so that only those before xmin are known to have ended.
+    """
+    xmin, xmax, in_progress = database_snapshot.split(":")
+    if transaction_id < int(xmin):
+        return True
+    if in_recovery or transaction_id >= int(xmax):
+        return False
+    return str(transaction_id) not in in_progress.split(",")

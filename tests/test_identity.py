@@ -1,0 +1,245 @@
+"""Laws of the server's identity: what was read from another server, or another life of it, proves nothing."""
+
+from __future__ import annotations
+
+import random
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+import psycopg2
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.internet import reactor
+from twisted.internet.threads import deferToThread
+from twisted.trial.unittest import SynchronousTestCase
+
+from cacheservice import shipped
+from cacheservice.cache.cache import Cache
+from cacheservice.cache.dataset import Snapshot
+from cacheservice.cache.identity import ServerIdentity, is_visible, why_another
+from cacheservice.cache.rows import RowsBuilder
+from cacheservice.config import DatasetSettings
+from cacheservice.ports.freshness import Freshness
+from cacheservice.postgres.database import Database, Reading, Wanted
+from cacheservice.postgres.migrate import migrate
+from cacheservice.postgres.target import parse
+from cacheservice.postgres.watch import watch
+from cacheservice.refresh.drain import Drain
+from cacheservice.refresh.service import CacheService
+from tests.postgres import PRIMARY, connect, fresh_database, query
+from tests.standby import Standby, running_standby
+from tests.test_guard import until
+from tests.test_refresh_service import Log, ServiceTestCase, declare
+
+STANDBY = replace(PRIMARY, in_recovery=True)
+
+
+class Compared(SynchronousTestCase):
+    def test_the_same(self) -> None:
+        """One life of one server, even where a part could be read only once."""
+        self.assertIsNone(why_another(PRIMARY, PRIMARY))
+        for part in ("system_identifier", "timeline", "counted_since_us"):
+            self.assertIsNone(why_another(replace(PRIMARY, **{part: None}), PRIMARY))
+            self.assertIsNone(why_another(PRIMARY, replace(PRIMARY, **{part: None})))
+
+    def test_another(self) -> None:
+        """Each part that differs is a reason of its own."""
+        others: list[tuple[ServerIdentity, ServerIdentity | None]] = [
+            (PRIMARY, replace(PRIMARY, system_identifier="1")),
+            (PRIMARY, replace(PRIMARY, database_oid=16385)),
+            (PRIMARY, replace(PRIMARY, database="staging")),
+            (PRIMARY, replace(PRIMARY, role="other")),
+            (STANDBY, PRIMARY),
+            (PRIMARY, STANDBY),
+            (PRIMARY, replace(PRIMARY, timeline=2)),
+            (PRIMARY, replace(PRIMARY, started_us=3)),
+            (PRIMARY, replace(PRIMARY, counted_since_us=3)),
+            (PRIMARY, None),
+        ]
+        reasons = {why_another(before, now) for before, now in others}
+        self.assertNotIn(None, reasons)
+        self.assertGreaterEqual(len(reasons), 8)
+
+    def test_unknown(self) -> None:
+        """What is not known is never the same."""
+        unknown = replace(PRIMARY, started_us=None)
+        for before, now in ((None, None), (None, PRIMARY), (PRIMARY, None), (unknown, unknown), (unknown, PRIMARY)):
+            self.assertIsNotNone(why_another(before, now))
+
+    @given(st.integers(0, 300))
+    def test_visible(self, xid: int) -> None:
+        """In recovery only what is before xmin, because what is in progress is not listed."""
+        self.assertEqual(is_visible(xid, "100:200:150,160"), xid < 200 and xid not in (150, 160))
+        self.assertEqual(is_visible(xid, "100:200:", in_recovery=True), xid < 100)
+
+
+class OnServers(ServiceTestCase):
+    """With a watched table."""
+
+    timeout = 180
+
+    async def setUp(self) -> None:
+        await super().setUp()
+        self.sql("ALTER TABLE things ADD PRIMARY KEY (id)")
+        await deferToThread(migrate, self.dsn(), shipped.folder("migrations"))
+        await deferToThread(watch, self.dsn(), "things", ["id"], notify=False, dry_run=False, say=lambda _: None)
+
+    def dsn(self) -> str:
+        return self.server.dsn(database=self.database_name)
+
+    def reader(self, dsn: str) -> Database:
+        database = Database(reactor, parse(dsn), 30.0, Cache([], reactor.seconds).database)
+        self.addCleanup(database.stop)
+        return database
+
+    async def read(self, database: Database, since: Snapshot | None = None, **more: Any) -> tuple[Reading, Snapshot]:
+        """Read `things`, by a delta or a probe if one will do; the snapshot is what the next one may start from."""
+        settings = declare("things", **({"watch": [{"table": "public.things", "key": "id"}]} | more))
+        builder = RowsBuilder(lambda _: None)
+        wanted = Wanted(settings, builder, since=since, most_keys=1000)
+        (reading,) = await database.read_together([wanted])
+        rows = builder.finish() if since is None or reading.kind == "all" else since.rows
+        snapshot = Snapshot(
+            1,
+            rows,
+            reading.as_of,
+            reading.read_at,
+            reading.database_snapshot,
+            reading.columns,
+            watch_state=reading.watch_state,
+            probe=reading.probe,
+            server=reading.server,
+        )
+        return reading, snapshot
+
+    async def standby(self, **settings: str) -> Standby:
+        running = running_standby(self.server, settings)
+        standby = await deferToThread(running.__enter__)
+        self.addCleanup(deferToThread, running.__exit__, None, None, None)
+        return standby
+
+    async def until_replayed(self, standby: Standby) -> None:
+        ((position,),) = query(self.server, "postgres", "SELECT pg_current_wal_lsn()::text")
+        await until(lambda: standby.sql(f"SELECT pg_last_wal_replay_lsn() >= '{position}'") == [(True,)])
+
+    async def test_all_parts(self) -> None:
+        """The server is identified in the transaction that reads, the timeline of a primary included."""
+        (reading, _) = await self.read(self.reader(self.dsn()))
+        ((system, oid, timeline),) = query(
+            self.server,
+            self.database_name,
+            "SELECT (SELECT system_identifier::text FROM pg_control_system()), "
+            "(SELECT oid::int FROM pg_database WHERE datname = current_database()), "
+            "(SELECT timeline_id FROM pg_control_checkpoint())",
+        )
+        server = reading.server
+        assert server is not None
+        self.assertEqual(
+            (server.database, server.database_oid, server.role, server.in_recovery),
+            (self.database_name, oid, "postgres", False),
+        )
+        self.assertEqual((server.system_identifier, server.timeline), (system, timeline))
+
+    async def test_without_rights(self) -> None:
+        """A role that may not ask for the system identifier reads all the same, deltas included."""
+        functions = "pg_control_system(), pg_control_checkpoint(), pg_walfile_name(pg_lsn)"
+        self.sql(
+            f"CREATE ROLE {self.database_name} LOGIN PASSWORD 'reader'; GRANT SELECT ON things TO {self.database_name}"
+        )
+        self.addCleanup(self.sql, f"DROP OWNED BY {self.database_name}; DROP ROLE {self.database_name}")
+        self.sql(f"GRANT USAGE ON SCHEMA cacheservice TO {self.database_name}")
+        self.sql(f"GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA cacheservice TO {self.database_name}")
+        self.sql(f"REVOKE EXECUTE ON FUNCTION {functions} FROM PUBLIC")
+        self.addCleanup(self.sql, f"GRANT EXECUTE ON FUNCTION {functions} TO PUBLIC")
+        database = self.reader(self.server.dsn(database=self.database_name, user=self.database_name, password="reader"))
+        reading, snapshot = await self.read(database)
+        assert reading.server is not None
+        self.assertEqual((reading.server.system_identifier, reading.server.timeline), (None, None))
+        self.sql("UPDATE things SET n = 1 WHERE id = 7")
+        reading, _ = await self.read(database, snapshot)
+        self.assertEqual((reading.kind, list(reading.changed)), ("delta", [b"7"]))
+
+    async def test_a_probe_of_another_database(self) -> None:
+        """An equal value of another database, or for another role, does not pass for "unchanged"."""
+        probe = {"probe": "SELECT 1", "watch": []}
+        database = self.reader(self.dsn())
+        _, snapshot = await self.read(database, **probe)
+        reading, _ = await self.read(database, snapshot, **probe)
+        self.assertEqual(reading.kind, "unchanged")
+        other = fresh_database(self.server, self.addCleanup)
+        query(self.server, other, "CREATE TABLE things (id int, n int)")
+        reading, _ = await self.read(self.reader(self.server.dsn(database=other)), snapshot, **probe)
+        self.assertEqual(reading.kind, "all")
+        self.assertIn("another database", reading.because or "")
+        reading, _ = await self.read(database, replace(snapshot, server=None), **probe)
+        self.assertEqual(reading.kind, "all")
+
+    async def test_a_restart(self) -> None:
+        """After a restart all is read: a transaction that had been seen may be lost."""
+        database = self.reader(self.dsn())
+        _, snapshot = await self.read(database)
+        self.side.close()
+        await deferToThread(self.server.stop, "fast")
+        await deferToThread(self.server.start)
+        self.side = connect(self.server)
+        reading, _ = await self.read(database, snapshot)
+        self.assertEqual(reading.because, "the server was restarted, and could have lost what had been read")
+
+    async def test_an_open_transaction_on_a_standby(self) -> None:
+        """CACHE.WAIT on a standby does not count a transaction that is still open on the primary."""
+        standby = await self.standby()
+        settings = declare("things", interval_s=0.2)
+        service, cache = self.make_service_of(standby(database=self.database_name), settings)
+        dataset = cache.dataset("things")
+        freshness = Freshness(service, cache.database, reactor)
+        with closing(psycopg2.connect(self.dsn())) as writer, writer.cursor() as cursor:
+            cursor.execute("UPDATE things SET n = 9 WHERE id = 7")
+            cursor.execute("SELECT pg_current_xact_id()::text::int8")
+            (xid,) = cursor.fetchone()
+            for number in range(3):
+                self.sql(f"UPDATE things SET n = {number} WHERE id = 8")
+            await self.until_replayed(standby)
+            await self.start_and_load(service, cache)
+            self.assertFalse(await freshness.includes(dataset, xid, 1.0))
+            writer.commit()
+        self.assertTrue(await freshness.includes(dataset, xid, 30.0))
+        assert dataset.snapshot is not None
+        self.assertIn(b'"n":9', dataset.snapshot.rows.get(b"7") or b"")
+
+    async def test_a_promotion(self) -> None:
+        """What was committed while a standby was read is not missed by the first read after its promotion."""
+        standby = await self.standby()
+        dsn = standby(database=self.database_name)
+        database = self.reader(dsn)
+        with closing(psycopg2.connect(self.dsn())) as writer, writer.cursor() as cursor:
+            cursor.execute("UPDATE things SET n = 9 WHERE id = 7")
+            cursor.execute("SELECT pg_current_xact_id()::text::int8")
+            (xid,) = cursor.fetchone()
+            self.sql("UPDATE things SET n = 1 WHERE id = 8")
+            await self.until_replayed(standby)
+            _, snapshot = await self.read(database)
+            writer.commit()
+        await self.until_replayed(standby)
+        # A delta between two reads of the standby finds it; what it found is not used here.
+        reading, _ = await self.read(database, snapshot)
+        self.assertIn(b"7", reading.changed)
+        await deferToThread(standby.sql, "SELECT pg_promote()")
+        reading, after = await self.read(database, snapshot)
+        self.assertEqual(reading.kind, "all")
+        self.assertIn("a standby, which was promoted", reading.because or "")
+        self.assertIn(b'"n":9', after.rows.get(b"7") or b"")
+        assert reading.server is not None
+        assert snapshot.server is not None
+        self.assertEqual(reading.server.timeline, 2)
+        self.assertEqual(reading.server.system_identifier, snapshot.server.system_identifier)
+        self.assertFalse(snapshot.includes(xid, reading.server))
+        self.assertTrue(after.includes(xid, reading.server))
+
+    def make_service_of(self, dsn: str, *datasets: DatasetSettings) -> tuple[CacheService, Cache]:
+        cache = Cache(datasets, reactor.seconds)
+        database = Database(reactor, parse(dsn), 30.0, cache.database)
+        service = CacheService(cache, database, 2, reactor, random.random, Log(self.events), Drain(reactor))
+        self.addCleanup(database.stop)
+        self.addCleanup(lambda: service.stopService() if service.running else None)
+        return service, cache
