@@ -122,7 +122,7 @@ class Run:
 
     async def refresh(self) -> None:
         builder = RowsBuilder(self.drain.add)
-        reading = await self.database.read(SETTINGS, builder)
+        reading = await self.database.read(SETTINGS, lambda: builder)
         self.generation += 1
         snapshot = Snapshot(
             self.generation,

@@ -17,11 +17,11 @@ from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import TestCase
 
 from cacheservice.cache.cache import DatabaseStatus
-from cacheservice.cache.rows import Rows, RowsBuilder
+from cacheservice.cache.rows import Groups, Rows, RowsBuilder, Shards
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.config import DatasetSettings
 from cacheservice.errors import BadResult, LockTimeout, QueryFailed, ResultTooLarge
-from cacheservice.postgres.database import Database, Reading
+from cacheservice.postgres.database import Database, Reading, Wanted
 from cacheservice.postgres.target import parse
 from tests.postgres import OURS, connect, fresh_database, query, sessions_left
 
@@ -43,8 +43,8 @@ SELECT 1 AS id, 12345678901234567890.123456789 AS "numeric", 'NaN'::numeric AS n
 class Interrupted(RowsBuilder):
     """Calls `between` before it takes each chunk."""
 
-    def __init__(self, between: Callable[[], object]) -> None:
-        super().__init__(lambda shards: None)
+    def __init__(self, between: Callable[[], object], release: Callable[[Groups], object] = lambda _: None) -> None:
+        super().__init__(release)
         self.between = between
 
     def add(self, chunk: Sequence[tuple[bytes | None, bytes]]) -> None:
@@ -89,7 +89,7 @@ class DatabaseTestCase(TestCase):
         expect: Callable[[int], None] | None = None,
     ) -> Deferred[Reading]:
         settings = DatasetSettings(name="things", query=sql, key=key or ("id",), timeout_s=timeout_s)
-        return (database or self.database).read(settings, builder, expect)
+        return (database or self.database).read(settings, lambda: builder, expect)
 
     async def rows(self, sql: str, *key: str, **options: Any) -> dict[bytes, bytes]:
         builder = RowsBuilder(lambda shards: None)
@@ -426,6 +426,67 @@ class MomentTests(DatabaseTestCase):
         sql = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
         while self.sql(sql) != [(number,)]:
             await deferLater(reactor, 0.01)
+
+
+class LostSessions(DatabaseTestCase):
+    """A kept session is lost in the middle of a read, which is repeated in another session."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        for name in ("one", "two"):
+            self.sql(f"CREATE TABLE {name} AS SELECT i AS id, 0 AS n FROM generate_series(1, 2000) AS i")
+
+    def wanted(self, name: str, build: Callable[[], RowsBuilder]) -> Wanted:
+        settings = DatasetSettings(
+            name=name, query=f"TABLE {name}", key=("id",), timeout_s=TIMEOUT_S, group="both", probe="SELECT 1"
+        )
+        return Wanted(settings, build)
+
+    async def read_losing(self, lost_in: str, chunk: int, names: Sequence[str]) -> list[dict[bytes, bytes]]:
+        """Read `names` together; lose the session before the chunk of that number, with a write to all of them."""
+        freed: list[Shards] = []
+        lost = 0
+
+        def lose() -> None:
+            nonlocal lost
+            lost += 1
+            if lost == chunk:
+                self.sql("; ".join(f"DELETE FROM {name} WHERE id <= 50" for name in names))
+                self.sql("; ".join(f"UPDATE {name} SET n = 1; INSERT INTO {name} VALUES (-1, 1)" for name in names))
+                self.sql(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                    f"WHERE datname = '{self.name}' AND application_name LIKE 'cacheservice both%'"
+                )
+
+        def build(name: str) -> RowsBuilder:
+            return Interrupted(lose, freed.extend) if name == lost_in else RowsBuilder(freed.extend)
+
+        await self.database.read_together([self.wanted(name, lambda: RowsBuilder(freed.extend)) for name in names])
+        self.assertEqual(self.status.connections, 1)
+        readings = await self.database.read_together(
+            [self.wanted(name, lambda name=name: build(name)) for name in names]
+        )
+        self.assertGreater(lost, chunk)
+        self.assertEqual(len({reading.database_snapshot for reading in readings}), 1)
+        self.assertGreater(sum(len(shard) for shards in freed for shard in shards), 0, "what was lost is freed")
+        tables = [dict(reading.rows.finish().items()) for reading in readings if reading.rows is not None]
+        self.database.stop()
+        return tables
+
+    async def test_of_a_dataset(self) -> None:
+        """All rows are of the second session's moment: none that was deleted, none twice."""
+        for chunk in (1, 4, 6, 7):
+            self.sql("DROP TABLE one; CREATE TABLE one AS SELECT i AS id, 0 AS n FROM generate_series(1, 2000) AS i")
+            self.database = self.make_database()
+            (table,) = await self.read_losing("one", chunk, ["one"])
+            expected = {b"%d" % i: b'{"id":%d,"n":1}' % i for i in (-1, *range(51, 2001))}
+            self.assertEqual(table, expected)
+
+    async def test_of_a_group(self) -> None:
+        """A group is of one moment, although one of its datasets was read whole before the session was lost."""
+        tables = await self.read_losing("two", 4, ["one", "two"])
+        expected = {b"%d" % i: b'{"id":%d,"n":1}' % i for i in (-1, *range(51, 2001))}
+        self.assertEqual(tables, [expected, expected])
 
 
 class LockTests(DatabaseTestCase):

@@ -176,14 +176,14 @@ class Compared(Database):
         self.kinds: list[str] = []
         self.reasons: set[str] = set()
 
-    async def _read_one(self, moment: Any, wanted: Wanted) -> Reading:
-        reading = await super()._read_one(moment, wanted)
+    async def _read_one(self, moment: Any, wanted: Wanted, builder: RowsBuilder) -> Reading:
+        reading = await super()._read_one(moment, wanted, builder)
         self.kinds.append(reading.kind)
         if reading.because:
             self.reasons.add(reading.because)
-        builder = RowsBuilder(lambda _: None)
-        await self._read_all(moment, Wanted(wanted.dataset, builder), reading)
-        self.whole[wanted.dataset.name] = (reading.database_snapshot, table_of(builder.finish()))
+        again = RowsBuilder(lambda _: None)
+        await self._read_all(moment, Wanted(wanted.dataset, lambda: again), again, reading)
+        self.whole[wanted.dataset.name] = (reading.database_snapshot, table_of(again.finish()))
         return reading
 
 

@@ -43,6 +43,7 @@ SLOW_IS_FINE = ("late",)
 
 @pytest.mark.usefixtures("server")
 class StormTestCase(SynchronousTestCase):
+    maxDiff = None
     server: EmbeddedPostgres
 
     @contextmanager

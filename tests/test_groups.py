@@ -6,6 +6,7 @@ import json
 import random
 import socket
 import threading
+from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
@@ -14,11 +15,13 @@ from twisted.internet.defer import DeferredList
 from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import SynchronousTestCase
 
+from cacheservice.cache.cache import Cache
 from cacheservice.config import groups
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.listen import tcp
 from cacheservice.ports.resp.commands import Commands
 from cacheservice.ports.resp.protocol import RespFactory
+from cacheservice.refresh.service import CacheService
 from tests.postgres import connect
 from tests.resp_peer import encode
 from tests.test_guard import until
@@ -106,19 +109,41 @@ class Together(ServiceTestCase):
         self.assertEqual((savings.snapshot.rows.count, savings.held), (1, None))
 
     async def test_money_is_never_made(self) -> None:
-        """Money moves between two tables; whoever adds both up in one MULTI finds it all, 10,000 times out of 10,000,
-        through publishes and failures."""
+        """Money moves between two tables; a client that adds both up in one MULTI finds it all, 10,000 times out of
+        10,000, through publishes and failures."""
         service, cache = self.make_service(*self.declared(interval_s=0.05))
         await self.start_and_load(service, cache)
+        outcomes = cache.dataset("checking").outcomes
+        await self.move_money(
+            service, cache, 1000, READINGS, lambda: outcomes["published"] >= PUBLISHES and outcomes["failed"]
+        )
+
+    async def test_money_is_never_made_in_kept_sessions(self) -> None:
+        """The same where a session is kept for the next refresh, and is lost in the middle of it: it is read again."""
+        slow = "SELECT id, n, pg_sleep(0.001)::text AS slept FROM {}"
+        declared = [
+            declare(name, slow.format(name), group="bank", interval_s=0.05, probe="SELECT clock_timestamp()")
+            for name in ("checking", "savings")
+        ]
+        service, cache = self.make_service(*declared)
+        await self.start_and_load(service, cache)
+        outcomes = cache.dataset("checking").outcomes
+        ended = await self.move_money(service, cache, 300, 1000, lambda: outcomes["published"] >= 10)
+        self.assertGreater(ended, 3)
+
+    async def move_money(
+        self, service: CacheService, cache: Cache, end_sessions_each: int, readings: int, enough: Callable[[], object]
+    ) -> int:
+        """Check the sum while money moves; end the service's sessions after so many transactions. Returns how many."""
         commands = Commands(cache, Freshness(service, cache.database, reactor), "")
         factory = RespFactory(cache, commands, 100, 60.0, reactor)
         port: Any = tcp(reactor, "127.0.0.1", 0, factory)()
         stop = threading.Event()
-        outcomes = cache.dataset("checking").outcomes
+        self.addCleanup(stop.set)
 
-        def write() -> int:
+        def write() -> tuple[int, int]:
             choose = random.Random(1)
-            moved = 0
+            moved = ended = 0
             with closing(connect(self.server, self.database_name)) as connection, connection.cursor() as cursor:
                 while not stop.is_set():
                     source, target = choose.sample(("checking", "savings"), 2)
@@ -128,13 +153,14 @@ class Together(ServiceTestCase):
                     cursor.execute(f"UPDATE {target} SET n = n + {amount} WHERE id = {choose.randrange(1, ACCOUNTS)}")
                     cursor.execute("COMMIT" if choose.random() < 0.9 else "ROLLBACK")
                     moved += 1
-                    if moved % 1000 == 0:
-                        # Whoever reads fails: the session ends in the middle of it.
+                    if moved % end_sessions_each == 0:
+                        # A read that is under way loses its session.
                         cursor.execute(
                             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
                             "WHERE application_name LIKE 'cacheservice%' AND pid <> pg_backend_pid()"
                         )
-            return moved
+                        ended += len(cursor.fetchall())
+            return moved, ended
 
         def read(count: int) -> tuple[set[int], int]:
             sums, moments = set(), set()
@@ -143,7 +169,7 @@ class Together(ServiceTestCase):
             )
             with closing(socket.create_connection(("127.0.0.1", port.getHost().port), timeout=60)) as connection:
                 client = Client(connection)
-                while count > 0 or outcomes["published"] < PUBLISHES or not outcomes["failed"]:
+                while (count > 0 or not enough()) and not stop.is_set():
                     count -= 1
                     connection.sendall(block)
                     *_, (checking, savings) = [client.read() for _ in range(4)]
@@ -154,9 +180,10 @@ class Together(ServiceTestCase):
 
         writing = deferToThread(write)
         readers = 4
-        answers = await DeferredList([deferToThread(read, READINGS // readers) for _ in range(readers)])
+        answers = await DeferredList([deferToThread(read, readings // readers) for _ in range(readers)])
         stop.set()
-        self.assertGreater(await writing, 100)
+        moved, ended = await writing
+        self.assertGreater(moved, 100)
         await port.stopListening()
         factory.close_clients()
         await until(lambda: not factory.clients)
@@ -165,3 +192,4 @@ class Together(ServiceTestCase):
             sums, moments = answer
             self.assertEqual(sums, {2 * ACCOUNTS * START})
             self.assertGreater(moments, 1, "publishes happened meanwhile")
+        return ended

@@ -813,7 +813,7 @@ class CannotListenTests(ListenerTestCase):
             query_ = "SELECT i AS id, repeat('x', 100) AS filler FROM generate_series(1, 5000) i"
             for _ in range(5):
                 into = [rows_builder(), rows_builder()]
-                reads = [database.read(settings(query_), rows) for rows in into]
+                reads = [database.read(settings(query_), lambda rows=rows: rows) for rows in into]
                 for read in reads:
                     await read
                 self.assertEqual([rows.count for rows in into], [5000, 5000])

@@ -119,7 +119,7 @@ class Migrations(TestCase):
         database = Database(reactor, target, 5, DatabaseStatus())
         self.addCleanup(database.stop)
         self.rows = RowsBuilder(lambda _: None)
-        return database.read(DatasetSettings(name="d", query=sql, key=("id",), timeout_s=timeout_s), self.rows)
+        return database.read(DatasetSettings(name="d", query=sql, key=("id",), timeout_s=timeout_s), lambda: self.rows)
 
     def test_everything_lies_in_a_schema_of_its_own(self) -> None:
         """The migrations and their bookkeeping put nothing into any schema but cacheservice."""

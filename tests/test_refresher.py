@@ -11,14 +11,13 @@ from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, succeed
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset, State
-from cacheservice.cache.rows import RowsBuilder
 from cacheservice.config import DatasetSettings
 from cacheservice.errors import Blocker, DatabaseUnavailable, LockTimeout, QueryFailed, UnknownDataset
 from cacheservice.postgres.database import Reading, Wanted
@@ -33,16 +32,21 @@ BLOCKER = Blocker(42, "app", "psql", "AccessExclusiveLock", "public.products", A
 class Read:
     """One read that the fake was asked for."""
 
-    def __init__(self, name: str, into: RowsBuilder, expect: Callable[[int], None] | None, began_at: float) -> None:
-        self.name = name
-        self.into = into
-        self.expect = expect
+    def __init__(self, wanted: Wanted, began_at: float) -> None:
+        self.name = wanted.dataset.name
+        self.into = wanted.build()
+        self.expect = wanted.expect
+        self.told = wanted.told
         self.began_at = began_at
         self.result: Deferred[Reading] = Deferred()
 
     def complete(self, rows: int = 1) -> None:
         self.into.add([(b"%d" % number, b"{}") for number in range(rows)])
-        self.result.callback(Reading(AS_OF, self.began_at, "1:1:"))
+        self.result.callback(Reading(AS_OF, self.began_at, "1:1:", rows=self.into))
+
+    def complete_nothing(self) -> None:
+        """Nothing has changed."""
+        self.result.callback(Reading(AS_OF, self.began_at, "1:1:", kind="unchanged"))
 
     def fail(self, error: Exception | None = None) -> None:
         self.result.errback(error or QueryFailed("column absent does not exist", "42703"))
@@ -58,9 +62,9 @@ class FakeDatabase:
         self._clock = clock
 
     def read_together(self, wanted: Sequence[Wanted]) -> Deferred[list[Reading]]:
-        ((dataset, into, expect, *_),) = wanted
-        assert dataset.name not in [read.name for read in self.running], "a refresh never overlaps itself"
-        read = Read(dataset.name, into, expect, self._clock.seconds())
+        (one,) = wanted
+        assert one.dataset.name not in [read.name for read in self.running], "a refresh never overlaps itself"
+        read = Read(one, self._clock.seconds())
         self.reads.append(read)
         if self.raising is not None:
             read.result.addErrback(lambda _: None)
@@ -110,7 +114,12 @@ class World:
     """A CacheService over the fakes."""
 
     def __init__(
-        self, *names: str, max_connections: int = 2, random: Callable[[], float] = lambda: 1.0, **keys: Any
+        self,
+        *names: str,
+        max_connections: int = 2,
+        random: Callable[[], float] = lambda: 1.0,
+        heard_all: Callable[[], Deferred[bool]] | None = None,
+        **keys: Any,
     ) -> None:
         every = {"query": "SELECT 1 AS id", "key": "id", "interval_s": 60.0, "timeout_s": 30.0, "jitter": 0.0} | keys
         declared = [DatasetSettings.model_validate({"name": name} | every) for name in names or ("products",)]
@@ -120,7 +129,14 @@ class World:
         self.database = FakeDatabase(self.clock)
         self.log = FakeLog()
         self.service = CacheService(
-            self.cache, self.database, max_connections, self.clock, random, self.log, Drain(self.clock)
+            self.cache,
+            self.database,
+            max_connections,
+            self.clock,
+            random,
+            self.log,
+            Drain(self.clock),
+            heard_all=heard_all,
         )
 
     @property
@@ -248,6 +264,50 @@ class Starts(RefreshTestCase):
         world.advance(37)
         self.assertEqual(world.starts[1:], [("products", 57)])
         self.assertEqual(world.dataset.next_refresh_in_s(), 60)
+
+
+class Notified(RefreshTestCase):
+    """The keys that an application notifies, and the transactions that read them."""
+
+    def asked(self, world: World) -> frozenset[str] | None:
+        """The keys that the read which runs now gets when it asks for them."""
+        assert world.database.last.told is not None
+        return self.successResultOf(Deferred.fromCoroutine(world.database.last.told()))
+
+    def notified(self) -> World:
+        """A read that was begun for the key 1."""
+        world = self.started(notify="things", heard_all=lambda: succeed(True))
+        world.database.last.complete()
+        world.advance(5)
+        world.service.heard("things", '["1"]')
+        world.advance(1)
+        return world
+
+    def test_a_session_that_is_lost(self) -> None:
+        """A read that begins again in another session gets the keys of the first try, and those heard meanwhile."""
+        world = self.notified()
+        self.assertEqual(self.asked(world), {"1"})
+        world.service.heard("things", '["2"]')
+        self.assertEqual(self.asked(world), {"1", "2"})
+        self.assertEqual(self.asked(world), {"1", "2"})
+        world.service.heard("things", "")
+        self.assertEqual(self.asked(world), None)
+        self.assertEqual(self.asked(world), None)
+
+    def test_heard_after_the_transaction_began(self) -> None:
+        """The transaction may not see the change of a key that is heard meanwhile: the next one reads it, too."""
+        world = self.notified()
+        world.service.heard("things", '["2"]')
+        world.advance(1)
+        self.assertEqual(self.asked(world), {"1", "2"})
+        world.database.last.complete_nothing()
+        world.advance(1)
+        self.assertEqual(len(world.database.reads), 3)
+        self.assertEqual(self.asked(world), {"2"})
+        world.database.last.complete_nothing()
+        world.service.heard("things", '["3"]')
+        world.advance(1)
+        self.assertEqual(self.asked(world), {"3"})
 
 
 class Overlaps(RefreshTestCase):

@@ -68,8 +68,8 @@ _SLICE_ROWS = 64
 class Reading:
     """Of which moment the rows are, by the database's clock and snapshot, and by our monotonic clock just before it.
 
-    `columns` are the names of the query's columns, in their order. `kind` tells what was read: all rows into the
-    builder; a delta, which is in `changed` (None for a row that is gone); or that nothing is to be read. `because`
+    `columns` are the names of the query's columns, in their order. `kind` tells what was read: all rows, which are in
+    `rows`; a delta, which is in `changed` (None for a row that is gone); or that nothing is to be read. `because`
     says why it was all rows although there was something to start from. `may_differ` are the keys that had changed
     by what the triggers recorded, None if that is not known; no other row may differ from what there was. `server` is
     the one that was read.
@@ -86,12 +86,14 @@ class Reading:
     watch_state: str = ""
     probe: str | None = None
     server: ServerIdentity | None = None
+    rows: RowsBuilder | None = None
 
 
 class Wanted(NamedTuple):
     """A dataset to read.
 
-    :param into: gets the rows if all are read.
+    :param build: makes an empty builder as each transaction begins. A builder never outlives its transaction, so
+        that the rows of two moments cannot meet in one.
     :param expect: gets the planner's estimate of their number before they come, if anybody.
     :param since: what there is of it; None if nothing, or if all is to be read without a question.
     :param check: read all although a delta might do, and tell which rows may differ.
@@ -102,7 +104,7 @@ class Wanted(NamedTuple):
     """
 
     dataset: DatasetSettings
-    into: RowsBuilder
+    build: Callable[[], RowsBuilder]
     expect: Callable[[int], None] | None = None
     since: Snapshot | None = None
     check: bool = False
@@ -150,10 +152,10 @@ class Database:
         self._sessions.stop()
 
     def read(
-        self, dataset: DatasetSettings, into: RowsBuilder, expect: Callable[[int], None] | None = None
+        self, dataset: DatasetSettings, build: Callable[[], RowsBuilder], expect: Callable[[int], None] | None = None
     ) -> Deferred[Reading]:
         """Read one dataset, as `read_together` does."""
-        return self.read_together([Wanted(dataset, into, expect)]).addCallback(itemgetter(0))
+        return self.read_together([Wanted(dataset, build, expect)]).addCallback(itemgetter(0))
 
     def read_together(self, wanted: Sequence[Wanted]) -> Deferred[list[Reading]]:
         """Read all rows of the datasets' queries as (key, JSON document), in one transaction: of one moment.
@@ -193,9 +195,15 @@ class Database:
         wanted: Sequence[Wanted],
         deadline_at: float,
     ) -> list[Reading]:
-        moment = await self._begin(guard, [each.dataset for each in wanted], wanted[0].attempt, deadline_at)
-        readings = [await self._read_one(moment, each) for each in wanted]
-        await guard.execute("COMMIT")
+        builders = [each.build() for each in wanted]
+        try:
+            moment = await self._begin(guard, [each.dataset for each in wanted], wanted[0].attempt, deadline_at)
+            readings = [await self._read_one(moment, *each) for each in zip(wanted, builders, strict=True)]
+            await guard.execute("COMMIT")
+        except BaseException:
+            for builder in builders:
+                builder.discard()
+            raise
         return readings
 
     async def _begin(
@@ -227,7 +235,7 @@ class Database:
         as_of = datetime.fromtimestamp(float(epoch_s), UTC)
         return _Moment(guard, deadline_at, pid, can_tell, Reading(as_of, read_at, snapshot.decode(), server=server))
 
-    async def _read_one(self, moment: _Moment, wanted: Wanted) -> Reading:
+    async def _read_one(self, moment: _Moment, wanted: Wanted, builder: RowsBuilder) -> Reading:
         dataset, reading = wanted.dataset, moment.reading
         another = None if wanted.since is None else why_another(wanted.since.server, reading.server)
         if another is not None:
@@ -256,7 +264,7 @@ class Database:
             if told_keys is not None and len(told_keys) <= wanted.most_keys:
                 # A probe that has changed may stand for other rows, too: the next attempt has to see that it did.
                 return await self._read_told(moment, dataset, replace(reading, probe=since.probe), told_keys)
-        return await self._read_all(moment, wanted, replace(reading, because=because))
+        return await self._read_all(moment, wanted, builder, replace(reading, because=because))
 
     async def _changes(self, moment: _Moment, wanted: Wanted) -> deltas.Changes:
         if not moment.can_tell:
@@ -317,7 +325,7 @@ class Database:
                 raise
         return found
 
-    async def _read_all(self, moment: _Moment, wanted: Wanted, reading: Reading) -> Reading:
+    async def _read_all(self, moment: _Moment, wanted: Wanted, builder: RowsBuilder, reading: Reading) -> Reading:
         dataset, guard = wanted.dataset, moment.guard
         rows_sql = rows_query(dataset.query, dataset.key)
         await self._execute_asking_in(moment, f"DECLARE rows NO SCROLL CURSOR FOR {rows_sql}", dataset.name)
@@ -325,10 +333,12 @@ class Database:
         described = cursor.description
         if wanted.expect is not None:
             cursor = await guard.execute(f"EXPLAIN (FORMAT JSON) {rows_sql}")
-            wanted.expect(_planned_rows(cursor.fetchone()[0]))
-        await self._fetch_all(guard, wanted.into)
+            planned_rows = _planned_rows(cursor.fetchone()[0])
+            builder.expect(planned_rows)
+            wanted.expect(planned_rows)
+        await self._fetch_all(guard, builder)
         await guard.execute("CLOSE rows")
-        reading = replace(reading, columns=tuple(column.name for column in described))
+        reading = replace(reading, columns=tuple(column.name for column in described), rows=builder)
         if not reading.watch_state:
             return reading
         types = {column.name: column.type_code for column in described}

@@ -104,7 +104,10 @@ class Sessions:
             guard.close_and_passthrough(None)
 
     def _again_if_lost(self, failure: Failure, purpose: str, deadline_at: float, use: Use[T], keep: bool) -> Any:
-        """That a kept session has gone meanwhile is nobody's failure; a new one is opened."""
+        """Repeat all of `use` in a new session if the kept one was lost: that is not a failure of the read.
+
+        The session may be lost at any statement, so `use` must begin with nothing of what it did before.
+        """
         if not failure.check(DatabaseUnavailable) or failure.check(DeadlineExceeded):
             return failure
         return self.use(purpose, deadline_at, use, keep=keep)

@@ -374,7 +374,7 @@ class Refresher:
         """One try, whatever comes of it: it never raises, because it is all that stands in the loop."""
         asked_at = began_at = self._clock.seconds()
         this = _Try(secrets.token_hex(4), trigger, datetime.now(UTC))
-        builders = [rows_builder(dataset.settings, self._release) for dataset in self.datasets]
+        readings: list[Reading] = []
         bases: list[Snapshot | None] = []
 
         def read() -> Deferred[list[Reading]]:
@@ -385,7 +385,7 @@ class Refresher:
                 dataset.last_put_off_s = dataset.behind_s() or 0.0
                 dataset.put_off = False
             bases[:] = [dataset.newest() for dataset in self.datasets]
-            wanted = [self._wanted(*each, this, whole) for each in zip(self.datasets, builders, bases, strict=True)]
+            wanted = [self._wanted(*each, this, whole) for each in zip(self.datasets, bases, strict=True)]
             return self._database.read_together(wanted).addBoth(self._note_duration_and_passthrough)
 
         try:
@@ -399,7 +399,7 @@ class Refresher:
             )
             if self._stopping:  # they came in spite of it, and may be of a query that is no more
                 raise Stopped("the refreshes were stopped")
-            results = [await self._result(*each) for each in zip(self.datasets, readings, builders, bases, strict=True)]
+            results = [await self._result(*each) for each in zip(self.datasets, readings, bases, strict=True)]
             if any(result.refused and not result.dataset.accepts_next for result in results):
                 self._hold(results, this)
             else:
@@ -414,9 +414,11 @@ class Refresher:
             ours = RefreshFailed(f"an internal error, {type(error).__name__}; its traceback is in the log")
             self._fail(ours, this, self._clock.seconds() - began_at)
         finally:
-            for dataset, builder in zip(self.datasets, builders, strict=True):
+            for dataset in self.datasets:
                 dataset.loading = dataset.expected_rows = None
-                builder.discard()
+            for reading in readings:
+                if reading.rows is not None:
+                    reading.rows.discard()
 
     def _note_duration_and_passthrough(self, result: Any) -> Any:
         self._expected_s = self._clock.seconds() - self._began_at
@@ -583,32 +585,35 @@ class Refresher:
         passed: int = math.floor((self._clock.seconds() - self._phase_at) / self._interval_s)
         return self._phase_at + max(0, passed + 1) * self._interval_s
 
-    def _wanted(self, dataset: Dataset, builder: RowsBuilder, base: Snapshot | None, this: _Try, whole: bool) -> Wanted:
+    def _wanted(self, dataset: Dataset, base: Snapshot | None, this: _Try, whole: bool) -> Wanted:
         settings = dataset.settings
-        dataset.loading = builder
         dataset.expected_rows = base.rows.count if base else None
         told = self._told.pop(dataset.name, set())
         was_told = told is None or bool(told)
 
+        def build() -> RowsBuilder:
+            dataset.loading = builder = rows_builder(settings, self._release)
+            if base is not None:
+                builder.expect(base.rows.count)
+            return builder
+
         def expect(rows: int) -> None:
-            builder.expect(rows)
             dataset.expected_rows = rows
 
         async def told_by_now() -> frozenset[str] | None:
-            # Those that come until all that was sent before is heard: they are visible to this transaction, too.
+            # The transaction sees what was sent before it began, and perhaps not what is heard meanwhile. So these keys
+            # stay for the attempt that follows, and for this one if it has to begin again in another session.
             if told is None or self._heard_all is None or not await self._heard_all():
                 return None
-            more = self._told.pop(dataset.name, set())
+            more = self._told.get(dataset.name, set())
             return None if more is None else frozenset(told | more)
 
-        if base is not None:
-            builder.expect(base.rows.count)
         if (whole and not settings.watch) or (settings.watch and was_told):
             # An operator wants it read (with watch that is a check as well), or it was notified of what no trigger saw.
-            return Wanted(settings, builder, attempt=this.id)
+            return Wanted(settings, build, attempt=this.id)
         return Wanted(
             settings,
-            builder,
+            build,
             # The planner's estimate is asked for only where there is no better one.
             expect if base is None else None,
             base if settings.watch or settings.probe or settings.notify else None,
@@ -627,9 +632,10 @@ class Refresher:
         due: bool = self._clock.seconds() - dataset.checked_at >= dataset.settings.full_interval_s
         return due
 
-    async def _result(self, dataset: Dataset, reading: Reading, builder: RowsBuilder, base: Snapshot | None) -> _Result:
+    async def _result(self, dataset: Dataset, reading: Reading, base: Snapshot | None) -> _Result:
         if reading.kind == "all":
-            rows = builder.finish()
+            assert reading.rows is not None, "a full read has rows"
+            rows = reading.rows.finish()
             dataset.counts.rows_read += rows.count
             return _Result(dataset, reading, rows, _refusal(dataset, rows, reading), base)
         assert base is not None, "a delta follows something"
