@@ -226,7 +226,7 @@ def make_service(
     )
     listener = Listener(
         parsed,
-        database.resolve,
+        database.connector,
         settings.postgres.connect_timeout_s,
         refresh.channels(),
         refresh.heard,

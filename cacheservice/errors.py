@@ -74,6 +74,15 @@ class DeadlineExceeded(DatabaseUnavailable):
     advice = "look for a frozen or overloaded server or a lost network path; or raise timeout_s"
 
 
+class NoSessionLeft(DatabaseUnavailable):
+    """PostgreSQL has no connection left for the role, for the database or at all (SQLSTATE 53300).
+
+    Raise the limit that the message names, or end other sessions.
+    """
+
+    advice = "raise the limit that the message names, or end other sessions"
+
+
 class NotHeard(DatabaseUnavailable):
     """A session listens, and a notification that was sent to prove it did not arrive; the session was abandoned.
 

@@ -36,10 +36,12 @@ from cacheservice.errors import (
     DatabaseUnavailable,
     DeadlineExceeded,
     LockTimeout,
+    NoSessionLeft,
     QueryFailed,
     QueryTimeout,
     RefreshFailed,
 )
+from cacheservice.postgres.connector import Connector
 from cacheservice.postgres.database import Database
 from cacheservice.postgres.guard import GuardedConnection
 from cacheservice.postgres.resolve import Resolver
@@ -150,7 +152,7 @@ class GuardTestCase(TestCase):
     async def open(self, timeout_s: float = LONG_S, port: int | None = None) -> GuardedConnection:
         """A session that is past its connecting, and closed by whoever asked for it."""
         guard = self.guard(timeout_s, port=port)
-        await guard.connect(self.direct.resolve, "test", LONG_S)
+        await guard.connect(self.direct.connector, "test", LONG_S)
         return guard
 
     def ask(self, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
@@ -488,7 +490,7 @@ class NoSessionTests(GuardTestCase):
         await self.outlive(read, DatabaseUnavailable, at_once=10)
 
     async def test_too_many_clients(self) -> None:
-        """A role whose CONNECTION LIMIT is used up gets DatabaseUnavailable."""
+        """A role whose CONNECTION LIMIT is used up gets NoSessionLeft, with the statement that raises it."""
         role = f"few_{self.database_name}"
         with self.side.cursor() as cursor:
             cursor.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'few' CONNECTION LIMIT 0")
@@ -498,9 +500,9 @@ class NoSessionTests(GuardTestCase):
         async def read(_: int) -> None:
             await self.read(database=limited)
 
-        await self.outlive(read, DatabaseUnavailable, at_once=10)
-        error = await self.assertFailure(self.read(database=limited), DatabaseUnavailable)
-        self.assertIn("max_connections", error.advice)
+        await self.outlive(read, NoSessionLeft, at_once=10)
+        error = await self.assertFailure(self.read(database=limited), NoSessionLeft)
+        self.assertIn(f"ALTER ROLE {role} CONNECTION LIMIT", error.advice)
 
     def drop_role(self, role: str) -> None:
         with self.side.cursor() as cursor:
@@ -657,7 +659,7 @@ class LookUpTests(GuardTestCase):
 
     async def connect_by_name(self, resolver: Resolver, timeout_s: float, host: str = "db.example") -> None:
         guard = self.guard(timeout_s, host)
-        connecting = Deferred.fromCoroutine(guard.connect(resolver.resolve, "test", LONG_S))
+        connecting = Deferred.fromCoroutine(guard.connect(Connector(reactor, resolver.resolve), "test", LONG_S))
         await connecting.addBoth(guard.close_and_passthrough)
 
     async def test_a_name_that_is_known(self) -> None:
@@ -725,6 +727,7 @@ class LookUpTests(GuardTestCase):
             import sys, time
             from twisted.internet import reactor
             from twisted.internet.defer import Deferred
+            from cacheservice.postgres.connector import Connector
             from cacheservice.postgres.guard import GuardedConnection
             from cacheservice.postgres.resolve import Resolver
             from cacheservice.postgres.target import parse
@@ -737,7 +740,7 @@ class LookUpTests(GuardTestCase):
                 resolver.stop()
                 reactor.stop()
 
-            d = Deferred.fromCoroutine(guard.connect(resolver.resolve, "test", 60))
+            d = Deferred.fromCoroutine(guard.connect(Connector(reactor, resolver.resolve), "test", 60))
             d.addBoth(guard.close_and_passthrough).addBoth(told)
             reactor.run()
         """

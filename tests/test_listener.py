@@ -105,7 +105,7 @@ class ListenerTestCase(GuardTestCase):
         }
         listener = Listener(
             target,
-            self.direct.resolve,
+            self.direct.connector,
             channels=channels,
             reactor=reactor,
             random=random.random,
@@ -361,7 +361,7 @@ class GuardedNotificationsTests(ListenerTestCase):
         """A wait ends with the session; renewed, its deadline is the new one, be it later or sooner."""
         guard = self.guard(1.0)
         self.addCleanup(guard.close_and_passthrough, None)
-        await guard.connect(self.direct.resolve, "test", LONG_S)
+        await guard.connect(self.direct.connector, "test", LONG_S)
         guard.renew(reactor.seconds() + LONG_S)
         self.assertEqual(await guard.notifications(reactor.seconds() + 1.1), [])
         guard.renew(reactor.seconds() + 0.05)

@@ -71,7 +71,9 @@ def session(dsn: str, application_name: str) -> Iterator[Session]:
     :raises Refused: if the server cannot be reached, is too old, is a standby, or refuses a statement.
     """
     try:
-        connection = psycopg2.connect(dsn, connect_timeout=_CONNECT_TIMEOUT_S, application_name=application_name)
+        arguments = parse(dsn).blocking_arguments()
+        arguments |= {"connect_timeout": _CONNECT_TIMEOUT_S, "application_name": application_name}
+        connection = psycopg2.connect(**arguments)
     except psycopg2.Error as error:
         raise Refused(told_by(dsn, error)) from error
     with closing(connection):

@@ -28,6 +28,7 @@ from cacheservice.errors import (
 )
 from cacheservice.postgres import deltas
 from cacheservice.postgres.blockers import find_blockers
+from cacheservice.postgres.connector import Connector
 from cacheservice.postgres.guard import GuardedConnection
 from cacheservice.postgres.server import LIFE, Life, Servers
 from cacheservice.postgres.session_settings import Limits, begin_reading
@@ -139,8 +140,13 @@ class Database:
 
     @property
     def resolve(self) -> Resolve:
-        """Name look-ups for whoever opens a session of its own."""
+        """Name look-ups for other parts of the service."""
         return self._sessions.resolve
+
+    @property
+    def connector(self) -> Connector:
+        """For sessions that are opened elsewhere: it knows which addresses answer."""
+        return self._sessions.connector
 
     def configure(self, target: Target, connect_timeout_s: float) -> None:
         """Open sessions so from now on."""

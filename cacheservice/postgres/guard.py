@@ -9,22 +9,20 @@ whoever waits at once. The server notices within a second (client_connection_che
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from fcntl import ioctl
-from functools import partial
-from termios import FIONREAD
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 import psycopg2
 from psycopg2 import extensions
-from twisted.internet.defer import CancelledError, Deferred, ensureDeferred, fail
+from twisted.internet.defer import CancelledError, Deferred, fail
 from twisted.internet.interfaces import IReadDescriptor
 from twisted.python.failure import Failure
 from txpostgres import txpostgres
 from zope.interface import implementer
 
 from cacheservice.errors import DatabaseUnavailable, DeadlineExceeded
-from cacheservice.postgres.target import Resolve, Target
+from cacheservice.postgres.connector import Connector, Session
+from cacheservice.postgres.target import Target
 from cacheservice.postgres.translate import translate
 
 T = TypeVar("T")
@@ -33,26 +31,10 @@ _TEXT_OID = 25
 _TEXT_AS_BYTES = extensions.new_type((_TEXT_OID,), "TEXT_AS_BYTES", extensions.BYTES)
 
 
-_PARTS_PER_TURN = 3
-"""libpq takes 16 KiB at a time; a turn of the reactor for each took a fifth of a refresh, and readers wait for many."""
-_NOTHING_TO_READ = bytes(4)
 _NOTIFICATIONS_PER_TURN = 1000
-
-
-class _Session(extensions.connection):  # type: ignore[misc]  # psycopg2 has no types
-    def poll(self) -> Any:
-        """Go on with what is under way, as far as what has arrived allows, but not for more than three parts."""
-        state = super().poll()
-        parts = 1
-        while (
-            state == extensions.POLL_READ
-            and parts < _PARTS_PER_TURN
-            and self.isexecuting()
-            and ioctl(self.fileno(), FIONREAD, _NOTHING_TO_READ) != _NOTHING_TO_READ
-        ):
-            state = super().poll()
-            parts += 1
-        return state
+_LAST_SHARE = 0.05
+_LAST_MOST_S = 0.25
+"""Before its own limit the search for an address ends, so that its error can name all that was tried."""
 
 
 class _Cursor(txpostgres.Cursor):  # type: ignore[misc]  # txpostgres has no types
@@ -69,8 +51,11 @@ class _Connection(txpostgres.Connection):  # type: ignore[misc]
     two statements is told so by the next one.
     """
 
-    connectionFactory = staticmethod(partial(psycopg2.connect, connection_factory=_Session))
     cursorFactory = _Cursor
+
+    def connectionFactory(self, session: Session, **_: Any) -> Session:
+        """The session that has logged in already: see `Handshake`."""
+        return session
 
     def continuePolling(self, swallowErrors: bool = False) -> None:
         super().continuePolling(swallowErrors=True)
@@ -90,7 +75,7 @@ class _Ear:
     reactor of its own, so that whoever floods us with notifications never holds it.
     """
 
-    def __init__(self, reactor: Any, session: _Session, until: float) -> None:
+    def __init__(self, reactor: Any, session: Session, until: float) -> None:
         self.heard: Deferred[list[Any]] = Deferred()
         self._reactor = reactor
         self._session = session
@@ -160,6 +145,7 @@ class GuardedConnection:
         self._connection = _Connection(reactor)
         self._cursor: _Cursor | None = None
         self._ear: _Ear | None = None
+        self._opening: Deferred[Session] | None = None
         self._pending: Deferred[Any] | None = None
         self._ended: Exception | None = None
         self._on_end: Callable[[], None] | None = None
@@ -183,7 +169,7 @@ class GuardedConnection:
 
     async def connect(
         self,
-        resolve: Resolve,
+        connector: Connector,
         purpose: str,
         timeout_s: float,
         defaults: Mapping[str, Any] = MappingProxyType({}),
@@ -193,9 +179,17 @@ class GuardedConnection:
         :param defaults: libpq's parameters for where the connection string does not set them.
         :raises DatabaseUnavailable: if there is none to be had.
         """
-        self._timer.reset(min(timeout_s, self.remaining_s()))
-        arguments = await self._wait(lambda: ensureDeferred(self._target.connect_arguments(resolve, purpose)))
-        await self._wait(lambda: self._connection.connect(**{**defaults, **arguments}), connecting=True)
+        limit_s = min(timeout_s, self.remaining_s())
+        self._timer.reset(limit_s)
+        by = self._reactor.seconds() + limit_s - min(limit_s * _LAST_SHARE, _LAST_MOST_S)
+
+        def opening() -> Deferred[Session]:
+            self._opening = connector.open(self._target, purpose, by, defaults)
+            return self._opening
+
+        session = await self._wait(opening)
+        self._opening = None
+        await self._wait(lambda: self._connection.connect(session), connecting=True)
         self._reactor.removeReader(self._connection)
         extensions.register_type(_TEXT_AS_BYTES, self._connection.pollable())
         self._phase = "did not answer"
@@ -252,8 +246,8 @@ class GuardedConnection:
         """End the session now; whoever waits gets `reason`, and so does whoever asks later."""
         if self._ended is None:
             self._ended = reason
-        self._release()
         pending, self._pending = self._pending, None
+        self._release()
         if pending is not None:
             pending.errback(self._ended)
 
@@ -303,6 +297,9 @@ class GuardedConnection:
         """Give back the timer, the reactor's readers and writers, and the descriptor. May be called twice."""
         if self._timer.active():
             self._timer.cancel()
+        opening, self._opening = self._opening, None
+        if opening is not None:
+            opening.cancel()
         raw = self._connection.pollable()
         if raw is None:
             return  # never connected

@@ -20,8 +20,9 @@ from twisted.python.failure import Failure
 from cacheservice.cache.cache import DatabaseStatus
 from cacheservice.config import OWN_CHANNEL
 from cacheservice.errors import DatabaseUnavailable, NotHeard, QueryFailed, RefreshFailed
+from cacheservice.postgres.connector import Connector
 from cacheservice.postgres.guard import GuardedConnection
-from cacheservice.postgres.target import Resolve, Target
+from cacheservice.postgres.target import Target
 
 CANARY_INTERVAL_S = 10.0
 ANSWER_WITHIN_S = 5.0
@@ -68,7 +69,7 @@ class Listener(Service):
 
     `heard` and `missed` are called in the reactor's thread, and must be quick.
 
-    :param resolve: ``cacheservice.postgres.resolve.Resolver.resolve``.
+    :param connector: ``cacheservice.postgres.database.Database.connector``.
     :param connect_timeout_s: for one session to open, name look-ups included.
     :param heard: gets the channel and the payload of each notification.
     :param missed: called when notifications may have been missed: after each proof that a new session listens, the
@@ -83,7 +84,7 @@ class Listener(Service):
     def __init__(
         self,
         target: Target,
-        resolve: Resolve,
+        connector: Connector,
         connect_timeout_s: float,
         channels: Iterable[str],
         heard: Callable[[str, str], None],
@@ -100,7 +101,7 @@ class Listener(Service):
         retry_slowly_s: float = RETRY_SLOWLY_S,
     ) -> None:
         self._target = target
-        self._resolve = resolve
+        self._connector = connector
         self._connect_timeout_s = connect_timeout_s
         self._channels = frozenset(channels)
         self._heard = heard
@@ -222,7 +223,7 @@ class Listener(Service):
         guard = GuardedConnection(self._reactor, self._target, self._reactor.seconds() + self._connect_timeout_s)
         self._status.connections += 1
         try:
-            await guard.connect(self._resolve, purpose, self._connect_timeout_s, _KEEPALIVES)
+            await guard.connect(self._connector, purpose, self._connect_timeout_s, _KEEPALIVES)
             guard.renew(self._reactor.seconds() + self._answer_within_s)
             await use(guard)
         finally:

@@ -16,12 +16,15 @@ from twisted.internet._resolver import GAIResolver
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IHostResolution, IResolutionReceiver
+from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 from zope.interface import implementer
 
 from cacheservice.errors import DatabaseUnavailable
 
-_MOST_THREADS = 4
+_MOST_THREADS = 16
+_SHARED_FOR_S = 10.0
+"""A younger look-up of the same name is shared: one that hangs must not take every thread."""
 
 
 @implementer(IResolutionReceiver)
@@ -46,14 +49,16 @@ class _Addresses:
 
 
 class Resolver:
-    """Looks names up in at most four threads of its own; `stop` lets them go.
+    """Looks names up in a few threads of its own; `stop` lets them go.
 
-    :param reactor: gets the results.
+    :param reactor: gets the results; its clock must be monotonic.
     """
 
     def __init__(self, reactor: Any, getaddrinfo: Callable[..., Any] = socket.getaddrinfo) -> None:
         self._pool = ThreadPool(0, _MOST_THREADS, "name look-ups")
         self._pool.threadFactory = partial(Thread, daemon=True)  # type: ignore[assignment]
+        self._reactor = reactor
+        self._under_way: dict[str, tuple[float, list[Deferred[Sequence[str]]]]] = {}
         self._resolver = GAIResolver(reactor, lambda: self._pool, getaddrinfo=partial(_look_up, getaddrinfo))
 
     async def resolve(self, name: str) -> Sequence[str]:
@@ -61,12 +66,29 @@ class Resolver:
 
         :raises DatabaseUnavailable: if it has none.
         """
+        wanted: Deferred[Sequence[str]] = Deferred()
+        began_at, waiting = self._under_way.get(name, (0.0, []))
+        waiting.append(wanted)
+        if len(waiting) == 1 or self._reactor.seconds() >= began_at + _SHARED_FOR_S:
+            self._under_way[name] = self._reactor.seconds(), waiting
+            self._look_up(name).addBoth(self._answer, name, waiting)
+        return await wanted
+
+    def _look_up(self, name: str) -> Deferred[Sequence[str]]:
         if not self._pool.started:
             self._pool.start()
         done: Deferred[Sequence[str]] = Deferred()
         receiver: Any = _Addresses(done)
         self._resolver.resolveHostName(receiver, name)
-        return await done
+        return done
+
+    def _answer(self, result: Sequence[str] | Failure, name: str, waiting: list[Deferred[Sequence[str]]]) -> None:
+        if self._under_way.get(name, (0.0, None))[1] is waiting:
+            del self._under_way[name]
+        answered, waiting[:] = list(waiting), []
+        for each in answered:
+            if not each.called:  # cancelled meanwhile
+                each.callback(result)
 
     def stop(self) -> None:
         """End the idle threads; one that is stuck in a look-up ends with it or with the process."""

@@ -10,6 +10,7 @@ from twisted.python.failure import Failure
 
 from cacheservice.cache.cache import DatabaseStatus
 from cacheservice.errors import DatabaseUnavailable, DeadlineExceeded
+from cacheservice.postgres.connector import Connector
 from cacheservice.postgres.guard import GuardedConnection
 from cacheservice.postgres.resolve import Resolver
 from cacheservice.postgres.target import Resolve, Target
@@ -33,6 +34,7 @@ class Sessions:
         self._target = target
         self._connect_timeout_s = connect_timeout_s
         self._resolver = Resolver(reactor)
+        self._connector = Connector(reactor, self._resolver.resolve)
         self._status = status
         self._idle: GuardedConnection | None = None
         self._stopped = False
@@ -44,8 +46,13 @@ class Sessions:
 
     @property
     def resolve(self) -> Resolve:
-        """Name look-ups for sessions that are opened elsewhere."""
+        """Name look-ups for other parts of the service."""
         return self._resolver.resolve
+
+    @property
+    def connector(self) -> Connector:
+        """For sessions that are opened elsewhere: it knows which addresses answer."""
+        return self._connector
 
     def configure(self, target: Target, connect_timeout_s: float) -> None:
         """Open sessions so from now on."""
@@ -77,7 +84,7 @@ class Sessions:
         guard = GuardedConnection(self._reactor, self._target, deadline_at)
         self._status.connections += 1
         d: Deferred[Any]
-        d = Deferred.fromCoroutine(guard.connect(self._resolver.resolve, purpose, self._connect_timeout_s))
+        d = Deferred.fromCoroutine(guard.connect(self._connector, purpose, self._connect_timeout_s))
         d.addCallback(lambda _: Deferred.fromCoroutine(_used(use, guard)))
         d.addBoth(self._keep_or_close, guard, keep)
         return d

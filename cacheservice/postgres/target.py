@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 import psycopg2
 from psycopg2 import extensions
+
+from cacheservice.postgres.addresses import Address
 
 _DEFAULT_PORT = "5432"
 _NOT_SUPPORTED = {
@@ -18,6 +22,20 @@ _NOT_SUPPORTED = {
 }
 _IDENTIFIER_BYTES = 63
 """PostgreSQL cuts application_name at this length."""
+
+_OF_THE_CHOICE = ("connect_timeout", "load_balance_hosts")
+"""Parameters for the choice between several addresses, which is ours."""
+
+_SYSTEM_BUNDLES = (
+    "/etc/ssl/certs/ca-certificates.crt",  # Debian, Ubuntu, Alpine
+    "/etc/pki/tls/certs/ca-bundle.crt",  # Fedora, Red Hat
+    "/etc/ssl/ca-bundle.pem",  # SUSE
+    "/etc/ssl/cert.pem",  # macOS, BSD
+)
+
+_SECRET = ("password", "sslpassword")
+_LONG_PASSWORD = 8
+_WORD_PASSWORD = 4
 
 Resolve = Callable[[str], Awaitable[Sequence[str]]]
 
@@ -28,31 +46,62 @@ class Target:
 
     _parameters: Mapping[str, str] = field(repr=False)
 
-    async def connect_arguments(self, resolve: Resolve, purpose: str) -> dict[str, Any]:
-        """Arguments for `psycopg2.connect`, every name in it resolved.
+    def hosts(self) -> list[tuple[str, str]]:
+        """The hosts to try, each with its port, in the order of the connection string."""
+        hosts = self._value("host", "PGHOST").split(",")
+        ports = (self._value("port", "PGPORT") or _DEFAULT_PORT).split(",")
+        if len(ports) == 1:
+            ports = ports * len(hosts)
+        return [(host, port or _DEFAULT_PORT) for host, port in zip(hosts, ports, strict=True)]
 
-        libpq resolves names with a blocking call, so each is given its address in `hostaddr`;
-        `host` stays for the verification of certificates (libpq manual, 32.1.1).
+    @property
+    def session_attrs(self) -> str:
+        """target_session_attrs: which of the hosts will do."""
+        return self._value("target_session_attrs", "PGTARGETSESSIONATTRS") or "any"
+
+    @property
+    def random_order(self) -> bool:
+        """load_balance_hosts: whether hosts and their addresses are tried in a random order."""
+        return self._value("load_balance_hosts", "PGLOADBALANCEHOSTS") == "random"
+
+    @property
+    def connect_timeout_s(self) -> float | None:
+        """connect_timeout, which libpq applies to each address; None without a limit."""
+        try:
+            seconds = int(self._value("connect_timeout", "PGCONNECT_TIMEOUT") or "0")
+        except ValueError:
+            return None
+        return float(seconds) if seconds > 0 else None
+
+    def connect_arguments(self, address: Address, session_attrs: str, purpose: str) -> dict[str, Any]:
+        """Arguments for `psycopg2.connect` to one address.
+
+        libpq resolves names with a blocking call, so `hostaddr` holds the address; `host` stays for the verification
+        of certificates (libpq manual, 34.1.2). Between several addresses its asynchronous mode waits for the first
+        without a limit, so it gets one.
 
         :param purpose: shown in `application_name`, so that pg_stat_activity names it.
         """
-        parameters: dict[str, Any] = dict(self._parameters)
-        hosts = (parameters.get("host") or os.environ.get("PGHOST") or "").split(",")
-        ports = (parameters.get("port") or os.environ.get("PGPORT") or _DEFAULT_PORT).split(",")
-        if len(ports) == 1:
-            ports = ports * len(hosts)
-        expanded = [
-            (host, address, port)
-            for host, port in zip(hosts, ports, strict=True)
-            for address in (await resolve(host) if _is_name(host) else [host if _is_address(host) else ""])
-        ]
-        parameters["host"] = ",".join(host for host, _, _ in expanded)
-        parameters["port"] = ",".join(port for _, _, port in expanded)
-        if any(address for _, address, _ in expanded):
-            parameters["hostaddr"] = ",".join(address for _, address, _ in expanded)
+        parameters = {name: value for name, value in self.blocking_arguments().items() if name not in _OF_THE_CHOICE}
+        parameters |= {"host": address.host, "port": address.port, "target_session_attrs": session_attrs}
+        if address.address:
+            parameters["hostaddr"] = address.address
         parameters["application_name"] = self.application_name(purpose)
         # Kerberos would block; the documents must be UTF-8 whatever the database's encoding is.
         return parameters | {"gssencmode": "disable", "client_encoding": "UTF8"}
+
+    def blocking_arguments(self) -> dict[str, Any]:
+        """Arguments for a `psycopg2.connect` that may block: the connection string, which libpq then follows itself.
+
+        sslrootcert=system becomes the system's bundle, because the OpenSSL of the driver's wheel looks for it in a
+        folder of the machine that it was built on.
+        """
+        parameters: dict[str, Any] = dict(self._parameters)
+        if self._value("sslrootcert", "PGSSLROOTCERT") == "system":
+            bundle = next(filter(os.path.exists, (os.environ.get("SSL_CERT_FILE", ""), *_SYSTEM_BUNDLES)), None)
+            if bundle is not None:
+                parameters |= {"sslrootcert": bundle, "sslmode": "verify-full"}
+        return parameters
 
     def application_name(self, purpose: str, attempt: str = "") -> str:
         """What pg_stat_activity shows of a session, and while it works for an attempt, the id of that at the end."""
@@ -60,16 +109,34 @@ class Target:
         name = f"{self._parameters.get('application_name', 'cacheservice')} {purpose}"
         return name[: _IDENTIFIER_BYTES - len(ending)] + ending
 
+    def _value(self, name: str, variable: str) -> str:
+        return self._parameters.get(name) or os.environ.get(variable) or ""
+
     @property
     def has_password(self) -> bool:
         return "password" in self._parameters
 
     def redact(self, text: str) -> str:
-        """`text` in one line and without the password."""
-        password = self._parameters.get("password")
-        if password:
-            text = text.replace(password, "***")
+        """`text` in one line and without the password.
+
+        A short password is taken out only where one may stand, because its letters are part of other words, too.
+        """
+        for name in _SECRET:
+            password = self._parameters.get(name)
+            if password:
+                for each in {password, quote(password, safe="")}:
+                    text = _secret_places(each).sub("***", text)
         return " ".join(text.split())
+
+
+def _secret_places(password: str) -> re.Pattern[str]:
+    secret = re.escape(password)
+    if len(password) >= _LONG_PASSWORD:
+        return re.compile(secret)
+    if len(password) >= _WORD_PASSWORD:
+        return re.compile(rf"(?<!\w){secret}(?!\w)")
+    # In quotes, in password=…, in USER:…@HOST.
+    return re.compile(rf"""(?<=['"]){secret}(?=['"])|(?<=password=){secret}(?!\w)|(?<=:){secret}(?=@)""")
 
 
 def parse(dsn: str) -> Target:
@@ -89,6 +156,8 @@ def parse(dsn: str) -> Target:
         raise ValueError(f"{len(ports)} ports for {len(hosts)} hosts; give one, or one for each host")
     if not all(port == "" or (port.isascii() and port.isdigit() and 0 < int(port) < 65536) for port in ports):
         raise ValueError("a port must be a number from 1 to 65535")
+    if parameters.get("sslrootcert") == "system" and parameters.get("sslmode", "verify-full") != "verify-full":
+        raise ValueError("sslrootcert=system needs sslmode=verify-full, or no sslmode")
     return Target(parameters)
 
 
@@ -101,7 +170,7 @@ def problem(dsn: str) -> str | None:
     return None
 
 
-def _is_address(host: str) -> bool:
+def is_address(host: str) -> bool:
     try:
         ipaddress.ip_address(host)
     except ValueError:
@@ -109,6 +178,6 @@ def _is_address(host: str) -> bool:
     return True
 
 
-def _is_name(host: str) -> bool:
+def is_name(host: str) -> bool:
     # libpq: empty is the default unix socket, a path or @abstract names one.
-    return bool(host) and not host.startswith(("/", "@")) and not _is_address(host)
+    return bool(host) and not host.startswith(("/", "@")) and not is_address(host)

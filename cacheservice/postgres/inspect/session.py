@@ -65,10 +65,12 @@ def inspecting(postgres: PostgresSettings, datasets: Sequence[DatasetSettings]) 
     target = parse(dsn)
     try:
         connection = psycopg2.connect(
-            dsn,
-            connect_timeout=max(2, round(postgres.connect_timeout_s)),  # libpq takes no less
-            application_name=target.application_name("check"),
-            client_encoding="UTF8",
+            **target.blocking_arguments()
+            | {
+                "connect_timeout": max(2, round(postgres.connect_timeout_s)),  # libpq takes no less
+                "application_name": target.application_name("check"),
+                "client_encoding": "UTF8",
+            }
         )
         with closing(connection):
             connection.autocommit = True
