@@ -30,6 +30,7 @@ from cacheservice.persistence.store import SnapshotStore
 from cacheservice.ports import admission
 from cacheservice.ports.admission import Door, Room
 from cacheservice.ports.freshness import Freshness
+from cacheservice.ports.held import HeldSnapshots
 from cacheservice.ports.http import HttpFactory
 from cacheservice.ports.listen import PortService, tcp, unix
 from cacheservice.ports.resp.commands import Commands as RespCommands
@@ -252,7 +253,8 @@ def make_service(
     ).reload
     served: dict[str, ServedPort] = {}
     stalls = StallWatch(reactor)
-    metrics = Metrics(cache, stalls.lateness, served, reactor)
+    held = HeldSnapshots(cache, reactor, log, settings.limits.max_old_generations, settings.limits.max_answer_s)
+    metrics = Metrics(cache, stalls.lateness, served, reactor, held.superseded)
     Signals(reactor, reload).setServiceParent(root)
     stalls.setServiceParent(root)
     DatabaseService(database).setServiceParent(root)
@@ -287,7 +289,14 @@ def make_service(
     if settings.resp.enabled:
         commands = RespCommands(cache, freshness, settings.resp.password.get_secret_value())
         served["resp"] = resp = RespFactory(
-            cache, commands, max_connections, limits.idle_timeout_s, reactor, door("resp", reserve=0)
+            cache,
+            commands,
+            max_connections,
+            limits.idle_timeout_s,
+            reactor,
+            door("resp", reserve=0),
+            held,
+            settings.resp.idle_timeout_s,
         )
         ports.append(resp)
         _add_port(root, "resp", "resp.port", tcp(reactor, settings.resp.host, settings.resp.port, resp, accepted), resp)
@@ -303,6 +312,7 @@ def make_service(
             admin_token=settings.http.admin_token.get_secret_value(),
             allow_data=config.is_loopback(settings.http.host) or limits.allow_anonymous,
             exposition=metrics,
+            held=held,
             door=door("http"),
         )
         ports.append(http)

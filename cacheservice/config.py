@@ -163,6 +163,9 @@ class RespSettings(_Table):
     )
     port: int = Field(default=6380, ge=0, le=65535, description="TCP port of the Redis protocol; 0 = any free one")
     password: SecretStr = Field(default=SecretStr(""), description="when set, clients must AUTH with it")
+    idle_timeout_s: Annotated[float, Field(ge=0), AfterValidator(_held_by_a_timer)] = Field(
+        default=0.0, description="seconds after which a client that asks nothing is dropped; 0 = never, as in Redis"
+    )
 
 
 class HttpSettings(_Table):
@@ -188,7 +191,14 @@ class LimitsSettings(_Table):
         description="clients that each port serves at once, as far as the limit of open files allows",
     )
     idle_timeout_s: _TimerSeconds = Field(
-        default=300.0, description="seconds of silence after which a client is dropped"
+        default=300.0,
+        description="seconds of silence after which a client is dropped; on RESP, one within a request or an answer",
+    )
+    max_old_generations: int = Field(
+        default=4, ge=1, description="generations of a dataset, besides the served one, that slow readers may keep"
+    )
+    max_answer_s: _TimerSeconds = Field(
+        default=600.0, description="seconds that one answer may take once newer data are served"
     )
     allow_anonymous: bool = Field(
         default=False, description="whether other machines may read data without a password or a token"

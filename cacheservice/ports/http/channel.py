@@ -37,6 +37,7 @@ from cacheservice.cache.cache import Cache, Refreshes
 from cacheservice.ports import rejected
 from cacheservice.ports.admission import RESERVE_S, Door, open_door
 from cacheservice.ports.freshness import Freshness
+from cacheservice.ports.held import HeldSnapshots, Hold, Streamed, Unlimited
 from cacheservice.ports.http import assets
 from cacheservice.ports.http.answers import Answers, Exposition, Reply, Request, is_probe
 from cacheservice.ports.http.bodies import GzipBodies, Piece
@@ -139,6 +140,7 @@ class HttpChannel(HTTPChannel):
     _yielding: Any = None
     _waiting: Deferred[None] | None = None
     _stream: _Stream | None = None
+    _hold: Hold | None = None
     _direct = _may_be_direct = False
     _in_head = False
     _in_reserve = False
@@ -358,6 +360,8 @@ class HttpChannel(HTTPChannel):
 
     def _send_pieces(self, body: Iterator[Piece], chunked: bool, endless: bool) -> None:
         self._deadline_at = None
+        if isinstance(body, Streamed):
+            self._hold = self.factory.held.begin(self, body.snapshots)
         pieces = self._pieces_written(body, chunked)
         task = self.factory.streams.cooperate(pieces)
         self._stream = _Stream(task, pieces, chunked, endless)
@@ -381,8 +385,21 @@ class HttpChannel(HTTPChannel):
 
     def _streamed(self, _: object) -> None:
         self._stream = None
+        self._release()
         self.unregisterProducer()
         self._sent()
+
+    def _release(self) -> None:
+        if self._hold is not None:
+            self.factory.held.end(self._hold)
+            self._hold = None
+
+    def drop_slow(self) -> str:
+        """The answer that it takes too long for keeps data that are not served any more."""
+        self.factory.rejected["slow_client"] += 1
+        peer = self.transport.getPeer()
+        self.transport.abortConnection()
+        return f"{peer.host}:{peer.port}"
 
     def _not_streamed(self, failure: Failure) -> None:
         if not failure.check(TaskStopped):
@@ -498,6 +515,7 @@ class HttpChannel(HTTPChannel):
         if self._stream is not None:
             self._stream.stopProducing()
             self._stream = None
+        self._release()
         self.requests.clear()
 
     # Time
@@ -543,6 +561,7 @@ class HttpFactory(ServerFactory):
     :param allow_data: False answers 403 to everything but probes and metrics as long as there is no token.
     :param exposition: what /metrics serves; None for no such page.
     :param head_timeout_s: from the first byte of a request's head to its last.
+    :param held: knows the answers in progress; None to limit none.
     :param door: lets clients in; None for one that only `max_connections` closes.
     """
 
@@ -563,7 +582,9 @@ class HttpFactory(ServerFactory):
         exposition: Exposition | None = None,
         head_timeout_s: float = HEAD_TIMEOUT_S,
         door: Door | None = None,
+        held: HeldSnapshots | None = None,
     ) -> None:
+        self.held = held or Unlimited()
         self.door = door or open_door(reactor.seconds)
         self.max_connections = max_connections
         self.idle_timeout_s = idle_timeout_s
