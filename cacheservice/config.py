@@ -17,6 +17,7 @@ import os
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
@@ -143,7 +144,8 @@ class PostgresSettings(_Table):
 
 class StatusSettings(_Table):
     host: Annotated[str, AfterValidator(_without_lookup)] = Field(
-        default="127.0.0.1", description='address that the status port listens on: an IP address or "localhost"'
+        default="127.0.0.1",
+        description='address that the status port listens on: an IP address, "localhost", or "::" for all',
     )
     port: int = Field(
         default=8000, ge=0, le=65535, description="TCP port that answers status questions; 0 = any free one"
@@ -159,7 +161,8 @@ class AdminSettings(_Table):
 class RespSettings(_Table):
     enabled: bool = Field(default=True, description="whether the Redis protocol is served")
     host: Annotated[str, AfterValidator(_without_lookup)] = Field(
-        default="127.0.0.1", description='address that the RESP port listens on: an IP address or "localhost"'
+        default="127.0.0.1",
+        description='address that the RESP port listens on: an IP address, "localhost", or "::" for all',
     )
     port: int = Field(default=6380, ge=0, le=65535, description="TCP port of the Redis protocol; 0 = any free one")
     password: SecretStr = Field(default=SecretStr(""), description="when set, clients must AUTH with it")
@@ -171,7 +174,8 @@ class RespSettings(_Table):
 class HttpSettings(_Table):
     enabled: bool = Field(default=True, description="whether HTTP is served")
     host: Annotated[str, AfterValidator(_without_lookup)] = Field(
-        default="127.0.0.1", description='address that the HTTP port listens on: an IP address or "localhost"'
+        default="127.0.0.1",
+        description='address that the HTTP port listens on: an IP address, "localhost", or "::" for all',
     )
     port: int = Field(default=8080, ge=0, le=65535, description="TCP port of HTTP; 0 = any free one")
     token: SecretStr = Field(
@@ -442,12 +446,42 @@ def load(environ: Mapping[str, str], dsn_problem: Callable[[str], str | None]) -
     return settings
 
 
+class ConfigFile(NamedTuple):
+    """The file that was read, and when it was modified; None if there is none.
+
+    One that `is_replaced` has no name any more: a file that is mounted by itself, and was replaced where it comes from.
+    """
+
+    path: str
+    modified_at: datetime | None
+    is_replaced: bool
+
+    def __str__(self) -> str:
+        if self.modified_at is None:
+            return f"{self.path}, which does not exist"
+        words = f"{self.path}, modified {self.modified_at.isoformat(timespec='seconds')}"
+        if self.is_replaced:
+            words += ", which is an old one: it was replaced where it is mounted from; mount its folder"
+        return words
+
+
+def config_file(environ: Mapping[str, str]) -> ConfigFile:
+    """Return which file `load` reads, as it is now. Blocks for a look at the disk."""
+    path = Path(environ.get("CACHESERVICE_CONFIG") or _DEFAULT_FILE).absolute()
+    try:
+        seen = path.stat()
+    except (OSError, ValueError):
+        return ConfigFile(str(path), None, False)
+    return ConfigFile(str(path), datetime.fromtimestamp(seen.st_mtime, UTC), seen.st_nlink == 0)
+
+
 class Glance(NamedTuple):
     """What the configuration says to whoever asks a running service: where its ports are, and what it serves."""
 
     status: StatusSettings
     resp: RespSettings
     datasets: tuple[str, ...]
+    admin: AdminSettings
 
 
 def glance(environ: Mapping[str, str]) -> Glance:
@@ -462,7 +496,12 @@ def glance(environ: Mapping[str, str]) -> Glance:
         except ValidationError:
             return model()
 
-    return Glance(table("status", StatusSettings), table("resp", RespSettings), tuple(_table(declared.get("datasets"))))
+    return Glance(
+        table("status", StatusSettings),
+        table("resp", RespSettings),
+        tuple(_table(declared.get("datasets"))),
+        table("admin", AdminSettings),
+    )
 
 
 def _group_problems(settings: Settings) -> dict[_Place, str]:

@@ -423,7 +423,7 @@ class Errors(CommandLine):
         """Each command's help has an example that begins with the command; the list of commands fits 80 columns."""
         overview = self.succeed("--help", COLUMNS="80")
         names = re.findall(r"(?m)^  ([a-z]+)  ", overview.partition("Try it:")[2])
-        self.assertEqual(len(names), 10)
+        self.assertEqual(len(names), 12)
         self.assertNotIn("...", overview.partition("Try it:")[2])
         for name in names:
             self.assertRegex(self.succeed(name, "--help"), rf"Examples?.*:\n(.*\n)*.*cacheservice {name}\b", name)

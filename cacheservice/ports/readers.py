@@ -132,6 +132,8 @@ class Port(tcp.Port):
         # What is accepted inherits it (Linux). A client whose machine is gone is noticed in two minutes, and a balancer
         # or a firewall between sees that a silent connection is alive.
         made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if self.addressFamily == socket.AF_INET6 and self.interface == "::":
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         for option, value in _KEEPALIVE.items():
             made.setsockopt(socket.IPPROTO_TCP, option, value)
         return made

@@ -30,6 +30,8 @@ def status_table(cache: Cache) -> str:
         f"PostgreSQL {database.state}, up {duration(cache.now() - cache.started_at)}"
         f"{_cap_words(cache.connection_cap)}{_listening_words(database)}"
     )
+    if cache.config_file is not None and cache.config_file.modified_at is not None:
+        head += f", configuration of {cache.config_file.modified_at.isoformat(sep=' ', timespec='seconds')}"
     if cache.rejection is not None:
         head += f", configuration {_rejected(cache.rejection, cache)}"
     rows = [_status_row(dataset) for dataset in cache.datasets.values()]

@@ -415,13 +415,17 @@ def _reloaded(reloaded: Reloaded) -> str:
     datasets = reloaded.datasets
     counts = ", ".join(f"{len(names)} {fate}" for fate, names in datasets._asdict().items())
     rest = f"; at the next start: {', '.join(reloaded.needs_restart)}" if reloaded.needs_restart else ""
-    return f"OK reloaded: {counts}{rest}"
+    return f"OK reloaded: {counts}{rest}; from {reloaded.file}"
 
 
 def _not_reloaded(failure: Failure) -> str:
     failure.trap(CacheServiceError)
     error = failure.value
-    return f"ERROR {in_short(error.problems) if isinstance(error, ConfigError) else error}"
+    if not isinstance(error, ConfigError):
+        return f"ERROR {error}"
+    # The first line is the whole in short; more lines follow only if it leaves something out.
+    more = [] if len(error.problems) < 2 else list(error.problems)
+    return "\n".join([f"ERROR {in_short(error.problems)}", *more])
 
 
 def _count(wanted: list[str]) -> str:
