@@ -39,6 +39,7 @@ from pydantic_core import ErrorDetails
 
 from cacheservice import session_rules
 from cacheservice.errors import ConfigError
+from cacheservice.toml_errors import explained
 
 _DEFAULT_FILE = "cacheservice.toml"
 _PREFIX = "CACHESERVICE_"
@@ -595,12 +596,12 @@ def reference() -> list[tuple[str, str, str]]:
 def _read_file(file: str) -> tuple[dict[str, Any], str | None]:
     """The file's tables, or none and what is wrong with it."""
     try:
-        return tomllib.loads(Path(file).read_text(encoding="utf-8")), None
+        text = Path(file).read_text(encoding="utf-8")
+        return tomllib.loads(text), None
     except (OSError, UnicodeDecodeError) as error:
         return {}, f"cannot be read: {_why_unreadable(error)}"
     except tomllib.TOMLDecodeError as error:
-        what, _, where = str(error).removesuffix(")").rpartition(" (at ")
-        return {}, f"{where}: {what[:1].lower()}{what[1:]}"
+        return {}, explained(error, text)
     except (ValueError, RecursionError):  # thousands of digits; thousands of brackets
         return {}, "cannot be read: a number in it is too long, or its nesting too deep"
 

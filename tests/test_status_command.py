@@ -133,6 +133,10 @@ class Status(CommandLine):
         self.assertEqual(self.succeed("status", "ruok;", "ready"), "imok\nready\n")
         questions = [line.split()[0] for line in self.succeed("status", "help").splitlines()]
         self.assertEqual(questions, [*QUESTIONS, "prompt", "quit", "A;B"])  # which shells complete
+        # A name is not a question: it chooses datasets.
+        chosen = self.succeed("status", "good")
+        self.assertRegex(chosen, r"(?m)^good +fresh")
+        self.assertIn("unknown dataset 'gud'", self.command("status", "gud").stderr)
         told = self.command("status", "show", "nothing")
         self.assertEqual((told.returncode, told.stdout), (1, "ERROR unknown dataset 'nothing'; status lists them\n"))
 

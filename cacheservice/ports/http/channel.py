@@ -61,6 +61,9 @@ _REASONS: Mapping[int, rejected.Reason] = MappingProxyType({408: "slow_client"})
 """Why a connection is refused, by the status that it is told; by any other, for what it sent."""
 _CLOSE = b"Connection: close\r\n"
 _LAST_CHUNK = b"0\r\n\r\n"
+_TLS, _TLS_HANDSHAKE = b"\x16", b"\x16\x03"
+"""How a TLS record with a ClientHello begins (RFC 8446, 5.1)."""
+_BARE_LF = re.compile(rb"(?<!\r)\n")
 _HEADER = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([\t -~\x80-\xff]*)")
 _HOST = re.compile(rb"(?:[0-9A-Za-z\-._~%!$&'()*+,;=]*|\[[0-9A-Fa-f:.]+\]|\[v[0-9A-Fa-f]+\.[^\]@/?#]+\])(?::[0-9]*)?")
 _ALONE = (b"host", b"content-length", b"transfer-encoding", b"authorization", b"if-modified-since")
@@ -183,6 +186,11 @@ class HttpChannel(HTTPChannel):
         if self._finishing:
             return
         self._turn_ends_at = time.perf_counter() + _PIPELINE_TURN_S
+        # Two counts cost nothing beside the rest. A body, of which nothing is read, may hold what it likes.
+        if data.count(b"\n") != data.count(b"\r\n") or data[:1] == _TLS:
+            self._check_lines(data)
+            if self._finishing:
+                return
         super().dataReceived(data)
         if self._handlingRequest or self._finishing:
             return
@@ -191,6 +199,19 @@ class HttpChannel(HTTPChannel):
         elif not self._in_head and (self._buffer or self.requests):
             self._in_head = True
             self._limit(RESERVE_S if self._in_reserve else self.factory.head_timeout_s)
+
+    def _check_lines(self, data: bytes) -> None:
+        """Refuse at once what would wait for an end that never comes: TLS, and lines that end in LF alone."""
+        if self._handlingRequest:
+            return
+        before = b"".join(self._dataBuffer) + self._buffer if self._in_head else b""
+        if not before and data[:2] == _TLS_HANDSHAKE:
+            self._refuse(400, "this port speaks HTTP without TLS: ask for http:// here, or put a proxy in front")
+            return
+        text = before + data
+        is_end = self._in_head and text.startswith(b"\r\n")  # the lines before are gone from the buffer
+        if not is_end and _BARE_LF.search(text.partition(b"\r\n\r\n")[0]):
+            self._refuse(400, "a line ends in LF alone; HTTP's lines end in CR LF")
 
     def lineReceived(self, line: bytes) -> None:
         if not self._finishing:
