@@ -12,7 +12,7 @@ from cacheservice.cli.embedded import EmbeddedPostgres
 
 QUERY = "SELECT * FROM products"
 
-_TABLE = """
+TABLE = """
 CREATE TABLE products (
     id int PRIMARY KEY, sku text, name text, price numeric(10, 2), stock int, category text, updated_at timestamptz
 );
@@ -32,7 +32,7 @@ def server_with_products(rows: int) -> Iterator[EmbeddedPostgres]:
     server = EmbeddedPostgres(directory, settings={"shared_buffers": "512MB"})
     try:
         server.start()
-        server.run_sql(_TABLE.format(rows=rows))
+        server.run_sql(TABLE.format(rows=rows))
         document_bytes = float(server.run_sql("SELECT avg(octet_length(row_to_json(p)::text)) FROM products p"))
         print(f"{rows:,} rows, documents of {document_bytes:.0f} bytes on average\n", flush=True)
         yield server

@@ -1,7 +1,6 @@
 """Run it with: twistd -noy tac/cacheservice.tac --pidfile="""
 
 import os
-import sys
 import time
 
 from twisted.application.service import Application
@@ -15,7 +14,7 @@ from cacheservice.ops.logs import TwistedEvents
 reactor.seconds = time.monotonic
 
 settings = app.load_settings_or_exit(os.environ)
-writer, threshold, log = app.make_log(settings, sys.argv)
+writer, threshold, log = app.make_log(settings)
 application = Application("cacheservice")
 application.setComponent(ILogObserver, TwistedEvents(log))
 app.make_service(settings, reactor, writer, threshold, log).setServiceParent(application)

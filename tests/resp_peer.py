@@ -86,16 +86,12 @@ class NoRefreshes:
 class Orders(LineReceiver):
     delimiter = b"\n"
 
-    def __init__(self, cache: Cache, factory: RespFactory) -> None:
+    def __init__(self, cache: Cache) -> None:
         self._cache = cache
-        self._factory = factory
 
     def lineReceived(self, line: bytes) -> None:
         order, name, rows = line.decode().split()
-        if order == "cut":
-            self._factory.close_clients()
-            self.sendLine(b"0")
-        elif order == "fail":
+        if order == "fail":
             self._cache.dataset(name).attempted(failed_attempt())
             self.sendLine(b"0")
         else:
@@ -114,7 +110,7 @@ def main() -> None:
     commands = Commands(cache, Freshness(NoRefreshes(), cache.database, reactor), password)
     factory = RespFactory(cache, commands, 10_000, 300, reactor)
     port = tcp(reactor, "127.0.0.1", 0, factory)()
-    orders = Orders(cache, factory)
+    orders = Orders(cache)
     StandardIO(orders)
     orders.sendLine(b"%d" % port.getHost().port)
     reactor.run()

@@ -82,6 +82,7 @@ def running_standby(
     with folder_of_server_user(server) as folder:
         data, port = folder / "data", _free_port()
         common: dict[str, Any] = {"cwd": folder, "stdin": subprocess.DEVNULL, **server_identity(server)}
+        primary = f"host={server.socket_directory} port={server.port} user=postgres"
         source = ["-h", server.socket_directory, "-p", str(server.port), "-U", "postgres"]
         if of is not None:
             source = ["-h", "127.0.0.1", "-p", str(of.port), "-U", "postgres"]
@@ -89,6 +90,8 @@ def running_standby(
         subprocess.run(copy, check=True, capture_output=True, **common)
         options = {
             **server.settings,
+            # pg_basebackup writes what its own libpq knows, which an older server does not.
+            **({"primary_conninfo": primary} if of is None else {}),
             **({} if streaming else {"primary_conninfo": ""}),
             **settings,
             "listen_addresses": "127.0.0.1",

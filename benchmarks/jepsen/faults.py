@@ -52,9 +52,9 @@ class Faults:
     def strike(self, name: str) -> None:
         began_at = time.monotonic()
         self._all[name]()
-        limit = time.monotonic() + RECOVERY_LIMIT_S
-        while not all(service.fresh() for service in self._services):
-            if time.monotonic() > limit:
+        ended_at = time.monotonic()
+        while not all(service.fresh(time.monotonic() - ended_at) for service in self._services):
+            if time.monotonic() > ended_at + RECOVERY_LIMIT_S:
                 told = [service.ask("status") for service in self._services]
                 self._judge.found("recoveries that did not come", "\n".join([f"after {name}:", *told]))
                 break

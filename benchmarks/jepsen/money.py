@@ -17,14 +17,13 @@ BEAT_S = 0.05
 WRITES_PER_S = 15.0
 WRITERS = 3
 READ_PAUSE_S = 0.04
-STANDBY_TOLERANCE_S = 1.0
+STANDBY_TOLERANCE_S = 2.0
 """What a standby has received a moment later than its primary committed, no standby knows."""
 PRIMARY_TOLERANCE_S = 0.02
 HTTP_LIMIT_S = 30.0
 WAIT_MS = 3000
 START_LIMIT_S = 90.0
 RECOVERY_LIMIT_S = 90.0
-YOUNG_S = 8.0
 EXAMPLES = 10
 
 SCHEMA = "".join(

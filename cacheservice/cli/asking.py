@@ -170,15 +170,12 @@ def status_address(host: str | None, port: int | None) -> Address:
 
 
 def reachable(host: str) -> str:
-    """Where on this machine a port is reached that listens on `host`: "all addresses" is none to connect to.
-
-    All IPv6 addresses are all IPv4 ones as well; see `cacheservice.ports.listen.tcp`.
-    """
+    """Where on this machine a port is reached that listens on `host`: "all addresses" is none to connect to."""
     try:
         wildcard = ipaddress.ip_address(host).is_unspecified
     except ValueError:
         return host
-    return "127.0.0.1" if wildcard else host
+    return host if not wildcard else "::1" if ":" in host else "127.0.0.1"
 
 
 def _without_error(reply: str) -> str:
