@@ -1,7 +1,8 @@
 # Build: docker build -t cacheservice .
 # Run:   docker run --read-only --tmpfs /tmp -p 127.0.0.1:8000:8000 \
-#            -e CACHESERVICE_POSTGRES__DSN_FILE=/run/secrets/dsn -v ./dsn:/run/secrets/dsn:ro \
-#            -v ./cacheservice.toml:/etc/cacheservice/cacheservice.toml:ro cacheservice
+#            -e CACHESERVICE_POSTGRES__DSN_FILE=/run/secrets/dsn -v ./secrets:/run/secrets:ro \
+#            -v ./config:/etc/cacheservice:ro cacheservice
+# Mount folders, not single files: an editor or a tool that replaces a mounted file leaves the container with the old one.
 
 FROM python:3.11-slim AS build
 WORKDIR /src
@@ -23,13 +24,13 @@ COPY tac /opt/cacheservice/tac
 ENV PATH=/opt/cacheservice/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     CACHESERVICE_CONFIG=/etc/cacheservice/cacheservice.toml \
-    CACHESERVICE_STATUS__HOST=0.0.0.0 \
-    CACHESERVICE_HTTP__HOST=0.0.0.0
+    CACHESERVICE_STATUS__HOST=:: \
+    CACHESERVICE_HTTP__HOST=::
 USER 10001
 WORKDIR /tmp
 EXPOSE 8000 6380 8080
 STOPSIGNAL SIGTERM
-# Alive, nothing more: a database that is down must not restart its cache.
-HEALTHCHECK --interval=10s --timeout=3s --start-period=10s CMD ["python", "-c", "import os, socket; s = socket.create_connection(('127.0.0.1', int(os.environ.get('CACHESERVICE_STATUS__PORT', 8000))), 2); s.sendall(b'ruok\\n'); raise SystemExit(s.recv(16) != b'imok\\n')"]
+# Alive, nothing more, at the port of the configuration: a database that is down must not restart its cache.
+HEALTHCHECK --interval=10s --timeout=3s --start-period=10s CMD ["cacheservice", "health", "--timeout", "2"]
 # As PID 1: SIGTERM stops it in order, exit code 0.
 CMD ["twistd", "-noy", "/opt/cacheservice/tac/cacheservice.tac", "--pidfile="]

@@ -6,22 +6,20 @@ import gc
 import os
 import random
 import resource
-import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from twisted.application.service import MultiService, Service
 from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.python.failure import Failure
 
-from cacheservice import __version__, config
+from cacheservice import __version__, config, process
 from cacheservice.cache.cache import Cache, ConnectionCap
 from cacheservice.cache.describe import seconds
-from cacheservice.config import PersistenceSettings, Settings
-from cacheservice.errors import CacheServiceError, ConfigError, PortUnavailable
+from cacheservice.config import ConfigFile, PersistenceSettings, Settings
+from cacheservice.errors import ConfigError, PortUnavailable
 from cacheservice.ops import logs
 from cacheservice.ops.metrics import Metrics, ServedPort
 from cacheservice.ops.stall import StallWatch
@@ -30,6 +28,7 @@ from cacheservice.persistence.store import SnapshotStore
 from cacheservice.ports import admission
 from cacheservice.ports.admission import Door, Room
 from cacheservice.ports.freshness import Freshness
+from cacheservice.ports.held import HeldSnapshots
 from cacheservice.ports.http import HttpFactory
 from cacheservice.ports.listen import PortService, tcp, unix
 from cacheservice.ports.resp.commands import Commands as RespCommands
@@ -38,6 +37,7 @@ from cacheservice.ports.status import Commands, StatusFactory
 from cacheservice.postgres import target
 from cacheservice.postgres.database import Database
 from cacheservice.postgres.listener import Listener
+from cacheservice.process import Signals
 from cacheservice.refresh.drain import Drain
 from cacheservice.refresh.service import CacheService
 from cacheservice.reload import Reload
@@ -128,54 +128,6 @@ class CacheServiceRoot(MultiService):
         self._log.info("service_stopped", clean=clean, uptime_s=seconds(self._reactor.seconds() - self._started_at))
 
 
-class Signals(Service):
-    """SIGTERM and SIGINT once: stop in order. Twice: end at once. SIGHUP: reload the configuration.
-
-    Twisted itself ignores a second SIGTERM, so that only SIGKILL would end a stop that hangs.
-    """
-
-    name = "signals"
-
-    def __init__(self, reactor: Any, reload: Callable[[], Deferred[Any]]) -> None:
-        self._reactor = reactor
-        self._reload = reload
-        self._came_early = False
-
-    def startService(self) -> None:
-        super().startService()
-        signal.signal(signal.SIGHUP, self._hang_up)
-        signal.signal(signal.SIGTERM, self._remember)
-        # Twisted installs its own handlers of these when the reactor starts to run, after this.
-        self._reactor.callWhenRunning(self._install)
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        """Nothing could stop in order yet."""
-        if self._came_early:
-            _end_at_once(number, frame)
-        self._came_early = True
-
-    def _install(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._once(signal.getsignal(number)))
-        if self._came_early:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def _once(self, stop: Any) -> Callable[[int, FrameType | None], None]:
-        def first(number: int, frame: FrameType | None) -> None:
-            signal.signal(signal.SIGTERM, _end_at_once)
-            signal.signal(signal.SIGINT, _end_at_once)
-            stop(number, frame)
-
-        return first
-
-    def _hang_up(self, _: int, __: FrameType | None) -> None:
-        self._reactor.callFromThread(self._reload_now)
-
-    def _reload_now(self) -> None:
-        # A refusal has been told, in the log and in the status.
-        self._reload().addErrback(lambda failure: failure.trap(CacheServiceError))
-
-
 class DatabaseService(Service):
     """Ends what the database layer keeps between reads."""
 
@@ -197,6 +149,7 @@ def make_service(
     :param reactor: its `seconds` must be monotonic: set back an hour, the wall clock would hold every timer an hour.
     """
     cache = Cache(settings.datasets.values(), reactor.seconds)
+    cache.configured_by(config.config_file(os.environ))
     room = _make_room(settings, cache, log)
     root = CacheServiceRoot(cache, reactor, writer, log)
     parsed = target.parse(settings.postgres.dsn.get_secret_value())
@@ -239,7 +192,7 @@ def make_service(
     ports: list[Any] = []
     reload = Reload(
         settings,
-        lambda: load_settings(os.environ),
+        _load_with_file,
         cache,
         refresh,
         database,
@@ -252,8 +205,9 @@ def make_service(
     ).reload
     served: dict[str, ServedPort] = {}
     stalls = StallWatch(reactor)
-    metrics = Metrics(cache, stalls.lateness, served, reactor)
-    Signals(reactor, reload).setServiceParent(root)
+    held = HeldSnapshots(cache, reactor, log, settings.limits.max_old_generations, settings.limits.max_answer_s)
+    metrics = Metrics(cache, stalls.lateness, served, reactor, held.superseded)
+    Signals(reactor, reload, writer.reopen, log).setServiceParent(root)
     stalls.setServiceParent(root)
     DatabaseService(database).setServiceParent(root)
     if store is not None:
@@ -287,7 +241,14 @@ def make_service(
     if settings.resp.enabled:
         commands = RespCommands(cache, freshness, settings.resp.password.get_secret_value())
         served["resp"] = resp = RespFactory(
-            cache, commands, max_connections, limits.idle_timeout_s, reactor, door("resp", reserve=0)
+            cache,
+            commands,
+            max_connections,
+            limits.idle_timeout_s,
+            reactor,
+            door("resp", reserve=0),
+            held,
+            settings.resp.idle_timeout_s,
         )
         ports.append(resp)
         _add_port(root, "resp", "resp.port", tcp(reactor, settings.resp.host, settings.resp.port, resp, accepted), resp)
@@ -303,11 +264,21 @@ def make_service(
             admin_token=settings.http.admin_token.get_secret_value(),
             allow_data=config.is_loopback(settings.http.host) or limits.allow_anonymous,
             exposition=metrics,
+            held=held,
             door=door("http"),
         )
         ports.append(http)
         _add_port(root, "http", "http.port", tcp(reactor, settings.http.host, settings.http.port, http, accepted), http)
     return root
+
+
+def _load_with_file() -> tuple[Settings, ConfigFile]:
+    """The settings as they are now, and the file that they were read from.
+
+    :raises ConfigError: with every problem of the configuration.
+    """
+    file = config.config_file(os.environ)  # first: one that is written meanwhile must not pass for what was read
+    return load_settings(os.environ), file
 
 
 def _make_room(settings: Settings, cache: Cache, log: Any) -> Room:
@@ -331,11 +302,20 @@ def _store(settings: PersistenceSettings, cache: Cache, drain: Drain, reactor: A
     return SnapshotStore(cache, directory, interval_s, keep, drain.add, reactor, log)
 
 
-def make_log(settings: Settings) -> tuple[logs.LineWriter, logs.Threshold, Any]:
-    """The writer of log lines, to be started; what is logged; and the logger that fills the writer."""
-    writer = logs.LineWriter(logs.standard_output(), logs.lost_line)
+def make_log(settings: Settings, arguments: Sequence[str] = ()) -> tuple[logs.LineWriter, logs.Threshold, Any]:
+    """The writer of log lines, to be started; what is logged; and the logger that fills the writer.
+
+    :param arguments: those of twistd, which may name a file; without them the log goes to standard output.
+    """
+    path = process.log_file(arguments)
+    try:
+        writer = logs.LineWriter(logs.destination(path), logs.lost_line, path)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        _tell(f"cacheservice: --logfile: {path}: {reason}; name a file that can be written")
+        raise SystemExit(1) from None
     threshold = logs.Threshold(settings.log.level)
-    log = logs.make_logger(threshold, settings.log.format, writer.write, colors=os.isatty(1))
+    log = logs.make_logger(threshold, settings.log.format, writer.write, colors=path is None and os.isatty(1))
     return writer, threshold, log
 
 
@@ -358,12 +338,6 @@ def _raise_descriptor_limit() -> int:
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return _MANY_DESCRIPTORS if hard == resource.RLIM_INFINITY else hard
-
-
-def _end_at_once(number: int, _: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
-    os._exit(128 + number)  # PID 1 is not killed by a signal that it does not handle
 
 
 def _tell(text: str) -> None:

@@ -17,6 +17,7 @@ import os
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
@@ -38,6 +39,7 @@ from pydantic_core import ErrorDetails
 
 from cacheservice import session_rules
 from cacheservice.errors import ConfigError
+from cacheservice.toml_errors import explained
 
 _DEFAULT_FILE = "cacheservice.toml"
 _PREFIX = "CACHESERVICE_"
@@ -143,7 +145,8 @@ class PostgresSettings(_Table):
 
 class StatusSettings(_Table):
     host: Annotated[str, AfterValidator(_without_lookup)] = Field(
-        default="127.0.0.1", description='address that the status port listens on: an IP address or "localhost"'
+        default="127.0.0.1",
+        description='address that the status port listens on: an IP address, "localhost", or "::" for all',
     )
     port: int = Field(
         default=8000, ge=0, le=65535, description="TCP port that answers status questions; 0 = any free one"
@@ -159,16 +162,21 @@ class AdminSettings(_Table):
 class RespSettings(_Table):
     enabled: bool = Field(default=True, description="whether the Redis protocol is served")
     host: Annotated[str, AfterValidator(_without_lookup)] = Field(
-        default="127.0.0.1", description='address that the RESP port listens on: an IP address or "localhost"'
+        default="127.0.0.1",
+        description='address that the RESP port listens on: an IP address, "localhost", or "::" for all',
     )
     port: int = Field(default=6380, ge=0, le=65535, description="TCP port of the Redis protocol; 0 = any free one")
     password: SecretStr = Field(default=SecretStr(""), description="when set, clients must AUTH with it")
+    idle_timeout_s: Annotated[float, Field(ge=0), AfterValidator(_held_by_a_timer)] = Field(
+        default=0.0, description="seconds after which a client that asks nothing is dropped; 0 = never, as in Redis"
+    )
 
 
 class HttpSettings(_Table):
     enabled: bool = Field(default=True, description="whether HTTP is served")
     host: Annotated[str, AfterValidator(_without_lookup)] = Field(
-        default="127.0.0.1", description='address that the HTTP port listens on: an IP address or "localhost"'
+        default="127.0.0.1",
+        description='address that the HTTP port listens on: an IP address, "localhost", or "::" for all',
     )
     port: int = Field(default=8080, ge=0, le=65535, description="TCP port of HTTP; 0 = any free one")
     token: SecretStr = Field(
@@ -188,7 +196,14 @@ class LimitsSettings(_Table):
         description="clients that each port serves at once, as far as the limit of open files allows",
     )
     idle_timeout_s: _TimerSeconds = Field(
-        default=300.0, description="seconds of silence after which a client is dropped"
+        default=300.0,
+        description="seconds of silence after which a client is dropped; on RESP, one within a request or an answer",
+    )
+    max_old_generations: int = Field(
+        default=4, ge=1, description="generations of a dataset, besides the served one, that slow readers may keep"
+    )
+    max_answer_s: _TimerSeconds = Field(
+        default=600.0, description="seconds that one answer may take once newer data are served"
     )
     allow_anonymous: bool = Field(
         default=False, description="whether other machines may read data without a password or a token"
@@ -432,12 +447,42 @@ def load(environ: Mapping[str, str], dsn_problem: Callable[[str], str | None]) -
     return settings
 
 
+class ConfigFile(NamedTuple):
+    """The file that was read, and when it was modified; None if there is none.
+
+    One that `is_replaced` has no name any more: a file that is mounted by itself, and was replaced where it comes from.
+    """
+
+    path: str
+    modified_at: datetime | None
+    is_replaced: bool
+
+    def __str__(self) -> str:
+        if self.modified_at is None:
+            return f"{self.path}, which does not exist"
+        words = f"{self.path}, modified {self.modified_at.isoformat(timespec='seconds')}"
+        if self.is_replaced:
+            words += ", which is an old one: it was replaced where it is mounted from; mount its folder"
+        return words
+
+
+def config_file(environ: Mapping[str, str]) -> ConfigFile:
+    """Return which file `load` reads, as it is now. Blocks for a look at the disk."""
+    path = Path(environ.get("CACHESERVICE_CONFIG") or _DEFAULT_FILE).absolute()
+    try:
+        seen = path.stat()
+    except (OSError, ValueError):
+        return ConfigFile(str(path), None, False)
+    return ConfigFile(str(path), datetime.fromtimestamp(seen.st_mtime, UTC), seen.st_nlink == 0)
+
+
 class Glance(NamedTuple):
     """What the configuration says to whoever asks a running service: where its ports are, and what it serves."""
 
     status: StatusSettings
     resp: RespSettings
     datasets: tuple[str, ...]
+    admin: AdminSettings
 
 
 def glance(environ: Mapping[str, str]) -> Glance:
@@ -452,7 +497,12 @@ def glance(environ: Mapping[str, str]) -> Glance:
         except ValidationError:
             return model()
 
-    return Glance(table("status", StatusSettings), table("resp", RespSettings), tuple(_table(declared.get("datasets"))))
+    return Glance(
+        table("status", StatusSettings),
+        table("resp", RespSettings),
+        tuple(_table(declared.get("datasets"))),
+        table("admin", AdminSettings),
+    )
 
 
 def _group_problems(settings: Settings) -> dict[_Place, str]:
@@ -546,12 +596,12 @@ def reference() -> list[tuple[str, str, str]]:
 def _read_file(file: str) -> tuple[dict[str, Any], str | None]:
     """The file's tables, or none and what is wrong with it."""
     try:
-        return tomllib.loads(Path(file).read_text(encoding="utf-8")), None
+        text = Path(file).read_text(encoding="utf-8")
+        return tomllib.loads(text), None
     except (OSError, UnicodeDecodeError) as error:
         return {}, f"cannot be read: {_why_unreadable(error)}"
     except tomllib.TOMLDecodeError as error:
-        what, _, where = str(error).removesuffix(")").rpartition(" (at ")
-        return {}, f"{where}: {what[:1].lower()}{what[1:]}"
+        return {}, explained(error, text)
     except (ValueError, RecursionError):  # thousands of digits; thousands of brackets
         return {}, "cannot be read: a number in it is too long, or its nesting too deep"
 

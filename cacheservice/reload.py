@@ -9,7 +9,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.threads import deferToThreadPool
 
 from cacheservice.cache.cache import Cache, Rejection, Reloaded
-from cacheservice.config import Settings
+from cacheservice.config import ConfigFile, Settings
 from cacheservice.errors import ConfigError
 from cacheservice.ops.logs import Threshold
 from cacheservice.ports.admission import Room
@@ -46,7 +46,7 @@ class Reload:
     """Re-reads the configuration, one time after the other, whoever asks how often.
 
     :param started: the settings that the service was started with.
-    :param load: reads the configuration, blocking; raises `ConfigError`.
+    :param load: reads the configuration, blocking, and returns its file too; raises `ConfigError`.
     :param ports: the factories, which get new limits.
     :param room: what there is for clients, whatever the limits are.
     :param reactor: `IReactorThreads`.
@@ -55,7 +55,7 @@ class Reload:
     def __init__(
         self,
         started: Settings,
-        load: Callable[[], Settings],
+        load: Callable[[], tuple[Settings, ConfigFile]],
         cache: Cache,
         refresh: CacheService,
         database: Database,
@@ -109,14 +109,14 @@ class Reload:
 
     async def _reload(self) -> Reloaded:
         try:
-            settings = await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), self._load)
+            settings, file = await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), self._load)
         except ConfigError as error:
             self._cache.rejection = Rejection(error.problems, self._cache.now())
             self._log.error("config_rejected", error="; ".join(error.problems))
             raise
-        return self._apply(settings)
+        return self._apply(settings, file)
 
-    def _apply(self, settings: Settings) -> Reloaded:
+    def _apply(self, settings: Settings, file: ConfigFile) -> Reloaded:
         postgres, dsn = settings.postgres, settings.postgres.dsn
         # Before the datasets: what is refreshed at once goes by it.
         parsed = target.parse(dsn.get_secret_value())
@@ -131,7 +131,8 @@ class Reload:
         for port in self._ports:
             port.max_connections = self._room.limit(settings.limits.max_connections)
             port.idle_timeout_s = settings.limits.idle_timeout_s
-        reloaded = Reloaded(datasets, _needs_restart(self._started, settings))
+        reloaded = Reloaded(datasets, _needs_restart(self._started, settings), file)
+        self._cache.configured_by(file)
         self._cache.rejection = None
         self._log.info(
             "config_reloaded",
@@ -139,6 +140,7 @@ class Reload:
             changed=datasets.changed,
             removed=datasets.removed,
             needs_restart=reloaded.needs_restart,
+            file=str(file),
         )
         return reloaded
 

@@ -1,6 +1,7 @@
 """Run it with: twistd -noy tac/cacheservice.tac --pidfile="""
 
 import os
+import sys
 import time
 
 from twisted.application.service import Application
@@ -14,7 +15,7 @@ from cacheservice.ops.logs import TwistedEvents
 reactor.seconds = time.monotonic
 
 settings = app.load_settings_or_exit(os.environ)
-writer, threshold, log = app.make_log(settings)
+writer, threshold, log = app.make_log(settings, sys.argv)
 application = Application("cacheservice")
 application.setComponent(ILogObserver, TwistedEvents(log))
 app.make_service(settings, reactor, writer, threshold, log).setServiceParent(application)

@@ -86,12 +86,16 @@ class NoRefreshes:
 class Orders(LineReceiver):
     delimiter = b"\n"
 
-    def __init__(self, cache: Cache) -> None:
+    def __init__(self, cache: Cache, factory: RespFactory) -> None:
         self._cache = cache
+        self._factory = factory
 
     def lineReceived(self, line: bytes) -> None:
         order, name, rows = line.decode().split()
-        if order == "fail":
+        if order == "cut":
+            self._factory.close_clients()
+            self.sendLine(b"0")
+        elif order == "fail":
             self._cache.dataset(name).attempted(failed_attempt())
             self.sendLine(b"0")
         else:
@@ -110,7 +114,7 @@ def main() -> None:
     commands = Commands(cache, Freshness(NoRefreshes(), cache.database, reactor), password)
     factory = RespFactory(cache, commands, 10_000, 300, reactor)
     port = tcp(reactor, "127.0.0.1", 0, factory)()
-    orders = Orders(cache)
+    orders = Orders(cache, factory)
     StandardIO(orders)
     orders.sendLine(b"%d" % port.getHost().port)
     reactor.run()

@@ -519,11 +519,29 @@ class Problems(Loading):
 
 class UnreadableFile(Loading):
     def test_syntax(self) -> None:
-        """A syntax error is told with its line and column."""
-        self.assertEqual(self.problems("[log]\n\nlevel info"), [
-            f"{FILE}: line 3, column 7: expected '=' after a key in a key/value pair"
-        ])  # fmt: skip
-        self.assertEqual(self.problems('x = """'), [f"{FILE}: end of document: unterminated string"])
+        """A syntax error is told with its line and column, and how to fix it; a value is not shown."""
+        end = "the end of the file"
+        for text, place, fix in (
+            ("[log]\n\nlevel info", "line 3, column 7: expected '=' after a key in", "write it as key"),
+            ('[postgres]\ndsn = "secret\n\n[log]', "line 2, column 14: illegal character", "is not closed; close it"),
+            ('x = """secret\nb', f"line 2, {end} (the text may begin on line 1): unterm", "is not closed; close it"),
+            ("\nx = 'secret", f"line 2, {end} (the text may begin on line 2): expected", "is not closed; close it"),
+            ("[datasets.a]\n[datasets.a]", "line 2, column 12: [datasets.a] is declared twice", "this table once"),
+            ("a = 1\na = 2\n", "line 2, column 6: cannot overwrite a value", "remove one of the two"),
+            ("x = [1,", f"line 1, {end}: invalid value", "write text in quotes"),
+            ("x = {a=1", f"line 1, {end}: unclosed inline table", "close the table with }"),
+            ("x = products", "line 1, column 5: invalid value", "write text in quotes"),
+            ("[a\nb=1", "line 1, column 3: expected ']'", "close the table's name with ]"),
+            ('x = "a\\q"', "line 1, column 9: unescaped", "use single quotes"),
+            ("a = 1 b = 2", "line 1, column 7: expected newline", "one key on a line"),
+            ("é = 1", "line 1, column 1: invalid statement", "any other needs quotes"),
+            ("[[w]]\n[w]", "line 2, column 3: [w] is declared twice", "another name"),
+            ("x = {a = 1}\n[x.b]", "line 2, column 5: ", "; "),
+        ):
+            (problem,) = self.problems(text)
+            self.assertTrue(problem.startswith(f"{FILE}: {place}"), problem)
+            self.assertIn(fix, problem)
+            self.assertNotIn("secret", problem)
 
     def test_not_text(self) -> None:
         """A file that is not UTF-8, a directory, and a number without end are problems like others."""
@@ -546,7 +564,8 @@ class UnreadableFile(Loading):
         self.assertEqual(
             self.problems("[]", STATUS__PORT="x", DATASETS__PRODUCTS__MAX_ROWS="1"),
             [
-                f"{FILE}: line 1, column 2: invalid initial character for a key part",
+                f"{FILE}: line 1, column 2: invalid initial character for a key part; a name consists of letters, "
+                "digits, _ and -; any other needs quotes",
                 "CACHESERVICE_STATUS__PORT: must be a whole number",
             ],
         )

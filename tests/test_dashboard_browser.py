@@ -124,7 +124,7 @@ class BrowserTestCase(DaemonTestCase):
         urls = {
             message["params"]["request"]["url"] for message in asked if message["method"] == "Network.requestWillBeSent"
         }
-        self.assertEqual({url for url in urls if not url.startswith(self.origin)}, set())
+        self.assertEqual({url for url in urls if not url.removeprefix("blob:").startswith(self.origin)}, set())
         told = [entry["message"] for entry in self.browser.get_log("browser")]
         self.assertEqual([text for text in told if not any(each in text for each in self.allowed)], [])
         self.assertEqual(self.browser.get_cookies(), [])
@@ -429,6 +429,8 @@ class Connection(BrowserTestCase):
         self.wait_for_state("products", "expired")
         self.wait_for("#vital-page", "not live since")
         self.wait_for("#announcer", "connection to the service is lost")
+        # It was fetched while there was a service to fetch it from.
+        self.assertTrue(self.js("return document.getElementById('icon').href").startswith("blob:"))
         self.assertEqual(self.row("products", "next"), "not known")
         age = int(self.row("products", "age-now").removesuffix(" s"))
         until(lambda: int(self.row("products", "age-now").removesuffix(" s")) > age, "a greater age")

@@ -246,7 +246,7 @@ class Composed(SynchronousTestCase):
                 "/run/secrets": str(folder),
                 "/var/lib/cacheservice": str(folder / "snapshots"),
                 "postgres/shop": address,
-                "0.0.0.0": "127.0.0.1",
+                "::": "127.0.0.1",
                 "$$": "$",
             }.items():
                 text = text.replace(there, where)
@@ -266,7 +266,7 @@ class Composed(SynchronousTestCase):
             )
             self.assertEqual(told.returncode, 0, told.stderr)
         environment |= {name: here(value) for name, value in service["environment"].items()}
-        environment["CACHESERVICE_CONFIG"] = str(DEPLOY / "cacheservice.toml")
+        environment["CACHESERVICE_CONFIG"] = str(DEPLOY / "config" / "cacheservice.toml")
         published: dict[str, int] = {}
         with running_service(folder, environment) as lines:
             for line in lines:
@@ -469,7 +469,7 @@ class Configurations(SynchronousTestCase):
         """The service starts with the configuration and the environment that the compose file gives it."""
         (compose,) = read_yaml(DEPLOY / "docker-compose.yml")
         environment = compose["services"]["cacheservice"]["environment"]
-        self.load((DEPLOY / "cacheservice.toml").read_text(encoding="utf-8"), environment)
+        self.load((DEPLOY / "config" / "cacheservice.toml").read_text(encoding="utf-8"), environment)
 
     def test_kubernetes(self) -> None:
         """The service starts with the configuration and the environment that the manifests give it."""

@@ -1115,6 +1115,52 @@ class Refusals(PortTestCase):
         self.assertEqual(self.flushLoggedErrors(), [])
 
 
+class WrongEnds(PortTestCase):
+    """Bytes that are HTTP but for a detail, so that their end would never come."""
+
+    async def test_tls(self) -> None:
+        """A TLS client is refused at once, in words that a person finds in its error or in a dump."""
+        hello = bytes.fromhex("16030100c8010000c40303") + bytes(range(100))
+        for data in (hello, b"\x16\x03\x03\x00\x05\n\x00\x00"):
+            text = await self.exchange(data)
+            self.assertEqual(statuses(text), [400])
+            self.assertIn(b"this port speaks HTTP without TLS: ask for http:// here", text)
+
+    async def test_lines_typed_by_hand(self) -> None:
+        """A line that ends in LF alone is refused at once, wherever it stands in the head and however it is cut."""
+        for pieces in (
+            (b"GET /livez HTTP/1.1\n",),
+            (b"GET /livez HTTP/1.1\nHost: a\n\n",),
+            (b"GET /livez HTTP/1.1\r\nHost: a\n",),
+            (b"GET /livez HTTP/1.1\r\n", b"Host: a\n"),
+            (b"GET /livez HTTP/1.1", b"\n"),
+            (b"\n",),
+        ):
+
+            def conversation(client: socket.socket, pieces: tuple[bytes, ...] = pieces) -> bytes:
+                for piece in pieces:
+                    client.sendall(piece)
+                    time.sleep(0.05)
+                return read_to_the_end(client)
+
+            text = await self.converse(conversation)
+            self.assertEqual(statuses(text), [400], pieces)
+            self.assertIn(b"a line ends in LF alone", text)
+
+    async def test_a_body_may_hold_what_it_likes(self) -> None:
+        """LF after the head does not matter, also when CR LF CR LF is cut; nor does it after a whole request."""
+        head = b"POST /v1/datasets/products HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r"
+        for pieces in ((head + b"\na\nb\n",), (head, b"\na\nb\n"), (head[:-2], b"\n\r\na\nb\n")):
+
+            def conversation(client: socket.socket, pieces: tuple[bytes, ...] = pieces) -> bytes:
+                for piece in pieces:
+                    client.sendall(piece)
+                    time.sleep(0.05)
+                return read_to_the_end(client)
+
+            self.assertEqual(statuses(await self.converse(conversation)), [405], pieces)
+
+
 class ConnectionLimit(PortTestCase):
     max_connections = 3
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import re
 import signal
 import socket
 import threading
@@ -12,6 +13,7 @@ import urllib.error
 import urllib.request
 import weakref
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import redis
@@ -23,7 +25,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.cache.cache import Cache, Declared, Rejection, Reloaded
 from cacheservice.cache.dataset import State
-from cacheservice.config import DatasetSettings
+from cacheservice.config import ConfigFile, DatasetSettings
 from cacheservice.errors import ConfigError, QueryFailed, Stopped, UnknownDataset
 from cacheservice.ports import report
 from cacheservice.ports.freshness import Freshness
@@ -36,6 +38,8 @@ from tests.postgres import PRIMARY, fresh_database, query, sessions
 from tests.test_refresher import RefreshTestCase, World
 from tests.test_slots import Job
 from tests.test_twistd import GIVE_UP_S, Daemon, DaemonTestCase, until
+
+FILE = ConfigFile("/etc/cacheservice.toml", datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), False)
 
 
 def declared(*names: str, **keys: Any) -> list[DatasetSettings]:
@@ -452,19 +456,32 @@ class Telling(SynchronousTestCase):
         """The reply comes when it is done, and counts what became of the datasets."""
         answer = self.ask()
         self.assertNoResult(answer)
-        self.result.callback(Reloaded(Declared(["x"], ["a", "b"], [], list("12345")), []))
-        self.assertEqual(self.successResultOf(answer), "OK reloaded: 1 added, 2 changed, 0 removed, 5 unchanged")
+        self.result.callback(Reloaded(Declared(["x"], ["a", "b"], [], list("12345")), [], FILE))
+        self.assertEqual(
+            self.successResultOf(answer), f"OK reloaded: 1 added, 2 changed, 0 removed, 5 unchanged; from {FILE}"
+        )
 
     def test_done_but_for_a_restart(self) -> None:
         """What takes effect only at the next start is named."""
         answer = self.ask()
-        self.result.callback(Reloaded(Declared([], [], [], ["a"]), ["resp.port", "http.token"]))
+        self.result.callback(Reloaded(Declared([], [], [], ["a"]), ["resp.port", "http.token"], FILE))
         expected = "OK reloaded: 0 added, 0 changed, 0 removed, 1 unchanged; at the next start: resp.port, http.token"
-        self.assertEqual(self.successResultOf(answer), expected)
+        self.assertEqual(self.successResultOf(answer), f"{expected}; from {FILE}")
+
+    def test_a_file_that_was_replaced_where_it_is_mounted_from(self) -> None:
+        """The reply says that what was read is an old file, and what to do."""
+        answer = self.ask()
+        self.result.callback(Reloaded(Declared([], [], [], ["a"]), [], FILE._replace(is_replaced=True)))
+        self.assertIn(
+            "is an old one: it was replaced where it is mounted from; mount its folder", self.successResultOf(answer)
+        )
 
     def test_refused(self) -> None:
-        """The first problem is told, and how many more there are."""
-        for problems, words in ((["a.toml: x"], "ERROR a.toml: x"), (["a", "b", "c"], "ERROR a (and 2 more)")):
+        """The first line has the first problem, and how many more there are; then each has a line."""
+        for problems, words in (
+            (["a.toml: x"], "ERROR a.toml: x"),
+            (["a", "b", "c"], "ERROR a (and 2 more)\na\nb\nc"),
+        ):
             self.result = Deferred()
             answer = self.ask()
             self.result.errback(ConfigError(problems))
@@ -589,7 +606,7 @@ class UnderTwistd(DaemonTestCase):
         )
         before = self.dataset(daemon, "stays")
         reply = self.reload(table("stays"), table("changes", "generate_series(1, 30) AS id"), table("comes"))
-        self.assertEqual(reply, "OK reloaded: 1 added, 1 changed, 1 removed, 1 unchanged")
+        self.assertRegex(reply, "^OK reloaded: 1 added, 1 changed, 1 removed, 1 unchanged; from .*, modified ")
         with self.assertRaisesRegex(redis.ResponseError, "unknown dataset 'goes'"):
             other.get("goes:1")
         self.assertEqual(self.fetch(daemon, "/v1/datasets/goes/rows/1")[0], 404)
@@ -655,7 +672,7 @@ class UnderTwistd(DaemonTestCase):
         as_of = {name: self.dataset(daemon, name)["as_of"] for name in "abc"}
         self.assertEqual(as_of["a"], as_of["b"])
         reply = self.reload(table("a"), table("b", group="g"), table("c", group="g"), table("d"))
-        self.assertEqual(reply, "OK reloaded: 0 added, 2 changed, 0 removed, 2 unchanged")
+        self.assertRegex(reply, "^OK reloaded: 0 added, 2 changed, 0 removed, 2 unchanged; from ")
         until(lambda: all(self.dataset(daemon, name)["generation"] == 2 for name in "abc"), "the refreshes")
         self.assertEqual(self.dataset(daemon, "b")["as_of"], self.dataset(daemon, "c")["as_of"])
         self.assertNotEqual(self.dataset(daemon, "a")["as_of"], self.dataset(daemon, "c")["as_of"])
@@ -681,7 +698,9 @@ class UnderTwistd(DaemonTestCase):
             reply = self.admin("reload")
             self.assertTrue(reply.startswith("ERROR "), reply)
             self.assertIn(words, reply)
-            self.assertEqual(len(reply.splitlines()), 1)
+            reply, *problems = reply.splitlines()
+            more = re.search(r" \(and (\d+) more\)$", reply)
+            self.assertEqual(len(problems), int(more[1]) + 1 if more else 0)
             head = daemon.ask("status").splitlines()[0]
             self.assertIn(f"ago: {reply.removeprefix('ERROR ')}", head)
             self.assertIn("configuration rejected ", head)
@@ -690,7 +709,7 @@ class UnderTwistd(DaemonTestCase):
             self.assertEqual(len(daemon.json()["datasets"]), 2)
             self.until_told(daemon, "config_rejected", number)
         path.write_text(good)
-        self.assertEqual(self.admin("reload"), "OK reloaded: 0 added, 0 changed, 0 removed, 2 unchanged")
+        self.assertRegex(self.admin("reload"), "^OK reloaded: 0 added, 0 changed, 0 removed, 2 unchanged; from ")
         self.assertNotIn("rejected", daemon.ask("status"))
 
     def until_told(self, daemon: Daemon, event: str, times: int) -> None:
@@ -707,14 +726,15 @@ class UnderTwistd(DaemonTestCase):
                 table("new"),
                 more="[limits]\nidle_timeout_s = 30\n[persistence]\nkeep_generations = 9\n",
             )
-            self.assertTrue(reply.endswith("; at the next start: persistence.keep_generations"), reply)
+            self.assertIn("; at the next start: persistence.keep_generations; from ", reply)
         self.assertEqual(daemon.event("config_reloaded")["needs_restart"], ["persistence.keep_generations"])
         until(lambda: daemon.ask("ready") == "ready" and "new" in daemon.json()["datasets"], "the new dataset")
 
     def test_amid_other_commands(self) -> None:
         """What follows `reload` is answered after it, on the same line, at a prompt, and without a line's end."""
         daemon = self.begun(table("products"))
-        reloaded, version = "OK reloaded: 0 added, 0 changed, 0 removed, 1 unchanged", daemon.ask("version")
+        reloaded, version = self.admin("reload"), daemon.ask("version")
+        self.assertRegex(reloaded, "^OK reloaded: 0 added, 0 changed, 0 removed, 1 unchanged; from ")
         for sent, received in (
             ("version;reload;version\n", [version, reloaded, version]),
             ("reload;reload", [reloaded, reloaded]),

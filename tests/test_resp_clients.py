@@ -50,6 +50,10 @@ class Peer:
         """Have an attempt to load `name` fail."""
         self._order(f"fail {name} 0")
 
+    def cut(self) -> None:
+        """End all connections."""
+        self._order("cut products 0")
+
     def _order(self, line: str) -> int:
         assert self._process.stdin is not None
         self._process.stdin.write(f"{line}\n".encode())
@@ -556,6 +560,39 @@ class Node(ClientTestCase):
         (example,) = re.findall(r"```js\n(.*?)```", page, re.S)
         program = example.replace("6380", "PORT") + "console.log(JSON.stringify(product));"
         self.assertEqual(self.tell(program, "--input-type=module"), [json.loads(document(42, 1))])
+
+    def test_the_documented_example_outlives_a_lost_connection(self) -> None:
+        """With its listener the process lives when its connection is cut, and reads again."""
+        page = (Path(__file__).parent.parent / "docs" / "reading.md").read_text(encoding="utf-8")
+        (example,) = re.findall(r"```js\n(.*?)```", page, re.S)
+        program = example.replace("6380", str(self.peer.port)).replace(
+            "await cache.close();",
+            """console.log(product.id);
+            await new Promise((resolve) => process.stdin.once('data', resolve));
+            console.log(JSON.parse(await cache.get('products:7')).id);
+            await cache.close(); process.stdin.destroy();""",
+        )
+        command = ["node", "--input-type=module", "-e", program]
+        with subprocess.Popen(
+            command,
+            cwd=self.directory,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as node:
+            watchdog = threading.Timer(GIVE_UP_S, node.kill)
+            watchdog.start()
+            assert node.stdin is not None
+            assert node.stdout is not None
+            self.assertEqual(node.stdout.readline(), "42\n")
+            self.peer.cut()
+            time.sleep(0.3)  # it learns of it
+            node.stdin.write("go\n")
+            node.stdin.flush()
+            self.assertEqual(node.stdout.readline(), "7\n")
+            self.assertEqual(node.wait(GIVE_UP_S), 0)
+            watchdog.cancel()
 
     def test_ioredis(self) -> None:
         """ioredis."""

@@ -112,6 +112,7 @@ class PortTestCase(TestCase):
     timeout = 240
     max_connections = 50
     idle_timeout_s = 120.0
+    silence_timeout_s = 0.0
     password = ""
     clock: Any = reactor
 
@@ -121,7 +122,14 @@ class PortTestCase(TestCase):
         self.cache = self.make_cache()
         self.refreshes = Refreshes()
         commands = Commands(self.cache, Freshness(self.refreshes, self.cache.database, reactor), self.password)
-        self.factory = RespFactory(self.cache, commands, self.max_connections, self.idle_timeout_s, self.clock)
+        self.factory = RespFactory(
+            self.cache,
+            commands,
+            self.max_connections,
+            self.idle_timeout_s,
+            self.clock,
+            silence_timeout_s=self.silence_timeout_s,
+        )
         self.port = tcp(reactor, "127.0.0.1", 0, self.factory)()
         self.addCleanup(self.close)
 
@@ -721,15 +729,40 @@ class Idle(PortTestCase):
         await until(lambda: not self.factory.clients)
 
     async def test_idle(self) -> None:
-        """Idle clients are dropped, subscribers are kept."""
-        subscriber, idle = self.connect(), self.connect()
-        self.addCleanup(subscriber.socket.close)
-        self.addCleanup(idle.socket.close)
+        """Clients that ask nothing are kept, subscribers too; one that does not end its request is dropped."""
+        subscriber, idle, half = self.connect(), self.connect(), self.connect()
+        for client in (subscriber, idle, half):
+            self.addCleanup(client.socket.close)
         await deferToThread(subscriber.ask, "SUBSCRIBE", "cache:products")
-        await deferToThread(idle.is_closed)
+        await deferToThread(idle.ask, "PING")
+        half.socket.sendall(b"*2\r\n$3\r\nGET\r\n")
+        await deferToThread(half.is_closed)
         await deferLater(reactor, 2 * self.idle_timeout_s)
         publish(self.cache, "products", range(1))
         self.assertEqual((await deferToThread(subscriber.read))[:2], [b"message", b"cache:products"])
+        self.assertEqual(await deferToThread(idle.ask, "PING"), b"PONG")
+
+    async def test_keepalive(self) -> None:
+        """The system looks after the connections that are kept."""
+        client = self.connect()
+        self.addCleanup(client.socket.close)
+        await until(lambda: self.factory.clients)
+        (served,) = self.factory.clients
+        sock = served.transport.socket
+        self.assertEqual(sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE), 1)
+        self.assertEqual(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE), 60)
+
+
+class Silence(PortTestCase):
+    idle_timeout_s = 2.0
+    silence_timeout_s = 0.3
+
+    async def test_idle(self) -> None:
+        """With resp.idle_timeout_s one that asks nothing is dropped."""
+        idle = self.connect()
+        self.addCleanup(idle.socket.close)
+        await deferToThread(idle.ask, "PING")
+        await deferToThread(idle.is_closed)
 
 
 class Limits(PortTestCase):

@@ -133,6 +133,10 @@ class Status(CommandLine):
         self.assertEqual(self.succeed("status", "ruok;", "ready"), "imok\nready\n")
         questions = [line.split()[0] for line in self.succeed("status", "help").splitlines()]
         self.assertEqual(questions, [*QUESTIONS, "prompt", "quit", "A;B"])  # which shells complete
+        # A name is not a question: it chooses datasets.
+        chosen = self.succeed("status", "good")
+        self.assertRegex(chosen, r"(?m)^good +fresh")
+        self.assertIn("unknown dataset 'gud'", self.command("status", "gud").stderr)
         told = self.command("status", "show", "nothing")
         self.assertEqual((told.returncode, told.stdout), (1, "ERROR unknown dataset 'nothing'; status lists them\n"))
 
@@ -423,7 +427,7 @@ class Errors(CommandLine):
         """Each command's help has an example that begins with the command; the list of commands fits 80 columns."""
         overview = self.succeed("--help", COLUMNS="80")
         names = re.findall(r"(?m)^  ([a-z]+)  ", overview.partition("Try it:")[2])
-        self.assertEqual(len(names), 10)
+        self.assertEqual(len(names), 12)
         self.assertNotIn("...", overview.partition("Try it:")[2])
         for name in names:
             self.assertRegex(self.succeed(name, "--help"), rf"Examples?.*:\n(.*\n)*.*cacheservice {name}\b", name)

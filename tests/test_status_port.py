@@ -183,6 +183,12 @@ class Replies(PortTestCase):
         """version is the name and the version."""
         await self.assert_asks("version", f"cacheservice {__version__}")
 
+    async def test_status_of_one(self) -> None:
+        """status NAME is the head line and that dataset's line."""
+        head, *lines = (await self.ask("status products")).split("\n")
+        self.assertTrue(head.startswith("cacheservice "))
+        self.assertEqual([line.split()[0] for line in lines], ["products"])
+
     async def test_status(self) -> None:
         """status is a head line and then a line a dataset, in columns."""
         head, products, prices = (await self.ask("status")).split("\n")
@@ -457,6 +463,8 @@ class Lines(PortTestCase):
             ("show", "ERROR show takes one argument: show NAME"),
             ("why a b", "ERROR why takes one argument: why NAME"),
             ("ruok 1", "ERROR ruok takes no argument: ruok"),
+            ("status products prices", "ERROR status takes at most one argument: status [NAME]"),
+            ("status nope", "ERROR unknown dataset 'nope'; status lists them"),
             ("prompt 1", "ERROR prompt takes no argument: prompt"),
             ("quit now", "ERROR quit takes no argument: quit"),
             ("show product", "ERROR unknown dataset 'product'; did you mean 'products'?"),

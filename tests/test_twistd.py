@@ -21,8 +21,8 @@ import pytest
 from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
-from cacheservice.app import Signals
 from cacheservice.cli.embedded import EmbeddedPostgres
+from cacheservice.process import Signals
 from tests.postgres import fresh_database, query, sessions
 
 REPOSITORY = Path(__file__).parent.parent
@@ -552,7 +552,7 @@ class Time(DaemonTestCase):
 class EarlySignals(SynchronousTestCase):
     def test_sigterm_before_the_reactor_runs(self) -> None:
         """A SIGTERM that comes before there is anybody to stop in order stops in order as soon as there is."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
             self.addCleanup(signal.signal, number, signal.getsignal(number))
         started: list[Callable[[], None]] = []
         stopped: list[int] = []
@@ -560,7 +560,7 @@ class EarlySignals(SynchronousTestCase):
         class Reactor:
             callWhenRunning = started.append
 
-        signals = Signals(Reactor(), Deferred)
+        signals = Signals(Reactor(), Deferred, lambda: None, None)
         signals.startService()
         os.kill(os.getpid(), signal.SIGTERM)
         signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))  # as the reactor does when it starts

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, Protocol
 from cacheservice.cache.counts import Counts
 from cacheservice.cache.dataset import Dataset, State
 from cacheservice.cache.identity import ServerIdentity
-from cacheservice.config import DatasetSettings
+from cacheservice.config import ConfigFile, DatasetSettings
 from cacheservice.errors import UnknownDataset
 
 Fate = Literal["added", "changed", "removed"]
@@ -71,10 +71,11 @@ class Declared(NamedTuple):
 
 
 class Reloaded(NamedTuple):
-    """What a changed configuration did: to the datasets, and the keys that take effect only at the next start."""
+    """What a changed configuration did: to the datasets; the keys that take effect only at the next start; its file."""
 
     datasets: Declared
     needs_restart: list[str]
+    file: ConfigFile
 
 
 class Cache:
@@ -97,6 +98,7 @@ class Cache:
         self.now = now
         self.started_at = now()
         self.connection_cap: ConnectionCap | None = None
+        self.config_file: ConfigFile | None = None
         self._untried = set(self._datasets)
 
     @property
@@ -138,6 +140,10 @@ class Cache:
             self._counts[name] = before[name].counts
             self._tell(before[name], "removed")
         return told
+
+    def configured_by(self, file: ConfigFile) -> None:
+        """Note which file is in effect, for the status."""
+        self.config_file = file
 
     def cap_connections(self, cap: ConnectionCap) -> None:
         """Note it, for the status."""

@@ -170,12 +170,15 @@ def status_address(host: str | None, port: int | None) -> Address:
 
 
 def reachable(host: str) -> str:
-    """Where on this machine a port is reached that listens on `host`: "all addresses" is none to connect to."""
+    """Where on this machine a port is reached that listens on `host`: "all addresses" is none to connect to.
+
+    All IPv6 addresses are all IPv4 ones as well; see `cacheservice.ports.listen.tcp`.
+    """
     try:
         wildcard = ipaddress.ip_address(host).is_unspecified
     except ValueError:
         return host
-    return host if not wildcard else "::1" if ":" in host else "127.0.0.1"
+    return "127.0.0.1" if wildcard else host
 
 
 def _without_error(reply: str) -> str:

@@ -20,10 +20,12 @@ _SECTIONS = {
     },
     "Run": {
         "run": Listed("run:run", "Run the service, in the foreground."),
+        "reload": Listed("reload:reload", "Make it read its configuration again; wait for the result."),
     },
     "Look": {
         "status": Listed("status:status", "How are the service and its datasets? (--watch: live)"),
         "why": Listed("status:why", "Why is a dataset as it is, and what is there to do?"),
+        "health": Listed("health:health", "Is it alive? Exit code 0 or 1, for containers."),
         "tail": Listed("tail:tail", "Follow publishes, failures and changes of state."),
     },
     "Shell": {

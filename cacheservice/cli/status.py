@@ -26,7 +26,7 @@ from cacheservice.cli.asking import (
     ask_once,
     status_address,
 )
-from cacheservice.cli.options import dataset_names, questions_or_names, where
+from cacheservice.cli.options import QUESTIONS, dataset_names, questions_or_names, where
 from cacheservice.cli.picture import Picture
 from cacheservice.cli.problems import problems
 from cacheservice.cli.program import in_one_line, tell
@@ -84,8 +84,8 @@ def status(
 ) -> None:
     """Show how a running service and its datasets are: what is wrong first, why, and when it tries again.
 
-    With --watch, --json or --check, NAMEs choose datasets. Without one of them the arguments are a QUESTION to the
-    status port, whose answer is printed as it comes; `help` lists the questions.
+    NAMEs choose datasets. Without --watch, --json or --check the arguments may also be a QUESTION to the status port,
+    whose answer is printed as it comes; `help` lists the questions. A dataset that is called as one is `show NAME`.
 
     \b
     Examples:
@@ -111,14 +111,14 @@ def status(
     elif as_json:
         with Connection(address, timeout_s) as connection:
             _print_json(_chosen(ask_for_all(connection), question))
-    elif question:
+    elif question and question[0].partition(";")[0] in QUESTIONS:
         answer = ask_once(address, " ".join(question), timeout_s)
         click.echo(answer)
         if answer.startswith("ERROR"):
             raise click.exceptions.Exit(1)
     else:
         with Connection(address, timeout_s) as connection:
-            look = _look(connection, ())
+            look = _look(connection, question)
         console = console_of_output()
         show(console, picture.render(look, console.width, bars=console.is_terminal))
 

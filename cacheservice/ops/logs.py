@@ -31,11 +31,14 @@ _LEVEL_OF_TWISTED: Mapping[LogLevel, str] = {
 class LineWriter:
     """Writes lines to a descriptor in a thread of its own, because a stalled pipe would stall the reactor.
 
+    With `path` the descriptor is that of a file, which `reopen` begins again.
+
     When nobody takes the lines, up to 10,000 wait; those past that are dropped, and their number is
     told by a line of its own as soon as somebody reads again.
     """
 
-    def __init__(self, descriptor: int, lost_line: Callable[[int], str]) -> None:
+    def __init__(self, descriptor: int, lost_line: Callable[[int], str], path: str | None = None) -> None:
+        self._path = path
         self._descriptor = descriptor
         self._lost_line = lost_line
         self._lines: queue.Queue[str | None] = queue.Queue(_MOST_WAITING_LINES)
@@ -45,6 +48,17 @@ class LineWriter:
 
     def start(self) -> None:
         self._thread.start()
+
+    def reopen(self) -> str | None:
+        """Begin the file again that a rotation has renamed; return its path, None if there is no file.
+
+        :raises OSError: if it cannot be opened; the old one is written on.
+        """
+        if self._path is not None:
+            new = destination(self._path)
+            os.dup2(new, self._descriptor, inheritable=False)  # at once, whatever the thread is writing
+            os.close(new)
+        return self._path
 
     def write(self, line: str) -> None:
         """Take one line, without its end; never blocks, never raises."""
@@ -190,6 +204,16 @@ def _exception_in_line(_: Any, __: str, event: MutableMapping[str, Any]) -> Muta
 def lost_line(count: int) -> str:
     """The line that tells how many were not written."""
     return f'{{"event": "log_lines_lost", "level": "warning", "lines": {count}}}'
+
+
+def destination(path: str | None) -> int:
+    """A descriptor to append to the file at `path`, made with mode 640; without one, standard output.
+
+    :raises OSError: if it cannot be opened.
+    """
+    if path is None:
+        return standard_output()
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
 
 
 def standard_output() -> int:

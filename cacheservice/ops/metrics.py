@@ -9,7 +9,7 @@ is left is to join them. `collect` gives the same to prometheus-client; a test c
 from __future__ import annotations
 
 import platform
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, Protocol
 
@@ -38,6 +38,10 @@ _FAMILIES = [family for group in GROUPS for family in group.families]
 # The first family is the age, which changes by itself.
 _OF_CHANGES = GROUPS[1:]
 _STAMPS = [group.stamp for group in _OF_CHANGES]
+
+
+Superseded = Callable[[], Mapping[tuple[str, int], int]]
+"""Bytes by dataset and generation."""
 
 
 class ServedPort(Protocol):
@@ -87,14 +91,22 @@ class Metrics:
     :param lateness: of the reactor's ticks, in seconds; see `StallWatch`.
     :param ports: the factories by the names of their ports; may be filled later.
     :param clock: `IReactorTime`.
+    :param superseded: returns the bytes of each generation that only answers in progress keep.
     """
 
-    def __init__(self, cache: Cache, lateness: Histogram, ports: Mapping[str, ServedPort], clock: Any) -> None:
+    def __init__(
+        self,
+        cache: Cache,
+        lateness: Histogram,
+        ports: Mapping[str, ServedPort],
+        clock: Any,
+        superseded: Superseded = dict,
+    ) -> None:
         self._cache = cache
         self._clock = clock
         # Not the library's global one, which would be everybody's.
         self._of_service = CollectorRegistry()
-        self._of_service.register(_Service(cache, lateness, ports))
+        self._of_service.register(_Service(cache, lateness, ports, superseded))
         ProcessCollector(registry=self._of_service)
         self._lines: dict[str, _Lines] = {}
         cache.watch(self._declared)
@@ -180,7 +192,10 @@ class Metrics:
 class _Service:
     """Collects what there is one of, for prometheus-client."""
 
-    def __init__(self, cache: Cache, lateness: Histogram, ports: Mapping[str, ServedPort]) -> None:
+    def __init__(
+        self, cache: Cache, lateness: Histogram, ports: Mapping[str, ServedPort], superseded: Superseded
+    ) -> None:
+        self._superseded = superseded
         self._cache = cache
         self._lateness = lateness
         self._ports = ports
@@ -239,6 +254,17 @@ class _Service:
             for reason, count in port.rejected.items():
                 rejected.add_metric([name, reason], count)
         yield from (connections, limits, rejected)
+        superseded = self._superseded()
+        yield GaugeMetricFamily(
+            "cacheservice_reader_generations",
+            "Superseded generations that answers in progress keep in memory.",
+            len(superseded),
+        )
+        yield GaugeMetricFamily(
+            "cacheservice_reader_bytes",
+            "Size of these generations; those made by deltas share most of it.",
+            sum(superseded.values()),
+        )
         *cumulative, _, total = histogram_values(self._lateness)
         yield HistogramMetricFamily(
             "cacheservice_reactor_stall_seconds",

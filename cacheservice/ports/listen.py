@@ -20,6 +20,7 @@ from cacheservice.ports.readers import Port
 BACKLOG = 511
 """Twisted's 50 makes 5,000 clients wait 75 s; 511 makes it 0.4 s (measured), and is what Redis takes."""
 
+_ALL, _ALL_IPV4 = "::", "0.0.0.0"  # noqa: S104  # for who sets it
 _SOCKET_UMASK = 0o177
 
 
@@ -72,16 +73,28 @@ def _where(error: CannotListenError) -> str:
 def tcp(
     reactor: Any, host: str, port: int, factory: ServerFactory, most_accepted: int = Port.most_accepted
 ) -> Callable[[], IListeningPort]:
-    """Listen on an IP address ("localhost" is 127.0.0.1: a look-up would block)."""
-    interface = "127.0.0.1" if host == "localhost" else host
+    """Listen on an IP address ("localhost" is 127.0.0.1: a look-up would block).
+
+    "::" is all addresses, IPv4 ones too, whatever the system's default is; those alone where there is no IPv6.
+    """
+    address = "127.0.0.1" if host == "localhost" else host
 
     def listen() -> IListeningPort:
+        interface = _ALL_IPV4 if host == _ALL and not _has_ipv6() else address
         listening: Any = Port(port, factory, BACKLOG, interface, reactor)  # type: ignore[arg-type]
         listening.most_accepted = most_accepted
         listening.startListening()
         return listening  # type: ignore[no-any-return]
 
     return listen
+
+
+def _has_ipv6() -> bool:
+    try:
+        socket.socket(socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
 
 
 def unix(reactor: Any, path: str, factory: ServerFactory) -> Callable[[], IListeningPort]:

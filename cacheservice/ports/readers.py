@@ -8,6 +8,7 @@ in the reactor. What is to be written, connections that break and everything els
 from __future__ import annotations
 
 import select
+import socket
 from typing import Any
 
 from twisted.internet import tcp
@@ -16,6 +17,9 @@ from twisted.internet.interfaces import IReadDescriptor
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
+
+_KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 4}
+"""Seconds of silence, seconds between probes, and how many go unanswered."""
 
 
 @implementer(IReadDescriptor)
@@ -122,6 +126,17 @@ class Port(tcp.Port):
     def startListening(self) -> None:
         super().startListening()
         self.readers = Readers(self.reactor)
+
+    def createInternetSocket(self) -> socket.socket:
+        made: socket.socket = super().createInternetSocket()
+        # What is accepted inherits it (Linux). A client whose machine is gone is noticed in two minutes, and a balancer
+        # or a firewall between sees that a silent connection is alive.
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if self.addressFamily == socket.AF_INET6 and self.interface == "::":
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        for option, value in _KEEPALIVE.items():
+            made.setsockopt(socket.IPPROTO_TCP, option, value)
+        return made
 
     def doRead(self) -> None:
         """Accept what has come."""

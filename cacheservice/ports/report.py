@@ -22,17 +22,19 @@ def ready_line(cache: Cache) -> str:
     return " ".join(["notready", *reasons, *(f"{name}:{state}" for name, state in cache.not_ready().items())])
 
 
-def status_table(cache: Cache) -> str:
-    """A head line, then a line a dataset, aligned."""
+def status_table(cache: Cache, only: Dataset | None = None) -> str:
+    """A head line, then a line a dataset, aligned; with `only`, that one's."""
     database = cache.database
     head = (
         f"cacheservice {__version__}: {_readiness(cache)}, "
         f"PostgreSQL {database.state}, up {duration(cache.now() - cache.started_at)}"
         f"{_cap_words(cache.connection_cap)}{_listening_words(database)}"
     )
+    if cache.config_file is not None and cache.config_file.modified_at is not None:
+        head += f", configuration of {cache.config_file.modified_at.isoformat(sep=' ', timespec='seconds')}"
     if cache.rejection is not None:
         head += f", configuration {_rejected(cache.rejection, cache)}"
-    rows = [_status_row(dataset) for dataset in cache.datasets.values()]
+    rows = [_status_row(dataset) for dataset in ([only] if only is not None else cache.datasets.values())]
     table = tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=("left", "left", "left", "right"))
     return f"{head}\n{_without_trailing_blanks(table)}"
 

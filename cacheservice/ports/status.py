@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sized
 from typing import Any
 
 from twisted.internet.defer import Deferred
@@ -82,10 +82,10 @@ class Commands:
             method = self._changes[name]
         if method is None:
             return self._unknown_command(name)
-        wanted = list(inspect.signature(method).parameters)
-        if len(arguments) != len(wanted):
-            usage = " ".join([name, *(word.upper() for word in wanted)])
-            return f"ERROR {name} takes {_count(wanted)}: {usage}"
+        wanted = list(inspect.signature(method).parameters.values())
+        required = [each for each in wanted if each.default is inspect.Parameter.empty]
+        if not len(required) <= len(arguments) <= len(wanted):
+            return f"ERROR {name} takes {_count(wanted, required)}: {_usage(name, method)}"
         try:
             return method(*arguments)
         except UnknownDataset:
@@ -101,9 +101,9 @@ class Commands:
         """ready, or notready and which required datasets are why"""
         return report.ready_line(self._cache)
 
-    def _status(self) -> str:
-        """a table for a person"""
-        return report.status_table(self._cache)
+    def _status(self, name: str = "") -> str:
+        """a table for a person; with a name, of that dataset alone"""
+        return report.status_table(self._cache, self._cache.dataset(name) if name else None)
 
     def _json(self) -> str:
         """everything, as one line of JSON"""
@@ -130,10 +130,7 @@ class Commands:
     def _help(self) -> str:
         """this text"""
         commands = self._questions | (self._changes if self._refreshes is not None else {})
-        lines = {
-            " ".join([name, *(word.upper() for word in inspect.signature(method).parameters)]): inspect.getdoc(method)
-            for name, method in commands.items()
-        }
+        lines = {_usage(name, method): inspect.getdoc(method) for name, method in commands.items()}
         lines |= {"prompt": "keep the connection open", "quit": "close it", "A;B": "several commands on one line"}
         width = max(map(len, lines))
         return "\n".join(f"{command:{width}}  {text}" for command, text in lines.items())
@@ -415,17 +412,32 @@ def _reloaded(reloaded: Reloaded) -> str:
     datasets = reloaded.datasets
     counts = ", ".join(f"{len(names)} {fate}" for fate, names in datasets._asdict().items())
     rest = f"; at the next start: {', '.join(reloaded.needs_restart)}" if reloaded.needs_restart else ""
-    return f"OK reloaded: {counts}{rest}"
+    return f"OK reloaded: {counts}{rest}; from {reloaded.file}"
 
 
 def _not_reloaded(failure: Failure) -> str:
     failure.trap(CacheServiceError)
     error = failure.value
-    return f"ERROR {in_short(error.problems) if isinstance(error, ConfigError) else error}"
+    if not isinstance(error, ConfigError):
+        return f"ERROR {error}"
+    # The first line is the whole in short; more lines follow only if it leaves something out.
+    more = [] if len(error.problems) < 2 else list(error.problems)
+    return "\n".join([f"ERROR {in_short(error.problems)}", *more])
 
 
-def _count(wanted: list[str]) -> str:
-    return "no argument" if not wanted else "one argument"
+def _count(wanted: Sized, required: Sized) -> str:
+    if len(required) < len(wanted):
+        return "at most one argument"
+    return "one argument" if wanted else "no argument"
+
+
+def _usage(name: str, method: Callable[..., Any]) -> str:
+    """The command and its argument: show NAME, status [NAME]."""
+    words = [
+        each.name.upper() if each.default is inspect.Parameter.empty else f"[{each.name.upper()}]"
+        for each in inspect.signature(method).parameters.values()
+    ]
+    return " ".join([name, *words])
 
 
 def _shown(word: str) -> str:

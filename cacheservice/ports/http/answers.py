@@ -18,6 +18,7 @@ from cacheservice.cache.describe import describe_dataset, describe_hour
 from cacheservice.errors import Stopped, UnknownDataset
 from cacheservice.ports import report
 from cacheservice.ports.freshness import Freshness
+from cacheservice.ports.held import Streamed
 from cacheservice.ports.http import assets, commands, heads, negotiation
 from cacheservice.ports.http.bodies import PIECE_BYTES, GzipBodies, Piece, compress_now, cut, json_lines, json_object
 from cacheservice.ports.http.events import Feed
@@ -450,11 +451,11 @@ class Answers:
                 body = self._bodies.find(dataset, snapshot, lines)
                 return Reply(head, iter(()), None if body is None else body.size_bytes)
             body = self._bodies.make(dataset, snapshot, lines)
-            return Reply(head, body.follow(), body.size_bytes)
+            return Reply(head, Streamed(body.follow(), {dataset.name: snapshot}), body.size_bytes)
         pieces = json_lines(rows) if lines else json_object(rows)
         if rows.count <= _AT_ONCE_ROWS and rows.size_bytes <= PIECE_BYTES:
             return Reply(head, b"".join(pieces))
-        return Reply(head, pieces)
+        return Reply(head, Streamed(pieces, {dataset.name: snapshot}))
 
 
 # The request's parts

@@ -26,7 +26,7 @@ _PROTECTION = b"".join(
     for header in (
         (
             b"Content-Security-Policy",
-            b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+            b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
             b"base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'",
         ),
         (b"X-Content-Type-Options", b"nosniff"),

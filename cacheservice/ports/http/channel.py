@@ -37,6 +37,7 @@ from cacheservice.cache.cache import Cache, Refreshes
 from cacheservice.ports import rejected
 from cacheservice.ports.admission import RESERVE_S, Door, open_door
 from cacheservice.ports.freshness import Freshness
+from cacheservice.ports.held import HeldSnapshots, Hold, Streamed, Unlimited
 from cacheservice.ports.http import assets
 from cacheservice.ports.http.answers import Answers, Exposition, Reply, Request, is_probe
 from cacheservice.ports.http.bodies import GzipBodies, Piece
@@ -60,6 +61,9 @@ _REASONS: Mapping[int, rejected.Reason] = MappingProxyType({408: "slow_client"})
 """Why a connection is refused, by the status that it is told; by any other, for what it sent."""
 _CLOSE = b"Connection: close\r\n"
 _LAST_CHUNK = b"0\r\n\r\n"
+_TLS, _TLS_HANDSHAKE = b"\x16", b"\x16\x03"
+"""How a TLS record with a ClientHello begins (RFC 8446, 5.1)."""
+_BARE_LF = re.compile(rb"(?<!\r)\n")
 _HEADER = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([\t -~\x80-\xff]*)")
 _HOST = re.compile(rb"(?:[0-9A-Za-z\-._~%!$&'()*+,;=]*|\[[0-9A-Fa-f:.]+\]|\[v[0-9A-Fa-f]+\.[^\]@/?#]+\])(?::[0-9]*)?")
 _ALONE = (b"host", b"content-length", b"transfer-encoding", b"authorization", b"if-modified-since")
@@ -139,6 +143,7 @@ class HttpChannel(HTTPChannel):
     _yielding: Any = None
     _waiting: Deferred[None] | None = None
     _stream: _Stream | None = None
+    _hold: Hold | None = None
     _direct = _may_be_direct = False
     _in_head = False
     _in_reserve = False
@@ -181,6 +186,11 @@ class HttpChannel(HTTPChannel):
         if self._finishing:
             return
         self._turn_ends_at = time.perf_counter() + _PIPELINE_TURN_S
+        # Two counts cost nothing beside the rest. A body, of which nothing is read, may hold what it likes.
+        if data.count(b"\n") != data.count(b"\r\n") or data[:1] == _TLS:
+            self._check_lines(data)
+            if self._finishing:
+                return
         super().dataReceived(data)
         if self._handlingRequest or self._finishing:
             return
@@ -189,6 +199,19 @@ class HttpChannel(HTTPChannel):
         elif not self._in_head and (self._buffer or self.requests):
             self._in_head = True
             self._limit(RESERVE_S if self._in_reserve else self.factory.head_timeout_s)
+
+    def _check_lines(self, data: bytes) -> None:
+        """Refuse at once what would wait for an end that never comes: TLS, and lines that end in LF alone."""
+        if self._handlingRequest:
+            return
+        before = b"".join(self._dataBuffer) + self._buffer if self._in_head else b""
+        if not before and data[:2] == _TLS_HANDSHAKE:
+            self._refuse(400, "this port speaks HTTP without TLS: ask for http:// here, or put a proxy in front")
+            return
+        text = before + data
+        is_end = self._in_head and text.startswith(b"\r\n")  # the lines before are gone from the buffer
+        if not is_end and _BARE_LF.search(text.partition(b"\r\n\r\n")[0]):
+            self._refuse(400, "a line ends in LF alone; HTTP's lines end in CR LF")
 
     def lineReceived(self, line: bytes) -> None:
         if not self._finishing:
@@ -358,6 +381,8 @@ class HttpChannel(HTTPChannel):
 
     def _send_pieces(self, body: Iterator[Piece], chunked: bool, endless: bool) -> None:
         self._deadline_at = None
+        if isinstance(body, Streamed):
+            self._hold = self.factory.held.begin(self, body.snapshots)
         pieces = self._pieces_written(body, chunked)
         task = self.factory.streams.cooperate(pieces)
         self._stream = _Stream(task, pieces, chunked, endless)
@@ -381,8 +406,21 @@ class HttpChannel(HTTPChannel):
 
     def _streamed(self, _: object) -> None:
         self._stream = None
+        self._release()
         self.unregisterProducer()
         self._sent()
+
+    def _release(self) -> None:
+        if self._hold is not None:
+            self.factory.held.end(self._hold)
+            self._hold = None
+
+    def drop_slow(self) -> str:
+        """The answer that it takes too long for keeps data that are not served any more."""
+        self.factory.rejected["slow_client"] += 1
+        peer = self.transport.getPeer()
+        self.transport.abortConnection()
+        return f"{peer.host}:{peer.port}"
 
     def _not_streamed(self, failure: Failure) -> None:
         if not failure.check(TaskStopped):
@@ -498,6 +536,7 @@ class HttpChannel(HTTPChannel):
         if self._stream is not None:
             self._stream.stopProducing()
             self._stream = None
+        self._release()
         self.requests.clear()
 
     # Time
@@ -543,6 +582,7 @@ class HttpFactory(ServerFactory):
     :param allow_data: False answers 403 to everything but probes and metrics as long as there is no token.
     :param exposition: what /metrics serves; None for no such page.
     :param head_timeout_s: from the first byte of a request's head to its last.
+    :param held: knows the answers in progress; None to limit none.
     :param door: lets clients in; None for one that only `max_connections` closes.
     """
 
@@ -563,7 +603,9 @@ class HttpFactory(ServerFactory):
         exposition: Exposition | None = None,
         head_timeout_s: float = HEAD_TIMEOUT_S,
         door: Door | None = None,
+        held: HeldSnapshots | None = None,
     ) -> None:
+        self.held = held or Unlimited()
         self.door = door or open_door(reactor.seconds)
         self.max_connections = max_connections
         self.idle_timeout_s = idle_timeout_s

@@ -14,7 +14,7 @@ import platform
 import resource
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from importlib import resources
@@ -28,11 +28,12 @@ from twisted.python.failure import Failure
 from cacheservice import __version__
 from cacheservice.cache.cache import Cache, Fate
 from cacheservice.cache.counts import Reads
-from cacheservice.cache.dataset import Dataset, State
+from cacheservice.cache.dataset import Dataset, Snapshot, State
 from cacheservice.cache.describe import describe_dataset
 from cacheservice.cache.rows import PATCHED_GROUP_BITS, PATCHED_GROUP_MASK, Groups, Rows, Shards, bulk
 from cacheservice.errors import UnknownDataset
 from cacheservice.ports.freshness import Freshness
+from cacheservice.ports.held import Streamed
 from cacheservice.ports.resp import reply
 from cacheservice.ports.resp.reply import CHUNK_ROWS, CommandError
 from cacheservice.ports.resp.requests import integer
@@ -122,6 +123,17 @@ class Commands:
             groups, mask = dataset.snapshot.rows.groups, dataset.snapshot.rows.mask
             shards = groups[0] if len(groups) == 1 else []
             self._served[dataset.name.encode()] = shards, groups, mask, dataset.counts.resp
+
+    def snapshots(self) -> dict[str, Snapshot]:
+        """All that is served now."""
+        return {dataset.name: dataset.snapshot for dataset in self._datasets.values() if dataset.snapshot is not None}
+
+    def _keeping(self, answer: bytes | Iterator[bytes], names: Iterable[bytes]) -> Reply:
+        """The answer and, if it is in pieces, the snapshots of `names` that they come from."""
+        if isinstance(answer, bytes):
+            return answer
+        datasets = [self._datasets[name] for name in names]
+        return Streamed(answer, {each.name: each.snapshot for each in datasets if each.snapshot is not None})
 
     # Finding what is asked for
 
@@ -265,7 +277,7 @@ class Commands:
                     _count(of, [answer], nil)
             return b"".join(answers)
 
-        return _in_slices(reply.array_header(len(sought)), sought, some)
+        return self._keeping(_in_slices(reply.array_header(len(sought)), sought, some), moment)
 
     def exists(self, _: RespProtocol, words: Words) -> Reply:
         keys = words[1:]
@@ -335,26 +347,30 @@ class Commands:
             _count(reads, answers, nil)
             return b"".join(answers)
 
-        return _in_slices(reply.array_header(len(fields)), fields, some)
+        return self._keeping(_in_slices(reply.array_header(len(fields)), fields, some), [_name_in(words[1])])
 
     def hgetall(self, client: RespProtocol, words: Words) -> Reply:
         rows = self._whole_hash(words[1])
         header = reply.map_header(len(rows) if rows else 0, client.protocol)
-        return chain([header], reply.pairs(rows.slices(CHUNK_ROWS))) if rows else header
+        if not rows:
+            return header
+        return self._keeping(chain([header], reply.pairs(rows.slices(CHUNK_ROWS))), [words[1]])
 
     def hkeys(self, _: RespProtocol, words: Words) -> Reply:
         rows = self._whole_hash(words[1])
         header = reply.array_header(len(rows) if rows else 0)
         if not rows:
             return header
-        return chain([header], (b"".join(map(bulk, keys)) for keys, _ in rows.slices(CHUNK_ROWS)))
+        pieces = (b"".join(map(bulk, keys)) for keys, _ in rows.slices(CHUNK_ROWS))
+        return self._keeping(chain([header], pieces), [words[1]])
 
     def hvals(self, _: RespProtocol, words: Words) -> Reply:
         rows = self._whole_hash(words[1])
         header = reply.array_header(len(rows) if rows else 0)
         if not rows:
             return header
-        return chain([header], (b"".join(documents) for _, documents in rows.slices(CHUNK_ROWS)))
+        pieces = (b"".join(documents) for _, documents in rows.slices(CHUNK_ROWS))
+        return self._keeping(chain([header], pieces), [words[1]])
 
     def hexists(self, _: RespProtocol, words: Words) -> Reply:
         rows = self._hash(words[1])
@@ -655,7 +671,11 @@ def _int(word: bytes) -> int:
     return number
 
 
-def _in_slices(header: bytes, items: Sequence[T], some: Callable[[Sequence[T]], bytes]) -> Reply:
+def _name_in(key: bytes) -> bytes:
+    return key.partition(b":")[0]
+
+
+def _in_slices(header: bytes, items: Sequence[T], some: Callable[[Sequence[T]], bytes]) -> bytes | Iterator[bytes]:
     """The header and what `some` makes of the items, in one piece if they are few."""
     if len(items) <= CHUNK_ROWS:
         return header + some(items)

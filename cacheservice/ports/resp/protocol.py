@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import chain, count
@@ -22,6 +23,7 @@ from cacheservice.cache.describe import iso
 from cacheservice.cache.rows import bulk
 from cacheservice.ports import rejected
 from cacheservice.ports.admission import Door, open_door
+from cacheservice.ports.held import HeldSnapshots, Hold, Streamed, Unlimited
 from cacheservice.ports.resp import reply
 from cacheservice.ports.resp.commands import REDIS_VERSION, SYNTAX, Command, Commands, Reply, Words
 from cacheservice.ports.resp.reply import CommandError
@@ -60,7 +62,7 @@ class RespProtocol(Protocol):
     two calls of epoll for each), those of all clients at the end of a turn, as in Redis: a client that
     was woken by each would be woken in vain most of the time. What the socket does not take is queued, and until that
     is gone nothing more is read or done for this client: one that does not read costs one turn's replies, and is
-    dropped after the idle time.
+    dropped after the idle time. One that only asks nothing is kept: TCP's keepalive finds those that are gone.
     """
 
     transport: Any
@@ -86,6 +88,7 @@ class RespProtocol(Protocol):
         # Nothing stands between a command and its being run: no password missing, no MULTI, no subscription.
         self._plain = self._authenticated
         self._stream: Iterator[bytes] | None = None
+        self._hold: Hold | None = None
         self._awaited: Deferred[Any] | None = None
         self._read_ahead_bytes = 0
         self._queued = False
@@ -109,7 +112,8 @@ class RespProtocol(Protocol):
         if not self._admitted:
             self.turn_away()
             return
-        self._idle_timer = factory.clock.callLater(factory.idle_timeout_s, self._check_idle)
+        first_s = min(factory.idle_timeout_s, factory.silence_timeout_s or factory.idle_timeout_s)
+        self._idle_timer = factory.clock.callLater(first_s, self._check_idle)
 
     def turn_away(self) -> None:
         """There are too many clients; no probe asks here."""
@@ -124,6 +128,7 @@ class RespProtocol(Protocol):
         self._closing = True
         self.factory.door.left(self, was_admitted=self._admitted)
         self._stream = None
+        self._release()
         self._unsent = []
         self.factory.clients.discard(self)
         for channel in self._channels:
@@ -164,14 +169,33 @@ class RespProtocol(Protocol):
 
     def _check_idle(self) -> None:
         factory = self.factory
-        left_s = self._heard_at + factory.idle_timeout_s - factory.clock.seconds()
-        if left_s <= 0 and not self.waiting and not (self._channels and not self._queued):
+        left_s = self._heard_at + self._patience_s() - factory.clock.seconds()
+        if left_s <= 0:
             factory.rejected["slow_client"] += self._queued
             self.transport.abortConnection()
         else:
-            self._idle_timer = factory.clock.callLater(
-                left_s if left_s > 0 else factory.idle_timeout_s, self._check_idle
-            )
+            self._idle_timer = factory.clock.callLater(min(left_s, factory.idle_timeout_s), self._check_idle)
+
+    def _patience_s(self) -> float:
+        """How long nothing may be heard of the client, as it is now."""
+        factory = self.factory
+        if self.waiting or (self._channels and not self._queued):
+            return math.inf
+        if self._queued or not self._authenticated or self._parser.is_within_request:
+            return factory.idle_timeout_s
+        return factory.silence_timeout_s or math.inf
+
+    def drop_slow(self) -> str:
+        """The answer that it takes too long for keeps data that are not served any more."""
+        self.factory.rejected["slow_client"] += 1
+        peer = self.transport.getPeer()
+        self.transport.abortConnection()
+        return f"{peer.host}:{peer.port}"
+
+    def _release(self) -> None:
+        if self._hold is not None:
+            self.factory.held.end(self._hold)
+            self._hold = None
 
     # Work
 
@@ -249,6 +273,8 @@ class RespProtocol(Protocol):
             self._awaited, self._read_ahead_bytes = answer, 0
             answer.addCallbacks(self._arrived, self._failed)
         else:
+            if isinstance(answer, Streamed):
+                self._hold = self.factory.held.begin(self, answer.snapshots)
             self._stream = answer  # type: ignore[assignment]
             self._go_on()
 
@@ -295,6 +321,7 @@ class RespProtocol(Protocol):
                 break
         else:
             self._stream = None
+            self._release()
         self._flush(out)
         if not self._queued:
             self._yield()
@@ -578,7 +605,8 @@ class RespProtocol(Protocol):
                 if size_bytes < BYTES_PER_TURN and number % COMMANDS_PER_TURN:
                     continue
                 answer = iter(())
-            return chain(out, answer, self._run_rest(queue[number:], self.factory.commands.frozen()))
+            frozen = self.factory.commands.frozen()
+            return Streamed(chain(out, answer, self._run_rest(queue[number:], frozen)), frozen.snapshots())
         return b"".join(out)
 
     def _run_rest(self, queue: list[Words], commands: Commands) -> Iterator[bytes]:
@@ -709,6 +737,9 @@ class RespFactory(ServerFactory):
     """Makes the RESP port's protocol and knows its clients.
 
     :param clock: `IReactorTime`, monotonic.
+    :param idle_timeout_s: after which a client is dropped that does not take its answers, or not end its request.
+    :param silence_timeout_s: after which one is dropped that asks nothing; 0 for never.
+    :param held: knows the answers in progress; None to limit none.
     :param door: lets clients in; None for one that only `max_connections` closes.
     """
 
@@ -722,6 +753,8 @@ class RespFactory(ServerFactory):
         idle_timeout_s: float,
         clock: Any,
         door: Door | None = None,
+        held: HeldSnapshots | None = None,
+        silence_timeout_s: float = 0.0,
     ) -> None:
         self.cache = cache
         self.commands = commands
@@ -732,6 +765,8 @@ class RespFactory(ServerFactory):
         self.subscribers: dict[bytes, set[RespProtocol]] = defaultdict(set)
         self.throttle = Throttle(clock.seconds)
         self.door = door or open_door(clock.seconds)
+        self.held = held or Unlimited()
+        self.silence_timeout_s = silence_timeout_s
         self.connections_received = 0
         self.rejected = rejected.none_yet()
         self.commands_processed = 0

@@ -67,6 +67,11 @@ class RequestParser:
         self._arguments_bytes = 0
         self._violation: ProtocolViolation | None = None
 
+    @property
+    def is_within_request(self) -> bool:
+        """Whether the end of a request is still to come."""
+        return bool(self._buffer or self._wanted_arguments)
+
     def feed(self, data: bytes) -> None:
         """Take the next bytes of the connection.
 

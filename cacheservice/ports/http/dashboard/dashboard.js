@@ -1,7 +1,7 @@
 /** The dashboard: takes the service's events, keeps their state, and shows it; ages go on by this machine's clock. */
 
 import { drawDetails, forgetDetails, openDetails, refreshDetails, showDetailsHead } from "./details.js";
-import { showConnection, showCounts, showHead } from "./head.js";
+import { keepLostIcon, showConnection, showCounts, showHead } from "./head.js";
 import { announce, announceChanges } from "./news.js";
 import { $, isDown, isLost, now, sentence, setHidden, setShape, setText, state } from "./page.js";
 import { Dataset, Rows } from "./rows.js";
@@ -307,4 +307,5 @@ setInterval(() => {
   if (state.plots) drawDetails();
 }, 15_000);
 
+keepLostIcon().catch(() => {}); // without it the browser tries to fetch it then
 connect();

@@ -7,6 +7,14 @@ import * as words from "./words.js";
 const NAMED = 4;
 const COUNTED = { alarm: "expired or never loaded", warning: "stale, held or failing", waiting: "loading or pinned", fine: "fresh" };
 
+let lostIcon = null;
+
+/** Fetch the icon that is needed when nothing can be fetched any more. */
+export async function keepLostIcon() {
+  const answer = await fetch("assets/icon-lost.svg");
+  if (answer.ok) lostIcon = URL.createObjectURL(await answer.blob());
+}
+
 export function showHead(problems, counts, newest) {
   const { service, postgres } = state;
   if (!service) return;
@@ -24,7 +32,7 @@ export function showHead(problems, counts, newest) {
   document.body.dataset.level = level;
   setShape($("head-shape"), level);
   setText($("headline"), headline);
-  const icon = `assets/icon-${level}.svg`;
+  const icon = level === "lost" && lostIcon ? lostIcon : `assets/icon-${level}.svg`;
   if ($("icon").getAttribute("href") !== icon) $("icon").setAttribute("href", icon);
   document.title = `${headline} – cacheservice`;
   setText($("summary"), state.lost ? "What is below is as it was told last; ages go on counting." : summary(problems, counts, newest, down, isDeaf));

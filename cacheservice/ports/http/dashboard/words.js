@@ -29,7 +29,7 @@ export function took(seconds) {
 }
 
 export function bytes(size) {
-  for (const [limit, unit] of [[1e9, "GB"], [1e6, "MB"], [1e3, "kB"]]) {
+  for (const [limit, unit] of [[2 ** 30, "GiB"], [2 ** 20, "MiB"], [2 ** 10, "KiB"]]) {
     if (size >= limit) return `${(size / limit).toFixed(size < 10 * limit ? 1 : 0)} ${unit}`;
   }
   return `${size} B`;

@@ -1,0 +1,133 @@
+"""Snapshots that answers in progress keep in memory, and how many of them slow clients may keep.
+
+An answer of a whole dataset is streamed from the snapshot that it began with. While that one is served it costs
+nothing. Once a newer one is served, a client that reads slowly keeps a copy of the dataset, and twelve of them keep
+twelve. So answers may keep a number of superseded generations of a dataset, the readers of older ones are disconnected,
+and an answer of a superseded generation has a limit of time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, Generic, Protocol, TypeVar
+
+from cacheservice.cache.cache import Cache, Fate
+from cacheservice.cache.dataset import Dataset, Snapshot
+
+T = TypeVar("T")
+
+
+class Streamed(Iterator[T], Generic[T]):
+    """An answer in pieces, and the snapshots by dataset that it keeps until its end."""
+
+    __slots__ = ("_pieces", "snapshots")
+
+    def __init__(self, pieces: Iterator[T], snapshots: Mapping[str, Snapshot]) -> None:
+        self._pieces = pieces
+        self.snapshots = snapshots
+
+    def __next__(self) -> T:
+        return next(self._pieces)
+
+
+class Reader(Protocol):
+    """A connection that is being answered."""
+
+    def drop_slow(self) -> str:
+        """End the connection, count it as slow; return its address for the log."""
+
+
+class Hold:
+    """One answer in progress."""
+
+    __slots__ = ("began_at", "reader", "snapshots", "timer")
+
+    def __init__(self, reader: Reader, snapshots: Mapping[str, Snapshot], began_at: float) -> None:
+        self.reader = reader
+        self.snapshots = snapshots
+        self.began_at = began_at
+        self.timer: Any = None
+
+
+def too_old(holds: Collection[Hold], dataset: str, served: int, most: int) -> list[Hold]:
+    """Return the answers to end, so that at most `most` generations of `dataset` besides the served one are kept."""
+    kept = sorted({hold.snapshots[dataset].generation for hold in holds if dataset in hold.snapshots} - {served})
+    ended = set(kept[: max(0, len(kept) - most)])
+    return [hold for hold in holds if dataset in hold.snapshots and hold.snapshots[dataset].generation in ended]
+
+
+class HeldSnapshots:
+    """The answers in progress of all ports.
+
+    :param clock: `IReactorTime`, monotonic.
+    :param most_generations: superseded ones of a dataset that answers may keep.
+    :param most_s: that an answer may take once its generation is superseded.
+    """
+
+    def __init__(self, cache: Cache, clock: Any, log: Any, most_generations: int, most_s: float) -> None:
+        self._cache = cache
+        self._clock = clock
+        self._log = log
+        self._most_generations = most_generations
+        self._most_s = most_s
+        self._holds: dict[Hold, None] = {}
+        cache.watch(self._declared)
+        for dataset in cache.datasets.values():
+            self._declared(dataset, "added")
+
+    def begin(self, reader: Reader, snapshots: Mapping[str, Snapshot]) -> Hold:
+        """Note that `reader` is sent an answer; `end` has to follow."""
+        hold = Hold(reader, snapshots, self._clock.seconds())
+        self._holds[hold] = None
+        return hold
+
+    def end(self, hold: Hold) -> None:
+        """Note that an answer has been sent, or will not be."""
+        self._holds.pop(hold, None)
+        if hold.timer is not None and hold.timer.active():
+            hold.timer.cancel()
+
+    def superseded(self) -> dict[tuple[str, int], int]:
+        """The bytes of each generation that only answers keep, by dataset and number.
+
+        Generations that deltas made share most of their rows, so that their sum is more than what they take.
+        """
+        served = {name: dataset.last_generation for name, dataset in self._cache.datasets.items()}
+        return {
+            (name, snapshot.generation): snapshot.rows.size_bytes
+            for hold in self._holds
+            for name, snapshot in hold.snapshots.items()
+            if snapshot.generation != served.get(name)
+        }
+
+    def _declared(self, dataset: Dataset, fate: Fate) -> None:
+        if fate == "added":
+            dataset.watch(self._published)
+
+    def _published(self, dataset: Dataset) -> None:
+        if not self._holds:
+            return
+        name, now = dataset.name, self._clock.seconds()
+        for hold in too_old(self._holds, name, dataset.last_generation, self._most_generations):
+            self._drop(hold, f"{self._most_generations} newer generations of {name} are being read")
+        for hold in self._holds:
+            if hold.timer is None and name in hold.snapshots and hold.snapshots[name] is not dataset.snapshot:
+                left_s = max(0.0, hold.began_at + self._most_s - now)
+                hold.timer = self._clock.callLater(left_s, self._drop, hold, f"it took longer than {self._most_s:g} s")
+
+    def _drop(self, hold: Hold, reason: str) -> None:
+        self.end(hold)
+        generations = {name: snapshot.generation for name, snapshot in hold.snapshots.items()}
+        took_s = round(self._clock.seconds() - hold.began_at, 3)
+        client = hold.reader.drop_slow()
+        self._log.warning("slow_reader_ended", client=client, generations=generations, took_s=took_s, reason=reason)
+
+
+class Unlimited:
+    """For a port on its own: nothing is too slow."""
+
+    def begin(self, reader: Reader, snapshots: Mapping[str, Snapshot]) -> Hold:
+        return Hold(reader, snapshots, 0.0)
+
+    def end(self, hold: Hold) -> None:
+        """Nothing was noted."""

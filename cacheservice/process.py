@@ -1,0 +1,121 @@
+"""What the process owes to who started it: signals, and twistd's arguments about the log."""
+
+from __future__ import annotations
+
+import getopt
+import os
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from twisted.application.service import Service
+from twisted.internet.defer import Deferred
+from twisted.scripts import twistd
+
+from cacheservice.errors import CacheServiceError
+
+_TWISTD_LOG = "twistd.log"
+"""Where twistd logs by default if it is a daemon."""
+
+
+def log_file(arguments: Sequence[str]) -> str | None:
+    """Return the file that `twistd` was told to log to; None for standard output.
+
+    :param arguments: of the command line, the program's name first.
+    """
+    if not arguments or not Path(arguments[0]).name.startswith("twistd"):
+        return None
+    known: Any = twistd.ServerOptions()  # type: ignore[attr-defined]  # chosen by platform, and so not declared
+    try:
+        # Its own parser would install the reactor a second time.
+        given = dict(getopt.getopt(list(arguments[1:]), known.shortOpt, known.longOpt)[0])
+    except getopt.GetoptError:
+        return None
+    path = given.get("--logfile", given.get("-l"))
+    is_daemon = not {"-n", "--nodaemon", "-b", "--debug"} & given.keys()
+    if path == "-" or (path is None and not is_daemon):
+        return None
+    return str(Path(path or _TWISTD_LOG).absolute())
+
+
+class Signals(Service):
+    """SIGTERM and SIGINT once: stop in order. Twice: end at once. SIGHUP: reload the configuration.
+
+    Twisted itself ignores a second SIGTERM, so that only SIGKILL would end a stop that hangs. SIGUSR1 opens the log
+    file again, as with twistd's own; SIGUSR2 and, without a log file, SIGUSR1 are ignored with a line in the log,
+    because by default they end a process.
+
+    :param reopen_log: returns the path, None if there is no log file.
+    """
+
+    name = "signals"
+
+    def __init__(
+        self, reactor: Any, reload: Callable[[], Deferred[Any]], reopen_log: Callable[[], str | None], log: Any
+    ) -> None:
+        self._reopen_log = reopen_log
+        self._log = log
+        self._reactor = reactor
+        self._reload = reload
+        self._came_early = False
+
+    def startService(self) -> None:
+        super().startService()
+        signal.signal(signal.SIGHUP, self._hang_up)
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, self._user_signal)
+        signal.signal(signal.SIGTERM, self._remember)
+        # Twisted installs its own handlers of these when the reactor starts to run, after this.
+        self._reactor.callWhenRunning(self._install)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        """Nothing could stop in order yet."""
+        if self._came_early:
+            _end_at_once(number, frame)
+        self._came_early = True
+
+    def _install(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._once(signal.getsignal(number)))
+        if self._came_early:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def _once(self, stop: Any) -> Callable[[int, FrameType | None], None]:
+        def first(number: int, frame: FrameType | None) -> None:
+            signal.signal(signal.SIGTERM, _end_at_once)
+            signal.signal(signal.SIGINT, _end_at_once)
+            stop(number, frame)
+
+        return first
+
+    def _hang_up(self, _: int, __: FrameType | None) -> None:
+        self._reactor.callFromThread(self._reload_now)
+
+    def _user_signal(self, number: int, _: FrameType | None) -> None:
+        self._reactor.callFromThread(self._user_signalled, signal.Signals(number))
+
+    def _user_signalled(self, number: signal.Signals) -> None:
+        if number == signal.SIGUSR2:
+            self._log.info("signal_ignored", signal=number.name, reason="it has no meaning here")
+            return
+        try:
+            path = self._reopen_log()
+        except OSError as error:
+            self._log.error("log_not_reopened", error=str(error))
+            return
+        if path is None:
+            self._log.info("signal_ignored", signal=number.name, reason="the log goes to standard output")
+        else:
+            self._log.info("log_reopened", file=path)
+
+    def _reload_now(self) -> None:
+        # A refusal has been told, in the log and in the status.
+        self._reload().addErrback(lambda failure: failure.trap(CacheServiceError))
+
+
+def _end_at_once(number: int, _: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    os._exit(128 + number)  # PID 1 is not killed by a signal that it does not handle

@@ -1,0 +1,178 @@
+"""Laws of slow readers: what they keep in memory is bounded, and told."""
+
+from __future__ import annotations
+
+import gc
+import socket
+from datetime import UTC, datetime
+from typing import Any
+from weakref import ref
+
+from twisted.internet import reactor
+from twisted.internet.task import Clock
+from twisted.trial.unittest import SynchronousTestCase, TestCase
+
+from cacheservice.cache.cache import Cache
+from cacheservice.cache.dataset import Snapshot
+from cacheservice.cache.rows import RowsBuilder
+from cacheservice.config import DatasetSettings
+from cacheservice.ports.freshness import Freshness
+from cacheservice.ports.held import HeldSnapshots
+from cacheservice.ports.http import HttpFactory
+from cacheservice.ports.listen import tcp
+from cacheservice.ports.resp.commands import Commands
+from cacheservice.ports.resp.protocol import RespFactory
+from tests.resp_peer import NoRefreshes, encode
+from tests.test_status_port import until
+
+MOMENT = datetime(2026, 1, 2, tzinfo=UTC)
+ROWS = 4000
+DOCUMENT = b'"' + b"x" * 1000 + b'"'
+
+
+class Log:
+    def __init__(self) -> None:
+        self.lines: list[dict[str, Any]] = []
+
+    def warning(self, event: str, **fields: Any) -> None:
+        self.lines.append({"event": event} | fields)
+
+
+def cache_of(*names: str) -> Cache:
+    return Cache([DatasetSettings(name=name, query="SELECT 1", key=("id",)) for name in names], reactor.seconds)
+
+
+def publish(cache: Cache, name: str) -> ref[object]:
+    """The next generation, of 4 MB; a weak reference to its rows."""
+    dataset = cache.dataset(name)
+    builder = RowsBuilder(lambda _: None)
+    builder.add([(b"%d" % number, DOCUMENT) for number in range(ROWS)])
+    rows = builder.finish()
+    dataset.publish(Snapshot(dataset.last_generation + 1, rows, MOMENT, cache.now(), "1:1:"))
+    return ref(rows)
+
+
+class Reader:
+    def __init__(self) -> None:
+        self.dropped = False
+
+    def drop_slow(self) -> str:
+        self.dropped = True
+        return "192.0.2.1:1"
+
+
+class Rules(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.clock, self.log = Clock(), Log()
+        self.cache = Cache(
+            [DatasetSettings(name=name, query="SELECT 1", key=("id",)) for name in ("a", "b")], self.clock.seconds
+        )
+        self.held = HeldSnapshots(self.cache, self.clock, self.log, 2, 60.0)
+
+    def publish(self, name: str) -> None:
+        dataset = self.cache.dataset(name)
+        rows = RowsBuilder(lambda _: None).finish()
+        dataset.publish(Snapshot(dataset.last_generation + 1, rows, MOMENT, self.clock.seconds(), "1:1:"))
+
+    def reading(self, *names: str) -> Reader:
+        reader = Reader()
+        datasets = [self.cache.dataset(name) for name in names]
+        self.held.begin(reader, {each.name: each.snapshot for each in datasets if each.snapshot})
+        return reader
+
+    def test_generations(self) -> None:
+        """Of each dataset so many superseded generations are kept; all readers of an older one are ended."""
+        self.publish("b")
+        other = self.reading("b")
+        readers = []
+        for _ in range(5):
+            self.publish("a")
+            readers.append([self.reading("a"), self.reading("a")])
+        self.assertEqual([reader.dropped for each in readers for reader in each], [True] * 4 + [False] * 6)
+        self.assertEqual(sorted(self.held.superseded()), [("a", 3), ("a", 4)])
+        self.assertFalse(other.dropped)
+        self.assertEqual({line["event"] for line in self.log.lines}, {"slow_reader_ended"})
+        self.assertIn("2 newer generations of a are being read", self.log.lines[0]["reason"])
+
+    def test_time(self) -> None:
+        """An answer has its time once its generation is superseded, from its own beginning; never before."""
+        self.publish("a")
+        first, whole = self.reading("a"), self.reading("a", "b")
+        self.clock.advance(50)
+        self.publish("a")
+        self.clock.advance(9)
+        self.assertFalse(first.dropped)
+        self.clock.advance(2)
+        self.assertTrue(first.dropped and whole.dropped)
+        self.assertEqual(self.held.superseded(), {})
+        served = self.reading("a")
+        self.clock.advance(1000)
+        self.assertFalse(served.dropped)
+
+    def test_an_answer_that_ends(self) -> None:
+        """It leaves nothing, no timer either."""
+        self.publish("a")
+        snapshot = self.cache.dataset("a").snapshot
+        assert snapshot is not None
+        hold = self.held.begin(Reader(), {"a": snapshot})
+        self.publish("a")
+        self.held.end(hold)
+        self.held.end(hold)
+        self.assertEqual((self.held.superseded(), self.clock.getDelayedCalls()), ({}, []))
+
+
+class OnThePorts(TestCase):
+    timeout = 120
+
+    def setUp(self) -> None:
+        self.cache, self.log = cache_of("a"), Log()
+        self.held = HeldSnapshots(self.cache, reactor, self.log, 2, 600.0)
+        freshness = Freshness(NoRefreshes(), self.cache.database, reactor)  # type: ignore[arg-type]
+        self.resp = RespFactory(self.cache, Commands(self.cache, freshness, ""), 100, 60, reactor, held=self.held)
+        self.http = HttpFactory(
+            cache=self.cache,
+            freshness=freshness,
+            refreshes=NoRefreshes(),  # type: ignore[arg-type]
+            max_connections=100,
+            idle_timeout_s=60,
+            reactor=reactor,
+            held=self.held,
+        )
+        self.ports = {}
+        for name, factory in (("resp", self.resp), ("http", self.http)):
+            port = tcp(reactor, "127.0.0.1", 0, factory)()
+            self.addCleanup(port.stopListening)
+            self.addCleanup(factory.close_clients)
+            self.ports[name] = port.getHost().port
+
+    def connect(self, port: str, request: bytes) -> socket.socket:
+        client = socket.socket()
+        self.addCleanup(client.close)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", self.ports[port]))
+        client.sendall(request)
+        return client
+
+    async def test_slow_readers(self) -> None:
+        """Twelve clients that read each another generation, in every way that streams, keep two besides the served."""
+        requests = [
+            ("resp", encode("HGETALL", "a")),
+            ("resp", encode("HVALS", "a")),
+            ("resp", encode("MULTI") + encode("HGETALL", "a") + encode("EXEC")),
+            ("resp", encode("MGET", *(f"a:{number}" for number in range(ROWS)))),
+            ("resp", encode("HMGET", "a", *range(ROWS))),
+            ("http", b"GET /v1/datasets/a HTTP/1.1\r\nHost: a\r\n\r\n"),
+            ("http", b"GET /v1/datasets/a HTTP/1.1\r\nHost: a\r\nAccept: application/x-ndjson\r\n\r\n"),
+        ]
+        rows = []
+        for number in range(2 * len(requests)):
+            rows.append(publish(self.cache, "a"))
+            self.connect(*requests[number % len(requests)])
+            began = number + 1
+            await until(lambda began=began: len(self.log.lines) + len(self.held._holds) >= began)
+        publish(self.cache, "a")
+        gc.collect()
+        self.assertEqual(len(self.held.superseded()), 2)
+        await until(lambda: gc.collect() >= 0 and sum(each() is not None for each in rows) <= 2)
+        ended = self.resp.rejected["slow_client"] + self.http.rejected["slow_client"]
+        self.assertEqual((len(self.log.lines), ended), (12, 12))

@@ -1,0 +1,160 @@
+"""Laws of what the process owes to who started it: signals, the log file, and the commands of service managers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from cacheservice import config
+from cacheservice.process import log_file
+from tests.test_twistd import GIVE_UP_S, PRODUCTS, DaemonTestCase, until
+
+TO_A_FILE = ("sh", "-c", 'exec "$0" "$@" --logfile=service.log')
+
+
+class Arguments(SynchronousTestCase):
+    def test_where_twistd_was_told_to_log(self) -> None:
+        """As twistd's own options say, however they are written; nothing for another program."""
+        here = str(Path("x.log").absolute())
+        for arguments, wanted in (
+            (["/usr/bin/twistd", "-noy", "a.tac", "--pidfile="], None),
+            (["twistd", "-noy", "a.tac", "--logfile", "x.log"], here),
+            (["twistd", "--logfile=x.log", "--nodaemon", "-y", "a.tac"], here),
+            (["twistd3", "-l", "x.log", "-ny", "a.tac"], here),
+            (["twistd", "-noy", "a.tac", "-l", "-"], None),
+            (["twistd", "-oy", "a.tac"], str(Path("twistd.log").absolute())),
+            (["twistd", "--nonsense"], None),
+            (["cacheservice", "run"], None),
+            ([], None),
+        ):
+            self.assertEqual(log_file(arguments), wanted, arguments)
+
+
+class Process(DaemonTestCase):
+    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("CACHESERVICE_")}
+        return subprocess.run(
+            [sys.executable, "-m", "cacheservice", *arguments],
+            check=False,
+            cwd=self.directory,
+            env={**inherited, "PYTHONPATH": str(Path(__file__).parent.parent)},
+            capture_output=True,
+            text=True,
+            timeout=GIVE_UP_S,
+        )
+
+    def until_logged(self, path: Path, event: str) -> None:
+        until(lambda: path.exists() and f'"{event}"' in path.read_text(), event)
+
+    def test_signals_of_users(self) -> None:
+        """SIGUSR1 and SIGUSR2 do not end it; a line says why nothing happens."""
+        daemon = self.started()
+        daemon.wait_until_ready()
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            daemon.process.send_signal(number)
+            until(lambda number=number: [x for x in daemon.lines if x.get("signal") == number.name], "the signal")  # type: ignore[misc]
+        self.assertEqual(daemon.ask("ruok"), "imok")
+
+    def test_a_log_file(self) -> None:
+        """twistd's --logfile gets the log; SIGUSR1 begins it again after a rotation, and no line is lost."""
+        port = socket.create_server(("127.0.0.1", 0))
+        number = port.getsockname()[1]
+        port.close()
+        daemon = self.started(self.configuration(port=number), before=TO_A_FILE)
+        log, old = self.directory / "service.log", self.directory / "service.log.1"
+        self.until_logged(log, "service_started")
+        log.rename(old)
+        daemon.process.send_signal(signal.SIGUSR1)
+        self.until_logged(log, "log_reopened")
+        daemon.process.send_signal(signal.SIGTERM)
+        daemon.process.wait(GIVE_UP_S)
+        self.assertIn("service_stopped", log.read_text())
+        self.assertEqual((daemon.output, log.stat().st_mode & 0o777), ("", 0o640 & ~_umask()))
+
+    def test_a_log_file_that_cannot_be_written(self) -> None:
+        """It does not start, and says why in one line."""
+        nowhere = ("sh", "-c", 'exec "$0" "$@" --logfile=missing/service.log')
+        daemon = self.started(before=nowhere)
+        self.assertEqual(daemon.process.wait(GIVE_UP_S), 1)
+        self.assertRegex(daemon.errors, r"^cacheservice: --logfile: .*missing/service.log: no such file or dir.*\n$")
+
+    def test_health(self) -> None:
+        """It asks where the configuration says, be that all addresses, and tells alive from ready and dead."""
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        text = self.configuration(dsn="postgresql://nobody@127.0.0.1:1/x", port=port)
+        daemon = self.started(text.replace("[status]\n", '[status]\nhost = "::"\n'))
+        daemon.event("service_started")
+        alive, ready = self.command("health"), self.command("health", "--ready")
+        self.assertEqual((alive.returncode, alive.stdout), (0, "imok\n"))
+        self.assertEqual(ready.returncode, 1)
+        self.assertRegex(ready.stderr, r"answered ready with 'notready products:never_loaded'\n$")
+        daemon.end()
+        dead = self.command("health")
+        self.assertEqual(dead.returncode, 1)
+        self.assertIn("connection refused", dead.stderr)
+
+    def test_all_addresses(self) -> None:
+        """ "::" is IPv6 and IPv4 alike, on each port."""
+        text = self.configuration().replace("port = 0\n", 'port = 0\nhost = "::"\n')
+        daemon = self.started(text.replace("[resp]\n", '[resp]\npassword = "x"\n'))
+        started = daemon.event("service_started")
+        for name in ("status", "resp", "http"):
+            self.assertIn(started[name].rpartition(":")[0], ("[::]", "0.0.0.0"))
+            port = int(started[name].rpartition(":")[2])
+            for host in ("127.0.0.1", "::1") if started[name].startswith("[") else ("127.0.0.1",):
+                socket.create_connection((host, port), timeout=GIVE_UP_S).close()
+
+    def test_reload(self) -> None:
+        """It waits for the result: 0 with what was read, 1 with every problem and a service that goes on."""
+        admin = f'[admin]\nsocket = "{self.directory}/admin"\n'
+        good = self.configuration(PRODUCTS, admin)
+        daemon = self.started(good)
+        daemon.wait_until_ready()
+        told = self.command("reload")
+        self.assertEqual((told.returncode, told.stderr), (0, ""))
+        path = self.directory / "cacheservice.toml"
+        self.assertRegex(
+            told.stdout, f"^OK reloaded: 0 added, 0 changed, 0 removed, 1 unchanged; from {path}, modified 20"
+        )
+        self.assertIn(", configuration of 20", daemon.ask("status"))
+        path.write_text(good + "[limits]\nmax_connections = 0\nnonsense = 1\n")
+        told = self.command("reload")
+        self.assertEqual((told.returncode, told.stdout), (1, ""))
+        self.assertIn("limits.max_connections: must be at least 1", told.stderr)
+        self.assertIn("limits.nonsense: unknown key", told.stderr)
+        self.assertEqual(daemon.ask("ready"), "ready")
+        daemon.end()
+        path.write_text(good)
+        told = self.command("reload")
+        self.assertEqual(told.returncode, 1)
+        self.assertRegex(told.stderr, r"no answer from .*/admin: .*; is the service running")
+        path.write_text(self.configuration(PRODUCTS))
+        self.assertIn("set admin.socket, or send SIGHUP", self.command("reload").stderr)
+
+
+class ConfigurationFile(SynchronousTestCase):
+    def test_a_file_without_a_name(self) -> None:
+        """A file that was replaced where it is mounted from has no name any more, and is known by that."""
+        path = Path(self.mktemp())
+        path.write_text("")
+        self.assertFalse(config.config_file({"CACHESERVICE_CONFIG": str(path)}).is_replaced)
+        with path.open() as opened:
+            path.unlink()
+            path.write_text("")  # its successor
+            there: dict[str, Any] = {"CACHESERVICE_CONFIG": f"/proc/self/fd/{opened.fileno()}"}
+            self.assertTrue(config.config_file(there).is_replaced)
+        self.assertIsNone(config.config_file({"CACHESERVICE_CONFIG": "nowhere.toml"}).modified_at)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
