@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -108,6 +109,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="copy the services' logs to files that begin so")
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # and stop what was started
     directory = Path(tempfile.mkdtemp(prefix="cacheservice-jepsen-"))
     directory.chmod(0o755)
     try:
