@@ -37,7 +37,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from cacheservice import session_rules
+from cacheservice import query_text, session_rules
 from cacheservice.errors import ConfigError
 from cacheservice.toml_errors import explained
 
@@ -105,6 +105,7 @@ def _tables(value: object) -> object:
     return tuple(value)
 
 
+_Sql = Annotated[str, AfterValidator(query_text.closed)]
 _SearchPath = Annotated[str, AfterValidator(session_rules.search_path)]
 _SessionSettings = Annotated[Mapping[str, str], BeforeValidator(session_rules.session_settings)]
 # A duration that becomes a timer of the reactor.
@@ -290,7 +291,7 @@ class DefaultsSettings(_Table):
         default="",
         description="LISTEN channel: a NOTIFY starts a refresh at once; a JSON list of keys limits it to them",
     )
-    probe: str = Field(
+    probe: _Sql = Field(
         default="", description="SQL that gives one value; while it is unchanged, there is nothing to fetch"
     )
     group: str = Field(
@@ -317,7 +318,7 @@ class DatasetSettings(DefaultsSettings):
     """One declared query. `key` is the columns whose values, joined with ``:``, name a row."""
 
     name: str
-    query: str = Field(min_length=1, description="the SQL whose result is kept")
+    query: _Sql = Field(min_length=1, description="the SQL whose result is kept")
     key: Annotated[tuple[str, ...], BeforeValidator(_columns)] = Field(
         description='the column that names a row, or a list of columns to join with ":"'
     )

@@ -10,8 +10,6 @@ from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 import psycopg2
-from sqlparse.lexer import tokenize
-from sqlparse.tokens import Comment, Whitespace
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import deferLater
 
@@ -33,6 +31,7 @@ from cacheservice.postgres.guard import GuardedConnection
 from cacheservice.postgres.server import LIFE, Life, Servers
 from cacheservice.postgres.session_settings import Limits, begin_reading
 from cacheservice.postgres.sessions import Sessions
+from cacheservice.postgres.statements import columns_query, probe_query, quoted, rows_query, whole_query
 from cacheservice.postgres.target import Resolve, Target
 
 _BEGIN = """\
@@ -288,11 +287,11 @@ class Database:
         """The rows of the keys that were recorded."""
         if not keys:
             return replace(reading, kind="unchanged")
-        columns = [f"q.{_quoted(column)}" for column in dataset.key]
+        columns = [f"q.{quoted(column)}" for column in dataset.key]
         if any(None in key for key in keys):
             # A row of a watched table without a key may be one of the query, too, and must not pass unnoticed.
             nulls = " OR ".join(f"{column} IS NULL" for column in columns)
-            sql = f"SELECT 1 FROM (\n{_without_ending(dataset.query)}\n) AS q WHERE {nulls} LIMIT 1"  # noqa: S608
+            sql = f"{whole_query(dataset.query)} WHERE {nulls} LIMIT 1"
             if (await self._execute_asking_in(moment, sql, dataset.name)).rowcount:
                 raise BadResult("the key of a row is NULL; every row needs a key")
         predicate = deltas.key_predicate(columns, keys)
@@ -305,7 +304,7 @@ class Database:
         """The rows of the keys that were notified of."""
         if not keys:
             return replace(reading, kind="unchanged")
-        columns = [f"q.{_quoted(column)}" for column in dataset.key]
+        columns = [f"q.{quoted(column)}" for column in dataset.key]
         if len(columns) == 1:
             predicate = deltas.key_predicate(columns, [(key,) for key in keys])
         else:
@@ -414,40 +413,6 @@ def _fetch(rows: int) -> str:
 def _next_chunk_rows(last: int, taken: RowsBuilder | deltas.ChangedRows) -> int:
     average_bytes = taken.size_bytes // taken.count if taken.count else _CHUNK_BYTES
     return max(1, min(last * 4, _MOST_CHUNK_ROWS, _CHUNK_BYTES // max(1, average_bytes)))
-
-
-def rows_query(query: str, key: Sequence[str]) -> str:
-    """The SQL that gives (key, document) of each row: PostgreSQL renders both, so types look as it shows them."""
-    columns = " || ':' || ".join(f"q.{_quoted(column)}::text" for column in key)
-    # q.* is the whole row even where a column is named q.
-    return f"SELECT {columns}, row_to_json(q.*)::text FROM (\n{_without_ending(query)}\n) AS q"  # noqa: S608  # the operator's own query
-
-
-def columns_query(query: str) -> str:
-    """The SQL whose result has the query's columns and no row; PostgreSQL plans it and runs nothing."""
-    return f"{whole_query(query)} LIMIT 0"
-
-
-def whole_query(query: str) -> str:
-    """The SQL that gives the query's rows with its columns."""
-    return f"SELECT * FROM (\n{_without_ending(query)}\n) AS q"  # noqa: S608  # the operator's own query
-
-
-def probe_query(probe: str) -> str:
-    """The SQL whose one value is the probe's, as text."""
-    return f"SELECT (\n{_without_ending(probe)}\n)::text"
-
-
-def _without_ending(query: str) -> str:
-    """`query` up to its last word: a semicolon after it, which a comment may follow, has no place in a subquery."""
-    words = list(tokenize(query))
-    while words and (words[-1][0] in Whitespace or words[-1][0] in Comment or words[-1][1] == ";"):
-        words.pop()
-    return "".join(text for _, text in words)
-
-
-def _quoted(identifier: str) -> str:
-    return '"' + identifier.replace('"', '""') + '"'
 
 
 def _planned_rows(plan: Any) -> int:

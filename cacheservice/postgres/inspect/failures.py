@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 import psycopg2
 
-from cacheservice.postgres.database import whole_query
 from cacheservice.postgres.inspect.findings import Finding
 from cacheservice.postgres.inspect.look import SCHEMAS, STATEMENT_TIMEOUT_MS, Look
+from cacheservice.postgres.statements import whole_query
 from cacheservice.postgres.target import parse
 from cacheservice.postgres.translate import translate
 

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import psycopg2
 
 from cacheservice.postgres import deltas
-from cacheservice.postgres.database import rows_query
 from cacheservice.postgres.inspect.failures import finding
 from cacheservice.postgres.inspect.findings import Key, Size
 from cacheservice.postgres.inspect.look import STATEMENT_TIMEOUT_MS, Look
 from cacheservice.postgres.inspect.plans import only_table
+from cacheservice.postgres.statements import rows_query
 
 _SAMPLE_TIMEOUT_MS = 5000
 SAMPLE_ROWS = 10_000

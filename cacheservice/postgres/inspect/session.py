@@ -11,7 +11,6 @@ import psycopg2
 from cacheservice.config import DatasetSettings, PostgresSettings
 from cacheservice.errors import InspectionFailed
 from cacheservice.postgres import deltas
-from cacheservice.postgres.database import columns_query
 from cacheservice.postgres.inspect import keys
 from cacheservice.postgres.inspect.failures import step
 from cacheservice.postgres.inspect.findings import Column, Finding, Inspection, Server
@@ -19,6 +18,7 @@ from cacheservice.postgres.inspect.look import LOCK_TIMEOUT_MS, STATEMENT_TIMEOU
 from cacheservice.postgres.inspect.tables import explain
 from cacheservice.postgres.inspect.watching import describe_deltas, look_at_channel, look_at_probe, look_at_watches
 from cacheservice.postgres.session_settings import Limits, begin_reading
+from cacheservice.postgres.statements import columns_query
 from cacheservice.postgres.target import parse
 from cacheservice.postgres.translate import translate
 

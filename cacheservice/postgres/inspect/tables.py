@@ -6,10 +6,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from cacheservice.postgres.database import whole_query
 from cacheservice.postgres.inspect.failures import step
 from cacheservice.postgres.inspect.look import Look
 from cacheservice.postgres.inspect.plans import nodes, scanned_table, worst_node
+from cacheservice.postgres.statements import whole_query
 
 
 def explain(look: Look) -> Mapping[str, Any] | None:

@@ -6,10 +6,10 @@ import re
 from collections.abc import Sequence
 
 from cacheservice.postgres import deltas
-from cacheservice.postgres.database import probe_query
 from cacheservice.postgres.inspect.failures import step
 from cacheservice.postgres.inspect.findings import Finding
 from cacheservice.postgres.inspect.look import Look
+from cacheservice.postgres.statements import probe_query
 
 
 def describe_deltas(look: Look, key_oids: Sequence[int], origins: Sequence[tuple[int | None, int | None]]) -> None:

@@ -1,0 +1,34 @@
+"""The SQL around a dataset's query and probe, whose text stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cacheservice.query_text import without_semicolon
+
+
+def rows_query(query: str, key: Sequence[str]) -> str:
+    """The SQL that gives (key, document) of each row: PostgreSQL renders both, so types look as it shows them."""
+    columns = " || ':' || ".join(f"q.{quoted(column)}::text" for column in key)
+    # q.* is the whole row even where a column is named q.
+    return f"SELECT {columns}, row_to_json(q.*)::text FROM (\n{without_semicolon(query)}\n) AS q"  # noqa: S608  # the operator's own query
+
+
+def columns_query(query: str) -> str:
+    """The SQL whose result has the query's columns and no row; PostgreSQL plans it and runs nothing."""
+    return f"{whole_query(query)} LIMIT 0"
+
+
+def whole_query(query: str) -> str:
+    """The SQL that gives the query's rows with its columns."""
+    return f"SELECT * FROM (\n{without_semicolon(query)}\n) AS q"  # noqa: S608  # the operator's own query
+
+
+def probe_query(probe: str) -> str:
+    """The SQL whose one value is the probe's, as text."""
+    return f"SELECT (\n{without_semicolon(probe)}\n)::text"
+
+
+def quoted(identifier: str) -> str:
+    """`identifier` as SQL writes it, whatever characters it has."""
+    return '"' + identifier.replace('"', '""') + '"'
