@@ -20,6 +20,7 @@ from twisted.protocols.basic import LineReceiver
 
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Attempt, Snapshot
+from cacheservice.cache.lag import NO_LAG
 from cacheservice.cache.rows import RowsBuilder
 from cacheservice.config import DatasetSettings
 from cacheservice.ports.freshness import Freshness
@@ -60,7 +61,7 @@ def filled_cache(now: Callable[[], float], row_count: int = ROWS) -> Cache:
     """products: 1,000 rows. empty: none. strict: 3 rows, refused when expired. prices: never loaded."""
     names = [declared("products"), declared("empty"), declared("strict", on_expired="refuse"), declared("prices")]
     cache = Cache(names, now)
-    cache.database.seen(PRIMARY)
+    cache.database.seen(PRIMARY, NO_LAG)
     publish(cache, "products", range(row_count))
     publish(cache, "empty", range(0))
     publish(cache, "strict", range(3))

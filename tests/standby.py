@@ -84,8 +84,6 @@ def running_standby(
         common: dict[str, Any] = {"cwd": folder, "stdin": subprocess.DEVNULL, **server_identity(server)}
         primary = f"host={server.socket_directory} port={server.port} user=postgres"
         source = ["-h", server.socket_directory, "-p", str(server.port), "-U", "postgres"]
-        if of is not None:
-            source = ["-h", "127.0.0.1", "-p", str(of.port), "-U", "postgres"]
         copy = [_programs() / "pg_basebackup", *source, "-D", data, "-X", "stream", "-c", "fast", "-R"]
         subprocess.run(copy, check=True, capture_output=True, **common)
         options = {
@@ -93,6 +91,7 @@ def running_standby(
             # pg_basebackup writes what its own libpq knows, which an older server does not.
             **({"primary_conninfo": primary} if of is None else {}),
             **({} if streaming else {"primary_conninfo": ""}),
+            **({} if of is None else {"primary_conninfo": of()}),
             **settings,
             "listen_addresses": "127.0.0.1",
             "port": str(port),

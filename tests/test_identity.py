@@ -96,10 +96,13 @@ class OnServers(ServiceTestCase):
     async def read(self, database: Database, since: Snapshot | None = None, **more: Any) -> tuple[Reading, Snapshot]:
         """Read `things`, by a delta or a probe if one will do; the snapshot is what the next one may start from."""
         settings = declare("things", **({"watch": [{"table": "public.things", "key": "id"}]} | more))
-        builder = RowsBuilder(lambda _: None)
-        wanted = Wanted(settings, builder, since=since, most_keys=1000)
+        wanted = Wanted(settings, lambda: RowsBuilder(lambda _: None), since=since, most_keys=1000)
         (reading,) = await database.read_together([wanted])
-        rows = builder.finish() if since is None or reading.kind == "all" else since.rows
+        if since is not None and reading.kind != "all":
+            rows = since.rows
+        else:
+            assert reading.rows is not None
+            rows = reading.rows.finish()
         snapshot = Snapshot(
             1,
             rows,

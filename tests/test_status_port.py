@@ -240,7 +240,13 @@ class Replies(PortTestCase):
                     "ready": False,
                     "not_ready": {"prices": "never_loaded"},
                 },
-                "postgres": {"state": "down", "error": "connection refused", "connections": 0, "listening": False},
+                "postgres": {
+                    "state": "down",
+                    "error": "connection refused",
+                    "connections": 0,
+                    "listening": False,
+                    "standby": None,
+                },
                 "datasets": {
                     "products": {
                         "state": "fresh",

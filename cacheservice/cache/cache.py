@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, Protocol
 from cacheservice.cache.counts import Counts
 from cacheservice.cache.dataset import Dataset, State
 from cacheservice.cache.identity import ServerIdentity
+from cacheservice.cache.lag import NO_LAG, Lag
 from cacheservice.config import ConfigFile, DatasetSettings
 from cacheservice.errors import UnknownDataset
 
@@ -21,13 +22,14 @@ class DatabaseStatus:
 
     `listening_wanted` says whether any dataset waits for notifications; `listening` whether they arrive, as it was
     last proven at `listening_proven_at` on the monotonic clock; `listening_problem` why they do not. `server` is the
-    one that was read last, None before the first read.
+    one that was read last, None before the first read; `lag` how far it was behind its primary, if it is a standby.
     """
 
     def __init__(self) -> None:
         self.state: Literal["up", "down", "unknown"] = "unknown"
         self.error: str | None = None
         self.server: ServerIdentity | None = None
+        self.lag: Lag = NO_LAG
         self.connections = 0
         self.listening_wanted = False
         self.listening = False
@@ -38,9 +40,10 @@ class DatabaseStatus:
     def answered(self) -> None:
         self.state, self.error = "up", None
 
-    def seen(self, server: ServerIdentity | None) -> None:
+    def seen(self, server: ServerIdentity | None, lag: Lag) -> None:
         """A transaction runs on `server`, or what was read from it is to be published."""
         self.server = server
+        self.lag = lag
 
     def failed(self, error: str) -> None:
         self.state, self.error = "down", error

@@ -13,6 +13,7 @@ from cacheservice.cache.changes import Change
 from cacheservice.cache.counts import Counts
 from cacheservice.cache.history import LastHour, Outcome
 from cacheservice.cache.identity import ServerIdentity, is_visible, why_another
+from cacheservice.cache.lag import NO_LAG, Lag
 from cacheservice.cache.rows import Groups, Rows, RowsBuilder
 from cacheservice.config import DatasetSettings
 from cacheservice.errors import Blocker
@@ -41,7 +42,7 @@ class Snapshot:
     publish changed, None if it came from elsewhere; `rolled_back_to` the saved generation that a rollback published
     anew as this one. `watch_state` is what `cacheservice.changes` told of the watched tables, empty if deltas cannot
     start from here; `probe` what the probe gave, None if there was none. `server` is the one that it was read from,
-    None if that is not known.
+    None if that is not known. `as_of` and `read_at` are earlier by the `lag` of a standby.
     """
 
     generation: int
@@ -56,6 +57,12 @@ class Snapshot:
     watch_state: str = ""
     probe: str | None = None
     server: ServerIdentity | None = None
+    lag: Lag = NO_LAG
+
+    @property
+    def began_at(self) -> float:
+        """The monotonic clock just before its transaction began."""
+        return self.read_at + self.lag.seconds
 
     def includes(self, transaction_id: int, present: ServerIdentity | None) -> bool:
         """Whether it shows what a committed transaction of the server `present` did."""

@@ -42,6 +42,9 @@ def describe_database(database: DatabaseStatus) -> dict[str, Any]:
         "error": database.error,
         "connections": database.connections,
         "listening": database.listening,
+        "standby": None
+        if database.server is None or not database.server.in_recovery
+        else {"lag_s": seconds(database.lag.seconds), "known": database.lag.known, "problem": database.lag.problem},
     }
 
 

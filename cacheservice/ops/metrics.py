@@ -236,6 +236,17 @@ class _Service:
                 "1 while notifications of PostgreSQL arrive; not there if no dataset waits for any.",
                 int(database.listening),
             )
+        if database.server is not None and database.server.in_recovery:
+            yield GaugeMetricFamily(
+                "cacheservice_standby_lag_seconds",
+                "How far the standby that is read may be behind its primary at most; not there for a primary.",
+                round(database.lag.seconds, 3),
+            )
+            yield GaugeMetricFamily(
+                "cacheservice_standby_lag_known",
+                "0 while it is not known whether the standby hears from its primary; not there for a primary.",
+                int(database.lag.known),
+            )
         yield GaugeMetricFamily(
             "cacheservice_refresh_queue_depth",
             "Refreshes that are due and wait for a connection, or for postgres.max_load.",

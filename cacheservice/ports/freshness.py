@@ -63,7 +63,7 @@ class Freshness:
             left_s = deadline_at - self._clock.seconds()
             if left_s <= 0:
                 return False
-            if dataset.snapshot and dataset.snapshot.read_at >= moment:
+            if dataset.snapshot and dataset.snapshot.began_at >= moment:
                 # Read after we asked and still not enough: the transaction has not ended yet. Not again at once.
                 await self._published(dataset, min(pause_s, left_s))
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

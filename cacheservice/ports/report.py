@@ -12,6 +12,7 @@ from cacheservice import __version__
 from cacheservice.cache.cache import Cache, ConnectionCap, DatabaseStatus, Rejection
 from cacheservice.cache.dataset import Attempt, Dataset, State
 from cacheservice.cache.describe import describe, describe_attempt, describe_blocker, describe_dataset, in_short
+from cacheservice.cache.lag import Lag
 
 
 def ready_line(cache: Cache) -> str:
@@ -28,7 +29,7 @@ def status_table(cache: Cache, only: Dataset | None = None) -> str:
     head = (
         f"cacheservice {__version__}: {_readiness(cache)}, "
         f"PostgreSQL {database.state}, up {duration(cache.now() - cache.started_at)}"
-        f"{_cap_words(cache.connection_cap)}{_listening_words(database)}"
+        f"{_cap_words(cache.connection_cap)}{_lag_words(database)}{_listening_words(database)}"
     )
     if cache.config_file is not None and cache.config_file.modified_at is not None:
         head += f", configuration of {cache.config_file.modified_at.isoformat(sep=' ', timespec='seconds')}"
@@ -47,6 +48,20 @@ def _cap_words(cap: ConnectionCap | None) -> str:
 
 def _readiness(cache: Cache) -> str:
     return "stopping" if cache.stopping else "ready" if cache.is_ready else "not ready"
+
+
+def _lag_words(database: DatabaseStatus) -> str:
+    if database.server is None or not database.server.in_recovery:
+        return ""
+    lag = database.lag
+    if not lag.problem:
+        return ", a standby"
+    return f", a standby {_behind(lag)}: {lag.problem}"
+
+
+def _behind(lag: Lag) -> str:
+    """As far as it is known."""
+    return f"{'' if lag.known else 'perhaps '}up to {duration(lag.seconds)} behind"
 
 
 def _listening_words(database: DatabaseStatus) -> str:
@@ -157,7 +172,7 @@ def _attempt_line(attempt: Attempt) -> str:
 
 def why(dataset: Dataset, cache: Cache) -> str:
     """Plain sentences: the state and why it is so, who is in the way, what happens next."""
-    sentences = [*_state_sentences(dataset), *_failure_sentences(dataset, cache)]
+    sentences = [*_state_sentences(dataset), *_lag_sentences(dataset), *_failure_sentences(dataset, cache)]
     if dataset.settings.notify or dataset.settings.watch:
         sentences += filter(None, [listening_sentence(cache, cache.now())])
     if dataset.differences:
@@ -215,6 +230,13 @@ def _state_sentences(dataset: Dataset) -> Iterator[str]:
         yield f"Its publish added {change.added:,}, changed {change.changed:,} and removed {change.removed:,} rows."
     if (settings.watch or settings.notify or settings.probe) and dataset.attempts and dataset.attempts[-1].how:
         yield f"The last attempt read {dataset.attempts[-1].how}."
+
+
+def _lag_sentences(dataset: Dataset) -> Iterator[str]:
+    snapshot = dataset.snapshot
+    if snapshot is not None and snapshot.lag.problem:
+        lag = snapshot.lag
+        yield f"It was read from a standby that is {_behind(lag)}, which its age includes: {lag.problem}."
 
 
 def _failure_sentences(dataset: Dataset, cache: Cache) -> Iterator[str]:

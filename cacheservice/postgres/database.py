@@ -16,12 +16,14 @@ from twisted.internet.task import deferLater
 from cacheservice.cache.cache import DatabaseStatus
 from cacheservice.cache.dataset import Snapshot
 from cacheservice.cache.identity import ServerIdentity, why_another
+from cacheservice.cache.lag import NO_LAG, Lag
 from cacheservice.cache.rows import RowsBuilder
 from cacheservice.config import DatasetSettings
 from cacheservice.errors import (
     BadResult,
     Blocker,
     CacheServiceError,
+    DatabaseUnavailable,
     LockTimeout,
 )
 from cacheservice.postgres import deltas
@@ -31,6 +33,7 @@ from cacheservice.postgres.guard import GuardedConnection
 from cacheservice.postgres.server import LIFE, Life, Servers
 from cacheservice.postgres.session_settings import Limits, begin_reading
 from cacheservice.postgres.sessions import Sessions
+from cacheservice.postgres.standby import Standbys
 from cacheservice.postgres.statements import columns_query, probe_query, quoted, rows_query, whole_query
 from cacheservice.postgres.target import Resolve, Target
 
@@ -54,6 +57,8 @@ _LOCK_SHARE = 0.9
 _ASK_SHARE = 0.75
 """Who holds the lock is asked for before the wait for it ends: afterwards the server no longer knows."""
 _ASK_TIMEOUT_S = 5.0
+_MOST_BEGINS = 5
+"""A standby is asked for its lag before a transaction: the first, and one on another server, begins again for that."""
 
 _MOST_CHUNK_ROWS = 1000
 _CHUNK_BYTES = 256 * 1024
@@ -72,7 +77,7 @@ class Reading:
     `rows`; a delta, which is in `changed` (None for a row that is gone); or that nothing is to be read. `because`
     says why it was all rows although there was something to start from. `may_differ` are the keys that had changed
     by what the triggers recorded, None if that is not known; no other row may differ from what there was. `server` is
-    the one that was read.
+    the one that was read. `as_of` and `read_at` are earlier by the `lag` of a standby.
     """
 
     as_of: datetime
@@ -87,6 +92,12 @@ class Reading:
     probe: str | None = None
     server: ServerIdentity | None = None
     rows: RowsBuilder | None = None
+    lag: Lag = NO_LAG
+
+    @property
+    def began_at(self) -> float:
+        """The monotonic clock just before the transaction began."""
+        return self.read_at + self.lag.seconds
 
 
 class Wanted(NamedTuple):
@@ -135,6 +146,7 @@ class Database:
         self._reactor = reactor
         self._status = status
         self._servers = Servers()
+        self._standbys = Standbys()
         self._sessions = Sessions(reactor, target, connect_timeout_s, status)
 
     @property
@@ -150,6 +162,7 @@ class Database:
     def configure(self, target: Target, connect_timeout_s: float) -> None:
         """Open sessions so from now on."""
         self._servers.forget()
+        self._standbys.forget()
         self._sessions.configure(target, connect_timeout_s)
 
     def stop(self) -> None:
@@ -214,7 +227,19 @@ class Database:
     async def _begin(
         self, guard: GuardedConnection, datasets: Sequence[DatasetSettings], attempt: str, deadline_at: float
     ) -> _Moment:
+        for _ in range(_MOST_BEGINS):
+            moment = await self._begin_once(guard, datasets, attempt, deadline_at)
+            if moment is not None:
+                return moment
+            await guard.execute("ROLLBACK")
+        raise DatabaseUnavailable("each statement came to another server; name one server, or pool by session")
+
+    async def _begin_once(
+        self, guard: GuardedConnection, datasets: Sequence[DatasetSettings], attempt: str, deadline_at: float
+    ) -> _Moment | None:
+        """None if the server is a standby that was not asked for its lag before."""
         read_at = self._reactor.seconds()
+        facts = await self._standbys.ask(guard)
         remaining_ms = guard.remaining_s() * 1000
         purpose = datasets[0].group or datasets[0].name
         guard.work_for(f"cacheservice {purpose} {attempt}".rstrip())
@@ -236,9 +261,14 @@ class Database:
         cursor = await self._execute_asking(guard, begin, purpose, guard.pid, deadline_at)
         ((epoch_s, snapshot, pid, can_tell, *life),) = cursor.fetchall()
         server = await self._servers.identify(guard, Life(*life))
-        self._status.seen(server)
-        as_of = datetime.fromtimestamp(float(epoch_s), UTC)
-        return _Moment(guard, deadline_at, pid, can_tell, Reading(as_of, read_at, snapshot.decode(), server=server))
+        self._standbys.expect(server.in_recovery)
+        if server.in_recovery and (facts is None or facts.started_us != server.started_us):
+            return None
+        lag = self._standbys.lag(facts, read_at) if server.in_recovery else NO_LAG
+        self._status.seen(server, lag)
+        as_of = datetime.fromtimestamp(float(epoch_s) - lag.seconds, UTC)
+        reading = Reading(as_of, read_at - lag.seconds, snapshot.decode(), server=server, lag=lag)
+        return _Moment(guard, deadline_at, pid, can_tell, reading)
 
     async def _read_one(self, moment: _Moment, wanted: Wanted, builder: RowsBuilder) -> Reading:
         dataset, reading = wanted.dataset, moment.reading

@@ -444,7 +444,7 @@ class Refresher:
             if dataset.settings.notify:
                 self._told[dataset.name] = None  # the keys that were told are not served yet; triggers keep theirs
             reason = refused or f"is of one group with {first}, whose result {why_first}"
-            took_s = self._clock.seconds() - reading.read_at
+            took_s = self._clock.seconds() - reading.began_at
             dataset.hold(reason, rows.count, datetime.now(UTC))
             advice = (
                 f"if the result is right, say 'accept {dataset.name if refused else first}' on the admin socket, "
@@ -464,7 +464,7 @@ class Refresher:
         changes = await self._changes(results)
         self._status.answered()
         # Again, so that a transaction that is waited for is looked for on this server, whatever was read meanwhile.
-        self._status.seen(results[0].reading.server)
+        self._status.seen(results[0].reading.server, results[0].reading.lag)
         for result, change in zip(results, changes, strict=True):
             self._publish_one(result, change, this, queued_s)
         for dataset, expiry in zip(self.datasets, self._expiries, strict=True):
@@ -476,7 +476,7 @@ class Refresher:
         log = self._logs[dataset.name]
         dataset.accepts_next = False
         generation = dataset.next_generation()
-        took_s = self._clock.seconds() - reading.read_at
+        took_s = self._clock.seconds() - reading.began_at
         how = _how(result)
         snapshot = Snapshot(
             generation,
@@ -489,6 +489,7 @@ class Refresher:
             watch_state=reading.watch_state,
             probe=reading.probe,
             server=reading.server,
+            lag=reading.lag,
         )
         if reading.kind == "all":
             dataset.checked_at = self._clock.seconds()

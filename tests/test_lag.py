@@ -1,0 +1,201 @@
+"""Laws of the lag: an age on a standby never understates, whatever keeps it from its primary; idleness is not lag."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import psycopg2
+from twisted.internet import reactor
+from twisted.internet.task import deferLater
+from twisted.internet.threads import deferToThread
+from twisted.trial.unittest import SynchronousTestCase, TestCase
+
+from cacheservice.cache.cache import Cache
+from cacheservice.cache.lag import NO_LAG, Receiver, Seen, StandbyFacts, lag_of
+from cacheservice.cache.rows import RowsBuilder
+from cacheservice.cli.embedded import EmbeddedPostgres
+from cacheservice.ports import report
+from cacheservice.postgres.database import Database, Reading, Wanted
+from cacheservice.postgres.target import parse
+from tests.standby import Standby, running_standby
+from tests.test_guard import until
+from tests.test_refresh_service import declare
+
+QUIET = Receiver("streaming", 990.0, 0.0, 500)
+IDLE = StandbyFacts("reader", 100_000_000, 1000.0, 500, 500, 400.0, False, 60.0, 0.0, QUIET)
+
+
+class Decided(SynchronousTestCase):
+    def test_up_to_date(self) -> None:
+        """An idle primary is no lag, however long ago it committed."""
+        self.assertEqual(lag_of(IDLE), NO_LAG)
+        self.assertEqual(lag_of(replace(IDLE, replayed_at=501)), NO_LAG)
+
+    def test_not_replayed(self) -> None:
+        """What was received and not replayed is as old as the time since all had been, or since the last commit."""
+        for behind in (
+            replace(IDLE, received_at=600),
+            replace(IDLE, receiver=replace(QUIET, sender_at=600)),
+            replace(IDLE, received_at=600, paused=True),
+            replace(IDLE, received_at=600, delay_s=3600.0),
+        ):
+            lag = lag_of(behind)
+            self.assertEqual((lag.seconds, lag.known), (600.0, True))
+            self.assertTrue(lag.problem)
+            self.assertEqual(lag_of(behind, Seen(7.0, 20.0)).seconds, 7.0)
+        self.assertIn("paused", lag_of(replace(IDLE, received_at=600, paused=True)).problem)
+        self.assertIn("recovery_min_apply_delay", lag_of(replace(IDLE, received_at=600, delay_s=1.0)).problem)
+        self.assertEqual(lag_of(replace(IDLE, received_at=600, replayed_s=999.9)).problem, "")
+
+    def test_a_clock_that_is_ahead(self) -> None:
+        """A primary whose clock is ahead does not shorten the lag."""
+        behind = replace(IDLE, received_at=600, receiver=replace(QUIET, clock_ahead_s=600.0), replayed_s=1000.0)
+        self.assertEqual(lag_of(behind).seconds, 600.0)
+
+    def test_silence(self) -> None:
+        """A receiver that is not answered either is not idle; the lag is the silence."""
+        for silent_s, expected in ((35.0, 0.0), (36.0, 36.0), (300.0, 300.0)):
+            silent = replace(IDLE, receiver=replace(QUIET, heard_s=1000.0 - silent_s))
+            self.assertEqual(lag_of(silent).seconds, expected)
+            self.assertEqual(lag_of(silent, Seen(1.0, 1.0)).seconds, expected)
+        self.assertFalse(lag_of(replace(IDLE, receiver_timeout_s=0.0)).known)
+
+    def test_no_receiver(self) -> None:
+        """Without one, the last proof counts: the last message, or the last commit that was replayed."""
+        alone = replace(IDLE, receiver=None)
+        self.assertEqual((lag_of(alone).seconds, lag_of(alone).known), (600.0, False))
+        self.assertEqual(lag_of(alone, Seen(7.0, 20.0)).seconds, 20.0)
+        self.assertEqual(lag_of(replace(alone, replayed_s=None)).seconds, 900.0)
+        for status in ("starting", "waiting"):
+            self.assertEqual(lag_of(replace(IDLE, receiver=replace(QUIET, status=status))).seconds, 600.0)
+
+    def test_hidden(self) -> None:
+        """A role that may not see the receiver cannot tell idleness from silence; the GRANT is named."""
+        lag = lag_of(replace(IDLE, receiver=Receiver(None, None, 0.0, None)))
+        self.assertEqual((lag.seconds, lag.known), (600.0, False))
+        self.assertIn("GRANT pg_read_all_stats TO reader", lag.problem)
+
+
+class OnStandbys(TestCase):
+    timeout = 90
+
+    async def setUp(self) -> None:
+        self.directory = await deferToThread(self.start)
+
+    def start(self) -> None:
+        directory = Path(tempfile.mkdtemp(prefix="cacheservice-tests-"))
+        self.addCleanup(shutil.rmtree, directory, ignore_errors=True)
+        self.server = EmbeddedPostgres(directory)
+        self.server.start()
+        self.addCleanup(self.server.stop, "immediate")
+        self.sql("CREATE TABLE things (id int PRIMARY KEY, n int); INSERT INTO things VALUES (1, 0)")
+
+    def sql(self, statement: str) -> None:
+        with closing(psycopg2.connect(self.server.dsn())) as connection, connection.cursor() as cursor:
+            connection.autocommit = True
+            cursor.execute(statement)
+
+    async def standby(self, *, of: Standby | None = None, streaming: bool = True, **settings: str) -> Standby:
+        running = running_standby(self.server, settings, of, streaming=streaming)
+        standby = await deferToThread(running.__enter__)
+        self.addCleanup(deferToThread, running.__exit__, None, None, None)
+        return standby
+
+    def reader(self, dsn: str) -> Database:
+        self.cache = Cache([], reactor.seconds)
+        database = Database(reactor, parse(dsn), 30.0, self.cache.database)
+        self.addCleanup(database.stop)
+        return database
+
+    async def read(self, database: Database) -> Reading:
+        (reading,) = await database.read_together([Wanted(declare("things"), lambda: RowsBuilder(lambda _: None))])
+        self.assertAlmostEqual(reading.began_at - reading.read_at, reading.lag.seconds)
+        return reading
+
+    async def until_lag(self, database: Database, least_s: float, words: str) -> Reading:
+        """Read until the lag is known to be as much; it names its cause."""
+        while True:
+            reading = await self.read(database)
+            if reading.lag.seconds >= least_s:
+                self.assertIn(words, reading.lag.problem)
+                self.assertIn(words, report.status_table(self.cache))
+                return reading
+            await deferLater(reactor, 0.05)
+
+    async def caught_up(self, database: Database) -> None:
+        while (await self.read(database)).lag != NO_LAG:
+            await deferLater(reactor, 0.05)
+
+    async def test_idle_paused_and_dead(self) -> None:
+        """An idle primary is not lag; a paused replay is, and a primary that is dead."""
+        self.assertEqual((await self.read(self.reader(self.server.dsn()))).lag, NO_LAG)
+        standby = await self.standby()
+        database = self.reader(standby())
+        await self.caught_up(database)
+        await deferLater(reactor, 2.0)
+        self.assertEqual((await self.read(database)).lag, NO_LAG)
+        self.assertIn(", a standby\n", report.status_table(self.cache) + "\n")
+        await deferToThread(standby.sql, "SELECT pg_wal_replay_pause()")
+        self.sql("UPDATE things SET n = 1")
+        reading = await self.until_lag(database, 1.5, "paused")
+        self.assertTrue(reading.lag.known)
+        await deferToThread(standby.sql, "SELECT pg_wal_replay_resume()")
+        await self.caught_up(database)
+        await deferToThread(self.server.stop, "immediate")
+        await self.until_lag(database, 1.5, "receives nothing")
+        await deferToThread(self.server.start)
+        await self.caught_up(database)
+
+    async def test_frozen(self) -> None:
+        """A receiver that is frozen, and a primary that is, are noticed after half of wal_receiver_timeout."""
+        standby = await self.standby(wal_receiver_timeout="2s")
+        database = self.reader(standby())
+        await self.caught_up(database)
+        receiver = await deferToThread(standby.receiver)
+        os.kill(receiver, signal.SIGSTOP)
+        try:
+            self.sql("UPDATE things SET n = 2")
+            reading = await self.until_lag(database, 6.5, "heard nothing")
+            self.assertTrue(reading.lag.known)
+        finally:
+            os.kill(receiver, signal.SIGCONT)
+        await self.caught_up(database)
+
+    async def test_a_role_that_may_not_see_it(self) -> None:
+        """Its lag is unknown and conservative, the GRANT is named, and helps."""
+        standby = await self.standby()
+        self.sql("CREATE ROLE reader LOGIN PASSWORD 'reader'; GRANT SELECT ON things TO reader")
+        await until(lambda: standby.sql("SELECT 1 FROM pg_roles WHERE rolname = 'reader'"))
+        database = self.reader(standby(user="reader", password="reader"))
+        reading = await self.until_lag(database, 1.5, "GRANT pg_read_all_stats TO reader")
+        self.assertFalse(reading.lag.known)
+        self.sql("GRANT pg_read_all_stats TO reader")
+        await self.caught_up(database)
+
+    async def test_from_an_archive_and_late(self) -> None:
+        """A standby that only restores an archive counts from its last commit; one that replays late says so."""
+        standby = await self.standby(streaming=False, restore_command="false")
+        self.sql("UPDATE things SET n = 3")
+        database = self.reader(standby())
+        reading = await self.until_lag(database, 1.5, "receives nothing")
+        self.assertFalse(reading.lag.known)
+        late = await self.standby(recovery_min_apply_delay="1h")
+        database = self.reader(late())
+        self.sql("UPDATE things SET n = 4")
+        await self.until_lag(database, 1.0, "recovery_min_apply_delay")
+
+    async def test_a_cascade(self) -> None:
+        """The standby of a standby is up to date while it hears from that one."""
+        first = await self.standby()
+        second = await self.standby(of=first)
+        database = self.reader(second())
+        self.sql("UPDATE things SET n = 5")
+        await self.caught_up(database)
+        first.process.send_signal(signal.SIGQUIT)
+        await self.until_lag(database, 1.0, "receives nothing")
