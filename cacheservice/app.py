@@ -190,7 +190,7 @@ def make_service(
         log,
     )
     ports: list[Any] = []
-    reload = Reload(
+    reloader = Reload(
         settings,
         _load_with_file,
         cache,
@@ -202,18 +202,17 @@ def make_service(
         threshold,
         reactor,
         log,
-    ).reload
+    )
+    reload = reloader.reload
+    cache.database.watch_refused_logins(reloader.login_refused)
     served: dict[str, ServedPort] = {}
     stalls = StallWatch(reactor)
     held = HeldSnapshots(cache, reactor, log, settings.limits.max_old_generations, settings.limits.max_answer_s)
     metrics = Metrics(cache, stalls.lateness, served, reactor, held.superseded)
     Signals(reactor, reload, writer.reopen, log).setServiceParent(root)
-    stalls.setServiceParent(root)
-    DatabaseService(database).setServiceParent(root)
-    if store is not None:
-        store.setServiceParent(root)
-    refresh.setServiceParent(root)
-    listener.setServiceParent(root)
+    for child in (stalls, DatabaseService(database), store, refresh, listener):
+        if child is not None:
+            child.setServiceParent(root)
     if (statsd := settings.statsd).host:
         StatsD(metrics, statsd.host, statsd.port, statsd.prefix, database.resolve, reactor, log).setServiceParent(root)
 

@@ -477,6 +477,15 @@ def config_file(environ: Mapping[str, str]) -> ConfigFile:
     return ConfigFile(str(path), datetime.fromtimestamp(seen.st_mtime, UTC), seen.st_nlink == 0)
 
 
+def dsn_in_file(environ: Mapping[str, str]) -> SecretStr | None:
+    """Return the DSN that its file holds now; None if no file is named, or it cannot be read. Blocks."""
+    path = environ.get(f"{_PREFIX}POSTGRES__DSN_FILE")
+    try:
+        return SecretStr(Path(path).read_text(encoding="utf-8").removesuffix("\n")) if path else None
+    except (OSError, ValueError):
+        return None
+
+
 class Glance(NamedTuple):
     """What the configuration says to whoever asks a running service: where its ports are, and what it serves."""
 

@@ -83,6 +83,15 @@ class NoSessionLeft(DatabaseUnavailable):
     advice = "raise the limit that the message names, or end other sessions"
 
 
+class LoginRefused(DatabaseUnavailable):
+    """PostgreSQL refused the role or its password (SQLSTATE 28P01, 28000).
+
+    Check the user, its password and pg_hba.conf. A secret that was rotated in its file is read again by itself.
+    """
+
+    advice = "check the user, its password and pg_hba.conf"
+
+
 class NotHeard(DatabaseUnavailable):
     """A session listens, and a notification that was sent to prove it did not arrive; the session was abandoned.
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from pydantic import SecretStr
 from twisted.internet.defer import Deferred
 from twisted.internet.threads import deferToThreadPool
+from twisted.python.failure import Failure
 
+from cacheservice import config
 from cacheservice.cache.cache import Cache, Rejection, Reloaded
 from cacheservice.config import ConfigFile, Settings
 from cacheservice.errors import ConfigError
@@ -32,6 +37,7 @@ _AT_ONCE = frozenset(
     }
 )
 """Keys beside the datasets' that take effect without a restart."""
+_SECRET_INTERVAL_S = 5.0
 _OF_DATASETS = frozenset({"defaults", "datasets"})
 
 
@@ -78,8 +84,10 @@ class Reload:
         self._threshold = threshold
         self._reactor = reactor
         self._log = log
+        self._connect_timeout_s = started.postgres.connect_timeout_s
         self._asked: list[Deferred[Reloaded]] = []
         self._running = False
+        self._secret_read_at = -math.inf
 
     def reload(self) -> Deferred[Reloaded]:
         """Read it in a thread, then apply it in one turn of the reactor; fires when it is in effect.
@@ -93,6 +101,32 @@ class Reload:
         self._asked.append(asked)
         self._begin()
         return asked
+
+    def login_refused(self) -> None:
+        """Look whether the secret has been rotated: its file is read again, at most every 5 s, without a reload."""
+        now = self._reactor.seconds()
+        if self._running or now - self._secret_read_at < _SECRET_INTERVAL_S:
+            return
+        self._secret_read_at = now
+        pool = self._reactor.getThreadPool()
+        reading = deferToThreadPool(self._reactor, pool, config.dsn_in_file, os.environ)
+        reading.addCallback(self._use_secret).addErrback(self._not_used)
+
+    def _use_secret(self, dsn: SecretStr | None) -> None:
+        if dsn is None or dsn == self._dsn or self._running or target.problem(dsn.get_secret_value()) is not None:
+            return
+        self._log.info(
+            "dsn_read_again", reason="the server refused the login, and the file of postgres.dsn has changed"
+        )
+        self._dsn = dsn
+        parsed = target.parse(dsn.get_secret_value())
+        self._database.configure(parsed, self._connect_timeout_s)
+        self._listener.configure(parsed, self._connect_timeout_s)
+        # As after a reload that changed it: all is read at once.
+        self._refresh.redeclare([dataset.settings for dataset in self._cache.datasets.values()], moved=True)
+
+    def _not_used(self, failure: Failure) -> None:
+        self._log.error("internal_error", error=failure.getErrorMessage(), traceback=failure.getTraceback())
 
     def _begin(self) -> None:
         if self._running or not self._asked:
@@ -126,7 +160,7 @@ class Reload:
         self._refresh.slots.set_limit(postgres.max_connections)
         datasets = self._refresh.redeclare(list(settings.datasets.values()), moved=dsn != self._dsn)
         self._listener.listen_to(self._refresh.channels())
-        self._dsn = dsn
+        self._dsn, self._connect_timeout_s = dsn, postgres.connect_timeout_s
         self._threshold.set(settings.log.level)
         for port in self._ports:
             port.max_connections = self._room.limit(settings.limits.max_connections)

@@ -14,8 +14,18 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice import config
 from cacheservice.process import log_file
+from tests.postgres import query
 from tests.test_twistd import GIVE_UP_S, PRODUCTS, DaemonTestCase, until
 
+QUICK = """
+[datasets.products]
+query = "SELECT 1 AS id"
+key = "id"
+interval_s = 0.3
+retry_initial_s = 0.1
+retry_max_s = 0.3
+max_age_s = 600
+"""
 TO_A_FILE = ("sh", "-c", 'exec "$0" "$@" --logfile=service.log')
 
 
@@ -138,6 +148,33 @@ class Process(DaemonTestCase):
         self.assertRegex(told.stderr, r"no answer from .*/admin: .*; is the service running")
         path.write_text(self.configuration(PRODUCTS))
         self.assertIn("set admin.socket, or send SIGHUP", self.command("reload").stderr)
+
+
+class RotatedSecret(DaemonTestCase):
+    def test_it_is_read_again(self) -> None:
+        """After a refused login the file of the DSN is read again, without a reload, and used if it has changed."""
+        role = f"rotated_{self.database}"
+        query(self.server, self.database, f"CREATE ROLE {role} LOGIN PASSWORD 'first'")
+        self.addCleanup(query, self.server, self.database, f"DROP ROLE {role}")
+        secret = self.directory / "dsn"
+        secret.write_text(self.server.dsn(role, "first", self.database) + "\n")
+        without = self.configuration(QUICK).partition("[status]")[2]
+        daemon = self.started(f"[status]{without}", environ={"CACHESERVICE_POSTGRES__DSN_FILE": str(secret)})
+        daemon.wait_until_ready()
+        query(self.server, self.database, f"ALTER ROLE {role} PASSWORD 'second'")
+        query(
+            self.server, self.database,
+            f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{role}'",
+        )  # fmt: skip
+        daemon.event("refresh_failed")
+        until(lambda: daemon.json()["postgres"]["state"] == "down", "the refusal")
+        self.assertNotIn("dsn_read_again", [line["event"] for line in daemon.lines])
+        secret.write_text(self.server.dsn(role, "second", self.database) + "\n")
+        daemon.event("dsn_read_again")
+        until(lambda: daemon.json()["postgres"]["state"] == "up", "the new password")
+        until(lambda: daemon.json()["datasets"]["products"]["consecutive_failures"] == 0, "a refresh")
+        for password in ("first", "second"):
+            self.assertNotIn(f":{password}@", daemon.output)
 
 
 class ConfigurationFile(SynchronousTestCase):

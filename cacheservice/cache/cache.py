@@ -36,6 +36,7 @@ class DatabaseStatus:
         self.listening_proven_at: float | None = None
         self.listening_problem: str | None = None
         self.queued: Callable[[], int] = lambda: 0
+        self._login_refused: Callable[[], None] | None = None
 
     def answered(self) -> None:
         self.state, self.error = "up", None
@@ -45,8 +46,14 @@ class DatabaseStatus:
         self.server = server
         self.lag = lag
 
-    def failed(self, error: str) -> None:
+    def failed(self, error: str, *, login_refused: bool = False) -> None:
         self.state, self.error = "down", error
+        if login_refused and self._login_refused is not None:
+            self._login_refused()
+
+    def watch_refused_logins(self, refused: Callable[[], None]) -> None:
+        """Call `refused` each time that the server refuses the role or its password. It must not raise."""
+        self._login_refused = refused
 
 
 class Rejection(NamedTuple):

@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 import psycopg2
 
-from cacheservice.errors import DatabaseUnavailable, DeadlineExceeded, NoSessionLeft
+from cacheservice.errors import DatabaseUnavailable, DeadlineExceeded, LoginRefused, NoSessionLeft
 from cacheservice.postgres import advice
 from cacheservice.postgres.target import Target
 
 _FEW_DESCRIPTORS = 4
 _TOO_MANY_CONNECTIONS = "53300"
+_INVALID_LOGIN = "28"
 _SQLSTATE = re.compile(r"(?<=:  )([0-9A-Z]{5}): ")
 _PREFIX = re.compile(r"^connection to server (at|on socket) .* failed: ")
 """libpq names the address, which stands before the cause already."""
@@ -56,13 +57,18 @@ def not_connected(failed: Sequence[Tried], target: Target, waited_s: float) -> D
     told = target.redact("; ".join(f"{where}: {cause or 'it failed without a reason'}" for where, cause, *_ in failed))
     if all(each.silent for each in failed):
         return DeadlineExceeded(f"PostgreSQL did not accept a session within {waited_s:.3g} s ({told})")
-    full = any(each.sqlstate == _TOO_MANY_CONNECTIONS for each in failed)
-    error = (NoSessionLeft if full else DatabaseUnavailable)(f"PostgreSQL refused the connection: {told}")
+    error = _kind(failed)(f"PostgreSQL refused the connection: {told}")
     by_weight = sorted(failed, key=lambda each: not each.sqlstate)  # a server that answered knows most
     best = next(filter(None, (advice.for_login(each.sqlstate, each.cause) for each in by_weight)), None)
     if best is not None:
         error.advice = target.redact(best)
     return error
+
+
+def _kind(failed: Sequence[Tried]) -> type[DatabaseUnavailable]:
+    if any(each.sqlstate == _TOO_MANY_CONNECTIONS for each in failed):
+        return NoSessionLeft
+    return LoginRefused if any(each.sqlstate.startswith(_INVALID_LOGIN) for each in failed) else DatabaseUnavailable
 
 
 def no_descriptor_left(message: str) -> DatabaseUnavailable | None:

@@ -19,7 +19,7 @@ from cacheservice.cache.describe import describe_blocker, seconds
 from cacheservice.cache.history import Outcome
 from cacheservice.cache.rows import Groups, Rows, RowsBuilder, RowsPatch
 from cacheservice.config import timing
-from cacheservice.errors import DatabaseUnavailable, LockTimeout, NothingToPin, RefreshFailed, Stopped
+from cacheservice.errors import DatabaseUnavailable, LockTimeout, LoginRefused, NothingToPin, RefreshFailed, Stopped
 from cacheservice.postgres.database import Reading, Wanted
 from cacheservice.refresh.backoff import full_jitter
 from cacheservice.refresh.expiry import ExpiryWatch
@@ -556,7 +556,7 @@ class Refresher:
         retry_in_s = self._plan_retry()
         blockers = error.blockers if isinstance(error, LockTimeout) else ()
         if isinstance(error, DatabaseUnavailable):
-            self._status.failed(str(error))
+            self._status.failed(str(error), login_refused=isinstance(error, LoginRefused))
         else:
             self._status.answered()
         for dataset in self.datasets:
