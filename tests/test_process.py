@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +182,9 @@ class RotatedSecret(DaemonTestCase):
 class ConfigurationFile(SynchronousTestCase):
     def test_a_file_without_a_name(self) -> None:
         """A file that was replaced where it is mounted from has no name any more, and is known by that."""
-        path = Path(self.mktemp())
+        directory = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, directory)
+        path = Path(directory) / "cacheservice.toml"
         path.write_text("")
         self.assertFalse(config.config_file({"CACHESERVICE_CONFIG": str(path)}).is_replaced)
         with path.open() as opened:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -15,11 +16,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import resources
 from pathlib import Path
+from shlex import quote
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -42,6 +44,10 @@ _WATCHED = {
 _STATUS_PORT = 8000
 _RESP_PORT = 6380
 _HTTP_PORT = 8080
+_USUAL_PORTS = (_STATUS_PORT, _RESP_PORT, _HTTP_PORT)
+_ADMIN_SOCKET = "admin.sock"
+_MOST_STARTS = 5
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _ANSWER_LIMIT_S = 30.0
 _STOP_LIMIT_S = 10.0
 _REVIVE_AFTER_S = 10.0
@@ -105,7 +111,7 @@ The service runs. In another terminal:
             {status}
             {ask} --watch               (live; or each publish as it comes: {program} tail{tail_ports})
             {program} why products{port}
-  Check:    CACHESERVICE_CONFIG={configuration} CACHESERVICE_POSTGRES__DSN="{owner}" {program} check --db
+  Check:    CACHESERVICE_CONFIG={configuration} CACHESERVICE_POSTGRES__DSN={owner} {program} check --db
   Read:     redis-cli -p {resp_port} GET products:42
             redis-cli -p {resp_port} HGETALL feature_flags
             curl -i http://127.0.0.1:{http_port}/v1/datasets/prices/rows/42:EUR
@@ -123,6 +129,12 @@ Ctrl-C ends all of it.{kept}
 """
 
 
+class _Ports(NamedTuple):
+    status: int
+    resp: int
+    http: int
+
+
 class Demo:
     """All processes of the demo; a context manager that ends them.
 
@@ -135,20 +147,27 @@ class Demo:
         self._down_since: float | None = None
 
     def __enter__(self) -> Demo:
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, _interrupt)
+        for number in _ENDING:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or a shell's background job
+                signal.signal(number, _interrupt)
         try:
             self._start()
         except KeyboardInterrupt:
-            self._resources.close()
+            self._end()
             raise SystemExit(130) from None
         except BaseException:
-            self._resources.close()
+            self._end()
             raise
         return self
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
-        click.echo("\nEnding the service and its PostgreSQL …")
+        with suppress(OSError):  # the terminal may be gone
+            click.echo("\nEnding the service and its PostgreSQL …")
+        self._end()
+
+    def _end(self) -> None:
+        for number in _ENDING:
+            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave half of it running
         self._resources.close()
 
     def wait(self) -> None:
@@ -172,17 +191,30 @@ class Demo:
         self._postgres.start()
         password = self._fill_shop()
         self._life = self._resources.enter_context(_child(self._life_command(), stderr=subprocess.DEVNULL))
-        admin_socket = directory / "admin.sock"
-        status_port = _port("status", _STATUS_PORT)
-        resp_port = _port("RESP", _RESP_PORT)
-        http_port = _port("HTTP", _HTTP_PORT)
+        dsn = self._postgres.dsn(_READER, password, _DATABASE)
+        for tries_left in range(_MOST_STARTS - 1, -1, -1):
+            ports = _Ports(_free_port(_STATUS_PORT), _free_port(_RESP_PORT), _free_port(_HTTP_PORT))
+            self._start_service(directory, dsn, ports)
+            if self._is_ready(directory / _ADMIN_SOCKET):
+                break
+            # Another demo that starts at the same time may have been quicker to take a port that was free.
+            if not tries_left or "cannot listen" not in self._last_line():
+                raise DemoFailed(f"the service did not become ready: {self._last_line()}")
+        for name, port, usual in zip(("status", "RESP", "HTTP"), ports, _USUAL_PORTS, strict=True):
+            if port != usual:
+                click.echo(f"Port {usual} is taken: the {name} port is {port} instead.")
+        click.echo(self._what_to_try(directory, *ports, directory / _ADMIN_SOCKET))
+
+    def _start_service(self, directory: Path, dsn: str, ports: _Ports) -> None:
         configuration = directory / "cacheservice.toml"
         configuration.write_text(
             _CONFIGURATION.format(
-                status_port=status_port, resp_port=resp_port, http_port=http_port, admin_socket=admin_socket
+                status_port=ports.status,
+                resp_port=ports.resp,
+                http_port=ports.http,
+                admin_socket=directory / _ADMIN_SOCKET,
             )
         )
-        dsn = self._postgres.dsn(_READER, password, _DATABASE)
         environment = {name: value for name, value in os.environ.items() if not name.startswith("CACHESERVICE_")}
         environment |= {"CACHESERVICE_CONFIG": str(configuration), "CACHESERVICE_POSTGRES__DSN": dsn}
         click.echo("Starting the service …")
@@ -193,8 +225,6 @@ class Demo:
             self._service = self._resources.enter_context(
                 _child(command, env=environment, cwd=directory, stdout=log, stderr=subprocess.STDOUT)
             )
-        self._wait_for_answer(status_port)
-        click.echo(self._what_to_try(directory, status_port, resp_port, http_port, admin_socket))
 
     def _fill_shop(self) -> str:
         """Make the shop unless it is there, and its reader; gives the reader's new password."""
@@ -216,9 +246,8 @@ class Demo:
         return [*self._psql(), "-q", "-o", os.devnull, "-f", str(life)]
 
     def _psql(self) -> list[str]:
-        socket_dsn = (
-            f"host={self._postgres.socket_directory} port={self._postgres.port} user=postgres dbname={_DATABASE}"
-        )
+        host = str(self._postgres.socket_directory).replace("\\", "\\\\").replace("'", "\\'")
+        socket_dsn = f"host='{host}' port={self._postgres.port} user=postgres dbname={_DATABASE}"
         return [str(self._postgres.psql_path), "-X", "-d", socket_dsn]
 
     def _revive(self) -> None:
@@ -234,18 +263,18 @@ class Demo:
         elif self._life.poll() is not None:
             self._life = self._resources.enter_context(_child(self._life_command(), stderr=subprocess.DEVNULL))
 
-    def _wait_for_answer(self, port: int) -> None:
+    def _is_ready(self, admin_socket: Path) -> bool:
+        """Whether the service is ready in time. A port might be that of another demo; the socket is ours."""
         limit = time.monotonic() + _ANSWER_LIMIT_S
         while time.monotonic() < limit and self._service.poll() is None:
-            try:
-                with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
-                    connection.sendall(b"ready\n")
-                    if connection.recv(64).startswith(b"ready"):
-                        return
-            except OSError:
-                pass
+            with suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+                connection.settimeout(1)
+                connection.connect(str(admin_socket))
+                connection.sendall(b"ready\n")
+                if connection.recv(64).startswith(b"ready"):
+                    return True
             time.sleep(0.1)
-        raise DemoFailed(f"the service did not become ready: {self._last_line()}")
+        return False
 
     def _last_line(self) -> str:
         *_, last = ["its log is empty", *self._log.read_text(errors="replace").splitlines()]
@@ -254,23 +283,22 @@ class Demo:
     def _what_to_try(
         self, directory: Path, status_port: int, resp_port: int, http_port: int, admin_socket: Path
     ) -> str:
-        quoted = " ".join(f'"{word}"' if " " in word else word for word in self._psql())
-        program = "cacheservice" if shutil.which("cacheservice") else f"{sys.executable} -m cacheservice"
+        program = "cacheservice" if shutil.which("cacheservice") else f"{quote(sys.executable)} -m cacheservice"
         port = "" if status_port == _STATUS_PORT else f" --port {status_port}"
         tail_ports = port if resp_port == _RESP_PORT else f"{port} --resp-port {resp_port}"
         return _TO_TRY.format(
             program=program,
             port=port,
             tail_ports=tail_ports,
-            configuration=directory / "cacheservice.toml",
-            owner=self._psql()[-1],
+            configuration=quote(str(directory / "cacheservice.toml")),
+            owner=quote(self._psql()[-1]),
             status=f"echo status | nc -N 127.0.0.1 {status_port}      (or, without nc: {program} status{port})",
             ask=f"{program} status{port}",
-            psql=quoted,
+            psql=shlex.join(self._psql()),
             postgres_pid=self._postgres.pid,
             revive_after_s=_REVIVE_AFTER_S,
-            admin_socket=admin_socket,
-            log=self._log,
+            admin_socket=quote(str(admin_socket)),
+            log=quote(str(self._log)),
             resp_port=resp_port,
             http_port=http_port,
             kept=f" The data stay in {directory}." if self._directory else "",
@@ -305,14 +333,6 @@ def _child(command: list[str], **how: Any) -> Iterator[subprocess.Popen[bytes]]:
             process.wait()
 
 
-def _port(name: str, wanted: int) -> int:
-    """The port `wanted`, or another, which is told."""
-    port = _free_port(wanted)
-    if port != wanted:
-        click.echo(f"Port {wanted} is taken: the {name} port is {port} instead.")
-    return port
-
-
 def _free_port(wanted: int) -> int:
     """`wanted`, or a free one if it is taken."""
     for port in (wanted, 0):
@@ -339,7 +359,7 @@ def _interrupt(_: int, __: FrameType | None) -> None:
 def demo(directory: Path | None) -> None:
     """Start an embedded PostgreSQL with a small shop in it that never rests, and the service in front of it.
 
-    Ctrl-C ends all of it.
+    Ctrl-C ends all of it, as Ctrl-\\ and a closed terminal do; under nohup it goes on.
 
     \b
     Examples:
