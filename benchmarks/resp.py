@@ -120,7 +120,7 @@ def whole_datasets(service: RunningService, redis_port: int, runs: int) -> list[
     rows = []
     for what in ("HGETALL", "HTTP"):
         ratios = [ours / theirs for ours, theirs in zip(measured[what], measured["Redis"], strict=True)]
-        rows.append((f"{what} of {_HASH_ROWS:,} rows, MB per second", *spreads(measured[what], measured["Redis"])))
+        rows.append((f"{what} of {_HASH_ROWS:,} rows, MiB per second", *spreads(measured[what], measured["Redis"])))
         rows.append(("ratio of each pair", spread(ratios), "", floor(median(ratios), 1.0)))
     return rows
 
@@ -130,7 +130,7 @@ def rate(read: Callable[[], int], times: int = 10) -> float:
     read()
     start = time.perf_counter()
     size_bytes = sum(read() for _ in range(times))
-    return size_bytes / (time.perf_counter() - start) / 1e6
+    return size_bytes / (time.perf_counter() - start) / 2**20
 
 
 def hgetall_bytes(port: int) -> int:
