@@ -185,6 +185,10 @@ class Commands(FromTheWheel):
 
 class Demo(FromTheWheel):
     def start(self, *arguments: str) -> subprocess.Popen[str]:
+        for number in (signal.SIGINT, signal.SIGQUIT):
+            # Tests that run in a shell's background ignore them, and so would the demo.
+            before = signal.signal(number, signal.SIG_DFL if number == signal.SIGQUIT else signal.default_int_handler)
+            self.addCleanup(signal.signal, number, before)
         demo = subprocess.Popen(
             [sys.executable, "-u", "-m", "cacheservice", "demo", *arguments],
             cwd=self.folder,

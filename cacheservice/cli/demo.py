@@ -6,8 +6,8 @@ This process only starts the others, keeps the database alive, and ends what it 
 from __future__ import annotations
 
 import os
+import re
 import secrets
-import shlex
 import shutil
 import signal
 import socket
@@ -246,8 +246,10 @@ class Demo:
         return [*self._psql(), "-q", "-o", os.devnull, "-f", str(life)]
 
     def _psql(self) -> list[str]:
-        host = str(self._postgres.socket_directory).replace("\\", "\\\\").replace("'", "\\'")
-        socket_dsn = f"host='{host}' port={self._postgres.port} user=postgres dbname={_DATABASE}"
+        host = str(self._postgres.socket_directory)
+        if not re.fullmatch(r"[\w./-]+", host):  # libpq's own quotes
+            host = "'{}'".format(host.replace("\\", "\\\\").replace("'", "\\'"))
+        socket_dsn = f"host={host} port={self._postgres.port} user=postgres dbname={_DATABASE}"
         return [str(self._postgres.psql_path), "-X", "-d", socket_dsn]
 
     def _revive(self) -> None:
@@ -291,10 +293,10 @@ class Demo:
             port=port,
             tail_ports=tail_ports,
             configuration=quote(str(directory / "cacheservice.toml")),
-            owner=quote(self._psql()[-1]),
+            owner=_quoted(self._psql()[-1]),
             status=f"echo status | nc -N 127.0.0.1 {status_port}      (or, without nc: {program} status{port})",
             ask=f"{program} status{port}",
-            psql=shlex.join(self._psql()),
+            psql=" ".join(map(_quoted, self._psql())),
             postgres_pid=self._postgres.pid,
             revive_after_s=_REVIVE_AFTER_S,
             admin_socket=quote(str(admin_socket)),
@@ -331,6 +333,13 @@ def _child(command: list[str], **how: Any) -> Iterator[subprocess.Popen[bytes]]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _quoted(word: str) -> str:
+    """For a shell; in double quotes where that is easier to read, as for what holds single ones."""
+    if re.fullmatch(r"[\w./ ='-]+", word) and re.search("[ ']", word):
+        return f'"{word}"'
+    return quote(word)
 
 
 def _free_port(wanted: int) -> int:
