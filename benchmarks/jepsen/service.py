@@ -19,7 +19,7 @@ from cacheservice.cli.embedded import _free_port
 CONFIGURATION = """
 [postgres]
 dsn = "{dsn}"
-connect_timeout_s = 3
+connect_timeout_s = 15
 max_connections = 6
 [status]
 port = {status}
