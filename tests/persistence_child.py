@@ -1,6 +1,7 @@
 """Saves one generation after the other until it is killed: ``python -m tests.persistence_child DIRECTORY ROWS``.
 
-A line on standard output tells that a generation is begun, another that its save is complete.
+With ``renew`` after that it saves one, and renews it, each time a second later by the database's clock. A line on
+standard output tells that a generation or a renewal is begun, another that it is complete.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +33,12 @@ def rows_of_generation(generation: int, count: int) -> list[tuple[bytes | None, 
 class Child:
     """The log of its store: what is saved makes it publish the next."""
 
-    def __init__(self, directory: Path, count: int) -> None:
+    def __init__(self, directory: Path, count: int, renews: bool) -> None:
         self.cache = Cache([SETTINGS], reactor.seconds)
         self.store = SnapshotStore(self.cache, directory, 0.0, 2, lambda _: None, reactor, self)
         self.count = count
+        self.renews = renews
+        self.renewed = 0
 
     def bind(self, **_: Any) -> Child:
         return self
@@ -47,7 +51,21 @@ class Child:
     def info(self, event: str, **fields: Any) -> None:
         if event == "snapshot_saved":
             say("saved", fields["generation"])
-            reactor.callLater(0, self.publish)
+            reactor.callLater(0, self.renew if self.renews else self.publish)
+
+    def debug(self, event: str, **_: Any) -> None:
+        if event == "snapshot_renewed":
+            say("saved", self.renewed)
+            reactor.callLater(0, self.renew)
+
+    def renew(self) -> None:
+        dataset = self.cache.dataset("products")
+        assert dataset.snapshot is not None
+        since = dataset.snapshot.modified_as_of
+        self.renewed += 1
+        say("begun", self.renewed)
+        as_of = since + timedelta(seconds=self.renewed)
+        dataset.renew(replace(dataset.snapshot, as_of=as_of, content_since=since))
 
     async def run(self) -> None:
         await self.store.restore()
@@ -65,20 +83,34 @@ class Child:
 
 def killed_after(directory: Path, count: int, after_s: float) -> int:
     """The last generation that a child had begun when it was killed, so long after its first; it blocks."""
+    told = _told_until_killed(directory, after_s, str(count))
+    return max(int(number) for word, number in told if word == "begun")
+
+
+def killed_while_renewing(directory: Path, after_s: float) -> tuple[int, int]:
+    """The last renewal that a child had begun when it was killed, and the last that was complete; it blocks."""
+    told = _told_until_killed(directory, after_s, "10", "renew")
+    saved = [int(number) for word, number in told if word == "saved"]
+    # The first pair is of the generation that it renews.
+    return max([0, *(int(number) for word, number in told[1:] if word == "begun")]), saved[-1] if len(saved) > 1 else 0
+
+
+def _told_until_killed(directory: Path, after_s: float, *arguments: str) -> list[list[str]]:
+    """The lines of a child, which is killed so long after its first; with renewals, after its first save."""
     child = subprocess.Popen(
-        [sys.executable, "-m", "tests.persistence_child", str(directory), str(count)],
+        [sys.executable, "-m", "tests.persistence_child", str(directory), *arguments],
         cwd=Path(__file__).parent.parent,
         stdout=subprocess.PIPE,
         text=True,
     )
     assert child.stdout is not None
-    told = child.stdout.readline()
+    told = "".join(child.stdout.readline() for _ in arguments)
     time.sleep(after_s)
     child.kill()
     told += child.communicate()[0]
     words = [line.split() for line in told.splitlines()]
     assert {word for word, *_ in words} <= {"begun", "saved"}, told
-    return max(int(number) for word, number in words if word == "begun")
+    return words
 
 
 def say(*words: object) -> None:
@@ -86,7 +118,7 @@ def say(*words: object) -> None:
 
 
 def main() -> None:
-    child = Child(Path(sys.argv[1]), int(sys.argv[2]))
+    child = Child(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:] == ["renew"])
     reactor.callWhenRunning(lambda: Deferred.fromCoroutine(child.run()))
     reactor.run()
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.cache.changes import Change, ChangeCount
-from cacheservice.cache.rows import Rows, RowsBuilder
+from cacheservice.cache.rows import Rows, RowsBuilder, RowsPatch
 
 tables = st.dictionaries(st.binary(max_size=2), st.sampled_from([b"", b"1", b"2"]), max_size=60)
 
@@ -64,3 +64,64 @@ class Counting(SynchronousTestCase):
         change, steps = counted(rows, other)
         self.assertEqual(change, (0, 0, 0))
         self.assertGreaterEqual(steps, 40)
+
+
+def digest_of(rows: Rows) -> int | None:
+    for _ in rows.digesting():
+        pass
+    return rows.digest
+
+
+class Digests(SynchronousTestCase):
+    @settings(deadline=None)
+    @given(tables, tables)
+    def test_it_is_kept_up(self, old: dict[bytes, bytes], new: dict[bytes, bytes]) -> None:
+        """A full read and a delta make of a known digest the one that all new rows give, in whatever order."""
+        expected = digest_of(rows_of(dict(reversed(new.items()))))
+        before, after = rows_of(old), rows_of(new)
+        digest = digest_of(before)
+        count = ChangeCount(before, after)
+        for _ in count:
+            pass
+        self.assertEqual(count.digest, expected)
+        patch = RowsPatch(before)
+        for key in old.keys() - new.keys():
+            patch.remove(key)
+        for row in new.items():
+            patch.put(*row)
+        self.assertEqual(patch.finish().digest, expected)
+        self.assertEqual(digest == expected, old == new)
+
+    def test_unknown_ones_cost_nothing(self) -> None:
+        """It stays unknown where it is unknown, and after more changes than pay."""
+        old, new = ({b"%d" % number: document for number in range(5000)} for document in (b"1", b"2"))
+        for before, known in ((rows_of(old), False), (rows_of(old), True)):
+            if known:
+                digest_of(before)
+            count = ChangeCount(before, rows_of(new))
+            for _ in count:
+                pass
+            self.assertIsNone(count.digest)
+        self.assertIsNone(RowsPatch(rows_of(old)).finish().digest)
+
+    def test_what_it_tells_apart(self) -> None:
+        """Rows whose keys or documents are swapped, or cut at another place, differ; no row at all is 0."""
+        some = [
+            {b"a": b"1", b"b": b"2"},
+            {b"a": b"2", b"b": b"1"},
+            {b"a1": b"", b"b": b"2"},
+            {b"a": b"1"},
+            {b"": b"1a"},
+        ]
+        self.assertEqual(len({digest_of(rows_of(table)) for table in some}), len(some))
+        self.assertEqual(digest_of(rows_of({})), 0)
+
+    def test_it_never_changes(self) -> None:
+        """Files and caches keep it, and replicas of other releases compare it."""
+        digest = digest_of(rows_of({b"1": b'{"id":1}', b"2": b'{"id":2}'}))
+        self.assertEqual(f"{digest:032x}", "c2fa595cb08c28e2afc1e2addb01d263")
+
+    def test_large_documents_step_by_step(self) -> None:
+        """No step digests more than 256 KiB, or one document if that is larger."""
+        rows = rows_of({b"%d" % number: bytes(100_000) for number in range(30)})
+        self.assertGreaterEqual(sum(1 for _ in rows.digesting()), 10)

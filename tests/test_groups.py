@@ -63,11 +63,14 @@ class Together(ServiceTestCase):
         self.assertEqual(
             (one.as_of, one.read_at, one.database_snapshot), (other.as_of, other.read_at, other.database_snapshot)
         )
+        self.sql("UPDATE savings SET n = n + 1")
         service.refresh_now("savings")
         await until(lambda: cache.dataset("checking").snapshot is not one)
-        self.assertEqual(
-            [dataset.snapshot and dataset.snapshot.generation for dataset in cache.datasets.values()], [2, 2]
-        )
+        one, other = (cache.dataset(name).snapshot for name in ("checking", "savings"))
+        assert one is not None
+        assert other is not None
+        # The one that has not changed keeps its generation, and is of the new moment all the same.
+        self.assertEqual((one.as_of, one.generation, other.generation), (other.as_of, 1, 2))
 
     async def test_all_or_none_when_one_fails(self) -> None:
         """If one of them cannot be read, the other one is not published either, and both say why."""

@@ -16,6 +16,7 @@ import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import chain
 from pathlib import Path
@@ -48,7 +49,7 @@ from cacheservice.persistence.files import (
     read,
 )
 from cacheservice.persistence.store import SnapshotStore
-from tests.persistence_child import killed_after, rows_of_generation
+from tests.persistence_child import killed_after, killed_while_renewing, rows_of_generation
 
 AS_OF = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 KILLS = int(os.environ.get("CACHESERVICE_TEST_KILLS", "30"))
@@ -274,7 +275,7 @@ class Log:
     def info(self, event: str, **fields: Any) -> None:
         self.events.append((event, self._bound | fields))
 
-    warning = error = info
+    debug = warning = error = info
 
     def named(self, event: str) -> list[dict[str, Any]]:
         return [fields for name, fields in self.events if name == event]
@@ -433,7 +434,7 @@ class Saving(Running):
         await self.save(self.store(), 8, 9)
         self.store(start=False)
         dataset = self.store()
-        self.snapshots._saved = {"products": [9, 8]}  # as after a restore that could not read them
+        self.snapshots._saved = {"products": {9: None, 8: None}}  # as after a restore that could not read them
         await self.save(dataset, 1)
         self.assertEqual(self.files(), [self.path(1).name])
 
@@ -455,6 +456,136 @@ class Saving(Running):
         self.publish(dataset, 3)
         self.assertIsNone(second())
         self.directory.unlink()
+
+
+class Renewing(Running):
+    """Of a content that comes again."""
+
+    def renew(self, dataset: Dataset, seconds: float) -> None:
+        """The same rows, read so long after AS_OF."""
+        served = dataset.snapshot
+        assert served is not None
+        as_of = AS_OF + timedelta(seconds=seconds)
+        since, transactions = served.modified_as_of, f"{100 + int(seconds)}:{100 + int(seconds)}:"
+        dataset.renew(replace(served, as_of=as_of, database_snapshot=transactions, content_since=since))
+
+    async def renewed(self, count: int = 1) -> None:
+        await until(lambda: len(self.log.named("snapshot_renewed")) == count)
+
+    async def restored(self, *datasets: DatasetSettings) -> Snapshot:
+        await self.snapshots.stopService()
+        dataset = self.store(*datasets, start=False)
+        await self.snapshots.restore()
+        assert dataset.snapshot is not None
+        return dataset.snapshot
+
+    async def test_the_age_counts_from_the_last_read(self) -> None:
+        """After a restart: the moment, the transactions and the age of the last read, the content since the first.
+
+        The rows were not written again.
+        """
+        dataset = self.store()
+        await self.save(dataset, 3)
+        before = self.path(3).stat()
+        self.renew(dataset, 50)
+        await self.renewed()
+        self.assertEqual(self.files(), [self.path(3).with_suffix(".renewal").name, self.path(3).name])
+        self.assertEqual(self.path(3).stat(), before)
+        self.assertLess(self.path(3).with_suffix(".renewal").stat().st_size, 1000)
+        self.wall_s = (AS_OF + timedelta(seconds=60)).timestamp
+        snapshot = await self.restored()
+        self.assertEqual(self.generation_of(snapshot), 3)
+        self.assertEqual((snapshot.as_of, snapshot.modified_as_of), (AS_OF + timedelta(seconds=50), AS_OF))
+        self.assertEqual(snapshot.database_snapshot, "150:150:")
+        self.assertGreaterEqual(reactor.seconds() - snapshot.read_at, 9.999)
+        self.assertLess(reactor.seconds() - snapshot.read_at, 40)
+        self.assertEqual(self.log.saved(), [3])
+
+    async def test_at_most_each_interval(self) -> None:
+        """However often it is renewed, one file comes with each min_save_interval_s, and a publish does not wait."""
+        dataset = self.store(interval_s=2.0)
+        self.publish(dataset, 1)
+        await until(self.log.saved)
+        for number in range(1, 200):
+            self.renew(dataset, number)
+            await deferLater(reactor, 0.005)
+        self.assertLessEqual(len(self.log.named("snapshot_renewed")), 1)
+
+    async def test_a_renewal_that_is_bad(self) -> None:
+        """A renewal that is damaged, of other rows or of an earlier moment counts for nothing; its file serves on."""
+        dataset = self.store()
+        await self.save(dataset, 1)
+        self.renew(dataset, 50)
+        await self.renewed()
+        path = self.path(1).with_suffix(".renewal")
+        good = path.read_bytes()
+        damaged = [good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :] for place in range(0, len(good), 7)]
+        for content in (*damaged, good[:-1], b"", good + b"x", self.path(1).read_bytes()):
+            path.write_bytes(content)
+            self.assertEqual((await self.restored()).as_of, AS_OF)
+        path.write_bytes(good)
+        self.assertEqual((await self.restored()).as_of, AS_OF + timedelta(seconds=50))
+        dataset = self.store()
+        self.path(1).unlink()
+        await self.snapshots.restore()
+        self.assertEqual(self.files(), [])
+        self.publish(dataset, 1, as_of=AS_OF + timedelta(seconds=7))
+        await until(lambda: self.log.saved() == [1, 1])
+        path.write_bytes(good)
+        self.assertEqual((await self.restored()).as_of, AS_OF + timedelta(seconds=7))
+
+    async def test_good_ones_are_not_pushed_out(self) -> None:
+        """However often the same is read, and a rollback undone, the generations before it stay to go back to."""
+        dataset = self.store(keep=3)
+        await self.save(dataset, 1, 2)
+        for number in range(1, 6):
+            self.renew(dataset, number)
+            await self.renewed(number)
+        self.assertEqual(self.saved("products"), [2, 1])
+        for generation in (4, 6, 8):
+            dataset.roll_back(await self.snapshots.load("products", 1))
+            dataset.unpin()
+            await until(lambda generation=generation: generation in self.log.saved())
+            self.assertEqual(self.saved("products"), [generation, 1])
+        self.assertEqual(self.files(), [self.path(1).name, self.path(8).name])
+
+    async def test_another_definition(self) -> None:
+        """What another query gives is saved again under its generation, or the next start would refuse the file."""
+        dataset = self.store()
+        await self.save(dataset, 1)
+        other = declared(query="SELECT * FROM products -- all of them")
+        self.cache.declare([other])
+        self.renew(dataset, 5)
+        await until(lambda: self.log.saved() == [1, 1])
+        self.assertEqual((await self.restored(other)).as_of, AS_OF + timedelta(seconds=5))
+
+    async def test_a_group(self) -> None:
+        """Where one of a group changes and another does not, both moments can be restored and gone back to."""
+        self.store(*(declared(name, group="g") for name in GROUP))
+        products, prices = (self.cache.dataset(name) for name in GROUP)
+        for dataset in (products, prices):
+            self.publish(dataset, 1)
+        await until(lambda: self.log.saved() == [1, 1])
+        for seconds in (10, 20):
+            self.renew(products, seconds)
+            self.publish(prices, 1 + seconds // 10, as_of=AS_OF + timedelta(seconds=seconds))
+            await until(lambda seconds=seconds: 1 + seconds // 10 in self.log.saved())
+        self.assertEqual(self.snapshots.saved(GROUP), [(1, 3), (1, 2), (1, 1)])
+        await self.restored(*(declared(name, group="g") for name in GROUP))
+        snapshots = [dataset.snapshot for dataset in self.cache.datasets.values()]
+        self.assertEqual([snapshot and self.generation_of(snapshot) for snapshot in snapshots], [1, 3])
+        self.assertEqual({snapshot and snapshot.as_of for snapshot in snapshots}, {AS_OF + timedelta(seconds=20)})
+        self.assertEqual(self.snapshots.saved(GROUP), [(1, 3), (1, 2), (1, 1)])
+
+    async def test_the_digest(self) -> None:
+        """What was computed of the rows is not computed again after a restart."""
+        dataset = self.store()
+        self.publish(dataset, 1)
+        assert dataset.snapshot is not None
+        for _ in dataset.snapshot.rows.digesting():
+            pass
+        await until(self.log.saved)
+        self.assertEqual((await self.restored()).rows.digest, dataset.snapshot.rows.digest)
 
 
 class Failing(Running):
@@ -849,3 +980,17 @@ class Killed(Running):
             else:
                 self.assertIn(self.generation_of(dataset.snapshot, KILL_ROWS), (begun - 1, begun))
             self.assertEqual([name for name in self.files() if not name.endswith(".snapshot")], [])
+
+    async def test_kill_9_while_renewed(self) -> None:
+        """Killed at any moment, the next start has the moment of a renewal that was begun, never of an older one."""
+        random_ = random.Random(1)
+        for _ in range(KILLS // 3):
+            begun, complete = await deferToThread(killed_while_renewing, self.directory, random_.uniform(0.0, 0.1))
+            dataset = self.store(start=False)
+            await self.snapshots.restore()
+            assert dataset.snapshot is not None
+            self.generation_of(dataset.snapshot)
+            moment = int((dataset.snapshot.as_of - dataset.snapshot.modified_as_of).total_seconds())
+            self.assertIn(moment, range(complete, begun + 1))
+            self.assertFalse([name for name in self.files() if name.endswith((".tmp", ".rejected"))])
+            shutil.rmtree(self.directory)

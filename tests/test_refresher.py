@@ -32,17 +32,24 @@ BLOCKER = Blocker(42, "app", "psql", "AccessExclusiveLock", "public.products", A
 class Read:
     """One read that the fake was asked for."""
 
-    def __init__(self, wanted: Wanted, began_at: float) -> None:
+    def __init__(self, wanted: Wanted, began_at: float, number: int = 1) -> None:
         self.name = wanted.dataset.name
+        self.number = number
         self.into = wanted.build()
         self.expect = wanted.expect
         self.told = wanted.told
         self.began_at = began_at
         self.result: Deferred[Reading] = Deferred()
 
-    def complete(self, rows: int = 1) -> None:
+    def complete(self, rows: int = 1, columns: int = 0) -> None:
+        """Give so many rows.
+
+        Unless a number of columns is given there is one more than in each read before: another content, whatever the
+        rows are.
+        """
         self.into.add([(b"%d" % number, b"{}") for number in range(rows)])
-        self.result.callback(Reading(AS_OF, self.began_at, "1:1:", rows=self.into))
+        names = tuple(f"column{number}" for number in range(columns or self.number))
+        self.result.callback(Reading(AS_OF, self.began_at, "1:1:", names, rows=self.into))
 
     def complete_nothing(self) -> None:
         """Nothing has changed."""
@@ -64,7 +71,7 @@ class FakeDatabase:
     def read_together(self, wanted: Sequence[Wanted]) -> Deferred[list[Reading]]:
         (one,) = wanted
         assert one.dataset.name not in [read.name for read in self.running], "a refresh never overlaps itself"
-        read = Read(one, self._clock.seconds())
+        read = Read(one, self._clock.seconds(), len(self.reads) + 1)
         self.reads.append(read)
         if self.raising is not None:
             read.result.addErrback(lambda _: None)
@@ -191,6 +198,95 @@ class RefreshTestCase(SynchronousTestCase):
             self.assertRegex(told["attempt"], "^[0-9a-f]{8}$")
         without_id = {name: value for name, value in told.items() if name != "attempt"}
         self.assertEqual((last_level, last_event, without_id), (level, event, fields))
+
+
+class EqualContent(RefreshTestCase):
+    """A full read that gives what is served."""
+
+    def loaded(self, rows: int = 3) -> World:
+        world = self.started()
+        world.database.last.complete(rows, columns=1)
+        return world
+
+    def read_again(self, world: World, rows: int = 3, columns: int = 1) -> Dataset:
+        world.advance(60)
+        world.database.last.complete(rows, columns)
+        return world.dataset
+
+    def test_it_is_unchanged(self) -> None:
+        """It keeps its generation and its rows, is not announced or counted as a publish, and its age begins anew."""
+        world = self.loaded()
+        served, told, followed = world.dataset.snapshot, [], []
+        assert served is not None
+        world.dataset.watch(told.append)
+        world.dataset.follow(followed.append)
+        for number in (2, 3):
+            dataset = self.read_again(world)
+            renewed = dataset.snapshot
+            assert renewed is not None
+            self.assertIs(renewed.rows, served.rows)
+            self.assertEqual((renewed.generation, dataset.attempts[-1].outcome), (1, "unchanged"))
+            self.assertEqual((dataset.age_s(), renewed.modified_as_of), (0.0, served.as_of))
+            self.assertEqual((told, len(followed)), ([], number - 1))
+        self.assertEqual(dict(dataset.outcomes), {"published": 1, "unchanged": 2})
+        self.assertEqual(world.log.lines[-1][1], "refresh_unchanged")
+        dataset = self.read_again(world, rows=4)
+        assert dataset.snapshot is not None
+        self.assertEqual((dataset.snapshot.generation, len(told)), (2, 1))
+
+    def test_other_columns_without_a_row(self) -> None:
+        """An empty result of other columns is another content, although no row differs."""
+        world = self.loaded(rows=0)
+        dataset = self.read_again(world, rows=0, columns=1)
+        self.assertEqual(dataset.attempts[-1].outcome, "unchanged")
+        dataset = self.read_again(world, rows=0, columns=2)
+        self.assertEqual(dataset.attempts[-1].outcome, "published")
+
+    def test_another_query(self) -> None:
+        """If another query gives the same rows they are those of the new query, under the same generation."""
+        world = self.loaded()
+        settings = world.dataset.settings
+        world.service.redeclare([settings.model_copy(update={"query": "SELECT 1 AS id, 2 AS other"})])
+        self.assertTrue(world.dataset.redefined)
+        world.database.last.complete(3, columns=1)
+        self.assertEqual((world.dataset.last_generation, world.dataset.redefined), (1, False))
+
+    def test_pinned(self) -> None:
+        """A pinned dataset's age rises all the same; unpin then renews it, and publishes nothing."""
+        world = self.loaded()
+        told: list[Dataset] = []
+        world.dataset.watch(told.append)
+        world.service.pin("products")
+        dataset = self.read_again(world)
+        self.assertEqual((dataset.age_s(), dataset.attempts[-1].outcome), (60.0, "held"))
+        world.service.unpin("products")
+        self.assertEqual((dataset.age_s(), dataset.last_generation, told), (0.0, 1, []))
+
+    def test_what_was_rolled_back_from(self) -> None:
+        """What is read again behind a rollback is the candidate that there was: the same rows since the same moment."""
+        world = self.loaded()
+        first = world.dataset.snapshot
+        assert first is not None
+        second = self.read_again(world, rows=4).snapshot
+        assert second is not None
+        world.dataset.roll_back(first)
+        candidate = self.read_again(world, rows=4).candidate
+        assert candidate is not None
+        self.assertIs(candidate.rows, second.rows)
+        world.service.unpin("products")
+        self.assertEqual((world.dataset.last_generation, len(world.dataset.snapshot.rows)), (4, 4))  # type: ignore[union-attr]
+
+    def test_other_shards(self) -> None:
+        """With a layout that patches need the new rows are taken, under the same generation."""
+        world = self.loaded()
+        served = world.dataset.snapshot
+        assert served is not None
+        settings = world.dataset.settings
+        world.service.redeclare([settings.model_copy(update={"notify": "changes"})])
+        dataset = self.read_again(world)
+        assert dataset.snapshot is not None
+        self.assertIsNot(dataset.snapshot.rows, served.rows)
+        self.assertEqual((dataset.last_generation, dataset.attempts[-1].outcome), (1, "unchanged"))
 
 
 class Starts(RefreshTestCase):

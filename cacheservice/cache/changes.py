@@ -6,13 +6,19 @@ from collections.abc import Iterator, Set
 from itertools import islice
 from typing import NamedTuple
 
+from cacheservice.cache.digest import reduced, row_digest
 from cacheservice.cache.rows import Rows
 
-_SLICE_ROWS = 1000
+_SLICE_ROWS = 250
 _STEP_ROWS = 4000
 """So many rows are compared in half a millisecond."""
 _ROW_BY_ROW = 4
 """How much longer a row takes on its own than among those of a shard that did not change."""
+_DIGESTED = 12
+"""How much longer the digests of a row that differs take than to compare it with others."""
+_MOST_DIGESTED_SHARE = 0.05
+_MOST_DIGESTED_ROWS = 1000
+"""Of more rows that differ it costs less to compute the digest of all if it is needed again, which it may never be."""
 _NAMED = 10
 
 
@@ -27,7 +33,8 @@ class Change(NamedTuple):
 class ChangeCount:
     """The difference of two results; iterate over it to its end, a turn of the reactor for each step, then ask it.
 
-    A step takes less than a millisecond.
+    A step takes less than a millisecond. `digest` is that of the new rows, if that of the old ones is known and few
+    rows differ; None otherwise.
 
     :param expected: the keys whose rows may differ; with it, `unexpected` gets those that differ all the same, up to
         ten of them, and `unexpected_count` how many they are.
@@ -41,6 +48,8 @@ class ChangeCount:
         self._expected = expected
         self._added = 0
         self._changed = 0
+        self._digest = old.digest if old.mask == new.mask else None
+        self._digests_left = max(_MOST_DIGESTED_ROWS, int(old.count * _MOST_DIGESTED_SHARE))
 
     def __iter__(self) -> Iterator[None]:
         work = 0
@@ -51,9 +60,11 @@ class ChangeCount:
                 work += len(new)
             else:
                 rows = iter(new.items())
+                if self._digest is not None:
+                    work += _DIGESTED * self._digest_removed(self._old.shard(place), new)
                 while some := list(islice(rows, _SLICE_ROWS)):
-                    self._count(some)
-                    work += _ROW_BY_ROW * len(some)
+                    differing = self._count(some)
+                    work += _ROW_BY_ROW * len(some) + (_DIGESTED * differing if self._digest is not None else 0)
                     if work >= _STEP_ROWS:
                         yield
                         work = 0
@@ -63,17 +74,42 @@ class ChangeCount:
         if self._expected is not None and self.change.removed:
             yield from self._removed_ones()
 
-    def _count(self, some: list[tuple[bytes, bytes]]) -> None:
+    @property
+    def digest(self) -> int | None:
+        return None if self._digest is None else reduced(self._digest)
+
+    def _digest_removed(self, old: dict[bytes, bytes], new: dict[bytes, bytes]) -> int:
+        """Take the rows that are gone out of the digest; gives how many they are."""
+        gone = old.keys() - new.keys()
+        self._digest_those([(key, old[key]) for key in gone], [])
+        return len(gone)
+
+    def _digest_those(self, gone: list[tuple[bytes, bytes]], come: list[tuple[bytes, bytes]]) -> None:
+        self._digests_left -= len(gone) + len(come)
+        if self._digests_left < 0:
+            self._digest = None
+        elif self._digest is not None:
+            self._digest += sum(row_digest(*row) for row in come) - sum(row_digest(*row) for row in gone)
+
+    def _count(self, some: list[tuple[bytes, bytes]]) -> int:
+        """Count those that differ; gives how many they are."""
         old = self._old.bulk
+        differing = self._added + self._changed
+        gone, come = [], []
         for key, document in some:
             before = old(key)
             if before == document:
                 continue
+            come.append((key, document))
             if before is None:
                 self._added += 1
             else:
                 self._changed += 1
+                gone.append((key, before))
             self._note(key)
+        if self._digest is not None:
+            self._digest_those(gone, come)
+        return self._added + self._changed - differing
 
     def _removed_ones(self) -> Iterator[None]:
         for keys, _ in self._old.slices(_SLICE_ROWS):

@@ -39,7 +39,8 @@ class Snapshot:
     `as_of` is the database clock at the start of the transaction that read it; `read_at` this
     machine's monotonic clock, seconds, just before that transaction began; `database_snapshot`
     what `pg_current_snapshot()` gave in it; `columns` the names of the query's columns; `change` what its
-    publish changed, None if it came from elsewhere; `rolled_back_to` the saved generation that a rollback published
+    publish changed, None if it came from elsewhere; `content_since` the `as_of` of the first read that gave these very
+    rows, None if that is this one; `rolled_back_to` the saved generation that a rollback published
     anew as this one. `watch_state` is what `cacheservice.changes` told of the watched tables, empty if deltas cannot
     start from here; `probe` what the probe gave, None if there was none. `server` is the one that it was read from,
     None if that is not known. `as_of` and `read_at` are earlier by the `lag` of a standby.
@@ -58,11 +59,17 @@ class Snapshot:
     probe: str | None = None
     server: ServerIdentity | None = None
     lag: Lag = NO_LAG
+    content_since: datetime | None = None
 
     @property
     def began_at(self) -> float:
         """The monotonic clock just before its transaction began."""
         return self.read_at + self.lag.seconds
+
+    @property
+    def modified_as_of(self) -> datetime:
+        """When the database first gave these rows, as far as it was asked."""
+        return self.content_since or self.as_of
 
     def includes(self, transaction_id: int, present: ServerIdentity | None) -> bool:
         """Whether it shows what a committed transaction of the server `present` did."""
@@ -226,13 +233,17 @@ class Dataset:
         self.publish(replace(saved, generation=max(saved.generation, self.next_generation())))
 
     def renew(self, snapshot: Snapshot) -> None:
-        """Serve the same rows and generation as of a later moment, because nothing has changed until then."""
+        """Serve the same rows and generation as of a later moment, because nothing has changed until then.
+
+        The rows may be another object with the same content.
+        """
         assert self.snapshot is not None, "there is nothing to renew"
-        assert snapshot.rows is self.snapshot.rows, "the rows stay"
+        assert snapshot.rows.count == self.snapshot.rows.count, "the rows stay"
         assert snapshot.generation == self.snapshot.generation, "and so does the generation"
         self._note_age()
         self.snapshot = snapshot
         self.held = None
+        self._served_definition = self.settings.definition
         for follower in list(self._followers):
             follower(self)
 
@@ -260,7 +271,11 @@ class Dataset:
         """Serve the newest result again, and each one that follows it."""
         self.pinned = False
         candidate, self.candidate = self.candidate, None
-        if candidate is not None:
+        if candidate is None:
+            return
+        if self.snapshot is not None and candidate.rows is self.snapshot.rows and not self.snapshot.rolled_back_to:
+            self.renew(replace(candidate, generation=self.snapshot.generation, change=self.snapshot.change))
+        else:
             self.publish(replace(candidate, generation=self.next_generation()))
 
     def next_generation(self) -> int:

@@ -11,6 +11,9 @@ A part is its kind (one byte), the length of what is kept of it, a CRC-32, and t
 size and checksum. zstd's checksum is of the content alone, and a damaged frame may well give the right content; so the
 CRC is of the part as it lies there and of every part before it, which also finds one that is missing or from another
 file. Nothing in a file depends on the process that wrote it: not on its hashes, not on its machine.
+
+A file without rows parts beside it is its renewal: the header that it would have by now, because a later read gave the
+same rows. It is written instead of the rows, and counts for nothing if it is damaged or of other rows.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from typing import Any, BinaryIO
 import msgpack  # type: ignore[import-untyped]  # ships no type information
 import zstandard
 
+from cacheservice.cache.digest import DIGEST_BYTES
 from cacheservice.cache.identity import ServerIdentity
 from cacheservice.cache.rows import STARTS, Rows
 from cacheservice.config import DatasetSettings
@@ -39,7 +43,7 @@ from cacheservice.session_rules import DEFAULT_SEARCH_PATH
 MAGIC = b"CSSNAP"
 FORMAT = 3
 _READABLE = frozenset({2, FORMAT})
-"""Format 2 does not name the server that was read."""
+"""Format 2 does not name the server that was read, and lacks `content_since_us` and `digest`."""
 BLOCK_BYTES = 256 * 1024
 SLICE_ROWS = 512
 """Packed or unpacked in one turn of the reactor, in two thirds of a millisecond."""
@@ -67,7 +71,7 @@ _FIELDS_OF_2 = {
     "watch_state": str,
     "probe": str,
 }
-_FIELDS = _FIELDS_OF_2 | {"server": dict}
+_FIELDS = _FIELDS_OF_2 | {"server": dict, "content_since_us": int, "digest": bytes}
 _PARTS_OF_SERVER = {
     "database": str,
     "database_oid": int,
@@ -88,6 +92,8 @@ class Header:
 
     `as_of` is kept to the microsecond. `size_bytes` are those of all keys and documents. `watch_state` and `probe` are
     what a delta starts from, empty if it cannot. `server` is the one that was read, None in files of format 2.
+    `content_since` is the `as_of` of the first read that gave these rows, None if that is this one; `digest` that of
+    the rows, None if it was not known.
     """
 
     dataset: str
@@ -101,6 +107,28 @@ class Header:
     watch_state: str = ""
     probe: str = ""
     server: ServerIdentity | None = None
+    content_since: datetime | None = None
+    digest: int | None = None
+
+    @property
+    def modified_as_of(self) -> datetime:
+        """See `Snapshot`."""
+        return self.content_since or self.as_of
+
+    def renews(self, saved: Header) -> bool:
+        """Whether this is of the same rows as the file with the header `saved`, and of a later moment."""
+        return self._content() == saved._content() and self.as_of >= saved.as_of
+
+    def _content(self) -> tuple[object, ...]:
+        return (
+            self.dataset,
+            self.generation,
+            self.rows,
+            self.size_bytes,
+            self.columns,
+            self.fingerprint,
+            self.modified_as_of,
+        )
 
     def check(self, settings: DatasetSettings, generation: int, name: str) -> None:
         """:raises SnapshotRejected: if the file `name` is not of that generation, or not of the dataset as it is."""
@@ -162,7 +190,9 @@ class SnapshotWriter:
         fields = {
             "dataset": header.dataset,
             "generation": header.generation,
-            "as_of_us": (header.as_of - _EPOCH) // _MICROSECOND,
+            "as_of_us": _microseconds(header.as_of),
+            "content_since_us": _microseconds(header.modified_as_of),
+            "digest": b"" if header.digest is None else header.digest.to_bytes(DIGEST_BYTES, "big"),
             "database_snapshot": header.database_snapshot,
             "rows": header.rows,
             "size_bytes": header.size_bytes,
@@ -214,6 +244,19 @@ def read(path: Path) -> tuple[Header, Generator[bytes]]:
         parts.close()
         raise
     return header, _blocks(parts, header, path.name)
+
+
+def read_whole_header(path: Path) -> Header:
+    """The header of a file that has no rows, such as a renewal, once all of it is known to be whole.
+
+    :raises SnapshotRejected: if something is wrong with the file.
+    :raises OSError: if it cannot be read.
+    """
+    header, blocks = read(path)
+    for _ in blocks:
+        blocks.close()
+        raise _damaged(path.name, "it holds rows")
+    return header
 
 
 def _blocks(parts: Generator[tuple[bytes, bytes]], header: Header, name: str) -> Generator[bytes]:
@@ -282,9 +325,22 @@ def _header(content: bytes, name: str) -> Header:
     columns = tuple(fields.pop("columns"))
     as_of_us = fields.pop("as_of_us")
     server = _server(fields.pop("server", {}), name)
+    since_us, digest = fields.pop("content_since_us", as_of_us), fields.pop("digest", b"")
     with suppress(OverflowError):
-        if all(isinstance(column, str) for column in columns) and min(fields["rows"], fields["size_bytes"]) >= 0:
-            return Header(**fields, columns=columns, as_of=_EPOCH + as_of_us * _MICROSECOND, server=server)
+        if (
+            all(isinstance(column, str) for column in columns)
+            and min(fields["rows"], fields["size_bytes"]) >= 0
+            and len(digest) in (0, DIGEST_BYTES)
+        ):
+            as_of, since = (_EPOCH + us * _MICROSECOND for us in (as_of_us, since_us))
+            return Header(
+                **fields,
+                columns=columns,
+                as_of=as_of,
+                server=server,
+                content_since=None if since == as_of else since,
+                digest=int.from_bytes(digest, "big") if digest else None,
+            )
     raise _damaged(name, "its header holds what cannot be")
 
 
@@ -297,6 +353,10 @@ def _server(parts: dict[Any, Any], name: str) -> ServerIdentity | None:
     ):
         return ServerIdentity(**parts)
     raise _damaged(name, "its header names a server that cannot be")
+
+
+def _microseconds(moment: datetime) -> int:
+    return (moment - _EPOCH) // _MICROSECOND
 
 
 def _unpacked(content: bytes, name: str) -> Any:

@@ -13,9 +13,9 @@ import re
 import time
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeVar
+from weakref import ref
 
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred
@@ -35,12 +35,14 @@ from cacheservice.persistence.files import (
     fingerprint,
     packed,
     read,
+    read_whole_header,
 )
 
 _LEAST_RETRY_S = 1.0
 _AHEAD_BYTES = 1024 * 1024
 """Read by the thread while the reactor unpacks as much."""
 _SAVED = re.compile(r"([a-z][a-z0-9_]{0,62})\.(?!0{12})([0-9]{12})\.snapshot")
+_RENEWAL = re.compile(r"[a-z][a-z0-9_]{0,62}\.[0-9]{12}\.renewal")
 _TEMPORARY = re.compile(r"\.[a-z][a-z0-9_]{0,62}\.[0-9]{12}\.[0-9]+\.tmp")
 
 _P = ParamSpec("_P")
@@ -48,17 +50,23 @@ _T = TypeVar("_T")
 
 _Names = tuple[str, ...]
 """Of the datasets of one group, or of one that is alone."""
-_Saved = dict[int, datetime | None]
-"""The generations of a dataset on disk, newest first, with their as_of; None where the header cannot be read."""
+_Saved = dict[int, Header | None]
+"""The generations of a dataset on disk, newest first, with their headers, renewed ones if they were; None where it
+cannot be read."""
 
 
 class _Part(NamedTuple):
-    """One dataset's share of a save: its header, its rows in pieces, and where they are written before they last."""
+    """One dataset's share of a save: its header, its rows in pieces, and where they are written before they last.
+
+    There are no rows if the file is only to be renewed.
+    """
 
     header: Header
     pieces: Generator[bytes]
     path: Path
     temporary: Path
+    renews: bool
+    rows: ref[Rows]
 
 
 class SnapshotStore(Service):
@@ -66,7 +74,11 @@ class SnapshotStore(Service):
 
     `problems` tells, for each dataset whose last save failed, why in one line.
 
-    :param min_save_interval_s: the least time from the start of one save of a dataset to that of its next.
+    A content that comes again is not saved again. Its file is renewed, by a small one beside it, so that after a
+    restart its age counts from the last read that gave it.
+
+    :param min_save_interval_s: the least time from the start of one save of a dataset to that of its next, and from one
+        renewal to the next.
     :param keep_generations: files kept of a dataset, at least 1.
     :param release: gets the groups of loaded rows when nobody reads them any more.
     :param reactor: `IReactorTime`, whose `seconds` are monotonic, and `IReactorThreads`.
@@ -96,8 +108,11 @@ class SnapshotStore(Service):
         self._log = log
         self._wall_s = wall_s
         self._saved: dict[str, _Saved] = {}
+        self._saved_rows: dict[str, dict[int, ref[Rows]]] = {}
         self._wanted: set[_Names] = set()
         self._due_at: dict[_Names, float] = {}
+        self._to_renew: set[_Names] = set()
+        self._renewal_due_at: dict[_Names, float] = {}
         self._timer: Any = None
         self._saving: Deferred[None] | None = None
         self._temporaries: frozenset[Path] = frozenset()
@@ -112,7 +127,7 @@ class SnapshotStore(Service):
         self._watching = True
         self._cache.watch(self._declared)
         for dataset in self._cache.datasets.values():
-            dataset.watch(self._published)
+            dataset.follow(self._moved)
 
     def stopService(self) -> Deferred[None]:
         """Save nothing more and abandon what is half saved or half loaded; fires when no thread works for it."""
@@ -122,8 +137,9 @@ class SnapshotStore(Service):
             self._watching = False
             self._cache.unwatch(self._declared)
             for dataset in self._cache.datasets.values():
-                dataset.unwatch(self._published)
+                dataset.unfollow(self._moved)
         self._wanted.clear()
+        self._to_renew.clear()
         self._forget_timer()
         stopped: Deferred[None] = Deferred()
         if self._working:
@@ -140,12 +156,7 @@ class SnapshotStore(Service):
         first, *others = [self._saved.get(name, {}) for name in names]
         if not others:
             return [(generation,) for generation in first]
-        by_moment = [{as_of: generation for generation, as_of in reversed(each.items())} for each in others]
-        return [
-            (generation, *(each[as_of] for each in by_moment))
-            for generation, as_of in first.items()
-            if as_of is not None and all(as_of in each for each in by_moment)
-        ]
+        return _of_one_moment([first, *others])
 
     # Loading
 
@@ -205,7 +216,7 @@ class SnapshotStore(Service):
     async def _refuse_those_of_no_moment(self, datasets: Sequence[Dataset]) -> None:
         """A file with a damaged header belongs to no moment, and would never be tried; it is refused all the same."""
         for dataset in datasets:
-            for generation in [each for each, as_of in self._saved.get(dataset.name, {}).items() if as_of is None]:
+            for generation in [each for each, header in self._saved.get(dataset.name, {}).items() if header is None]:
                 await self._load_unless_refused([dataset], [generation])
 
     async def _load_unless_refused(self, datasets: Sequence[Dataset], generations: Sequence[int]) -> list[Snapshot]:
@@ -271,6 +282,7 @@ class SnapshotStore(Service):
             watch_state=header.watch_state,
             probe=header.probe or None,
             server=header.server,
+            content_since=header.content_since,
         )
 
     async def _read(self, path: Path, settings: DatasetSettings, generation: int) -> tuple[Header, Rows]:
@@ -282,7 +294,9 @@ class SnapshotStore(Service):
             # The trailer says the same as the header, and here are that many.
             if (builder.count, builder.size_bytes) != (header.rows, header.size_bytes):
                 raise SnapshotRejected(f"{path.name}: it is damaged: its rows are not as many as its header says")
-            return header, builder.finish()
+            rows = builder.finish()
+            rows.note_digest(header.digest)
+            return header, rows
         except BadResult as error:
             raise SnapshotRejected(f"{path.name}: {error}") from error
         finally:
@@ -309,6 +323,7 @@ class SnapshotStore(Service):
 
     def _forget(self, name: str, generation: int) -> None:
         self._saved.get(name, {}).pop(generation, None)
+        self._saved_rows.get(name, {}).pop(generation, None)
 
     def _unknown(self, name: str, generation: int) -> UnknownGeneration:
         known = ", ".join(map(str, self._saved.get(name, ()))) or "none"
@@ -318,14 +333,21 @@ class SnapshotStore(Service):
 
     def _declared(self, dataset: Dataset, fate: Fate) -> None:
         if fate == "added":
-            dataset.watch(self._published)
+            dataset.follow(self._moved)
         elif fate == "removed":
             self.problems.pop(dataset.name, None)
 
-    def _published(self, dataset: Dataset) -> None:
-        if dataset.snapshot is not None and dataset.snapshot.source == "postgres":
-            self._wanted.add(self._with_its_group(dataset))
-            self._plan()
+    def _moved(self, dataset: Dataset) -> None:
+        snapshot = dataset.snapshot
+        if snapshot is None or snapshot.source != "postgres" or dataset.redefined:
+            return
+        is_saved = self._is_saved(_header(dataset.settings, snapshot))
+        (self._to_renew if is_saved else self._wanted).add(self._with_its_group(dataset))
+        self._plan()
+
+    def _is_saved(self, header: Header) -> bool:
+        saved = self._saved.get(header.dataset, {}).get(header.generation)
+        return saved is not None and header.renews(saved)
 
     def _with_its_group(self, dataset: Dataset) -> _Names:
         group = dataset.settings.group
@@ -336,14 +358,17 @@ class SnapshotStore(Service):
     def _plan(self) -> None:
         """Wait for the first save that is due, at least for the next turn: all of a group is published by then."""
         self._forget_timer()
-        if self._saving is not None or self._stopping or not self._wanted:
+        if self._saving is not None or self._stopping:
             return
-        names = min(self._wanted, key=lambda names: self._due_at.get(names, -math.inf))
-        in_s = max(0.0, self._due_at.get(names, -math.inf) - self._reactor.seconds())
-        self._timer = self._reactor.callLater(in_s, self._begin, names)
+        due = [(self._due_at.get(names, -math.inf), names) for names in self._wanted]
+        due += [(self._renewal_due_at.get(names, -math.inf), names) for names in self._to_renew]
+        if due:
+            at, names = min(due)
+            self._timer = self._reactor.callLater(max(0.0, at - self._reactor.seconds()), self._begin, names)
 
     def _begin(self, names: _Names) -> None:
-        self._wanted.remove(names)
+        self._wanted.discard(names)
+        self._to_renew.discard(names)
         saving = Deferred.fromCoroutine(self._save(names))
         if not saving.called:
             self._saving = saving
@@ -364,19 +389,26 @@ class SnapshotStore(Service):
         if not snapshots:
             return
         began_at = self._reactor.seconds()
-        self._due_at[names] = began_at + self._min_save_interval_s
         try:
             with self._work():
-                kept = self._kept(names, [snapshot.generation for snapshot in snapshots])
+                headers = [
+                    _header(self._cache.dataset(name).settings, snapshot)
+                    for name, snapshot in zip(names, snapshots, strict=True)
+                ]
+                self._renewal_due_at[names] = began_at + self._min_save_interval_s
+                if not all(map(self._is_saved, headers)):
+                    self._due_at[names] = began_at + self._min_save_interval_s
+                kept = self._kept(names, snapshots)
                 dropped = [
-                    self._path(name, generation)
+                    path
                     for name in names
                     for generation in self._saved.get(name, {})
                     if generation not in kept[name]
+                    for path in (self._path(name, generation), self._renewal_path(name, generation))
                 ]
                 # A failure's traceback holds the frames it passed, and the thread that failed holds the failure until
                 # its next work: no frame of these may hold the rows then.
-                parts = [self._part(*each) for each in zip(names, snapshots, strict=True)]
+                parts = [self._part(*each) for each in zip(headers, snapshots, strict=True)]
                 del snapshots
                 try:
                     sizes = await self._write(parts, dropped)
@@ -390,7 +422,7 @@ class SnapshotStore(Service):
             return
         took_s = self._reactor.seconds() - began_at
         for part, size_bytes in zip(parts, sizes, strict=True):
-            self._succeed(part.header, kept[part.header.dataset], size_bytes, took_s)
+            self._succeed(part, kept[part.header.dataset], size_bytes, took_s)
 
     def _newest(self, names: _Names) -> list[Snapshot]:
         """What is served, unless it was rolled back, is of another query or not of one moment."""
@@ -400,33 +432,53 @@ class SnapshotStore(Service):
         one_moment = len({snapshot.as_of for snapshot in snapshots}) == 1
         return snapshots if one_moment and len(snapshots) == len(names) else []
 
-    def _kept(self, names: _Names, generations: Sequence[int]) -> dict[str, set[int]]:
-        """Which generations of each are on disk once these are, the newest."""
+    def _kept(self, names: _Names, snapshots: Sequence[Snapshot]) -> dict[str, set[int]]:
+        """Which generations of each are on disk once these are, the newest; of the same rows only the newest."""
+        generations = tuple(snapshot.generation for snapshot in snapshots)
         # Generations only rise, so that a higher number is of an earlier life, from before what was restored.
         # Left there it would pass for the newest.
         older = [
-            each for each in self.saved(names) if all(other < new for other, new in zip(each, generations, strict=True))
+            each
+            for each in self.saved(names)
+            if each != generations
+            and all(other <= new for other, new in zip(each, generations, strict=True))
+            and not all(map(self._has_rows, names, each, snapshots))
         ]
-        moments = [tuple(generations), *older[: self._keep_generations - 1]]
+        moments = [generations, *older[: self._keep_generations - 1]]
         return {name: set(each) for name, each in zip(names, zip(*moments, strict=True), strict=True)}
 
-    def _part(self, name: str, snapshot: Snapshot) -> _Part:
+    def _has_rows(self, name: str, generation: int, snapshot: Snapshot) -> bool:
+        """Whether that generation holds the very rows of `snapshot`, to which a rollback was undone."""
+        saved = self._saved_rows.get(name, {}).get(generation)
+        return saved is not None and saved() is snapshot.rows
+
+    def _part(self, header: Header, snapshot: Snapshot) -> _Part:
+        name, generation, renews = header.dataset, header.generation, self._is_saved(header)
         return _Part(
-            _header(self._cache.dataset(name).settings, snapshot),
-            packed(snapshot.rows),
-            self._path(name, snapshot.generation),
-            self._directory / f".{name}.{snapshot.generation:012}.{os.getpid()}.tmp",
+            header,
+            packed(snapshot.rows) if not renews else (_ for _ in ()),
+            self._renewal_path(name, generation) if renews else self._path(name, generation),
+            self._directory / f".{name}.{generation:012}.{os.getpid()}.tmp",
+            renews,
+            ref(snapshot.rows),
         )
 
-    def _succeed(self, header: Header, kept: set[int], size_bytes: int, took_s: float) -> None:
+    def _succeed(self, part: _Part, kept: set[int], size_bytes: int, took_s: float) -> None:
+        header = part.header
         name = header.dataset
         older = self._saved.get(name, {})
-        self._saved[name] = {header.generation: header.as_of, **{each: older[each] for each in older if each in kept}}
+        others = [each for each in older if each in kept and each != header.generation]
+        rows = self._saved_rows.get(name, {}) | {header.generation: part.rows}
+        self._saved_rows[name] = {each: rows[each] for each in rows if each in kept}
+        self._saved[name] = {header.generation: header, **{each: older[each] for each in others}}
         if (dataset := self._cache.datasets.get(name)) is not None:
             dataset.save_problem = None
         log = self._log.bind(dataset=name)
         if self.problems.pop(name, None) is not None:
             log.info("snapshot_save_recovered")
+        if part.renews:
+            log.debug("snapshot_renewed", generation=header.generation, bytes=size_bytes, took_s=seconds(took_s))
+            return
         log.info(
             "snapshot_saved", generation=header.generation, rows=header.rows, bytes=size_bytes, took_s=seconds(took_s)
         )
@@ -444,7 +496,7 @@ class SnapshotStore(Service):
                 self._log.warning(
                     "snapshot_save_failed", dataset=name, error=problem, retry_in_s=seconds(retry_in_s), exc_info=ours
                 )
-        self._due_at[names] = self._reactor.seconds() + retry_in_s
+        self._due_at[names] = self._renewal_due_at[names] = self._reactor.seconds() + retry_in_s
         if not self._stopping:
             self._wanted.add(names)
 
@@ -482,6 +534,9 @@ class SnapshotStore(Service):
 
     def _path(self, name: str, generation: int) -> Path:
         return self._directory / f"{name}.{generation:012}.snapshot"
+
+    def _renewal_path(self, name: str, generation: int) -> Path:
+        return _renewal_of(self._path(name, generation))
 
     def _go_on(self) -> None:
         if self._stopping:
@@ -530,7 +585,35 @@ def _header(settings: DatasetSettings, snapshot: Snapshot) -> Header:
         snapshot.watch_state,
         snapshot.probe or "",
         snapshot.server,
+        snapshot.content_since,
+        snapshot.rows.digest,
     )
+
+
+def _of_one_moment(saved: Sequence[_Saved]) -> list[tuple[int, ...]]:
+    """The generations of a group that were all served at one moment, newest first.
+
+    A generation was served from its first read to its last renewal; the members of a group are read together, so that
+    where these spans overlap is a moment of all of them.
+    """
+    known = [[(number, header) for number, header in each.items() if header is not None] for each in saved]
+    return [tuple(number for number, _ in combined) for combined in _overlapping(known)]
+
+
+def _overlapping(members: Sequence[Sequence[tuple[int, Header]]]) -> list[list[tuple[int, Header]]]:
+    if not members:
+        return [[]]
+    first, *others = members
+    rests = _overlapping(others)
+    return [[each, *rest] for each in first for rest in rests if _overlap([header for _, header in (each, *rest)])]
+
+
+def _overlap(headers: Sequence[Header]) -> bool:
+    return max(header.modified_as_of for header in headers) <= min(header.as_of for header in headers)
+
+
+def _renewal_of(path: Path) -> Path:
+    return path.with_suffix(".renewal")
 
 
 # What follows runs in a thread.
@@ -548,17 +631,28 @@ def _scan(directory: Path, busy: Collection[Path]) -> dict[str, _Saved]:
             with suppress(OSError):
                 path.unlink()
         elif (named := _SAVED.fullmatch(path.name)) and path.is_file():
-            found.setdefault(named[1], {})[int(named[2])] = _moment(path)
+            found.setdefault(named[1], {})[int(named[2])] = _saved_header(path)
+        elif _RENEWAL.fullmatch(path.name) and not path.with_suffix(".snapshot").exists():
+            _remove([path])  # killed between the two
     return found
 
 
-def _moment(path: Path) -> datetime | None:
+def _saved_header(path: Path) -> Header | None:
     try:
         header, blocks = read(path)
     except (SnapshotRejected, OSError):
         return None  # told when it is loaded
     blocks.close()
-    return header.as_of
+    return _renewed(header, path)
+
+
+def _renewed(header: Header, path: Path) -> Header:
+    """The header that the file has by its renewal; its own without one, or with one that is bad or of other rows."""
+    try:
+        renewed = read_whole_header(_renewal_of(path))
+    except (SnapshotRejected, OSError):
+        return header
+    return renewed if renewed.renews(header) else header
 
 
 def _open(path: Path, settings: DatasetSettings, generation: int) -> tuple[Header, Generator[bytes]]:
@@ -568,7 +662,7 @@ def _open(path: Path, settings: DatasetSettings, generation: int) -> tuple[Heade
     except SnapshotRejected:
         blocks.close()
         raise
-    return header, blocks
+    return _renewed(header, path), blocks
 
 
 def _some(blocks: Iterator[bytes]) -> list[bytes]:
@@ -586,6 +680,7 @@ def _some(blocks: Iterator[bytes]) -> list[bytes]:
 def _move_aside(path: Path) -> None:
     with suppress(OSError):
         path.replace(path.with_name(f"{path.name}.rejected"))
+    _remove([_renewal_of(path)])
 
 
 def _create(temporary: Path) -> Any:

@@ -66,6 +66,13 @@ class _Result(NamedTuple):
     change: Change | None = None
 
 
+class _Comparison(NamedTuple):
+    """What publishing a result would change of what is served; and what it is `like`, to the byte, if anything."""
+
+    change: Change
+    like: Snapshot | None
+
+
 _LEAST_DELTA_KEYS = 100
 """A delta of so many keys is cheap however small the dataset is."""
 _CALM_S = 0.02
@@ -461,18 +468,21 @@ class Refresher:
 
     async def _publish(self, results: Sequence[_Result], this: _Try, queued_s: float) -> None:
         """Serve all of them from one turn of the reactor on; of pinned ones, keep them."""
-        changes = await self._changes(results)
+        comparisons = await self._comparisons(results)
         self._status.answered()
         # Again, so that a transaction that is waited for is looked for on this server, whatever was read meanwhile.
         self._status.seen(results[0].reading.server, results[0].reading.lag)
-        for result, change in zip(results, changes, strict=True):
-            self._publish_one(result, change, this, queued_s)
+        for result, comparison in zip(results, comparisons, strict=True):
+            self._publish_one(result, comparison, this, queued_s)
         for dataset, expiry in zip(self.datasets, self._expiries, strict=True):
             if not dataset.pinned:
                 expiry.published()
 
-    def _publish_one(self, result: _Result, change: Change, this: _Try, queued_s: float) -> None:
+    def _publish_one(self, result: _Result, comparison: _Comparison, this: _Try, queued_s: float) -> None:
         dataset, reading, rows = result.dataset, result.reading, result.rows
+        change, like = comparison
+        if like is not None and like.rows.is_laid_out_as(rows):
+            rows = like.rows
         log = self._logs[dataset.name]
         dataset.accepts_next = False
         generation = dataset.next_generation()
@@ -490,6 +500,7 @@ class Refresher:
             probe=reading.probe,
             server=reading.server,
             lag=reading.lag,
+            content_since=like.modified_as_of if like is not None else None,
         )
         if reading.kind == "all":
             dataset.checked_at = self._clock.seconds()
@@ -504,8 +515,8 @@ class Refresher:
             return
         fields = {"rows": rows.count, "read": how, "took_s": seconds(took_s), "queued_s": seconds(queued_s)}
         served = dataset.snapshot
-        if result.change is not None and served is not None and result.base is served and not any(change):
-            dataset.renew(replace(snapshot, generation=served.generation, rows=served.rows, change=served.change))
+        if served is not None and like is served:
+            dataset.renew(replace(snapshot, generation=served.generation, change=served.change))
             dataset.attempted(this.ended("unchanged", took_s, rows.count, how=how))
             log.info("refresh_unchanged", **this.fields(), generation=served.generation, **fields)
             return
@@ -521,23 +532,45 @@ class Refresher:
             **fields,
         )
 
-    async def _changes(self, results: Sequence[_Result]) -> list[Change]:
+    async def _comparisons(self, results: Sequence[_Result]) -> list[_Comparison]:
         """What publishing would change, counted without holding the reactor."""
         while True:
             served = [result.dataset.snapshot for result in results]
-            changes = [await self._change(*each) for each in zip(results, served, strict=True)]
+            found = [await self._compared(*each) for each in zip(results, served, strict=True)]
             if all(result.dataset.snapshot is before for result, before in zip(results, served, strict=True)):
-                return changes
+                return found
 
-    async def _change(self, result: _Result, served: Snapshot | None) -> Change:
+    async def _compared(self, result: _Result, served: Snapshot | None) -> _Comparison:
         if served is None:
-            return Change(result.rows.count, 0, 0)
+            return _Comparison(Change(result.rows.count, 0, 0), None)
+        change = await self._change(result, served)
+        candidate = result.dataset.candidate
+        # Nothing was asked of the columns if nothing has changed.
+        columns = served.columns if result.reading.kind == "unchanged" else result.reading.columns
+        if not any(change) and served.columns == columns:
+            result.rows.note_digest(served.rows.digest)
+            return _Comparison(change, served)
+        # Or else unpin would publish, and save, once more what a rollback went back from.
+        if candidate is not None and candidate.columns == columns and await self._is_equal(candidate.rows, result.rows):
+            return _Comparison(change, candidate)
+        return _Comparison(change, None)
+
+    async def _is_equal(self, old: Rows, new: Rows) -> bool:
+        if old is new or old.count != new.count:
+            return old is new
+        count = ChangeCount(old, new)
+        for _ in count:
+            await deferLater(self._clock, 0)
+        return not any(count.change)
+
+    async def _change(self, result: _Result, served: Snapshot) -> Change:
         if result.change is not None and result.base is served:
             return result.change
         expected = result.reading.may_differ if result.change is None and result.base is served else None
         count = ChangeCount(served.rows, result.rows, expected)
         for _ in count:
             await deferLater(self._clock, 0)
+        result.rows.note_digest(count.digest)
         if count.unexpected_count:
             # Deltas have missed something: what is published now is right again, and somebody has to know.
             result.dataset.counts.differences += count.unexpected_count

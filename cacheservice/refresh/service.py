@@ -300,7 +300,8 @@ class CacheService(Service):
                 raise NothingToRollBackTo(f"{dataset.name} has not been loaded yet")
             current.append(served.rolled_back_to or served.generation)
         for saved in self._history.saved(names):
-            if all(earlier < served for earlier, served in zip(saved, current, strict=True)):
+            # A member whose content did not change has the same generation at both moments.
+            if list(saved) != current and all(was <= now for was, now in zip(saved, current, strict=True)):
                 self._run(self._roll_back(self._history, refresher, saved))
                 return dict(zip(names, saved, strict=True))
         group = f" together with its group ({', '.join(names)})" if len(names) > 1 else ""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
-import secrets
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import quote, unquote_to_bytes
+
+from twisted.internet.defer import Deferred
 
 from cacheservice.cache.cache import Cache, Fate, Refreshes
 from cacheservice.cache.dataset import Dataset, Snapshot, State
@@ -19,11 +20,13 @@ from cacheservice.errors import Stopped, UnknownDataset
 from cacheservice.ports import report
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.held import Streamed
-from cacheservice.ports.http import assets, commands, heads, negotiation
+from cacheservice.ports.http import assets, commands, conditions, heads, negotiation, parameters
 from cacheservice.ports.http.bodies import PIECE_BYTES, GzipBodies, Piece, compress_now, cut, json_lines, json_object
+from cacheservice.ports.http.conditions import Validators
+from cacheservice.ports.http.digests import AT_ONCE_ROWS, Digests, row_tag, whole_tag
 from cacheservice.ports.http.events import Feed
 from cacheservice.ports.http.guard import CHALLENGE, Guard
-from cacheservice.ports.http.heads import JSON, JSON_GZIP, NDJSON, NDJSON_GZIP, Representation, SnapshotHeads
+from cacheservice.ports.http.heads import JSON, JSON_GZIP, NDJSON, NDJSON_GZIP, Dates, SnapshotHeads
 from cacheservice.ports.http.problem import Problem
 
 _JSON = b"application/json"
@@ -55,7 +58,6 @@ _SHOWN_KEY_BYTES = 100
 _TARGET = re.compile(rb"[!-\"$-~]+")
 _ORIGIN = re.compile(rb"https?://[^/?]+", re.IGNORECASE)
 _BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
-_SECONDS = re.compile(r"[0-9]+(\.[0-9]*)?|\.[0-9]+")
 
 
 class Reply(NamedTuple):
@@ -69,6 +71,9 @@ class Reply(NamedTuple):
     body: bytes | Iterator[Piece] | None
     size_bytes: int | None = None
     endless: bool = False
+
+
+Later = Coroutine[Any, Any, Reply] | Deferred[Reply]
 
 
 class Request:
@@ -110,6 +115,7 @@ class Answers:
         freshness: Freshness,
         refreshes: Refreshes,
         bodies: GzipBodies,
+        digests: Digests,
         feed: Feed,
         guard: Guard | None,
         allow_data: bool,
@@ -123,24 +129,24 @@ class Answers:
         self._feed = feed
         self._files = files
         self._bodies = bodies
+        self._digests = digests
         self._guard = guard
         self._reads_freely = allow_data and (guard is None or not guard.is_for_reading)
         self._exposition = exposition
         self._wall_s = wall_s
-        # Generations begin at 1 again with each process.
-        self._process = secrets.token_hex(4)
         self._heads: dict[str, SnapshotHeads] = {}
+        self._dates: dict[str, Dates] = {}
         cache.watch(self._declared)
 
     def _declared(self, dataset: Dataset, _: Fate) -> None:
         self._heads.pop(dataset.name, None)
 
-    def answer(self, request: Request) -> Reply | Coroutine[Any, Any, Reply]:
-        """The answer, or what becomes it.
+    def answer(self, request: Request) -> Reply | Later:
+        """The answer, or what becomes it: a Deferred if that ends by itself, a coroutine if it waits for something.
 
         :raises Problem: for what cannot be answered as it was meant; the coroutine as well.
         """
-        path, _, query = request.target.partition(b"?")
+        path = request.target.partition(b"?")[0]
         if path[:1] != b"/":
             path = _path_of_absolute(path)
         if not path.isascii() or not _TARGET.fullmatch(request.target):
@@ -156,12 +162,12 @@ class Answers:
         if path[:13] == _DATASET:
             name, slash, rest = path[13:].partition(b"/")
             if rest[:5] == _ROW:
-                return self._of_dataset(request, name, query, self._row, decoded(rest[5:]))
+                return self._of_dataset(request, name, self._row, decoded(rest[5:]))
             if not slash:
-                return self._of_dataset(request, name, query, self._whole)
+                return self._of_dataset(request, name, self._whole)
             return self._about(request, name, rest)
         if path == _DATASETS:
-            _check_method(request)
+            _check(request)
             return self._live(200, self._list(), request)
         return self._for_monitors(request, path) or self._dashboard(request, path)
 
@@ -191,7 +197,7 @@ class Answers:
             )
         return self._guard
 
-    def _command(self, request: Request, rest: bytes) -> Reply | Coroutine[Any, Any, Reply] | None:
+    def _command(self, request: Request, rest: bytes) -> Reply | Later | None:
         """What the admin socket does too; None if it is none, or there is no token for commands.
 
         No browser sends the header that it needs for another site's sake.
@@ -209,25 +215,30 @@ class Answers:
             return guard.refuse_wrong(host, _ADMIN_TOKEN)
         if b"transfer-encoding" in request.headers or request.headers.get(b"content-length", b"0").strip(b"0"):
             raise Problem(413, "a command takes no request body")
-        return self._live(*commands.run(command, self._refreshes, self._dataset(name).name), request)
+        parameters.check(_query(request))
+        dataset = self._dataset(name)
+        if b"if-match" in request.headers:
+            # It holds for a representation of what is asked, and a command has none (RFC 9110, 13.1.1).
+            raise conditions.precondition_failed()
+        return self._live(*commands.run(command, self._refreshes, dataset.name), request)
 
     # What is told of a dataset
 
     def _about(self, request: Request, name: bytes, what: bytes) -> Reply:
         if what == b"status":
-            _check_method(request)
+            _check(request)
             return self._live(200, describe_dataset(self._dataset(name)), request)
         if what == b"why":
-            _check_method(request)
+            _check(request)
             return self._why(self._dataset(name), request)
         if what == b"history":
-            _check_method(request)
+            _check(request)
             now = self._cache.now()
             return self._live(200, describe_hour(self._dataset(name).last_hour.points(now), now), request)
         if what in commands.COMMANDS:
             if self._guard is not None and self._guard.is_for_commands:
                 raise Problem(405, "commands are sent with POST", b"Allow: POST\r\n")
-            _check_method(request)
+            _check(request)
         raise _nothing_here()
 
     def _why(self, dataset: Dataset, request: Request) -> Reply:
@@ -240,7 +251,7 @@ class Answers:
 
     # The dashboard
 
-    def _dashboard(self, request: Request, path: bytes) -> Reply | Coroutine[Any, Any, Reply]:
+    def _dashboard(self, request: Request, path: bytes) -> Reply | Later:
         if path == b"/":
             return self._page(request)
         if path == b"/events":
@@ -249,9 +260,9 @@ class Answers:
             return self._asset(request, path[8:])
         raise _nothing_here()
 
-    def _page(self, request: Request) -> Reply | Coroutine[Any, Any, Reply]:
+    def _page(self, request: Request) -> Reply | Later:
         """The page holds nothing secret; to who has sent no token it comes with 401, and asks for it."""
-        _check_method(request)
+        _check(request)
         page = self._files[assets.PAGE]
         if not self._reads_freely and b"authorization" not in request.headers:
             self._required_guard()
@@ -262,7 +273,7 @@ class Answers:
 
     def _asset(self, request: Request, name: bytes) -> Reply:
         """The assets are the same for everybody, and need no token."""
-        _check_method(request)
+        _check(request)
         if not self._reads_freely:
             self._required_guard()
         file = self._files.get(name)
@@ -273,13 +284,12 @@ class Answers:
     def _file(self, request: Request, file: assets.Asset) -> Reply:
         headers = request.headers
         zipped = b"accept-encoding" in headers and _zipped(headers, len(file.plain))
-        tags = headers.get(b"if-none-match")
-        if tags is not None and negotiation.matches(tags, file.entity_tag(zipped)):
+        if _is_unchanged(headers, Validators(file.entity_tag(zipped))):
             return Reply(file.head(304, self._wall_s(), zipped), None)
         return Reply(file.head(200, self._wall_s(), zipped), file.zipped if zipped else file.plain)
 
-    def _events(self, request: Request) -> Reply | Coroutine[Any, Any, Reply]:
-        _check_method(request)
+    def _events(self, request: Request) -> Reply | Later:
+        _check(request)
         refused = self._refused(request)
         if refused is not None:
             return refused
@@ -305,13 +315,15 @@ class Answers:
         """:param request: to negotiate with; None for a probe, which takes what it gets."""
         if request is not None:
             _negotiated(request, (_JSON,))
+            if status == 200 and request.method in _READ_METHODS and _is_unchanged(request.headers, Validators()):
+                return Reply(heads.plain_head(304, _JSON, self._wall_s()), None)
         return Reply(heads.plain_head(status, _JSON, self._wall_s()), json.dumps(value).encode() + b"\n")
 
-    def _for_monitors(self, request: Request, path: bytes) -> Reply | Coroutine[Any, Any, Reply] | None:
+    def _for_monitors(self, request: Request, path: bytes) -> Reply | Later | None:
         """The probes and the metrics, which need no token; None if it is neither."""
         if path not in _PROBES:
             return None
-        _check_method(request)
+        _check(request)
         if path == b"/livez":
             return self._live(200, {"status": "alive"})
         if path == b"/readyz":
@@ -347,16 +359,15 @@ class Answers:
 
     # Data
 
-    def _of_dataset(
-        self, request: Request, name: bytes, query: bytes, then: Callable[..., Any], *arguments: bytes
-    ) -> Reply | Coroutine[Any, Any, Reply]:
+    def _of_dataset(self, request: Request, name: bytes, then: Callable[..., Any], *arguments: bytes) -> Reply | Later:
         _check_method(request)
         dataset = self._dataset(name)
-        if query:
-            max_age_s = _max_age_s(query)
+        if b"?" in request.target:
+            max_age_s = parameters.max_age_s(_query(request))
             if max_age_s is not None:
                 return self._when_fresh(dataset, max_age_s, request, then, arguments)
-        return then(request, dataset, _served(dataset), *arguments)  # type: ignore[no-any-return]
+        snapshot = _served(dataset)
+        return then(request, snapshot, self._heads_of(dataset, snapshot), *arguments)  # type: ignore[no-any-return]
 
     async def _when_fresh(
         self,
@@ -384,7 +395,9 @@ class Answers:
                 _retry_after(dataset),
                 {"age_s": round(age_s, 3), "max_age_s": max_age_s},
             )
-        reply = then(request, dataset, _served(dataset), *arguments)
+        snapshot = _served(dataset)
+        ready = self._new_heads(dataset, snapshot, max_age_s)
+        reply = then(request, snapshot, ready, *arguments)
         return reply if isinstance(reply, Reply) else await reply
 
     def _dataset(self, encoded: bytes) -> Dataset:
@@ -403,49 +416,70 @@ class Answers:
             or ready.read_at != snapshot.read_at
             or now_s >= ready.until_s
         ):
-            ready = SnapshotHeads(dataset, snapshot, self._process, now_s, self._wall_s())
-            self._heads[dataset.name] = ready
+            ready = self._heads[dataset.name] = self._new_heads(dataset, snapshot)
         return ready
 
-    def _row(
-        self, request: Request, dataset: Dataset, snapshot: Snapshot, key: bytes
-    ) -> Reply | Coroutine[Any, Any, Reply]:
-        document = snapshot.rows.get(key)
+    def _new_heads(self, dataset: Dataset, snapshot: Snapshot, max_age_s: float | None = None) -> SnapshotHeads:
+        dates = self._dates.setdefault(dataset.name, Dates())
+        return SnapshotHeads(dataset, snapshot, dates, (self._cache.now(), self._wall_s()), max_age_s)
+
+    def _row(self, request: Request, snapshot: Snapshot, ready: SnapshotHeads, key: bytes) -> Reply | Later:
+        dataset, document = ready.dataset, snapshot.rows.get(key)
         if document is None:
             dataset.counts.http.misses += 1
             raise Problem(404, f"{dataset.name} has no row '{key[:_SHOWN_KEY_BYTES].decode(errors='replace')}'")
         dataset.counts.http.hits += 1
-        ready = self._heads_of(dataset, snapshot)
         size_bytes = len(document)
         headers = request.headers
         if b"accept" in headers:
             _negotiated(request, (_JSON,))
-        if b"accept-encoding" in headers and _zipped(headers, size_bytes):
-            if _is_unchanged(headers, ready, JSON_GZIP):
-                return Reply(ready.not_modified(JSON_GZIP), None)
+        form = JSON_GZIP if b"accept-encoding" in headers and _zipped(headers, size_bytes) else JSON
+        tag = row_tag(document, form)
+        if not conditions.NAMES.isdisjoint(headers) and _is_unchanged(
+            headers, Validators(tag, modified=ready.modified)
+        ):
+            return Reply(ready.not_modified(tag, whole=False), None)
+        if form is JSON_GZIP:
+            head = ready.found(form, tag, whole=False)
             if size_bytes > _GZIP_HERE_BYTES:
-                return self._large_zipped_row(ready.found(JSON_GZIP), document)
-            return Reply(ready.found(JSON_GZIP), compress_now(document))
-        if (b"if-none-match" in headers or b"if-modified-since" in headers) and _is_unchanged(headers, ready, JSON):
-            return Reply(ready.json_not_modified, None)
+                return self._large_zipped_row(head, document)
+            return Reply(head, compress_now(document))
+        head = b"%bETag: %b\r\n" % (ready.row, tag)
         if size_bytes > PIECE_BYTES:
-            return Reply(ready.json, cut(document), size_bytes)
-        return Reply(ready.json, document)
+            return Reply(head, cut(document), size_bytes)
+        return Reply(head, document)
 
     async def _large_zipped_row(self, head: bytes, document: bytes) -> Reply:
         body = await self._bodies.compress(document)
         return Reply(head, cut(body), len(body))
 
-    def _whole(self, request: Request, dataset: Dataset, snapshot: Snapshot) -> Reply:
+    def _whole(self, request: Request, snapshot: Snapshot, ready: SnapshotHeads) -> Reply | Later:
+        rows = snapshot.rows
+        if rows.digest is None:
+            if rows.count > AT_ONCE_ROWS or rows.size_bytes > PIECE_BYTES:
+                return Deferred.fromCoroutine(self._digested(request, snapshot, ready))
+            for _ in rows.digesting():
+                pass
+        return self._whole_tagged(request, snapshot, ready)
+
+    async def _digested(self, request: Request, snapshot: Snapshot, ready: SnapshotHeads) -> Reply:
+        await self._digests.compute(snapshot.rows)
+        # That may take a second, in which the snapshot has aged.
+        ready = self._new_heads(ready.dataset, snapshot, ready.asked_max_age_s)
+        return self._whole_tagged(request, snapshot, ready)
+
+    def _whole_tagged(self, request: Request, snapshot: Snapshot, ready: SnapshotHeads) -> Reply:
+        dataset, rows, headers = ready.dataset, snapshot.rows, request.headers
         dataset.counts.http.hits += 1
-        rows, headers = snapshot.rows, request.headers
         lines = b"accept" in headers and _negotiated(request, (_JSON, NDJSON.content_type)) == NDJSON.content_type
         zipped = b"accept-encoding" in headers and _zipped(headers, rows.size_bytes)
         form = (NDJSON_GZIP if zipped else NDJSON) if lines else (JSON_GZIP if zipped else JSON)
-        ready = self._heads_of(dataset, snapshot)
-        if (b"if-none-match" in headers or b"if-modified-since" in headers) and _is_unchanged(headers, ready, form):
-            return Reply(ready.not_modified(form) if form is not JSON else ready.json_not_modified, None)
-        head = ready.found(form)
+        tag = whole_tag(rows, form)
+        if not conditions.NAMES.isdisjoint(headers) and _is_unchanged(
+            headers, Validators(tag, weak=True, modified=ready.modified)
+        ):
+            return Reply(ready.not_modified(b"W/" + tag, whole=True), None)
+        head = ready.found(form, b"W/" + tag, whole=True)
         if zipped:
             if request.method == b"HEAD":  # not worth making it
                 body = self._bodies.find(dataset, snapshot, lines)
@@ -489,16 +523,15 @@ def _path_of_absolute(target: bytes) -> bytes:
     return (target[origin.end() :] or b"/") if origin else target
 
 
-def _max_age_s(query: bytes) -> float | None:
-    """:raises Problem: 400 for a max_age that is no number of seconds, and for two."""
-    given = [value for name, _, value in (part.partition(b"=") for part in query.split(b"&")) if name == b"max_age"]
-    if not given:
-        return None
-    text = unquote_to_bytes(given[0]).decode("ascii", "replace")
-    max_age_s = float(text) if len(given) == 1 and _SECONDS.fullmatch(text) else math.inf
-    if not math.isfinite(max_age_s):
-        raise Problem(400, "max_age must be given once, as a number of seconds that is not negative: max_age=5")
-    return max_age_s
+def _query(request: Request) -> bytes:
+    return request.target.partition(b"?")[2]
+
+
+def _check(request: Request) -> None:
+    """:raises Problem: 405 for another method, 400 for any parameter."""
+    _check_method(request)
+    if b"?" in request.target:
+        parameters.check(_query(request))
 
 
 def _check_method(request: Request) -> None:
@@ -525,13 +558,12 @@ def _zipped(headers: Mapping[bytes, bytes], size_bytes: int) -> bool:
     raise Problem(406, "this is served plain or as gzip")
 
 
-def _is_unchanged(headers: Mapping[bytes, bytes], ready: SnapshotHeads, form: Representation) -> bool:
-    """Whether the client has what would be sent (RFC 9110, 13.2.2: If-Modified-Since counts only alone)."""
-    tags = headers.get(b"if-none-match")
-    if tags is not None:
-        return negotiation.matches(tags, ready.json_tag if form is JSON else ready.tag(form))
-    since = headers.get(b"if-modified-since")
-    return since is not None and negotiation.unchanged_since(since, ready.last_modified)
+def _is_unchanged(headers: Mapping[bytes, bytes], current: Validators) -> bool:
+    """Whether the client has what would be sent.
+
+    :raises Problem: 412 if it is not what the client's conditions want.
+    """
+    return not conditions.NAMES.isdisjoint(headers) and conditions.is_not_modified(headers, current)
 
 
 # The state of a dataset

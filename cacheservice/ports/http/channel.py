@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Coroutine, Generator, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from types import MappingProxyType
@@ -41,6 +41,7 @@ from cacheservice.ports.held import HeldSnapshots, Hold, Streamed, Unlimited
 from cacheservice.ports.http import assets
 from cacheservice.ports.http.answers import Answers, Exposition, Reply, Request, is_probe
 from cacheservice.ports.http.bodies import GzipBodies, Piece
+from cacheservice.ports.http.digests import Digests
 from cacheservice.ports.http.events import Feed
 from cacheservice.ports.http.guard import Guard
 from cacheservice.ports.http.problem import Problem
@@ -142,6 +143,7 @@ class HttpChannel(HTTPChannel):
     _timer: Any = None
     _yielding: Any = None
     _waiting: Deferred[None] | None = None
+    _is_made = False
     _stream: _Stream | None = None
     _hold: Hold | None = None
     _direct = _may_be_direct = False
@@ -313,11 +315,12 @@ class HttpChannel(HTTPChannel):
             self._send(request, reply)
             return
         self._deadline_at = None
+        self._is_made = isinstance(reply, Deferred)
         waiting = Deferred.fromCoroutine(self._answer_later(request, reply))
         if not waiting.called:
             self._waiting = waiting
 
-    async def _answer_later(self, request: HttpRequest, coming: Coroutine[Any, Any, Reply]) -> None:
+    async def _answer_later(self, request: HttpRequest, coming: Awaitable[Reply]) -> None:
         try:
             reply = await coming
         except CancelledError:
@@ -513,7 +516,7 @@ class HttpChannel(HTTPChannel):
             if stream.chunked:
                 self._put(_LAST_CHUNK)
             self._finish()
-        elif self._waiting is not None or self._finishing or not self._handlingRequest:
+        elif (self._waiting is not None and not self._is_made) or self._finishing or not self._handlingRequest:
             self._finish()
 
     def writeConnectionLost(self) -> None:
@@ -617,7 +620,16 @@ class HttpFactory(ServerFactory):
         self.feed = Feed(cache, reactor)
         guard = Guard(token, admin_token, self.rejected, reactor) if token or admin_token else None
         self.answers = Answers(
-            cache, freshness, refreshes, self.bodies, self.feed, guard, allow_data, assets.load(), exposition
+            cache,
+            freshness,
+            refreshes,
+            self.bodies,
+            Digests(reactor),
+            self.feed,
+            guard,
+            allow_data,
+            assets.load(),
+            exposition,
         )
         self.streams = Cooperator(_turn, partial(reactor.callLater, 0))
 

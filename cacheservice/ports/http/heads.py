@@ -6,6 +6,7 @@ adds.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from typing import NamedTuple
 from twisted.web.http import datetimeToString
 
 from cacheservice.cache.dataset import Dataset, Snapshot
+from cacheservice.config import DatasetSettings
 
 
 class Representation(NamedTuple):
@@ -42,19 +44,53 @@ def plain_head(status: int, content_type: bytes, wall_s: float) -> bytes:
     return status_line(status) + lines % (datetimeToString(wall_s), content_type)
 
 
+class Dates:
+    """Which contents of a dataset were served under which Last-Modified, that has whole seconds."""
+
+    _MOST = 1024
+
+    def __init__(self) -> None:
+        self._contents: OrderedDict[int, datetime | None] = OrderedDict()
+
+    def are_of_one(self, last_modified: datetime, content_since: datetime) -> bool:
+        """Note that this content is served under that date; gives whether no other one ever was."""
+        second = int(last_modified.timestamp())
+        before = self._contents.setdefault(second, content_since)
+        if before != content_since:
+            self._contents[second] = None
+        if len(self._contents) > self._MOST:
+            self._contents.popitem(last=False)
+        return before == content_since
+
+
 class SnapshotHeads:
-    """The heads of all answers from one generation, true until `until_s` by the clock of `now_s`.
+    """The heads of all answers from one snapshot, but for their tags; true until `until_s` by the clock of `now_s`.
 
     ``max-age`` is the interval, and ``stale-if-error`` what is left of max_age_s after it: a cache takes Age off the
     first (RFC 9111, 4.2.3) and counts the second from its end (RFC 5861, 4), so that it keeps the answer until the
     next refresh is due, and in need until the snapshot expires.
 
-    :param process: differs from one start of the process to the next, because a generation's number does not.
-    :param now_s: the monotonic clock that the snapshot's `read_at` is of.
-    :param wall_s: seconds since the epoch.
+    An answer to ``?max_age=`` may be stored for what is left of that age, as a cache that takes no Age off counts it,
+    and not be used for longer, the database down or not.
+
+    A row is sent as JSON alone, so that only the coding makes its answers differ; a dataset has two media types.
+
+    `modified` is Last-Modified, None if another content had the same one, so that it is not to be compared.
+
+    :param clocks: the monotonic one that the snapshot's `read_at` is of, and seconds since the epoch.
+    :param asked_max_age_s: of a request that named one.
     """
 
-    def __init__(self, dataset: Dataset, snapshot: Snapshot, process: str, now_s: float, wall_s: float) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        snapshot: Snapshot,
+        dates: Dates,
+        clocks: tuple[float, float],
+        asked_max_age_s: float | None = None,
+    ) -> None:
+        now_s, wall_s = clocks
+        self.asked_max_age_s = asked_max_age_s
         # Not the snapshot itself: it would be kept from being freed.
         self.dataset = dataset
         self.generation = snapshot.generation
@@ -62,36 +98,38 @@ class SnapshotHeads:
         age_s = max(0.0, now_s - snapshot.read_at)
         self.until_s = now_s + min(1 - age_s % 1, 1 - wall_s % 1)
         # The database's clock may run ahead; RFC 9110, 8.8.2.1 forbids a date later than that of the answer.
-        self.last_modified = min(snapshot.as_of, datetime.fromtimestamp(wall_s, UTC))
-        settings = dataset.settings
-        lifetime_s = int(settings.interval_s)
-        self._tag = f"{settings.name}-{process}-{snapshot.generation}".encode()
-        self._common = b"".join(
+        last_modified = min(snapshot.modified_as_of, datetime.fromtimestamp(wall_s, UTC))
+        self.modified = last_modified if dates.are_of_one(last_modified, snapshot.modified_as_of) else None
+        common = b"".join(
             [
                 b"Date: %b\r\n" % datetimeToString(wall_s),
-                b"Last-Modified: %b\r\n" % datetimeToString(self.last_modified.timestamp()),
+                b"Last-Modified: %b\r\n" % datetimeToString(last_modified.timestamp()),
                 b"Age: %d\r\n" % age_s,
-                b"Cache-Control: max-age=%d, " % lifetime_s,
-                b"stale-if-error=%d\r\n" % max(0, int(settings.max_age_s) - lifetime_s),
+                b"Cache-Control: %b\r\n" % _cache_control(dataset.settings, age_s, asked_max_age_s),
                 b"X-Cache-Generation: %d\r\n" % snapshot.generation,
-                b"Vary: Accept, Accept-Encoding\r\n",
             ]
         )
-        self.json = self.found(JSON)
-        self.json_tag = self.tag(JSON)
-        self.json_not_modified = self.not_modified(JSON)
+        self._of_row = common + b"Vary: Accept-Encoding\r\n"
+        self._of_whole = common + b"Vary: Accept, Accept-Encoding\r\n"
+        self.row = status_line(200) + self._of_row + b"Content-Type: application/json\r\n"
+        """Of a row as plain JSON, the way of most requests: its tag follows."""
 
-    def tag(self, representation: Representation) -> bytes:
-        return b'"%b%b"' % (self._tag, representation.tag_suffix)
-
-    def found(self, representation: Representation) -> bytes:
+    def found(self, representation: Representation, tag: bytes, *, whole: bool) -> bytes:
+        """:param tag: with its quotes, and what makes it weak."""
         return b"%b%bETag: %b\r\nContent-Type: %b\r\n%b" % (
             status_line(200),
-            self._common,
-            self.tag(representation),
+            self._of_whole if whole else self._of_row,
+            tag,
             representation.content_type,
             b"Content-Encoding: gzip\r\n" if representation.gzip else b"",
         )
 
-    def not_modified(self, representation: Representation) -> bytes:
-        return b"%b%bETag: %b\r\n" % (status_line(304), self._common, self.tag(representation))
+    def not_modified(self, tag: bytes, *, whole: bool) -> bytes:
+        return b"%b%bETag: %b\r\n" % (status_line(304), self._of_whole if whole else self._of_row, tag)
+
+
+def _cache_control(settings: DatasetSettings, age_s: float, asked_max_age_s: float | None) -> bytes:
+    lifetime_s = int(settings.interval_s)
+    if asked_max_age_s is None:
+        return b"max-age=%d, stale-if-error=%d" % (lifetime_s, max(0, int(settings.max_age_s) - lifetime_s))
+    return b"max-age=%d, must-revalidate" % min(lifetime_s, max(0, int(asked_max_age_s - age_s)))

@@ -1,4 +1,4 @@
-"""What a client's headers ask for: media type, coding, a change since. Pure functions of the headers' values.
+"""What a client's headers ask for: media type and coding. Pure functions of the headers' values.
 
 A part that is malformed is passed over; a header of which nothing is left says nothing (RFC 9110, 2.4 allows it).
 """
@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import NamedTuple
 
 # Each alternative begins with another character, so that these never go back over what they took.
 _LIST_PART = re.compile(rb'(?:[^,"]+|"(?:[^"\\]+|\\.)*+"?)++', re.DOTALL)
 _PARAMETER = re.compile(rb'(?:[^;"]+|"(?:[^"\\]+|\\.)*+"?)++', re.DOTALL)
 _QUALITY = re.compile(rb"0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?")
-_ENTITY_TAG = re.compile(rb'(?:W/)?("[\x21\x23-\x7e\x80-\xff]*")')
 
 
 class Codings(NamedTuple):
@@ -64,22 +61,6 @@ def codings(accept_encoding: bytes | None) -> Codings:
     gzip_allowed = named > 0 or (named < 0 and bool(other))
     identity_allowed = identity > 0 if identity is not None else other != 0
     return Codings(named > 0 and named >= (identity or 0.0), gzip_allowed, identity_allowed)
-
-
-def matches(if_none_match: bytes, entity_tag: bytes) -> bool:
-    """Whether the header names the tag, in the weak comparison (RFC 9110, 13.1.2), or is ``*``."""
-    return if_none_match in (entity_tag, b"*") or entity_tag in _ENTITY_TAG.findall(if_none_match)
-
-
-def unchanged_since(if_modified_since: bytes, moment: datetime) -> bool:
-    """Whether `moment` is not after the header's date, by whole seconds; a date that is none says nothing."""
-    try:
-        since = parsedate_to_datetime(if_modified_since.decode("ascii"))
-    except (ValueError, TypeError, OverflowError):
-        return False
-    if since.tzinfo is None:  # asctime's form, always in UTC (RFC 9110, 5.6.7)
-        since = since.replace(tzinfo=UTC)
-    return moment.replace(microsecond=0) <= since
 
 
 def _weighted(value: bytes) -> dict[bytes, float]:

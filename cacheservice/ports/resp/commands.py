@@ -115,7 +115,7 @@ class Commands:
         if fate == "added":
             self._datasets[name] = dataset
             self._numbered = None
-            dataset.watch(self._published)
+            dataset.follow(self._published)  # what is renewed may have other rows of the same content
         self._published(dataset)
 
     def _published(self, dataset: Dataset) -> None:
