@@ -256,7 +256,7 @@ def cost(service: RunningService, writer: Any, begin: Any, how: str) -> Cost:
     memory_before = memory_bytes(service.pid, "VmHWM")
     before_s, own_before_s = sessions_s(writer), scheduled_s(service.pid)
     begin()
-    event = service.wait_event("refresh_published")
+    event = service.wait_event("refresh_published" if "delta" in how else "refresh_unchanged")
     if event["read"] != how:
         raise RuntimeError(f"{how} was expected, not {event['read']}")
     database_s = sum(after_s - before_s.get(pid, 0.0) for pid, after_s in sessions_s(writer).items())

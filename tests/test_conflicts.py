@@ -151,7 +151,7 @@ class OnTheServer(ServiceTestCase):
         self.assertIn(f"the standby ended the query to go on replaying its primary: {words}", why)
         self.assertEqual(cache.database.state, "up")
         assert served is not None
-        await until(lambda: dataset.snapshot.generation > served.generation)
+        await until(lambda: dataset.snapshot.as_of > served.as_of)
         await service.stopService()
 
     async def test_rows_that_a_standby_removes(self) -> None:

@@ -292,6 +292,7 @@ class States(BrowserTestCase):
         self.sql("UPDATE products SET name = 'other' WHERE id <= 7; DELETE FROM products WHERE id > 1230")
         until(lambda: self.row("products", "rows") == "1,230", "the deleted rows")
         generation = int(self.row("products", "generation"))
+        self.sql("UPDATE products SET name = 'another' WHERE id = 1")
         until(lambda: int(self.row("products", "generation")) > generation, "the next generation")
         self.assertEqual(self.js("return document.querySelectorAll('#dataset-products canvas').length"), 1)
         label = self.find("#dataset-products .chart").accessible_name
@@ -339,7 +340,7 @@ class Operating(BrowserTestCase):
         """Buttons are there once the admin token is given, and only while there is something to do; they do it."""
         self.sql(TABLE.format("products"))
         products = dataset("products", "SELECT * FROM products", **OFTEN | {"max_age_s": 3600, "interval_s": 2})
-        calm = dataset("calm", "SELECT 1 AS id")
+        calm = dataset("calm", "SELECT 1 AS id, clock_timestamp()")
         daemon = self.serve(products, calm, http='admin_token = "operate"')
         daemon.wait_until_ready()
         self.open(daemon)

@@ -197,9 +197,11 @@ class Damage(Folder):
         table = noise(2000, 300)
         one, other = (file_of(rows_of(table.items()), generation=generation) for generation in (7, 8))
         first = MAGIC + FORMAT.to_bytes(2, "big")
-        header_end = len(first) + 9 + int.from_bytes(one[len(first) + 1 : len(first) + 5], "big")
-        self.assertEqual(one[header_end : header_end + 1], b"R")
-        self.assertIn("checksum", self.refusal(one[:header_end] + other[header_end:]))
+        header_ends = [
+            len(first) + 9 + int.from_bytes(each[len(first) + 1 : len(first) + 5], "big") for each in (one, other)
+        ]
+        self.assertEqual(one[header_ends[0] : header_ends[0] + 1], b"R")
+        self.assertIn("checksum", self.refusal(one[: header_ends[0]] + other[header_ends[1] :]))
         self.assertIn("does not begin", self.refusal(self.sealed((b"T", {"rows": 0, "size_bytes": 0}))))
 
     def test_lengths_do_not_allocate(self) -> None:
@@ -512,7 +514,7 @@ class Renewing(Running):
         self.assertLessEqual(len(self.log.named("snapshot_renewed")), 1)
 
     async def test_a_renewal_that_is_bad(self) -> None:
-        """A renewal that is damaged, of other rows or of an earlier moment counts for nothing; its file serves on."""
+        """A renewal that is damaged or of other rows counts for nothing; its file serves on."""
         dataset = self.store()
         await self.save(dataset, 1)
         self.renew(dataset, 50)

@@ -151,7 +151,6 @@ class Tail(CommandLine):
         daemon = self.service(ITEMS)
         daemon.wait_until_ready()
         with self.tail("items") as tail:
-            self.next_event(tail, "refresh_published")
             self.lose_items(daemon)
             failed = self.next_event(tail, "refresh_failed")
             self.assertIn('relation "items" does not exist', failed["error"])

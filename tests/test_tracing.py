@@ -65,7 +65,7 @@ class TracingTests(ServiceTestCase):
         """No two attempts share an id, whatever becomes of them."""
         cache = await self.served(declare("things"))
         dataset = cache.dataset("things")
-        await self.until_generation(dataset, 1)
+        await self.until_read(dataset, 1)
         self.sql("ALTER TABLE things RENAME TO gone")
         await self.until_failed(dataset)
         told = self.attempts("things")

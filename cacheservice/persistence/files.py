@@ -116,8 +116,11 @@ class Header:
         return self.content_since or self.as_of
 
     def renews(self, saved: Header) -> bool:
-        """Whether this is of the same rows as the file with the header `saved`, and of a later moment."""
-        return self._content() == saved._content() and self.as_of >= saved.as_of
+        """Whether this is of the same rows as the file with the header `saved`.
+
+        Its moment may be an earlier one, if a standby lags more than it did.
+        """
+        return self._content() == saved._content()
 
     def _content(self) -> tuple[object, ...]:
         return (

@@ -270,6 +270,7 @@ class SnapshotStore(Service):
             except OSError as error:
                 # Nothing says that the file is bad: it stays where it is.
                 raise SnapshotRejected(f"{path.name}: it cannot be read: {_reason(error)}") from error
+        self._saved_rows.setdefault(settings.name, {})[generation] = ref(rows)
         age_s = max(0.0, self._wall_s() - header.as_of.timestamp())
         return Snapshot(
             generation,
@@ -609,7 +610,8 @@ def _overlapping(members: Sequence[Sequence[tuple[int, Header]]]) -> list[list[t
 
 
 def _overlap(headers: Sequence[Header]) -> bool:
-    return max(header.modified_as_of for header in headers) <= min(header.as_of for header in headers)
+    ends = [max(header.as_of, header.modified_as_of) for header in headers]
+    return max(header.modified_as_of for header in headers) <= min(ends)
 
 
 def _renewal_of(path: Path) -> Path:
