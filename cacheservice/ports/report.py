@@ -13,6 +13,7 @@ from cacheservice.cache.cache import Cache, ConnectionCap, DatabaseStatus, Rejec
 from cacheservice.cache.dataset import Attempt, Dataset, State
 from cacheservice.cache.describe import describe, describe_attempt, describe_blocker, describe_dataset, in_short
 from cacheservice.cache.lag import Lag
+from cacheservice.config import ConfigFile
 
 
 def ready_line(cache: Cache) -> str:
@@ -29,15 +30,19 @@ def status_table(cache: Cache, only: Dataset | None = None) -> str:
     head = (
         f"cacheservice {__version__}: {_readiness(cache)}, "
         f"PostgreSQL {database.state}, up {duration(cache.now() - cache.started_at)}"
-        f"{_cap_words(cache.connection_cap)}{_lag_words(database)}{_listening_words(database)}"
+        f"{_file_words(cache.config_file)}{_cap_words(cache.connection_cap)}{_lag_words(database)}{_listening_words(database)}"
     )
-    if cache.config_file is not None and cache.config_file.modified_at is not None:
-        head += f", configuration of {cache.config_file.modified_at.isoformat(sep=' ', timespec='seconds')}"
     if cache.rejection is not None:
         head += f", configuration {_rejected(cache.rejection, cache)}"
     rows = [_status_row(dataset) for dataset in ([only] if only is not None else cache.datasets.values())]
     table = tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=("left", "left", "left", "right"))
     return f"{head}\n{_without_trailing_blanks(table)}"
+
+
+def _file_words(file: ConfigFile | None) -> str:
+    if file is None or file.modified_at is None:
+        return ""
+    return f", configuration of {file.modified_at:%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _cap_words(cap: ConnectionCap | None) -> str:
