@@ -306,7 +306,8 @@ class DefaultsSettings(_Table):
         default=0.1, ge=0, le=1, description="share of the rows past which a refresh reads all instead of what changed"
     )
     full_interval_s: _TimerSeconds = Field(
-        default=3600.0, description="with watch: seconds after which everything is read again, as a check"
+        default=3600.0,
+        description="with watch, probe or notify: seconds after which everything is read again, as a check",
     )
     search_path: _SearchPath = Field(default="", description="as postgres.search_path, for this query; empty = that")
     settings: _SessionSettings = Field(

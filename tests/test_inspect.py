@@ -320,6 +320,7 @@ class Problems(Inspecting):
         self.assertIn("probe: ", self.problem(sql, probe="SELECT 1 / 0")[0])
         self.assertIn("more than one row", self.problem(sql, probe=sql)[0])
         self.assertIn("gives NULL", self.hint(sql, probe="SELECT NULL")[0])
+        self.assertIn("does not change with a DELETE", self.hint(sql, probe="SELECT max(1)")[0])
         self.assertEqual(self.hint(sql, notify="Products")[1], 'say: NOTIFY "Products"')
         self.assertTrue(self.look(sql, notify="products", probe="SELECT 1; -- one").ok)
 

@@ -38,6 +38,7 @@ class Read:
         self.into = wanted.build()
         self.expect = wanted.expect
         self.told = wanted.told
+        self.since = wanted.since
         self.began_at = began_at
         self.result: Deferred[Reading] = Deferred()
 

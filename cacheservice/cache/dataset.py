@@ -91,7 +91,7 @@ class Held:
 class Attempt:
     """One try to refresh, ended. Times in seconds; `started_at` by this machine's wall clock, for display only.
 
-    `id` is in the log, and at the server in the application_name of the session and a comment of each statement.
+    `id` is in the log, and at the server in the application_name of the session.
     """
 
     outcome: Outcome

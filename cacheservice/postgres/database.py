@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from operator import itemgetter
@@ -25,6 +26,7 @@ from cacheservice.errors import (
     CacheServiceError,
     DatabaseUnavailable,
     LockTimeout,
+    QueryFailed,
 )
 from cacheservice.postgres import deltas
 from cacheservice.postgres.blockers import find_blockers
@@ -37,11 +39,14 @@ from cacheservice.postgres.standby import Standbys
 from cacheservice.postgres.statements import columns_query, probe_query, quoted, rows_query, whole_query
 from cacheservice.postgres.target import Resolve, Target
 
+# What differs from one attempt to the next stands in a SELECT: of other statements the server would count each text as
+# a new one (pg_stat_statements of PostgreSQL 17 and older).
 _BEGIN = """\
 {begin}
 SET LOCAL application_name = {application_name};
 {lock}
-SELECT extract(epoch FROM now()), pg_current_snapshot()::text, pg_backend_pid(), {can_tell}, {life}
+SELECT extract(epoch FROM now()), pg_current_snapshot()::text, pg_backend_pid(), {can_tell},
+       set_config('application_name', {attempt_name}, true), {life}
 """
 _PRUNE = """
 BEGIN READ WRITE;
@@ -65,6 +70,9 @@ _CHUNK_BYTES = 256 * 1024
 """1000 rows or 256 KiB are asked for at a time; fewer would leave the server waiting."""
 _FEW_KEYS = 500
 """So many rows at most come in one answer, without a cursor, which takes three more."""
+_SIGNIFICANT_BITS = 7
+_DATA_EXCEPTION = "22"
+"""The class of the SQLSTATEs of values that a type cannot hold."""
 _SLICE_ROWS = 64
 """What is unpacked in one turn of the reactor, in a fifth of a millisecond: readers wait behind it."""
 
@@ -112,6 +120,7 @@ class Wanted(NamedTuple):
     :param told: the keys that were notified of up to now, once that is known; None for all. Only they are read then.
     :param trust_probe: whether the probe's value, if it has not changed, says that nothing has.
     :param attempt: the id of the attempt, by which the server's views and logs name what is run for it.
+    :param because: why all is read although there is something to start from, if that is known beforehand.
     """
 
     dataset: DatasetSettings
@@ -123,6 +132,16 @@ class Wanted(NamedTuple):
     told: Callable[[], Awaitable[frozenset[str] | None]] | None = None
     trust_probe: bool = True
     attempt: str = ""
+    because: str | None = None
+
+
+class _KeysDoNotFit(Exception):
+    """Rows could not be found by the keys that are said to have changed; the transaction is lost."""
+
+    def __init__(self, dataset: str, because: str) -> None:
+        super().__init__(because)
+        self.dataset = dataset
+        self.because = because
 
 
 class _Moment(NamedTuple):
@@ -182,6 +201,9 @@ class Database:
 
         :raises RefreshFailed: one of its subclasses. Cancelling the Deferred ends the session at once.
         """
+        return Deferred.fromCoroutine(self._read_together(wanted))
+
+    async def _read_together(self, wanted: Sequence[Wanted]) -> list[Reading]:
         first = wanted[0].dataset
         deadline_at = self._reactor.seconds() + first.timeout_s
 
@@ -189,7 +211,16 @@ class Database:
             return await self._read(guard, wanted, deadline_at)
 
         quick = any(each.dataset.watch or each.dataset.notify or each.dataset.probe for each in wanted)
-        return self._sessions.use(first.group or first.name, deadline_at, use, keep=quick)
+        while True:
+            try:
+                return await self._sessions.use(first.group or first.name, deadline_at, use, keep=quick)
+            except _KeysDoNotFit as unfit:
+                # The transaction is lost with them. Another one reads all rows, so that the next delta begins there.
+                name, because = unfit.dataset, unfit.because
+                wanted = [
+                    each._replace(since=None, told=None, because=because) if each.dataset.name == name else each
+                    for each in wanted
+                ]
 
     def prune(self, keep_s: float, timeout_s: float) -> Deferred[int]:
         """Delete recorded changes that are older than `keep_s`; gives how many.
@@ -199,7 +230,7 @@ class Database:
         deadline_at = self._reactor.seconds() + timeout_s
 
         async def use(guard: GuardedConnection) -> int:
-            statement_ms = max(1, int(guard.remaining_s() * 1000 * _STATEMENT_SHARE))
+            statement_ms = _rounded(guard.remaining_s() * 1000 * _STATEMENT_SHARE)
             cursor = await guard.execute(_PRUNE.format(statement_ms=statement_ms, keep_s=keep_s))
             ((deleted,),) = cursor.fetchall()
             await guard.execute("COMMIT")
@@ -242,24 +273,24 @@ class Database:
         facts = await self._standbys.ask(guard)
         remaining_ms = guard.remaining_s() * 1000
         purpose = datasets[0].group or datasets[0].name
-        guard.work_for(f"cacheservice {purpose} {attempt}".rstrip())
         lock = deltas.lock_sql(datasets)
         begin = _BEGIN.format(
             begin=begin_reading(
                 datasets[0],  # a group has in common what decides how it is read
                 Limits(
-                    statement_ms=max(1, int(remaining_ms * _STATEMENT_SHARE)),
-                    lock_ms=max(1, int(remaining_ms * _LOCK_SHARE)),
-                    idle_ms=max(1, int(remaining_ms)),
+                    statement_ms=_rounded(remaining_ms * _STATEMENT_SHARE),
+                    lock_ms=_rounded(remaining_ms * _LOCK_SHARE),
+                    idle_ms=_rounded(remaining_ms),
                 ),
             ),
-            application_name=deltas.literal(self._sessions.target.application_name(purpose, attempt)),
+            application_name=deltas.literal(self._sessions.target.application_name(purpose)),
+            attempt_name=deltas.literal(self._sessions.target.application_name(purpose, attempt)),
             lock=lock,
             can_tell=deltas.CAN_TELL if lock else "false",
             life=LIFE.format(crashes=str(any(each.watch or each.probe for each in datasets)).lower()),
         )
         cursor = await self._execute_asking(guard, begin, purpose, guard.pid, deadline_at)
-        ((epoch_s, snapshot, pid, can_tell, *life),) = cursor.fetchall()
+        ((epoch_s, snapshot, pid, can_tell, _, *life),) = cursor.fetchall()
         server = await self._servers.identify(guard, Life(*life))
         self._standbys.expect(server.in_recovery)
         if server.in_recovery and (facts is None or facts.started_us != server.started_us):
@@ -281,24 +312,32 @@ class Database:
         if dataset.probe:
             cursor = await moment.guard.execute(probe_query(dataset.probe))
             reading = replace(reading, probe=deltas.value_of(cursor.fetchone()[0]))
-            if since is not None and since.probe == reading.probe and wanted.trust_probe and not wanted.check:
-                return replace(reading, kind="unchanged", watch_state=since.watch_state)
-        because = another
+            if since is not None and since.probe == reading.probe and not (dataset.watch and moment.can_tell):
+                # Where changes are recorded, a probe does not hide them.
+                if wanted.trust_probe and not wanted.check:
+                    return replace(reading, kind="unchanged", watch_state=since.watch_state)
+                if wanted.check and not dataset.watch:
+                    reading = replace(reading, may_differ=frozenset())
+        because = another or wanted.because
+        if wanted.check and not dataset.watch:
+            because = "it is a check of the probe"
         if dataset.watch:
             told = await self._changes(moment, wanted)
             reading = replace(reading, watch_state=told.state)
-            because = told.problem or another
+            because = told.problem or because
             if because is None and since is not None:
                 keys = frozenset(deltas.joined(key) for key in told.keys if None not in key)
                 reading = replace(reading, may_differ=keys)
                 if not wanted.check:
-                    return await self._read_keys(moment, dataset, reading, told.keys)
+                    with _keys_fit(dataset):
+                        return await self._read_keys(moment, dataset, reading, told.keys)
                 because = "it is a check of the deltas"
         elif since is not None and wanted.told is not None:
             told_keys = await wanted.told()
             if told_keys is not None and len(told_keys) <= wanted.most_keys:
                 # A probe that has changed may stand for other rows, too: the next attempt has to see that it did.
-                return await self._read_told(moment, dataset, replace(reading, probe=since.probe), told_keys)
+                with _keys_fit(dataset):
+                    return await self._read_told(moment, dataset, replace(reading, probe=since.probe), told_keys)
         return await self._read_all(moment, wanted, builder, replace(reading, because=because))
 
     async def _changes(self, moment: _Moment, wanted: Wanted) -> deltas.Changes:
@@ -442,7 +481,29 @@ def _fetch(rows: int) -> str:
 
 def _next_chunk_rows(last: int, taken: RowsBuilder | deltas.ChangedRows) -> int:
     average_bytes = taken.size_bytes // taken.count if taken.count else _CHUNK_BYTES
-    return max(1, min(last * 4, _MOST_CHUNK_ROWS, _CHUNK_BYTES // max(1, average_bytes)))
+    return _rounded(min(last * 4, _MOST_CHUNK_ROWS, _CHUNK_BYTES // max(1, average_bytes)))
+
+
+def _rounded(number: float) -> int:
+    """A number for the text of a statement, down to 64 steps an octave and not below 1.
+
+    The server counts each text as another statement (pg_stat_statements), and 0 would mean "no limit".
+    """
+    whole = max(1, int(number))
+    step = 1 << max(0, whole.bit_length() - _SIGNIFICANT_BITS)
+    return whole // step * step
+
+
+@contextmanager
+def _keys_fit(dataset: DatasetSettings) -> Iterator[None]:
+    """:raises _KeysDoNotFit: for a data exception: a key that the type of the query's column cannot hold, perhaps."""
+    try:
+        yield
+    except QueryFailed as error:
+        if not error.sqlstate.startswith(_DATA_EXCEPTION):
+            raise
+        because = f"the keys that changed do not fit the key of the query ({error}); give both the same type"
+        raise _KeysDoNotFit(dataset.name, because) from error
 
 
 def _planned_rows(plan: Any) -> int:

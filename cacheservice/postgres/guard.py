@@ -149,7 +149,6 @@ class GuardedConnection:
         self._pending: Deferred[Any] | None = None
         self._ended: Exception | None = None
         self._on_end: Callable[[], None] | None = None
-        self._comment = ""
         self._phase = "did not accept a session"
         self._timer = reactor.callLater(max(0.0, deadline_at - self._began_at), self._expire)
 
@@ -161,7 +160,6 @@ class GuardedConnection:
     def renew(self, deadline_at: float) -> None:
         """From now on the session ends at this moment, on the reactor's clock; one that has ended stays so."""
         self._on_end = None
-        self._comment = ""
         self._deadline_at = deadline_at
         self._began_at = self._reactor.seconds()
         if self._timer.active():
@@ -199,10 +197,6 @@ class GuardedConnection:
         """Call `ended` if the session comes to its deadline while nobody waits for it; until the next `renew`."""
         self._on_end = ended
 
-    def work_for(self, words: str) -> None:
-        """Put `words` as a comment before each statement, until the next `renew`: the server shows and logs it so."""
-        self._comment = f"/* {words.replace('*/', '* /').replace('/*', '/ *')} */ "
-
     @property
     def pid(self) -> int:
         """Of the server process, as the server told when the session opened."""
@@ -219,7 +213,7 @@ class GuardedConnection:
 
         def start() -> Deferred[Any]:
             self._cursor = self._connection.cursor()
-            return self._cursor.execute(self._comment + sql)  # type: ignore[no-any-return]
+            return self._cursor.execute(sql)  # type: ignore[no-any-return]
 
         return self._wait(start)
 

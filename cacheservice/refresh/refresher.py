@@ -131,6 +131,7 @@ class Refresher:
         self._running: Deferred[None] | None = None
         self._again: Trigger | None = None
         self._again_whole = False
+        self._whole_is_due = False
         self._heard_all = heard_all
         self._told: dict[str, set[str] | None] = {}
         self._stopping = False
@@ -379,6 +380,8 @@ class Refresher:
 
     async def _attempt(self, trigger: Trigger, whole: bool) -> None:
         """One try, whatever comes of it: it never raises, because it is all that stands in the loop."""
+        # What an operator asked for is not done before all has been read: a failure does not end it.
+        whole = self._whole_is_due = whole or self._whole_is_due
         asked_at = began_at = self._clock.seconds()
         this = _Try(secrets.token_hex(4), trigger, datetime.now(UTC))
         readings: list[Reading] = []
@@ -411,6 +414,7 @@ class Refresher:
                 self._hold(results, this)
             else:
                 await self._publish(results, this, began_at - asked_at)
+            self._whole_is_due = False
         except (Stopped, CancelledError):
             self._tell("debug", "refresh_cancelled", **this.fields())
         except RefreshFailed as error:
@@ -579,7 +583,10 @@ class Refresher:
                 count=count.unexpected_count,
                 keys=[key.decode() for key in count.unexpected],
                 error="rows changed of which no trigger told; does the query depend on a table that is not watched, "
-                "or a row of it on other rows?",
+                "or a row of it on other rows?"
+                if result.dataset.settings.watch
+                else "rows changed although the probe's value did not; a probe must see deletes, and changes that are "
+                "committed later than others which began after them",
             )
         return count.change
 
@@ -651,7 +658,7 @@ class Refresher:
             # The planner's estimate is asked for only where there is no better one.
             expect if base is None else None,
             base if settings.watch or settings.probe or settings.notify else None,
-            check=bool(settings.watch) and (whole or self._check_is_due(dataset, this.trigger)),
+            check=bool(settings.watch or settings.probe) and (whole or self._check_is_due(dataset, this.trigger)),
             most_keys=int(max(_LEAST_DELTA_KEYS, settings.max_delta * base.rows.count)) if base else 0,
             told=told_by_now if settings.notify and this.trigger == "notify" else None,
             # Whoever notifies knows better.

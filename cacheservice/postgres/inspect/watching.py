@@ -61,6 +61,10 @@ def _possible(look: Look, origins: Sequence[tuple[int | None, int | None]]) -> s
     return f"possible: cacheservice watch {table}{''.join(f' --key {column}' for column in columns)}"
 
 
+HOLDING_PROBE = "concat(count(*), ' ', sum(xmin::text::bigint))"
+"""Each INSERT, UPDATE and DELETE changes it, whatever the order of the commits."""
+
+
 def look_at_probe(look: Look) -> None:
     if not look.dataset.probe:
         return
@@ -68,6 +72,19 @@ def look_at_probe(look: Look) -> None:
         look.cursor.execute(probe_query(look.dataset.probe))
         if look.cursor.fetchone()[0] is None:
             look.add("hint", "probe: it gives NULL now; while it does, nothing is fetched after the first load")
+    if misses_changes(look.dataset.probe):
+        look.add(
+            "hint",
+            "probe: the greatest value does not change with a DELETE, nor with a transaction that commits after a "
+            f"later one; such changes are seen after full_interval_s = {look.dataset.full_interval_s:g}",
+            f"use a value that does, such as {HOLDING_PROBE}",
+        )
+
+
+def misses_changes(probe: str) -> bool:
+    """Whether a probe looks for the greatest value only, such as `SELECT max(updated_at) FROM products`."""
+    greatest = re.search(r"\b(max|last_value)\b|\bDESC\b.*\bLIMIT\b", probe, re.IGNORECASE | re.DOTALL)
+    return greatest is not None and not re.search(r"\bxmin\b|\bsum\b|pg_current_snapshot|_agg\b", probe, re.IGNORECASE)
 
 
 def look_at_channel(look: Look) -> None:
