@@ -14,7 +14,9 @@ from cacheservice.postgres.statements import whole_query
 
 def explain(look: Look) -> Mapping[str, Any] | None:
     with step(look, "EXPLAIN"):
-        look.cursor.execute(f"EXPLAIN (FORMAT JSON, VERBOSE) {whole_query(look.dataset.query)}")
+        # Of a cursor, because that is how a refresh reads: the planner makes no parallel plan for it.
+        cursor = f"DECLARE rows NO SCROLL CURSOR FOR {whole_query(look.dataset.query)}"
+        look.cursor.execute(f"EXPLAIN (FORMAT JSON, VERBOSE) {cursor}")
         (answer,) = look.cursor.fetchone()
         plan: Mapping[str, Any] = (answer if isinstance(answer, list) else json.loads(answer))[0]["Plan"]
         look.found.worst = worst_node(plan)
