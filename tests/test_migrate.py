@@ -34,7 +34,7 @@ from cacheservice.postgres.target import parse
 from cacheservice.postgres.watch import watch
 from tests import pgbouncer
 from tests.pgbouncer import running_pgbouncer
-from tests.postgres import connect, fresh_database, query
+from tests.postgres import at_least, connect, fresh_database, query
 
 READER = "a reader"  # quoted wherever it goes
 FOLDER = shipped.folder("migrations")
@@ -318,6 +318,8 @@ class Migrations(TestCase):
         migrate(dsn, FOLDER)
         for _ in range(2):
             create_reader(dsn, READER, [], "wörd")
+        if not at_least(self.server, 16):
+            return  # there, who may create roles may change every other one
         self.sql(f'ALTER ROLE "{READER}" CREATEDB')
         self.sql(f'ALTER ROLE "{READER}" CONNECTION LIMIT 3')
         with self.assertRaises(MigrationFailed) as refused:

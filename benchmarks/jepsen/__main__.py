@@ -54,7 +54,11 @@ def run(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
             worker.start()
         faults = Faults(cluster, services, judge, seed)
         try:
-            faults.run_until(began_at + options.minutes * 60)
+            if options.strike:
+                for name in options.strike:
+                    faults.strike(name)
+            else:
+                faults.run_until(began_at + options.minutes * 60)
         except Exception:
             judge.found("mistakes of the program", traceback.format_exc())
         stop(workers)
@@ -105,6 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=jepsen.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--strike", nargs="+", metavar="FAULT", help="these, once each and in this order, instead")
     parser.add_argument("--report", type=Path, help="a JSON file to write")
     parser.add_argument("--keep", type=Path, help="copy the services' logs to files that begin so")
     options = parser.parse_args()

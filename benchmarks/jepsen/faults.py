@@ -40,6 +40,10 @@ class Faults:
             "promotion": self._cluster.promote,
         }
 
+    @property
+    def names(self) -> list[str]:
+        return list(self._all)
+
     def run_until(self, ends_at: float) -> None:
         left: list[str] = []
         while time.monotonic() < ends_at:
