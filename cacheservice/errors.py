@@ -207,6 +207,10 @@ class SnapshotRejected(CacheServiceError):
     """
 
 
+class OfAnotherDatabase(SnapshotRejected):
+    """A saved snapshot was read from another database, or by another role. It is not served here, and stays on disk."""
+
+
 class UnknownGeneration(CacheServiceError):
     """That generation of the dataset is not on disk. The ones that are, are told beside it."""
 

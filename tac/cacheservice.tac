@@ -2,17 +2,16 @@
 
 import os
 import sys
-import time
 
 from twisted.application.service import Application
 from twisted.internet import reactor
 from twisted.logger import ILogObserver
 
-from cacheservice import app
+from cacheservice import app, clock
 from cacheservice.ops.logs import TwistedEvents
 
 # Twisted reads the wall clock; one that is set back an hour would hold every timer for that hour.
-reactor.seconds = time.monotonic
+reactor.seconds = clock.seconds
 
 settings = app.load_settings_or_exit(os.environ)
 writer, threshold, log = app.make_log(settings, sys.argv)

@@ -389,7 +389,7 @@ class Caching(PortTestCase):
             headers = (await self.ask(path)).headers
             is_row = "rows" in path
             self.assertRegex(headers["etag"], r'^"[0-9a-f]{32}"$' if is_row else r'^W/"[0-9a-f]{32}"$')
-            self.assertEqual(headers["age"], "12")
+            self.assertEqual(headers["age"], "13")
             self.assertEqual(headers["last-modified"], "Fri, 02 Jan 2026 03:04:05 GMT")
             self.assertEqual(headers["cache-control"], "max-age=60, stale-if-error=120")
             self.assertEqual(headers["x-cache-generation"], "17")
@@ -401,7 +401,7 @@ class Caching(PortTestCase):
         first = await self.ask("/v1/datasets/products/rows/1")
         self.clock.advance(1.0)
         second = await self.ask("/v1/datasets/products/rows/1")
-        self.assertEqual((second.headers["age"], second.headers["etag"]), ("13", first.headers["etag"]))
+        self.assertEqual((second.headers["age"], second.headers["etag"]), ("14", first.headers["etag"]))
         self.publish(encoded(ROWS), 18)
         third = await self.ask("/v1/datasets/products/rows/1")
         self.assertEqual((third.headers["age"], third.headers["x-cache-generation"]), ("0", "18"))
@@ -431,7 +431,7 @@ class Caching(PortTestCase):
         """max-age less Age is what is left to the refresh; with stale-if-error, to expiry; none is ever negative."""
         self.clock.advance(500)
         headers = (await self.ask("/v1/datasets/products")).headers
-        self.assertEqual((headers["age"], headers["cache-control"]), ("512", "max-age=60, stale-if-error=120"))
+        self.assertEqual((headers["age"], headers["cache-control"]), ("513", "max-age=60, stale-if-error=120"))
 
     async def test_a_database_clock_that_runs_ahead(self) -> None:
         """Last-Modified is never after Date (RFC 9110, 8.8.2.1)."""

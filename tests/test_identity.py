@@ -16,10 +16,12 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice import shipped
 from cacheservice.cache.cache import Cache
-from cacheservice.cache.dataset import Snapshot
+from cacheservice.cache.dataset import Snapshot, State
 from cacheservice.cache.identity import ServerIdentity, is_visible, why_another
+from cacheservice.cache.lag import NO_LAG
 from cacheservice.cache.rows import RowsBuilder
 from cacheservice.config import DatasetSettings
+from cacheservice.errors import DatabaseUnavailable, QueryFailed
 from cacheservice.ports.freshness import Freshness
 from cacheservice.postgres.database import Database, Reading, Wanted
 from cacheservice.postgres.migrate import migrate
@@ -31,6 +33,7 @@ from tests.postgres import PRIMARY, connect, fresh_database, query
 from tests.standby import Standby, running_standby
 from tests.test_guard import until
 from tests.test_refresh_service import Log, ServiceTestCase, declare
+from tests.test_refresher import AS_OF, RefreshTestCase, World
 
 STANDBY = replace(PRIMARY, in_recovery=True)
 
@@ -72,6 +75,40 @@ class Compared(SynchronousTestCase):
         """In recovery only what is before xmin, because what is in progress is not listed."""
         self.assertEqual(is_visible(xid, "100:200:150,160"), xid < 200 and xid not in (150, 160))
         self.assertEqual(is_visible(xid, "100:200:", in_recovery=True), xid < 100)
+
+
+class Elsewhere(RefreshTestCase):
+    def saved(self) -> World:
+        """A dataset that was restored from a file of another cluster, before the database is reached."""
+        world = World()
+        builder = RowsBuilder(lambda _: None)
+        builder.add([(b"%d" % number, b"{}") for number in range(100)])
+        server = replace(PRIMARY, system_identifier="1")
+        snapshot = Snapshot(7, builder.finish(), AS_OF, world.clock.seconds(), "1:1:", source="disk", server=server)
+        world.dataset.restore(snapshot)
+        world.service.startService()
+        return world
+
+    def test_replaced(self) -> None:
+        """The first full read replaces it, compared with nothing."""
+        world = self.saved()
+        self.assertEqual(world.dataset.state(), State.FRESH)
+        world.cache.database.seen(PRIMARY, NO_LAG)
+        read = world.database.last
+        read.result.callback(Reading(AS_OF, read.began_at, "1:1:", rows=RowsBuilder(lambda _: None), server=PRIMARY))
+        assert world.dataset.snapshot is not None
+        self.assertEqual((world.dataset.snapshot.rows.count, world.dataset.last_generation), (0, 8))
+
+    def test_withdrawn(self) -> None:
+        """Where it cannot be read here, nothing is served any more; until the database is reached, it is."""
+        world = self.saved()
+        world.database.last.fail(DatabaseUnavailable("away"))
+        self.assertIsNotNone(world.dataset.snapshot)
+        world.advance(1)
+        world.cache.database.seen(PRIMARY, NO_LAG)
+        world.database.last.fail(QueryFailed("there is no such table"))
+        self.assertEqual((world.dataset.snapshot, world.dataset.last_generation), (None, 7))
+        self.assertEqual(world.log.events("snapshot_withdrawn"), ["snapshot_withdrawn"])
 
 
 class OnServers(ServiceTestCase):

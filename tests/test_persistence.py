@@ -10,11 +10,12 @@ import resource
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 import time
 import weakref
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -32,11 +33,20 @@ from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import SkipTest, SynchronousTestCase, TestCase
 
+from cacheservice import clock
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset, Snapshot
+from cacheservice.cache.lag import NO_LAG
 from cacheservice.cache.rows import Groups, Rows, RowsBuilder
 from cacheservice.config import DatasetSettings
-from cacheservice.errors import SnapshotRejected, Stopped, UnknownDataset, UnknownGeneration
+from cacheservice.errors import (
+    CacheServiceError,
+    OfAnotherDatabase,
+    SnapshotRejected,
+    Stopped,
+    UnknownDataset,
+    UnknownGeneration,
+)
 from cacheservice.persistence.files import (
     BLOCK_BYTES,
     FORMAT,
@@ -50,6 +60,7 @@ from cacheservice.persistence.files import (
 )
 from cacheservice.persistence.store import SnapshotStore
 from tests.persistence_child import killed_after, killed_while_renewing, rows_of_generation
+from tests.postgres import PRIMARY
 
 AS_OF = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 KILLS = int(os.environ.get("CACHESERVICE_TEST_KILLS", "30"))
@@ -316,11 +327,18 @@ class Running(TestCase):
         self.log = Log()
         self.wall_s = time.time
 
-    def store(self, *datasets: DatasetSettings, interval_s: float = 0.0, keep: int = 3, start: bool = True) -> Dataset:
+    def store(
+        self,
+        *datasets: DatasetSettings,
+        interval_s: float = 0.0,
+        keep: int = 3,
+        start: bool = True,
+        boot: str | None = None,
+    ) -> Dataset:
         """The first of those datasets, in a new cache with a new store."""
         self.cache = Cache(datasets or [declared()], reactor.seconds)
         self.snapshots = SnapshotStore(
-            self.cache, self.directory, interval_s, keep, lambda _: None, reactor, self.log, self.wall_clock_s
+            self.cache, self.directory, interval_s, keep, lambda _: None, reactor, self.log, self.wall_clock_s, boot
         )
         self.addCleanup(self.snapshots.stopService)
         if start:
@@ -469,7 +487,10 @@ class Renewing(Running):
         assert served is not None
         as_of = AS_OF + timedelta(seconds=seconds)
         since, transactions = served.modified_as_of, f"{100 + int(seconds)}:{100 + int(seconds)}:"
-        dataset.renew(replace(served, as_of=as_of, database_snapshot=transactions, content_since=since))
+        read_at = reactor.seconds()
+        dataset.renew(
+            replace(served, as_of=as_of, read_at=read_at, database_snapshot=transactions, content_since=since)
+        )
 
     async def renewed(self, count: int = 1) -> None:
         await until(lambda: len(self.log.named("snapshot_renewed")) == count)
@@ -487,19 +508,18 @@ class Renewing(Running):
         The rows were not written again.
         """
         dataset = self.store()
-        await self.save(dataset, 3)
+        self.publish(dataset, 3, read_at=reactor.seconds() - 100)
+        await until(lambda: 3 in self.log.saved())
         before = self.path(3).stat()
         self.renew(dataset, 50)
         await self.renewed()
         self.assertEqual(self.files(), [self.path(3).with_suffix(".renewal").name, self.path(3).name])
         self.assertEqual(self.path(3).stat(), before)
         self.assertLess(self.path(3).with_suffix(".renewal").stat().st_size, 1000)
-        self.wall_s = (AS_OF + timedelta(seconds=60)).timestamp
         snapshot = await self.restored()
         self.assertEqual(self.generation_of(snapshot), 3)
         self.assertEqual((snapshot.as_of, snapshot.modified_as_of), (AS_OF + timedelta(seconds=50), AS_OF))
         self.assertEqual(snapshot.database_snapshot, "150:150:")
-        self.assertGreaterEqual(reactor.seconds() - snapshot.read_at, 9.999)
         self.assertLess(reactor.seconds() - snapshot.read_at, 40)
         self.assertEqual(self.log.saved(), [3])
 
@@ -850,17 +870,81 @@ class Restoring(Running):
         assert dataset.snapshot is not None
         self.assertEqual((dataset.snapshot.generation, dataset.snapshot.source), (1, "postgres"))
 
-    async def test_the_age_is_the_wall_clocks(self) -> None:
-        """A restored snapshot is as old as the wall clock says, and never younger than now if it is of the future."""
+    async def test_the_age(self) -> None:
+        """Exact within one run of the machine; across a restart of it by its own wall clock, not the database's."""
         await self.save(self.store(), 1)
-        for passed_s, age_s in ((0.0, 0.0), (3600.0, 3600.0), (-3600.0, 0.0)):
-            self.wall_s = lambda passed_s=passed_s: (AS_OF + timedelta(seconds=passed_s)).timestamp()
-            dataset = self.store(start=False)
-            before_s = reactor.seconds()
+        here = clock.boot_id()
+        uptime_s = clock.seconds()
+        for boot, passed_s, age_s in (
+            (here, 3600.0, 0.0),  # the wall clock was set
+            (here, -3600.0, 0.0),
+            ("another", 0.0, uptime_s),  # it was read before the machine was started, at least
+            ("another", uptime_s + 3600.0, uptime_s + 3600.0),
+            ("another", -3600.0, uptime_s),  # set back
+        ):
+            self.wall_s = lambda passed_s=passed_s: time.time() + passed_s
+            dataset = self.store(start=False, boot=boot)
             await self.snapshots.restore()
-            assert dataset.snapshot is not None
-            self.assertGreaterEqual(dataset.snapshot.read_at + age_s, before_s - 0.001)
-            self.assertLessEqual(dataset.snapshot.read_at + age_s, reactor.seconds() + 0.001)
+            age = dataset.age_s()
+            assert age is not None
+            self.assertGreaterEqual(age, age_s)
+            self.assertLess(age, age_s + GIVE_UP_S)
+
+    async def test_of_another_database(self) -> None:
+        """A file of another database is served until that is known, and refused from then on; it stays on disk."""
+        dataset = self.store()
+        self.publish(dataset, 1, server=PRIMARY)
+        await until(self.log.saved)
+        again = self.store(start=False)
+        await self.snapshots.restore()
+        assert again.snapshot is not None
+        self.assertEqual(again.snapshot.server, PRIMARY)
+        others: list[dict[str, Any]] = [{"system_identifier": "1"}, {"database_oid": 1}, {"role": "other"}]
+        for other in others:
+            again = self.store(start=False)
+            self.cache.database.seen(replace(PRIMARY, **other), NO_LAG)
+            await self.snapshots.restore()
+            self.assertIsNone(again.snapshot)
+            error = await self.failed(self.snapshots.load("products", 1))
+            self.assertIsInstance(error, OfAnotherDatabase)
+            self.assertEqual(self.files(), [self.path(1).name])
+        again = self.store(start=False)
+        self.cache.database.seen(replace(PRIMARY, started_us=1, timeline=2, in_recovery=True), NO_LAG)
+        await self.snapshots.restore()
+        self.assertIsNotNone(again.snapshot)
+
+    async def failed(self, loading: Coroutine[Any, Any, Any]) -> Exception:
+        try:
+            await loading
+        except CacheServiceError as error:
+            return error
+        raise AssertionError("it was loaded")
+
+    async def test_a_directory_of_another_process(self) -> None:
+        """The second process says so, and neither saves, deletes nor restores; when the first is killed, it saves."""
+        await self.save(self.store(), 1)
+        await self.snapshots.stopService()
+        program = "import sys, time; from pathlib import Path; from cacheservice.persistence.lock import take\n"
+        program += "take(Path(sys.argv[1]), None); print('taken', flush=True); time.sleep(600)"
+        arguments = [sys.executable, "-c", program, str(self.directory)]
+        first = await deferToThread(lambda: subprocess.Popen(arguments, stdout=subprocess.PIPE))
+        assert first.stdout is not None
+        self.addCleanup(first.stdout.close)
+        self.addCleanup(first.wait)
+        self.addCleanup(first.kill)
+        self.assertEqual(await deferToThread(first.stdout.readline), b"taken\n")
+        before = self.files()
+        dataset = self.store()
+        await self.snapshots.restore()
+        self.assertIsNone(dataset.snapshot)
+        self.assertIn("another process saves there", dataset.save_problem or "")
+        self.assertTrue(self.log.named("persistence_locked"))
+        self.publish(dataset, 7)
+        await until(lambda: dataset.counts.save_failures)
+        self.assertEqual(self.files(), before)
+        first.kill()
+        await until(lambda: 7 in self.log.saved())
+        self.assertIsNone(dataset.save_problem)
 
     async def test_load(self) -> None:
         """Any generation on disk can be had for a rollback; what cannot says why."""

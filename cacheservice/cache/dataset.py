@@ -228,6 +228,11 @@ class Dataset:
         self.snapshot = self.candidate = self.held = None
         self._tell()
 
+    def withdraw(self) -> None:
+        """Serve nothing until the next publish: what is served is of another database."""
+        self._generation_before = self.last_generation
+        self.snapshot = self.candidate = None
+
     def restore(self, saved: Snapshot) -> None:
         """Serve `saved` under its own generation, or the next one if that has been used since it was saved."""
         self.publish(replace(saved, generation=max(saved.generation, self.next_generation())))

@@ -59,6 +59,25 @@ def why_another(before: ServerIdentity | None, now: ServerIdentity | None) -> st
     return None
 
 
+def why_elsewhere(before: ServerIdentity | None, now: ServerIdentity | None) -> str | None:
+    """Why a snapshot is of another database, or for another role, and not to be served here; None if it may be.
+
+    A restart, a promotion or a failover to a standby leaves it the same.
+    """
+    if before is None or now is None:
+        return None
+    if _differ(before.system_identifier, now.system_identifier):
+        return f"it is of another cluster, {before.system_identifier}; here is {now.system_identifier}"
+    if (before.database_oid, before.database) != (now.database_oid, now.database):
+        return (
+            f"it is of another database, {before.database} (oid {before.database_oid}); "
+            f"here is {now.database} (oid {now.database_oid})"
+        )
+    if before.role != now.role:
+        return f"it is of another role, {before.role}; here is {now.role}"
+    return None
+
+
 def _differ(before: str | int | None, now: str | int | None) -> bool:
     return before is not None and now is not None and before != now
 

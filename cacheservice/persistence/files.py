@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import msgpack  # type: ignore[import-untyped]  # ships no type information
 import zstandard
@@ -71,7 +71,15 @@ _FIELDS_OF_2 = {
     "watch_state": str,
     "probe": str,
 }
-_FIELDS = _FIELDS_OF_2 | {"server": dict, "content_since_us": int, "digest": bytes}
+_FIELDS = (
+    _FIELDS_OF_2
+    | {"server": dict, "content_since_us": int, "digest": bytes}
+    | {
+        "read_wall_us": int,
+        "boot": str,
+        "read_boot_us": int,
+    }
+)
 _PARTS_OF_SERVER = {
     "database": str,
     "database_oid": int,
@@ -86,12 +94,35 @@ _PARTS_OF_SERVER = {
 Row = tuple[bytes, bytes]
 
 
+class ReadOn(NamedTuple):
+    """When rows were read, by the clocks of the machine that read them.
+
+    `wall_us` since 1970 by its wall clock; `boot_us` since it was started, in the run of its kernel named `boot`, which
+    is empty if it was not known.
+    """
+
+    wall_us: int
+    boot: str
+    boot_us: int
+
+    def age_s(self, wall_s: float, boot: str, boot_s: float) -> float:
+        """The age at these moments of this machine's clocks.
+
+        Exact within one run of the kernel. Otherwise by the wall clock, and if that was set back, at least the time
+        since the machine was started: it was read before.
+        """
+        if boot and boot == self.boot:
+            return max(0.0, boot_s - self.boot_us / 1e6)
+        return max(boot_s if boot and self.boot else 0.0, wall_s - self.wall_us / 1e6, 0.0)
+
+
 @dataclass(frozen=True, slots=True)
 class Header:
     """What a file is: its dataset, its generation, its `Snapshot` but for the rows, and of which query it is.
 
     `as_of` is kept to the microsecond. `size_bytes` are those of all keys and documents. `watch_state` and `probe` are
-    what a delta starts from, empty if it cannot. `server` is the one that was read, None in files of format 2.
+    what a delta starts from, empty if it cannot. `server` is the one that was read and `read_on` when, by the clocks of
+    this machine; both None in files of format 2.
     `content_since` is the `as_of` of the first read that gave these rows, None if that is this one; `digest` that of
     the rows, None if it was not known.
     """
@@ -109,6 +140,7 @@ class Header:
     server: ServerIdentity | None = None
     content_since: datetime | None = None
     digest: int | None = None
+    read_on: ReadOn | None = None
 
     @property
     def modified_as_of(self) -> datetime:
@@ -204,6 +236,9 @@ class SnapshotWriter:
             "watch_state": header.watch_state,
             "probe": header.probe,
             "server": asdict(header.server) if header.server else {},
+            "read_wall_us": header.read_on.wall_us if header.read_on else 0,
+            "boot": header.read_on.boot if header.read_on else "",
+            "read_boot_us": header.read_on.boot_us if header.read_on else 0,
         }
         self._write_part(_HEADER, msgpack.packb(fields))
 
@@ -328,6 +363,8 @@ def _header(content: bytes, name: str) -> Header:
     columns = tuple(fields.pop("columns"))
     as_of_us = fields.pop("as_of_us")
     server = _server(fields.pop("server", {}), name)
+    wall_us, boot, boot_us = fields.pop("read_wall_us", 0), fields.pop("boot", ""), fields.pop("read_boot_us", 0)
+    read_on = ReadOn(wall_us, boot, boot_us) if wall_us else None
     since_us, digest = fields.pop("content_since_us", as_of_us), fields.pop("digest", b"")
     with suppress(OverflowError):
         if (
@@ -341,6 +378,7 @@ def _header(content: bytes, name: str) -> Header:
                 columns=columns,
                 as_of=as_of,
                 server=server,
+                read_on=read_on,
                 content_since=None if since == as_of else since,
                 digest=int.from_bytes(digest, "big") if digest else None,
             )

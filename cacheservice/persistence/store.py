@@ -7,6 +7,7 @@ files are read, written, compressed and checked in a thread.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import re
@@ -22,14 +23,24 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThreadPool
 
+from cacheservice import clock
 from cacheservice.cache.cache import Cache, Fate
 from cacheservice.cache.dataset import Dataset, Snapshot, rows_builder
 from cacheservice.cache.describe import seconds
+from cacheservice.cache.identity import why_elsewhere
 from cacheservice.cache.rows import Groups, Rows, RowsBuilder
 from cacheservice.config import DatasetSettings, groups
-from cacheservice.errors import BadResult, CacheServiceError, SnapshotRejected, Stopped, UnknownGeneration
+from cacheservice.errors import (
+    BadResult,
+    CacheServiceError,
+    OfAnotherDatabase,
+    SnapshotRejected,
+    Stopped,
+    UnknownGeneration,
+)
 from cacheservice.persistence.files import (
     Header,
+    ReadOn,
     RowsUnpacker,
     SnapshotWriter,
     fingerprint,
@@ -37,6 +48,7 @@ from cacheservice.persistence.files import (
     read,
     read_whole_header,
 )
+from cacheservice.persistence.lock import DirectoryTaken, release, take
 
 _LEAST_RETRY_S = 1.0
 _AHEAD_BYTES = 1024 * 1024
@@ -82,7 +94,9 @@ class SnapshotStore(Service):
     :param keep_generations: files kept of a dataset, at least 1.
     :param release: gets the groups of loaded rows when nobody reads them any more.
     :param reactor: `IReactorTime`, whose `seconds` are monotonic, and `IReactorThreads`.
-    :param wall_s: the wall clock, in seconds since 1970: how old a file's rows are, no monotonic clock knows.
+    :param wall_s: the wall clock, in seconds since 1970: how old the rows of a file are that was written before the
+        machine was started.
+    :param boot: the run of the machine's kernel.
     """
 
     name = "persistence"
@@ -97,6 +111,7 @@ class SnapshotStore(Service):
         reactor: Any,
         log: Any,
         wall_s: Callable[[], float] = time.time,
+        boot: str | None = None,
     ) -> None:
         self.problems: dict[str, str] = {}
         self._cache = cache
@@ -107,6 +122,7 @@ class SnapshotStore(Service):
         self._reactor = reactor
         self._log = log
         self._wall_s = wall_s
+        self._boot = clock.boot_id() if boot is None else boot
         self._saved: dict[str, _Saved] = {}
         self._saved_rows: dict[str, dict[int, ref[Rows]]] = {}
         self._wanted: set[_Names] = set()
@@ -142,6 +158,7 @@ class SnapshotStore(Service):
         self._to_renew.clear()
         self._forget_timer()
         stopped: Deferred[None] = Deferred()
+        stopped.addCallback(lambda _: release(self))
         if self._working:
             self._idle.append(stopped)
         else:
@@ -170,6 +187,8 @@ class SnapshotStore(Service):
     async def _restore(self) -> None:
         try:
             with self._work():
+                with suppress(OSError):  # without a directory, or on a file system without locks
+                    await self._in_thread(take, self._directory, self)
                 # What is known stays: our saves have kept it true. What is new may be of datasets that are.
                 self._saved = await self._in_thread(_scan, self._directory, self._temporaries) | self._saved
                 datasets = self._cache.datasets
@@ -177,6 +196,10 @@ class SnapshotStore(Service):
                     await self._restore_together([datasets[settings.name] for settings in group])
         except Stopped:
             return
+        except DirectoryTaken as error:
+            self._log.error("persistence_locked", error=str(error))
+            for dataset in self._cache.datasets.values():
+                dataset.save_problem = self.problems[dataset.name] = str(error)
         except OSError as error:
             self._log.warning("snapshot_restore_failed", error=f"{self._directory}: {_reason(error)}")
 
@@ -260,6 +283,8 @@ class SnapshotStore(Service):
         with self._work():
             try:
                 header, rows = await self._read(path, settings, generation)
+            except OfAnotherDatabase:
+                raise  # it is somebody's: it stays
             except SnapshotRejected:
                 await self._in_thread(_move_aside, path)
                 self._forget(settings.name, generation)
@@ -271,7 +296,10 @@ class SnapshotStore(Service):
                 # Nothing says that the file is bad: it stays where it is.
                 raise SnapshotRejected(f"{path.name}: it cannot be read: {_reason(error)}") from error
         self._saved_rows.setdefault(settings.name, {})[generation] = ref(rows)
-        age_s = max(0.0, self._wall_s() - header.as_of.timestamp())
+        if header.read_on is None:
+            age_s = max(0.0, self._wall_s() - header.as_of.timestamp())
+        else:
+            age_s = header.read_on.age_s(self._wall_s(), self._boot, clock.seconds())
         return Snapshot(
             generation,
             rows,
@@ -290,6 +318,10 @@ class SnapshotStore(Service):
         builder = rows_builder(settings, self._release)
         try:
             header, blocks = await self._in_thread(_open, path, settings, generation)
+            elsewhere = why_elsewhere(header.server, self._cache.database.server)
+            if elsewhere is not None:
+                await self._in_thread(blocks.close)
+                raise OfAnotherDatabase(f"{path.name}: {elsewhere}")
             builder.expect(header.rows)
             await self._unpack(header, blocks, builder, path.name)
             # The trailer says the same as the header, and here are that many.
@@ -342,7 +374,7 @@ class SnapshotStore(Service):
         snapshot = dataset.snapshot
         if snapshot is None or snapshot.source != "postgres" or dataset.redefined:
             return
-        is_saved = self._is_saved(_header(dataset.settings, snapshot))
+        is_saved = self._is_saved(_header(dataset.settings, snapshot, self._read_on(snapshot)))
         (self._to_renew if is_saved else self._wanted).add(self._with_its_group(dataset))
         self._plan()
 
@@ -393,7 +425,7 @@ class SnapshotStore(Service):
         try:
             with self._work():
                 headers = [
-                    _header(self._cache.dataset(name).settings, snapshot)
+                    _header(self._cache.dataset(name).settings, snapshot, self._read_on(snapshot))
                     for name, snapshot in zip(names, snapshots, strict=True)
                 ]
                 self._renewal_due_at[names] = began_at + self._min_save_interval_s
@@ -464,6 +496,11 @@ class SnapshotStore(Service):
             ref(snapshot.rows),
         )
 
+    def _read_on(self, snapshot: Snapshot) -> ReadOn:
+        age_s = self._reactor.seconds() - snapshot.read_at
+        wall_s, boot_s = self._wall_s() - age_s, clock.seconds() - age_s
+        return ReadOn(int(wall_s * 1e6), self._boot, int(boot_s * 1e6))
+
     def _succeed(self, part: _Part, kept: set[int], size_bytes: int, took_s: float) -> None:
         header = part.header
         name = header.dataset
@@ -485,8 +522,8 @@ class SnapshotStore(Service):
         )
 
     def _fail(self, names: _Names, error: Exception) -> None:
-        ours = not isinstance(error, OSError)
-        problem = f"{self._directory}: {_reason(error)}"
+        ours = not isinstance(error, OSError | DirectoryTaken)
+        problem = str(error) if isinstance(error, DirectoryTaken) else f"{self._directory}: {_reason(error)}"
         retry_in_s = max(_LEAST_RETRY_S, self._min_save_interval_s)
         for name in names:
             dataset = self._cache.datasets.get(name)
@@ -503,6 +540,7 @@ class SnapshotStore(Service):
 
     async def _write(self, parts: Sequence[_Part], dropped: Sequence[Path]) -> list[int]:
         """The bytes of each file; all are complete and lasting now, or nothing is left of them."""
+        await self._in_thread(_prepare, self._directory, self)
         self._temporaries = frozenset(part.temporary for part in parts)
         try:
             try:
@@ -573,7 +611,7 @@ def _shielded(running: Deferred[_T]) -> Deferred[_T]:
     return waiting
 
 
-def _header(settings: DatasetSettings, snapshot: Snapshot) -> Header:
+def _header(settings: DatasetSettings, snapshot: Snapshot, read_on: ReadOn) -> Header:
     return Header(
         settings.name,
         snapshot.generation,
@@ -588,6 +626,7 @@ def _header(settings: DatasetSettings, snapshot: Snapshot) -> Header:
         snapshot.server,
         snapshot.content_since,
         snapshot.rows.digest,
+        read_on,
     )
 
 
@@ -683,6 +722,15 @@ def _move_aside(path: Path) -> None:
     with suppress(OSError):
         path.replace(path.with_name(f"{path.name}.rejected"))
     _remove([_renewal_of(path)])
+
+
+def _prepare(directory: Path, owner: object) -> None:
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        take(directory, owner)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.EBADF):
+            raise
 
 
 def _create(temporary: Path) -> Any:

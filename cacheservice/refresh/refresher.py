@@ -17,6 +17,7 @@ from cacheservice.cache.changes import Change, ChangeCount
 from cacheservice.cache.dataset import Attempt, Dataset, Snapshot, Trigger, rows_builder
 from cacheservice.cache.describe import describe_blocker, seconds
 from cacheservice.cache.history import Outcome
+from cacheservice.cache.identity import why_elsewhere
 from cacheservice.cache.rows import Groups, Rows, RowsBuilder, RowsPatch
 from cacheservice.config import timing
 from cacheservice.errors import DatabaseUnavailable, LockTimeout, LoginRefused, NothingToPin, RefreshFailed, Stopped
@@ -449,6 +450,7 @@ class Refresher:
     def _hold(self, results: Sequence[_Result], this: _Try) -> None:
         """Go on with what is served; the next interval tries again."""
         self._status.answered()
+        self._withdraw_what_is_elsewhere()
         (first, why_first), *_ = [(r.dataset.name, r.refused) for r in results if r.refused]
         for dataset, reading, rows, refused, *_ in results:
             dataset.accepts_next = False
@@ -593,6 +595,7 @@ class Refresher:
     def _fail(self, error: RefreshFailed, this: _Try, took_s: float) -> None:
         # The keys that were told are as lost as the attempt that took them: the next one reads all.
         self._told = dict.fromkeys((dataset.name for dataset in self.datasets if dataset.settings.notify), None)
+        self._withdraw_what_is_elsewhere()
         retry_in_s = self._plan_retry()
         blockers = error.blockers if isinstance(error, LockTimeout) else ()
         if isinstance(error, DatabaseUnavailable):
@@ -610,6 +613,19 @@ class Refresher:
                 retry_in_s=seconds(retry_in_s),
                 consecutive_failures=dataset.consecutive_failures,
             )
+
+    def _withdraw_what_is_elsewhere(self) -> None:
+        """What was saved from another database is served only until that one is reached; nothing replaces it here."""
+        for dataset in self.datasets:
+            served = dataset.snapshot
+            if served is None or served.source == "postgres":
+                continue
+            reason = why_elsewhere(served.server, self._status.server)
+            if reason is not None:
+                dataset.withdraw()
+                self._logs[dataset.name].error(
+                    "snapshot_withdrawn", error=f"the saved snapshot is not served any more: {reason}"
+                )
 
     def _plan_retry(self) -> float:
         """Try again after a wait, or at the next start if that comes first; gives the seconds until then."""
@@ -700,7 +716,9 @@ def _is_active(timer: Any) -> bool:
 
 
 def _refusal(dataset: Dataset, rows: Rows, reading: Reading) -> str | None:
-    comparable = None if dataset.redefined else dataset.snapshot
+    served = dataset.snapshot
+    elsewhere = served is not None and served.source != "postgres" and why_elsewhere(served.server, reading.server)
+    comparable = None if dataset.redefined or elsewhere else served
     return refusal(comparable, rows.count, reading.columns, dataset.settings)
 
 

@@ -6,6 +6,7 @@ adds.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from datetime import UTC, datetime
 from http import HTTPStatus
@@ -96,7 +97,8 @@ class SnapshotHeads:
         self.generation = snapshot.generation
         self.read_at = snapshot.read_at
         age_s = max(0.0, now_s - snapshot.read_at)
-        self.until_s = now_s + min(1 - age_s % 1, 1 - wall_s % 1)
+        whole_age_s = math.ceil(age_s)  # what is floored would understate
+        self.until_s = now_s + min(whole_age_s - age_s, 1 - wall_s % 1)
         # The database's clock may run ahead; RFC 9110, 8.8.2.1 forbids a date later than that of the answer.
         last_modified = min(snapshot.modified_as_of, datetime.fromtimestamp(wall_s, UTC))
         self.modified = last_modified if dates.are_of_one(last_modified, snapshot.modified_as_of) else None
@@ -104,7 +106,7 @@ class SnapshotHeads:
             [
                 b"Date: %b\r\n" % datetimeToString(wall_s),
                 b"Last-Modified: %b\r\n" % datetimeToString(last_modified.timestamp()),
-                b"Age: %d\r\n" % age_s,
+                b"Age: %d\r\n" % whole_age_s,
                 b"Cache-Control: %b\r\n" % _cache_control(dataset.settings, age_s, asked_max_age_s),
                 b"X-Cache-Generation: %d\r\n" % snapshot.generation,
             ]
