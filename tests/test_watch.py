@@ -962,7 +962,9 @@ class Asking(Refreshing):
         self.watch("items")
         before = self.refresh()
         self.sql("TRUNCATE items", "INSERT INTO items VALUES (1)")
-        self.assert_problem(before, "items was truncated, or more than a million of its rows changed at once")
+        self.assert_problem(
+            before, "items was truncated, more than a million of its rows changed at once, or its key was renamed"
+        )
         now = self.refresh()
         self.assertNotEqual(now.state, before.state)
         self.assertEqual(self.found(now)[1], set())
@@ -989,14 +991,20 @@ class Asking(Refreshing):
         self.assertEqual(self.refresh().state, before)
 
     def test_logical_replication(self) -> None:
-        """A table that a subscription fills is a problem: its worker fires no such trigger."""
+        """A table that a subscription fills needs a trigger for rows, which its worker fires; without it, a problem."""
         self.watch("items")
         before = self.refresh()
         self.sql(
             "SET allow_system_table_mods = on",
             "INSERT INTO pg_subscription_rel VALUES (1, 'items'::regclass, 'r', NULL)",
         )
-        self.assert_problem(before, "items is filled by logical replication, which fires no such trigger")
+        self.assertIsNone(self.refresh(before.snapshot).problem)
+        self.sql("DROP TRIGGER cacheservice_1_row ON items")
+        self.assert_problem(
+            before,
+            "items is filled by logical replication and lacks a trigger for that; say again: "
+            "cacheservice watch items --key id",
+        )
 
     def test_another_server(self) -> None:
         """After a restart, and after a crash that the server lives through, the state is another."""

@@ -27,6 +27,31 @@ SET LOCAL client_connection_check_interval = 1000;
 SET LOCAL client_min_messages = warning;"""
 
 
+# Only if it lacks something: to repeat a GRANT makes a new version of the table, and the next delta a full read.
+_RESTORE_RIGHTS = """
+DO $$
+DECLARE
+    found record;
+BEGIN
+    FOR found IN
+        SELECT c.oid::regclass AS relation, c.relowner::regrole AS owner FROM pg_class AS c
+        WHERE c.relnamespace = 'cacheservice'::regnamespace AND c.relkind = 'r'
+    LOOP
+        IF NOT (has_schema_privilege(found.owner, 'cacheservice', 'USAGE')
+                AND has_schema_privilege(found.owner, 'cacheservice', 'CREATE')) THEN
+            EXECUTE format('GRANT ALL ON SCHEMA cacheservice TO %s', found.owner);
+        END IF;
+        IF NOT (has_table_privilege(found.owner, found.relation, 'SELECT')
+                AND has_table_privilege(found.owner, found.relation, 'INSERT')
+                AND has_table_privilege(found.owner, found.relation, 'UPDATE')
+                AND has_table_privilege(found.owner, found.relation, 'DELETE')) THEN
+            EXECUTE format('GRANT ALL ON %s TO %s', found.relation, found.owner);
+        END IF;
+    END LOOP;
+END $$;
+"""
+
+
 class Refused(Exception):
     """A command cannot go on; the message is one line with the cause and the next step, without a password."""
 
@@ -145,3 +170,8 @@ def explained(dsn: str, error: psycopg2.Error, role: str, database: str) -> str:
         )
     advice = next_step(told, role, database) if error.pgcode == "42501" else ""
     return f"{told}; {advice}" if advice else told
+
+
+def restore_rights(session: Session) -> None:
+    """Give the owners of our tables back what somebody has revoked from them; their triggers record with it."""
+    session.cursor.execute(_RESTORE_RIGHTS)

@@ -113,12 +113,16 @@ def _moved(before: str, now: str) -> str | None:
     if not before:
         return "it is the first read of the watched tables"
     old, new = json.loads(before), json.loads(now)
+    if old.get("kept") != new.get("kept"):
+        return "the table of recorded changes was truncated or rewritten, or rights on it have changed"
     for name, table in new["tables"].items():
         was = old["tables"].get(name)
         if was is None or was["watched"] != table["watched"] or was["since"] != table["since"]:
             return f"{name} has been watched only since the last refresh"
         if was["relations"] != table["relations"] or was["columns"] != table["columns"]:
             return f"the definition, the storage or the partitions of {name} changed"
+        if was.get("triggers") != table.get("triggers"):
+            return f"the triggers of {name} have been changed since the last refresh"
     return None
 
 

@@ -68,6 +68,23 @@ FROM pg_proc AS p WHERE p.pronamespace = 'cacheservice'::regnamespace
 """What is in the schema, itself first, and the role that owns it."""
 
 
+_REMOVE_CHANGES = r"""
+DO $$
+DECLARE
+    function regprocedure;
+BEGIN
+    FOR function IN
+        SELECT p.oid FROM pg_proc AS p WHERE p.pronamespace = 'cacheservice'::regnamespace
+        AND p.proname ~ '^(record_\d+_[a-z]+|changes|prune|note_deleted)$'
+    LOOP
+        EXECUTE format('DROP FUNCTION %s CASCADE', function);
+    END LOOP;
+END $$;
+DROP TABLE IF EXISTS cacheservice.changes, cacheservice.watched, cacheservice.pruned;
+DELETE FROM cacheservice._yoyo_migration WHERE migration_id >= '0002';
+"""
+
+
 def migrate(dsn: str, directory: Path, owner: str | None = None) -> list[str]:
     """Apply the migrations that have not been applied yet; return their names, in order.
 
@@ -78,6 +95,9 @@ def migrate(dsn: str, directory: Path, owner: str | None = None) -> list[str]:
     applied = []
     try:
         with admin.session(dsn, "cacheservice migrate") as session:
+            with session.transaction():
+                session.cursor.execute(_LOCK)
+                repair(session, owner)
             for file in migration_files(directory):
                 with session.transaction():
                     session.cursor.execute(_LOCK)
@@ -128,6 +148,33 @@ def _give_all_to(session: Session, owner: str) -> None:
     for what, has in session.rows(_OBJECTS):
         if has != owner:
             session.cursor.execute(sql.SQL("ALTER {} OWNER TO {}").format(sql.SQL(what), role))
+
+
+def repair(session: Session, owner: str | None) -> None:
+    """Undo what others did to the tables for changes, so that neither writers nor `watch` stumble over it.
+
+    If one of the tables is gone, so is what the others meant: what belongs to them is made again, and the triggers,
+    whose functions would find no table, are taken away; `watch` puts them back.
+    """
+    if not session.value("SELECT count(*) FROM pg_namespace WHERE nspname = %s", (SCHEMA,)):
+        return
+    if owner is not None:
+        _give_all_to(session, owner)
+    act_as_owner(session, owner)
+    admin.restore_rights(session)
+    if not session.value("SELECT to_regclass('cacheservice._yoyo_migration') IS NOT NULL"):
+        return
+    if not session.value("SELECT count(*) FROM cacheservice._yoyo_migration WHERE migration_id = '0002_changes'"):
+        return
+    missing = session.value(
+        "SELECT count(*) FROM unnest(ARRAY['changes', 'watched', 'pruned']) AS t (name) "
+        "WHERE to_regclass('cacheservice.' || t.name) IS NULL"
+    )
+    if missing:
+        session.cursor.execute(_REMOVE_CHANGES)
+    elif session.value("SELECT to_regprocedure('cacheservice.note_deleted()') IS NOT NULL"):
+        # It resets what came with a dump of another cluster. Nothing is as old as that.
+        session.cursor.execute("SELECT cacheservice.prune('100 years')")
 
 
 def act_as_owner(session: Session, owner: str | None = None) -> None:
