@@ -20,7 +20,7 @@ from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset, State
 from cacheservice.config import DatasetSettings
 from cacheservice.errors import Blocker, DatabaseUnavailable, LockTimeout, QueryFailed, UnknownDataset
-from cacheservice.postgres.database import Reading, Wanted
+from cacheservice.postgres.database import Pruned, Reading, Wanted
 from cacheservice.refresh.drain import Drain
 from cacheservice.refresh.service import CacheService
 
@@ -67,6 +67,7 @@ class FakeDatabase:
         self.reads: list[Read] = []
         self.raising: Exception | None = None
         self.after_failure: Callable[[Failure], object] = lambda failure: failure
+        self.pruning: Callable[[float], Deferred[Pruned]] = lambda keep_s: succeed(Pruned(0, None))
         self._clock = clock
 
     def read_together(self, wanted: Sequence[Wanted]) -> Deferred[list[Reading]]:
@@ -79,6 +80,9 @@ class FakeDatabase:
             read.fail(self.raising)
             raise self.raising
         return read.result.addErrback(self.after_failure).addCallback(lambda reading: [reading])
+
+    def prune(self, keep_s: float, timeout_s: float) -> Deferred[Pruned]:
+        return self.pruning(keep_s)
 
     @property
     def running(self) -> list[Read]:

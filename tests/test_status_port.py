@@ -246,6 +246,8 @@ class Replies(PortTestCase):
                     "connections": 0,
                     "listening": False,
                     "standby": None,
+                    "recorded_changes": None,
+                    "prune_problem": None,
                 },
                 "datasets": {
                     "products": {
@@ -274,6 +276,7 @@ class Replies(PortTestCase):
                             "error": None,
                         },
                         "last_change": None,
+                        "without_deltas_s": None,
                     },
                     "prices": {
                         "state": "never_loaded",
@@ -301,6 +304,7 @@ class Replies(PortTestCase):
                             "error": "a lock was not granted",
                         },
                         "last_change": None,
+                        "without_deltas_s": None,
                     },
                 },
             },

@@ -620,10 +620,13 @@ class Commands(Watching):
     def test_a_database_that_was_not_migrated(self) -> None:
         """It is told to be."""
         self.dsn = self.server.dsn(database=fresh_database(self.server, self.addCleanup))
-        for command in (("watch", "items", "--key", "id"), ("unwatch", "items")):
+        for command, told in (
+            (("watch", "items", "--key", "id"), "say first: cacheservice migrate"),
+            (("unwatch", "items"), "items is not watched: the database has no schema cacheservice"),
+        ):
             result = self.run_command(*command)
             self.assertEqual(result.exit_code, 1)
-            self.assertIn("say first: cacheservice migrate", result.output)
+            self.assertIn(told, result.output)
 
     def test_rights_that_are_missing(self) -> None:
         """Who may not put triggers on a table is told so in one line."""

@@ -23,6 +23,8 @@ class DatabaseStatus:
     `listening_wanted` says whether any dataset waits for notifications; `listening` whether they arrive, as it was
     last proven at `listening_proven_at` on the monotonic clock; `listening_problem` why they do not. `server` is the
     one that was read last, None before the first read; `lag` how far it was behind its primary, if it is a standby.
+    `recorded_changes` are those that the triggers have recorded and nobody has deleted, None if that is not known;
+    `prune_problem` is why the last attempt to delete old ones failed.
     """
 
     def __init__(self) -> None:
@@ -37,6 +39,15 @@ class DatabaseStatus:
         self.listening_problem: str | None = None
         self.queued: Callable[[], int] = lambda: 0
         self._login_refused: Callable[[], None] | None = None
+        self.recorded_changes: int | None = None
+        self.prune_problem: str | None = None
+
+    def pruned(self, kept: int | None) -> None:
+        """Old recorded changes were deleted; the database keeps `kept` by its statistics, None if it has none."""
+        self.recorded_changes, self.prune_problem = kept, None
+
+    def not_pruned(self, problem: str) -> None:
+        self.prune_problem = problem
 
     def answered(self) -> None:
         self.state, self.error = "up", None

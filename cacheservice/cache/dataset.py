@@ -144,6 +144,8 @@ class Dataset:
         self.consecutive_failures = 0
         self.next_refresh_at: float | None = None
         self.checked_at: float | None = None
+        self.whole_since: float | None = None
+        self.whole_because: str | None = None
         self._served_definition = settings.definition
         self._generation_before = generation_before
         self._greatest_age_s: float | None = None
@@ -251,6 +253,20 @@ class Dataset:
         self._served_definition = self.settings.definition
         for follower in list(self._followers):
             follower(self)
+
+    def note_deltas(self, problem: str | None) -> None:
+        """Remember why the last read could not be a delta, and since when that is so; None if it could."""
+        self.whole_because = problem
+        if problem is None:
+            self.whole_since = None
+        elif self.whole_since is None:
+            self.whole_since = self._now()
+
+    def whole_for_s(self) -> float | None:
+        """How long all rows have been read although only changed ones should be; None if the dataset has no `watch`."""
+        if not self.settings.watch:
+            return None
+        return 0.0 if self.whole_since is None else self._now() - self.whole_since
 
     def newest(self) -> Snapshot | None:
         """What the next result is to follow: what is served, or what waits behind a pin; None if that is of another

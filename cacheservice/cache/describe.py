@@ -45,6 +45,8 @@ def describe_database(database: DatabaseStatus) -> dict[str, Any]:
         "standby": None
         if database.server is None or not database.server.in_recovery
         else {"lag_s": seconds(database.lag.seconds), "known": database.lag.known, "problem": database.lag.problem},
+        "recorded_changes": database.recorded_changes,
+        "prune_problem": database.prune_problem,
     }
 
 
@@ -72,6 +74,7 @@ def describe_dataset(dataset: Dataset) -> dict[str, Any]:
         "next_refresh_in_s": _optional_seconds(dataset.next_refresh_in_s()),
         "last_attempt": describe_attempt(dataset.attempts[-1]) if dataset.attempts else None,
         "last_change": snapshot.change._asdict() if snapshot and snapshot.change else None,
+        "without_deltas_s": _optional_seconds(dataset.whole_for_s()),
     }
 
 

@@ -247,6 +247,18 @@ class _Service:
                 "0 while it is not known whether the standby hears from its primary; not there for a primary.",
                 int(database.lag.known),
             )
+        if any(dataset.settings.watch for dataset in cache.datasets.values()):
+            yield GaugeMetricFamily(
+                "cacheservice_prune_failing",
+                "1 while old recorded changes cannot be deleted; not there if no dataset has watch.",
+                int(database.prune_problem is not None),
+            )
+            if database.recorded_changes is not None:
+                yield GaugeMetricFamily(
+                    "cacheservice_recorded_changes",
+                    "Recorded changes that the database keeps, by its statistics; not there before the first pruning.",
+                    database.recorded_changes,
+                )
         yield GaugeMetricFamily(
             "cacheservice_refresh_queue_depth",
             "Refreshes that are due and wait for a connection, or for postgres.max_load.",

@@ -179,7 +179,9 @@ def why(dataset: Dataset, cache: Cache) -> str:
     """Plain sentences: the state and why it is so, who is in the way, what happens next."""
     sentences = [*_state_sentences(dataset), *_lag_sentences(dataset), *_failure_sentences(dataset, cache)]
     if dataset.settings.notify or dataset.settings.watch:
-        sentences += filter(None, [listening_sentence(cache, cache.now())])
+        sentences += filter(None, [listening_sentence(cache, cache.now(), dataset)])
+    if dataset.settings.watch:
+        sentences += _watch_sentences(dataset, cache)
     if dataset.differences:
         sentences.append(
             f"Since the start, checks have found and mended {dataset.differences:,} differing rows of which no trigger "
@@ -191,9 +193,20 @@ def why(dataset: Dataset, cache: Cache) -> str:
     return "\n".join(sentences)
 
 
-def listening_sentence(cache: Cache, now: float) -> str | None:
+def _watch_sentences(dataset: Dataset, cache: Cache) -> Iterator[str]:
+    if dataset.whole_because is not None:
+        yield (
+            f"It wants deltas, and has read all rows for {duration(dataset.whole_for_s() or 0.0)}, "
+            f"because {dataset.whole_because}."
+        )
+    if (problem := cache.database.prune_problem) is not None:
+        yield f"Old recorded changes are not deleted, so that the database fills with them: {problem}."
+
+
+def listening_sentence(cache: Cache, now: float, dataset: Dataset | None = None) -> str | None:
     """Whether notifications arrive, for a dataset that waits for them; None where none does.
 
+    :param dataset: whose deltas may be off, so that some changes are not notified of.
     :param now: on the monotonic clock, in seconds.
     """
     database = cache.database
@@ -201,6 +214,8 @@ def listening_sentence(cache: Cache, now: float) -> str | None:
         return None
     if database.listening and database.listening_proven_at is not None:
         ago = duration(now - database.listening_proven_at)
+        if dataset is not None and dataset.whole_because is not None:
+            return f"Listening, proven {ago} ago, but some changes may be seen on its interval only."
         return f"PostgreSQL tells of changes at once: listening, proven {ago} ago."
     if database.listening_problem is None:
         return "Listening has not begun yet; it is refreshed on its interval meanwhile."

@@ -35,7 +35,7 @@ DECLARE
 BEGIN
     FOR found IN
         SELECT c.oid::regclass AS relation, c.relowner::regrole AS owner FROM pg_class AS c
-        WHERE c.relnamespace = 'cacheservice'::regnamespace AND c.relkind = 'r'
+        WHERE c.relnamespace = to_regnamespace('cacheservice') AND c.relkind = 'r'
     LOOP
         IF NOT (has_schema_privilege(found.owner, 'cacheservice', 'USAGE')
                 AND has_schema_privilege(found.owner, 'cacheservice', 'CREATE')) THEN

@@ -53,8 +53,11 @@ BEGIN READ WRITE;
 SET LOCAL statement_timeout = {statement_ms};
 SET LOCAL lock_timeout = {statement_ms};
 SET LOCAL client_connection_check_interval = 1000;
-SELECT cacheservice.prune({keep_s} * interval '1 s')
+SELECT cacheservice.prune({keep_s} * interval '1 s'), pg_stat_get_live_tuples(to_regclass('cacheservice.changes'))
 """
+
+PRUNED_A_CALL = 10_000
+"""The default of `cacheservice.prune`."""
 
 _STATEMENT_SHARE = 0.95
 """The server's own timeouts come a little before our deadline, because its error tells more than our silence."""
@@ -83,9 +86,10 @@ class Reading:
 
     `columns` are the names of the query's columns, in their order. `kind` tells what was read: all rows, which are in
     `rows`; a delta, which is in `changed` (None for a row that is gone); or that nothing is to be read. `because`
-    says why it was all rows although there was something to start from. `may_differ` are the keys that had changed
-    by what the triggers recorded, None if that is not known; no other row may differ from what there was. `server` is
-    the one that was read. `as_of` and `read_at` are earlier by the `lag` of a standby.
+    says why it was all rows although there was something to start from; `no_delta` why the changed rows are not known,
+    whatever there was. `may_differ` are the keys that had changed by what the triggers recorded, None if that is not
+    known; no other row may differ from what there was. `server` is the one that was read. `as_of` and `read_at` are
+    earlier by the `lag` of a standby.
     """
 
     as_of: datetime
@@ -94,6 +98,7 @@ class Reading:
     columns: tuple[str, ...] = ()
     kind: Literal["all", "delta", "unchanged"] = "all"
     because: str | None = None
+    no_delta: str | None = None
     changed: Mapping[bytes, bytes | None] = field(default_factory=dict)
     may_differ: frozenset[bytes] | None = None
     watch_state: str = ""
@@ -142,6 +147,13 @@ class _KeysDoNotFit(Exception):
         super().__init__(because)
         self.dataset = dataset
         self.because = because
+
+
+class Pruned(NamedTuple):
+    """How many recorded changes were deleted, and how many are left by the server's statistics, if it has any."""
+
+    deleted: int
+    kept: int | None
 
 
 class _Moment(NamedTuple):
@@ -222,19 +234,19 @@ class Database:
                     for each in wanted
                 ]
 
-    def prune(self, keep_s: float, timeout_s: float) -> Deferred[int]:
-        """Delete recorded changes that are older than `keep_s`; gives how many.
+    def prune(self, keep_s: float, timeout_s: float) -> Deferred[Pruned]:
+        """Delete recorded changes that are older than `keep_s`, at most `PRUNED_A_CALL` of each watch.
 
         :raises RefreshFailed: one of its subclasses.
         """
         deadline_at = self._reactor.seconds() + timeout_s
 
-        async def use(guard: GuardedConnection) -> int:
+        async def use(guard: GuardedConnection) -> Pruned:
             statement_ms = _rounded(guard.remaining_s() * 1000 * _STATEMENT_SHARE)
             cursor = await guard.execute(_PRUNE.format(statement_ms=statement_ms, keep_s=keep_s))
-            ((deleted,),) = cursor.fetchall()
+            ((deleted, kept),) = cursor.fetchall()
             await guard.execute("COMMIT")
-            return int(deleted)
+            return Pruned(int(deleted), None if kept is None else int(kept))
 
         return self._sessions.use("prunes", deadline_at, use, keep=True)
 
@@ -323,7 +335,7 @@ class Database:
             because = "it is a check of the probe"
         if dataset.watch:
             told = await self._changes(moment, wanted)
-            reading = replace(reading, watch_state=told.state)
+            reading = replace(reading, watch_state=told.state, no_delta=told.problem)
             because = told.problem or because
             if because is None and since is not None:
                 keys = frozenset(deltas.joined(key) for key in told.keys if None not in key)
@@ -417,7 +429,7 @@ class Database:
             return reading
         types = {column.name: column.type_code for column in described}
         unfit = deltas.unfit_key(reading.watch_state, dataset, [types[column] for column in dataset.key])
-        return reading if unfit is None else replace(reading, watch_state="", because=unfit)
+        return reading if unfit is None else replace(reading, watch_state="", because=unfit, no_delta=unfit)
 
     async def _fetch_all(self, guard: GuardedConnection, into: RowsBuilder | deltas.ChangedRows) -> None:
         # The first chunks are small, because nobody knows yet how large a row is.

@@ -21,7 +21,7 @@ from cacheservice.cache.identity import why_elsewhere
 from cacheservice.cache.rows import Groups, Rows, RowsBuilder, RowsPatch
 from cacheservice.config import timing
 from cacheservice.errors import DatabaseUnavailable, LockTimeout, LoginRefused, NothingToPin, RefreshFailed, Stopped
-from cacheservice.postgres.database import Reading, Wanted
+from cacheservice.postgres.database import Pruned, Reading, Wanted
 from cacheservice.refresh.backoff import full_jitter
 from cacheservice.refresh.expiry import ExpiryWatch
 from cacheservice.refresh.gates import refusal
@@ -33,7 +33,7 @@ class Reads(Protocol):
 
     def read_together(self, wanted: Sequence[Wanted]) -> Deferred[list[Reading]]: ...
 
-    def prune(self, keep_s: float, timeout_s: float) -> Deferred[int]: ...
+    def prune(self, keep_s: float, timeout_s: float) -> Deferred[Pruned]: ...
 
 
 class _Try(NamedTuple):
@@ -80,6 +80,9 @@ _CALM_S = 0.02
 """A notification that comes within it after another, or after an attempt, is of a burst."""
 _LONGEST_BURST_S = 2.0
 """However long a burst is, an attempt begins after so much of it."""
+_WHOLE_PAUSE_S = 1.0
+_WHOLE_PAUSE_TIMES = 4.0
+"""While deltas are off, notifications start a full read after a pause of so many times the last one at least."""
 _PATCHED_A_TURN = 500
 """Keys, in half a millisecond."""
 
@@ -269,6 +272,12 @@ class Refresher:
         now = self._clock.seconds()
         calm_at = min(max(self._told_at, self._ended_at) + _CALM_S, self._burst_began_at + _LONGEST_BURST_S)
         is_first = self._ended_at + _CALM_S <= self._burst_began_at
+        if any(dataset.whole_since is not None and dataset.whole_since < self._began_at for dataset in self.datasets):
+            # Each change would be a read of everything, one after the other.
+            rested_at = self._ended_at + max(_WHOLE_PAUSE_S, _WHOLE_PAUSE_TIMES * self._expected_s)
+            if now < rested_at:
+                self._calm = self._clock.callLater(rested_at - now, self._look_for_calm)
+                return
         if is_first or now >= calm_at or not any(dataset.settings.notify for dataset in self.datasets):
             self._begin("notify")
         else:
@@ -690,6 +699,8 @@ class Refresher:
         return due
 
     async def _result(self, dataset: Dataset, reading: Reading, base: Snapshot | None) -> _Result:
+        if dataset.settings.watch and dataset.whole_because != reading.no_delta:
+            dataset.note_deltas(reading.no_delta)
         if reading.kind == "all":
             assert reading.rows is not None, "a full read has rows"
             rows = reading.rows.finish()

@@ -15,6 +15,7 @@ from cacheservice.cache.cache import Cache, Declared
 from cacheservice.cache.dataset import Dataset, Snapshot
 from cacheservice.config import OWN_CHANNEL, DatasetSettings, groups
 from cacheservice.errors import CacheServiceError, NothingToRollBackTo, RefreshFailed, Stopped, UnknownDataset
+from cacheservice.postgres.database import PRUNED_A_CALL
 from cacheservice.postgres.deltas import watched_ids
 from cacheservice.refresh.budget import Budget
 from cacheservice.refresh.drain import Drain
@@ -184,19 +185,38 @@ class CacheService(Service):
         word, _, number = payload.partition(" ")
         if word != "changed" or not number.isdecimal() or newest is None or not newest.watch_state:
             return True
-        return int(number) in watched_ids(newest.watch_state)
+        known = watched_ids(newest.watch_state)
+        # Of a watch with a problem the state says nothing: it may be that one.
+        return int(number) in known or len(known) < len(dataset.settings.watch)
 
     async def _prune(self) -> None:
         """Delete recorded changes that nobody will ask for any more; whatever comes of it, the loop goes on."""
         if not any(dataset.settings.watch for dataset in self._cache.datasets.values()):
             return
+        database = self._cache.database
+        if database.server is not None and database.server.in_recovery:
+            self._not_pruned(
+                "this is a standby, where nothing can be deleted; let cron on the primary say "
+                "SELECT cacheservice.prune('1 hour')"
+            )
+            return
+        deleted, until = 0, self._clock.seconds() + _PRUNE_INTERVAL_S / 2
         try:
-            deleted = await self._database.prune(CHANGES_KEPT_S, _PRUNE_TIMEOUT_S)
+            while True:
+                pruned = await self._database.prune(CHANGES_KEPT_S, _PRUNE_TIMEOUT_S)
+                deleted += pruned.deleted
+                if pruned.deleted < PRUNED_A_CALL or self._clock.seconds() >= until:
+                    break
         except RefreshFailed as error:
-            # On a standby, without the right, without the migration: told with each delta that suffers from it.
-            self._log.debug("changes_not_pruned", error=str(error))
+            self._not_pruned(str(error))
         else:
-            self._log.debug("changes_pruned", rows=deleted)
+            database.pruned(pruned.kept)
+            self._log.debug("changes_pruned", rows=deleted, kept=pruned.kept)
+
+    def _not_pruned(self, problem: str) -> None:
+        is_new = self._cache.database.prune_problem != problem
+        self._cache.database.not_pruned(problem)
+        getattr(self._log, "warning" if is_new else "debug")("changes_not_pruned", error=problem)
 
     def redeclare(self, declared: Sequence[DatasetSettings], *, moved: bool = False) -> Declared:
         """Have these datasets from this turn of the reactor on; those that stay what they are notice nothing.
