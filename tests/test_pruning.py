@@ -80,7 +80,7 @@ class DeltasOff(SynchronousTestCase):
         self.world.clock.advance(2)
         read = self.world.database.last
         read.into.add([(b"1", b"{}")])
-        reading = Reading(AS_OF, read.began_at, "1:1:", watch_state='{"kept": "", "tables": {}}')
+        reading = Reading(AS_OF, read.began_at, "1:1:", rows=read.into, watch_state='{"kept": "", "tables": {}}')
         read.result.callback(replace(reading, no_delta=no_delta, because=no_delta))
 
     def notify(self) -> None:

@@ -170,20 +170,19 @@ AGE = Family(
 _WITHOUT_DELTAS = Family(
     "cacheservice_dataset_without_deltas_seconds",
     "gauge",
-    "Seconds for which all rows have been read although watch is configured, 0 while deltas work; none without watch.",
+    "Seconds for which all rows have been read although watch is configured; 0 while deltas work.",
     form="%.3f",
     unit="seconds",
 )
 
 
-def _whole_for_s(dataset: Dataset) -> float | None:
-    whole_for_s = dataset.whole_for_s()
-    return None if whole_for_s is None else round(whole_for_s, 3)
+def _whole_for_s(dataset: Dataset) -> float:
+    return round(dataset.whole_for_s() or 0.0, 3)
 
 
 GROUPS = (
     Group((AGE,), _age_s, lambda _, age_s: ((() if age_s is None else (age_s,)),)),
-    Group((_WITHOUT_DELTAS,), _whole_for_s, lambda _, value: ((() if value is None else (value,)),)),
+    Group((_WITHOUT_DELTAS,), _whole_for_s, lambda _, value: ((value,),)),
     Group(
         (
             Family(
