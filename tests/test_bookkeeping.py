@@ -304,7 +304,7 @@ class Kept(Bookkeeping):
         other.start()
         ((here,),) = self.sql("SELECT pg_current_xact_id()::text::bigint")
         ((there,),) = query(other, "postgres", "SELECT pg_current_xact_id()::text::bigint")
-        for _ in range(max(0, there + 50 - here)):
+        for _ in range(max(0, there + 1000 - here)):
             self.sql("SELECT pg_current_xact_id()")
         self.watch("items")
         self.sql("INSERT INTO items VALUES (2, 'a')")

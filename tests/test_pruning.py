@@ -9,6 +9,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.cache.describe import describe
 from cacheservice.cache.identity import ServerIdentity
+from cacheservice.cache.lag import NO_LAG
 from cacheservice.config import OWN_CHANNEL
 from cacheservice.errors import QueryFailed
 from cacheservice.ports.report import why
@@ -62,7 +63,7 @@ class Pruning(SynchronousTestCase):
 
     def test_a_standby(self) -> None:
         """It is not asked, and the statement for cron on the primary is named."""
-        self.world.cache.database.seen(ServerIdentity("shop", 5, "reader", in_recovery=True, started_us=1))
+        self.world.cache.database.seen(ServerIdentity("shop", 5, "reader", in_recovery=True, started_us=1), NO_LAG)
         self.world.clock.advance(60)
         self.assertEqual(self.asked_at, [])
         self.assertIn("cron on the primary say SELECT cacheservice.prune('1 hour')", self.why())
