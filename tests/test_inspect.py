@@ -499,3 +499,35 @@ class Command(CommandLine):
         self.assertEqual((told.returncode, told.stdout), (1, ""))
         self.assertRegex(told.stderr, r"^cacheservice: PostgreSQL refused the connection: [^\n]*\n$")
         self.assertNotIn("hidden-word", told.stderr)
+
+
+class BlindSpots(Inspecting):
+    """Watches that cannot work are problems, by the server's own plan."""
+
+    def test_what_no_trigger_sees(self) -> None:
+        """Each reason is named; a watch that works has none."""
+        migrate(self.owner, shipped.folder("migrations"))
+        query(self.server, self.database, "CREATE MATERIALIZED VIEW shop.goods AS SELECT id, name FROM shop.products")
+        products = [{"table": "shop.products", "key": "id"}]
+        prices = [{"table": "shop.prices", "key": ["currency", "product_id"]}]
+        for table, key in (("shop.products", ["id"]), ("shop.prices", ["currency", "product_id"])):
+            watch(self.owner, table, key, False, False, self.fail)
+        for sql, key, watches, told in (
+            ("SELECT id, name FROM shop.products WHERE id > 5 ORDER BY name", "id", products, ""),
+            ("SELECT id FROM shop.products ORDER BY id LIMIT 3", "id", products, "by LIMIT"),
+            ("SELECT id, rank() OVER (ORDER BY name) FROM shop.products", "id", products, "a window function"),
+            ("SELECT id FROM shop.products WHERE now() > '2020-01-01'", "id", products, "now()"),
+            ("SELECT id, random() FROM shop.products", "id", products, "random()"),
+            ("SELECT id, CURRENT_DATE AS today FROM shop.products", "id", products, "CURRENT_DATE"),
+            ("SELECT id + 0 AS id FROM shop.products", "id", products, "is an expression"),
+            ("SELECT id, (SELECT max(amount) FROM shop.prices WHERE product_id = id) FROM shop.products", "id",
+             products, "shop.prices is read and not watched"),
+            ("SELECT p.id, g.name FROM shop.products AS p JOIN shop.goods AS g USING (id)", "id", products,
+             "shop.goods is a materialized view"),
+            ("SELECT product_id, currency FROM shop.prices", ("product_id", "currency"), prices,
+             "shop.prices is watched by currency, product_id, and the key is product_id, currency"),
+        ):  # fmt: skip
+            found = self.look(sql, key, watch=watches)
+            problems = [finding.text for finding in found.findings if finding.level == "problem"]
+            self.assertEqual(len(problems) > 0, bool(told), (sql, problems))
+            self.assertIn(told, "".join(problems), sql)

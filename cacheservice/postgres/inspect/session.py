@@ -12,6 +12,7 @@ from cacheservice.config import DatasetSettings, PostgresSettings
 from cacheservice.errors import InspectionFailed
 from cacheservice.postgres import deltas
 from cacheservice.postgres.inspect import keys
+from cacheservice.postgres.inspect.blind import look_for_blind_spots
 from cacheservice.postgres.inspect.failures import step
 from cacheservice.postgres.inspect.findings import Column, Finding, Inspection, Server
 from cacheservice.postgres.inspect.look import LOCK_TIMEOUT_MS, STATEMENT_TIMEOUT_MS, Look
@@ -106,7 +107,9 @@ def _look_at_all(look: Look) -> None:
     keys.judge_size(look, plan, sample)
     key_types = [types[place] for place in places]
     look.found.key = keys.judge_key(look, places, key_types, index, sample)
+    found_before = len(look.found.findings)
     describe_deltas(look, [kind.oid for kind in key_types], origins if index else [])
+    look_for_blind_spots(look, plan, origins, looks_fine=len(look.found.findings) == found_before)
 
 
 def _server(connection: Any, datasets: Sequence[DatasetSettings]) -> Server:
