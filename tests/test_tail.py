@@ -148,9 +148,11 @@ class Tail(CommandLine):
 
     def test_failures_and_states(self) -> None:
         """A failure is told with its error, what expires and what recovers as well."""
-        daemon = self.service(ITEMS)
+        # Each refresh is a publish, so that it shows when it has begun to follow.
+        daemon = self.service(ITEMS.replace("SELECT id, name", "SELECT id, name, clock_timestamp()"))
         daemon.wait_until_ready()
         with self.tail("items") as tail:
+            self.next_event(tail, "refresh_published")
             self.lose_items(daemon)
             failed = self.next_event(tail, "refresh_failed")
             self.assertIn('relation "items" does not exist', failed["error"])
