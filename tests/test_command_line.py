@@ -18,6 +18,7 @@ import psutil
 import pytest
 from twisted.trial.unittest import SynchronousTestCase
 
+from cacheservice.cli.demo import _quoted
 from cacheservice.cli.embedded import EmbeddedPostgres
 from tests.postgres import fresh_database, query
 
@@ -211,43 +212,11 @@ class Demo(FromTheWheel):
             text += line
         return text
 
-    def test_a_folder_with_a_space(self) -> None:
-        """The printed commands work there; Ctrl-\\ ends all of it."""
-        demo = self.start("--directory", "a shop")
-        said = self.read_until(demo, "Ctrl-C ends all of it.")
-        family = psutil.Process(demo.pid).children(recursive=True)
-        for mark, wanted in (("Change:", "UPDATE 1"), ("Check:", ""), ("Refresh:", "OK products")):
-            command = re.search(rf"{mark} +(.*)", said)[1]
-            told = subprocess.run(
-                command, shell=True, check=False, cwd=self.folder, env=self.environment(), capture_output=True,
-                text=True, timeout=LIMIT_S,
-            )  # fmt: skip
-            self.assertEqual(told.returncode, 0, f"{command}\n{told.stdout}{told.stderr}")
-            self.assertIn(wanted, told.stdout)
-        demo.send_signal(signal.SIGQUIT)
-        rest, _ = demo.communicate(timeout=LIMIT_S)
-        self.assertEqual(demo.returncode, 0, rest)
-        self.assertEqual([process for process in family if process.is_running()], [])
-
-    def test_three_at_once(self) -> None:
-        """Each has ports of its own, whoever starts at the same time; under nohup a closed terminal does not end it."""
-        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does; the demos inherit it
-        try:
-            demos = [self.start() for _ in range(3)]
-        finally:
-            signal.signal(signal.SIGHUP, before)
-        said = [self.read_until(demo, "Ctrl-C ends all of it.") for demo in demos]
-        for pattern in (r"http://127\.0\.0\.1:(\d+)/ ", r"redis-cli -p (\d+)", r"nc -N 127\.0\.0\.1 (\d+)"):
-            self.assertEqual(len({re.search(pattern, each)[1] for each in said}), 3)
-        for demo in demos:
-            demo.send_signal(signal.SIGHUP)
-        time.sleep(0.5)
-        self.assertEqual([demo.poll() for demo in demos], [None] * 3)
-        for demo in demos:
-            demo.send_signal(signal.SIGTERM)
-        for demo in demos:
-            demo.communicate(timeout=LIMIT_S)
-            self.assertEqual(demo.returncode, 0)
+    def test_words_for_a_shell(self) -> None:
+        """What the demo prints is one word to a shell, whatever is in the path."""
+        for word in ("plain", "a b", "host='/a b/c' port=1", "it's", 'say "x"', "$HOME", "`id`"):
+            told = subprocess.run(["/bin/sh", "-c", f"printf %s {_quoted(word)}"], capture_output=True, check=True)
+            self.assertEqual(told.stdout.decode(), word)
 
     def test_the_demo_lives_breaks_recovers_and_leaves_nothing(self) -> None:
         """A taken port is replaced, data change, a crash of the database is survived, Ctrl-C leaves no process."""
