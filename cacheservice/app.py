@@ -133,8 +133,9 @@ class DatabaseService(Service):
 
     name = "postgres"
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, listener: Listener) -> None:
         self._database = database
+        self._database.make_room_by(listener.give_up_session)  # refreshes go first where connections are few
 
     def stopService(self) -> None:
         super().stopService()
@@ -210,7 +211,7 @@ def make_service(
     held = HeldSnapshots(cache, reactor, log, settings.limits.max_old_generations, settings.limits.max_answer_s)
     metrics = Metrics(cache, stalls.lateness, served, reactor, held.superseded)
     Signals(reactor, reload, writer.reopen, log).setServiceParent(root)
-    for child in (stalls, DatabaseService(database), store, refresh, listener):
+    for child in (stalls, DatabaseService(database, listener), store, refresh, listener):
         if child is not None:
             child.setServiceParent(root)
     if (statsd := settings.statsd).host:

@@ -328,6 +328,50 @@ class SessionTests(DatabaseTestCase):
         self.assertNotIn("secret", str(error))
 
 
+class BytesTests(DatabaseTestCase):
+    """A row whose bytes have no form in UTF-8 is named."""
+
+    async def bad(self, encoding: str, table: str, *, locale: str = "C") -> QueryFailed:
+        name = f"{self.name}_{encoding.lower()}"
+        query(
+            self.server, "postgres", f"CREATE DATABASE {name} ENCODING {encoding} LOCALE '{locale}' TEMPLATE template0"
+        )
+        self.addCleanup(query, self.server, "postgres", f"DROP DATABASE {name} WITH (FORCE)")
+        query(self.server, name, table)
+        database = self.make_database(database=name)
+        failure = await self.assertFailure(
+            self.read_into(RowsBuilder(lambda shards: None), "SELECT id, name FROM things", database=database),
+            QueryFailed,
+        )
+        assert isinstance(failure, QueryFailed)
+        self.assertEqual(len(str(failure).splitlines()), 1)
+        return failure
+
+    async def test_bytes_that_nobody_checked(self) -> None:
+        failure = await self.bad(
+            "SQL_ASCII",
+            r"CREATE TABLE things AS SELECT i AS id, CASE i WHEN 777 THEN E'caf\xe9 bleu' ELSE 'good' END AS name "
+            "FROM generate_series(1, 2000) i",
+        )
+        self.assertIn('things: the row with the key "777"', str(failure))
+        self.assertIn("SQL_ASCII", str(failure))
+        self.assertNotIn("bleu", str(failure))
+        self.assertEqual(failure.sqlstate, "22021")
+        self.assertIn("correct the bytes", failure.advice)
+
+    async def test_a_character_without_a_form_in_utf8(self) -> None:
+        failure = await self.bad(
+            "WIN1252", r"CREATE TABLE things AS SELECT 1 AS id, 'fine' AS name UNION ALL SELECT 2, E'\x81'"
+        )
+        self.assertIn('things: the row with the key "2"', str(failure))
+        self.assertIn("WIN1252", str(failure))
+
+    async def test_a_value_that_the_query_cannot_make(self) -> None:
+        """An error of the query itself, in which no row is to be found, names the encoding and no bytes."""
+        failure = await self.fails(QueryFailed, r"SELECT 1 AS id, convert_from('\xe9e9', 'UTF8') AS name")
+        self.assertIn('invalid byte sequence for encoding "UTF8": …', str(failure))
+
+
 class MomentTests(DatabaseTestCase):
     """Of which moment the rows are."""
 
@@ -438,7 +482,7 @@ class LostSessions(DatabaseTestCase):
 
     def wanted(self, name: str, build: Callable[[], RowsBuilder]) -> Wanted:
         settings = DatasetSettings(
-            name=name, query=f"TABLE {name}", key=("id",), timeout_s=TIMEOUT_S, group="both", probe="SELECT 1"
+            name=name, query=f"TABLE {name}", key=("id",), timeout_s=TIMEOUT_S, group="both", interval_s=5.0
         )
         return Wanted(settings, build)
 

@@ -113,13 +113,12 @@ class Together(ServiceTestCase):
 
     async def test_money_is_never_made(self) -> None:
         """Money moves between two tables; a client that adds both up in one MULTI finds it all, 10,000 times out of
-        10,000, through publishes and failures."""
+        10,000, through publishes and sessions that are lost."""
         service, cache = self.make_service(*self.declared(interval_s=0.05))
         await self.start_and_load(service, cache)
         outcomes = cache.dataset("checking").outcomes
-        await self.move_money(
-            service, cache, 1000, READINGS, lambda: outcomes["published"] >= PUBLISHES and outcomes["failed"]
-        )
+        ended = await self.move_money(service, cache, 1000, READINGS, lambda: outcomes["published"] >= PUBLISHES)
+        self.assertGreater(ended, 0)
 
     async def test_money_is_never_made_in_kept_sessions(self) -> None:
         """The same where a session is kept for the next refresh, and is lost in the middle of it: it is read again."""

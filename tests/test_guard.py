@@ -143,7 +143,7 @@ class GuardTestCase(TestCase):
 
     def read(self, query: str = QUICK, timeout_s: float = LONG_S, database: Database | None = None) -> Deferred[Any]:
         """Through the faulty network unless another `database` is given."""
-        return (database or self.database).read(settings(query, timeout_s), rows_builder())
+        return (database or self.database).read(settings(query, timeout_s), rows_builder)
 
     def guard(self, timeout_s: float = LONG_S, host: str = "127.0.0.1", port: int | None = None) -> GuardedConnection:
         target = parse(self.server.dsn(database=self.database_name, host=host, port=port))

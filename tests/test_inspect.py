@@ -29,8 +29,9 @@ from cacheservice.postgres.migrate import migrate
 from cacheservice.postgres.reader import create_reader
 from cacheservice.postgres.session_settings import Limits, begin_reading
 from cacheservice.postgres.watch import watch
-from tests import pgbouncer
+from tests import pgbouncer, pgpool
 from tests.pgbouncer import running_pgbouncer
+from tests.pgpool import running_pgpool
 from tests.postgres import connect, fresh_database, query, sessions
 from tests.standby import running_standby
 from tests.test_status_command import CommandLine
@@ -405,6 +406,19 @@ class Servers(Inspecting):
         self.assertTrue(found.ok)
         self.assertTrue(self.seen.pooled)
         self.assertIn("PgBouncer", self.seen.findings[0].text)
+
+    def test_pgpool(self) -> None:
+        """pgpool is named as such, and what it balances to a standby breaks nothing."""
+        if pgpool.PROGRAM is None:
+            pytest.skip(pgpool.NEEDED)
+        with running_standby(self.server) as standby:
+            port = int(psycopg2.extensions.parse_dsn(standby())["port"])
+            with running_pgpool(self.server, port) as dsn:
+                found = self.look("SELECT id FROM shop.products", dsn=dsn(database=self.database), **self.WATCHED)
+        self.assertTrue(found.ok, found.findings)
+        self.assertFalse(self.seen.pooled)
+        self.assertIn("pgpool-II", self.seen.findings[0].text)
+        self.assertNotIn("PgBouncer", str(self.seen.findings))
 
     def test_nobody_there(self) -> None:
         """A database that cannot be reached is one line without a password, with what to do."""

@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from http.client import HTTPConnection, HTTPException
 from typing import Any
 
@@ -75,7 +76,8 @@ class Probes(ProbesTestCase):
         lasting = '[datasets.lasting]\nquery = "SELECT 1 AS id"\nkey = "id"\ninterval_s = 0.3\nmax_age_s = 600\n'
         daemon = self.started(self.configuration(quick, lasting))
         self.wait_ready(daemon)
-        for begin, end in ((self.server.freeze, self.server.thaw), (self.server.stop, self.server.start)):
+        freeze = partial(self.server.freeze, backends=True)  # a kept session works on without the postmaster
+        for begin, end in ((freeze, self.server.thaw), (self.server.stop, self.server.start)):
             begin()
             self.addCleanup(end)
             until(lambda: self.readyz(daemon)[0] == 503, "the end of its age")

@@ -90,7 +90,7 @@ class TracingTests(ServiceTestCase):
 
     async def test_the_session_that_waits_for_the_next(self) -> None:
         """A session that is kept between two attempts names none of them."""
-        cache = await self.served(declare("things", probe="SELECT 1", interval_s=60.0))
+        cache = await self.served(declare("things", probe="SELECT 1", interval_s=20.0))
         self.assertEqual(len(cache.dataset("things").attempts), 1)
         [kept] = sessions(self.server, self.database_name)
         self.assertEqual((kept.state, kept.application_name), ("idle", "cacheservice things"))

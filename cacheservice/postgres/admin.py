@@ -9,6 +9,7 @@ from typing import Any
 
 import psycopg2
 
+from cacheservice.postgres.advice import for_login
 from cacheservice.postgres.target import parse
 
 SCHEMA = "cacheservice"
@@ -100,7 +101,8 @@ def session(dsn: str, application_name: str) -> Iterator[Session]:
         arguments |= {"connect_timeout": _CONNECT_TIMEOUT_S, "application_name": application_name}
         connection = psycopg2.connect(**arguments)
     except psycopg2.Error as error:
-        raise Refused(told_by(dsn, error)) from error
+        todo = for_login(error.pgcode or "", str(error))
+        raise Refused(told_by(dsn, error) + (f"; {todo}" if todo else "")) from error
     with closing(connection):
         connection.autocommit = True
         if (refusal := too_old(connection.server_version)) is not None:

@@ -28,12 +28,12 @@ from cacheservice.errors import (
     LockTimeout,
     QueryFailed,
 )
-from cacheservice.postgres import deltas
+from cacheservice.postgres import bad_bytes, deltas
 from cacheservice.postgres.blockers import find_blockers
 from cacheservice.postgres.connector import Connector
 from cacheservice.postgres.guard import GuardedConnection
 from cacheservice.postgres.server import LIFE, Life, Servers
-from cacheservice.postgres.session_settings import Limits, begin_reading
+from cacheservice.postgres.session_settings import Limits, begin_reading, without_transaction_timeout
 from cacheservice.postgres.sessions import Sessions
 from cacheservice.postgres.standby import Standbys
 from cacheservice.postgres.statements import columns_query, probe_query, quoted, rows_query, whole_query
@@ -43,6 +43,7 @@ from cacheservice.postgres.target import Resolve, Target
 # a new one (pg_stat_statements of PostgreSQL 17 and older).
 _BEGIN = """\
 {begin}
+{no_transaction_timeout}
 SET LOCAL application_name = {application_name};
 {lock}
 SELECT extract(epoch FROM now()), pg_current_snapshot()::text, pg_backend_pid(), {can_tell},
@@ -196,8 +197,16 @@ class Database:
         self._standbys.forget()
         self._sessions.configure(target, connect_timeout_s)
 
+    def make_room_by(self, make_room: Callable[[], bool]) -> None:
+        """Call `make_room` where the server has no connection left; it returns whether it gave one up."""
+        self._sessions.make_room_by(make_room)
+
+    def end_kept(self) -> None:
+        """End the kept sessions: nothing will be read for a while."""
+        self._sessions.end_kept()
+
     def stop(self) -> None:
-        """Let the name look-ups and the kept session go; the others end with the reads that hold them."""
+        """Let the name look-ups and the kept sessions go; the others end with the reads that hold them."""
         self._sessions.stop()
 
     def read(
@@ -220,12 +229,20 @@ class Database:
         deadline_at = self._reactor.seconds() + first.timeout_s
 
         async def use(guard: GuardedConnection) -> list[Reading]:
-            return await self._read(guard, wanted, deadline_at)
+            try:
+                return await self._read(guard, wanted, deadline_at)
+            except QueryFailed as error:
+                named = await self._naming_row(guard, wanted, error) if bad_bytes.is_about_bytes(error) else None
+                if named is None:
+                    raise
+                raise named from error
 
-        quick = any(each.dataset.watch or each.dataset.notify or each.dataset.probe for each in wanted)
+        # A notification may come at any moment, and then to open a session takes longer than the delta.
+        notified = any(each.dataset.watch or each.dataset.notify for each in wanted)
+        again_in_s = 0.0 if notified else first.interval_s
         while True:
             try:
-                return await self._sessions.use(first.group or first.name, deadline_at, use, keep=quick)
+                return await self._sessions.use(first.group or first.name, deadline_at, use, again_in_s=again_in_s)
             except _KeysDoNotFit as unfit:
                 # The transaction is lost with them. Another one reads all rows, so that the next delta begins there.
                 name, because = unfit.dataset, unfit.because
@@ -248,7 +265,7 @@ class Database:
             await guard.execute("COMMIT")
             return Pruned(int(deleted), None if kept is None else int(kept))
 
-        return self._sessions.use("prunes", deadline_at, use, keep=True)
+        return self._sessions.use("prunes", deadline_at, use)
 
     async def _read(
         self,
@@ -260,12 +277,24 @@ class Database:
         try:
             moment = await self._begin(guard, [each.dataset for each in wanted], wanted[0].attempt, deadline_at)
             readings = [await self._read_one(moment, *each) for each in zip(wanted, builders, strict=True)]
-            await guard.execute("COMMIT")
+            await self._sessions.commit(guard, moment.pid)
         except BaseException:
             for builder in builders:
                 builder.discard()
             raise
         return readings
+
+    async def _naming_row(
+        self, guard: GuardedConnection, wanted: Sequence[Wanted], error: QueryFailed
+    ) -> QueryFailed | None:
+        """`error` with the row that it is about; None if no row is found."""
+        for dataset in (each.dataset for each in wanted):
+            begin = begin_reading(dataset, _limits(guard.remaining_s()))
+            rows_sql = rows_query(dataset.query, dataset.key)
+            named = await bad_bytes.name_row(self._reactor, guard, begin, rows_sql, dataset.name, error)
+            if named is not None:
+                return named
+        return None
 
     async def _begin(
         self, guard: GuardedConnection, datasets: Sequence[DatasetSettings], attempt: str, deadline_at: float
@@ -283,18 +312,14 @@ class Database:
         """None if the server is a standby that was not asked for its lag before."""
         read_at = self._reactor.seconds()
         facts = await self._standbys.ask(guard)
-        remaining_ms = guard.remaining_s() * 1000
         purpose = datasets[0].group or datasets[0].name
         lock = deltas.lock_sql(datasets)
         begin = _BEGIN.format(
             begin=begin_reading(
                 datasets[0],  # a group has in common what decides how it is read
-                Limits(
-                    statement_ms=_rounded(remaining_ms * _STATEMENT_SHARE),
-                    lock_ms=_rounded(remaining_ms * _LOCK_SHARE),
-                    idle_ms=_rounded(remaining_ms),
-                ),
+                _limits(guard.remaining_s()),
             ),
+            no_transaction_timeout=without_transaction_timeout(guard.server_version),
             application_name=deltas.literal(self._sessions.target.application_name(purpose)),
             attempt_name=deltas.literal(self._sessions.target.application_name(purpose, attempt)),
             lock=lock,
@@ -485,6 +510,15 @@ class Database:
             return ()
 
         return d.addErrback(none_told)
+
+
+def _limits(remaining_s: float) -> Limits:
+    remaining_ms = remaining_s * 1000
+    return Limits(
+        statement_ms=_rounded(remaining_ms * _STATEMENT_SHARE),
+        lock_ms=_rounded(remaining_ms * _LOCK_SHARE),
+        idle_ms=_rounded(remaining_ms),
+    )
 
 
 def _fetch(rows: int) -> str:

@@ -8,6 +8,7 @@ whoever waits at once. The server notices within a second (client_connection_che
 
 from __future__ import annotations
 
+import select
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -27,11 +28,23 @@ from cacheservice.postgres.translate import translate
 
 T = TypeVar("T")
 
-_TEXT_OID = 25
-_TEXT_AS_BYTES = extensions.new_type((_TEXT_OID,), "TEXT_AS_BYTES", extensions.BYTES)
+_OTHER_TEXT = extensions.new_type((18, 19, 1042, 1043), "OTHER_TEXT", extensions.UNICODE)
+"""char, name, bpchar, varchar. BYTES itself is of them and of text. A type made of it with `new_type` would decode each
+value first, which costs as much again and fails for bytes that are not UTF-8."""
 
 
 _NOTIFICATIONS_PER_TURN = 1000
+
+# A path that goes silent without a FIN is noticed while nothing is sent (keepalives) and while something is.
+KEEPALIVES: Mapping[str, Any] = MappingProxyType(
+    {
+        "keepalives": 1,
+        "keepalives_idle": 10,
+        "keepalives_interval": 5,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 15_000,
+    }
+)
 _LAST_SHARE = 0.05
 _LAST_MOST_S = 0.25
 """Before its own limit the search for an address ends, so that its error can name all that was tried."""
@@ -185,11 +198,16 @@ class GuardedConnection:
             self._opening = connector.open(self._target, purpose, by, defaults)
             return self._opening
 
-        session = await self._wait(opening)
+        try:
+            session = await self._wait(opening)
+        except DatabaseUnavailable as error:
+            self.abort(error)
+            raise
         self._opening = None
         await self._wait(lambda: self._connection.connect(session), connecting=True)
         self._reactor.removeReader(self._connection)
-        extensions.register_type(_TEXT_AS_BYTES, self._connection.pollable())
+        for type_of_text in (extensions.BYTES, _OTHER_TEXT):
+            extensions.register_type(type_of_text, self._connection.pollable())
         self._phase = "did not answer"
         self._timer.reset(self.remaining_s())
 
@@ -202,6 +220,27 @@ class GuardedConnection:
         """Of the server process, as the server told when the session opened."""
         number: int = self._connection.pollable().get_backend_pid()
         return number
+
+    @property
+    def server_version(self) -> int:
+        """As the server told when the session opened, e.g. 170004."""
+        number: int = self._connection.pollable().server_version
+        return number
+
+    def parameter(self, name: str) -> str:
+        """What the server reports of itself, e.g. its server_encoding; empty if it does not."""
+        return self._connection.pollable().get_parameter_status(name) or ""
+
+    def is_quiet(self) -> bool:
+        """Whether the session is open and nothing has arrived since its last answer: asks the kernel, not the server.
+
+        What arrives between two statements is its end, or why the server ended it.
+        """
+        if self._ended is not None or self._connection.pollable().closed:
+            return False
+        socket_state = select.poll()
+        socket_state.register(self._connection.pollable().fileno(), select.POLLIN | select.POLLRDHUP)
+        return not socket_state.poll(0)
 
     def execute(self, sql: str) -> Deferred[Any]:
         """Send one statement; fires with its cursor once the whole answer is here. One at a time.

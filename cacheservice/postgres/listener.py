@@ -19,9 +19,9 @@ from twisted.python.failure import Failure
 
 from cacheservice.cache.cache import DatabaseStatus
 from cacheservice.config import OWN_CHANNEL
-from cacheservice.errors import DatabaseUnavailable, NotHeard, QueryFailed, RefreshFailed
+from cacheservice.errors import DatabaseUnavailable, NoSessionLeft, NotHeard, QueryFailed, RefreshFailed
 from cacheservice.postgres.connector import Connector
-from cacheservice.postgres.guard import GuardedConnection
+from cacheservice.postgres.guard import KEEPALIVES, GuardedConnection
 from cacheservice.postgres.target import Target
 
 CANARY_INTERVAL_S = 10.0
@@ -37,24 +37,20 @@ _SILENT_SESSIONS = 2
 _READ_ONLY = "25006"
 """The SQLSTATE of LISTEN during recovery."""
 _STANDBY = "the server is a standby, where LISTEN cannot work"
+_NO_CONNECTION = "refreshes go first, and no connection is left to listen with"
 _POOLED = (
     "LISTEN does not work here, as behind a proxy that pools transactions (PgBouncer); "
     "name a direct connection in postgres.dsn"
 )
 
+# A role's idle_session_timeout would end the session. Behind a proxy the setting would be that of another client.
+_STAY_SQL = "SELECT CASE WHEN pg_backend_pid() = {pid} THEN set_config('idle_session_timeout', '0', false) END"
+
 # A notification's commit writes to the log. One that waited there for a synchronous standby that is gone would do so
 # for good, whether we listen or not, and keep every other NOTIFY waiting.
 _CANARY_SQL = "SELECT set_config('synchronous_commit', 'off', true), pg_notify('{channel}', '{payload}')"
 
-# A path that goes silent without a FIN is noticed while nothing is sent (keepalives) and while something is.
-_KEEPALIVES = {
-    "keepalives": 1,
-    "keepalives_idle": 10,
-    "keepalives_interval": 5,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 15_000,
-}
-# The same for the server's end. One that nobody reads any more would wait in a write for hours, and the notifications
+# KEEPALIVES for the server's end. One that nobody reads any more would wait in a write for hours, and the notifications
 # of the whole server would pile up behind it. Sent once the session is proven: behind a pool it would be another's.
 _SERVER_KEEPALIVES = """
 SET tcp_keepalives_idle = 10;
@@ -157,6 +153,13 @@ class Listener(Service):
         if moved and self._session is not None:
             self._session.abort(DatabaseUnavailable("postgres.dsn was changed"))
 
+    def give_up_session(self) -> bool:
+        """End the session, because the server has none left for a refresh; False if there is none to end."""
+        if self._session is None:
+            return False
+        self._session.abort(NoSessionLeft("a refresh needed the connection"))
+        return True
+
     def heard_all(self) -> Deferred[bool]:
         """Fires once all that was notified before this call has been heard; with False if that is not to be known.
 
@@ -223,7 +226,7 @@ class Listener(Service):
         guard = GuardedConnection(self._reactor, self._target, self._reactor.seconds() + self._connect_timeout_s)
         self._status.connections += 1
         try:
-            await guard.connect(self._connector, purpose, self._connect_timeout_s, _KEEPALIVES)
+            await guard.connect(self._connector, purpose, self._connect_timeout_s, KEEPALIVES)
             guard.renew(self._reactor.seconds() + self._answer_within_s)
             await use(guard)
         finally:
@@ -239,6 +242,7 @@ class Listener(Service):
         in_force: frozenset[str] = frozenset()
         canary_at = self._reactor.seconds()
         try:
+            await self._execute(guard, _STAY_SQL.format(pid=guard.pid))
             while True:
                 wanted = self._channels | {OWN_CHANNEL}
                 if in_force != wanted:
@@ -325,6 +329,8 @@ class Listener(Service):
         self._silent = self._silent + 1 if heard_nothing else 0
         if isinstance(error, QueryFailed) and error.sqlstate == _READ_ONLY:
             return self._impossible(_STANDBY)
+        if isinstance(error, NoSessionLeft):
+            return self._impossible(f"{_NO_CONNECTION}: {error}")
         if self._silent >= _SILENT_SESSIONS:
             return self._impossible(_POOLED)
         return self._lost(str(error))

@@ -56,6 +56,14 @@ class Limits(NamedTuple):
     idle_ms: int
 
 
+_TRANSACTION_TIMEOUT_SINCE = 170_000
+
+
+def without_transaction_timeout(server_version: int) -> str:
+    """The statement that lifts a transaction_timeout of the role: it would end the session, and we have bounds."""
+    return "SET LOCAL transaction_timeout = 0;" if server_version >= _TRANSACTION_TIMEOUT_SINCE else ""
+
+
 def begin_reading(dataset: DatasetSettings, limits: Limits) -> str:
     """The statements that begin a transaction in which `dataset` is read. None of them takes the snapshot.
 

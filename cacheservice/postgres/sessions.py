@@ -1,29 +1,64 @@
-"""The sessions that reads use: opened when needed, and one of them kept for the next read."""
+"""The sessions that reads use: opened when needed, and kept while their next use is near.
+
+A kept session is used again if nothing has arrived on it meanwhile (an end, or why the server ended it), if it is not
+too old, and if its last use succeeded: after a failure nobody knows what was left behind. `commit` resets what a query
+may have changed for the whole session, which our own statements never do.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from twisted.internet.defer import Deferred
+from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 
 from cacheservice.cache.cache import DatabaseStatus
-from cacheservice.errors import DatabaseUnavailable, DeadlineExceeded
+from cacheservice.errors import DatabaseUnavailable, DeadlineExceeded, NoSessionLeft
 from cacheservice.postgres.connector import Connector
-from cacheservice.postgres.guard import GuardedConnection
+from cacheservice.postgres.guard import KEEPALIVES, GuardedConnection
+from cacheservice.postgres.keeping import IDLE_LIMIT_S, LIFETIME_S, Window, has_room, is_next_use_near, planned
 from cacheservice.postgres.resolve import Resolver
 from cacheservice.postgres.target import Resolve, Target
 
 T = TypeVar("T")
 Use = Callable[[GuardedConnection], Awaitable[T]]
 
-_IDLE_LIMIT_S = 60.0
-"""How long a session is kept for the next delta. To open one takes longer than the delta itself."""
+_ROOM_COMES_WITHIN_S = 1.0
+_ROOM_POLL_S = 0.05
+"""The server frees the slot of a session a moment after its end."""
+
+# idle_session_timeout of the role would end a kept session. All of it is the session's own: never sent through a proxy.
+_RESET = """
+COMMIT;
+RESET SESSION AUTHORIZATION;
+RESET ALL;
+SET idle_session_timeout = 0;
+SELECT pg_advisory_unlock_all()
+"""
+_ROOM = """;
+SELECT r.rolconnlimit, (SELECT count(*) FROM pg_catalog.pg_stat_activity AS a WHERE a.usesysid = r.oid)
+FROM pg_catalog.pg_roles AS r WHERE r.rolname = session_user
+"""
+
+
+class _Pooled:
+    """A session of the pool, and what the pool knows of it.
+
+    :param target: where it was opened.
+    """
+
+    def __init__(self, guard: GuardedConnection, target: Target, opened_at: float) -> None:
+        self.guard = guard
+        self.target = target
+        self.opened_at = opened_at
+        self.has_room: bool | None = None  # whether the role may hold it idle; None until it was asked for
 
 
 class Sessions:
-    """Opens sessions, and keeps one between reads.
+    """Opens sessions, and keeps them between reads.
 
     :param connect_timeout_s: for one session to open, name look-ups included.
     :param status: counts the sessions that are open.
@@ -36,7 +71,12 @@ class Sessions:
         self._resolver = Resolver(reactor)
         self._connector = Connector(reactor, self._resolver.resolve)
         self._status = status
-        self._idle: GuardedConnection | None = None
+        self._idle: list[_Pooled] = []  # the one used last is last
+        self._busy: dict[GuardedConnection, _Pooled] = {}
+        self._opening = 0  # logins that are under way
+        self._windows: dict[str, Window] = {}
+        self._returned: list[Deferred[bool]] = []  # who waits for a session of ours to come back
+        self._make_room: Callable[[], bool] = lambda: False
         self._stopped = False
 
     @property
@@ -54,70 +94,181 @@ class Sessions:
         """For sessions that are opened elsewhere: it knows which addresses answer."""
         return self._connector
 
+    def make_room_by(self, make_room: Callable[[], bool]) -> None:
+        """Call `make_room` where the server has no connection left; it returns whether it gave one up."""
+        self._make_room = make_room
+
     def configure(self, target: Target, connect_timeout_s: float) -> None:
-        """Open sessions so from now on."""
+        """Open sessions so from now on. Those of another target end now, or with their present use."""
         if target != self._target:
-            self._end_idle()
+            self.end_kept()
         self._target = target
         self._connect_timeout_s = connect_timeout_s
 
     def stop(self) -> None:
-        """Let the name look-ups and the kept session go; the others end with the reads that hold them."""
+        """Let the name look-ups and the kept sessions go; the others end with the reads that hold them."""
         self._stopped = True
-        self._end_idle()
+        self.end_kept()
         self._resolver.stop()
 
-    def use(self, purpose: str, deadline_at: float, use: Use[T], *, keep: bool = False) -> Deferred[T]:
-        """`use` a session, the kept one if there is one. If it succeeds, `keep` it for the next."""
-        guard = None
-        if keep:
-            guard, self._idle = self._idle, None
-        if guard is not None:
-            guard.renew(deadline_at)
-            d: Deferred[T] = Deferred.fromCoroutine(_used(use, guard))
-            d.addBoth(self._keep_or_close, guard, keep)
-            d.addErrback(self._again_if_lost, purpose, deadline_at, use, keep)
-            return d
-        return self._use_new(purpose, deadline_at, use, keep)
+    def use(self, purpose: str, deadline_at: float, use: Use[T], *, again_in_s: float | None = None) -> Deferred[T]:
+        """`use` a session, a kept one if there is one, and keep it if the next use is near.
 
-    def _use_new(self, purpose: str, deadline_at: float, use: Use[T], keep: bool) -> Deferred[T]:
-        guard = GuardedConnection(self._reactor, self._target, deadline_at)
-        self._status.connections += 1
-        d: Deferred[Any]
-        d = Deferred.fromCoroutine(guard.connect(self._connector, purpose, self._connect_timeout_s))
-        d.addCallback(lambda _: Deferred.fromCoroutine(_used(use, guard)))
-        d.addBoth(self._keep_or_close, guard, keep)
+        A kept session that turns out to be lost is not a failure: all of `use` is repeated in a new one, so nothing
+        that it has read may be left when it is called again.
+
+        :param again_in_s: when `purpose` will use one again, counted from now; 0 for any moment, None for never.
+        """
+        now = self._reactor.seconds()
+        if again_in_s is not None:
+            self._windows[purpose] = planned(now, again_in_s)
+        kept = self._take()
+        if kept is None:
+            return self._use_new(purpose, deadline_at, use)
+        kept.guard.renew(deadline_at)
+        d = self._use(kept, use)
+        d.addErrback(self._again_if_lost, purpose, deadline_at, use)
         return d
 
-    def _keep_or_close(self, result: Any, guard: GuardedConnection, keep: bool) -> Any:
-        if keep and self._idle is None and not self._stopped and not isinstance(result, Failure):
-            # Never after a failure: nobody knows what it left behind.
-            guard.renew(self._reactor.seconds() + _IDLE_LIMIT_S)
-            guard.on_end(self._forget)
-            self._idle = guard
-            return result
-        self._status.connections -= 1
-        return guard.close_and_passthrough(result)
+    async def commit(self, guard: GuardedConnection, backend_pid: int) -> None:
+        """End the transaction, and make the session fit for its next use.
 
-    def _forget(self) -> None:
-        """The kept session came to its deadline."""
-        self._idle = None
-        self._status.connections -= 1
-
-    def _end_idle(self) -> None:
-        guard, self._idle = self._idle, None
-        if guard is not None:
-            self._status.connections -= 1
-            guard.close_and_passthrough(None)
-
-    def _again_if_lost(self, failure: Failure, purpose: str, deadline_at: float, use: Use[T], keep: bool) -> Any:
-        """Repeat all of `use` in a new session if the kept one was lost: that is not a failure of the read.
-
-        The session may be lost at any statement, so `use` must begin with nothing of what it did before.
+        :param backend_pid: the server process of the transaction. Another one than the session's own is that of a
+            proxy, whose server session belongs to its next client and must not be touched.
         """
+        pooled = self._busy[guard]
+        if backend_pid != guard.pid:
+            pooled.has_room = True  # the proxy's limits, not the role's
+            await guard.execute("COMMIT")
+        elif pooled.has_room is not None:
+            await guard.execute(_RESET)
+        else:
+            cursor = await guard.execute(_RESET + _ROOM)
+            pooled.has_room = all(has_room(limit, used) for limit, used in cursor.fetchall())
+
+    def _use_new(self, purpose: str, deadline_at: float, use: Use[T]) -> Deferred[T]:
+        d: Deferred[Any] = Deferred.fromCoroutine(self._opened(purpose, deadline_at))
+        d.addCallback(self._use, use)
+        return d
+
+    def _use(self, pooled: _Pooled, use: Use[T]) -> Deferred[T]:
+        self._busy[pooled.guard] = pooled
+        d: Deferred[T] = Deferred.fromCoroutine(_used(use, pooled.guard))
+        d.addBoth(self._keep_or_close, pooled)
+        return d
+
+    async def _opened(self, purpose: str, deadline_at: float) -> _Pooled:
+        """A new session. Where no connection is left, one of ours is used as soon as it comes back."""
+        room_by, may_wait_for_logins = -math.inf, True
+        while True:
+            try:
+                return await self._open(purpose, deadline_at)
+            except NoSessionLeft:
+                now = self._reactor.seconds()
+                if self._busy:
+                    back = await self._one_comes_back((now + deadline_at) / 2)
+                    if not back and not self._make_room() and not await self._one_comes_back(deadline_at):
+                        raise
+                    room_by = self._reactor.seconds() + _ROOM_COMES_WITHIN_S
+                elif now < min(room_by, deadline_at):
+                    await deferLater(self._reactor, _ROOM_POLL_S)
+                elif self._make_room():
+                    room_by = now + _ROOM_COMES_WITHIN_S
+                elif self._opening and may_wait_for_logins:
+                    # One of ours may have the last connection, and not be in use yet.
+                    room_by, may_wait_for_logins = now + _ROOM_COMES_WITHIN_S, False
+                else:
+                    raise
+            kept = self._take()
+            if kept is not None:
+                kept.guard.renew(deadline_at)
+                return kept
+
+    async def _open(self, purpose: str, deadline_at: float) -> _Pooled:
+        target = self._target
+        guard = GuardedConnection(self._reactor, target, deadline_at)
+        self._status.connections += 1
+        self._opening += 1
+        try:
+            await guard.connect(self._connector, purpose, self._connect_timeout_s, KEEPALIVES)
+        except BaseException:
+            self._close(guard)
+            raise
+        finally:
+            self._opening -= 1
+        return _Pooled(guard, target, self._reactor.seconds())
+
+    async def _one_comes_back(self, until: float) -> bool:
+        """Wait until a session of ours is returned; False if none is in use, or none comes back in time."""
+        if not self._busy:
+            return False
+        returned: Deferred[bool] = Deferred()
+        self._returned.append(returned)
+        timer = self._reactor.callLater(max(0.0, until - self._reactor.seconds()), self._answer, returned, False)
+        try:
+            return await returned
+        finally:
+            if timer.active():
+                timer.cancel()
+            if returned in self._returned:
+                self._returned.remove(returned)
+
+    def _answer(self, returned: Deferred[bool], comes_back: bool) -> None:
+        self._returned.remove(returned)
+        returned.callback(comes_back)
+
+    def _take(self) -> _Pooled | None:
+        """A kept session that is as good as a new one."""
+        while self._idle:
+            pooled = self._idle.pop()
+            if self._is_young(pooled) and pooled.guard.is_quiet():
+                return pooled
+            self._close(pooled.guard)
+        return None
+
+    def _keep_or_close(self, result: Any, pooled: _Pooled) -> Any:
+        del self._busy[pooled.guard]
+        if not isinstance(result, Failure) and self._is_wanted(pooled):
+            pooled.guard.renew(self._reactor.seconds() + IDLE_LIMIT_S)
+            pooled.guard.on_end(lambda: self._forget(pooled))
+            self._idle.append(pooled)
+        else:
+            self._close(pooled.guard)
+        if self._returned:
+            self._answer(self._returned[0], True)
+        return result
+
+    def _is_wanted(self, pooled: _Pooled) -> bool:
+        if self._stopped or pooled.target != self._target or not self._is_young(pooled):
+            return False
+        # Somebody waits for it, or the role has room for an idle one and somebody will come.
+        if self._returned:
+            return True
+        return bool(pooled.has_room) and is_next_use_near(self._reactor.seconds(), self._windows.values())
+
+    def _is_young(self, pooled: _Pooled) -> bool:
+        return bool(self._reactor.seconds() < pooled.opened_at + LIFETIME_S)
+
+    def _forget(self, pooled: _Pooled) -> None:
+        """The kept session came to its deadline."""
+        self._idle.remove(pooled)
+        self._status.connections -= 1
+
+    def end_kept(self) -> None:
+        """End the kept sessions; until the next use of one, none is kept."""
+        self._windows.clear()
+        idle, self._idle = self._idle, []
+        for pooled in idle:
+            self._close(pooled.guard)
+
+    def _close(self, guard: GuardedConnection) -> None:
+        self._status.connections -= 1
+        guard.close_and_passthrough(None)
+
+    def _again_if_lost(self, failure: Failure, purpose: str, deadline_at: float, use: Use[T]) -> Any:
         if not failure.check(DatabaseUnavailable) or failure.check(DeadlineExceeded):
             return failure
-        return self.use(purpose, deadline_at, use, keep=keep)
+        return self._use_new(purpose, deadline_at, use)
 
 
 async def _used(use: Use[T], guard: GuardedConnection) -> T:

@@ -32,6 +32,9 @@ _SHOWS_DATA = re.compile("2[23]...")
 _OF_RECOVERY = re.compile("conflict with recovery")
 _RECOVERY_FUNCTION = re.compile("RecoveryConflict")
 """The function of the server that raises it, because a message may be translated."""
+_OF_ENCODINGS = ("22021", "22P05")
+"""These quote names of encodings, and show the bytes."""
+_BYTES = re.compile(r"0x[0-9a-f]{2}( 0x[0-9a-f]{2})*")
 _QUOTED = re.compile(r'"[^"]*"')
 
 
@@ -61,7 +64,7 @@ def translate(error: psycopg2.Error, target: Target, *, connecting: bool = False
             return QueryFailed("an administrator cancelled the query", sqlstate, "nothing to do: it is tried again")
         return QueryTimeout("the query took longer than its deadline allows", sqlstate)
     if _SHOWS_DATA.fullmatch(sqlstate):
-        message = _QUOTED.sub('"…"', message)
+        message = _BYTES.sub("…", message) if sqlstate in _OF_ENCODINGS else _QUOTED.sub('"…"', message)
     return QueryFailed(f"PostgreSQL: {message} (SQLSTATE {sqlstate})", sqlstate, todo)
 
 

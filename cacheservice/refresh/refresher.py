@@ -35,6 +35,8 @@ class Reads(Protocol):
 
     def prune(self, keep_s: float, timeout_s: float) -> Deferred[Pruned]: ...
 
+    def end_kept(self) -> None: ...
+
 
 class _Try(NamedTuple):
     """An attempt that is under way: its id, why it was begun, and when by this machine's wall clock."""

@@ -290,6 +290,7 @@ class CacheService(Service):
             running.cancel()
         self.slots.stop()
         stopped = DeferredList([refresher.stop() for refresher in {*self._each_once(), *self._ending}])
+        stopped.addBoth(lambda _: self._database.end_kept())
         return stopped.addBoth(lambda _: self._drain.stop())
 
     def refresh_now(self, name: str) -> bool:

@@ -18,7 +18,7 @@ from cacheservice.postgres.inspect.findings import Column, Finding, Inspection, 
 from cacheservice.postgres.inspect.look import LOCK_TIMEOUT_MS, STATEMENT_TIMEOUT_MS, Look
 from cacheservice.postgres.inspect.tables import explain
 from cacheservice.postgres.inspect.watching import describe_deltas, look_at_channel, look_at_probe, look_at_watches
-from cacheservice.postgres.session_settings import Limits, begin_reading
+from cacheservice.postgres.session_settings import Limits, begin_reading, without_transaction_timeout
 from cacheservice.postgres.statements import columns_query
 from cacheservice.postgres.target import parse
 from cacheservice.postgres.translate import translate
@@ -45,7 +45,11 @@ class Inspector:
         found = Inspection(dataset.name)
         with self._connection.cursor() as cursor:
             try:
+                # By itself: pgpool sends several statements at once to the primary alone, and a savepoint then to a
+                # standby that is not in the transaction, upon which it ends the session.
+                cursor.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
                 cursor.execute(begin_reading(dataset, _LIMITS))
+                cursor.execute(without_transaction_timeout(self._connection.server_version) or "SELECT")
                 _look_at_all(Look(self._connection, cursor, self._dsn, self.server, dataset, found))
             except (psycopg2.errors.InvalidParameterValue, psycopg2.errors.UndefinedObject) as error:
                 # Of the transaction's settings: what a query does wrong is a finding by then.
@@ -119,8 +123,9 @@ def _server(connection: Any, datasets: Sequence[DatasetSettings]) -> Server:
             f"pg_is_in_recovery(), pg_backend_pid(), {deltas.CAN_TELL}"
         )
         version, database, role, standby, pid, migrated = cursor.fetchone()
-    # A pooler gives its clients process ids of its own, to cancel by.
-    pooled = connection.info.backend_pid != pid
+        pgpool = _is_pgpool(cursor)
+    # PgBouncer gives its clients process ids of its own, to cancel by. Through pgpool a standby may have answered.
+    pooled = not pgpool and connection.info.backend_pid != pid
     server = Server(version, database, role, standby, pooled, migrated)
     if connection.server_version < _OLDEST_VERSION:
         server.findings.append(Finding("problem", f"PostgreSQL {version} is too old", "use PostgreSQL 14 or later"))
@@ -133,6 +138,14 @@ def _server(connection: Any, datasets: Sequence[DatasetSettings]) -> Server:
                 "read from the primary where changes are to be seen at once",
             )
         )
+    if pgpool:
+        server.findings.append(
+            Finding(
+                "hint",
+                "this is pgpool-II: it sends refreshes to the primary, because their limits are set in the transaction",
+                "connect to a standby itself to take refreshes off the primary",
+            )
+        )
     if heard and pooled:
         server.findings.append(
             Finding(
@@ -143,3 +156,13 @@ def _server(connection: Any, datasets: Sequence[DatasetSettings]) -> Server:
             )
         )
     return server
+
+
+def _is_pgpool(cursor: Any) -> bool:
+    try:
+        cursor.execute("SHOW pool_version")
+    except psycopg2.Error:
+        if cursor.connection.closed:
+            raise
+        return False
+    return True

@@ -1,0 +1,84 @@
+"""Which row holds bytes that have no form in UTF-8: asked for once a refresh has failed with them.
+
+The server converts rows while it sends them, and its error names neither row nor column. So the rows are read once more
+without a conversion, and decoded here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from psycopg2 import extensions
+from twisted.internet.task import deferLater
+
+from cacheservice.errors import QueryFailed, RefreshFailed
+from cacheservice.postgres.guard import GuardedConnection
+
+_SQLSTATES = ("22021", "22P05")
+"""character_not_in_repertoire, untranslatable_character"""
+_CHUNK_ROWS = 200
+_MOST_KEY_CHARACTERS = 80
+_WITHOUT_CONVERSION = "SET LOCAL client_encoding = SQL_ASCII"
+_UNCONVERTED = "SQL_ASCII"
+
+
+def is_about_bytes(error: QueryFailed) -> bool:
+    return error.sqlstate in _SQLSTATES
+
+
+async def name_row(
+    reactor: Any, guard: GuardedConnection, begin: str, rows_sql: str, name: str, error: QueryFailed
+) -> QueryFailed | None:
+    """`error` with the dataset, the key of its first bad row and the database's encoding; None if all rows are good.
+
+    :param guard: the session of the refresh that failed, whose deadline goes on.
+    :param begin: the statements that begin a reading transaction.
+    :param rows_sql: gives (key, document) of each row of the dataset.
+    """
+    encoding = guard.parameter("server_encoding")
+    decode = _decoder(encoding)
+    try:
+        await guard.execute("ROLLBACK")
+        await guard.execute(f"{begin}{_WITHOUT_CONVERSION}")
+        await guard.execute(f"DECLARE rows NO SCROLL CURSOR FOR {rows_sql}")
+        while True:
+            cursor = await guard.execute(f"FETCH FORWARD {_CHUNK_ROWS} FROM rows")
+            for key, document in cursor.fetchall():
+                if key is not None and not (decode(key) and decode(document)):
+                    return _named(name, encoding, _shown(key), error)
+            if not cursor.rowcount:
+                return None
+            await deferLater(reactor, 0)
+    except RefreshFailed:
+        return None  # the error of the refresh is what matters
+
+
+def _named(name: str, encoding: str, key: str, error: QueryFailed) -> QueryFailed:
+    what = (
+        "bytes that are not text in UTF-8, and the database's encoding is SQL_ASCII, which checks none"
+        if encoding == _UNCONVERTED
+        else f"a character of the database's encoding {encoding} that has no form in UTF-8"
+    )
+    return QueryFailed(
+        f'{name}: the row with the key "{key}" holds {what} (SQLSTATE {error.sqlstate})', error.sqlstate, error.advice
+    )
+
+
+def _decoder(encoding: str) -> Callable[[bytes], bool]:
+    """Whether bytes as the server keeps them can become UTF-8."""
+    codec = "utf-8" if encoding == _UNCONVERTED else extensions.encodings.get(encoding, "utf-8")
+
+    def decodes(data: bytes) -> bool:
+        try:
+            data.decode(codec)
+        except UnicodeDecodeError:
+            return False
+        return True
+
+    return decodes
+
+
+def _shown(key: bytes) -> str:
+    text = key.decode("utf-8", "backslashreplace")
+    return text if len(text) <= _MOST_KEY_CHARACTERS else f"{text[:_MOST_KEY_CHARACTERS]}…"
