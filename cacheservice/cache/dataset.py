@@ -11,6 +11,7 @@ from typing import Literal
 
 from cacheservice.cache.changes import Change
 from cacheservice.cache.counts import Counts
+from cacheservice.cache.dependencies import Dependencies
 from cacheservice.cache.history import LastHour, Outcome
 from cacheservice.cache.identity import ServerIdentity, is_visible, why_another
 from cacheservice.cache.lag import NO_LAG, Lag
@@ -43,7 +44,8 @@ class Snapshot:
     rows, None if that is this one; `rolled_back_to` the saved generation that a rollback published
     anew as this one. `watch_state` is what `cacheservice.changes` told of the watched tables, empty if deltas cannot
     start from here; `probe` what the probe gave, None if there was none. `server` is the one that it was read from,
-    None if that is not known. `as_of` and `read_at` are earlier by the `lag` of a standby.
+    `dependencies` what the form of its documents depends on, None if that is not known. `as_of` and `read_at` are
+    earlier by the `lag` of a standby.
     """
 
     generation: int
@@ -60,6 +62,7 @@ class Snapshot:
     server: ServerIdentity | None = None
     lag: Lag = NO_LAG
     content_since: datetime | None = None
+    dependencies: Dependencies | None = None
 
     @property
     def began_at(self) -> float:
@@ -219,9 +222,9 @@ class Dataset:
     def _begin_anew(self) -> None:
         """Let the next read start from nothing: what was told before is not to be compared with what is told now."""
         if self.snapshot is not None:
-            self.snapshot = replace(self.snapshot, watch_state="", probe=None)
+            self.snapshot = replace(self.snapshot, watch_state="", probe=None, dependencies=None)
         if self.candidate is not None:
-            self.candidate = replace(self.candidate, watch_state="", probe=None)
+            self.candidate = replace(self.candidate, watch_state="", probe=None, dependencies=None)
 
     def end(self) -> None:
         """Serve nothing any more: it is not declared. Who watches is told, so that nobody waits for a publish."""

@@ -43,7 +43,7 @@ from cacheservice.session_rules import DEFAULT_SEARCH_PATH
 MAGIC = b"CSSNAP"
 FORMAT = 3
 _READABLE = frozenset({2, FORMAT})
-"""Format 2 does not name the server that was read, and lacks `content_since_us` and `digest`."""
+"""Format 2 names neither the server that was read nor dependencies, and lacks `content_since_us` and `digest`."""
 BLOCK_BYTES = 256 * 1024
 SLICE_ROWS = 512
 """Packed or unpacked in one turn of the reactor, in two thirds of a millisecond."""
@@ -73,7 +73,7 @@ _FIELDS_OF_2 = {
 }
 _FIELDS = (
     _FIELDS_OF_2
-    | {"server": dict, "content_since_us": int, "digest": bytes}
+    | {"server": dict, "content_since_us": int, "digest": bytes, "dependencies": str}
     | {
         "read_wall_us": int,
         "boot": str,
@@ -120,8 +120,8 @@ class ReadOn(NamedTuple):
 class Header:
     """What a file is: its dataset, its generation, its `Snapshot` but for the rows, and of which query it is.
 
-    `as_of` is kept to the microsecond. `size_bytes` are those of all keys and documents. `watch_state` and `probe` are
-    what a delta starts from, empty if it cannot. `server` is the one that was read and `read_on` when, by the clocks of
+    `as_of` is kept to the microsecond. `size_bytes` are those of all keys and documents. `watch_state`, `probe` and
+    `dependencies` are what a delta starts from, empty if it cannot. `server` is the one that was read and `read_on` when, by the clocks of
     this machine; both None in files of format 2.
     `content_since` is the `as_of` of the first read that gave these rows, None if that is this one; `digest` that of
     the rows, None if it was not known.
@@ -141,6 +141,7 @@ class Header:
     content_since: datetime | None = None
     digest: int | None = None
     read_on: ReadOn | None = None
+    dependencies: str = ""
 
     @property
     def modified_as_of(self) -> datetime:
@@ -239,6 +240,7 @@ class SnapshotWriter:
             "read_wall_us": header.read_on.wall_us if header.read_on else 0,
             "boot": header.read_on.boot if header.read_on else "",
             "read_boot_us": header.read_on.boot_us if header.read_on else 0,
+            "dependencies": header.dependencies,
         }
         self._write_part(_HEADER, msgpack.packb(fields))
 

@@ -26,6 +26,7 @@ from twisted.internet.threads import deferToThreadPool
 from cacheservice import clock
 from cacheservice.cache.cache import Cache, Fate
 from cacheservice.cache.dataset import Dataset, Snapshot, rows_builder
+from cacheservice.cache.dependencies import Dependencies
 from cacheservice.cache.describe import seconds
 from cacheservice.cache.identity import why_elsewhere
 from cacheservice.cache.rows import Groups, Rows, RowsBuilder
@@ -312,6 +313,7 @@ class SnapshotStore(Service):
             probe=header.probe or None,
             server=header.server,
             content_since=header.content_since,
+            dependencies=Dependencies.from_text(header.dependencies),
         )
 
     async def _read(self, path: Path, settings: DatasetSettings, generation: int) -> tuple[Header, Rows]:
@@ -627,6 +629,7 @@ def _header(settings: DatasetSettings, snapshot: Snapshot, read_on: ReadOn) -> H
         snapshot.content_since,
         snapshot.rows.digest,
         read_on,
+        snapshot.dependencies.to_text() if snapshot.dependencies else "",
     )
 
 

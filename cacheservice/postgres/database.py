@@ -16,6 +16,7 @@ from twisted.internet.task import deferLater
 
 from cacheservice.cache.cache import DatabaseStatus
 from cacheservice.cache.dataset import Snapshot
+from cacheservice.cache.dependencies import Dependencies
 from cacheservice.cache.identity import ServerIdentity, why_another
 from cacheservice.cache.lag import NO_LAG, Lag
 from cacheservice.cache.rows import RowsBuilder
@@ -28,12 +29,18 @@ from cacheservice.errors import (
     LockTimeout,
     QueryFailed,
 )
-from cacheservice.postgres import bad_bytes, deltas
+from cacheservice.postgres import bad_bytes, deltas, dependencies
 from cacheservice.postgres.blockers import find_blockers
 from cacheservice.postgres.connector import Connector
 from cacheservice.postgres.guard import GuardedConnection
+from cacheservice.postgres.prepared import Prepared
 from cacheservice.postgres.server import LIFE, Life, Servers
-from cacheservice.postgres.session_settings import Limits, begin_reading, without_transaction_timeout
+from cacheservice.postgres.session_settings import (
+    Limits,
+    begin_reading,
+    pinning_expression,
+    without_transaction_timeout,
+)
 from cacheservice.postgres.sessions import Sessions
 from cacheservice.postgres.standby import Standbys
 from cacheservice.postgres.statements import columns_query, probe_query, quoted, rows_query, whole_query
@@ -46,9 +53,13 @@ _BEGIN = """\
 {no_transaction_timeout}
 SET LOCAL application_name = {application_name};
 {lock}
-SELECT extract(epoch FROM now()), pg_current_snapshot()::text, pg_backend_pid(), {can_tell},
-       set_config('application_name', {attempt_name}, true), {life}
+SELECT set_config('application_name', {attempt_name}, true);
+{ask}
 """
+_ASK = """\
+SELECT {pinning}, extract(epoch FROM now()), pg_current_snapshot()::text, pg_backend_pid(), {can_tell},
+       concat_ws(' ', {digests}), {life}"""
+"""The pinned settings come first, because a digest is of those that are in effect."""
 _PRUNE = """
 BEGIN READ WRITE;
 SET LOCAL statement_timeout = {statement_ms};
@@ -105,6 +116,7 @@ class Reading:
     watch_state: str = ""
     probe: str | None = None
     server: ServerIdentity | None = None
+    dependencies: Dependencies | None = None
     rows: RowsBuilder | None = None
     lag: Lag = NO_LAG
 
@@ -158,13 +170,17 @@ class Pruned(NamedTuple):
 
 
 class _Moment(NamedTuple):
-    """A transaction that was begun: its session, its deadline, and the readings of it without what was read."""
+    """A transaction that was begun: its session, its deadline, and the readings of it without what was read.
+
+    `digests` are of what the datasets' earlier results depend on, by name.
+    """
 
     guard: GuardedConnection
     deadline_at: float
     pid: int
     can_tell: bool
     reading: Reading
+    digests: Mapping[str, str]
 
 
 class Database:
@@ -180,6 +196,7 @@ class Database:
         self._servers = Servers()
         self._standbys = Standbys()
         self._sessions = Sessions(reactor, target, connect_timeout_s, status)
+        self._prepared = Prepared()
 
     @property
     def resolve(self) -> Resolve:
@@ -275,7 +292,7 @@ class Database:
     ) -> list[Reading]:
         builders = [each.build() for each in wanted]
         try:
-            moment = await self._begin(guard, [each.dataset for each in wanted], wanted[0].attempt, deadline_at)
+            moment = await self._begin(guard, wanted, deadline_at)
             readings = [await self._read_one(moment, *each) for each in zip(wanted, builders, strict=True)]
             await self._sessions.commit(guard, moment.pid)
         except BaseException:
@@ -296,38 +313,44 @@ class Database:
                 return named
         return None
 
-    async def _begin(
-        self, guard: GuardedConnection, datasets: Sequence[DatasetSettings], attempt: str, deadline_at: float
-    ) -> _Moment:
+    async def _begin(self, guard: GuardedConnection, wanted: Sequence[Wanted], deadline_at: float) -> _Moment:
         for _ in range(_MOST_BEGINS):
-            moment = await self._begin_once(guard, datasets, attempt, deadline_at)
+            moment = await self._begin_once(guard, wanted, deadline_at)
             if moment is not None:
                 return moment
             await guard.execute("ROLLBACK")
         raise DatabaseUnavailable("each statement came to another server; name one server, or pool by session")
 
     async def _begin_once(
-        self, guard: GuardedConnection, datasets: Sequence[DatasetSettings], attempt: str, deadline_at: float
+        self, guard: GuardedConnection, wanted: Sequence[Wanted], deadline_at: float
     ) -> _Moment | None:
         """None if the server is a standby that was not asked for its lag before."""
         read_at = self._reactor.seconds()
         facts = await self._standbys.ask(guard)
-        purpose = datasets[0].group or datasets[0].name
+        datasets, attempt = [each.dataset for each in wanted], wanted[0].attempt
+        first = datasets[0]  # a group has in common what decides how it is read
+        purpose = first.group or first.name
         lock = deltas.lock_sql(datasets)
+        limits = _limits(guard.remaining_s())
+        keeps = self._prepared.can_keep(guard)
+        asked = [each for each in wanted if each.since and not dependencies.problem(each.since, each.dataset)]
+        ask = _ASK.format(
+            pinning=pinning_expression(first.settings) if keeps else "''",
+            can_tell=deltas.CAN_TELL if lock else "false",
+            digests=", ".join(dependencies.digest_of(each.since) for each in asked) or "''",
+            life=LIFE.format(crashes=str(any(each.watch or each.probe for each in datasets)).lower()),
+        )
         begin = _BEGIN.format(
-            begin=begin_reading(
-                datasets[0],  # a group has in common what decides how it is read
-                _limits(guard.remaining_s()),
-            ),
+            begin=begin_reading(first, limits, pinned=not keeps),
             no_transaction_timeout=without_transaction_timeout(guard.server_version),
             application_name=deltas.literal(self._sessions.target.application_name(purpose)),
             attempt_name=deltas.literal(self._sessions.target.application_name(purpose, attempt)),
             lock=lock,
-            can_tell=deltas.CAN_TELL if lock else "false",
-            life=LIFE.format(crashes=str(any(each.watch or each.probe for each in datasets)).lower()),
+            ask=self._prepared.sql(guard, ask),
         )
         cursor = await self._execute_asking(guard, begin, purpose, guard.pid, deadline_at)
-        ((epoch_s, snapshot, pid, can_tell, _, *life),) = cursor.fetchall()
+        ((_, epoch_s, snapshot, pid, can_tell, told, *life),) = cursor.fetchall()
+        self._prepared.began(guard, pid)
         server = await self._servers.identify(guard, Life(*life))
         self._standbys.expect(server.in_recovery)
         if server.in_recovery and (facts is None or facts.started_us != server.started_us):
@@ -336,7 +359,37 @@ class Database:
         self._status.seen(server, lag)
         as_of = datetime.fromtimestamp(float(epoch_s) - lag.seconds, UTC)
         reading = Reading(as_of, read_at - lag.seconds, snapshot.decode(), server=server, lag=lag)
-        return _Moment(guard, deadline_at, pid, can_tell, reading)
+        digests = dict(zip([each.dataset.name for each in asked], told.decode().split(), strict=True))
+        return _Moment(guard, deadline_at, pid, can_tell, reading, digests)
+
+    async def _altered(self, moment: _Moment, wanted: Wanted) -> str | None:
+        """Why documents may have another form than those that there are; None if they have the same."""
+        since = wanted.since
+        if since is None:
+            return None
+        if (problem := dependencies.problem(since, wanted.dataset)) is not None:
+            return problem
+        assert since.dependencies is not None, "that would be a problem"
+        if moment.digests[wanted.dataset.name] == since.dependencies.digest:
+            return None
+        cursor = await moment.guard.execute(dependencies.versions_sql(since.dependencies.found))
+        return dependencies.difference(since.dependencies.found, cursor.fetchall())
+
+    async def _dependencies(
+        self, moment: _Moment, dataset: DatasetSettings, type_oids: Sequence[int]
+    ) -> Dependencies | None:
+        """What the rows that were just read depend on; None where this role may not find out."""
+        guard = moment.guard
+        try:
+            cursor = await guard.execute(f"SAVEPOINT dependencies; {dependencies.find_sql(dataset, type_oids)}")
+            objects = dependencies.found_objects(cursor.fetchone()[0], dataset)
+            cursor = await guard.execute(dependencies.versions_sql(objects))
+            found = dependencies.with_versions(objects, cursor.fetchall())
+            cursor = await guard.execute(f"SELECT {dependencies.digest_sql(objects)}")
+        except QueryFailed:
+            await guard.execute("ROLLBACK TO SAVEPOINT dependencies")
+            return None
+        return Dependencies(found, cursor.fetchone()[0].decode())
 
     async def _read_one(self, moment: _Moment, wanted: Wanted, builder: RowsBuilder) -> Reading:
         dataset, reading = wanted.dataset, moment.reading
@@ -344,19 +397,23 @@ class Database:
         if another is not None:
             wanted = wanted._replace(since=None)
         since = wanted.since
+        altered = another or await self._altered(moment, wanted)
         if since is not None:
-            reading = replace(reading, columns=since.columns)
+            reading = replace(
+                reading, columns=since.columns, dependencies=since.dependencies if altered is None else None
+            )
         if dataset.probe:
             cursor = await moment.guard.execute(probe_query(dataset.probe))
             reading = replace(reading, probe=deltas.value_of(cursor.fetchone()[0]))
-            if since is not None and since.probe == reading.probe and not (dataset.watch and moment.can_tell):
+            same = since is not None and altered is None and since.probe == reading.probe
+            if since is not None and same and not (dataset.watch and moment.can_tell):
                 # Where changes are recorded, a probe does not hide them.
                 if wanted.trust_probe and not wanted.check:
                     return replace(reading, kind="unchanged", watch_state=since.watch_state)
                 if wanted.check and not dataset.watch:
                     reading = replace(reading, may_differ=frozenset())
-        because = another or wanted.because
-        if wanted.check and not dataset.watch:
+        because = altered or wanted.because
+        if wanted.check and not dataset.watch and altered is None:
             because = "it is a check of the probe"
         if dataset.watch:
             told = await self._changes(moment, wanted)
@@ -369,7 +426,7 @@ class Database:
                     with _keys_fit(dataset):
                         return await self._read_keys(moment, dataset, reading, told.keys)
                 because = "it is a check of the deltas"
-        elif since is not None and wanted.told is not None:
+        elif since is not None and altered is None and wanted.told is not None:
             told_keys = await wanted.told()
             if told_keys is not None and len(told_keys) <= wanted.most_keys:
                 # A probe that has changed may stand for other rows, too: the next attempt has to see that it did.
@@ -450,6 +507,9 @@ class Database:
         await self._fetch_all(guard, builder)
         await guard.execute("CLOSE rows")
         reading = replace(reading, columns=tuple(column.name for column in described), rows=builder)
+        if reading.dependencies is None and (dataset.watch or dataset.probe or dataset.notify):
+            oids = [column.type_code for column in described]
+            reading = replace(reading, dependencies=await self._dependencies(moment, dataset, oids))
         if not reading.watch_state:
             return reading
         types = {column.name: column.type_code for column in described}

@@ -7,7 +7,7 @@ those clients set.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -64,8 +64,10 @@ def without_transaction_timeout(server_version: int) -> str:
     return "SET LOCAL transaction_timeout = 0;" if server_version >= _TRANSACTION_TIMEOUT_SINCE else ""
 
 
-def begin_reading(dataset: DatasetSettings, limits: Limits) -> str:
+def begin_reading(dataset: DatasetSettings, limits: Limits, *, pinned: bool = True) -> str:
     """The statements that begin a transaction in which `dataset` is read. None of them takes the snapshot.
+
+    :param pinned: False if `pinning_expression` is to follow.
 
     What a session may do is bounded by its grants; this bounds what it may do by mistake.
     """
@@ -77,22 +79,39 @@ SET LOCAL lock_timeout = {limits.lock_ms};
 SET LOCAL idle_in_transaction_session_timeout = {limits.idle_ms};
 SET LOCAL client_connection_check_interval = 1000;
 SET LOCAL cursor_tuple_fraction = 1;
-{pinned_sql(dataset.settings)}
+{pinned_sql(dataset.settings) if pinned else ""}
 """
 
 
 def pinned_sql(chosen: Mapping[str, str]) -> str:
     """The statements that set what renders values and what gives a query its meaning; `chosen` goes over it."""
-    known = {name.lower() for name in chosen}
-    pinned = {name: value for name, value in {**RENDERING, **MEANING}.items() if name.lower() not in known}
     return "\n".join(
-        [
-            *(f"SET LOCAL {name} TO DEFAULT;" for name in OF_THE_ROLE if name.lower() not in known),
-            *([] if "datestyle" in known else ["SET LOCAL DateStyle = ISO;"]),
-            *(f"SET LOCAL {name} = {literal(value)};" for name, value in pinned.items()),
-            *(f"SET LOCAL {_quoted(name)} = {literal(value)};" for name, value in chosen.items()),
-        ]
+        f"SET LOCAL {_quoted(name)} TO {'DEFAULT' if value is None else literal(value)};"
+        for name, value in _pinned(chosen)
     )
+
+
+def pinning_expression(chosen: Mapping[str, str]) -> str:
+    """The same as an expression for a SELECT, which takes the snapshot; it costs a third where it is prepared."""
+    calls = (
+        f"set_config({literal(name)}, {'NULL' if value is None else literal(value)}, true)"
+        for name, value in _pinned(chosen)
+    )
+    return f"concat({', '.join(calls)})"
+
+
+def _pinned(chosen: Mapping[str, str]) -> Iterator[tuple[str, str | None]]:
+    """Names and values in their order; None is the role's or the server's own."""
+    known = {name.lower() for name in chosen}
+    for name in OF_THE_ROLE:
+        if name.lower() not in known:
+            yield name, None
+    if "datestyle" not in known:
+        yield "DateStyle", "ISO"
+    for name, value in {**RENDERING, **MEANING}.items():
+        if name.lower() not in known:
+            yield name, value
+    yield from chosen.items()
 
 
 def _quoted(name: str) -> str:

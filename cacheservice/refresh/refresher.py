@@ -518,6 +518,7 @@ class Refresher:
             server=reading.server,
             lag=reading.lag,
             content_since=like.modified_as_of if like is not None else None,
+            dependencies=reading.dependencies,
         )
         if reading.kind == "all":
             dataset.checked_at = self._clock.seconds()

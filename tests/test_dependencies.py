@@ -1,0 +1,331 @@
+"""Laws of what a query depends on: what changes the form of its documents makes the next attempt read all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import closing
+from typing import Any
+
+import pytest
+from twisted.internet import reactor
+from twisted.trial.unittest import TestCase
+
+from cacheservice import shipped
+from cacheservice.cache.cache import DatabaseStatus
+from cacheservice.cache.dataset import Snapshot
+from cacheservice.cache.dependencies import Dependencies
+from cacheservice.cache.rows import Rows, RowsBuilder
+from cacheservice.cli.embedded import EmbeddedPostgres
+from cacheservice.config import DatasetSettings
+from cacheservice.postgres.database import Database, Reading, Wanted
+from cacheservice.postgres.migrate import migrate
+from cacheservice.postgres.target import parse
+from cacheservice.postgres.watch import watch
+from tests import pgbouncer
+from tests.pgbouncer import running_pgbouncer
+from tests.postgres import connect, drop_role, fresh_database, query
+
+SCHEMA = """
+CREATE TYPE mood AS ENUM ('sad', 'ok');
+CREATE DOMAIN short AS text CHECK (length(value) < 9);
+CREATE TYPE pair AS (a int, b int);
+CREATE TABLE t (id int PRIMARY KEY, m mood, s short, v text, p pair);
+INSERT INTO t SELECT i, 'sad', 's', 'v' || i, ROW(i, i)::pair FROM generate_series(1, 5) AS i;
+CREATE FUNCTION inner_one(text) RETURNS text LANGUAGE sql STABLE AS $$ SELECT upper($1) $$;
+CREATE FUNCTION outer_one(text) RETURNS text LANGUAGE plpgsql STABLE AS $$ BEGIN RETURN inner_one($1); END $$;
+CREATE FUNCTION atomic(text) RETURNS text LANGUAGE sql STABLE BEGIN ATOMIC SELECT inner_one($1); END;
+CREATE VIEW v AS SELECT id, m, v FROM t;
+CREATE VIEW w AS SELECT id, m, v FROM v;
+CREATE VIEW calling AS SELECT id, atomic(v) AS v FROM t;
+CREATE TABLE apart (id int);
+CREATE SCHEMA other;
+"""
+
+
+@pytest.mark.usefixtures("server")
+class DependenciesTestCase(TestCase):
+    server: EmbeddedPostgres
+    timeout = 300
+
+    def setUp(self) -> None:
+        self.name = fresh_database(self.server, self.addCleanup)
+        self.reader = f"reader_{self.name}"
+        self.sql(SCHEMA)
+        self.sql(f"CREATE ROLE {self.reader} LOGIN PASSWORD 'reader'")
+        self.addCleanup(drop_role, self.server, self.name, self.reader)
+        self.sql(f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {self.reader}")
+        self.database = self.of(self.server.dsn(self.reader, "reader", database=self.name))
+
+    def of(self, dsn: str) -> Database:
+        database = Database(reactor, parse(dsn), 60.0, DatabaseStatus())
+        self.addCleanup(database.stop)
+        return database
+
+    def sql(self, statement: str) -> list[tuple[Any, ...]]:
+        return query(self.server, self.name, statement)
+
+    def dataset(self, sql: str, **more: Any) -> DatasetSettings:
+        declared = {"name": "things", "query": sql, "key": "id", "timeout_s": 60.0, "probe": "SELECT 1", **more}
+        return DatasetSettings.model_validate(declared)
+
+    async def read(
+        self, dataset: DatasetSettings, since: Snapshot | None = None, database: Database | None = None
+    ) -> tuple[Reading, Snapshot]:
+        """One attempt; what was read, and the snapshot that it makes."""
+        wanted = Wanted(dataset, lambda: RowsBuilder(lambda _: None), since=since, most_keys=100)
+        (reading,) = await (database or self.database).read_together([wanted])
+        rows: Rows = reading.rows.finish() if reading.rows else since.rows if since else RowsBuilder(print).finish()
+        return reading, Snapshot(
+            1,
+            rows,
+            reading.as_of,
+            reading.read_at,
+            reading.database_snapshot,
+            reading.columns,
+            watch_state=reading.watch_state,
+            probe=reading.probe,
+            server=reading.server,
+            dependencies=reading.dependencies,
+        )
+
+    async def check(self, sql: str, changes: Sequence[tuple[str, str | None]], **more: Any) -> None:
+        """After each change all is read for that reason, or nothing where the reason is None; then nothing."""
+        dataset = self.dataset(sql, **more)
+        _, since = await self.read(dataset)
+        for change, reason in changes:
+            reading, since = await self.read(dataset, since)
+            self.assertEqual((reading.kind, reading.because), ("unchanged", None), f"before {change}")
+            self.sql(change)
+            reading, since = await self.read(dataset, since)
+            kind = "unchanged" if reason is None else "all"
+            self.assertEqual((reading.kind, reading.because), (kind, reason), change)
+
+
+class Changes(DependenciesTestCase):
+    async def test_views_and_functions(self) -> None:
+        """What replaces a view or a function under the query, at whatever depth, is seen and named."""
+        await self.check(
+            "SELECT id, m, outer_one(v) AS v FROM w",
+            [
+                ("CREATE OR REPLACE VIEW v AS SELECT id, m, v || '!' AS v FROM t", "view public.v was replaced"),
+                ("CREATE OR REPLACE VIEW w AS SELECT id, m, v || '?' AS v FROM v", "view public.w was replaced"),
+                (
+                    "CREATE OR REPLACE FUNCTION inner_one(text) RETURNS text LANGUAGE sql STABLE AS 'SELECT lower($1)'",
+                    "the function inner_one was created, replaced or dropped",
+                ),
+                (
+                    "CREATE OR REPLACE FUNCTION outer_one(text) RETURNS text LANGUAGE sql STABLE "
+                    "AS 'SELECT inner_one($1)'",
+                    "the function outer_one was created, replaced or dropped",
+                ),
+                (
+                    "CREATE FUNCTION outer_one(varchar) RETURNS text LANGUAGE sql STABLE AS 'SELECT $1::text'",
+                    "the function outer_one was created, replaced or dropped",
+                ),
+            ],
+        )
+
+    async def test_a_function_in_a_view(self) -> None:
+        """A function that a view names, and one of a body that PostgreSQL has parsed, are found without their names."""
+        await self.check(
+            "SELECT * FROM calling",
+            [
+                (
+                    "CREATE OR REPLACE FUNCTION inner_one(text) RETURNS text LANGUAGE sql STABLE AS 'SELECT lower($1)'",
+                    "the function inner_one was created, replaced or dropped",
+                ),
+            ],
+        )
+
+    async def test_types(self) -> None:
+        """Labels, attributes and domains are seen."""
+        await self.check(
+            "SELECT * FROM t",
+            [
+                ("ALTER TYPE mood RENAME VALUE 'sad' TO 'blue'", "the labels of type public.mood changed"),
+                ("ALTER TYPE pair RENAME ATTRIBUTE a TO c", "the columns of type public.pair changed"),
+                ("ALTER DOMAIN short RENAME TO brief", "type public.short changed"),
+            ],
+        )
+
+    async def test_columns_and_names(self) -> None:
+        """Columns, and a table or a function that stands in front of another, are seen."""
+        self.sql(f"GRANT USAGE ON SCHEMA other TO {self.reader}")
+        await self.check(
+            "SELECT t.*, upper(v) AS u FROM t",
+            [
+                ("ALTER TABLE t RENAME COLUMN s TO s2", "the columns of table public.t changed"),
+                ("ALTER TABLE t ADD COLUMN extra int DEFAULT 1", "the columns of table public.t changed"),
+                (
+                    "CREATE FUNCTION other.upper(text) RETURNS text LANGUAGE sql IMMUTABLE AS 'SELECT lower($1)'",
+                    "the function upper was created, replaced or dropped",
+                ),
+                (
+                    f"CREATE TABLE other.t AS TABLE public.t; GRANT SELECT ON other.t TO {self.reader}",
+                    "the name t stands for another relation",
+                ),
+            ],
+            search_path="other, pg_catalog, public",
+        )
+
+    async def test_row_security(self) -> None:
+        """Row security, policies, and the functions that policies call; rows that are forbidden now go."""
+        self.sql("CREATE FUNCTION allowed(int) RETURNS bool LANGUAGE sql STABLE AS 'SELECT $1 < 4'")
+        self.sql("CREATE POLICY p ON t USING (allowed(id))")
+        dataset = self.dataset("SELECT id FROM t")
+        _, since = await self.read(dataset)
+        self.assertEqual(since.rows.count, 5)
+        for change, reason, rows in (
+            ("ALTER TABLE t ENABLE ROW LEVEL SECURITY", "row security of table public.t was switched on or off", 3),
+            (
+                "CREATE OR REPLACE FUNCTION allowed(int) RETURNS bool LANGUAGE sql STABLE AS 'SELECT $1 < 3'",
+                "the function allowed was created, replaced or dropped",
+                2,
+            ),
+            ("ALTER POLICY p ON t USING (allowed(id) AND id > 1)", "a policy of table public.t changed", 1),
+            (
+                f"ALTER ROLE {self.reader} BYPASSRLS",
+                "row security of table public.t was switched on or off",
+                5,
+            ),
+        ):
+            self.sql(change)
+            reading, since = await self.read(dataset, since)
+            self.assertEqual((reading.kind, reading.because, since.rows.count), ("all", reason, rows))
+            reading, since = await self.read(dataset, since)
+            self.assertEqual(reading.kind, "unchanged")
+
+    async def test_rights(self) -> None:
+        """GRANT and REVOKE are seen, of tables and of columns; what was allowed before is not served on unseen."""
+        await self.check(
+            "SELECT id, m FROM t",
+            [
+                (f"GRANT UPDATE ON t TO {self.reader}", "the rights on table public.t, or its owner, changed"),
+                (f"GRANT UPDATE (v) ON t TO {self.reader}", "the columns of table public.t changed"),
+                (f"ALTER ROLE {self.reader} SET work_mem = '8MB'", "settings of the role or the database were altered"),
+            ],
+        )
+        self.sql(f"REVOKE SELECT ON t FROM {self.reader}")
+        dataset = self.dataset("SELECT id FROM apart")
+        _, since = await self.read(dataset)
+        self.sql(f"REVOKE SELECT ON apart FROM {self.reader}")
+        with self.assertRaisesRegex(Exception, "permission denied"):
+            await self.read(dataset, since)
+
+    async def test_what_makes_no_difference(self) -> None:
+        """Maintenance, indexes, rows and the objects of others leave it alone."""
+        self.sql("CREATE TABLE watched_by_all (id int)")
+        with closing(connect(self.server, self.name)) as other, other.cursor() as cursor:
+            cursor.execute("CREATE TEMP TABLE t (id int)")
+            await self.check(
+                "SELECT id, m, outer_one(v) AS v FROM w",
+                [
+                    (statement, None)
+                    for statement in (
+                        "ANALYZE t",
+                        "VACUUM t",
+                        "VACUUM FREEZE t",
+                        "ANALYZE",
+                        "VACUUM (ANALYZE) pg_catalog.pg_class",
+                        "CREATE INDEX ON t (v)",
+                        "UPDATE t SET v = 'other'; DELETE FROM t WHERE id = 5",
+                        "CREATE VIEW mine AS SELECT 1 AS one",
+                        "CREATE FUNCTION mine() RETURNS int LANGUAGE sql AS 'SELECT 1'",
+                        "CREATE TABLE mine_too (id int PRIMARY KEY)",
+                        "ALTER TABLE apart ADD COLUMN x int",
+                        "CREATE TABLE other.w (id int)",
+                    )
+                ],
+            )
+
+    async def test_settings(self) -> None:
+        """What a query reads of the session, and what it is read with, are part of it."""
+        dataset = self.dataset("SELECT id, current_setting('app.tenant', true) AS tenant FROM t")
+        _, since = await self.read(dataset)
+        self.database.stop()
+        self.database = self.of(
+            f"{self.server.dsn(self.reader, 'reader', database=self.name)}?options=-capp.tenant%3D7"
+        )
+        reading, since = await self.read(dataset, since)
+        self.assertEqual((reading.kind, reading.because), ("all", "the setting app.tenant changed"))
+        chosen = dataset.model_copy(update={"settings": {"TimeZone": "Asia/Kolkata"}})
+        reading, since = await self.read(chosen, since)
+        self.assertEqual((reading.kind, reading.because), ("all", "settings or search_path changed"))
+
+    async def test_a_snapshot_without_them(self) -> None:
+        """What was read by a version that did not know them is read again."""
+        dataset = self.dataset("SELECT id FROM t")
+        _, since = await self.read(dataset)
+        assert since.dependencies is not None
+        self.assertEqual(Dependencies.from_text(since.dependencies.to_text()), since.dependencies)
+        self.assertIsNone(Dependencies.from_text(""))
+        since = Snapshot(
+            1, since.rows, since.as_of, since.read_at, since.database_snapshot, probe=since.probe, server=since.server
+        )
+        reading, _ = await self.read(dataset, since)
+        self.assertEqual((reading.kind, reading.because), ("all", "what the query depends on is not known yet"))
+
+    async def test_deltas(self) -> None:
+        """Deltas have it as well: none mixes labels, and none has rows that row security forbids."""
+        migrate(self.server.dsn(database=self.name), shipped.folder("migrations"))
+        self.sql(
+            f"GRANT USAGE ON SCHEMA cacheservice TO {self.reader}; "
+            f"GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA cacheservice TO {self.reader}"
+        )
+        watch(self.server.dsn(database=self.name), "public.t", ["id"], notify=False, dry_run=False, say=lambda _: None)
+        dataset = self.dataset("SELECT id, m FROM w", probe="", watch=[{"table": "public.t", "key": "id"}])
+        _, since = await self.read(dataset)
+        self.sql("UPDATE t SET v = 'x' WHERE id = 1")
+        reading, since = await self.read(dataset, since)
+        self.assertEqual((reading.kind, reading.because, list(reading.changed)), ("delta", None, [b"1"]))
+        self.sql("ALTER TYPE mood RENAME VALUE 'sad' TO 'blue'; UPDATE t SET v = 'y' WHERE id = 1")
+        reading, since = await self.read(dataset, since)
+        self.assertEqual((reading.kind, reading.because), ("all", "the labels of type public.mood changed"))
+        self.assertIsNone(reading.may_differ)
+        self.assertEqual({json.loads(document)["m"] for _, document in since.rows.items()}, {"blue"})
+        reading, since = await self.read(dataset, since)
+        self.assertEqual(reading.kind, "unchanged")
+
+    async def test_keys_of_a_notification(self) -> None:
+        """The keys of a payload are read alone only while nothing else has changed."""
+        dataset = self.dataset("SELECT id, m FROM w", probe="", notify="things")
+        _, since = await self.read(dataset)
+
+        async def told() -> frozenset[str]:
+            return frozenset({"1"})
+
+        for change, kind in (("SELECT 1", "delta"), ("ALTER TYPE mood RENAME VALUE 'sad' TO 'blue'", "all")):
+            self.sql(change)
+            wanted = Wanted(dataset, lambda: RowsBuilder(print), since=since, most_keys=100, told=told)
+            (reading,) = await self.database.read_together([wanted])
+            self.assertEqual(reading.kind, kind)
+
+    async def test_statements_that_are_kept(self) -> None:
+        """A session of the server keeps its statements and the pinned settings hold; behind a pooler none is kept."""
+        dataset = self.dataset("SELECT id, m FROM w")
+        _, since = await self.read(dataset)
+        for _ in range(3):
+            reading, since = await self.read(dataset, since)
+            self.assertEqual(reading.kind, "unchanged")
+        text = (
+            "SELECT id, (SELECT count(*) FROM pg_prepared_statements) AS kept, '\\x01'::bytea AS b FROM t WHERE id = 1"
+        )
+        _, snapshot = await self.read(self.dataset(text))
+        ((_, document),) = snapshot.rows.items()
+        self.assertEqual(json.loads(document), {"id": 1, "kept": 2, "b": "\\x01"})
+        if pgbouncer.PROGRAM is None:
+            pytest.skip(pgbouncer.NEEDED)
+        with running_pgbouncer(self.server, pool_size=1) as dsn:
+            pooled = self.of(dsn(database=self.name))
+            _, since = await self.read(dataset, database=pooled)
+            for _ in range(3):
+                reading, since = await self.read(dataset, since, pooled)
+                self.assertEqual(reading.kind, "unchanged")
+            self.sql("CREATE OR REPLACE VIEW v AS SELECT id, m, v || '!' AS v FROM t")
+            reading, since = await self.read(dataset, since, pooled)
+            self.assertEqual((reading.kind, reading.because), ("all", "view public.v was replaced"))
+            _, snapshot = await self.read(self.dataset(text), database=pooled)
+            ((_, document),) = snapshot.rows.items()
+            self.assertEqual(json.loads(document)["kept"], 0)
+            pooled.stop()
