@@ -313,6 +313,15 @@ class DefaultsSettings(_Table):
     settings: _SessionSettings = Field(
         default={}, description="as postgres.settings, for this query, beside and over those"
     )
+    key_separator: str = Field(
+        default=":",
+        min_length=1,
+        max_length=8,
+        description="what stands between the values of a key of several columns",
+    )
+    key_escape: bool = Field(
+        default=False, description="whether a separator or a backslash within such a value gets a backslash before it"
+    )
 
 
 class DatasetSettings(DefaultsSettings):
@@ -325,14 +334,22 @@ class DatasetSettings(DefaultsSettings):
     )
 
     @property
-    def definition(self) -> tuple[str, tuple[str, ...]]:
+    def definition(self) -> tuple[object, ...]:
         """What decides which rows there are and what they are called."""
-        return self.query, self.key
+        return self.query, self.key, *((self.key_separator, self.key_escape) if len(self.key) > 1 else ())
 
     @property
     def reading(self) -> tuple[object, ...]:
         """What decides how it is read."""
-        return self.query, self.key, self.probe, self.watch, self.notify, self.search_path, self.settings
+        return *self.definition, self.probe, self.watch, self.notify, self.search_path, self.settings
+
+    @field_validator("key_escape")
+    @classmethod
+    def _of_one_character(cls, key_escape: bool, earlier: ValidationInfo) -> bool:
+        separator = earlier.data.get("key_separator", ":")
+        if key_escape and (len(separator) != 1 or separator == "\\"):
+            raise ValueError("needs a key_separator of one character, other than a backslash")
+        return key_escape
 
     @field_validator("retry_max_s")
     @classmethod

@@ -97,6 +97,8 @@ class WhatLoads(Loading):
                 "max_bytes": 0,
                 "search_path": "pg_catalog, public, pg_temp",
                 "settings": {},
+                "key_separator": ":",
+                "key_escape": False,
             },
         )
 

@@ -32,7 +32,7 @@ from cacheservice.cache.rows import Rows, RowsBuilder, RowsPatch, Shards
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.config import DatasetSettings
 from cacheservice.postgres.database import Database, Reading, Wanted
-from cacheservice.postgres.deltas import literal
+from cacheservice.postgres.keys import literal
 from cacheservice.postgres.migrate import migrate
 from cacheservice.postgres.target import parse
 from cacheservice.postgres.watch import watch

@@ -121,8 +121,8 @@ class Header:
     """What a file is: its dataset, its generation, its `Snapshot` but for the rows, and of which query it is.
 
     `as_of` is kept to the microsecond. `size_bytes` are those of all keys and documents. `watch_state`, `probe` and
-    `dependencies` are what a delta starts from, empty if it cannot. `server` is the one that was read and `read_on` when, by the clocks of
-    this machine; both None in files of format 2.
+    `dependencies` are what a delta starts from, empty if it cannot. `server` is the one that was read and
+    `read_on` when, by the clocks of this machine; both None in files of format 2.
     `content_since` is the `as_of` of the first read that gave these rows, None if that is this one; `digest` that of
     the rows, None if it was not known.
     """
@@ -185,6 +185,8 @@ def fingerprint(settings: DatasetSettings) -> str:
     definition: list[object] = [settings.query, list(settings.key), settings.probe, watched]
     if settings.settings or settings.search_path not in ("", DEFAULT_SEARCH_PATH):
         definition += [settings.search_path, dict(settings.settings)]
+    if len(settings.key) > 1 and (settings.key_separator, settings.key_escape) != (":", False):
+        definition += [settings.key_separator, settings.key_escape]
     return hashlib.blake2b(json.dumps(definition).encode(), digest_size=16).hexdigest()
 
 

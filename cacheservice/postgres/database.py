@@ -33,6 +33,7 @@ from cacheservice.postgres import bad_bytes, deltas, dependencies
 from cacheservice.postgres.blockers import find_blockers
 from cacheservice.postgres.connector import Connector
 from cacheservice.postgres.guard import GuardedConnection
+from cacheservice.postgres.keys import Key, KeyForm, literal
 from cacheservice.postgres.prepared import Prepared
 from cacheservice.postgres.server import LIFE, Life, Servers
 from cacheservice.postgres.session_settings import (
@@ -307,7 +308,7 @@ class Database:
         """`error` with the row that it is about; None if no row is found."""
         for dataset in (each.dataset for each in wanted):
             begin = begin_reading(dataset, _limits(guard.remaining_s()))
-            rows_sql = rows_query(dataset.query, dataset.key)
+            rows_sql = rows_query(dataset.query, dataset.key, KeyForm.of(dataset))
             named = await bad_bytes.name_row(self._reactor, guard, begin, rows_sql, dataset.name, error)
             if named is not None:
                 return named
@@ -343,8 +344,8 @@ class Database:
         begin = _BEGIN.format(
             begin=begin_reading(first, limits, pinned=not keeps),
             no_transaction_timeout=without_transaction_timeout(guard.server_version),
-            application_name=deltas.literal(self._sessions.target.application_name(purpose)),
-            attempt_name=deltas.literal(self._sessions.target.application_name(purpose, attempt)),
+            application_name=literal(self._sessions.target.application_name(purpose)),
+            attempt_name=literal(self._sessions.target.application_name(purpose, attempt)),
             lock=lock,
             ask=self._prepared.sql(guard, ask),
         )
@@ -420,7 +421,7 @@ class Database:
             reading = replace(reading, watch_state=told.state, no_delta=told.problem)
             because = told.problem or because
             if because is None and since is not None:
-                keys = frozenset(deltas.joined(key) for key in told.keys if None not in key)
+                keys = frozenset(KeyForm.of(dataset).join(key) for key in told.keys if None not in key)
                 reading = replace(reading, may_differ=keys)
                 if not wanted.check:
                     with _keys_fit(dataset):
@@ -445,7 +446,7 @@ class Database:
         return told
 
     async def _read_keys(
-        self, moment: _Moment, dataset: DatasetSettings, reading: Reading, keys: Sequence[deltas.Key]
+        self, moment: _Moment, dataset: DatasetSettings, reading: Reading, keys: Sequence[Key]
     ) -> Reading:
         """The rows of the keys that were recorded."""
         if not keys:
@@ -457,7 +458,7 @@ class Database:
             sql = f"{whole_query(dataset.query)} WHERE {nulls} LIMIT 1"
             if (await self._execute_asking_in(moment, sql, dataset.name)).rowcount:
                 raise BadResult("the key of a row is NULL; every row needs a key")
-        predicate = deltas.key_predicate(columns, keys)
+        predicate = KeyForm.of(dataset).predicate(columns, keys)
         found = await self._read_some(moment, dataset, predicate, len(keys))
         return replace(reading, kind="delta", changed=found.without(keys))
 
@@ -468,18 +469,20 @@ class Database:
         if not keys:
             return replace(reading, kind="unchanged")
         columns = [f"q.{quoted(column)}" for column in dataset.key]
+        form = KeyForm.of(dataset)
         if len(columns) == 1:
-            predicate = deltas.key_predicate(columns, [(key,) for key in keys])
+            predicate = form.predicate(columns, [(key,) for key in keys])
         else:
-            predicate = deltas.joined_predicate(columns, keys)
+            predicate = form.joined_predicate(columns, keys)
         found = await self._read_some(moment, dataset, predicate, len(keys))
-        return replace(reading, kind="delta", changed=found.without([(key,) for key in keys]))
+        served = {key.encode(): None for key in keys}
+        return replace(reading, kind="delta", changed=served | found.rows)
 
     async def _read_some(
         self, moment: _Moment, dataset: DatasetSettings, predicate: str, most: int
     ) -> deltas.ChangedRows:
-        found = deltas.ChangedRows()
-        sql = f"{rows_query(dataset.query, dataset.key)} WHERE {predicate}"
+        found = deltas.ChangedRows(KeyForm.of(dataset))
+        sql = f"{rows_query(dataset.query, dataset.key, KeyForm.of(dataset))} WHERE {predicate}"
         if most > _FEW_KEYS:
             await self._execute_asking_in(moment, f"DECLARE rows NO SCROLL CURSOR FOR {sql}", dataset.name)
             await self._fetch_all(moment.guard, found)
@@ -495,7 +498,7 @@ class Database:
 
     async def _read_all(self, moment: _Moment, wanted: Wanted, builder: RowsBuilder, reading: Reading) -> Reading:
         dataset, guard = wanted.dataset, moment.guard
-        rows_sql = rows_query(dataset.query, dataset.key)
+        rows_sql = rows_query(dataset.query, dataset.key, KeyForm.of(dataset))
         await self._execute_asking_in(moment, f"DECLARE rows NO SCROLL CURSOR FOR {rows_sql}", dataset.name)
         cursor = await guard.execute(columns_query(dataset.query))
         described = cursor.description
@@ -513,7 +516,8 @@ class Database:
         if not reading.watch_state:
             return reading
         types = {column.name: column.type_code for column in described}
-        unfit = deltas.unfit_key(reading.watch_state, dataset, [types[column] for column in dataset.key])
+        cursor = await guard.execute(deltas.key_types_sql(dataset, [types[column] for column in dataset.key]))
+        unfit = deltas.unfit_key(cursor.fetchall(), dataset)
         return reading if unfit is None else replace(reading, watch_state="", because=unfit, no_delta=unfit)
 
     async def _fetch_all(self, guard: GuardedConnection, into: RowsBuilder | deltas.ChangedRows) -> None:

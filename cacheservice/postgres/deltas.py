@@ -13,14 +13,13 @@ from typing import Any, NamedTuple
 from cacheservice.cache.dataset import Snapshot
 from cacheservice.config import DatasetSettings
 from cacheservice.errors import BadResult
+from cacheservice.postgres.keys import Key, KeyForm, literal
 
 # OIDs of pg_type.dat, which never change. The text of values of these types is the same exactly if they are equal,
 # whatever the settings of the session that renders them. It is not of numeric (1.0 and 1.00), citext, floats, or dates.
 _INTEGERS = frozenset({20, 21, 23, 26})
 _TEXTS = frozenset({18, 19, 25, 1043})
 _OTHERS = frozenset({16, 2950})
-_FIRST_USER_OID = 16384
-"""Types from here on are not PostgreSQL's own; of those, enums are fit as well, whose text is the label."""
 
 CAN_TELL = """
 (SELECT EXISTS (
@@ -32,8 +31,6 @@ CANNOT_TELL = (
     "the database does not know cacheservice.changes, or this role may not call it; "
     "say: cacheservice migrate --reader NAME"
 )
-
-Key = tuple[str | None, ...]
 
 
 class Changes(NamedTuple):
@@ -47,7 +44,8 @@ class Changes(NamedTuple):
 class ChangedRows:
     """Takes the rows that were found of some keys, as a `RowsBuilder` does."""
 
-    def __init__(self) -> None:
+    def __init__(self, form: KeyForm) -> None:
+        self._form = form
         self.rows: dict[bytes, bytes | None] = {}
         self.count = 0
         self.size_bytes = 0
@@ -64,12 +62,7 @@ class ChangedRows:
 
     def without(self, keys: Iterable[Key]) -> Mapping[bytes, bytes | None]:
         """The rows, and None for each of `keys` of which there is none any more."""
-        return {joined(key): None for key in keys if None not in key} | self.rows
-
-
-def joined(key: Key) -> bytes:
-    """The key as it is served: its values with a colon between."""
-    return ":".join(map(str, key)).encode()
+        return {self._form.join(key): None for key in keys if None not in key} | self.rows
 
 
 def lock_sql(datasets: Iterable[DatasetSettings]) -> str:
@@ -126,27 +119,64 @@ def _moved(before: str, now: str) -> str | None:
     return None
 
 
-def unfit_key(state: str, dataset: DatasetSettings, type_oids: Sequence[int]) -> str | None:
-    """Why equal keys of the dataset and its watched tables might look different, so that deltas would miss some.
+def key_types_sql(dataset: DatasetSettings, type_oids: Sequence[int]) -> str:
+    """The question for the types of the key, and of the keys of the watched tables, each down to what a domain is of.
 
     :param type_oids: the types of the query's key columns, as the server describes them.
     """
-    for name, table in json.loads(state)["tables"].items():
-        for column, ours, theirs in zip(dataset.key, type_oids, table["key_types"], strict=True):
-            alike = any({ours, theirs} <= fit for fit in (_INTEGERS, _TEXTS)) or (
-                ours == theirs and (ours in _OTHERS or ours >= _FIRST_USER_OID)
+    asked = [f"({place}, '', {oid}::oid, 0::oid)" for place, oid in enumerate(type_oids)]
+    tables = [
+        f"SELECT {place}, {literal(watch.table)}::text, a.atttypid, a.attcollation FROM pg_attribute AS a "  # noqa: S608
+        f"WHERE a.attrelid = to_regclass({literal(watch.table)}) AND a.attname = {literal(column)}"
+        for watch in dataset.watch
+        for place, column in enumerate(watch.key)
+    ]
+    return f"""
+WITH RECURSIVE base (place, name, type, collation_oid) AS (
+    (VALUES {", ".join(asked)} UNION ALL {" UNION ALL ".join(tables)})
+    UNION ALL
+    SELECT b.place, b.name, t.typbasetype, b.collation_oid FROM base AS b JOIN pg_type AS t ON t.oid = b.type
+    WHERE t.typtype = 'd'
+)
+SELECT b.place, b.name, b.type::bigint, t.typtype = 'e', coalesce(c.collisdeterministic, true)
+FROM base AS b JOIN pg_type AS t ON t.oid = b.type AND t.typtype <> 'd'
+LEFT JOIN pg_collation AS c ON c.oid = b.collation_oid ORDER BY b.name, b.place"""  # noqa: S608  # literals
+
+
+KeyType = tuple[int, bytes | str, int, bool, bool]
+"""The place in the key; the table, empty for the query; the type, whether it is an enum, and compares by its bytes."""
+
+
+def unfit_key(types: Sequence[KeyType], dataset: DatasetSettings) -> str | None:
+    """Why equal keys of the dataset and its watched tables might look different, so that deltas would miss some.
+
+    :param types: the answer to `key_types_sql`.
+    """
+    ours = {place: (oid, is_enum) for place, name, oid, is_enum, _ in types if not name}
+    for place, name, oid, is_enum, deterministic in types:
+        if not name:
+            continue
+        table, column = name.decode() if isinstance(name, bytes) else name, dataset.key[place]
+        if not deterministic:
+            return f"the key of {table} has a nondeterministic collation: equal keys may have different texts"
+        our_oid, our_enum = ours[place]
+        alike = any({our_oid, oid} <= fit for fit in (_INTEGERS, _TEXTS))
+        if not alike and not (our_oid == oid and is_fit(oid, is_enum=is_enum and our_enum)):
+            return (
+                f"the type of its key {column} or of that of {table} is not fit for deltas: both must be integers, "
+                "or text, or of one type of uuid, boolean, enum"
             )
-            if not alike:
-                return (
-                    f"the type of its key {column} or of that of {name} is not fit for deltas: both must be integers, "
-                    "or text, or of one type of uuid, boolean, enum"
-                )
     return None
 
 
 def is_fit(type_oid: int, *, is_enum: bool) -> bool:
     """Whether deltas can go by keys of that type: equal values have the same text, whatever the session's settings."""
     return is_enum or type_oid in _INTEGERS | _TEXTS | _OTHERS
+
+
+def may_hold_text(type_oid: int) -> bool:
+    """Whether values of that type may hold a separator of keys."""
+    return type_oid not in _INTEGERS | _OTHERS
 
 
 def watched_ids(state: str) -> frozenset[int]:
@@ -157,38 +187,6 @@ def watched_ids(state: str) -> frozenset[int]:
 def notifies(state: str) -> bool:
     """Whether each change is told at once, or some only at the next interval."""
     return all(table["notifies"] for table in json.loads(state)["tables"].values()) if state else False
-
-
-def key_predicate(columns: Sequence[str], keys: Iterable[Key]) -> str:
-    """A condition on the rows of `rows_query` that exactly the rows of these keys meet.
-
-    The literals have no type, so that each takes that of its column, and an index on it can be used.
-
-    :param columns: quoted, as q.column.
-    """
-    known = [key for key in keys if None not in key]
-    single = [f"{column} = ANY ({_array(key[place] for key in known)})" for place, column in enumerate(columns)]
-    if len(columns) == 1:
-        return single[0]
-    # Each column by itself, for its index; the combinations that nobody asked for fall through the last condition.
-    whole = " || ':' || ".join(f"{column}::text" for column in columns)
-    return " AND ".join([*single, f"({whole}) = ANY ({_array(joined(key).decode() for key in known)})"])
-
-
-def joined_predicate(columns: Sequence[str], keys: Iterable[str]) -> str:
-    """The same for keys as they are served."""
-    return " || ':' || ".join(f"{column}::text" for column in columns) + f" = ANY ({_array(keys)})"
-
-
-def _array(values: Iterable[str | None]) -> str:
-    escaped = (str(value).replace("\\", "\\\\").replace('"', '\\"') for value in dict.fromkeys(values))
-    return literal("{" + ",".join(f'"{value}"' for value in escaped) + "}")
-
-
-def literal(text: str) -> str:
-    """`text` as SQL writes it, whatever standard_conforming_strings is."""
-    quoted = text.replace("'", "''")
-    return f"'{quoted}'" if "\\" not in quoted else " E'" + quoted.replace("\\", "\\\\") + "'"
 
 
 def value_of(probe: Any) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 from cacheservice.cache.dataset import Snapshot
 from cacheservice.config import DatasetSettings
-from cacheservice.postgres.deltas import literal
+from cacheservice.postgres.keys import literal
 from cacheservice.postgres.session_settings import OF_THE_ROLE, pinned_sql
 
 _WORD = re.compile(r'"((?:[^"]|"")+)"|([^\W\d][\w$]*)')

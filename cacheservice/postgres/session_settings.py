@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from cacheservice.config import DatasetSettings
-from cacheservice.postgres.deltas import literal
+from cacheservice.postgres.keys import literal
 from cacheservice.session_rules import DEFAULT_SEARCH_PATH
 
 RENDERING: Mapping[str, str] = MappingProxyType(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cacheservice.postgres.keys import KeyForm
 from cacheservice.query_text import without_semicolon
 
+_PLAIN = KeyForm()
 
-def rows_query(query: str, key: Sequence[str]) -> str:
+
+def rows_query(query: str, key: Sequence[str], form: KeyForm = _PLAIN) -> str:
     """The SQL that gives (key, document) of each row: PostgreSQL renders both, so types look as it shows them."""
-    columns = " || ':' || ".join(f"q.{quoted(column)}::text" for column in key)
+    columns = form.sql([f"q.{quoted(column)}" for column in key])
     # q.* is the whole row even where a column is named q.
     return f"SELECT {columns}, row_to_json(q.*)::text FROM (\n{without_semicolon(query)}\n) AS q"  # noqa: S608  # the operator's own query
 

@@ -13,6 +13,7 @@ from cacheservice.postgres.inspect.failures import finding
 from cacheservice.postgres.inspect.findings import Key, Size
 from cacheservice.postgres.inspect.look import STATEMENT_TIMEOUT_MS, Look
 from cacheservice.postgres.inspect.plans import only_table
+from cacheservice.postgres.keys import KeyForm, literal
 from cacheservice.postgres.statements import rows_query
 
 _SAMPLE_TIMEOUT_MS = 5000
@@ -38,6 +39,8 @@ class Sample(NamedTuple):
     nulls: int
     longest_key: int | None
     document_bytes: Any
+    separated: int = 0
+    """Rows with the separator within a value of the key."""
 
     @property
     def is_all(self) -> bool:
@@ -109,10 +112,11 @@ def take_sample(look: Look) -> Sample | None:
     look.cursor.execute("SAVEPOINT sample")
     try:
         look.cursor.execute(f"SET LOCAL statement_timeout = {_SAMPLE_TIMEOUT_MS}")
-        rows = f"{rows_query(look.dataset.query, look.dataset.key)} LIMIT {SAMPLE_ROWS}"
+        rows = f"{rows_query(look.dataset.query, look.dataset.key, KeyForm.of(look.dataset))} LIMIT {SAMPLE_ROWS}"
         look.cursor.execute(
             "SELECT count(*), count(DISTINCT s.key), count(*) FILTER (WHERE s.key IS NULL), "  # noqa: S608
-            f"max(octet_length(s.key)), avg(octet_length(s.document)) FROM ({rows}) AS s (key, document)"
+            f"max(octet_length(s.key)), avg(octet_length(s.document)), {_separated(look)} "
+            f"FROM ({rows}) AS s (key, document)"
         )
         return Sample(*look.cursor.fetchone())
     except psycopg2.Error as error:
@@ -128,6 +132,29 @@ def take_sample(look: Look) -> Sample | None:
     finally:
         if not look.connection.closed:
             look.cursor.execute(f"SET LOCAL statement_timeout = {STATEMENT_TIMEOUT_MS}")
+
+
+def _separated(look: Look) -> str:
+    """How many rows have a key that could be taken apart in several ways."""
+    form = KeyForm.of(look.dataset)
+    if form.escaped or len(look.dataset.key) == 1:
+        return "0"
+    pieces = f"cardinality(string_to_array(s.key, {literal(form.separator)}))"
+    return f"count(*) FILTER (WHERE {pieces} > {len(look.dataset.key)})"
+
+
+def warn_of_collisions(look: Look, types: Sequence[KeyType], sample: Sample | None) -> None:
+    """Whether two rows may have the same key because the separator is within their values."""
+    able = [column for column, kind in zip(look.dataset.key, types, strict=True) if deltas.may_hold_text(kind.oid)]
+    if sample is None or not sample.separated or len(able) < 2:  # with one, there is only one way to take it apart
+        return
+    separator = look.dataset.key_separator
+    look.add(
+        "hint",
+        f'key: {sample.separated:,} of {sample.rows:,} rows have "{separator}" within {" or ".join(able)}: two rows '
+        "with the same joined key would fail each refresh",
+        "set key_separator to text that no value holds, or key_escape = true",
+    )
 
 
 def judge_size(look: Look, plan: Mapping[str, Any], sample: Sample | None) -> None:
@@ -156,6 +183,7 @@ def judge_key(
 ) -> Key:
     columns = tuple(look.found.columns[place] for place in places)
     fit = all(deltas.is_fit(kind.oid, is_enum=kind.is_enum) for kind in types)
+    warn_of_collisions(look, types, sample)
     if sample is not None and sample.nulls:
         look.add("problem", f"the key is NULL in {sample.nulls:,} of {sample.rows:,} rows", "leave them out with WHERE")
     elif index is not None and not index.not_null:

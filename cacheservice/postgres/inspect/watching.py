@@ -38,9 +38,10 @@ def look_at_watches(look: Look, key_oids: Sequence[int]) -> None:
     with step(look, "watch"):
         look.cursor.execute(deltas.lock_sql([dataset]))
         look.cursor.execute(deltas.changes_sql(dataset, None, 0))
-        state, problem, _ = look.cursor.fetchone()
+        _, problem, _ = look.cursor.fetchone()
         if problem is None and key_oids:
-            problem = deltas.unfit_key(state, dataset, key_oids)
+            look.cursor.execute(deltas.key_types_sql(dataset, key_oids))
+            problem = deltas.unfit_key(look.cursor.fetchall(), dataset)
         if problem:
             look.found.findings.append(_no_deltas(problem))
 

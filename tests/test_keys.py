@@ -1,0 +1,143 @@
+"""Laws of keys: deltas and full reads give each row the same key, and two rows with one key are refused by both."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.trial.unittest import SynchronousTestCase
+
+from cacheservice import shipped
+from cacheservice.cache.dataset import Snapshot
+from cacheservice.cache.rows import RowsBuilder
+from cacheservice.config import DatasetSettings
+from cacheservice.errors import BadResult
+from cacheservice.postgres.database import Wanted
+from cacheservice.postgres.keys import KeyForm
+from cacheservice.postgres.migrate import migrate
+from cacheservice.postgres.watch import watch
+from tests.postgres import query
+from tests.test_dependencies import DependenciesTestCase
+
+PART = st.text(alphabet="ab:\\|", max_size=4)
+
+
+class Forms(SynchronousTestCase):
+    @given(st.lists(st.tuples(PART, PART), min_size=2, max_size=2, unique=True), st.sampled_from(":|"))
+    def test_escaped_keys_are_different(self, keys: list[tuple[str, str]], separator: str) -> None:
+        """With an escape, different values have different keys."""
+        one, other = (KeyForm(separator, escaped=True).join(key) for key in keys)
+        self.assertNotEqual(one, other)
+
+    @given(st.lists(st.tuples(PART, PART), min_size=2, max_size=2, unique=True), st.sampled_from([":", "|", "::", "a"]))
+    def test_what_is_ambiguous(self, keys: list[tuple[str, str]], separator: str) -> None:
+        """Different values have the same key only where it is known to be ambiguous."""
+        form = KeyForm(separator)
+        if form.join(keys[0]) == form.join(keys[1]):
+            self.assertTrue(form.is_ambiguous(keys[0]))
+            self.assertTrue(form.is_ambiguous(keys[1]))
+
+
+class Keys(DependenciesTestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.sql(
+            "CREATE TABLE cc (a text, b text, v int, PRIMARY KEY (a, b)); INSERT INTO cc VALUES ('a:b', 'c', 1); "
+            f"GRANT SELECT ON cc TO {self.reader}"
+        )
+        dsn = self.server.dsn(database=self.name)
+        migrate(dsn, shipped.folder("migrations"))
+        self.sql(
+            f"GRANT USAGE ON SCHEMA cacheservice TO {self.reader}; "
+            f"GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA cacheservice TO {self.reader}"
+        )
+        watch(dsn, "public.cc", ["a", "b"], notify=False, dry_run=False, say=lambda _: None)
+
+    def of_pairs(self, **more: Any) -> DatasetSettings:
+        watched = [{"table": "public.cc", "key": ["a", "b"]}]
+        return self.dataset("TABLE cc", key=["a", "b"], probe="", watch=watched, **more)
+
+    async def delta(self, dataset: DatasetSettings, since: Snapshot) -> tuple[dict[bytes, Any], Snapshot]:
+        """What one changes, each document as its v; and the snapshot after it, whose rows stay."""
+        reading, after = await self.read(dataset, since)
+        self.assertEqual((reading.kind, reading.because), ("delta", None))
+        changed = {key: document and json.loads(document)["v"] for key, document in reading.changed.items()}
+        return changed, after
+
+    async def test_rows_that_share_a_key(self) -> None:
+        """A delta refuses them as a full read does; neither an update nor a delete of one touches the other."""
+        dataset = self.of_pairs()
+        _, since = await self.read(dataset)
+        self.sql("INSERT INTO cc VALUES ('a', 'b:c', 2)")
+        for each in (since, None):
+            with self.assertRaisesRegex(BadResult, 'the key "a:b:c" occurs twice'):
+                await self.read(dataset, each)
+        self.sql("DELETE FROM cc WHERE a = 'a'")
+        changed, since = await self.delta(dataset, since)
+        self.assertEqual(changed, {b"a:b:c": 1})
+        self.sql("INSERT INTO cc VALUES ('a', 'b:c', 2); DELETE FROM cc WHERE a = 'a:b'")
+        changed, since = await self.delta(dataset, since)
+        self.assertEqual(changed, {b"a:b:c": 2})
+        self.sql("DELETE FROM cc")
+        changed, since = await self.delta(dataset, since)
+        self.assertEqual(changed, {b"a:b:c": None})
+
+    async def test_an_escape_or_another_separator(self) -> None:
+        """With either, both rows are served, and deltas give them the keys of a full read."""
+        for more, keys in (
+            ({"key_escape": True}, [rb"a\:b:c", rb"a:b\:c"]),
+            ({"key_separator": "|"}, [b"a:b|c", b"a|b:c"]),
+            ({"key_separator": "\\"}, [b"a:b\\c", b"a\\b:c"]),
+            ({"key_separator": "|", "key_escape": True}, [b"a:b|c", b"a|b:c"]),
+        ):
+            query(self.server, self.name, "TRUNCATE cc; INSERT INTO cc VALUES ('a:b', 'c', 1)")
+            dataset = self.of_pairs(**more)
+            _, since = await self.read(dataset)
+            self.assertEqual(list(dict(since.rows.items())), keys[:1])
+            self.sql("INSERT INTO cc VALUES ('a', 'b:c', 2)")
+            changed, since = await self.delta(dataset, since)
+            self.assertEqual(changed, {keys[1]: 2})
+            self.sql("DELETE FROM cc WHERE a = 'a:b'")
+            changed, since = await self.delta(dataset, since)
+            self.assertEqual(changed, {keys[0]: None})
+            _, whole = await self.read(dataset)
+            self.assertEqual(list(dict(whole.rows.items())), keys[1:])
+
+    async def test_keys_of_a_notification(self) -> None:
+        """A payload names keys as they are served."""
+        dataset = self.dataset("TABLE cc", key=["a", "b"], key_escape=True, probe="", notify="things")
+        _, since = await self.read(dataset)
+        self.sql("INSERT INTO cc VALUES ('a', 'b:c', 2)")
+
+        async def told() -> frozenset[str]:
+            return frozenset({r"a:b\:c", "gone:now"})
+
+        wanted = Wanted(dataset, lambda: RowsBuilder(print), since=since, most_keys=100, told=told)
+        (reading,) = await self.database.read_together([wanted])
+        self.assertEqual(set(reading.changed), {rb"a:b\:c", b"gone:now"})
+        self.assertIsNone(reading.changed[b"gone:now"])
+
+    async def test_keys_whose_equality_is_not_that_of_their_text(self) -> None:
+        """Behind a domain, at whatever depth, is a type of others: all is read."""
+        self.sql(
+            """
+            CREATE TYPE ci;
+            CREATE FUNCTION ci_in(cstring) RETURNS ci LANGUAGE internal IMMUTABLE STRICT AS 'textin';
+            CREATE FUNCTION ci_out(ci) RETURNS cstring LANGUAGE internal IMMUTABLE STRICT AS 'textout';
+            CREATE TYPE ci (INPUT = ci_in, OUTPUT = ci_out, LIKE = text);
+            CREATE DOMAIN once AS ci; CREATE DOMAIN twice AS once; CREATE DOMAIN number AS int;
+            CREATE TABLE of_domains (one once, two twice, three number);
+            INSERT INTO of_domains VALUES ('a', 'a', 1);
+            """
+        )
+        self.sql(f"GRANT SELECT ON of_domains TO {self.reader}")
+        for column, fit in (("one", False), ("two", False), ("three", True)):
+            watch(self.server.dsn(database=self.name), "of_domains", [column], notify=False, dry_run=False, say=len)
+            watched = [{"table": "public.of_domains", "key": column}]
+            dataset = self.dataset("TABLE of_domains", key=column, probe="", watch=watched)
+            reading, _ = await self.read(dataset)
+            self.assertEqual(bool(reading.watch_state), fit, column)
+            if not fit:
+                self.assertIn("is not fit for deltas", reading.because or "")
