@@ -106,11 +106,11 @@ class SessionSettingsTestCase(TestCase):
         dsn = dsn or self.server.dsn(self.role, "reader", database=self.name)
         database = Database(reactor, parse(dsn), 60.0, DatabaseStatus())
         self.addCleanup(database.stop)
-        builder = RowsBuilder(lambda _: None)
         settings = {"name": "things", "query": sql, "key": "id", "timeout_s": 60.0, **more}
-        reading = await database.read(DatasetSettings.model_validate(settings), builder)
+        reading = await database.read(DatasetSettings.model_validate(settings), lambda: RowsBuilder(print))
         self.assertGreater(reading.as_of.year, 2024)
-        ((_, document),) = builder.finish().items()
+        assert reading.rows is not None
+        ((_, document),) = reading.rows.finish().items()
         return json.loads(document)
 
 
