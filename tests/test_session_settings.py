@@ -195,6 +195,59 @@ class Pinned(SessionSettingsTestCase):
             self.assertTrue(inspector.inspect(right).ok)
 
 
+class Paths(SessionSettingsTestCase):
+    """What the query means with the role's own search_path."""
+
+    def look(self, sql: str, **more: Any) -> list[str]:
+        """The problems that `check --db` finds."""
+        postgres = PostgresSettings.model_validate({"dsn": self.server.dsn(self.role, "reader", database=self.name)})
+        dataset = DatasetSettings.model_validate({"name": "things", "query": sql, "key": "id", **more})
+        with inspecting(postgres, [dataset]) as inspector:
+            return [each.text for each in inspector.inspect(dataset).findings if each.level == "problem"]
+
+    async def test_operators_of_another_schema(self) -> None:
+        """Where a type is compared by the operators of a schema that the pinned path lacks, it is a problem with the
+        key to set; with that, rows are found and there is none.
+        """
+        self.sql(
+            """
+            CREATE SCHEMA ext;
+            CREATE TYPE ext.ci;
+            CREATE FUNCTION ext.ci_in(cstring) RETURNS ext.ci LANGUAGE internal IMMUTABLE STRICT AS 'textin';
+            CREATE FUNCTION ext.ci_out(ext.ci) RETURNS cstring LANGUAGE internal IMMUTABLE STRICT AS 'textout';
+            CREATE TYPE ext.ci (INPUT = ext.ci_in, OUTPUT = ext.ci_out, LIKE = text, CATEGORY = 'S');
+            CREATE CAST (ext.ci AS text) WITHOUT FUNCTION AS IMPLICIT;
+            CREATE FUNCTION ext.same(ext.ci, ext.ci) RETURNS bool LANGUAGE sql IMMUTABLE
+            AS $$ SELECT lower($1::text) = lower($2::text) $$;
+            CREATE OPERATOR ext.= (LEFTARG = ext.ci, RIGHTARG = ext.ci, FUNCTION = ext.same);
+            CREATE TABLE people (id int PRIMARY KEY, email ext.ci); INSERT INTO people VALUES (1, 'X@y');
+            """
+        )
+        path = "ext, public"
+        self.sql(f"GRANT SELECT ON people TO {self.role}; GRANT USAGE ON SCHEMA ext TO {self.role}")
+        self.sql(f"ALTER ROLE {self.role} SET search_path = {path}")
+        sql = "SELECT id FROM people WHERE email = 'x@y'"
+        (problem,) = self.look(sql)
+        self.assertIn(f"search_path: with the role's own, {path}, the query means something else", problem)
+        self.assertIn("operator ext.=(ci, ci)", problem)
+        self.assertEqual(self.look(sql, search_path=path), [])
+        self.assertEqual(await self.document(sql, search_path=path), {"id": 1})
+
+    async def test_what_is_found_elsewhere(self) -> None:
+        """A function or a table that the own path finds in another place is named; one that is not used is not."""
+        self.sql(
+            "CREATE SCHEMA ext; CREATE TABLE things (id int); CREATE TABLE ext.things (id int); CREATE TABLE ext.x (); "
+            "CREATE FUNCTION ext.upper(text) RETURNS text LANGUAGE sql IMMUTABLE AS 'SELECT lower($1)'; "
+            f"GRANT SELECT ON things, ext.things TO {self.role}; GRANT USAGE ON SCHEMA ext TO {self.role}; "
+            f"ALTER ROLE {self.role} SET search_path = ext, pg_catalog, public"
+        )
+        (problem,) = self.look("SELECT id FROM things AS x")
+        self.assertIn("table ext.things is found with it alone", problem)
+        (problem,) = self.look("SELECT id, upper('a') AS u FROM public.things")
+        self.assertIn("function ext.upper(text) is found with it alone", problem)
+        self.assertEqual(self.look("SELECT id FROM public.things AS x"), [])
+
+
 class Declared(SynchronousTestCase):
     def load(self, toml: str) -> config.Settings:
         with TemporaryDirectory() as directory, contextlib.chdir(directory):

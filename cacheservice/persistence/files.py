@@ -120,11 +120,11 @@ class ReadOn(NamedTuple):
 class Header:
     """What a file is: its dataset, its generation, its `Snapshot` but for the rows, and of which query it is.
 
-    `as_of` is kept to the microsecond. `size_bytes` are those of all keys and documents. `watch_state`, `probe` and
-    `dependencies` are what a delta starts from, empty if it cannot. `server` is the one that was read and
-    `read_on` when, by the clocks of this machine; both None in files of format 2.
+        `as_of` is kept to the microsecond. `size_bytes` are those of all keys and documents. `watch_state`, `probe` and
+    `dependencies` are what a delta starts from, empty if it cannot. `server` is the one that was read and `read_on`
+    when, by the clocks of this machine; both None in files of format 2.
     `content_since` is the `as_of` of the first read that gave these rows, None if that is this one; `digest` that of
-    the rows, None if it was not known.
+        the rows, None if it was not known.
     """
 
     dataset: str

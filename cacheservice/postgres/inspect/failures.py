@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import psycopg2
 
 from cacheservice.postgres.inspect.findings import Finding
-from cacheservice.postgres.inspect.look import SCHEMAS, STATEMENT_TIMEOUT_MS, Look
+from cacheservice.postgres.inspect.look import STATEMENT_TIMEOUT_MS, Look
 from cacheservice.postgres.statements import whole_query
 from cacheservice.postgres.target import parse
 from cacheservice.postgres.translate import translate
@@ -60,7 +60,7 @@ def _grants(look: Look, told: str) -> str:
           AND (n.nspname = ANY (%(words)s) OR n.nspname = ANY (%(schemas)s))
         ORDER BY 2
         """,
-        {"words": _words(look), "schemas": list(SCHEMAS)},
+        {"words": _words(look), "schemas": _schemas(look)},
     )
     found_tables = look.cursor.fetchall()
     schemas = sorted({schema for schema, _, usage, _ in found_tables if not usage})
@@ -81,13 +81,20 @@ def _elsewhere(look: Look, told: str) -> str:
     look.cursor.execute(
         f"SELECT DISTINCT format('%%I.%%I', n.nspname, o.{name}) FROM {catalog} AS o "  # noqa: S608  # three constants
         f"JOIN pg_namespace AS n ON n.oid = o.{kind} WHERE o.{name} = %s AND n.nspname <> ALL (%s) ORDER BY 1",
-        (wanted, list(SCHEMAS)),
+        (wanted, _schemas(look)),
     )
     others = [other for (other,) in look.cursor.fetchall()]
-    pinned = f"names without a schema are looked for in {' and '.join(SCHEMAS)} alone"
+    pinned = f"names without a schema are looked for in {' and '.join(_schemas(look))} alone"
     if others:
         return f"write {' or '.join(others)}: {pinned}"
     return f"correct the name, or create it; {pinned}"
+
+
+def _schemas(look: Look) -> list[str]:
+    """Where names are looked for that have no schema."""
+    look.cursor.execute("SELECT current_schemas(true)::text[]")
+    (schemas,) = look.cursor.fetchone()
+    return list(schemas)
 
 
 def _words(look: Look) -> list[str]:

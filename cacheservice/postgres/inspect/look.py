@@ -10,8 +10,6 @@ from cacheservice.postgres.inspect.findings import Finding, Inspection, Server
 
 STATEMENT_TIMEOUT_MS = 10_000
 LOCK_TIMEOUT_MS = 3000
-SCHEMAS = ("pg_catalog", "public")
-"""Where names are looked for that have no schema."""
 
 
 @dataclass(frozen=True, slots=True)

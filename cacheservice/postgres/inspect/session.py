@@ -16,6 +16,7 @@ from cacheservice.postgres.inspect.blind import look_for_blind_spots
 from cacheservice.postgres.inspect.failures import step
 from cacheservice.postgres.inspect.findings import Column, Finding, Inspection, Server
 from cacheservice.postgres.inspect.look import LOCK_TIMEOUT_MS, STATEMENT_TIMEOUT_MS, Look
+from cacheservice.postgres.inspect.paths import compare_paths
 from cacheservice.postgres.inspect.tables import explain
 from cacheservice.postgres.inspect.watching import describe_deltas, look_at_channel, look_at_probe, look_at_watches
 from cacheservice.postgres.session_settings import Limits, begin_reading, without_transaction_timeout
@@ -105,6 +106,7 @@ def _look_at_all(look: Look) -> None:
     plan = explain(look)
     if plan is None:
         return
+    compare_paths(look)
     origins = [(described[place].table_oid, described[place].table_column) for place in places]
     index = keys.unique_index(look, plan, origins)
     sample = keys.take_sample(look)
