@@ -150,6 +150,7 @@ class OnServers(ServiceTestCase):
             watch_state=reading.watch_state,
             probe=reading.probe,
             server=reading.server,
+            dependencies=reading.dependencies,
         )
         return reading, snapshot
 
