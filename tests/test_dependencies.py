@@ -66,7 +66,7 @@ class DependenciesTestCase(TestCase):
         return query(self.server, self.name, statement)
 
     def dataset(self, sql: str, **more: Any) -> DatasetSettings:
-        declared = {"name": "things", "query": sql, "key": "id", "timeout_s": 60.0, "probe": "SELECT 1", **more}
+        declared = {"name": "things", "query": sql, "key": "id", "interval_s": 1.0, "probe": "SELECT 1", **more}
         return DatasetSettings.model_validate(declared)
 
     async def read(
