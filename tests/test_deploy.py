@@ -24,7 +24,7 @@ from twisted.trial.unittest import SkipTest, SynchronousTestCase
 from cacheservice import app
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.config import reference
-from tests.postgres import drop_role, fresh_database
+from tests.postgres import drop_role, fresh_database, query
 from tests.test_docs import anchors
 from tests.update_references import ROOT
 
@@ -70,6 +70,7 @@ METRICS = {
     "cacheservice_refresh_total",
     "cacheservice_rejected_total",
     "cacheservice_save_failures_total",
+    "cacheservice_standby_lag_seconds",
     "cacheservice_uptime_seconds",
     "process_cpu_seconds_total",
     "process_max_fds",
@@ -85,9 +86,12 @@ NOT_DRAWN = {
     "cacheservice_dataset_without_deltas_seconds",
     "cacheservice_prune_failing",
     "cacheservice_recorded_changes",
+    "cacheservice_standby_lag_seconds",
     "cacheservice_uptime_seconds",
     "process_virtual_memory_bytes",
 }
+OF_STANDBYS = {"cacheservice_standby_lag_seconds"}
+"""What only a service that reads a standby has."""
 
 
 def read_yaml(path: Path) -> list[Any]:
@@ -214,11 +218,14 @@ class Served(SynchronousTestCase):
         (folder / "cacheservice.toml").write_text(
             "[status]\nport = 0\n[resp]\nport = 0\n[http]\nport = 0\n"
             '[datasets.items]\nquery = "SELECT 1 AS id"\nkey = "id"\ninterval_s = 1\nnotify = "items"\n'
+            'watch = [{table = "public.items", key = "id"}]\n'
         )
-        dsn = self.server.dsn(database=fresh_database(self.server, self.addCleanup))
+        database = fresh_database(self.server, self.addCleanup)
+        query(self.server, database, "CREATE TABLE items (id int PRIMARY KEY)")
+        dsn = self.server.dsn(database=database)
         served = metrics_of_service(folder, os.environ | {"CACHESERVICE_POSTGRES__DSN": dsn})
         used = named_metrics([*dashboard_expressions(), *(rule["expr"] for rule in alert_rules())])
-        self.assertEqual(used - served, set())
+        self.assertEqual(used - served, OF_STANDBYS)
 
 
 @pytest.mark.usefixtures("server")
@@ -332,7 +339,9 @@ class Systemd(SynchronousTestCase):
         ):
             told = run(analyze, *command)
             self.assertEqual(told.returncode, 0, told.stdout + told.stderr)
-            self.assertEqual(told.stderr, "")
+            # It also reads the units that are installed here, and names each of them that it warns of.
+            ours = [line for line in told.stderr.splitlines() if not re.match(r"(/usr)?/lib/systemd/", line)]
+            self.assertEqual(ours, [])
 
 
 class Containers(SynchronousTestCase):

@@ -36,6 +36,7 @@ from cacheservice.errors import (
     DatabaseUnavailable,
     DeadlineExceeded,
     LockTimeout,
+    LoginRefused,
     NoSessionLeft,
     QueryFailed,
     QueryTimeout,
@@ -463,7 +464,7 @@ class NoSessionTests(GuardTestCase):
         await self.outlive(refused, DatabaseUnavailable, mend=self.network.accept, at_once=1)
 
     async def test_wrong_password(self) -> None:
-        """A refused password is DatabaseUnavailable, shows neither password, and advises to check it."""
+        """A refused password is LoginRefused, shows neither password, and advises to check it."""
         wrong = self.make_database(self.network.port, password="wr0ng s3cret")
 
         async def read(_: int) -> None:
@@ -474,7 +475,7 @@ class NoSessionTests(GuardTestCase):
             self.assertIn("password authentication failed", str(failure.value))
             return failure
 
-        await self.outlive(read, DatabaseUnavailable, at_once=10)
+        await self.outlive(read, LoginRefused, at_once=10)
 
     async def test_no_such_database(self) -> None:
         """A database that is not there is DatabaseUnavailable, and named."""

@@ -1066,6 +1066,7 @@ class Killed(Running):
             else:
                 self.assertIn(self.generation_of(dataset.snapshot, KILL_ROWS), (begun - 1, begun))
             self.assertEqual([name for name in self.files() if not name.endswith(".snapshot")], [])
+            await self.snapshots.stopService()  # the next child needs the lock of the directory
 
     async def test_kill_9_while_renewed(self) -> None:
         """Killed at any moment, the next start has the moment of a renewal that was begun, never of an older one."""
@@ -1079,4 +1080,5 @@ class Killed(Running):
             moment = int((dataset.snapshot.as_of - dataset.snapshot.modified_as_of).total_seconds())
             self.assertIn(moment, range(complete, begun + 1))
             self.assertFalse([name for name in self.files() if name.endswith((".tmp", ".rejected"))])
+            await self.snapshots.stopService()
             shutil.rmtree(self.directory)
