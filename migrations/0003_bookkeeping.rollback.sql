@@ -2,6 +2,7 @@
 DROP TRIGGER note_truncated ON cacheservice.changes;
 DROP TRIGGER note_deleted ON cacheservice.changes;
 DROP FUNCTION cacheservice.note_deleted();
+DROP FUNCTION cacheservice.wal_receiver();
 ALTER TABLE cacheservice.changes REPLICA IDENTITY DEFAULT;
 ALTER TABLE cacheservice.watched DROP COLUMN form;
 ALTER TABLE cacheservice.pruned DROP COLUMN truncations;

@@ -269,6 +269,28 @@ COMMENT ON FUNCTION cacheservice.changes(jsonb, pg_snapshot, integer) IS
     'What was changed in watched tables by transactions that a snapshot does not see, for those who may read them.';
 REVOKE ALL ON FUNCTION cacheservice.changes(jsonb, pg_snapshot, integer) FROM PUBLIC;
 
+-- Whether a standby hears from its primary, for readers who may not see it themselves. It sees what its owner may see:
+-- a superuser or a member of pg_read_all_stats. Another owner's is not asked.
+CREATE OR REPLACE FUNCTION cacheservice.wal_receiver()
+RETURNS TABLE (
+    pid integer,
+    status text,
+    last_msg_receipt_time timestamptz,
+    last_msg_send_time timestamptz,
+    latest_end_lsn pg_lsn
+)
+LANGUAGE sql
+STABLE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $$
+    SELECT r.pid, r.status, r.last_msg_receipt_time, r.last_msg_send_time, r.latest_end_lsn
+    FROM pg_stat_wal_receiver AS r
+$$;
+COMMENT ON FUNCTION cacheservice.wal_receiver() IS
+    'When a standby last heard from its primary; shows no address and no connection string.';
+REVOKE ALL ON FUNCTION cacheservice.wal_receiver() FROM PUBLIC;
+
 -- Deletes what is older than `keep`, the oldest first, at most `most` rows of each watched table a call: call it again while
 -- it gives as many. What a transaction that still runs has recorded stays, and so does all that is younger than it: nobody
 -- has seen it yet. Numbers of transactions that this cluster has not given yet came with a dump of another one.

@@ -11,17 +11,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import psycopg2
+from pydantic import SecretStr
 from twisted.internet import reactor
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
+from cacheservice import shipped
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.lag import NO_LAG, Receiver, Seen, StandbyFacts, lag_of
 from cacheservice.cache.rows import RowsBuilder
 from cacheservice.cli.embedded import EmbeddedPostgres
+from cacheservice.config import PostgresSettings
 from cacheservice.ports import report
 from cacheservice.postgres.database import Database, Reading, Wanted
+from cacheservice.postgres.inspect import inspecting
+from cacheservice.postgres.migrate import migrate
+from cacheservice.postgres.reader import create_reader
 from cacheservice.postgres.target import parse
 from tests.standby import Standby, running_standby
 from tests.test_guard import until
@@ -177,6 +183,40 @@ class OnStandbys(TestCase):
         self.assertFalse(reading.lag.known)
         self.sql("GRANT pg_read_all_stats TO reader")
         await self.caught_up(database)
+
+    async def test_a_role_that_sees_it_by_the_function(self) -> None:
+        """A reader sees it by the migrations' function if the owner of that may; else migrate names the GRANT, and
+        check --db does."""
+        standby = await self.standby()
+        self.sql("CREATE ROLE owner; CREATE ROLE unrelated LOGIN PASSWORD 'unrelated'")
+        owner = self.server.dsn()
+        await deferToThread(migrate, owner, shipped.folder("migrations"))
+        self.assertIsNone(await deferToThread(create_reader, owner, "reader", ["things"], "reader"))
+        await until(lambda: standby.sql("SELECT 1 FROM pg_roles WHERE rolname = 'reader' AND rolconnlimit = 20"))
+        dsn = standby(user="reader", password="reader")
+        database = self.reader(dsn)
+        await self.caught_up(database)
+        await deferLater(reactor, 2.0)
+        self.assertEqual((await self.read(database)).lag, NO_LAG)
+        self.assertEqual(await deferToThread(self.hints, dsn), [])
+        with self.assertRaises(psycopg2.errors.InsufficientPrivilege):
+            standby.sql("SELECT pid FROM cacheservice.wal_receiver()", user="unrelated", password="unrelated")
+        # Owned by a role that sees no more itself, it helps nobody, and does not hide what a reader may see.
+        await deferToThread(migrate, owner, shipped.folder("migrations"), "owner")
+        grant = await deferToThread(create_reader, owner, "reader")
+        self.assertEqual(grant, 'GRANT pg_read_all_stats TO "reader";')
+        await self.until_lag(database, 1.5, "GRANT pg_read_all_stats TO reader")
+        (hint,) = await deferToThread(self.hints, dsn)
+        self.assertIn("GRANT pg_read_all_stats TO reader;", hint)
+        self.sql(grant)
+        await self.caught_up(database)
+        self.assertEqual(await deferToThread(self.hints, dsn), [])
+        self.assertIsNone(await deferToThread(create_reader, owner, "reader"))
+
+    def hints(self, dsn: str) -> list[str]:
+        """What check --db has to say of the server."""
+        with inspecting(PostgresSettings(dsn=SecretStr(dsn)), []) as inspector:
+            return [finding.todo for finding in inspector.server.findings]
 
     async def test_from_an_archive_and_late(self) -> None:
         """A standby that only restores an archive counts from its last commit; one that replays late says so."""

@@ -55,8 +55,10 @@ def migrate(dsn: str | None, owner: str | None, reader: str | None, tables: tupl
     names = apply_migrations(dsn, shipped.folder("migrations"), owner)
     click.echo("\n".join(f"applied {name}" for name in names) or "nothing to apply: the schema is up to date")
     if reader:
-        create_reader(dsn, reader, tables, _reader_password())
+        grant = create_reader(dsn, reader, tables, _reader_password())
         click.echo(f"the role {reader} may log in and read {', '.join(tables) or 'nothing yet: grant it SELECT'}")
+        if grant is not None:
+            click.echo(f"to read from a standby it has to see how far that is behind; as a superuser: {grant}")
 
 
 @click.command()

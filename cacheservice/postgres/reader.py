@@ -7,13 +7,24 @@ from collections.abc import Iterator, Mapping, Sequence
 import psycopg2
 from psycopg2 import extensions, sql
 
+from cacheservice.cache.lag import GRANT
 from cacheservice.errors import MigrationFailed
 from cacheservice.postgres import admin
 from cacheservice.postgres.admin import SCHEMA, Refused, Session
 from cacheservice.postgres.migrate import act_as_owner
 
-_FUNCTIONS = ("blocking_sessions(integer)", "changes(jsonb, pg_snapshot, integer)", "prune(interval, integer)")
+_FUNCTIONS = (
+    "blocking_sessions(integer)",
+    "changes(jsonb, pg_snapshot, integer)",
+    "prune(interval, integer)",
+    "wal_receiver()",
+)
 """What a reader may call."""
+
+_SEES_RECEIVER = """
+SELECT pg_has_role(%s::name, 'pg_read_all_stats', 'USAGE')
+       OR pg_has_role(p.proowner, 'pg_read_all_stats', 'USAGE')
+FROM pg_proc AS p WHERE p.oid = 'cacheservice.wal_receiver()'::regprocedure"""
 
 _ATTRIBUTES = {
     "rolcanlogin": (True, "LOGIN"),
@@ -35,7 +46,7 @@ _DEFAULTS = {
 }
 
 
-def create_reader(dsn: str, name: str, tables: Sequence[str] = (), password: str | None = None) -> None:
+def create_reader(dsn: str, name: str, tables: Sequence[str] = (), password: str | None = None) -> str | None:
     """Make the role `name`, or bring it to this state: it may log in and read `tables`, nothing else.
 
     Only what differs is changed: to alter a role takes rights over it (PostgreSQL 16: ADMIN OPTION), and nobody but a
@@ -43,6 +54,7 @@ def create_reader(dsn: str, name: str, tables: Sequence[str] = (), password: str
 
     :param tables: as schema.table; without one nothing is granted but the service's own functions.
     :param password: sent as its SCRAM verifier, so that it is in no log of the server; None leaves it as it is.
+    :returns: the GRANT without which the role cannot see how far a standby is behind; None if it can.
     :raises MigrationFailed: if the database cannot be reached or refuses.
     """
     try:
@@ -55,6 +67,9 @@ def create_reader(dsn: str, name: str, tables: Sequence[str] = (), password: str
                 _grant_select(session, table, role)
             act_as_owner(session)
             _grant_ours(session, role)
+            if session.value(_SEES_RECEIVER, (name,)):
+                return None
+            return GRANT.format(role=role.as_string(session.cursor)) + ";"
     except Refused as refused:
         raise MigrationFailed(str(refused)) from refused
 

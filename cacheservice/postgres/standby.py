@@ -10,12 +10,18 @@ from typing import Any
 from cacheservice.cache.lag import NO_LAG, Lag, Receiver, Seen, StandbyFacts, lag_of
 from cacheservice.postgres.guard import GuardedConnection
 
-_RIGHTS = """
+_OWN_RIGHT = "pg_has_role('pg_read_all_stats', 'USAGE')"
+_FUNCTION_SEES = """EXISTS (
+    SELECT FROM pg_proc AS p JOIN pg_namespace AS n ON n.oid = p.pronamespace
+    WHERE n.nspname = 'cacheservice' AND p.proname = 'wal_receiver'
+      AND has_schema_privilege(n.oid, 'USAGE') AND has_function_privilege(p.oid, 'EXECUTE')
+      AND pg_has_role(p.proowner, 'pg_read_all_stats', 'USAGE'))"""
+"""The function sees what its owner may see: no use if that is a role like any other."""
+SEES_RECEIVER = f"({_OWN_RIGHT} OR {_FUNCTION_SEES})"
+"""An SQL expression: whether this role can find out whether a standby hears from its primary."""
+_RIGHTS = f"""
 SELECT has_function_privilege('pg_control_checkpoint()', 'EXECUTE'),
-       (SELECT EXISTS (
-           SELECT FROM pg_proc AS p JOIN pg_namespace AS n ON n.oid = p.pronamespace
-           WHERE n.nspname = 'cacheservice' AND p.proname = 'wal_receiver'
-             AND has_schema_privilege(n.oid, 'USAGE') AND has_function_privilege(p.oid, 'EXECUTE')))"""
+       NOT {_OWN_RIGHT} AND {_FUNCTION_SEES}"""
 _FACTS = """
 SELECT session_user::text, pg_is_in_recovery(), (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint,
        extract(epoch FROM clock_timestamp()),
@@ -54,18 +60,18 @@ class Standbys:
         if not self._expected:
             return None
         if self._rights is None:
-            ((may_checkpoint, has_function),) = (await guard.execute(_RIGHTS)).fetchall()
-            self._rights = (may_checkpoint, has_function)
-        may_checkpoint, has_function = self._rights
+            ((may_checkpoint, needs_function),) = (await guard.execute(_RIGHTS)).fetchall()
+            self._rights = (may_checkpoint, needs_function)
+        may_checkpoint, needs_function = self._rights
         facts_sql = _FACTS.format(
             checkpoint=_CHECKPOINT if may_checkpoint else "NULL::numeric",
-            receiver="cacheservice.wal_receiver()" if has_function else "pg_stat_wal_receiver",
+            receiver="cacheservice.wal_receiver()" if needs_function else "pg_stat_wal_receiver",
         )
         self._rights = None  # until the answer has shown that they hold
         (row,) = (await guard.execute(facts_sql)).fetchall()
         facts = _facts(row)
         if facts is not None and (facts.receiver is None or facts.receiver.status is not None):
-            self._rights = (may_checkpoint, has_function)
+            self._rights = (may_checkpoint, needs_function)
         return facts
 
     def lag(self, facts: StandbyFacts | None, asked_at: float) -> Lag:

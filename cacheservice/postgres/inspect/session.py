@@ -8,6 +8,7 @@ from typing import Any
 
 import psycopg2
 
+from cacheservice.cache.lag import GRANT
 from cacheservice.config import DatasetSettings, PostgresSettings
 from cacheservice.errors import InspectionFailed
 from cacheservice.postgres import deltas
@@ -20,6 +21,7 @@ from cacheservice.postgres.inspect.paths import compare_paths
 from cacheservice.postgres.inspect.tables import explain
 from cacheservice.postgres.inspect.watching import describe_deltas, look_at_channel, look_at_probe, look_at_watches
 from cacheservice.postgres.session_settings import Limits, begin_reading, without_transaction_timeout
+from cacheservice.postgres.standby import SEES_RECEIVER
 from cacheservice.postgres.statements import columns_query
 from cacheservice.postgres.target import parse
 from cacheservice.postgres.translate import translate
@@ -122,9 +124,9 @@ def _server(connection: Any, datasets: Sequence[DatasetSettings]) -> Server:
     with connection.cursor() as cursor:
         cursor.execute(
             "SELECT current_setting('server_version'), current_database(), format('%I', current_user), "
-            f"pg_is_in_recovery(), pg_backend_pid(), {deltas.CAN_TELL}"
+            f"pg_is_in_recovery(), pg_backend_pid(), {deltas.CAN_TELL}, {SEES_RECEIVER}"
         )
-        version, database, role, standby, pid, migrated = cursor.fetchone()
+        version, database, role, standby, pid, migrated, sees_receiver = cursor.fetchone()
         pgpool = _is_pgpool(cursor)
     # PgBouncer gives its clients process ids of its own, to cancel by. Through pgpool a standby may have answered.
     pooled = not pgpool and connection.info.backend_pid != pid
@@ -138,6 +140,15 @@ def _server(connection: Any, datasets: Sequence[DatasetSettings]) -> Server:
                 "hint",
                 f"a standby takes no LISTEN: {', '.join(heard)} will be refreshed on their intervals only",
                 "read from the primary where changes are to be seen at once",
+            )
+        )
+    if standby and not sees_receiver:
+        server.findings.append(
+            Finding(
+                "hint",
+                f"{role} may not see whether this standby hears from its primary: while that is idle, ages count from "
+                "its last commit",
+                f"on the primary: {GRANT.format(role=role)};",
             )
         )
     if pgpool:
