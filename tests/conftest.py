@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,14 @@ from tests.versions import DEFAULT_VERSION, VERSIONS, OlderPostgres
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 settings.register_profile("random", deadline=None, print_blob=True)
 settings.load_profile("random" if os.environ.get("TESTS_RANDOM") else "fixed")
+
+
+# A shell starts what runs in its background with SIGINT and SIGQUIT ignored, and children inherit that. The tests of
+# each process of pytest, xdist's too, start services and clients that these signals have to end. SIGHUP stays as it is,
+# because nohup is there to outlive it.
+for _number, _default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _default)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -66,10 +66,11 @@ class TracingTests(ServiceTestCase):
         cache = await self.served(declare("things"))
         dataset = cache.dataset("things")
         await self.until_read(dataset, 1)
+        await until(lambda: dataset.outcomes["unchanged"])
         self.sql("ALTER TABLE things RENAME TO gone")
         await self.until_failed(dataset)
         told = self.attempts("things")
-        self.assertEqual({event for event, _ in told}, {"refresh_published", "refresh_failed"})
+        self.assertEqual({event for event, _ in told}, {"refresh_published", "refresh_unchanged", "refresh_failed"})
         self.assertEqual(len({id for _, id in told}), len(told))
         self.assertEqual([attempt.id for attempt in dataset.attempts], [id for _, id in told][-10:])
 

@@ -31,9 +31,10 @@ TWISTD = Path(sys.executable).with_name("twistd")
 GIVE_UP_S = 60.0  # what has not come by then does not come
 STOP_LIMIT_S = 5.0  # the contract's
 
+# No two reads give the same, so that each refresh is another generation.
 PRODUCTS = """
 [datasets.products]
-query = "SELECT id, 'row ' || id AS name FROM generate_series(1, 3) AS id"
+query = "SELECT id, 'row ' || id AS name, clock_timestamp() AS read_at FROM generate_series(1, 3) AS id"
 key = "id"
 interval_s = 0.3
 max_age_s = 600
