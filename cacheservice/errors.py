@@ -6,6 +6,7 @@ holds a password, a DSN or a row. The class tells a program what kind of thing i
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -239,3 +240,19 @@ class InspectionFailed(CacheServiceError):
 
 class DemoFailed(CacheServiceError):
     """The demo could not start. The message says what is in its way."""
+
+
+def let_go(error: BaseException | None) -> None:
+    """Free what the calls that raised `error` still hold.
+
+    Errors of sessions and Deferreds stand in cycles with those calls: without this, the snapshot that a failed read
+    began from stays in memory after it was replaced, until the garbage collector comes by.
+    """
+    seen: set[int] = set()
+    left: list[BaseException | None] = [error]
+    while left:
+        each = left.pop()
+        if each is not None and id(each) not in seen:
+            seen.add(id(each))
+            traceback.clear_frames(each.__traceback__)
+            left += [each.__cause__, each.__context__]

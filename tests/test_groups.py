@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import socket
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import closing
+from operator import lt
 from typing import Any
 
 from twisted.internet import reactor
 from twisted.internet.defer import DeferredList
+from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -33,6 +37,11 @@ START = 100
 READINGS = 10_000
 PUBLISHES = 30
 """Of both, at the least, while the readers read; and a failure."""
+
+LOST = """
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+WHERE datname = current_database() AND state = 'active'
+  AND pid <> pg_backend_pid()"""
 
 
 class Declared(SynchronousTestCase):
@@ -85,6 +94,35 @@ class Together(ServiceTestCase):
         self.assertIn("savings", str(cache.dataset("checking").attempts[-1].error))
         self.sql("ALTER TABLE gone RENAME TO savings")
         await until(lambda: all(dataset.consecutive_failures == 0 for dataset in cache.datasets.values()))
+
+    async def test_what_a_failure_holds(self) -> None:
+        """A read that failed keeps no snapshot that is replaced later, not even until the garbage collector comes."""
+        settings = {"group": "bank", "interval_s": 0.1, "probe": "SELECT clock_timestamp()"}
+        slow = "SELECT id, n, pg_sleep(0.005)::text FROM savings"
+        service, cache = self.make_service(
+            declare("checking", "TABLE checking", **settings), declare("savings", slow, **settings)
+        )
+        await self.start_and_load(service, cache)
+        datasets = [cache.dataset(name) for name in ("checking", "savings")]
+        gc.collect()
+        gc.disable()
+        self.addCleanup(gc.enable)
+        replaced = []
+        for trouble, end in (("ALTER TABLE savings RENAME TO gone", "ALTER TABLE gone RENAME TO savings"), (LOST, "")):
+            replaced += [weakref.ref(dataset.snapshot.rows) for dataset in datasets if dataset.snapshot]
+            failed = datasets[0].outcomes["failed"]
+            self.sql(trouble)
+            while datasets[0].outcomes["failed"] < failed + 3:
+                await deferLater(reactor, 0.05)
+                if not end:
+                    self.sql(trouble)
+            before = [dataset.last_generation for dataset in datasets]
+            self.sql(f"{end}; UPDATE checking SET n = n + 1; UPDATE savings SET n = n + 1")
+            while not all(map(lt, before, [dataset.last_generation for dataset in datasets])):
+                await deferLater(reactor, 0.05)
+        await service.stopService()
+        await deferLater(reactor, 0.1)
+        self.assertEqual([rows() for rows in replaced], [None] * 4)
 
     async def test_all_or_none_when_one_is_held(self) -> None:
         """If a gate refuses one of them, all are held; accepting that one lets all through."""

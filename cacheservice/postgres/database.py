@@ -258,16 +258,19 @@ class Database:
         # A notification may come at any moment, and then to open a session takes longer than the delta.
         notified = any(each.dataset.watch or each.dataset.notify for each in wanted)
         again_in_s = 0.0 if notified else first.interval_s
-        while True:
-            try:
-                return await self._sessions.use(first.group or first.name, deadline_at, use, again_in_s=again_in_s)
-            except _KeysDoNotFit as unfit:
-                # The transaction is lost with them. Another one reads all rows, so that the next delta begins there.
-                name, because = unfit.dataset, unfit.because
-                wanted = [
-                    each._replace(since=None, told=None, because=because) if each.dataset.name == name else each
-                    for each in wanted
-                ]
+        try:
+            while True:
+                try:
+                    return await self._sessions.use(first.group or first.name, deadline_at, use, again_in_s=again_in_s)
+                except _KeysDoNotFit as unfit:
+                    # The transaction is lost with them. Another one reads all, so that the next delta begins there.
+                    name, because = unfit.dataset, unfit.because
+                    wanted = [
+                        each._replace(since=None, told=None, because=because) if each.dataset.name == name else each
+                        for each in wanted
+                    ]
+        finally:
+            wanted = ()  # an error keeps `use`, and with it the snapshots to start from
 
     def prune(self, keep_s: float, timeout_s: float) -> Deferred[Pruned]:
         """Delete recorded changes that are older than `keep_s`, at most `PRUNED_A_CALL` of each watch.

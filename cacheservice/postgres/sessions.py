@@ -16,7 +16,7 @@ from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 
 from cacheservice.cache.cache import DatabaseStatus
-from cacheservice.errors import DatabaseUnavailable, DeadlineExceeded, NoSessionLeft
+from cacheservice.errors import DatabaseUnavailable, DeadlineExceeded, NoSessionLeft, let_go
 from cacheservice.postgres.connector import Connector
 from cacheservice.postgres.guard import KEEPALIVES, GuardedConnection
 from cacheservice.postgres.keeping import IDLE_LIMIT_S, LIFETIME_S, Window, has_room, is_next_use_near, planned
@@ -268,6 +268,7 @@ class Sessions:
     def _again_if_lost(self, failure: Failure, purpose: str, deadline_at: float, use: Use[T]) -> Any:
         if not failure.check(DatabaseUnavailable) or failure.check(DeadlineExceeded):
             return failure
+        let_go(failure.value)
         return self._use_new(purpose, deadline_at, use)
 
 

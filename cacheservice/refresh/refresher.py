@@ -20,7 +20,15 @@ from cacheservice.cache.history import Outcome
 from cacheservice.cache.identity import why_elsewhere
 from cacheservice.cache.rows import Groups, Rows, RowsBuilder, RowsPatch
 from cacheservice.config import timing
-from cacheservice.errors import DatabaseUnavailable, LockTimeout, LoginRefused, NothingToPin, RefreshFailed, Stopped
+from cacheservice.errors import (
+    DatabaseUnavailable,
+    LockTimeout,
+    LoginRefused,
+    NothingToPin,
+    RefreshFailed,
+    Stopped,
+    let_go,
+)
 from cacheservice.postgres.database import Pruned, Reading, Wanted
 from cacheservice.refresh.backoff import full_jitter
 from cacheservice.refresh.expiry import ExpiryWatch
@@ -427,21 +435,25 @@ class Refresher:
             else:
                 await self._publish(results, this, began_at - asked_at)
             self._whole_is_due = False
-        except (Stopped, CancelledError):
+        except (Stopped, CancelledError) as error:
             self._tell("debug", "refresh_cancelled", **this.fields())
+            let_go(error)
         except RefreshFailed as error:
             self._fail(error, this, self._clock.seconds() - began_at)
+            let_go(error)
         except Exception as error:
             # A mistake of ours: told with its traceback, and as any other failure no end of the loop.
             self._tell("error", "refresh_broke", **this.fields(), exc_info=True)
             ours = RefreshFailed(f"an internal error, {type(error).__name__}; its traceback is in the log")
             self._fail(ours, this, self._clock.seconds() - began_at)
+            let_go(error)
         finally:
             for dataset in self.datasets:
                 dataset.loading = dataset.expected_rows = None
             for reading in readings:
                 if reading.rows is not None:
                     reading.rows.discard()
+            bases.clear()  # an error keeps this call, which cannot be cleared while it runs
 
     def _note_duration_and_passthrough(self, result: Any) -> Any:
         self._expected_s = self._clock.seconds() - self._began_at
