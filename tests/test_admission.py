@@ -108,8 +108,13 @@ class FewDescriptors(ProbesTestCase):
             for port in (self.port_of(daemon, "resp"), self.port_of(daemon, "http"), self.port_of(daemon, "status")):
                 for _ in range(100):
                     there.enter_context(socket.create_connection(("127.0.0.1", port), timeout=GIVE_UP_S))
-            before = daemon.generation()
-            until(lambda: daemon.generation() > before + 2, "refreshes")
+            moments: set[str] = set()
+
+            def is_refreshed() -> bool:
+                moments.add(daemon.json()["datasets"]["products"]["as_of"])
+                return len(moments) > 3
+
+            until(is_refreshed, "refreshes")
             self.assertEqual(daemon.json()["datasets"]["products"]["consecutive_failures"], 0)
             self.wait_ready(daemon)
             now = self.now(daemon)
