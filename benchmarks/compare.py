@@ -2,10 +2,11 @@
 
     python -m benchmarks.compare e0b0e17 --rounds 5
 
-Both run with the packages of this environment and on one server, each with a database of its own and the same rows.
+Both run on one server, each with a database of its own and the same rows; the other revision runs in an environment
+of its own, with the packages that it asks for.
 What counts is the processor time that the service used, which other work on the machine hardly changes; the time that
 passed is shown beside it. Each round measures one revision and then the other, in turns which is first; a ratio is
-that of one round.
+that of one round. Logins are counted by the server, while 50 datasets are read every 5 s.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import venv
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -33,12 +35,19 @@ from benchmarks.service import ROOT, RunningService, cpu_s, memory_bytes, runnin
 from cacheservice.cli.embedded import EmbeddedPostgres
 
 MOST_SLOWER = {"refresh": 1.03, "delta": 1.03, "GET": 1.01, "memory": 1.005}
+MOST_LOGINS_PER_S = 1.0
 _REFRESHES = 5
 _DELTAS = 40
 _KEYS = 100
 _GETS = 60_000
 _PIPELINE = 16
 _SETTLE_S = 1.0
+_INTERVAL_S = 5
+_LOGINS_COUNTED_S = 20
+_MANY = "".join(
+    f'[datasets.d{number}]\nquery = "SELECT {number} AS id"\nkey = "id"\ninterval_s = {_INTERVAL_S}\n'
+    for number in range(50)
+)
 _WATCHED = {"watch": [{"table": "public.products", "key": "id"}]}
 
 
@@ -48,6 +57,7 @@ class Side:
 
     name: str
     source: Path
+    python: Path
     figures: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, figures: Mapping[str, float]) -> None:
@@ -66,7 +76,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     with worktree(options.revision) as before, server_with_products(options.rows) as server:
-        sides = [Side("before", before), Side("after", ROOT)]
+        sides = [Side("before", before, environment_of(before)), Side("after", ROOT, Path(sys.executable))]
         for side in sides:
             prepare(server, side, options.rows)
         for number in range(options.rounds):
@@ -90,12 +100,21 @@ def worktree(revision: str) -> Iterator[Path]:
             subprocess.run([*git, "remove", "--force", folder], check=True)
 
 
+def environment_of(source: Path) -> Path:
+    """The interpreter of a new environment, beside `source`, with the packages that it asks for."""
+    folder = source.with_name("environment")
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--editable", source], check=True)
+    return python
+
+
 def prepare(server: EmbeddedPostgres, side: Side, rows: int) -> None:
     server.create_database(side.name)
     server.run_sql(TABLE.format(rows=rows), side.name)
     environment = os.environ | side.environment | {"CACHESERVICE_MIGRATE_DSN": server.dsn(database=side.name)}
     for words in (["migrate"], ["watch", "public.products", "--key", "id"]):
-        command = [sys.executable, "-m", "cacheservice", *words]
+        command = [side.python, "-m", "cacheservice", *words]
         subprocess.run(command, check=True, cwd=side.source, env=environment, stdout=subprocess.DEVNULL)
 
 
@@ -105,7 +124,7 @@ def measured(server: EmbeddedPostgres, side: Side, random: Random, rows: int) ->
     figures = {}
     with (
         closing(psycopg2.connect(dsn)) as writer,
-        running_service(dsn, QUERY, tac=tac, dataset=_WATCHED, **side.environment) as service,
+        running_service(dsn, QUERY, tac=tac, dataset=_WATCHED, python=side.python, **side.environment) as service,
     ):
         with suppress(RuntimeError):
             service.wait_event("listening_began")
@@ -115,7 +134,22 @@ def measured(server: EmbeddedPostgres, side: Side, random: Random, rows: int) ->
         figures |= refreshes(service, writer, random, rows)
         figures |= deltas(service, writer, random, rows)
         figures |= gets(service, random, rows)
+    figures["logins/s"] = logins_per_s(server, side)
     return figures
+
+
+def logins_per_s(server: EmbeddedPostgres, side: Side) -> float:
+    """How many sessions the service opens a second once all datasets are loaded."""
+    dsn, tac = server.dsn(database=side.name), side.source / "tac" / "cacheservice.tac"
+
+    def logins() -> int:
+        return int(server.run_sql(f"SELECT sessions FROM pg_stat_database WHERE datname = '{side.name}'"))
+
+    with running_service(dsn, tac=tac, more=_MANY, python=side.python, **side.environment):
+        time.sleep(_INTERVAL_S)
+        before, began_at = logins(), time.monotonic()
+        time.sleep(_LOGINS_COUNTED_S)
+        return (logins() - before) / (time.monotonic() - began_at)
 
 
 def change(writer: psycopg2.extensions.connection, keys: list[int]) -> None:
@@ -179,14 +213,14 @@ def gets(service: RunningService, random: Random, rows: int) -> dict[str, float]
 def compared(before: Side, after: Side) -> Iterator[tuple[str, str, str, str]]:
     for what, values in after.figures.items():
         ratios = [new / old for new, old in zip(values, before.figures[what], strict=True)]
-        most = MOST_SLOWER[what.split(",")[0]] if "CPU" in what or "memory" in what else None
         shown = f"{median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
-        yield (
-            what,
-            f"{median(values):.4g}",
-            f"before {median(before.figures[what]):.4g}, ratio {shown}",
-            limit(median(ratios), most, "") if most is not None else "",
-        )
+        if what == "logins/s":
+            target = limit(median(values), MOST_LOGINS_PER_S, "")
+        elif "CPU" in what or "memory" in what:
+            target = limit(median(ratios), MOST_SLOWER[what.split(",")[0]], "")
+        else:
+            target = ""
+        yield what, f"{median(values):.4g}", f"before {median(before.figures[what]):.4g}, ratio {shown}", target
 
 
 if __name__ == "__main__":

@@ -137,11 +137,15 @@ def running_service(
     max_connections: int = 10_000,
     tac: Path = TAC,
     dataset: Mapping[str, Any] = MappingProxyType({}),
+    more: str = "",
+    python: Path = Path(sys.executable),
     **environment: str,
 ) -> Iterator[RunningService]:
     """The service, with its first snapshot loaded.
 
     :param dataset: more keys of the dataset, or others in place of ours.
+    :param more: tables for the end of the configuration.
+    :param python: of the environment whose twistd runs it.
     """
     with tempfile.TemporaryDirectory(prefix="cacheservice-benchmark-") as name:
         directory = Path(name)
@@ -152,11 +156,11 @@ def running_service(
             "admin": _toml(str(admin)),
             "dataset": "\n".join(f"{key} = {_toml(value)}" for key, value in keys.items()),
         }
-        config.write_text(_CONFIG.format(**values, max_connections=max_connections))
+        config.write_text(_CONFIG.format(**values, max_connections=max_connections) + more)
         ours = {name: value for name, value in os.environ.items() if not name.startswith(("CACHESERVICE_", "PG"))}
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [Path(sys.executable).with_name("twistd"), "-noy", tac, "--pidfile="],
+                [python.with_name("twistd"), "-noy", tac, "--pidfile="],
                 env={**ours, "PYTHONPATH": str(ROOT), "CACHESERVICE_CONFIG": str(config), **environment},
                 cwd=directory,
                 stdout=output,

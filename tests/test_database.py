@@ -155,6 +155,34 @@ class DocumentTests(DatabaseTestCase):
             self.assertEqual(sorted(map(int, rows)), list(range(1, size + 1)))
 
 
+class SmallResults(DatabaseTestCase):
+    """What was small is read without a cursor, which rules out parallel plans; `pg_cursors` says how it was read."""
+
+    async def read_like(self, rows: int, count: int, width: int = 1) -> tuple[Rows, int]:
+        """A result of `count` rows after one of `rows`, `width` bytes each; the rows, and how many cursors they saw."""
+        before, builder = RowsBuilder(lambda shards: None), RowsBuilder(lambda shards: None)
+        before.add([(b"%d" % number, b"x" * width) for number in range(rows)])
+        sql = f"SELECT i AS id, (SELECT count(*) FROM pg_cursors) AS cursors FROM generate_series(1, {count}) AS i"
+        settings = DatasetSettings(name="things", query=sql, key=("id",), timeout_s=TIMEOUT_S)
+        await self.database.read_together([Wanted(settings, lambda: builder, last=before.finish())])
+        read = builder.finish()
+        seen = {json.loads(document)["cursors"] for _, document in read.items()}
+        return read, max(seen, default=0)
+
+    async def test_only_what_was_small_is_read_without_a_cursor(self) -> None:
+        for rows, width, cursors in ((0, 1, 0), (250, 1, 0), (251, 1, 1), (1, 300_000, 1)):
+            with self.subTest(rows=rows, width=width):
+                self.assertEqual((await self.read_like(rows, 2, width))[1], cursors)
+
+    async def test_all_rows_come_however_many_there_are_now(self) -> None:
+        """More than fit into one answer are read with a cursor after all, none twice."""
+        for count, cursors in ((0, 0), (1, 0), (500, 0), (501, 1), (2000, 1)):
+            with self.subTest(count=count):
+                read, seen = await self.read_like(3, count)
+                self.assertEqual(seen, cursors)
+                self.assertEqual({key for key, _ in read.items()}, {b"%d" % number for number in range(1, count + 1)})
+
+
 class QueryTextTests(DatabaseTestCase):
     """Which queries can be declared."""
 

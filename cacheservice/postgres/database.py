@@ -19,7 +19,7 @@ from cacheservice.cache.dataset import Snapshot
 from cacheservice.cache.dependencies import Dependencies
 from cacheservice.cache.identity import ServerIdentity, why_another
 from cacheservice.cache.lag import NO_LAG, Lag
-from cacheservice.cache.rows import RowsBuilder
+from cacheservice.cache.rows import Rows, RowsBuilder
 from cacheservice.config import DatasetSettings
 from cacheservice.errors import (
     BadResult,
@@ -44,7 +44,15 @@ from cacheservice.postgres.session_settings import (
 )
 from cacheservice.postgres.sessions import Sessions
 from cacheservice.postgres.standby import Standbys
-from cacheservice.postgres.statements import columns_query, probe_query, quoted, rows_query, whole_query
+from cacheservice.postgres.statements import (
+    FEW_ROWS,
+    columns_query,
+    few_rows_query,
+    probe_query,
+    quoted,
+    rows_query,
+    whole_query,
+)
 from cacheservice.postgres.target import Resolve, Target
 
 # What differs from one attempt to the next stands in a SELECT: of other statements the server would count each text as
@@ -84,8 +92,9 @@ _MOST_BEGINS = 5
 _MOST_CHUNK_ROWS = 1000
 _CHUNK_BYTES = 256 * 1024
 """1000 rows or 256 KiB are asked for at a time; fewer would leave the server waiting."""
-_FEW_KEYS = 500
-"""So many rows at most come in one answer, without a cursor, which takes three more."""
+_SMALL_ROWS = FEW_ROWS // 2
+_SMALL_BYTES = 256 * 1024
+"""A result that was no larger is read in one answer: it may double before that is tried in vain."""
 _SIGNIFICANT_BITS = 7
 _DATA_EXCEPTION = "22"
 """The class of the SQLSTATEs of values that a type cannot hold."""
@@ -133,6 +142,7 @@ class Wanted(NamedTuple):
     :param build: makes an empty builder as each transaction begins. A builder never outlives its transaction, so
         that the rows of two moments cannot meet in one.
     :param expect: gets the planner's estimate of their number before they come, if anybody.
+    :param last: the rows of the result before, whose size decides how all of them are read.
     :param since: what there is of it; None if nothing, or if all is to be read without a question.
     :param check: read all although a delta might do, and tell which rows may differ.
     :param most_keys: of a delta; if more have changed, all is read.
@@ -145,6 +155,7 @@ class Wanted(NamedTuple):
     dataset: DatasetSettings
     build: Callable[[], RowsBuilder]
     expect: Callable[[int], None] | None = None
+    last: Rows | None = None
     since: Snapshot | None = None
     check: bool = False
     most_keys: int = 0
@@ -486,20 +497,47 @@ class Database:
     ) -> deltas.ChangedRows:
         found = deltas.ChangedRows(KeyForm.of(dataset))
         sql = f"{rows_query(dataset.query, dataset.key, KeyForm.of(dataset))} WHERE {predicate}"
-        if most > _FEW_KEYS:
+        if most > FEW_ROWS:
             await self._execute_asking_in(moment, f"DECLARE rows NO SCROLL CURSOR FOR {sql}", dataset.name)
             await self._fetch_all(moment.guard, found)
             await moment.guard.execute("CLOSE rows")
         else:
-            cursor = await self._execute_asking_in(moment, sql, dataset.name)
-            try:
-                await self._unpack(cursor, found)
-            except psycopg2.InterfaceError:
-                await moment.guard.execute("SELECT 1")  # raises why the session ended, and with it what was to be read
-                raise
+            await self._read_few(moment, sql, dataset.name, found)
         return found
 
+    async def _read_few(self, moment: _Moment, sql: str, name: str, into: RowsBuilder | deltas.ChangedRows) -> bool:
+        """Read what comes in one answer; False, and nothing was read, if that is more than `FEW_ROWS`."""
+        cursor = await self._execute_asking_in(moment, sql, name)
+        if cursor.rowcount > FEW_ROWS:
+            return False
+        try:
+            await self._unpack(cursor, into)
+        except psycopg2.InterfaceError:
+            await moment.guard.execute("SELECT 1")  # raises why the session ended, and with it what was to be read
+            raise
+        return True
+
     async def _read_all(self, moment: _Moment, wanted: Wanted, builder: RowsBuilder, reading: Reading) -> Reading:
+        dataset, guard = wanted.dataset, moment.guard
+        few_sql = few_rows_query(dataset.query, dataset.key, KeyForm.of(dataset))
+        if _is_small(wanted.last) and await self._read_few(moment, few_sql, dataset.name, builder):
+            cursor = await guard.execute(columns_query(dataset.query))
+            described = cursor.description
+        else:
+            described = await self._read_by_cursor(moment, wanted, builder)
+        reading = replace(reading, columns=tuple(column.name for column in described), rows=builder)
+        if reading.dependencies is None and (dataset.watch or dataset.probe or dataset.notify):
+            oids = [column.type_code for column in described]
+            reading = replace(reading, dependencies=await self._dependencies(moment, dataset, oids))
+        if not reading.watch_state:
+            return reading
+        types = {column.name: column.type_code for column in described}
+        cursor = await guard.execute(deltas.key_types_sql(dataset, [types[column] for column in dataset.key]))
+        unfit = deltas.unfit_key(cursor.fetchall(), dataset)
+        return reading if unfit is None else replace(reading, watch_state="", because=unfit, no_delta=unfit)
+
+    async def _read_by_cursor(self, moment: _Moment, wanted: Wanted, builder: RowsBuilder) -> Any:
+        """Read all rows, whatever their number; the driver's description of the columns."""
         dataset, guard = wanted.dataset, moment.guard
         rows_sql = rows_query(dataset.query, dataset.key, KeyForm.of(dataset))
         await self._execute_asking_in(moment, f"DECLARE rows NO SCROLL CURSOR FOR {rows_sql}", dataset.name)
@@ -512,16 +550,7 @@ class Database:
             wanted.expect(planned_rows)
         await self._fetch_all(guard, builder)
         await guard.execute("CLOSE rows")
-        reading = replace(reading, columns=tuple(column.name for column in described), rows=builder)
-        if reading.dependencies is None and (dataset.watch or dataset.probe or dataset.notify):
-            oids = [column.type_code for column in described]
-            reading = replace(reading, dependencies=await self._dependencies(moment, dataset, oids))
-        if not reading.watch_state:
-            return reading
-        types = {column.name: column.type_code for column in described}
-        cursor = await guard.execute(deltas.key_types_sql(dataset, [types[column] for column in dataset.key]))
-        unfit = deltas.unfit_key(cursor.fetchall(), dataset)
-        return reading if unfit is None else replace(reading, watch_state="", because=unfit, no_delta=unfit)
+        return described
 
     async def _fetch_all(self, guard: GuardedConnection, into: RowsBuilder | deltas.ChangedRows) -> None:
         # The first chunks are small, because nobody knows yet how large a row is.
@@ -586,6 +615,10 @@ def _limits(remaining_s: float) -> Limits:
         lock_ms=_rounded(remaining_ms * _LOCK_SHARE),
         idle_ms=_rounded(remaining_ms),
     )
+
+
+def _is_small(last: Rows | None) -> bool:
+    return last is not None and last.count <= _SMALL_ROWS and last.size_bytes <= _SMALL_BYTES
 
 
 def _fetch(rows: int) -> str:

@@ -669,6 +669,7 @@ class Refresher:
     def _wanted(self, dataset: Dataset, base: Snapshot | None, this: _Try, whole: bool) -> Wanted:
         settings = dataset.settings
         dataset.expected_rows = base.rows.count if base else None
+        last = base.rows if base else None
         told = self._told.pop(dataset.name, set())
         was_told = told is None or bool(told)
 
@@ -691,12 +692,13 @@ class Refresher:
 
         if (whole and not settings.watch) or (settings.watch and was_told):
             # An operator wants it read (with watch that is a check as well), or it was notified of what no trigger saw.
-            return Wanted(settings, build, attempt=this.id)
+            return Wanted(settings, build, last=last, attempt=this.id)
         return Wanted(
             settings,
             build,
             # The planner's estimate is asked for only where there is no better one.
             expect if base is None else None,
+            last,
             base if settings.watch or settings.probe or settings.notify else None,
             check=bool(settings.watch or settings.probe) and (whole or self._check_is_due(dataset, this.trigger)),
             most_keys=int(max(_LEAST_DELTA_KEYS, settings.max_delta * base.rows.count)) if base else 0,

@@ -9,20 +9,27 @@ from typing import Any
 from cacheservice.postgres.inspect.failures import step
 from cacheservice.postgres.inspect.look import Look
 from cacheservice.postgres.inspect.plans import nodes, scanned_table, worst_node
-from cacheservice.postgres.statements import whole_query
+from cacheservice.postgres.statements import FEW_ROWS, whole_query
 
 
 def explain(look: Look) -> Mapping[str, Any] | None:
     with step(look, "EXPLAIN"):
-        # Of a cursor, because that is how a refresh reads: the planner makes no parallel plan for it.
-        cursor = f"DECLARE rows NO SCROLL CURSOR FOR {whole_query(look.dataset.query)}"
-        look.cursor.execute(f"EXPLAIN (FORMAT JSON, VERBOSE) {cursor}")
-        (answer,) = look.cursor.fetchone()
-        plan: Mapping[str, Any] = (answer if isinstance(answer, list) else json.loads(answer))[0]["Plan"]
+        query = whole_query(look.dataset.query)
+        plan = _plan(look, query)
+        if int(plan["Plan Rows"]) > FEW_ROWS:
+            # That is how a refresh reads so many: the planner makes no parallel plan for a cursor.
+            plan = _plan(look, f"DECLARE rows NO SCROLL CURSOR FOR {query}")
         look.found.worst = worst_node(plan)
         _warn_of_tables(look, plan)
         return plan
     return None
+
+
+def _plan(look: Look, statement: str) -> Mapping[str, Any]:
+    look.cursor.execute(f"EXPLAIN (FORMAT JSON, VERBOSE) {statement}")
+    (answer,) = look.cursor.fetchone()
+    plan: Mapping[str, Any] = (answer if isinstance(answer, list) else json.loads(answer))[0]["Plan"]
+    return plan
 
 
 def _warn_of_tables(look: Look, plan: Mapping[str, Any]) -> None:
