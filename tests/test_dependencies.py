@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
 
+import psycopg2
 import pytest
 from twisted.internet import reactor
 from twisted.trial.unittest import TestCase
@@ -286,6 +287,36 @@ class Changes(DependenciesTestCase):
         self.assertEqual({json.loads(document)["m"] for _, document in since.rows.items()}, {"blue"})
         reading, since = await self.read(dataset, since)
         self.assertEqual(reading.kind, "unchanged")
+
+    async def test_a_partition_whose_detaching_was_broken_off(self) -> None:
+        """Its rows are gone from the table although it still is a partition, and no trigger saw them go."""
+        migrate(self.server.dsn(database=self.name), shipped.folder("migrations"))
+        self.sql(
+            "CREATE TABLE sales (id int PRIMARY KEY) PARTITION BY RANGE (id); "
+            "CREATE TABLE early PARTITION OF sales FOR VALUES FROM (0) TO (10); "
+            "CREATE TABLE late PARTITION OF sales FOR VALUES FROM (10) TO (20); "
+            "INSERT INTO sales VALUES (1), (11); "
+            f"GRANT SELECT ON sales TO {self.reader}; GRANT USAGE ON SCHEMA cacheservice TO {self.reader}; "
+            f"GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA cacheservice TO {self.reader}"
+        )
+        dsn = self.server.dsn(database=self.name)
+        watch(dsn, "public.sales", ["id"], notify=False, dry_run=False, say=lambda _: None)
+        dataset = self.dataset("SELECT id FROM sales", probe="", watch=[{"table": "public.sales", "key": "id"}])
+        _, since = await self.read(dataset)
+        with closing(connect(self.server, self.name)) as user, user.cursor() as using:
+            using.execute("BEGIN; SELECT FROM sales")
+            with closing(connect(self.server, self.name)) as owner, owner.cursor() as detaching:
+                detaching.execute("SET lock_timeout = '100ms'")
+                with self.assertRaises(psycopg2.errors.LockNotAvailable):
+                    detaching.execute("ALTER TABLE sales DETACH PARTITION late CONCURRENTLY")
+        self.assertEqual(
+            self.sql("SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhdetachpending"), [("late",)]
+        )
+        reading, since = await self.read(dataset, since)
+        self.assertEqual(
+            (reading.kind, reading.because), ("all", "the partitions or children of table public.sales changed")
+        )
+        self.assertEqual([key for key, _ in since.rows.items()], [b"1"])
 
     async def test_keys_of_a_notification(self) -> None:
         """The keys of a payload are read alone only while nothing else has changed."""
