@@ -481,6 +481,16 @@ class Command(CommandLine):
         self.assertEqual(datasets["c"]["columns"][0], {"name": "id", "type": "integer"})
         self.assertEqual(datasets["c"]["size"]["rows"], 10)
 
+    def test_a_probe_that_misses_changes(self) -> None:
+        """Without a database, too, because its text shows it."""
+        (self.directory / "cacheservice.toml").write_text(
+            self.configuration('[datasets.a]\nquery = "TABLE items"\nkey = "id"\nprobe = "SELECT max(id) FROM items"')
+        )
+        said = self.succeed("check")
+        self.assertRegex(said, r"(?m)^a\n  hint +probe: the greatest value does not change with a DELETE")
+        (hint,) = json.loads(self.succeed("check", "--json"))["hints"]
+        self.assertRegex(hint, "^a: probe: the greatest value .*; use a value that does")
+
     def test_a_bad_configuration_as_json(self) -> None:
         """A configuration with a problem is told in the same object; nothing is asked of a database."""
         (self.directory / "cacheservice.toml").write_text("[nonsense]\n")

@@ -19,7 +19,7 @@ from cacheservice.cli.picture import size
 from cacheservice.cli.terminal import console_of_output, show
 from cacheservice.errors import ConfigError
 from cacheservice.postgres import target
-from cacheservice.postgres.inspect import Finding, Inspection, Server, inspecting
+from cacheservice.postgres.inspect import Finding, Inspection, Server, inspecting, probe_findings
 
 
 @click.command()
@@ -50,10 +50,13 @@ def check(with_database: bool, as_json: bool) -> None:
     # libpq's calls do not return for a handler of Python's: Ctrl-C would wait for a server that does not answer.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     valid = f"the configuration is valid: {count}"
+    console = console_of_output()
     if not with_database:
         click.echo(valid)
+        for dataset in datasets:
+            if findings := probe_findings(dataset):
+                show(console, Group(Text(dataset.name, "bold"), *_findings(findings)))
         return
-    console = console_of_output()
     problems = 0
     with inspecting(settings.postgres, datasets) as inspector:
         click.echo(valid)
@@ -73,7 +76,7 @@ def check(with_database: bool, as_json: bool) -> None:
 
 def _print_json(with_database: bool) -> None:
     """One object: the configuration's problems, and with a database what it says."""
-    told: dict[str, Any] = {"problems": [], "server": None, "datasets": {}}
+    told: dict[str, Any] = {"problems": [], "hints": [], "server": None, "datasets": {}}
     try:
         settings = config.load(os.environ, target.problem)
     except ConfigError as error:
@@ -89,6 +92,10 @@ def _print_json(with_database: bool) -> None:
                 found = inspector.inspect(dataset)
                 ok = ok and found.ok
                 told["datasets"][dataset.name] = _as_object(found) | {"ok": found.ok}
+    else:
+        told["hints"] = [
+            f"{each.name}: {found.text}; {found.todo}" for each in datasets for found in probe_findings(each)
+        ]
     click.echo(json.dumps(told, ensure_ascii=False, indent=2))
     if not ok:
         raise click.exceptions.Exit(1)

@@ -10,5 +10,17 @@ from __future__ import annotations
 
 from cacheservice.postgres.inspect.findings import Column, Finding, Inspection, Key, Node, Server, Size
 from cacheservice.postgres.inspect.session import Inspector, inspecting
+from cacheservice.postgres.inspect.watching import probe_findings
 
-__all__ = ["Column", "Finding", "Inspection", "Inspector", "Key", "Node", "Server", "Size", "inspecting"]
+__all__ = [
+    "Column",
+    "Finding",
+    "Inspection",
+    "Inspector",
+    "Key",
+    "Node",
+    "Server",
+    "Size",
+    "inspecting",
+    "probe_findings",
+]

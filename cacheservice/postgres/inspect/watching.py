@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from cacheservice.config import DatasetSettings
 from cacheservice.postgres import deltas
 from cacheservice.postgres.inspect.failures import step
 from cacheservice.postgres.inspect.findings import Finding
@@ -73,13 +74,18 @@ def look_at_probe(look: Look) -> None:
         look.cursor.execute(probe_query(look.dataset.probe))
         if look.cursor.fetchone()[0] is None:
             look.add("hint", "probe: it gives NULL now; while it does, nothing is fetched after the first load")
-    if misses_changes(look.dataset.probe):
-        look.add(
-            "hint",
-            "probe: the greatest value does not change with a DELETE, nor with a transaction that commits after a "
-            f"later one; such changes are seen after full_interval_s = {look.dataset.full_interval_s:g}",
-            f"use a value that does, such as {HOLDING_PROBE}",
-        )
+    look.found.findings.extend(probe_findings(look.dataset))
+
+
+def probe_findings(dataset: DatasetSettings) -> list[Finding]:
+    """What the text of a probe alone says against it."""
+    if not misses_changes(dataset.probe):
+        return []
+    text = (
+        "probe: the greatest value does not change with a DELETE, nor with a transaction that commits after a "
+        f"later one; such changes are seen after full_interval_s = {dataset.full_interval_s:g}"
+    )
+    return [Finding("hint", text, f"use a value that does, such as {HOLDING_PROBE}")]
 
 
 def misses_changes(probe: str) -> bool:
