@@ -13,13 +13,14 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from cacheservice.cli.embedded import EmbeddedPostgres
-from tests.versions import DEFAULT_VERSION, VERSIONS, OlderPostgres
+from tests.versions import DEFAULT_VERSION, VERSIONS, MakeServer, OlderPostgres
 
 # No deadline: how long an example takes is up to the machine.
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
@@ -49,10 +50,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(scope="session")
-def postgres_server(request: pytest.FixtureRequest) -> Iterator[EmbeddedPostgres]:
-    directory = Path(tempfile.mkdtemp(prefix="cacheservice-tests-"))
+def make_server(request: pytest.FixtureRequest) -> MakeServer:
+    """Makes servers of the version that the tests use; who makes one starts and stops it."""
     version = request.config.getoption("--postgres")
-    server = EmbeddedPostgres(directory) if version == DEFAULT_VERSION else OlderPostgres(directory, version)
+    if version == DEFAULT_VERSION:
+        return EmbeddedPostgres
+    return partial(OlderPostgres, version=version)
+
+
+@pytest.fixture(scope="class")
+def server_maker(request: pytest.FixtureRequest, make_server: MakeServer) -> None:
+    """The same for a trial TestCase, as `self.make_server`."""
+    request.cls.make_server = staticmethod(make_server)
+
+
+@pytest.fixture(scope="session")
+def postgres_server(make_server: MakeServer) -> Iterator[EmbeddedPostgres]:
+    directory = Path(tempfile.mkdtemp(prefix="cacheservice-tests-"))
+    server = make_server(directory)
     try:
         server.start()
         yield server

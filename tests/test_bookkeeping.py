@@ -19,6 +19,7 @@ from cacheservice.postgres.migrate import migrate
 from cacheservice.postgres.watch import unwatch, watch
 from tests.postgres import connect, fresh_database, query
 from tests.test_watch import TRIGGERS, Refreshing, template  # noqa: F401  # a fixture
+from tests.versions import MakeServer
 
 GIVE_UP_S = 60
 FOLDER = shipped.folder("migrations")
@@ -220,8 +221,11 @@ class Writers(Bookkeeping):
         self.assertEqual(unwatch(dsn, "items", (), False, self.fail), ['"public"."items"'])
 
 
+@pytest.mark.usefixtures("server_maker")
 class Kept(Bookkeeping):
     """What happens to the recorded changes."""
+
+    make_server: MakeServer
 
     def test_a_publication_of_all_tables(self) -> None:
         """Pruning, watching again and unwatching work under it."""
@@ -299,7 +303,7 @@ class Kept(Bookkeeping):
         self.sql("INSERT INTO items VALUES (1, 'a')")
         directory = Path(tempfile.mkdtemp(prefix="cacheservice-tests-"))
         self.addCleanup(shutil.rmtree, directory)
-        other = EmbeddedPostgres(directory)
+        other = self.make_server(directory)
         self.addCleanup(other.stop, "immediate")
         other.start()
         ((here,),) = self.sql("SELECT pg_current_xact_id()::text::bigint")
@@ -336,10 +340,10 @@ class Kept(Bookkeeping):
 
 
 @pytest.fixture(scope="class")
-def publisher(request: pytest.FixtureRequest) -> Iterator[None]:
+def publisher(request: pytest.FixtureRequest, make_server: MakeServer) -> Iterator[None]:
     """A server that publishes changes, as `self.other`."""
     directory = Path(tempfile.mkdtemp(prefix="cacheservice-tests-"))
-    server = request.cls.other = EmbeddedPostgres(directory, settings={"wal_level": "logical"})
+    server = request.cls.other = make_server(directory, settings={"wal_level": "logical"})
     try:
         server.start()
         yield

@@ -184,6 +184,23 @@ class Describing(Inspecting):
         self.assertAlmostEqual(worst.share, 900 / 1010)
 
 
+class OwnSettings(Inspecting):
+    def test_a_role_with_other_settings(self) -> None:
+        """What it would see in psql is another text; where the dataset chooses the setting itself, there is no hint."""
+        with closing(connect(self.server, self.database)) as connection, connection.cursor() as cursor:
+            cursor.execute(f"ALTER DATABASE {self.database} SET timezone = 'Asia/Tokyo'")
+            cursor.execute(f"ALTER ROLE postgres IN DATABASE {self.database} SET timezone = 'Europe/Berlin'")
+            cursor.execute(f"ALTER ROLE postgres IN DATABASE {self.database} SET bytea_output = 'HEX'")
+        self.look("SELECT 1 AS id")
+        (hint,) = self.seen.findings
+        self.assertEqual(
+            hint.text, "TimeZone of this role is Europe/Berlin, refreshes have UTC: in psql it may look different"
+        )
+        self.assertIn('settings = {TimeZone = "Europe/Berlin"}', hint.todo)
+        self.look("SELECT 1 AS id", settings={"timezone": "Europe/Berlin"})
+        self.assertEqual(self.seen.findings, [])
+
+
 class Keys(Inspecting):
     def test_a_unique_index_makes_it_unique(self) -> None:
         """Rows of one table whose key holds all columns of a unique index: unique by the catalog, in whatever order."""

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import psycopg2
+import pytest
 from pydantic import SecretStr
 from twisted.internet import reactor
 from twisted.internet.task import deferLater
@@ -21,7 +22,6 @@ from cacheservice import shipped
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.lag import NO_LAG, Receiver, Seen, StandbyFacts, lag_of
 from cacheservice.cache.rows import RowsBuilder
-from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.config import PostgresSettings
 from cacheservice.ports import report
 from cacheservice.postgres.database import Database, Reading, Wanted
@@ -32,6 +32,7 @@ from cacheservice.postgres.target import parse
 from tests.standby import Standby, running_standby
 from tests.test_guard import until
 from tests.test_refresh_service import declare
+from tests.versions import MakeServer
 
 QUIET = Receiver("streaming", 990.0, 0.0, 500)
 IDLE = StandbyFacts("reader", 100_000_000, 1000.0, 500, 500, 400.0, False, 60.0, 0.0, QUIET)
@@ -88,7 +89,9 @@ class Decided(SynchronousTestCase):
         self.assertIn("GRANT pg_read_all_stats TO reader", lag.problem)
 
 
+@pytest.mark.usefixtures("server_maker")
 class OnStandbys(TestCase):
+    make_server: MakeServer
     timeout = 90
 
     async def setUp(self) -> None:
@@ -97,7 +100,7 @@ class OnStandbys(TestCase):
     def start(self) -> None:
         directory = Path(tempfile.mkdtemp(prefix="cacheservice-tests-"))
         self.addCleanup(shutil.rmtree, directory, ignore_errors=True)
-        self.server = EmbeddedPostgres(directory)
+        self.server = self.make_server(directory)
         self.server.start()
         self.addCleanup(self.server.stop, "immediate")
         self.sql("CREATE TABLE things (id int PRIMARY KEY, n int); INSERT INTO things VALUES (1, 0)")

@@ -15,7 +15,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -50,6 +50,10 @@ WHATEVER_THE_VERSION = ("test_a_million_rows", "test_at_any_moment")
 """Tests that take long and ask the server for nothing that its version changes."""
 DELTAS = "30"
 """Rounds of `tests.test_deltas`, which on the default version are more."""
+
+
+MakeServer = Callable[..., EmbeddedPostgres]
+"""Makes a server from the arguments of `EmbeddedPostgres`."""
 
 
 def installed(version: str) -> Path:

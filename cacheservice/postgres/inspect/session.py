@@ -17,6 +17,7 @@ from cacheservice.postgres.inspect.blind import look_for_blind_spots
 from cacheservice.postgres.inspect.failures import step
 from cacheservice.postgres.inspect.findings import Column, Finding, Inspection, Server
 from cacheservice.postgres.inspect.look import LOCK_TIMEOUT_MS, STATEMENT_TIMEOUT_MS, Look
+from cacheservice.postgres.inspect.own_settings import own_settings
 from cacheservice.postgres.inspect.paths import compare_paths
 from cacheservice.postgres.inspect.tables import explain
 from cacheservice.postgres.inspect.watching import describe_deltas, look_at_channel, look_at_probe, look_at_watches
@@ -127,10 +128,11 @@ def _server(connection: Any, datasets: Sequence[DatasetSettings]) -> Server:
             f"pg_is_in_recovery(), pg_backend_pid(), {deltas.CAN_TELL}, {SEES_RECEIVER}"
         )
         version, database, role, standby, pid, migrated, sees_receiver = cursor.fetchone()
+        settings = own_settings(cursor, datasets)
         pgpool = _is_pgpool(cursor)
     # PgBouncer gives its clients process ids of its own, to cancel by. Through pgpool a standby may have answered.
     pooled = not pgpool and connection.info.backend_pid != pid
-    server = Server(version, database, role, standby, pooled, migrated)
+    server = Server(version, database, role, standby, pooled, migrated, settings)
     if connection.server_version < _OLDEST_VERSION:
         server.findings.append(Finding("problem", f"PostgreSQL {version} is too old", "use PostgreSQL 14 or later"))
     heard = [dataset.name for dataset in datasets if dataset.watch or dataset.notify]
