@@ -327,6 +327,8 @@ class Running(TestCase):
         self.log = Log()
         self.wall_s = time.time
 
+    snapshots: SnapshotStore | None = None
+
     def store(
         self,
         *datasets: DatasetSettings,
@@ -335,7 +337,9 @@ class Running(TestCase):
         start: bool = True,
         boot: str | None = None,
     ) -> Dataset:
-        """The first of those datasets, in a new cache with a new store."""
+        """The first of those datasets, in a new cache with a new store; the one before lets the directory go."""
+        if self.snapshots is not None:
+            self.snapshots.stopService()
         self.cache = Cache(datasets or [declared()], reactor.seconds)
         self.snapshots = SnapshotStore(
             self.cache, self.directory, interval_s, keep, lambda _: None, reactor, self.log, self.wall_clock_s, boot
@@ -924,8 +928,14 @@ class Restoring(Running):
         """The second process says so, and neither saves, deletes nor restores; when the first is killed, it saves."""
         await self.save(self.store(), 1)
         await self.snapshots.stopService()
-        program = "import sys, time; from pathlib import Path; from cacheservice.persistence.lock import take\n"
-        program += "take(Path(sys.argv[1]), None); print('taken', flush=True); time.sleep(600)"
+        program = (
+            "import pathlib, sys, time\n"
+            "from cacheservice.persistence.lock import DirectoryLock\n"
+            "lock = DirectoryLock(pathlib.Path(sys.argv[1]))\n"
+            "lock.take()\n"
+            "print('taken', flush=True)\n"
+            "time.sleep(600)"
+        )
         arguments = [sys.executable, "-c", program, str(self.directory)]
         first = await deferToThread(lambda: subprocess.Popen(arguments, stdout=subprocess.PIPE))
         assert first.stdout is not None

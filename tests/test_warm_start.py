@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from tests.postgres import query
+from tests.postgres import fresh_database, query
 from tests.test_twistd import GIVE_UP_S, Daemon, DaemonTestCase, until
 
 NOWHERE = "postgresql://nobody@127.0.0.1:1/nothing"
@@ -93,6 +93,36 @@ class WarmStart(WarmStartTestCase):
         self.assertEqual((after["rows"], self.n(second)), (100, 1))
         self.assertEqual(second.event("snapshot_restored")["rows"], 100)
         self.assertEqual(second.end(), -15)
+
+    def test_two_services_on_one_directory(self) -> None:
+        """The second reads another database: it serves its own rows, says that it saves nothing, and leaves the files
+        of the first as they are, also for a rollback."""
+        first = self.service()
+        first.wait_until_ready()
+        self.until_saved(first, 1)
+        self.refreshed(first, 2)
+        before = {path.name: path.read_bytes() for path in self.saved.iterdir()}
+        other = fresh_database(self.server, self.addCleanup)
+        query(self.server, other, "CREATE TABLE things AS SELECT i AS id, 50 AS n FROM generate_series(1, 100) AS i")
+        elsewhere = self.directory / "second"
+        elsewhere.mkdir()
+        second = Daemon(
+            elsewhere,
+            self.configuration(
+                f'[admin]\nsocket = "{elsewhere / "admin"}"\n[persistence]\ndirectory = "{self.saved}"\n',
+                THINGS,
+                dsn=self.server.dsn(database=other),
+            ),
+        )
+        self.addCleanup(second.kill)
+        second.wait_until_ready()
+        self.assertIn("another process saves there", second.event("persistence_locked")["error"])
+        self.assertEqual((self.n(second), self.n(first)), (50, 2))
+        self.assertIn("another process saves there", second.ask("status"))
+        self.assertEqual({path.name: path.read_bytes() for path in self.saved.iterdir()}, before)
+        self.assertTrue(self.admin("rollback things").startswith("OK"))
+        until(lambda: self.things(first)["pinned"], "the rollback")
+        self.assertEqual(self.n(first), 1)
 
     def test_generations_go_on(self) -> None:
         """The first refresh after a warm start gets the next number, counts its changes, and is saved in its turn."""

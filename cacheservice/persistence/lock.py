@@ -1,26 +1,17 @@
 """Keeps a directory of saved snapshots to one process: a second one would delete the files of the first.
 
 The lock is the kernel's and on the directory itself, so that nothing is left behind and it ends with its process,
-however that ends. Several stores of one process share it.
+however that ends.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import threading
 from pathlib import Path
-from typing import NamedTuple
 
 from cacheservice.errors import CacheServiceError
-
-
-class _Held(NamedTuple):
-    descriptor: int
-    owners: set[int]
-
-
-_held: dict[tuple[int, int], _Held] = {}
-"""By device and inode of the directories that this process holds."""
 
 
 class DirectoryTaken(CacheServiceError):
@@ -30,37 +21,45 @@ class DirectoryTaken(CacheServiceError):
     """
 
 
-def take(directory: Path, owner: object) -> None:
-    """Hold `directory` until `release` of the same owner.
+class DirectoryLock:
+    """The lock of one store on its directory. Threads may call it."""
 
-    :raises DirectoryTaken: if another process has it.
-    :raises OSError: if there is no such directory, or its file system has no locks.
-    """
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        status = os.fstat(descriptor)
-        key = (status.st_dev, status.st_ino)
-        if key in _held:
-            _held[key].owners.add(id(owner))
-            os.close(descriptor)
-            return
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise DirectoryTaken(
-            f"{directory}: another process saves there, so nothing is restored or saved; set another "
-            "persistence.directory for one of the two"
-        ) from None
-    except BaseException:
-        os.close(descriptor)
-        raise
-    _held[key] = _Held(descriptor, {id(owner)})
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._descriptor: int | None = None
+        self._mutex = threading.Lock()
 
+    def take(self) -> None:
+        """Hold the directory until `release`; one that was put in its place is another directory.
 
-def release(owner: object) -> None:
-    """Hold nothing any more for `owner`."""
-    for key, held in list(_held.items()):
-        held.owners.discard(id(owner))
-        if not held.owners:
-            del _held[key]
-            os.close(held.descriptor)
+        :raises DirectoryTaken: if another process has it.
+        :raises OSError: if there is no such directory, or its file system has no locks.
+        """
+        with self._mutex:
+            descriptor = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                if self._descriptor is not None and os.path.sameopenfile(self._descriptor, descriptor):
+                    os.close(descriptor)
+                    return
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                raise DirectoryTaken(
+                    f"{self._directory}: another process saves there, so nothing is restored or saved; set another "
+                    "persistence.directory for one of the two"
+                ) from None
+            except BaseException:
+                os.close(descriptor)
+                raise
+            self._close()
+            self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Hold nothing any more."""
+        with self._mutex:
+            self._close()
+
+    def _close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None

@@ -49,7 +49,7 @@ from cacheservice.persistence.files import (
     read,
     read_whole_header,
 )
-from cacheservice.persistence.lock import DirectoryTaken, release, take
+from cacheservice.persistence.lock import DirectoryLock, DirectoryTaken
 
 _LEAST_RETRY_S = 1.0
 _AHEAD_BYTES = 1024 * 1024
@@ -117,6 +117,7 @@ class SnapshotStore(Service):
         self.problems: dict[str, str] = {}
         self._cache = cache
         self._directory = directory
+        self._lock = DirectoryLock(directory)
         self._min_save_interval_s = min_save_interval_s
         self._keep_generations = keep_generations
         self._release = release
@@ -159,7 +160,7 @@ class SnapshotStore(Service):
         self._to_renew.clear()
         self._forget_timer()
         stopped: Deferred[None] = Deferred()
-        stopped.addCallback(lambda _: release(self))
+        stopped.addCallback(lambda _: self._lock.release())
         if self._working:
             self._idle.append(stopped)
         else:
@@ -189,7 +190,7 @@ class SnapshotStore(Service):
         try:
             with self._work():
                 with suppress(OSError):  # without a directory, or on a file system without locks
-                    await self._in_thread(take, self._directory, self)
+                    await self._in_thread(self._lock.take)
                 # What is known stays: our saves have kept it true. What is new may be of datasets that are.
                 self._saved = await self._in_thread(_scan, self._directory, self._temporaries) | self._saved
                 datasets = self._cache.datasets
@@ -542,7 +543,7 @@ class SnapshotStore(Service):
 
     async def _write(self, parts: Sequence[_Part], dropped: Sequence[Path]) -> list[int]:
         """The bytes of each file; all are complete and lasting now, or nothing is left of them."""
-        await self._in_thread(_prepare, self._directory, self)
+        await self._in_thread(_prepare, self._directory, self._lock)
         self._temporaries = frozenset(part.temporary for part in parts)
         try:
             try:
@@ -727,10 +728,10 @@ def _move_aside(path: Path) -> None:
     _remove([_renewal_of(path)])
 
 
-def _prepare(directory: Path, owner: object) -> None:
+def _prepare(directory: Path, lock: DirectoryLock) -> None:
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
-        take(directory, owner)
+        lock.take()
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.EBADF):
             raise
