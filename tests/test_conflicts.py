@@ -138,7 +138,8 @@ class OnTheServer(ServiceTestCase):
 
     async def check_conflict(self, change: str, words: str) -> None:
         dsn = await self.on_standby()
-        slowly = "SELECT *, pg_sleep(0.01) IS NULL AS slow FROM things"
+        # More rows than come in one answer: with a cursor the rows that have come show that the query runs.
+        slowly = "SELECT 3 * id + k AS id, n, pg_sleep(0.005) IS NULL AS slow FROM things, generate_series(0, 2) AS k"
         service, cache = self.make_service_before(
             dsn(database=self.database_name), declare("things", slowly, interval_s=0.3)
         )

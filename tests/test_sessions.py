@@ -277,6 +277,19 @@ class FewConnectionsTests(SessionsTestCase):
         self.assertIn("no connection is left to listen with", self.status.listening_problem or "")
         await listener.stopService()
 
+    async def test_a_listener_that_is_being_connected(self) -> None:
+        """It may have the only connection by then, and gives it up as one that listens does."""
+        role = self.make_role(limit=1)
+        listener = self.make_listener(role, Diary())
+        self.assertFalse(listener.give_up_session())
+        listener.startService()
+        self.assertTrue(listener.give_up_session())
+        self.assertIn("a refresh needed the connection", self.status.listening_problem or "")
+        database = self.as_role(role)
+        database.make_room_by(listener.give_up_session)
+        await self.pid(database)
+        await listener.stopService()
+
     async def test_one_connection_and_many_datasets(self) -> None:
         """They follow each other: a limit below max_connections makes refreshes wait, not fail."""
         database = self.as_role(self.make_role(limit=1))

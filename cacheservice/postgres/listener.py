@@ -119,6 +119,7 @@ class Listener(Service):
         self._returned = 0  # the number of the newest canary that came back
         self._loop: Deferred[None] | None = None
         self._session: GuardedConnection | None = None
+        self._guards: list[GuardedConnection] = []  # of sessions that are open or being opened
         self._proven = False  # this session has heard a canary
         self._failures = 0  # in a row, since a session was proven
         self._silent = 0  # of these, the newest ones that listened and heard nothing
@@ -154,11 +155,14 @@ class Listener(Service):
             self._session.abort(DatabaseUnavailable("postgres.dsn was changed"))
 
     def give_up_session(self) -> bool:
-        """End the session, because the server has none left for a refresh; False if there is none to end."""
-        if self._session is None:
-            return False
-        self._session.abort(NoSessionLeft("a refresh needed the connection"))
-        return True
+        """End the session, because the server has none left for a refresh; False if there is none to end.
+
+        One that is being opened has its place on the server already.
+        """
+        guards = list(self._guards)
+        for guard in guards:
+            guard.abort(NoSessionLeft("a refresh needed the connection"))
+        return bool(guards)
 
     def heard_all(self) -> Deferred[bool]:
         """Fires once all that was notified before this call has been heard; with False if that is not to be known.
@@ -225,6 +229,7 @@ class Listener(Service):
     async def _with_session(self, purpose: str, use: Callable[[GuardedConnection], Any]) -> None:
         guard = GuardedConnection(self._reactor, self._target, self._reactor.seconds() + self._connect_timeout_s)
         self._status.connections += 1
+        self._guards.append(guard)
         try:
             await guard.connect(self._connector, purpose, self._connect_timeout_s, KEEPALIVES)
             guard.renew(self._reactor.seconds() + self._answer_within_s)
@@ -232,6 +237,7 @@ class Listener(Service):
         finally:
             guard.close_and_passthrough(None)
             self._status.connections -= 1
+            self._guards.remove(guard)
 
     async def _listen(self, guard: GuardedConnection) -> None:
         """Listen for as long as the session works.

@@ -26,9 +26,9 @@ from cacheservice.postgres.target import Resolve, Target
 T = TypeVar("T")
 Use = Callable[[GuardedConnection], Awaitable[T]]
 
-_ROOM_COMES_WITHIN_S = 1.0
+_ROOM_COMES_WITHIN_S = 3.0
 _ROOM_POLL_S = 0.05
-"""The server frees the slot of a session a moment after its end."""
+"""The server frees the slot of a session a moment after its end, and on a busy machine later."""
 
 # idle_session_timeout of the role would end a kept session. All of it is the session's own: never sent through a proxy.
 _RESET = """
