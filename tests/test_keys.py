@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
-from twisted.trial.unittest import SynchronousTestCase
+from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
 from cacheservice import shipped
 from cacheservice.cache.dataset import Snapshot
@@ -20,6 +23,7 @@ from cacheservice.postgres.migrate import migrate
 from cacheservice.postgres.watch import watch
 from tests.postgres import query
 from tests.test_dependencies import DependenciesTestCase
+from tests.versions import NEEDS_NPM, OlderPostgres
 
 PART = st.text(alphabet="ab:\\|", max_size=4)
 
@@ -119,6 +123,21 @@ class Keys(DependenciesTestCase):
         self.assertEqual(set(reading.changed), {rb"a:b\:c", b"gone:now"})
         self.assertIsNone(reading.changed[b"gone:now"])
 
+    async def test_keys_of_a_notification_that_the_query_cannot_hold(self) -> None:
+        """All is read instead, with the reason."""
+        dataset = self.dataset("SELECT v::int2 AS id, a FROM cc", probe="", notify="things")
+        _, since = await self.read(dataset)
+
+        for key in ("70000", "nonsense"):
+
+            async def told(key: str = key) -> frozenset[str]:
+                return frozenset({key})
+
+            wanted = Wanted(dataset, lambda: RowsBuilder(print), since=since, most_keys=100, told=told)
+            (reading,) = await self.database.read_together([wanted])
+            self.assertEqual(reading.kind, "all")
+            self.assertIn("do not fit the key of the query", reading.because or "")
+
     async def test_keys_whose_equality_is_not_that_of_their_text(self) -> None:
         """Behind a domain, at whatever depth, is a type of others: all is read."""
         self.sql(
@@ -141,3 +160,50 @@ class Keys(DependenciesTestCase):
             self.assertEqual(bool(reading.watch_state), fit, column)
             if not fit:
                 self.assertIn("is not fit for deltas", reading.because or "")
+
+
+class CaseInsensitive(DependenciesTestCase):
+    """On a server with ICU and citext, which the wheel of the ordinary tests lacks."""
+
+    def setUp(self) -> None:
+        if shutil.which("npm") is None:
+            raise SkipTest(NEEDS_NPM)
+        directory = Path(tempfile.mkdtemp(prefix="cacheservice-tests-"))
+        self.addCleanup(shutil.rmtree, directory)
+        self.server = OlderPostgres(directory, "17")
+        self.server.start()
+        self.addCleanup(self.server.stop, "immediate")
+        super().setUp()
+
+    async def test_keys_that_are_equal_and_look_different(self) -> None:
+        """A nondeterministic collation, citext, and a domain over it: all is read, and no row is kept that is gone."""
+        dsn = self.server.dsn(database=self.name)
+        migrate(dsn, shipped.folder("migrations"))
+        self.sql(
+            f"""
+            CREATE EXTENSION citext; CREATE DOMAIN email AS citext;
+            CREATE COLLATION level2 (provider = icu, locale = 'und-u-ks-level2', deterministic = false);
+            CREATE TABLE collated (word text COLLATE level2 PRIMARY KEY);
+            CREATE TABLE cited (word citext PRIMARY KEY);
+            CREATE TABLE mailed (word email PRIMARY KEY);
+            GRANT SELECT ON collated, cited, mailed TO {self.reader};
+            GRANT USAGE ON SCHEMA cacheservice TO {self.reader};
+            GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA cacheservice TO {self.reader}
+            """
+        )
+        for table, why in (
+            ("collated", "has a nondeterministic collation"),
+            ("cited", "is not fit for deltas"),
+            ("mailed", "is not fit for deltas"),
+        ):
+            with self.subTest(table=table):
+                self.sql(f"INSERT INTO {table} VALUES ('Anna')")
+                watch(dsn, table, ["word"], notify=False, dry_run=False, say=lambda _: None)
+                watched = [{"table": f"public.{table}", "key": "word"}]
+                dataset = self.dataset(f"TABLE {table}", key="word", probe="", watch=watched)
+                _, since = await self.read(dataset)
+                self.sql(f"DELETE FROM {table}; INSERT INTO {table} VALUES ('anna')")
+                reading, now = await self.read(dataset, since)
+                self.assertEqual(reading.kind, "all")
+                self.assertIn(why, reading.because or "")
+                self.assertEqual([key for key, _ in now.rows.items()], [b"anna"])

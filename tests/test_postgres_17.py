@@ -1,0 +1,9 @@
+"""The tests of the database layer on PostgreSQL 17."""
+
+from __future__ import annotations
+
+from tests.versions import run_database_layer
+
+
+def test_database_layer() -> None:
+    run_database_layer("17")
