@@ -536,7 +536,9 @@ class Storm:
             "retry_initial_s = 0.2\nretry_max_s = 1\n"
         ) + "".join(
             f"[datasets.{table}]\nquery = '''{self.queries.get(table) or QUERY.format(table=table)}'''\nkey = \"id\"\n"
-            f"min_rows = {rows // 2}\n" + ('group = "books"\n' if table in BOOKS else "")
+            # A probe that always changes: each attempt begins from what is served, and reads everything all the same.
+            f"min_rows = {rows // 2}\nprobe = 'SELECT clock_timestamp()'\n"
+            + ('group = "books"\n' if table in BOOKS else "")
             for table, rows in TABLES.items()
         )
 
