@@ -71,7 +71,8 @@ class Noisy(Service):
 Noisy().setServiceParent(application)
 """
 
-# Stands before the C library's clock; the offset is in a file, so that a test can turn the clock at any time.
+# Stands before the C library's clocks, so that a test can turn them at any time: a file has by how many seconds the
+# wall clock is off and, if it is long enough, for how many the machine was suspended.
 CLOCK_SHIM = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -87,11 +88,12 @@ static volatile long *offset_s;
 __attribute__((constructor)) static void prepare(void) {
     real_clock_gettime = dlsym(RTLD_NEXT, "clock_gettime");
     int file = open(getenv("CLOCK_OFFSET_FILE"), O_RDONLY);
-    offset_s = mmap(NULL, sizeof(long), PROT_READ, MAP_SHARED, file, 0);
+    offset_s = mmap(NULL, 2 * sizeof(long), PROT_READ, MAP_SHARED, file, 0);
 }
 int clock_gettime(clockid_t clock, struct timespec *now) {
     int result = real_clock_gettime(clock, now);
-    if (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE) now->tv_sec += *offset_s;
+    if (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE) now->tv_sec += offset_s[0];
+    if (clock == CLOCK_BOOTTIME) now->tv_sec += offset_s[1];
     return result;
 }
 int gettimeofday(struct timeval *restrict now, void *restrict zone) {
@@ -524,19 +526,42 @@ class Time(DaemonTestCase):
             raise SkipTest("needs a C compiler to turn the clock: apt-get install gcc libc6-dev")
         super().setUp()
 
-    def test_the_wall_clock_set_back(self) -> None:
-        """A wall clock set back an hour, and forth again, delays no refresh and changes no age."""
+    def with_clocks(self, configuration: str) -> tuple[Daemon, Callable[..., None]]:
+        """A service, and what sets its wall clock to an offset, and then the seconds for which it was suspended."""
         assert self.compiler is not None
-        source, shim, offset = (self.directory / name for name in ("shim.c", "shim.so", "offset"))
+        source, shim, offsets = (self.directory / name for name in ("shim.c", "shim.so", "offset"))
         source.write_text(CLOCK_SHIM)
         subprocess.run([self.compiler, "-shared", "-fPIC", "-o", shim, source, "-ldl"], check=True)
-        offset.write_bytes(bytes(8))
-        daemon = self.started(environ={"LD_PRELOAD": str(shim), "CLOCK_OFFSET_FILE": str(offset)})
+        offsets.write_bytes(bytes(16))
+        daemon = self.started(configuration, environ={"LD_PRELOAD": str(shim), "CLOCK_OFFSET_FILE": str(offsets)})
         daemon.wait_until_ready()
+
+        def turn(*seconds: int) -> None:
+            with offsets.open("r+b") as file:
+                file.write(b"".join(each.to_bytes(8, sys.byteorder, signed=True) for each in seconds))
+
+        return daemon, turn
+
+    def test_a_suspended_machine(self) -> None:
+        """What was read before has grown older by all of the time, and what is due by then begins at once."""
+        declared = PRODUCTS.replace("interval_s = 0.3", "interval_s = 3600").replace(
+            "max_age_s = 600", "max_age_s = 4000"
+        )
+        daemon, turn = self.with_clocks(self.configuration(declared))
+        turn(1000, 1000)
+        self.assertGreater(daemon.json()["datasets"]["products"]["age_s"], 1000)
+        self.assertEqual(daemon.generation(), 1)
+        turn(4000, 4000)
+        until(lambda: daemon.generation() > 1, "the refresh that was due")
+        self.assertLess(daemon.json()["datasets"]["products"]["age_s"], GIVE_UP_S)
+        self.assertEqual(daemon.end(), -signal.SIGTERM)
+
+    def test_the_wall_clock_set_back(self) -> None:
+        """A wall clock set back an hour, and forth again, delays no refresh and changes no age."""
+        daemon, turn = self.with_clocks(self.configuration())
         day = daemon.json()["datasets"]["products"]["last_attempt"]["started_at"]
         for offset_s in (-3600, 7200):
-            with offset.open("r+b") as file:
-                file.write(offset_s.to_bytes(8, sys.byteorder, signed=True))
+            turn(offset_s, 0)
             generation = daemon.generation()
             until(lambda: daemon.generation() > generation + 3, "three more generations")  # noqa: B023
             products = daemon.json()["datasets"]["products"]
