@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import psycopg2
 
 from cacheservice.cli.embedded import EmbeddedPostgres, _free_port
-from tests.standby import folder_of_server_user, server_identity
+from tests.pooler import program, running_pooler
+from tests.standby import folder_of_server_user
 
-START_LIMIT_S = 60
-
-PROGRAM = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+PROGRAM = program("pgbouncer")
 NEEDED = "needs PgBouncer: apt-get install pgbouncer"
 
 _CONFIGURATION = """
@@ -47,28 +41,5 @@ def running_pgbouncer(server: EmbeddedPostgres, pool_size: int = 2) -> Iterator[
         configuration.write_text(
             _CONFIGURATION.format(server_port=server.port, port=port, users=users, pool_size=pool_size)
         )
-        with (folder / "log").open("wb") as log:
-            process = subprocess.Popen(
-                [PROGRAM, configuration],
-                cwd=folder,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                **server_identity(server),
-            )
-        try:
-            dsn = partial(server.dsn, port=port)
-            limit = time.monotonic() + START_LIMIT_S
-            while True:
-                try:
-                    psycopg2.connect(dsn()).close()
-                    break
-                except psycopg2.OperationalError as error:
-                    said = f"{error} {(folder / 'log').read_text()}"
-                    assert process.poll() is None, said
-                    assert time.monotonic() < limit, said
-                    time.sleep(0.02)
+        with running_pooler(server, [PROGRAM, configuration], folder, port) as dsn:
             yield dsn
-        finally:
-            process.terminate()
-            process.wait()

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import psycopg2
 
 from cacheservice.cli.embedded import EmbeddedPostgres, _free_port
-from tests.standby import folder_of_server_user, server_identity
+from tests.pooler import program, running_pooler
+from tests.standby import folder_of_server_user
 
-START_LIMIT_S = 60
-
-PROGRAM = shutil.which("pgpool", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+PROGRAM = program("pgpool")
 NEEDED = "needs pgpool-II: apt-get install pgpool2"
 
 _CONFIGURATION = """
@@ -79,29 +73,15 @@ def running_pgpool(server: EmbeddedPostgres, standby_port: int | None = None) ->
                 standby="" if standby_port is None else _STANDBY.format(port=standby_port),
             )
         )
-        with (folder / "log").open("wb") as log:
-            command = [PROGRAM, "-n", "-f", folder / "pgpool.conf", "-F", folder / "pcp.conf"]
-            process = subprocess.Popen(
-                [*command, "-a", folder / "pool_hba.conf"],
-                cwd=folder,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                **server_identity(server),
-            )
-        try:
-            dsn = partial(server.dsn, port=port)
-            limit = time.monotonic() + START_LIMIT_S
-            while True:
-                try:
-                    psycopg2.connect(dsn()).close()
-                    break
-                except psycopg2.OperationalError as error:
-                    said = f"{error} {(folder / 'log').read_text()}"
-                    assert process.poll() is None, said
-                    assert time.monotonic() < limit, said
-                    time.sleep(0.1)
+        command = [
+            PROGRAM,
+            "-n",
+            "-f",
+            folder / "pgpool.conf",
+            "-F",
+            folder / "pcp.conf",
+            "-a",
+            folder / "pool_hba.conf",
+        ]
+        with running_pooler(server, command, folder, port) as dsn:
             yield dsn
-        finally:
-            process.terminate()
-            process.wait()
