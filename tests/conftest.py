@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import signal
-import tempfile
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from cacheservice.cli.embedded import EmbeddedPostgres
-from tests.versions import DEFAULT_VERSION, VERSIONS, MakeServer, OlderPostgres
+from tests.versions import DEFAULT_VERSION, VERSIONS, MakeServer, OlderPostgres, running_server
 
 # No deadline: how long an example takes is up to the machine.
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
@@ -66,14 +63,8 @@ def server_maker(request: pytest.FixtureRequest, make_server: MakeServer) -> Non
 
 @pytest.fixture(scope="session")
 def postgres_server(make_server: MakeServer) -> Iterator[EmbeddedPostgres]:
-    directory = Path(tempfile.mkdtemp(prefix="cacheservice-tests-"))
-    server = make_server(directory)
-    try:
-        server.start()
+    with running_server(make_server) as server:
         yield server
-    finally:
-        server.stop("immediate")
-        shutil.rmtree(directory)
 
 
 @pytest.fixture(scope="class")

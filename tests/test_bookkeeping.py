@@ -19,7 +19,7 @@ from cacheservice.postgres.migrate import migrate
 from cacheservice.postgres.watch import unwatch, watch
 from tests.postgres import connect, fresh_database, query
 from tests.test_watch import TRIGGERS, Refreshing, template  # noqa: F401  # a fixture
-from tests.versions import MakeServer
+from tests.versions import MakeServer, running_server
 
 GIVE_UP_S = 60
 FOLDER = shipped.folder("migrations")
@@ -342,14 +342,8 @@ class Kept(Bookkeeping):
 @pytest.fixture(scope="class")
 def publisher(request: pytest.FixtureRequest, make_server: MakeServer) -> Iterator[None]:
     """A server that publishes changes, as `self.other`."""
-    directory = Path(tempfile.mkdtemp(prefix="cacheservice-tests-"))
-    server = request.cls.other = make_server(directory, settings={"wal_level": "logical"})
-    try:
-        server.start()
+    with running_server(make_server, wal_level="logical") as request.cls.other:
         yield
-    finally:
-        server.stop("immediate")
-        shutil.rmtree(directory)
 
 
 @pytest.mark.usefixtures("publisher")

@@ -15,7 +15,8 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 
@@ -56,6 +57,19 @@ DELTAS = "30"
 
 MakeServer = Callable[..., EmbeddedPostgres]
 """Makes a server from the arguments of `EmbeddedPostgres`."""
+
+
+@contextmanager
+def running_server(make_server: MakeServer, **settings: str) -> Iterator[EmbeddedPostgres]:
+    """A server of its own, in a folder of its own, with these settings."""
+    directory = Path(tempfile.mkdtemp(prefix="cacheservice-tests-"))
+    server = make_server(directory, settings=settings)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop("immediate")
+        shutil.rmtree(directory)
 
 
 def installed(version: str) -> Path:
