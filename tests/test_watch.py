@@ -597,8 +597,8 @@ class Commands(Watching):
         ((schema,),) = self.sql("SELECT nspname FROM pg_namespace WHERE oid = pg_my_temp_schema()")
         for table, column, told in (
             ("nothing", "id", 'relation "nothing" does not exist'),
-            # 14 looks for the schema first.
-            ("nowhere.items", "id", f'{"relation" if at_least(self.server, 15) else "schema"} "nowhere'),
+            # 14 and 15 look for the schema first.
+            ("nowhere.items", "id", f'{"relation" if at_least(self.server, 16) else "schema"} "nowhere'),
             ("", "id", "invalid name syntax"),
             ("items", "nome", '"public"."items" has no column nome; it has id, name'),
             ("items", "ctid", '"public"."items" has no column ctid'),
