@@ -169,6 +169,12 @@ BEGIN
                    WHERE t.tgrelid = f.oid AND t.tgenabled = 'A' AND t.tgname LIKE 'cacheservice\_' || watch.id || '\_%'
                ))
         INTO tree, complete FROM family AS f;
+        -- Nor does one that names another parent of a child.
+        IF EXISTS (SELECT FROM pg_inherits AS i WHERE i.inhrelid = ANY (tree) AND i.inhparent <> ALL (tree)) THEN
+            problem := format('a child of %s inherits from another table, too, whose statements fire no trigger of ours; '
+                              'leave watch out', name);
+            EXIT;
+        END IF;
         IF complete < cardinality(tree) THEN
             problem := format('%s or a partition of it lacks a trigger of ours; say again: %s', name, again);
             EXIT;

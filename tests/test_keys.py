@@ -123,6 +123,21 @@ class Keys(DependenciesTestCase):
         self.assertEqual(set(reading.changed), {rb"a:b\:c", b"gone:now"})
         self.assertIsNone(reading.changed[b"gone:now"])
 
+    async def test_one_key_in_more_rows_than_come_in_one_answer(self) -> None:
+        """A delta refuses it as a full read does, and drops no key."""
+        dataset = self.of_pairs(key_separator="|")
+        repeated = self.dataset("SELECT v, a FROM cc", key="v", probe="", notify="things")
+        _, since = await self.read(repeated)
+        self.sql("INSERT INTO cc SELECT 'k' || i, 'b', 1 FROM generate_series(2, 600) AS i")
+
+        async def told() -> frozenset[str]:
+            return frozenset({"1"})
+
+        wanted = Wanted(repeated, lambda: RowsBuilder(print), since=since, most_keys=100, told=told)
+        await self.assertFailure(self.database.read_together([wanted]), BadResult)
+        reading, _ = await self.read(dataset)
+        self.assertEqual(reading.kind, "all")
+
     async def test_keys_of_a_notification_that_the_query_cannot_hold(self) -> None:
         """All is read instead, with the reason."""
         dataset = self.dataset("SELECT v::int2 AS id, a FROM cc", probe="", notify="things")

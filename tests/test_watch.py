@@ -24,6 +24,7 @@ from cacheservice import shipped
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.cli.main import main
 from cacheservice.config import OWN_CHANNEL
+from cacheservice.errors import WatchFailed
 from cacheservice.postgres.migrate import migrate
 from cacheservice.postgres.reader import create_reader
 from cacheservice.postgres.watch import unwatch, watch
@@ -959,6 +960,21 @@ class Asking(Refreshing):
         before = self.refresh()
         self.sql("ALTER TABLE all_items ATTACH PARTITION items DEFAULT", "INSERT INTO all_items VALUES (1)")
         self.assert_problem(before, "items has become a partition or a child of another table; watch that")
+
+    def test_a_child_of_two_parents(self) -> None:
+        """Statements that name the other parent fire no trigger of ours: it is not watched, and a problem later."""
+        self.sql("CREATE TABLE others (name text)", "CREATE TABLE child () INHERITS (items, others)")
+        with self.assertRaisesRegex(WatchFailed, "its child child inherits from others, too"):
+            self.watch("items")
+        self.sql("DROP TABLE child")
+        self.watch("items")
+        before = self.refresh()
+        self.sql("CREATE TABLE child () INHERITS (items, others)")
+        self.assert_problem(
+            before,
+            "a child of items inherits from another table, too, whose statements fire no trigger of ours; "
+            "leave watch out",
+        )
 
     def test_truncated(self) -> None:
         """A TRUNCATE that the last snapshot does not see is a problem, one that it sees is none."""

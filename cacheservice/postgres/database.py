@@ -497,12 +497,11 @@ class Database:
     ) -> deltas.ChangedRows:
         found = deltas.ChangedRows(KeyForm.of(dataset))
         sql = f"{rows_query(dataset.query, dataset.key, KeyForm.of(dataset))} WHERE {predicate}"
-        if most > FEW_ROWS:
+        # More rows than keys: some keys occur twice, which only all of them show.
+        if most > FEW_ROWS or not await self._read_few(moment, f"{sql} LIMIT {FEW_ROWS + 1}", dataset.name, found):
             await self._execute_asking_in(moment, f"DECLARE rows NO SCROLL CURSOR FOR {sql}", dataset.name)
             await self._fetch_all(moment.guard, found)
             await moment.guard.execute("CLOSE rows")
-        else:
-            await self._read_few(moment, sql, dataset.name, found)
         return found
 
     async def _read_few(self, moment: _Moment, sql: str, name: str, into: RowsBuilder | deltas.ChangedRows) -> bool:

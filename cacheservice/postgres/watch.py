@@ -148,6 +148,11 @@ def _find(cursor: Any, table: str, key: Sequence[str]) -> Table:
     if parent := cursor.fetchone():
         raise WatchFailed(f"{name} is a partition or a child of {parent[0]}; watch that, and it is watched with it")
     family = _family(cursor, oid)
+    if other := _other_parent(cursor, oid):
+        raise WatchFailed(
+            f"{name}: its child {other[0]} inherits from {other[1]}, too, and a statement that names that fires no "
+            "trigger below it; leave `watch` out"
+        )
     for member, member_kind in family:
         if member_kind not in _TABLE_KINDS:
             raise WatchFailed(
@@ -157,18 +162,37 @@ def _find(cursor: Any, table: str, key: Sequence[str]) -> Table:
     return Table(name, oid, tuple(member for member, _ in family), tuple(m for m, kind in family if kind == "r"))
 
 
+_FAMILY = """
+WITH RECURSIVE family AS (
+    SELECT %s::oid AS oid
+    UNION
+    SELECT i.inhrelid FROM pg_inherits AS i JOIN family AS f ON i.inhparent = f.oid
+)
+"""
+
+
+def _other_parent(cursor: Any, oid: int) -> tuple[str, str] | None:
+    """A table below this one and a parent of it that is not, if there is any."""
+    cursor.execute(
+        f"""{_FAMILY}
+        SELECT i.inhrelid::regclass::text, i.inhparent::regclass::text FROM pg_inherits AS i
+        WHERE i.inhrelid IN (SELECT f.oid FROM family AS f WHERE f.oid <> %s)
+          AND i.inhparent NOT IN (SELECT f.oid FROM family AS f)
+        ORDER BY 1, 2
+        """,  # noqa: S608  # constants
+        (oid, oid),
+    )
+    found: tuple[str, str] | None = cursor.fetchone()
+    return found
+
+
 def _family(cursor: Any, oid: int) -> list[tuple[str, str]]:
     """The names and kinds of a table and all below it, itself first."""
     cursor.execute(
-        """
-        WITH RECURSIVE family AS (
-            SELECT %s::oid AS oid
-            UNION
-            SELECT i.inhrelid FROM pg_inherits AS i JOIN family AS f ON i.inhparent = f.oid
-        )
+        f"""{_FAMILY}
         SELECT n.nspname, c.relname, c.relkind::text FROM family AS f JOIN pg_class AS c ON c.oid = f.oid
         JOIN pg_namespace AS n ON n.oid = c.relnamespace ORDER BY c.oid <> %s, c.oid
-        """,
+        """,  # noqa: S608  # constants
         (oid, oid),
     )
     return [(sql.Identifier(schema, name).as_string(cursor), kind) for schema, name, kind in cursor.fetchall()]

@@ -63,7 +63,7 @@ def _possible(look: Look, origins: Sequence[tuple[int | None, int | None]]) -> s
     return f"possible: cacheservice watch {table}{''.join(f' --key {column}' for column in columns)}"
 
 
-HOLDING_PROBE = "concat(count(*), ' ', sum(xmin::text::bigint))"
+HOLDING_PROBE = "concat(count(*), ' ', sum(hashtextextended(concat(ctid, xmin), 0)))"
 """Each INSERT, UPDATE and DELETE changes it, whatever the order of the commits."""
 
 
