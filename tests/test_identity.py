@@ -277,6 +277,36 @@ class OnServers(ServiceTestCase):
         self.assertFalse(snapshot.includes(xid, reading.server))
         self.assertTrue(after.includes(xid, reading.server))
 
+    async def test_a_promotion_amid_a_read(self) -> None:
+        """A transaction that began on the standby asks for the changes when it is none any more: nothing is missed."""
+        standby = await self.standby()
+
+        class Promoting(Database):
+            promoted = False
+
+            async def _read_one(self, moment: Any, wanted: Wanted, builder: RowsBuilder) -> Reading:
+                if wanted.since is not None and not self.promoted:
+                    self.promoted = True
+                    await deferToThread(standby.sql, "SELECT pg_promote()")
+                return await super()._read_one(moment, wanted, builder)
+
+        database = Promoting(
+            reactor, parse(standby(database=self.database_name)), 30.0, Cache([], reactor.seconds).database
+        )
+        self.addCleanup(database.stop)
+        with closing(psycopg2.connect(self.dsn())) as writer, writer.cursor() as cursor:
+            cursor.execute("UPDATE things SET n = 9 WHERE id = 7")
+            cursor.execute("SELECT pg_current_xact_id()")
+            self.sql("UPDATE things SET n = 1 WHERE id = 8")
+            await self.until_replayed(standby)
+            _, snapshot = await self.read(database)
+            writer.commit()
+        await self.until_replayed(standby)
+        reading, after = await self.read(database, snapshot)
+        self.assertTrue(database.promoted)
+        self.assertEqual(reading.kind, "all")
+        self.assertIn(b'"n":9', after.rows.get(b"7") or b"")
+
     def make_service_of(self, dsn: str, *datasets: DatasetSettings) -> tuple[CacheService, Cache]:
         cache = Cache(datasets, reactor.seconds)
         database = Database(reactor, parse(dsn), 30.0, cache.database)

@@ -309,12 +309,24 @@ class Database:
         try:
             moment = await self._begin(guard, wanted, deadline_at)
             readings = [await self._read_one(moment, *each) for each in zip(wanted, builders, strict=True)]
+            if moment.reading.server is not None and moment.reading.server.in_recovery:
+                await self._check_still_standby(guard)
             await self._sessions.commit(guard, moment.pid)
         except BaseException:
             for builder in builders:
                 builder.discard()
             raise
         return readings
+
+    async def _check_still_standby(self, guard: GuardedConnection) -> None:
+        """What the last snapshot of a standby includes is asked otherwise than of a primary, so the answer changes with
+        a promotion amid the transaction.
+
+        :raises DatabaseUnavailable: if there was one.
+        """
+        cursor = await guard.execute("SELECT pg_is_in_recovery()")
+        if not cursor.fetchone()[0]:
+            raise DatabaseUnavailable("the standby was promoted during the read")
 
     async def _naming_row(
         self, guard: GuardedConnection, wanted: Sequence[Wanted], error: QueryFailed
