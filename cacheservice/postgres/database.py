@@ -309,8 +309,7 @@ class Database:
         try:
             moment = await self._begin(guard, wanted, deadline_at)
             readings = [await self._read_one(moment, *each) for each in zip(wanted, builders, strict=True)]
-            if moment.reading.server is not None and moment.reading.server.in_recovery:
-                await self._check_still_standby(guard)
+            await self._check_not_promoted(moment)
             await self._sessions.commit(guard, moment.pid)
         except BaseException:
             for builder in builders:
@@ -318,11 +317,13 @@ class Database:
             raise
         return readings
 
-    async def _check_still_standby(self, guard: GuardedConnection) -> None:
-        """What the last snapshot of a standby includes is asked otherwise than of a primary, so the answer changes with
-        a promotion amid the transaction.
+    async def _check_not_promoted(self, moment: _Moment) -> None:
+        """Refuse a transaction that a promotion has split in two.
 
-        :raises DatabaseUnavailable: if there was one.
+        `cacheservice.changes()` compares snapshots of a standby in another way than those of a primary, and it asks
+        the server which of the two it is now.
+
+        :raises DatabaseUnavailable: the standby was promoted after the transaction had begun.
         """
         cursor = await guard.execute("SELECT pg_is_in_recovery()")
         if not cursor.fetchone()[0]:
@@ -351,7 +352,7 @@ class Database:
     async def _begin_once(
         self, guard: GuardedConnection, wanted: Sequence[Wanted], deadline_at: float
     ) -> _Moment | None:
-        """None if the server is a standby that was not asked for its lag before."""
+        """None if the server is a standby that was not asked for its lag before, or was promoted since it was asked."""
         read_at = self._reactor.seconds()
         facts = await self._standbys.ask(guard)
         datasets, attempt = [each.dataset for each in wanted], wanted[0].attempt
@@ -380,7 +381,7 @@ class Database:
         self._prepared.began(guard, pid)
         server = await self._servers.identify(guard, Life(*life))
         self._standbys.expect(server.in_recovery)
-        if server.in_recovery and (facts is None or facts.started_us != server.started_us):
+        if server.in_recovery != (facts is not None) or (facts is not None and facts.started_us != server.started_us):
             return None
         lag = self._standbys.lag(facts, read_at) if server.in_recovery else NO_LAG
         self._status.seen(server, lag)
