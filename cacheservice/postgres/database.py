@@ -47,7 +47,6 @@ from cacheservice.postgres.standby import Standbys
 from cacheservice.postgres.statements import (
     FEW_ROWS,
     columns_query,
-    few_rows_query,
     probe_query,
     quoted,
     rows_query,
@@ -94,7 +93,7 @@ _CHUNK_BYTES = 256 * 1024
 """1000 rows or 256 KiB are asked for at a time; fewer would leave the server waiting."""
 _SMALL_ROWS = FEW_ROWS // 2
 _SMALL_BYTES = 256 * 1024
-"""A result that was no larger is read in one answer: it may double before that is tried in vain."""
+"""The size up to which the last result makes the next read try a single answer. The rows may double until then."""
 _SIGNIFICANT_BITS = 7
 _DATA_EXCEPTION = "22"
 """The class of the SQLSTATEs of values that a type cannot hold."""
@@ -142,7 +141,7 @@ class Wanted(NamedTuple):
     :param build: makes an empty builder as each transaction begins. A builder never outlives its transaction, so
         that the rows of two moments cannot meet in one.
     :param expect: gets the planner's estimate of their number before they come, if anybody.
-    :param last: the rows of the result before, whose size decides how all of them are read.
+    :param last: the rows of the last result. Its size decides whether a full read needs a cursor.
     :param since: what there is of it; None if nothing, or if all is to be read without a question.
     :param check: read all although a delta might do, and tell which rows may differ.
     :param most_keys: of a delta; if more have changed, all is read.
@@ -325,7 +324,10 @@ class Database:
 
         :raises DatabaseUnavailable: the standby was promoted after the transaction had begun.
         """
-        cursor = await guard.execute("SELECT pg_is_in_recovery()")
+        assert moment.reading.server is not None, "each transaction identifies its server"
+        if not moment.reading.server.in_recovery:
+            return
+        cursor = await moment.guard.execute("SELECT pg_is_in_recovery()")
         if not cursor.fetchone()[0]:
             raise DatabaseUnavailable("the standby was promoted during the read")
 
@@ -510,16 +512,19 @@ class Database:
     ) -> deltas.ChangedRows:
         found = deltas.ChangedRows(KeyForm.of(dataset))
         sql = f"{rows_query(dataset.query, dataset.key, KeyForm.of(dataset))} WHERE {predicate}"
-        # More rows than keys: some keys occur twice, which only all of them show.
-        if most > FEW_ROWS or not await self._read_few(moment, f"{sql} LIMIT {FEW_ROWS + 1}", dataset.name, found):
+        # More rows than keys: a key occurs twice, which may show only in the last row.
+        if most > FEW_ROWS or not await self._read_few(moment, sql, dataset.name, found):
             await self._execute_asking_in(moment, f"DECLARE rows NO SCROLL CURSOR FOR {sql}", dataset.name)
             await self._fetch_all(moment.guard, found)
             await moment.guard.execute("CLOSE rows")
         return found
 
     async def _read_few(self, moment: _Moment, sql: str, name: str, into: RowsBuilder | deltas.ChangedRows) -> bool:
-        """Read what comes in one answer; False, and nothing was read, if that is more than `FEW_ROWS`."""
-        cursor = await self._execute_asking_in(moment, sql, name)
+        """Read the rows in one answer, without a cursor.
+
+        :returns: False if there are more than `FEW_ROWS`; `into` is as it was then.
+        """
+        cursor = await self._execute_asking_in(moment, f"{sql} LIMIT {FEW_ROWS + 1}", name)
         if cursor.rowcount > FEW_ROWS:
             return False
         try:
@@ -531,12 +536,11 @@ class Database:
 
     async def _read_all(self, moment: _Moment, wanted: Wanted, builder: RowsBuilder, reading: Reading) -> Reading:
         dataset, guard = wanted.dataset, moment.guard
-        few_sql = few_rows_query(dataset.query, dataset.key, KeyForm.of(dataset))
-        if _is_small(wanted.last) and await self._read_few(moment, few_sql, dataset.name, builder):
-            cursor = await guard.execute(columns_query(dataset.query))
-            described = cursor.description
+        rows_sql = rows_query(dataset.query, dataset.key, KeyForm.of(dataset))
+        if _is_small(wanted.last) and await self._read_few(moment, rows_sql, dataset.name, builder):
+            described = (await guard.execute(columns_query(dataset.query))).description
         else:
-            described = await self._read_by_cursor(moment, wanted, builder)
+            described = await self._read_by_cursor(moment, wanted, rows_sql, builder)
         reading = replace(reading, columns=tuple(column.name for column in described), rows=builder)
         if reading.dependencies is None and (dataset.watch or dataset.probe or dataset.notify):
             oids = [column.type_code for column in described]
@@ -548,10 +552,12 @@ class Database:
         unfit = deltas.unfit_key(cursor.fetchall(), dataset)
         return reading if unfit is None else replace(reading, watch_state="", because=unfit, no_delta=unfit)
 
-    async def _read_by_cursor(self, moment: _Moment, wanted: Wanted, builder: RowsBuilder) -> Any:
-        """Read all rows, whatever their number; the driver's description of the columns."""
+    async def _read_by_cursor(self, moment: _Moment, wanted: Wanted, rows_sql: str, builder: RowsBuilder) -> Any:
+        """Read any number of rows.
+
+        :returns: the driver's description of the query's columns.
+        """
         dataset, guard = wanted.dataset, moment.guard
-        rows_sql = rows_query(dataset.query, dataset.key, KeyForm.of(dataset))
         await self._execute_asking_in(moment, f"DECLARE rows NO SCROLL CURSOR FOR {rows_sql}", dataset.name)
         cursor = await guard.execute(columns_query(dataset.query))
         described = cursor.description

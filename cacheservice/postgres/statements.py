@@ -9,7 +9,7 @@ from cacheservice.query_text import without_semicolon
 
 _PLAIN = KeyForm()
 FEW_ROWS = 500
-"""So many rows at most come in one answer, without a cursor, which takes three more and rules out parallel plans."""
+"""The most rows that are read in one answer. More need a cursor: three more statements, and no parallel plan."""
 
 
 def rows_query(query: str, key: Sequence[str], form: KeyForm = _PLAIN) -> str:
@@ -17,11 +17,6 @@ def rows_query(query: str, key: Sequence[str], form: KeyForm = _PLAIN) -> str:
     columns = form.sql([f"q.{quoted(column)}" for column in key])
     # q.* is the whole row even where a column is named q.
     return f"SELECT {columns}, row_to_json(q.*)::text FROM (\n{without_semicolon(query)}\n) AS q"  # noqa: S608  # the operator's own query
-
-
-def few_rows_query(query: str, key: Sequence[str], form: KeyForm = _PLAIN) -> str:
-    """`rows_query` of a result that is thought small: one row more than `FEW_ROWS` says that there are too many."""
-    return f"{rows_query(query, key, form)} LIMIT {FEW_ROWS + 1}"
 
 
 def columns_query(query: str) -> str:
