@@ -1,4 +1,4 @@
-"""Whether ALTER ROLE or ALTER DATABASE has chosen another form of values than refreshes have."""
+"""Settings of ALTER ROLE and ALTER DATABASE that render values differently from refreshes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ SELECT DISTINCT ON (lower(split_part(c.setting, '=', 1)))
        split_part(c.setting, '=', 1), substr(c.setting, strpos(c.setting, '=') + 1)
 FROM pg_db_role_setting AS s CROSS JOIN LATERAL unnest(s.setconfig) AS c (setting)
 WHERE s.setdatabase IN (0, (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database()))
-  AND s.setrole IN (0, current_user::regrole)
+  AND s.setrole IN (0, (SELECT r.oid FROM pg_roles AS r WHERE r.rolname = current_user))
 ORDER BY lower(split_part(c.setting, '=', 1)), s.setrole = 0, s.setdatabase = 0
 """
-"""What a session of this role begins with: a role's goes before a database's, one of both before either."""
+"""Settings of a new session of this role. The more specific one wins (PostgreSQL manual, ALTER ROLE)."""
 
 
 def own_settings(cursor: Any, datasets: Sequence[DatasetSettings]) -> list[Finding]:
-    """A hint for each setting that a session of this role has otherwise than a dataset that does not choose it."""
+    """Return a hint for each setting of the role that differs from the pinned one of a dataset."""
     cursor.execute(_CHOSEN)
     chosen = {name.lower(): value for name, value in cursor.fetchall()}
     findings = []
@@ -29,14 +29,14 @@ def own_settings(cursor: Any, datasets: Sequence[DatasetSettings]) -> list[Findi
         own = chosen.get(name.lower())
         if own is None or own.lower() == pinned.lower():
             continue
-        names = [each.name for each in datasets if name.lower() not in {chosen.lower() for chosen in each.settings}]
+        names = [each.name for each in datasets if name.lower() not in map(str.lower, each.settings)]
         if names:
             shown = ", ".join(names)
             findings.append(
                 Finding(
                     "hint",
-                    f"{name} of this role is {own}, refreshes have {pinned}: in psql {shown} may look different",
-                    f'if the role\'s is meant, settings = {{{name} = "{own}"}} for the dataset or in [postgres]',
+                    f"this role has {name} = {own}, but refreshes use {pinned}: {shown} may look different in psql",
+                    f'to use the role\'s value, set settings = {{{name} = "{own}"}} in [postgres] or the dataset',
                 )
             )
     return findings

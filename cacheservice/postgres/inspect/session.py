@@ -128,11 +128,11 @@ def _server(connection: Any, datasets: Sequence[DatasetSettings]) -> Server:
             f"pg_is_in_recovery(), pg_backend_pid(), {deltas.CAN_TELL}, {SEES_RECEIVER}"
         )
         version, database, role, standby, pid, migrated, sees_receiver = cursor.fetchone()
-        settings = own_settings(cursor, datasets)
+        hints = own_settings(cursor, datasets)
         pgpool = _is_pgpool(cursor)
     # PgBouncer gives its clients process ids of its own, to cancel by. Through pgpool a standby may have answered.
     pooled = not pgpool and connection.info.backend_pid != pid
-    server = Server(version, database, role, standby, pooled, migrated, settings)
+    server = Server(version, database, role, standby, pooled, migrated, hints)
     if connection.server_version < _OLDEST_VERSION:
         server.findings.append(Finding("problem", f"PostgreSQL {version} is too old", "use PostgreSQL 14 or later"))
     heard = [dataset.name for dataset in datasets if dataset.watch or dataset.notify]
