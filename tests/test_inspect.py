@@ -186,7 +186,7 @@ class Describing(Inspecting):
 
 class OwnSettings(Inspecting):
     def test_a_role_with_other_settings(self) -> None:
-        """What it would see in psql is another text; where the dataset chooses the setting itself, there is no hint."""
+        """The role sees another text in psql. A dataset that sets the value itself has no hint."""
         with closing(connect(self.server, self.database)) as connection, connection.cursor() as cursor:
             cursor.execute(f"ALTER DATABASE {self.database} SET timezone = 'Asia/Tokyo'")
             cursor.execute(f"ALTER ROLE postgres IN DATABASE {self.database} SET timezone = 'Europe/Berlin'")
@@ -194,11 +194,20 @@ class OwnSettings(Inspecting):
         self.look("SELECT 1 AS id")
         (hint,) = self.seen.findings
         self.assertEqual(
-            hint.text, "TimeZone of this role is Europe/Berlin, refreshes have UTC: in psql it may look different"
+            hint.text, "this role has TimeZone = Europe/Berlin, but refreshes use UTC: it may look different in psql"
         )
         self.assertIn('settings = {TimeZone = "Europe/Berlin"}', hint.todo)
         self.look("SELECT 1 AS id", settings={"timezone": "Europe/Berlin"})
         self.assertEqual(self.seen.findings, [])
+
+    def test_a_role_whose_name_needs_quotes(self) -> None:
+        name = f"Reader of {self.database}"
+        with closing(connect(self.server, self.database)) as connection, connection.cursor() as cursor:
+            cursor.execute(f"CREATE ROLE \"{name}\" LOGIN PASSWORD 'reader'")
+            self.addCleanup(query, self.server, "postgres", f'DROP ROLE "{name}"')
+            cursor.execute(f"ALTER ROLE \"{name}\" SET timezone = 'Asia/Tokyo'")
+        self.look("SELECT 1 AS id", dsn=self.server.dsn(name, "reader", database=self.database))
+        self.assertEqual([hint.text[:35] for hint in self.seen.findings], ["this role has TimeZone = Asia/Tokyo"])
 
 
 class Keys(Inspecting):
@@ -359,7 +368,7 @@ class Problems(Inspecting):
         self.assertIn("probe: ", self.problem(sql, probe="SELECT 1 / 0")[0])
         self.assertIn("more than one row", self.problem(sql, probe=sql)[0])
         self.assertIn("gives NULL", self.hint(sql, probe="SELECT NULL")[0])
-        self.assertIn("does not change with a DELETE", self.hint(sql, probe="SELECT max(1)")[0])
+        self.assertIn("a DELETE does not change the greatest value", self.hint(sql, probe="SELECT max(1)")[0])
         self.assertEqual(self.hint(sql, notify="Products")[1], 'say: NOTIFY "Products"')
         self.assertTrue(self.look(sql, notify="products", probe="SELECT 1; -- one").ok)
 
@@ -499,14 +508,17 @@ class Command(CommandLine):
         self.assertEqual(datasets["c"]["size"]["rows"], 10)
 
     def test_a_probe_that_misses_changes(self) -> None:
-        """Without a database, too, because its text shows it."""
+        """`check` warns without a database, because the text of the probe shows it."""
         (self.directory / "cacheservice.toml").write_text(
             self.configuration('[datasets.a]\nquery = "TABLE items"\nkey = "id"\nprobe = "SELECT max(id) FROM items"')
         )
         said = self.succeed("check")
-        self.assertRegex(said, r"(?m)^a\n  hint +probe: the greatest value does not change with a DELETE")
-        (hint,) = json.loads(self.succeed("check", "--json"))["hints"]
-        self.assertRegex(hint, "^a: probe: the greatest value .*; use a value that does")
+        self.assertRegex(said, r"(?m)^ok +a\n  hint +probe: a DELETE does not change the greatest value")
+        found = json.loads(self.succeed("check", "--json"))["datasets"]["a"]
+        self.assertEqual((found["ok"], found["columns"]), (True, []))
+        (hint,) = found["findings"]
+        self.assertEqual(hint["level"], "hint")
+        self.assertIn("such as concat(count(*)", hint["todo"])
 
     def test_a_bad_configuration_as_json(self) -> None:
         """A configuration with a problem is told in the same object; nothing is asked of a database."""

@@ -19,7 +19,7 @@ from cacheservice.cli.picture import size
 from cacheservice.cli.terminal import console_of_output, show
 from cacheservice.errors import ConfigError
 from cacheservice.postgres import target
-from cacheservice.postgres.inspect import Finding, Inspection, Server, inspecting, probe_findings
+from cacheservice.postgres.inspect import Finding, Inspection, Server, inspect_text, inspecting
 
 
 @click.command()
@@ -54,8 +54,8 @@ def check(with_database: bool, as_json: bool) -> None:
     if not with_database:
         click.echo(valid)
         for dataset in datasets:
-            if findings := probe_findings(dataset):
-                show(console, Group(Text(dataset.name, "bold"), *_findings(findings)))
+            if (found := inspect_text(dataset)).findings:
+                show(console, _dataset(found))
         return
     problems = 0
     with inspecting(settings.postgres, datasets) as inspector:
@@ -76,27 +76,27 @@ def check(with_database: bool, as_json: bool) -> None:
 
 def _print_json(with_database: bool) -> None:
     """One object: the configuration's problems, and with a database what it says."""
-    told: dict[str, Any] = {"problems": [], "hints": [], "server": None, "datasets": {}}
+    answer: dict[str, Any] = {"problems": [], "server": None, "datasets": {}}
     try:
         settings = config.load(os.environ, target.problem)
     except ConfigError as error:
-        click.echo(json.dumps(told | {"problems": list(error.problems)}, ensure_ascii=False, indent=2))
+        click.echo(json.dumps(answer | {"problems": list(error.problems)}, ensure_ascii=False, indent=2))
         raise click.exceptions.Exit(1) from None
     datasets = list(settings.datasets.values())
     ok = True
     if with_database:
         with inspecting(settings.postgres, datasets) as inspector:
-            told["server"] = _as_object(inspector.server)
+            answer["server"] = _as_object(inspector.server)
             ok = not _problem_count(inspector.server.findings)
             for dataset in datasets:
                 found = inspector.inspect(dataset)
                 ok = ok and found.ok
-                told["datasets"][dataset.name] = _as_object(found) | {"ok": found.ok}
+                answer["datasets"][dataset.name] = _as_object(found) | {"ok": found.ok}
     else:
-        told["hints"] = [
-            f"{each.name}: {found.text}; {found.todo}" for each in datasets for found in probe_findings(each)
-        ]
-    click.echo(json.dumps(told, ensure_ascii=False, indent=2))
+        for dataset in datasets:
+            found = inspect_text(dataset)
+            answer["datasets"][dataset.name] = _as_object(found) | {"ok": found.ok}
+    click.echo(json.dumps(answer, ensure_ascii=False, indent=2))
     if not ok:
         raise click.exceptions.Exit(1)
 

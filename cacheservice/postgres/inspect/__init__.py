@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from cacheservice.postgres.inspect.findings import Column, Finding, Inspection, Key, Node, Server, Size
 from cacheservice.postgres.inspect.session import Inspector, inspecting
-from cacheservice.postgres.inspect.watching import probe_findings
+from cacheservice.postgres.inspect.watching import inspect_text
 
 __all__ = [
     "Column",
@@ -21,6 +21,6 @@ __all__ = [
     "Node",
     "Server",
     "Size",
+    "inspect_text",
     "inspecting",
-    "probe_findings",
 ]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from cacheservice.config import DatasetSettings
 from cacheservice.postgres import deltas
 from cacheservice.postgres.inspect.failures import step
-from cacheservice.postgres.inspect.findings import Finding
+from cacheservice.postgres.inspect.findings import Finding, Inspection
 from cacheservice.postgres.inspect.look import Look
 from cacheservice.postgres.statements import probe_query
 
@@ -74,16 +74,22 @@ def look_at_probe(look: Look) -> None:
         look.cursor.execute(probe_query(look.dataset.probe))
         if look.cursor.fetchone()[0] is None:
             look.add("hint", "probe: it gives NULL now; while it does, nothing is fetched after the first load")
-    look.found.findings.extend(probe_findings(look.dataset))
+    look.found.findings.extend(_probe_findings(look.dataset))
 
 
-def probe_findings(dataset: DatasetSettings) -> list[Finding]:
-    """What the text of a probe alone says against it."""
+def inspect_text(dataset: DatasetSettings) -> Inspection:
+    """Inspect the declaration alone, without a database."""
+    found = Inspection(dataset.name)
+    found.findings.extend(_probe_findings(dataset))
+    return found
+
+
+def _probe_findings(dataset: DatasetSettings) -> list[Finding]:
     if not misses_changes(dataset.probe):
         return []
     text = (
-        "probe: the greatest value does not change with a DELETE, nor with a transaction that commits after a "
-        f"later one; such changes are seen after full_interval_s = {dataset.full_interval_s:g}"
+        "probe: a DELETE does not change the greatest value, nor does a transaction that began earlier and commits "
+        f"later; such changes wait for full_interval_s = {dataset.full_interval_s:g}"
     )
     return [Finding("hint", text, f"use a value that does, such as {HOLDING_PROBE}")]
 
