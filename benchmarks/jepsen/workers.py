@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from http.client import HTTPConnection, HTTPException
@@ -23,7 +24,7 @@ from benchmarks.jepsen.money import ACCOUNTS, BANKS, BEAT_S, HTTP_LIMIT_S, READ_
 from benchmarks.jepsen.service import Service
 
 
-class Worker(threading.Thread):
+class Worker(threading.Thread, ABC):
     """Does one thing again and again until it is stopped; a lost connection is made again."""
 
     def __init__(self, name: str, judge: Judge, seed: str) -> None:
@@ -43,8 +44,9 @@ class Worker(threading.Thread):
                 self.judge.found("mistakes of the program", traceback.format_exc())
                 self.stopped.wait(1)
 
+    @abstractmethod
     def converse(self) -> None:
-        raise NotImplementedError
+        """One turn of its work, on connections of its own."""
 
 
 class Writer(Worker):
