@@ -121,14 +121,16 @@ class OnTheServer(ServiceTestCase):
         self.addCleanup(deferToThread, standby.__exit__, None, None, None)
         return dsn
 
-    async def conflict(self, dataset: Dataset, change: str) -> None:
-        """Change the primary, again and again, until a read of the standby has failed over it.
+    async def conflict(self, dataset: Dataset, change: str, words: str) -> None:
+        """Change the primary, again and again, until a read of the standby has failed with `words`.
+
+        A VACUUM may also find the page pinned by the cursor, which is another conflict.
 
         A session that runs nothing at that moment is ended, without a word that reaches us.
         """
 
         def told() -> bool:
-            return any("go on replaying" in (attempt.error or "") for attempt in list(dataset.attempts)[-1:])
+            return any(words in (attempt.error or "") for attempt in list(dataset.attempts)[-1:])
 
         while not told():
             await until(lambda: dataset.loading is not None and dataset.loading.count)
@@ -147,20 +149,17 @@ class OnTheServer(ServiceTestCase):
         service.startService()
         await until(lambda: dataset.snapshot)
         served = dataset.snapshot
-        await self.conflict(dataset, change)
-        why = self.why(dataset, cache, StandbyConflict)
-        self.assertRegex(why, f"the standby ended the query to go on replaying its primary: ({words})")
+        words = f"the standby ended the query to go on replaying its primary: {words}"
+        await self.conflict(dataset, change, words)
+        self.assertIn(words, self.why(dataset, cache, StandbyConflict))
         self.assertEqual(cache.database.state, "up")
         assert served is not None
         await until(lambda: dataset.snapshot.as_of > served.as_of)
         await service.stopService()
 
     async def test_rows_that_a_standby_removes(self) -> None:
-        """On a real standby: rows that the query needs are vacuumed on the primary. It is told, and tried again.
-
-        Which of the two the replay finds first, the old rows or the page that the cursor holds, is up to chance.
-        """
-        await self.check_conflict("UPDATE things SET n = n + 1", "User query might|User was holding shared buffer pin")
+        """The primary vacuums rows that the query of a real standby needs: the read fails for that, and is retried."""
+        await self.check_conflict("UPDATE things SET n = n + 1", "User query might")
 
     async def test_a_lock_that_a_standby_takes(self) -> None:
         """On a real standby: the table is locked on the primary. It is told, and tried again."""
