@@ -248,11 +248,11 @@ class OnServers(ServiceTestCase):
         assert dataset.snapshot is not None
         self.assertIn(b'"n":9', dataset.snapshot.rows.get(b"7") or b"")
 
-    async def test_a_promotion(self) -> None:
-        """What was committed while a standby was read is not missed by the first read after its promotion."""
-        standby = await self.standby()
-        dsn = standby(database=self.database_name)
-        database = self.reader(dsn)
+    async def read_amid_a_transaction(self, standby: Standby, database: Database) -> tuple[int, Snapshot]:
+        """Read the standby while a transaction is open that changes row 7; return its number and the snapshot.
+
+        It has committed, and the standby has replayed that, when this returns.
+        """
         with closing(psycopg2.connect(self.dsn())) as writer, writer.cursor() as cursor:
             cursor.execute("UPDATE things SET n = 9 WHERE id = 7")
             cursor.execute("SELECT pg_current_xact_id()::text::int8")
@@ -262,6 +262,14 @@ class OnServers(ServiceTestCase):
             _, snapshot = await self.read(database)
             writer.commit()
         await self.until_replayed(standby)
+        return xid, snapshot
+
+    async def test_a_promotion(self) -> None:
+        """What was committed while a standby was read is not missed by the first read after its promotion."""
+        standby = await self.standby()
+        dsn = standby(database=self.database_name)
+        database = self.reader(dsn)
+        xid, snapshot = await self.read_amid_a_transaction(standby, database)
         # A delta between two reads of the standby finds it; what it found is not used here.
         reading, _ = await self.read(database, snapshot)
         self.assertIn(b"7", reading.changed)
@@ -278,7 +286,7 @@ class OnServers(ServiceTestCase):
         self.assertTrue(after.includes(xid, reading.server))
 
     async def test_a_promotion_amid_a_read(self) -> None:
-        """A transaction that began on the standby asks for the changes when it is none any more: nothing is missed."""
+        """A delta that begins on the standby and ends after its promotion is repeated, and misses no change."""
         standby = await self.standby()
 
         class Promoting(Database):
@@ -294,14 +302,7 @@ class OnServers(ServiceTestCase):
             reactor, parse(standby(database=self.database_name)), 30.0, Cache([], reactor.seconds).database
         )
         self.addCleanup(database.stop)
-        with closing(psycopg2.connect(self.dsn())) as writer, writer.cursor() as cursor:
-            cursor.execute("UPDATE things SET n = 9 WHERE id = 7")
-            cursor.execute("SELECT pg_current_xact_id()")
-            self.sql("UPDATE things SET n = 1 WHERE id = 8")
-            await self.until_replayed(standby)
-            _, snapshot = await self.read(database)
-            writer.commit()
-        await self.until_replayed(standby)
+        _, snapshot = await self.read_amid_a_transaction(standby, database)
         reading, after = await self.read(database, snapshot)
         self.assertTrue(database.promoted)
         self.assertEqual(reading.kind, "all")
