@@ -169,10 +169,10 @@ BEGIN
                    WHERE t.tgrelid = f.oid AND t.tgenabled = 'A' AND t.tgname LIKE 'cacheservice\_' || watch.id || '\_%'
                ))
         INTO tree, complete FROM family AS f;
-        -- Nor does one that names another parent of a child.
+        -- A statement on another parent of a child fires none of them either.
         IF EXISTS (SELECT FROM pg_inherits AS i WHERE i.inhrelid = ANY (tree) AND i.inhparent <> ALL (tree)) THEN
-            problem := format('a child of %s inherits from another table, too, whose statements fire no trigger of ours; '
-                              'leave watch out', name);
+            problem := format('a child of %s also inherits from another table, and statements on that table are not '
+                              'recorded; remove watch from the dataset', name);
             EXIT;
         END IF;
         IF complete < cardinality(tree) THEN

@@ -536,7 +536,7 @@ class Storm:
             "retry_initial_s = 0.2\nretry_max_s = 1\n"
         ) + "".join(
             f"[datasets.{table}]\nquery = '''{self.queries.get(table) or QUERY.format(table=table)}'''\nkey = \"id\"\n"
-            # A probe that always changes: each attempt begins from what is served, and reads everything all the same.
+            # The probe always changes, so that each attempt starts from the last snapshot and still reads everything.
             f"min_rows = {rows // 2}\nprobe = 'SELECT clock_timestamp()'\n"
             + ('group = "books"\n' if table in BOOKS else "")
             for table, rows in TABLES.items()

@@ -362,7 +362,7 @@ class RealStalls(TestCase):
         self.assertGreaterEqual(watch.lateness.total, 0.3 - TICK_S)
 
 
-# Every read gives the same, so that all but the first are "unchanged".
+# Every read returns the same rows, so that all but the first are "unchanged".
 STEADY = PRODUCTS.replace(", clock_timestamp() AS read_at", "")
 PRICES = """
 [datasets.prices]

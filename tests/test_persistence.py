@@ -337,7 +337,7 @@ class Running(TestCase):
         start: bool = True,
         boot: str | None = None,
     ) -> Dataset:
-        """The first of those datasets, in a new cache with a new store; the one before lets the directory go."""
+        """The first of those datasets, in a new cache with a new store; the previous store unlocks the directory."""
         if self.snapshots is not None:
             self.snapshots.stopService()
         self.cache = Cache(datasets or [declared()], reactor.seconds)

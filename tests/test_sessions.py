@@ -278,7 +278,7 @@ class FewConnectionsTests(SessionsTestCase):
         await listener.stopService()
 
     async def test_a_listener_that_is_being_connected(self) -> None:
-        """It may have the only connection by then, and gives it up as one that listens does."""
+        """A listener that is still logging in may hold the only connection, and gives it up."""
         role = self.make_role(limit=1)
         listener = self.make_listener(role, Diary())
         self.assertFalse(listener.give_up_session())

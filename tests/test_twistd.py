@@ -71,8 +71,8 @@ class Noisy(Service):
 Noisy().setServiceParent(application)
 """
 
-# Stands before the C library's clocks, so that a test can turn them at any time: a file has by how many seconds the
-# wall clock is off and, if it is long enough, for how many the machine was suspended.
+# Replaces the C library's clocks, so that a test can turn them at any time. A file holds two numbers of seconds: the
+# offset of the wall clock and, if the file is long enough, the time for which the machine was suspended.
 CLOCK_SHIM = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -527,7 +527,7 @@ class Time(DaemonTestCase):
         super().setUp()
 
     def with_clocks(self, configuration: str) -> tuple[Daemon, Callable[..., None]]:
-        """A service, and what sets its wall clock to an offset, and then the seconds for which it was suspended."""
+        """Start a service; return it with a function that sets its wall clock's offset and its suspended seconds."""
         assert self.compiler is not None
         source, shim, offsets = (self.directory / name for name in ("shim.c", "shim.so", "offset"))
         source.write_text(CLOCK_SHIM)
@@ -543,7 +543,7 @@ class Time(DaemonTestCase):
         return daemon, turn
 
     def test_a_suspended_machine(self) -> None:
-        """What was read before has grown older by all of the time, and what is due by then begins at once."""
+        """Ages include the time for which the machine was suspended, and a refresh that is due starts at once."""
         declared = PRODUCTS.replace("interval_s = 0.3", "interval_s = 3600").replace(
             "max_age_s = 600", "max_age_s = 4000"
         )

@@ -95,8 +95,10 @@ class WarmStart(WarmStartTestCase):
         self.assertEqual(second.end(), -15)
 
     def test_two_services_on_one_directory(self) -> None:
-        """The second reads another database: it serves its own rows, says that it saves nothing, and leaves the files
-        of the first as they are, also for a rollback."""
+        """The second service reads another database, serves its own rows and reports that it saves nothing.
+
+        The files of the first stay as they are, and it can roll back to them.
+        """
         first = self.service()
         first.wait_until_ready()
         self.until_saved(first, 1)

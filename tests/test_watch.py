@@ -962,9 +962,11 @@ class Asking(Refreshing):
         self.assert_problem(before, "items has become a partition or a child of another table; watch that")
 
     def test_a_child_of_two_parents(self) -> None:
-        """Statements that name the other parent fire no trigger of ours: it is not watched, and a problem later."""
+        """Statements on the other parent are not recorded: `watch` refuses it, and a later child is a problem."""
         self.sql("CREATE TABLE others (name text)", "CREATE TABLE child () INHERITS (items, others)")
-        with self.assertRaisesRegex(WatchFailed, "its child child inherits from others, too"):
+        with self.assertRaisesRegex(
+            WatchFailed, "its child child also inherits from others, and statements on others fire no trigger"
+        ):
             self.watch("items")
         self.sql("DROP TABLE child")
         self.watch("items")
@@ -972,8 +974,8 @@ class Asking(Refreshing):
         self.sql("CREATE TABLE child () INHERITS (items, others)")
         self.assert_problem(
             before,
-            "a child of items inherits from another table, too, whose statements fire no trigger of ours; "
-            "leave watch out",
+            "a child of items also inherits from another table, and statements on that table are not recorded; "
+            "remove watch from the dataset",
         )
 
     def test_truncated(self) -> None:

@@ -146,7 +146,7 @@ def _system_user() -> pwd.struct_passwd:
 def run_database_layer(version: str) -> None:
     """Run the tests of the database layer on another version, in a process of their own.
 
-    The calling test is skipped where one of them is, or where npm is missing.
+    The calling test is skipped if one of them is, or if npm is missing.
 
     :raises AssertionError: with what pytest printed, if one fails.
     """

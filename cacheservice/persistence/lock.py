@@ -30,7 +30,7 @@ class DirectoryLock:
         self._mutex = threading.Lock()
 
     def take(self) -> None:
-        """Hold the directory until `release`; one that was put in its place is another directory.
+        """Lock the directory until `release`. A directory that was put in its place is locked in its turn.
 
         :raises DirectoryTaken: if another process has it.
         :raises OSError: if there is no such directory, or its file system has no locks.
@@ -55,7 +55,7 @@ class DirectoryLock:
             self._descriptor = descriptor
 
     def release(self) -> None:
-        """Hold nothing any more."""
+        """Unlock the directory."""
         with self._mutex:
             self._close()
 

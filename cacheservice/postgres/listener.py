@@ -119,7 +119,7 @@ class Listener(Service):
         self._returned = 0  # the number of the newest canary that came back
         self._loop: Deferred[None] | None = None
         self._session: GuardedConnection | None = None
-        self._guards: list[GuardedConnection] = []  # of sessions that are open or being opened
+        self._guards: list[GuardedConnection] = []  # of all sessions, from the start of their login
         self._proven = False  # this session has heard a canary
         self._failures = 0  # in a row, since a session was proven
         self._silent = 0  # of these, the newest ones that listened and heard nothing
@@ -155,9 +155,11 @@ class Listener(Service):
             self._session.abort(DatabaseUnavailable("postgres.dsn was changed"))
 
     def give_up_session(self) -> bool:
-        """End the session, because the server has none left for a refresh; False if there is none to end.
+        """End the listener's sessions, because a refresh needs a connection.
 
-        One that is being opened has its place on the server already.
+        A session that is still logging in holds a connection, too.
+
+        :returns: False if there was none to end.
         """
         guards = list(self._guards)
         for guard in guards:

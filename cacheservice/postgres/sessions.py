@@ -28,7 +28,7 @@ Use = Callable[[GuardedConnection], Awaitable[T]]
 
 _ROOM_COMES_WITHIN_S = 3.0
 _ROOM_POLL_S = 0.05
-"""The server frees the slot of a session a moment after its end, and on a busy machine later."""
+"""The server frees the connection of a session shortly after its end; a busy server may need seconds."""
 
 # idle_session_timeout of the role would end a kept session. All of it is the session's own: never sent through a proxy.
 _RESET = """

@@ -150,8 +150,8 @@ def _find(cursor: Any, table: str, key: Sequence[str]) -> Table:
     family = _family(cursor, oid)
     if other := _other_parent(cursor, oid):
         raise WatchFailed(
-            f"{name}: its child {other[0]} inherits from {other[1]}, too, and a statement that names that fires no "
-            "trigger below it; leave `watch` out"
+            f"{name}: its child {other[0]} also inherits from {other[1]}, and statements on {other[1]} fire no trigger "
+            "that would record changes; remove `watch` from the dataset"
         )
     for member, member_kind in family:
         if member_kind not in _TABLE_KINDS:
@@ -172,7 +172,7 @@ WITH RECURSIVE family AS (
 
 
 def _other_parent(cursor: Any, oid: int) -> tuple[str, str] | None:
-    """A table below this one and a parent of it that is not, if there is any."""
+    """Return a descendant of the table and a parent of it outside the family, or None."""
     cursor.execute(
         f"""{_FAMILY}
         SELECT i.inhrelid::regclass::text, i.inhparent::regclass::text FROM pg_inherits AS i

@@ -17,7 +17,7 @@ def explain(look: Look) -> Mapping[str, Any] | None:
         query = whole_query(look.dataset.query)
         plan = _plan(look, query)
         if int(plan["Plan Rows"]) > FEW_ROWS:
-            # That is how a refresh reads so many: the planner makes no parallel plan for a cursor.
+            # A refresh reads so many rows through a cursor, for which the planner makes no parallel plan.
             plan = _plan(look, f"DECLARE rows NO SCROLL CURSOR FOR {query}")
         look.found.worst = worst_node(plan)
         _warn_of_tables(look, plan)
