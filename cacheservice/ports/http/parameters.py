@@ -36,7 +36,7 @@ def max_age_s(query: bytes) -> float | None:
         return None
     seconds = float(values[0]) if len(values) == 1 and _SECONDS.fullmatch(values[0]) else math.inf
     if not math.isfinite(seconds):
-        raise Problem(400, "max_age must be given once, as a number of seconds that is not negative: max_age=5")
+        raise Problem(400, "max_age must be given once, as a number of seconds that is not negative, such as max_age=5")
     return seconds
 
 
