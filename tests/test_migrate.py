@@ -285,6 +285,17 @@ class Migrations(TestCase):
         create_reader(self.owner, READER, ["public.own"], "wörd")
         self.assertEqual(self.as_reader("SELECT id FROM own"), [(1,)])
 
+    def test_the_readers_connection(self) -> None:
+        """The advice for a reader that connects by mistake gives it no rights of the owner."""
+        migrate(self.owner, FOLDER)
+        create_reader(self.owner, READER, [], "wörd")
+        with self.assertRaises(MigrationFailed) as refused:
+            migrate(self.server.dsn(READER, "wörd", database=self.database), FOLDER)
+        self.assertEqual(
+            str(refused.exception),
+            f"the schema cacheservice belongs to postgres, and {READER} may not act as postgres; connect as postgres",
+        )
+
     def test_what_to_grant(self) -> None:
         """A role that lacks a right is told the statement that gives it, and with that the command goes on."""
         name, app = f"low_{self.database[5:]}", f"app_{self.database[5:]}"

@@ -12,6 +12,7 @@ import socket
 import uuid
 from pathlib import Path
 
+import psycopg2
 from psycopg2 import sql
 
 from cacheservice.errors import MigrationFailed
@@ -178,7 +179,11 @@ def repair(session: Session, owner: str | None) -> None:
 
 
 def act_as_owner(session: Session, owner: str | None = None) -> None:
-    """Take the role that owns our tables until the end of the transaction, so that what is made belongs to it too."""
+    """Take the role that owns our tables until the end of the transaction, so that what is made belongs to it too.
+
+    :raises Refused: if nobody asked for that role and the session may not take it. The advice is no GRANT then: the
+        session may be the reader's by mistake, which must not get the rights of the owner.
+    """
     owners = [
         name
         for (name,) in session.rows(
@@ -189,8 +194,16 @@ def act_as_owner(session: Session, owner: str | None = None) -> None:
     ]
     current = session.value("SELECT current_user")
     role = acting_role(owner, current, owners)
-    if role != current:
+    if role == current:
+        return
+    try:
         session.cursor.execute(sql.SQL("SET LOCAL ROLE {}").format(sql.Identifier(role)))
+    except psycopg2.errors.InsufficientPrivilege as error:
+        if owner is not None:
+            raise
+        raise Refused(
+            f"the schema {SCHEMA} belongs to {role}, and {current} may not act as {role}; connect as {role}"
+        ) from error
 
 
 def acting_role(wanted: str | None, current: str, owners: list[str]) -> str:
