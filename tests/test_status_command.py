@@ -456,6 +456,19 @@ class Judgement(SynchronousTestCase):
         self.assertLess(len(line.encode()), 1024)
         self.assertIn("and 95 more", line)
 
+    def test_a_dataset_that_cannot_be_saved(self) -> None:
+        """It is a WARNING with the reason, although the data are fresh. Older services do not report it."""
+        facts = self.answer().facts
+        fresh = facts["datasets"]["a"] | {"state": "fresh", "age_s": 1.0, "as_of": "2026-01-01T00:00:00+00:00"}
+        fresh["last_attempt"] = {"outcome": "published", "error": None, "started_at": fresh["as_of"], "took_s": 0.1}
+        for problem, expected in (("/saved: No space left on device", 1), (None, 0)):
+            datasets = {"a": fresh | {"save_problem": problem}}
+            level, line = plugin.verdict(Answer(0.0, "", {**facts, "datasets": datasets}, ()))
+            self.assertEqual(level, expected)
+            self.assertEqual("a not saved, 1.00 s old" in line and "No space left on device" in line, bool(problem))
+        del datasets["a"]["save_problem"]
+        self.assertEqual(plugin.verdict(Answer(0.0, "", {**facts, "datasets": datasets}, ()))[0], 0)
+
     def test_figures_have_no_exponent(self) -> None:
         """The guidelines allow digits and a point."""
         facts = self.answer().facts

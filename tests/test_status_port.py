@@ -276,6 +276,7 @@ class Replies(PortTestCase):
                             "error": None,
                         },
                         "last_change": None,
+                        "save_problem": None,
                         "without_deltas_s": None,
                     },
                     "prices": {
@@ -304,6 +305,7 @@ class Replies(PortTestCase):
                             "error": "a lock was not granted",
                         },
                         "last_change": None,
+                        "save_problem": None,
                         "without_deltas_s": None,
                     },
                 },

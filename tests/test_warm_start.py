@@ -121,6 +121,7 @@ class WarmStart(WarmStartTestCase):
         self.assertIn("another process saves there", second.event("persistence_locked")["error"])
         self.assertEqual((self.n(second), self.n(first)), (50, 2))
         self.assertIn("another process saves there", second.ask("status"))
+        self.assertIn("another process saves there", self.things(second)["save_problem"])
         self.assertEqual({path.name: path.read_bytes() for path in self.saved.iterdir()}, before)
         self.assertTrue(self.admin("rollback things").startswith("OK"))
         until(lambda: self.things(first)["pinned"], "the rollback")

@@ -74,6 +74,7 @@ def describe_dataset(dataset: Dataset) -> dict[str, Any]:
         "next_refresh_in_s": _optional_seconds(dataset.next_refresh_in_s()),
         "last_attempt": describe_attempt(dataset.attempts[-1]) if dataset.attempts else None,
         "last_change": snapshot.change._asdict() if snapshot and snapshot.change else None,
+        "save_problem": dataset.save_problem,
         "without_deltas_s": _optional_seconds(dataset.whole_for_s()),
     }
 
