@@ -10,6 +10,8 @@ from typing import Any
 import psycopg2
 import pytest
 from twisted.internet import reactor
+from twisted.internet.task import deferLater
+from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import TestCase
 
 from cacheservice import shipped
@@ -19,6 +21,7 @@ from cacheservice.cache.dependencies import Dependencies
 from cacheservice.cache.rows import Rows, RowsBuilder
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.config import DatasetSettings
+from cacheservice.errors import QueryFailed
 from cacheservice.postgres.database import Database, Reading, Wanted
 from cacheservice.postgres.migrate import migrate
 from cacheservice.postgres.target import parse
@@ -42,6 +45,11 @@ CREATE VIEW calling AS SELECT id, atomic(v) AS v FROM t;
 CREATE TABLE apart (id int);
 CREATE SCHEMA other;
 """
+WAITING = """
+SELECT l.pid FROM pg_locks AS l JOIN pg_database AS d ON d.oid = l.database
+WHERE d.datname = current_database() AND l.locktype = 'advisory' AND NOT l.granted
+"""
+HELD = "SELECT id, m FROM t CROSS JOIN (SELECT pg_advisory_xact_lock_shared(7)) AS held"
 
 
 @pytest.mark.usefixtures("server")
@@ -150,6 +158,215 @@ class Changes(DependenciesTestCase):
             ],
         )
 
+    async def test_names_in_bodies(self) -> None:
+        """A body may name what neither the query nor search_path does: of its own schema, or of its own search_path."""
+        self.sql(f"GRANT USAGE ON SCHEMA other TO {self.reader}")
+        for body, function in (
+            ("SELECT other.hidden($1)", "direct"),
+            ("SELECT hidden($1)", "by_path"),
+        ):
+            path = "SET search_path = other, pg_catalog" if function == "by_path" else ""
+            self.sql(
+                "CREATE OR REPLACE FUNCTION other.hidden(text) RETURNS text LANGUAGE sql STABLE AS 'SELECT upper($1)'; "
+                f"CREATE FUNCTION {function}(text) RETURNS text LANGUAGE sql STABLE {path} AS '{body}'"
+            )
+            await self.check(
+                f"SELECT id, {function}(v) AS v FROM t",
+                [
+                    (
+                        "CREATE OR REPLACE FUNCTION other.hidden(text) RETURNS text LANGUAGE sql STABLE "
+                        "AS 'SELECT lower($1)'",
+                        "the function hidden was created, replaced or dropped",
+                    ),
+                    (
+                        "CREATE FUNCTION other.hidden(varchar) RETURNS text LANGUAGE sql AS 'SELECT $1::text'; "
+                        "DROP FUNCTION other.hidden(varchar)",
+                        None,
+                    ),
+                    (
+                        "CREATE FUNCTION other.lower(text) RETURNS text LANGUAGE sql IMMUTABLE AS 'SELECT upper($1)'",
+                        "the function lower was created, replaced or dropped",
+                    ),
+                ],
+            )
+            self.sql("DROP FUNCTION other.lower(text)")
+
+    async def test_a_policy_that_calls_another_schema(self) -> None:
+        """Rows that a policy's function forbids now are not served on, however deep the function is named."""
+        self.sql(
+            f"GRANT USAGE ON SCHEMA other TO {self.reader}; "
+            "CREATE FUNCTION other.most() RETURNS int LANGUAGE sql STABLE AS 'SELECT 4'; "
+            "CREATE FUNCTION allowed(int) RETURNS bool LANGUAGE plpgsql STABLE AS "
+            "'BEGIN RETURN $1 < other.most(); END'; "
+            "CREATE POLICY p ON t USING (allowed(id)); ALTER TABLE t ENABLE ROW LEVEL SECURITY"
+        )
+        await self.check(
+            "SELECT id FROM t",
+            [
+                (
+                    "CREATE OR REPLACE FUNCTION other.most() RETURNS int LANGUAGE sql STABLE AS 'SELECT 2'",
+                    "the function most was created, replaced or dropped",
+                )
+            ],
+        )
+
+    async def test_operators(self) -> None:
+        """An operator that only the query names: its function, a better match, one that SQL spells with a word."""
+        self.sql(
+            "CREATE FUNCTION joined(text, int) RETURNS text LANGUAGE sql IMMUTABLE AS 'SELECT $1 || $2'; "
+            "CREATE OPERATOR <=> (LEFTARG = text, RIGHTARG = int, FUNCTION = joined); "
+            "CREATE FUNCTION alike(short, short) RETURNS bool LANGUAGE sql IMMUTABLE AS 'SELECT true'"
+        )
+        await self.check(
+            "SELECT id, v<=>-1 AS v, s LIKE 's'::short AS l FROM t",
+            [
+                (
+                    "CREATE OR REPLACE FUNCTION joined(text, int) RETURNS text LANGUAGE sql IMMUTABLE "
+                    "AS 'SELECT $2 || $1'",
+                    "the function joined was created, replaced or dropped",
+                ),
+                (
+                    "CREATE OPERATOR ~~ (LEFTARG = short, RIGHTARG = short, FUNCTION = alike)",
+                    "an operator was created, altered or dropped",
+                ),
+                (
+                    "CREATE OR REPLACE FUNCTION alike(short, short) RETURNS bool LANGUAGE sql IMMUTABLE "
+                    "AS 'SELECT false'",
+                    "the function alike was created, replaced or dropped",
+                ),
+            ],
+        )
+
+    async def test_casts(self) -> None:
+        """A cast, and the function behind it; also the one to json by which documents are made."""
+        self.sql(
+            "CREATE FUNCTION to_text(pair) RETURNS text LANGUAGE sql IMMUTABLE AS 'SELECT ($1).a::text'; "
+            "CREATE FUNCTION to_json_of(pair) RETURNS json LANGUAGE sql IMMUTABLE AS 'SELECT to_json(($1).a)'; "
+            "CREATE CAST (pair AS text) WITH FUNCTION to_text(pair)"
+        )
+        await self.check(
+            "SELECT id, p, p::text AS x FROM t",
+            [
+                (
+                    "CREATE OR REPLACE FUNCTION to_text(pair) RETURNS text LANGUAGE sql IMMUTABLE "
+                    "AS 'SELECT ($1).b::text'",
+                    "the function to_text was created, replaced or dropped",
+                ),
+                (
+                    "CREATE CAST (pair AS json) WITH FUNCTION to_json_of(pair)",
+                    "a cast was created, altered or dropped",
+                ),
+                (
+                    "CREATE OR REPLACE FUNCTION to_json_of(pair) RETURNS json LANGUAGE sql IMMUTABLE "
+                    "AS 'SELECT to_json(($1).b)'",
+                    "the function to_json_of was created, replaced or dropped",
+                ),
+                ("DROP CAST (pair AS text)", "a cast was created, altered or dropped"),
+            ],
+        )
+
+    async def test_types_behind_types(self) -> None:
+        """The labels of an enum of which there are ranges and multiranges."""
+        self.sql(
+            "CREATE TYPE moods AS RANGE (subtype = mood, multirange_type_name = sets); "
+            f"CREATE TABLE ranges (id int, r sets); GRANT SELECT ON ranges TO {self.reader}"
+        )
+        await self.check(
+            "SELECT id, r FROM ranges",
+            [("ALTER TYPE mood RENAME VALUE 'ok' TO 'fine'", "the labels of type public.mood changed")],
+        )
+
+    async def test_a_type_in_front_of_another(self) -> None:
+        """A type that takes the name by which the query, or a body, knows another one."""
+        self.sql(
+            f"GRANT USAGE ON SCHEMA other TO {self.reader}; "
+            "CREATE FUNCTION labelled(text) RETURNS text LANGUAGE plpgsql STABLE AS $$ BEGIN RETURN $1::mood; END $$"
+        )
+        for sql in ("SELECT id, 'sad'::mood AS m FROM t", "SELECT id, labelled('sad') AS m FROM t"):
+            await self.check(
+                sql,
+                [
+                    ("CREATE DOMAIN other.mood AS text", "a type named mood was created, altered or dropped"),
+                    ("DROP DOMAIN other.mood", "type other.mood changed"),
+                ],
+                search_path="other, pg_catalog, public",
+            )
+
+    async def test_settings_in_parsed_bodies(self) -> None:
+        """A view and a BEGIN ATOMIC body have no text of their own, and may read a setting all the same."""
+        self.sql(
+            "CREATE VIEW tenant AS SELECT id, current_setting('app.view', true) AS s FROM t; "
+            "CREATE FUNCTION tenant() RETURNS text LANGUAGE sql STABLE "
+            "BEGIN ATOMIC SELECT current_setting('app.body', true); END; "
+            f"GRANT SELECT ON tenant TO {self.reader}"
+        )
+        for setting, sql in (
+            ("app.view", "SELECT * FROM tenant"),
+            ("app.body", "SELECT id, tenant() AS s FROM t"),
+        ):
+            _, since = await self.read(self.dataset(sql))
+            dsn = self.server.dsn(self.reader, "reader", database=self.name)
+            other = self.of(f"{dsn}?options=-c{setting}%3D7")
+            reading, _ = await self.read(self.dataset(sql), since, other)
+            self.assertEqual((reading.kind, reading.because), ("all", f"the setting {setting} changed"))
+
+    async def test_spelling(self) -> None:
+        """Names as PostgreSQL folds them, and quoted ones beside quotation marks in strings; texts of any length."""
+        self.sql(
+            'CREATE FUNCTION "straÉe"(text) RETURNS text LANGUAGE sql STABLE AS $$ SELECT $1 $$; '
+            'CREATE FUNCTION "My Own"(text) RETURNS text LANGUAGE sql STABLE AS $$ SELECT $1 $$'
+        )
+        filler = ", ".join(f"{i} AS filler_{i}" for i in range(1500))
+        await self.check(
+            """SELECT id, '"' AS q, "My Own"(v) AS o FROM t""",
+            [
+                (
+                    'CREATE OR REPLACE FUNCTION "My Own"(text) RETURNS text LANGUAGE sql AS $$ SELECT 1::text $$',
+                    "the function My Own was created, replaced or dropped",
+                )
+            ],
+        )
+        await self.check(
+            f"SELECT id, {filler}, StraÉe(v) AS s FROM t",
+            [
+                (
+                    'CREATE OR REPLACE FUNCTION "straÉe"(text) RETURNS text LANGUAGE sql AS $$ SELECT 1::text $$',
+                    "the function straÉe was created, replaced or dropped",
+                )
+            ],
+        )
+
+    async def test_the_first_child(self) -> None:
+        """A table that had no children, and a partitioned one without partitions."""
+        self.sql(f"CREATE TABLE parted (id int) PARTITION BY LIST (id); GRANT SELECT ON parted TO {self.reader}")
+        await self.check(
+            "SELECT id FROM parted UNION ALL SELECT id FROM apart",
+            [
+                (
+                    "CREATE TABLE part PARTITION OF parted FOR VALUES IN (1)",
+                    "the partitions or children of table public.parted changed",
+                ),
+                (
+                    "CREATE TABLE child () INHERITS (apart)",
+                    "the partitions or children of table public.apart changed",
+                ),
+            ],
+        )
+
+    async def test_a_schema_of_the_path_that_comes_later(self) -> None:
+        """search_path names a schema that does not exist yet."""
+        await self.check(
+            "SELECT id, upper(v) AS v FROM t",
+            [
+                ("CREATE SCHEMA later", None),
+                (
+                    f"GRANT USAGE ON SCHEMA later TO {self.reader}",
+                    "the schemas of search_path that the role may use changed",
+                ),
+            ],
+            search_path="later, pg_catalog, public",
+        )
+
     async def test_columns_and_names(self) -> None:
         """Columns, and a table or a function that stands in front of another, are seen."""
         self.sql(f"GRANT USAGE ON SCHEMA other TO {self.reader}")
@@ -164,7 +381,7 @@ class Changes(DependenciesTestCase):
                 ),
                 (
                     f"CREATE TABLE other.t AS TABLE public.t; GRANT SELECT ON other.t TO {self.reader}",
-                    "the name t stands for another relation",
+                    "the name t may stand for another relation",
                 ),
             ],
             search_path="other, pg_catalog, public",
@@ -288,6 +505,63 @@ class Changes(DependenciesTestCase):
         reading, since = await self.read(dataset, since)
         self.assertEqual(reading.kind, "unchanged")
 
+    async def while_it_reads(self, wanted: Wanted, changes: Sequence[str]) -> Reading:
+        """Read `HELD`, and commit one of `changes` while each of its first transactions is in the middle of it."""
+        with closing(connect(self.server, self.name)) as keeper, keeper.cursor() as cursor:
+            cursor.execute("SELECT pg_advisory_lock(7)")
+            d = self.database.read_together([wanted])
+            for change in changes:
+                while not d.called and not self.sql(WAITING):
+                    await deferLater(reactor, 0.01)
+                self.sql(change)
+                # Who waits has the lock at once, and who asks for it again waits for the end of that transaction.
+                await deferToThread(cursor.execute, "SELECT pg_advisory_unlock(7); SELECT pg_advisory_lock(7)")
+            cursor.execute("SELECT pg_advisory_unlock(7)")
+            (reading,) = await d
+            return reading
+
+    async def test_definitions_that_change_during_a_read(self) -> None:
+        """A statement sees definitions newer than its snapshot: what it read is not used, neither delta nor all."""
+        migrate(self.server.dsn(database=self.name), shipped.folder("migrations"))
+        self.sql(
+            f"GRANT USAGE ON SCHEMA cacheservice TO {self.reader}; "
+            f"GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA cacheservice TO {self.reader}"
+        )
+        watch(self.server.dsn(database=self.name), "public.t", ["id"], notify=False, dry_run=False, say=lambda _: None)
+        dataset = self.dataset(HELD, probe="", watch=[{"table": "public.t", "key": "id"}])
+        _, since = await self.read(dataset)
+        self.sql("UPDATE t SET v = 'x' WHERE id = 1")
+
+        def wanted(**more: Any) -> Wanted:
+            return Wanted(dataset, lambda: RowsBuilder(lambda _: None), most_keys=100, **more)
+
+        for old, label, start in (("sad", "blue", since), ("blue", "red", None), ("red", "green", None)):
+            change = f"ALTER TYPE mood RENAME VALUE '{old}' TO '{label}'"
+            reading = await self.while_it_reads(wanted(since=start), [change])
+            self.assertEqual(
+                (reading.kind, reading.because), ("all", "definitions that it depends on changed during the read")
+            )
+            assert reading.rows is not None
+            self.assertEqual({json.loads(row)["m"] for _, row in reading.rows.finish().items()}, {label})
+        changes = ["GRANT UPDATE ON t TO public", "REVOKE UPDATE ON t FROM public"] * 2
+        reading = await self.while_it_reads(wanted(), changes[:3])
+        self.assertEqual(reading.kind, "all")
+        with self.assertRaisesRegex(QueryFailed, "things was read 4 times, and each time definitions that it depends"):
+            await self.while_it_reads(wanted(), changes[::-1])
+
+    async def test_a_partition_that_is_attached_during_a_read(self) -> None:
+        """The snapshot has neither that partition nor what went with it; a statement has the partition."""
+        self.sql(
+            "CREATE TABLE parted (id int) PARTITION BY RANGE (id); CREATE TABLE rest PARTITION OF parted DEFAULT; "
+            "CREATE TABLE part (id int); INSERT INTO rest VALUES (1), (11); INSERT INTO part VALUES (12); "
+            f"GRANT SELECT ON parted TO {self.reader}"
+        )
+        dataset = self.dataset("SELECT id FROM parted", probe="SELECT pg_advisory_xact_lock_shared(7)::text")
+        attach = "DELETE FROM rest WHERE id = 11; ALTER TABLE parted ATTACH PARTITION part FOR VALUES FROM (10) TO (20)"
+        reading = await self.while_it_reads(Wanted(dataset, lambda: RowsBuilder(lambda _: None)), [attach])
+        assert reading.rows is not None
+        self.assertEqual({key for key, _ in reading.rows.finish().items()}, {b"1", b"12"})
+
     async def test_a_partition_whose_detaching_was_broken_off(self) -> None:
         """Its rows are gone from the table although it still is a partition, and no trigger saw them go."""
         migrate(self.server.dsn(database=self.name), shipped.folder("migrations"))
@@ -344,7 +618,7 @@ class Changes(DependenciesTestCase):
         )
         _, snapshot = await self.read(self.dataset(text))
         ((_, document),) = snapshot.rows.items()
-        self.assertEqual(json.loads(document), {"id": 1, "kept": 2, "b": "\\x01"})
+        self.assertEqual(json.loads(document), {"id": 1, "kept": 3, "b": "\\x01"})
         if pgbouncer.PROGRAM is None:
             pytest.skip(pgbouncer.NEEDED)
         with running_pgbouncer(self.server, pool_size=1) as dsn:

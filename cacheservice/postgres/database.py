@@ -29,7 +29,7 @@ from cacheservice.errors import (
     LockTimeout,
     QueryFailed,
 )
-from cacheservice.postgres import bad_bytes, deltas, dependencies
+from cacheservice.postgres import bad_bytes, deltas, dependencies, dependency_search
 from cacheservice.postgres.blockers import find_blockers
 from cacheservice.postgres.connector import Connector
 from cacheservice.postgres.guard import GuardedConnection
@@ -85,6 +85,8 @@ _LOCK_SHARE = 0.9
 _ASK_SHARE = 0.75
 """Who holds the lock is asked for before the wait for it ends: afterwards the server no longer knows."""
 _ASK_TIMEOUT_S = 5.0
+_MOST_READS = 4
+"""Of one attempt: each after the first because the one before was of no use."""
 _MOST_BEGINS = 5
 """A standby is asked for its lag before a transaction: the first, and one on another server, begins again for that."""
 
@@ -164,12 +166,14 @@ class Wanted(NamedTuple):
     because: str | None = None
 
 
-class _KeysDoNotFit(Exception):
-    """Rows could not be found by the keys that are said to have changed; the transaction is lost."""
+class _ReadAllAgain(Exception):
+    """What was read of some datasets is of no use: read all of them, in another transaction.
 
-    def __init__(self, dataset: str, because: str) -> None:
+    :param because: why, by the names of the datasets.
+    """
+
+    def __init__(self, because: Mapping[str, str]) -> None:
         super().__init__(because)
-        self.dataset = dataset
         self.because = because
 
 
@@ -269,16 +273,19 @@ class Database:
         notified = any(each.dataset.watch or each.dataset.notify for each in wanted)
         again_in_s = 0.0 if notified else first.interval_s
         try:
-            while True:
+            for _ in range(_MOST_READS):
                 try:
                     return await self._sessions.use(first.group or first.name, deadline_at, use, again_in_s=again_in_s)
-                except _KeysDoNotFit as unfit:
-                    # The transaction is lost with them. Another one reads all, so that the next delta begins there.
-                    name, because = unfit.dataset, unfit.because
+                except _ReadAllAgain as again:
+                    because = again.because
                     wanted = [
-                        each._replace(since=None, told=None, because=because) if each.dataset.name == name else each
+                        each._replace(since=None, told=None, because=because[each.dataset.name])
+                        if each.dataset.name in because
+                        else each
                         for each in wanted
                     ]
+            name, reason = next(iter(because.items()))
+            raise QueryFailed(f"{name} was read {_MOST_READS} times, and each time {reason}")
         finally:
             wanted = ()  # an error keeps `use`, and with it the snapshots to start from
 
@@ -309,12 +316,34 @@ class Database:
             moment = await self._begin(guard, wanted, deadline_at)
             readings = [await self._read_one(moment, *each) for each in zip(wanted, builders, strict=True)]
             await self._check_not_promoted(moment)
-            await self._sessions.commit(guard, moment.pid)
+            await self._commit(moment, wanted, readings)
         except BaseException:
             for builder in builders:
                 builder.discard()
             raise
         return readings
+
+    async def _commit(self, moment: _Moment, wanted: Sequence[Wanted], readings: Sequence[Reading]) -> None:
+        """End the transaction, and refuse what it read if definitions have changed since it took its snapshot.
+
+        The server looks definitions up as they are, not as the snapshot has them, so that rows of one read might have
+        forms, or come from partitions, of two moments.
+
+        :raises _ReadAllAgain: they changed.
+        """
+        recorded = {
+            each.dataset.name: reading.dependencies
+            for each, reading in zip(wanted, readings, strict=True)
+            if reading.kind != "unchanged" and reading.dependencies is not None
+        }
+        digests = ", ".join(dependencies.catalog_digest_sql(each.found) for each in recorded.values())
+        ask = self._prepared.sql(moment.guard, f"SELECT concat_ws(' ', {digests})") if recorded else ""
+        answer = await self._sessions.commit(moment.guard, moment.pid, ask)
+        if answer is None:
+            return
+        now = dict(zip(recorded, answer.fetchone()[0].decode().split(), strict=True))
+        if changed := [name for name in recorded if now[name] != dependencies.catalog_part(recorded[name].digest)]:
+            raise _ReadAllAgain(dict.fromkeys(changed, "definitions that it depends on changed during the read"))
 
     async def _check_not_promoted(self, moment: _Moment) -> None:
         """Refuse a transaction that a promotion has split in two.
@@ -410,12 +439,15 @@ class Database:
     ) -> Dependencies | None:
         """What the rows that were just read depend on; None where this role may not find out."""
         guard = moment.guard
+        await guard.execute("SAVEPOINT dependencies")
         try:
-            cursor = await guard.execute(f"SAVEPOINT dependencies; {dependencies.find_sql(dataset, type_oids)}")
-            objects = dependencies.found_objects(cursor.fetchone()[0], dataset)
-            cursor = await guard.execute(dependencies.versions_sql(objects))
-            found = dependencies.with_versions(objects, cursor.fetchall())
-            cursor = await guard.execute(f"SELECT {dependencies.digest_sql(objects)}")
+            objects = await dependency_search.find(guard, dataset, type_oids)
+            if objects is None:
+                return None
+            found = dependencies.with_session(objects, dataset)
+            cursor = await guard.execute(dependencies.versions_sql(found))
+            found = dependencies.with_versions(found, cursor.fetchall())
+            cursor = await guard.execute(f"SELECT {dependencies.digest_sql(found)}")
         except QueryFailed:
             await guard.execute("ROLLBACK TO SAVEPOINT dependencies")
             return None
@@ -660,14 +692,14 @@ def _rounded(number: float) -> int:
 
 @contextmanager
 def _keys_fit(dataset: DatasetSettings) -> Iterator[None]:
-    """:raises _KeysDoNotFit: for a data exception: a key that the type of the query's column cannot hold, perhaps."""
+    """:raises _ReadAllAgain: for a data exception: a key that the type of the query's column cannot hold, perhaps."""
     try:
         yield
     except QueryFailed as error:
         if not error.sqlstate.startswith(_DATA_EXCEPTION):
             raise
         because = f"the keys that changed do not fit the key of the query ({error}); give both the same type"
-        raise _KeysDoNotFit(dataset.name, because) from error
+        raise _ReadAllAgain({dataset.name: because}) from error
 
 
 def _planned_rows(plan: Any) -> int:

@@ -1,158 +1,30 @@
 """What a query depends on beside the rows of its tables: whether its documents still have the form that they had.
 
-A full read finds the views, functions, types, policies and roles that the query uses, and keeps that list. Each later
-attempt asks in its own transaction for a digest of the versions of their catalog rows (`xmin`, or the columns that
-matter where ANALYZE, CREATE INDEX and the like write to a row, too), by index, and reads everything if it differs.
-The list is a superset: relations that the transaction has locked, and everything that words of the query and of the
-bodies of functions may name, so that an object that takes another's place is seen as well.
+A full read finds the views, functions, types, policies and roles that the query uses (`dependency_search`), and keeps
+that list. Each later attempt asks in its own transaction for a digest of the versions of their catalog rows (`xmin`, or
+the columns that matter where ANALYZE, CREATE INDEX and the like write to a row, too), by index, and reads everything if
+it differs. What a statement reads of the catalog is newer than its transaction's snapshot, so the digest is asked for
+once more when rows have been read and the transaction has ended.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
 from cacheservice.cache.dataset import Snapshot
 from cacheservice.config import DatasetSettings
-from cacheservice.postgres.keys import literal
-from cacheservice.postgres.session_settings import OF_THE_ROLE, pinned_sql
+from cacheservice.postgres.keys import array, literal
+from cacheservice.postgres.session_settings import pinned_sql
 
-_WORD = re.compile(r'"((?:[^"]|"")+)"|([^\W\d][\w$]*)')
-_CALLED = re.compile(r'(?:"((?:[^"]|"")+)"|([^\W\d][\w$]*))\s*\(')
-_SETTING = re.compile(r"current_setting\s*\(\s*'([^']+)'", re.I)
-_MOST_WORDS = 2000
 _MOST_REMEMBERED = 256
 """Datasets whose questions are not made again for each attempt."""
 
 UNKNOWN = "what the query depends on is not known yet"
 OTHER_SETTINGS = "settings or search_path changed"
-
-_NAMED = """
-    SELECT 'pg_proc'::regclass::oid, p.oid FROM pg_proc AS p
-    WHERE p.proname = {word}::name AND p.oid >= 16384 AND p.pronamespace = ANY (s.visible)
-    UNION ALL
-    SELECT 'pg_class'::regclass::oid, c.oid FROM pg_class AS c
-    WHERE c.relname = {word}::name AND c.oid >= 16384 AND c.relnamespace = ANY (s.visible)
-      AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
-    UNION ALL
-    SELECT 'pg_type'::regclass::oid, t.oid FROM pg_type AS t
-    WHERE t.typname = {word}::name AND t.oid >= 16384 AND t.typnamespace = ANY (s.visible)
-"""
-_FIND = r"""
-WITH RECURSIVE words AS (
-    SELECT DISTINCT w.word FROM unnest(%(words)s::text[]) AS w (word)
-), session AS (
-    -- Schemas in which a name of the query may be found: those of search_path, and those that it names.
-    SELECT ARRAY(SELECT n.oid FROM pg_namespace AS n
-                 WHERE (n.nspname = ANY (current_schemas(true)) OR n.nspname IN (SELECT word FROM words))
-                   AND n.nspname NOT IN ('pg_catalog', 'information_schema', 'cacheservice')) AS visible
-), found (class, obj) AS (
-    SELECT 'pg_class'::regclass::oid, l.relation FROM pg_locks AS l JOIN pg_class AS c ON c.oid = l.relation
-    WHERE l.pid = pg_backend_pid() AND l.locktype = 'relation' AND l.relation >= 16384
-      AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
-      AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
-      AND c.relnamespace NOT IN (SELECT n.oid FROM pg_namespace AS n WHERE n.nspname = 'cacheservice')
-    UNION
-    SELECT 'pg_type'::regclass::oid, t.oid FROM pg_type AS t WHERE t.oid = ANY (%(types)s::oid[]) AND t.oid >= 16384
-    UNION
-    SELECT n.* FROM session AS s CROSS JOIN words AS w CROSS JOIN LATERAL (@NAMED@) AS n
-    UNION
-    SELECT e.* FROM found AS f CROSS JOIN session AS s CROSS JOIN LATERAL (
-        SELECT 'pg_rewrite'::regclass::oid, r.oid FROM pg_rewrite AS r
-        WHERE f.class = 'pg_class'::regclass AND r.ev_class = f.obj
-        UNION ALL
-        SELECT 'pg_policy'::regclass::oid, p.oid FROM pg_policy AS p
-        WHERE f.class = 'pg_class'::regclass AND p.polrelid = f.obj
-        UNION ALL
-        SELECT 'pg_attrdef'::regclass::oid, d.oid FROM pg_attrdef AS d
-        JOIN pg_attribute AS a ON a.attrelid = d.adrelid AND a.attnum = d.adnum
-        WHERE f.class = 'pg_class'::regclass AND d.adrelid = f.obj AND a.attgenerated <> ''
-        UNION ALL
-        SELECT 'pg_type'::regclass::oid, a.atttypid FROM pg_attribute AS a
-        WHERE f.class = 'pg_class'::regclass AND a.attrelid = f.obj AND a.attnum > 0 AND a.atttypid >= 16384
-        UNION ALL
-        SELECT d.refclassid, d.refobjid FROM pg_depend AS d
-        WHERE f.class IN ('pg_rewrite'::regclass, 'pg_policy'::regclass, 'pg_attrdef'::regclass, 'pg_proc'::regclass)
-          AND d.classid = f.class AND d.objid = f.obj AND d.refobjid >= 16384
-          AND d.refclassid IN ('pg_class'::regclass, 'pg_proc'::regclass, 'pg_type'::regclass, 'pg_operator'::regclass)
-        UNION ALL
-        SELECT 'pg_type'::regclass::oid, a.type
-        FROM pg_proc AS p
-        CROSS JOIN LATERAL unnest(p.proargtypes::oid[] || p.prorettype || p.proallargtypes) AS a (type)
-        WHERE f.class = 'pg_proc'::regclass AND p.oid = f.obj AND a.type >= 16384
-        UNION ALL
-        SELECT n.* FROM pg_proc AS p
-        CROSS JOIN LATERAL (
-            SELECT DISTINCT coalesce(replace(m.part[1], '""', '"'), lower(m.part[2])) AS word
-            FROM regexp_matches(p.prosrc, '"((?:[^"]|"")+)"|([[:alpha:]_][\w$]*)', 'g') AS m (part)
-        ) AS w
-        CROSS JOIN LATERAL (@NAMED@) AS n
-        WHERE f.class = 'pg_proc'::regclass AND p.oid = f.obj
-        UNION ALL
-        SELECT 'pg_type'::regclass::oid, o.type FROM pg_type AS t
-        CROSS JOIN LATERAL (
-            SELECT unnest(ARRAY[t.typelem, t.typbasetype])
-            UNION ALL SELECT r.rngsubtype FROM pg_range AS r WHERE r.rngtypid = t.oid
-        ) AS o (type)
-        WHERE f.class = 'pg_type'::regclass AND t.oid = f.obj AND o.type >= 16384
-        UNION ALL
-        SELECT 'pg_class'::regclass::oid, t.typrelid FROM pg_type AS t
-        WHERE f.class = 'pg_type'::regclass AND t.oid = f.obj AND t.typrelid <> 0
-        UNION ALL
-        SELECT 'pg_proc'::regclass::oid, o.oprcode::oid FROM pg_operator AS o
-        WHERE f.class = 'pg_operator'::regclass AND o.oid = f.obj AND o.oprcode::oid >= 16384
-    ) AS e
-), roles (oid) AS (
-    SELECT r.oid FROM pg_roles AS r WHERE r.rolname IN (current_user, session_user)
-    UNION
-    SELECT m.roleid FROM pg_auth_members AS m JOIN roles AS r ON m.member = r.oid
-), relations AS (
-    SELECT c.*, r.oid IS NOT NULL AS rewritten,
-           EXISTS (SELECT FROM found AS d JOIN pg_attrdef AS x ON x.oid = d.obj
-                   WHERE d.class = 'pg_attrdef'::regclass AND x.adrelid = c.oid) AS generates
-    FROM found AS f JOIN pg_class AS c ON c.oid = f.obj
-    LEFT JOIN pg_rewrite AS r ON r.ev_class = c.oid AND r.rulename = '_RETURN'
-    WHERE f.class = 'pg_class'::regclass
-), functions AS (
-    SELECT p.* FROM found AS f JOIN pg_proc AS p ON p.oid = f.obj WHERE f.class = 'pg_proc'::regclass
-), types AS (
-    SELECT t.* FROM found AS f JOIN pg_type AS t ON t.oid = f.obj WHERE f.class = 'pg_type'::regclass
-)
-SELECT jsonb_build_object(
-    'relations', (SELECT jsonb_object_agg(oid, CASE relkind WHEN 'v' THEN 'view ' WHEN 'm' THEN 'materialized view '
-                  WHEN 'c' THEN 'type ' WHEN 'f' THEN 'foreign table ' ELSE 'table ' END || relnamespace::regnamespace
-                  || '.' || quote_ident(relname)) FROM relations),
-    'views', (SELECT jsonb_agg(oid) FROM relations WHERE rewritten),
-    'generated', (SELECT jsonb_agg(oid) FROM relations WHERE generates),
-    'secured', (SELECT jsonb_agg(oid) FROM relations WHERE relrowsecurity),
-    'others', (SELECT count(*) FROM types WHERE typtype <> 'e' AND typelem = 0 AND typrelid = 0),
-    'database', (SELECT oid FROM pg_database WHERE datname = current_database()),
-    'login', session_user::regrole::oid,
-    'parents', (SELECT jsonb_agg(oid) FROM relations WHERE relhassubclass),
-    'functions', (SELECT jsonb_agg(DISTINCT proname) FROM (
-        SELECT proname FROM functions UNION
-        SELECT p.proname FROM pg_proc AS p WHERE p.proname = ANY (%(called)s::name[])) AS f),
-    'bodies', (SELECT jsonb_agg(prosrc) FROM functions),
-    'policies', (SELECT jsonb_agg(concat(pg_get_expr(p.polqual, p.polrelid))) FROM found AS f
-                 JOIN pg_policy AS p ON p.oid = f.obj WHERE f.class = 'pg_policy'::regclass),
-    'types', (SELECT jsonb_object_agg(oid, 'type ' || typnamespace::regnamespace || '.' || quote_ident(typname))
-              FROM types WHERE typelem = 0 AND (typrelid = 0 OR NOT EXISTS
-                  (SELECT FROM pg_class AS c WHERE c.oid = typrelid AND c.relkind <> 'c'))),
-    'enums', (SELECT jsonb_agg(oid) FROM types WHERE typtype = 'e'),
-    'schemas', (SELECT jsonb_object_agg(n.oid, n.nspname) FROM pg_namespace AS n WHERE n.oid IN (
-        SELECT relnamespace FROM relations UNION SELECT pronamespace FROM functions
-        UNION SELECT unnest(visible) FROM session)),
-    'members', (SELECT jsonb_agg(oid) FROM roles),
-    'roles', (SELECT jsonb_object_agg(r.oid, quote_ident(r.rolname)) FROM pg_roles AS r WHERE r.oid IN (
-        SELECT oid FROM roles UNION SELECT relowner FROM relations UNION SELECT proowner FROM functions)),
-    'names', (SELECT jsonb_object_agg(w.word, c.oid) FROM words AS w
-              JOIN relations AS c ON c.oid = to_regclass(quote_ident(w.word)))
-)::text
-"""
 
 _REASONS: Mapping[str, str] = {
     "session": "the query runs as another role",
@@ -167,52 +39,25 @@ _REASONS: Mapping[str, str] = {
     "rights": "the rights on {}, or its owner, changed",
     "relation": "{} was renamed, moved or altered",
     "parts": "the partitions or children of {} changed",
-    "name": "the name {} stands for another relation",
+    "name": "the name {} may stand for another relation",
+    "type_name": "a type named {} was created, altered or dropped",
     "member": "the memberships of the role {} changed",
     "role": "the attributes of the role {} changed",
+    "path": "the schemas of search_path that the role may use changed",
     "schema": "the rights on the schema {} changed",
     "setting": "the setting {} changed",
     "altered": "settings of the role or the database were altered",
-    "operators": "an operator was created or dropped",
-    "casts": "a cast was created or dropped",
+    "operators": "an operator was created, altered or dropped",
+    "casts": "a cast was created, altered or dropped",
 }
 """What to say of each kind of difference, the most telling first."""
-_BY_NAME = frozenset({"function", "setting", "name"})
+_BY_NAME = frozenset({"function", "setting", "name", "type_name"})
 """Kinds whose id is the name of the object."""
 
 
-def words_of(text: str) -> list[str]:
-    """Everything in `text` that may be a name, as the catalog spells it."""
-    return _names(_WORD, text)
-
-
-def _names(pattern: re.Pattern[str], text: str) -> list[str]:
-    found = (quoted.replace('""', '"') or plain.lower() for quoted, plain in pattern.findall(text))
-    return list(dict.fromkeys(found))
-
-
-def find_sql(dataset: DatasetSettings, type_oids: Iterable[int]) -> str:
-    """The question for what `dataset` depends on, to be asked in the transaction that has read it.
-
-    :param type_oids: the types of the query's columns.
-    """
-    text = f"{dataset.query}\n{dataset.probe}"
-    return _FIND.replace("@NAMED@", _NAMED.format(word="w.word")) % {
-        "words": _array(words_of(text)[:_MOST_WORDS]),
-        "called": _array(_names(_CALLED, text)[:_MOST_WORDS]),
-        "types": _array(map(str, dict.fromkeys(type_oids))),
-    }
-
-
-def found_objects(answer: bytes, dataset: DatasetSettings) -> str:
-    """The answer to `find_sql`, and with what settings it was read: what the other functions take."""
-    objects = {kind: value for kind, value in json.loads(answer).items() if value is not None}
-    texts = [dataset.query, dataset.probe, *objects.pop("bodies", ()), *objects.pop("policies", ())]
-    settings = {name.lower() for text in texts for name in _SETTING.findall(text)}
-    objects["settings"] = sorted(settings | {name.lower() for name in OF_THE_ROLE})
-    objects["session"] = _session(dataset)
-    objects.setdefault("schemas", {})
-    return json.dumps(objects, sort_keys=True)
+def with_session(objects: Mapping[str, Any], dataset: DatasetSettings) -> str:
+    """What was found, and with what settings it was read, as text: what the other functions take."""
+    return json.dumps({"schemas": {}, **objects, "session": _session(dataset)}, sort_keys=True)
 
 
 def _session(dataset: DatasetSettings) -> str:
@@ -247,15 +92,50 @@ def digest_of(since: Snapshot | None) -> str:
 
 
 @lru_cache(_MOST_REMEMBERED)
-def digest_sql(objects: str) -> str:
-    """A scalar expression: the digest of the objects' versions, as text."""
-    parts = "\nUNION ALL\n".join(_parts(json.loads(objects), detailed=False))
+def digest_sql(found: str) -> str:
+    """A scalar expression: the digest of the catalog as in `catalog_digest_sql`, and one of the session's state.
+
+    It holds no white space.
+    """
+    # A NULL has to differ from nothing, and from what stands beside it.
+    state = ", ".join(f"coalesce(({value})::text, '<NULL>')" for _, _, value in _session_state(json.loads(found)))
+    return f"concat({catalog_digest_sql(found)}, '/', hashtextextended(concat_ws(E'\\x01', {state}), 0))"
+
+
+@lru_cache(_MOST_REMEMBERED)
+def catalog_digest_sql(found: str) -> str:
+    """A scalar expression: the digest of the versions of the objects' catalog rows.
+
+    The transaction's settings do not matter for it, so it can be asked again once that transaction has ended.
+    """
+    parts = "\nUNION ALL\n".join(_catalog(json.loads(found), detailed=False))
     return f"(SELECT coalesce(sum(v.version), 0)::text FROM (\n{parts}\n) AS v (version))"  # noqa: S608  # catalogs
 
 
-def versions_sql(objects: str) -> str:
+def catalog_part(digest: str) -> str:
+    """The part of a digest that `catalog_digest_sql` gives."""
+    return digest.partition("/")[0]
+
+
+def versions_sql(found: str) -> str:
     """The versions of the objects as (kind, id, hash), one row or more for each, to find out which one differs."""
-    return "\nUNION ALL\n".join(_parts(json.loads(objects), detailed=True))
+    objects = json.loads(found)
+    state = (
+        f"SELECT {literal(kind)}::text, {literal(name)}::text, hashtextextended(concat({value}), {place})"
+        for place, (kind, name, value) in enumerate(_session_state(objects))
+    )
+    return "\nUNION ALL\n".join((*state, *_catalog(objects, detailed=True)))
+
+
+def _session_state(objects: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """What the digest has beside the catalog, as kind, name and expression."""
+    return [
+        ("session", "", "concat_ws(' ', current_user, session_user)"),
+        # Schemas that the role may not use, or that do not exist yet, are not in it.
+        ("path", "", "array(SELECT s FROM unnest(current_schemas(true)) AS s WHERE s NOT LIKE 'pg\\_temp%')"),
+        *(("setting", name, f"current_setting({literal(name)}, true)") for name in objects["settings"]),
+        *(("schema", oid, f"has_schema_privilege({oid}::oid, 'USAGE')") for oid in objects["schemas"]),
+    ]
 
 
 _VERSION = "hashint8extended(xmin::text::bigint, oid::bigint)"
@@ -264,25 +144,30 @@ _SECURITY = "concat(c.relrowsecurity, c.relforcerowsecurity, row_security_active
 _RELATION = "concat_ws(' ', c.relname, c.relnamespace, c.relkind, CASE WHEN c.relkind = 'v' THEN c.reloptions END)"
 
 
-def _parts(objects: Mapping[str, Any], *, detailed: bool) -> list[str]:
+def _catalog(objects: Mapping[str, Any], *, detailed: bool) -> list[str]:
     """A SELECT for each catalog that holds something of the objects; without details one of fewer and of fewer rows."""
 
     def part(kind: str, name: str, version: str, source: str) -> str:
         columns = f"'{kind}'::text, {name}::text, {version}" if detailed else version
         return f"SELECT {columns} FROM {source}"  # noqa: S608  # catalogs
 
+    relations = list(objects.get("relations", ()))
+    secured = objects.get("secured", ())
+    in_schemas = f"= ANY ({array(objects['schemas'])}::oid[])"
+    settings = f"setdatabase IN (0, {objects['database']}) AND setrole IN (0, {objects['login']})"
     parts = [
-        *_scalars(objects, detailed=detailed),
         part(
             "altered",
             "''",
             "hashint8extended(xmin::text::bigint, setrole::bigint)",
-            f"pg_db_role_setting WHERE setdatabase IN (0, {objects['database']}) "
-            f"AND setrole IN (0, {objects['login']})",
+            f"pg_db_role_setting WHERE {settings}",
         ),
+        # There are few that are not PostgreSQL's own, and their oids are the end of an index.
+        part("operators", "''", _VERSION, "pg_operator WHERE oid >= 16384"),
+        part("casts", "''", _VERSION, "pg_cast WHERE oid >= 16384"),
     ]
-    if relations := list(objects.get("relations", ())):
-        those = f"c.oid = ANY ({_array(relations)}::oid[])"
+    if relations:
+        those = f"c.oid = ANY ({array(relations)}::oid[])"
         for kind, value in (
             {"rights": _RIGHTS, "security": _SECURITY, "relation": _RELATION}
             if detailed
@@ -291,7 +176,6 @@ def _parts(objects: Mapping[str, Any], *, detailed: bool) -> list[str]:
             parts.append(
                 part(kind, "c.oid", f"hashtextextended({value}, c.oid::bigint)", f"pg_class AS c WHERE {those}")
             )
-    secured = objects.get("secured", ())
     for kind, name, version, table, ids in (
         (
             "columns",
@@ -329,35 +213,17 @@ def _parts(objects: Mapping[str, Any], *, detailed: bool) -> list[str]:
         ),
     ):
         if ids:
-            parts.append(part(kind, name, version, f"{table} WHERE {name} = ANY ({_array(ids)}::oid[])"))
-    if functions := objects.get("functions"):
-        where = (
-            f"proname = ANY ({_array(functions)}::name[]) AND pronamespace = ANY ({_array(objects['schemas'])}::oid[])"
-        )
-        parts.append(part("function", "proname", _VERSION, f"pg_proc WHERE {where}"))
+            parts.append(part(kind, name, version, f"{table} WHERE {name} = ANY ({array(ids)}::oid[])"))
+    # Objects that a name may stand for: also those that came later, in a schema that is searched.
+    for kind, name, version, table, schema, names in (
+        ("function", "proname", _VERSION, "pg_proc", "pronamespace", objects.get("functions", ())),
+        ("type_name", "typname", _VERSION, "pg_type", "typnamespace", objects.get("type_names", ())),
+        ("name", "relname", "hashint8extended(oid::bigint, 0)", "pg_class", "relnamespace", objects.get("names", ())),
+    ):
+        if names:
+            where = f"{name} = ANY ({array(names)}::name[]) AND {schema} {in_schemas}"
+            parts.append(part(kind, name, version, f"{table} WHERE {where}"))
     return parts
-
-
-def _scalars(objects: Mapping[str, Any], *, detailed: bool) -> list[str]:
-    """What needs no scan: in details a row for each, otherwise one for all."""
-    values = [("session", "", "concat_ws(' ', current_user, session_user)")]
-    values += [("setting", name, f"current_setting({literal(name)}, true)") for name in objects["settings"]]
-    values += [("name", name, f"to_regclass({literal(_quoted(name))})::oid") for name in objects.get("names", ())]
-    values += [("schema", oid, f"has_schema_privilege({oid}::oid, 'USAGE')") for oid in objects["schemas"]]
-    if objects.get("others"):
-        # Each catalog's greatest oid comes from the end of its index.
-        values += [
-            ("operators", "", "(SELECT max(oid) FROM pg_operator)"),
-            ("casts", "", "(SELECT max(oid) FROM pg_cast)"),
-        ]
-    if not detailed:
-        # A NULL has to differ from nothing, and from what stands beside it.
-        everything = ", ".join(f"coalesce(({value})::text, '<NULL>')" for _, _, value in values)
-        return [f"SELECT hashtextextended(concat_ws(E'\\x01', {everything}), 0)"]
-    return [
-        f"SELECT {literal(kind)}::text, {literal(name)}::text, hashtextextended(concat({value}), {place})"
-        for place, (kind, name, value) in enumerate(values)
-    ]
 
 
 Version = tuple[bytes, bytes, int]
@@ -393,12 +259,3 @@ def _sums(rows: Iterable[Version]) -> dict[tuple[str, str], int]:
         key = (kind.decode(), name.decode())
         sums[key] = sums.get(key, 0) + version
     return sums
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
-
-
-def _array(values: Iterable[object]) -> str:
-    escaped = (str(value).replace("\\", "\\\\").replace('"', '\\"') for value in values)
-    return literal("{" + ",".join(f'"{value}"' for value in escaped) + "}")

@@ -80,7 +80,7 @@ class KeyForm:
         return f'({self.sql(columns)}) COLLATE "C" = ANY ({array(keys)})'
 
 
-def array(values: Iterable[str | None]) -> str:
+def array(values: Iterable[object]) -> str:
     """A literal of an array of `values`, each once."""
     escaped = (str(value).replace("\\", "\\\\").replace('"', '\\"') for value in dict.fromkeys(values))
     return literal("{" + ",".join(f'"{value}"' for value in escaped) + "}")

@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 
 from cacheservice.postgres.guard import GuardedConnection
 
-_MOST_KEPT = 100
+_MOST_KEPT = 200
 """More than that come from datasets that were changed; then all are forgotten."""
 
 

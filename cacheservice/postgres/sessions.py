@@ -130,21 +130,26 @@ class Sessions:
         d.addErrback(self._again_if_lost, purpose, deadline_at, use)
         return d
 
-    async def commit(self, guard: GuardedConnection, backend_pid: int) -> None:
+    async def commit(self, guard: GuardedConnection, backend_pid: int, ask: str = "") -> Any:
         """End the transaction, and make the session fit for its next use.
 
         :param backend_pid: the server process of the transaction. Another one than the session's own is that of a
             proxy, whose server session belongs to its next client and must not be touched.
+        :param ask: what to ask the server afterwards, as the role of the transaction.
+        :returns: the answer; None if nothing is asked.
         """
         pooled = self._busy[guard]
         if backend_pid != guard.pid:
             pooled.has_room = True  # the proxy's limits, not the role's
-            await guard.execute("COMMIT")
+            # Both are of one transaction of their own: another client may have left another role.
+            answer = await guard.execute(f"COMMIT; SET LOCAL role TO DEFAULT; {ask}" if ask else "COMMIT")
         elif pooled.has_room is not None:
-            await guard.execute(_RESET)
+            answer = await guard.execute(f"{_RESET}; {ask}" if ask else _RESET)
         else:
             cursor = await guard.execute(_RESET + _ROOM)
             pooled.has_room = all(has_room(limit, used) for limit, used in cursor.fetchall())
+            answer = await guard.execute(ask) if ask else None
+        return answer if ask else None
 
     def _use_new(self, purpose: str, deadline_at: float, use: Use[T]) -> Deferred[T]:
         d: Deferred[Any] = Deferred.fromCoroutine(self._opened(purpose, deadline_at))

@@ -8,12 +8,11 @@ from typing import NamedTuple
 
 import psycopg2
 
-from cacheservice.postgres.dependencies import words_of
+from cacheservice.postgres.dependency_search import operators_of, words_of
 from cacheservice.postgres.inspect.failures import step
 from cacheservice.postgres.inspect.look import Look
 from cacheservice.postgres.statements import whole_query
 
-_SYMBOLS = re.compile(r"[-+*/<>=~!@#%^&|`?]+")
 _OF_OPERATORS = re.compile(r'OPERATOR\((?:"[^"]*"|\w+)\.([^)]+)\)')
 _OF_TYPES_AND_FUNCTIONS = re.compile(r'(?:(?<=::)(?:"[^"]*"|\w+)\.|\b\w+\.(?=\w+\())')
 
@@ -81,7 +80,8 @@ def _meaning(look: Look) -> _Meaning:
     plan = "\n".join(line for (line,) in look.cursor.fetchall())
     # What a path makes visible is shown without its schema, which makes no difference.
     plan = _OF_TYPES_AND_FUNCTIONS.sub("", _OF_OPERATORS.sub(r"\1", plan))
-    look.cursor.execute(_OBJECTS, (words_of(query), called_in(query), list(dict.fromkeys(_SYMBOLS.findall(query)))))
+    named = (words_of(query), called_in(query), operators_of(query))
+    look.cursor.execute(_OBJECTS, [list(dict.fromkeys(names)) for names in named])
     return _Meaning(plan, frozenset(name for (name,) in look.cursor.fetchall()))
 
 
