@@ -41,7 +41,7 @@ from cacheservice import query_text, session_rules
 from cacheservice.errors import ConfigError
 from cacheservice.toml_errors import explained
 
-_DEFAULT_FILE = "cacheservice.toml"
+DEFAULT_FILE = "cacheservice.toml"
 _PREFIX = "CACHESERVICE_"
 OWN_CHANNEL = "cacheservice"
 """On which the triggers of watch notify, and the service proves that it listens."""
@@ -421,7 +421,7 @@ def load(environ: Mapping[str, str], dsn_problem: Callable[[str], str | None]) -
     Raises ConfigError with every problem, in the order of the file's tables.
     """
     named = environ.get("CACHESERVICE_CONFIG")
-    file = named or _DEFAULT_FILE
+    file = named or DEFAULT_FILE
     absent = not named and not os.path.exists(file)
     in_file, file_problem = ({}, None) if absent else _read_file(file)
     in_file_datasets = frozenset(_table(in_file.get("datasets")))
@@ -487,7 +487,7 @@ class ConfigFile(NamedTuple):
 
 def config_file(environ: Mapping[str, str]) -> ConfigFile:
     """Return which file `load` reads, as it is now. Blocks for a look at the disk."""
-    path = Path(environ.get("CACHESERVICE_CONFIG") or _DEFAULT_FILE).absolute()
+    path = Path(environ.get("CACHESERVICE_CONFIG") or DEFAULT_FILE).absolute()
     try:
         seen = path.stat()
     except (OSError, ValueError):
@@ -505,31 +505,67 @@ def dsn_in_file(environ: Mapping[str, str]) -> SecretStr | None:
 
 
 class Glance(NamedTuple):
-    """What the configuration says to whoever asks a running service: where its ports are, and what it serves."""
+    """The part of the configuration that a client of a running service needs: its ports, and the names of datasets.
+
+    :param is_absent: whether no file is named and the working directory has none.
+    :param unknown: lines of problems by place. () stands for the whole file, ("status",) for a whole table.
+    :param known: places of accepted values.
+    """
 
     status: StatusSettings
     resp: RespSettings
     datasets: tuple[str, ...]
     admin: AdminSettings
+    is_absent: bool
+    unknown: Mapping[tuple[str, ...], str]
+    known: frozenset[tuple[str, ...]]
+
+    def problem(self, table: str, key: str) -> str | None:
+        """Return why the value of a key is not known, as a line that names its place; None if it is."""
+        if (table, key) in self.known:
+            return None
+        places: tuple[tuple[str, ...], ...] = ((table, key), (table,), ())
+        return next((self.unknown[place] for place in places if place in self.unknown), None)
 
 
 def glance(environ: Mapping[str, str]) -> Glance:
-    """As much of it as can be read. Unlike `load` it needs no DSN; what is missing or refused is the default."""
-    in_file, _ = _read_file(environ.get("CACHESERVICE_CONFIG") or _DEFAULT_FILE)
-    _, values, _ = _read_environment(environ)
+    """Read as much as can be read, and return defaults for the rest. Unlike `load` it needs no DSN."""
+    named = environ.get("CACHESERVICE_CONFIG")
+    file = named or DEFAULT_FILE
+    is_absent = not named and not os.path.exists(file)
+    in_file, file_problem = ({}, None) if is_absent else _read_file(file)
+    variables, values, problems = _read_environment(environ)
     declared = _overlay(in_file, values)
+    unknown: dict[_Place, str] = {} if file_problem is None else {(): f"{file}: {file_problem}"}
+    known: set[_Place] = set()
 
     def table(name: str, model: type[_AnyTable]) -> _AnyTable:
+        if name in declared and not isinstance(declared[name], dict):
+            unknown[name,] = f"{file}: {name}: must be a table"
+        given = dict(_table(declared.get(name)))
+        refused = {key: problems[name, key] for key in given if (name, key) in problems}
         try:
-            return model.model_validate(_table(declared.get(name)))
-        except ValidationError:
-            return model()
+            model.model_validate(given)
+        except ValidationError as error:
+            for each in error.errors(include_url=False):
+                key = str(each["loc"][0])
+                refused.setdefault(key, _message(each, (name, key)))
+        for key, problem in refused.items():
+            # An unknown key may be a misspelled one, so no key that is missing has its default for certain.
+            place: _Place = (name, key) if key in model.model_fields else (name,)
+            unknown[place] = f"{variables.get((name, key)) or f'{file}: {_dotted((name, key))}'}: {problem}"
+            given.pop(key, None)
+        known.update((name, key) for key in given)
+        return model.model_validate(given)
 
     return Glance(
         table("status", StatusSettings),
         table("resp", RespSettings),
         tuple(_table(declared.get("datasets"))),
         table("admin", AdminSettings),
+        is_absent,
+        MappingProxyType(unknown),
+        frozenset(known),
     )
 
 

@@ -230,6 +230,10 @@ class NoAnswer(CacheServiceError):
     """A service was asked over its status port and did not answer. See that it runs, and --host and --port."""
 
 
+class AddressUnknown(CacheServiceError):
+    """A command cannot find the service, because of the configuration. The message names the problem and an option."""
+
+
 class Refused(CacheServiceError):
     """A service answered a question over its status port with an error, which the message repeats."""
 

@@ -407,6 +407,34 @@ class Problems(Loading):
             file.unlink()
             self.assertEqual(config.glance(environ).status.port, 8000)
 
+    def test_a_glance_knows_what_it_could_not_read(self) -> None:
+        """A default stands in for an unknown value, and its problem can be had; a value of the environment is known."""
+        with TemporaryDirectory() as folder:
+            file = Path(folder) / "c.toml"
+            environ = {"CACHESERVICE_CONFIG": str(file)}
+            seen = config.glance(environ)
+            self.assertEqual(seen.problem("status", "port"), f"{file}: cannot be read: no such file")
+            seen = config.glance(environ | {"CACHESERVICE_STATUS__PORT": "8100"})
+            self.assertEqual((seen.status.port, seen.problem("status", "port")), (8100, None))
+            self.assertIn("no such file", str(seen.problem("status", "host")))
+            file.write_text('[status]\nport = "8100"\nhost = "::1"\n[admin]\nsoket = "a"\n[resp]\nport = 7\n')
+            seen = config.glance(environ | {"CACHESERVICE_RESP__PASSWORD_FILE": f"{folder}/none"})
+            self.assertEqual((seen.status.host, seen.problem("status", "host"), seen.status.port), ("::1", None, 8000))
+            self.assertEqual(seen.problem("status", "port"), f"{file}: status.port: must be a whole number")
+            self.assertEqual(
+                seen.problem("admin", "socket"), f'{file}: admin.soket: unknown key; did you mean "socket"?'
+            )
+            self.assertEqual((seen.resp.port, seen.problem("resp", "port")), (7, None))
+            self.assertEqual(
+                seen.problem("resp", "password"),
+                "CACHESERVICE_RESP__PASSWORD_FILE: the file that it names cannot be read: no such file",
+            )
+            file.write_text("status = 1\n[[admin]]\n")
+            seen = config.glance(environ)
+            self.assertEqual(seen.problem("status", "port"), f"{file}: status: must be a table")
+            self.assertEqual(seen.problem("admin", "socket"), f"{file}: admin: must be a table")
+            self.assertIsNone(seen.problem("resp", "port"))
+
     def test_unknown(self) -> None:
         """A key or table that the contract does not know, or that does not work yet, is a problem."""
         self.assertEqual(

@@ -113,6 +113,23 @@ class Process(DaemonTestCase):
         self.assertEqual(dead.returncode, 1)
         self.assertIn("connection refused", dead.stderr)
 
+    def test_health_with_a_broken_file(self) -> None:
+        """A broken file does not make the service that runs unhealthy; no answer names the file."""
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        daemon = self.started(self.configuration(port=port))
+        daemon.event("service_started")
+        (self.directory / "cacheservice.toml").write_text("[[[")
+        alive = self.command("health", "--port", str(port))
+        self.assertEqual((alive.returncode, alive.stdout, alive.stderr), (0, "imok\n", ""))
+        elsewhere = self.command("health", "--host", "127.0.0.99")
+        self.assertEqual(elsewhere.returncode, 1)
+        self.assertRegex(
+            elsewhere.stderr,
+            r"^cacheservice: no answer from 127\.0\.0\.99:8000: .*; it may listen elsewhere, see --host and --port: "
+            r"cacheservice\.toml: line 1, column 3: .*\n$",
+        )
+
     def test_all_addresses(self) -> None:
         """ "::" is IPv6 and IPv4 alike, on each port."""
         text = self.configuration().replace("port = 0\n", 'port = 0\nhost = "::"\n')
@@ -149,7 +166,38 @@ class Process(DaemonTestCase):
         self.assertEqual(told.returncode, 1)
         self.assertRegex(told.stderr, r"no answer from .*/admin: .*; is the service running")
         path.write_text(self.configuration(PRODUCTS))
-        self.assertIn("set admin.socket, or send SIGHUP", self.command("reload").stderr)
+        told = self.command("reload")
+        self.assertEqual(told.returncode, 1)
+        self.assertIn("set admin.socket, or send SIGHUP", told.stderr)
+
+    def test_reload_with_a_broken_file(self) -> None:
+        """Nothing is sent, and the file is named; with --socket the service itself rejects the file."""
+        socket_path = self.directory / "admin"
+        good = self.configuration(PRODUCTS, f'[admin]\nsocket = "{socket_path}"\n')
+        daemon = self.started(good)
+        daemon.wait_until_ready()
+        path = self.directory / "cacheservice.toml"
+        path.write_text(good + "interval_s = = 1\n")
+        line = good.count("\n") + 1
+        told = self.command("reload")
+        self.assertEqual((told.returncode, told.stdout), (2, ""))
+        self.assertRegex(
+            told.stderr,
+            rf"^cacheservice\.toml: line {line}, column 14: .*; nothing was sent: correct this first, or name the "
+            r"admin socket with --socket\n$",
+        )
+        told = self.command("reload", "--socket", str(socket_path))
+        self.assertEqual((told.returncode, told.stdout), (1, ""))
+        self.assertIn(f"cacheservice.toml: line {line}, column 14", told.stderr)
+        path.write_text(good.replace(f'"{socket_path}"', "7"))
+        told = self.command("reload")
+        self.assertEqual(told.returncode, 2)
+        self.assertIn("cacheservice.toml: admin.socket: must be text in quotes; nothing was sent", told.stderr)
+        path.unlink()
+        told = self.command("reload")
+        self.assertEqual(told.returncode, 2)
+        self.assertRegex(told.stderr, "^cacheservice.toml: not found in the working directory; nothing was sent: ")
+        self.assertEqual(daemon.ask("ready"), "ready")
 
 
 class RotatedSecret(DaemonTestCase):

@@ -114,6 +114,81 @@ class CommandLine(DaemonTestCase):
         until(lambda: daemon.json()["datasets"]["items"]["state"] == "expired", "items to expire")
 
 
+class BrokenFile(CommandLine):
+    """The service runs with its old configuration, and the file on disk cannot be read."""
+
+    def test_each_command_names_the_file(self) -> None:
+        """A command that does not know the port names the file, its line and the option; exit code 2."""
+        self.service(GOOD).wait_until_ready()
+        file = self.directory / "cacheservice.toml"
+        good = file.read_text()
+        cases = (
+            (good.replace("[status]", "[status"), r"cacheservice\.toml: line 3, column \d+: .*; close the .* with \]"),
+            (
+                good.replace(f"port = {self.port}", 'port = "x"'),
+                r"cacheservice\.toml: status\.port: must be a whole num",
+            ),
+        )
+        for text, problem in cases:
+            file.write_text(text)
+            for command in (("status",), ("status", "ready"), ("status", "--json"), ("why",), ("tail",)):
+                told = self.command(*command)
+                self.assertEqual((told.returncode, told.stdout), (2, ""), command)
+                self.assertRegex(told.stderr, rf"^{problem}.*; the status port is not known: use --port \(and --host\)")
+                self.assertEqual(told.stderr.count("\n"), 1)
+            told = self.command("status", "--check")
+            self.assertEqual(told.returncode, 3)
+            self.assertRegex(told.stdout, rf"^CACHESERVICE UNKNOWN - {problem}.*use --port")
+
+    def test_the_options_work(self) -> None:
+        """With --port, or the port in the environment, the commands work as ever."""
+        self.service(GOOD).wait_until_ready()
+        (self.directory / "cacheservice.toml").write_text("[[[")
+        port = str(self.port)
+        self.assertIn("good", self.succeed("status", "--port", port))
+        self.assertIn("good", self.succeed("status", CACHESERVICE_STATUS__PORT=port))
+        self.assertIn("Nothing is wrong", self.succeed("why", "--port", port))
+        self.assertEqual(self.command("status", "--check", "--port", port).returncode, 0)
+
+    def test_a_missing_file(self) -> None:
+        """One that is named is reported; without any, no answer from the default port points to the configuration."""
+        told = self.command("status", CACHESERVICE_CONFIG="nowhere.toml")
+        self.assertEqual(told.returncode, 2)
+        self.assertRegex(
+            told.stderr, r"^nowhere\.toml: cannot be read: no such file; the status port is not known: use "
+        )
+        told = self.command("status", CACHESERVICE_STATUS__PORT="0")
+        self.assertEqual(told.returncode, 2)
+        self.assertRegex(told.stderr, r"^status\.port is 0, any free port.*use --port")
+        told = self.command("status", CACHESERVICE_STATUS__HOST="127.0.0.99")
+        self.assertEqual(told.returncode, 1)
+        self.assertRegex(
+            told.stderr, r"no answer from 127\.0\.0\.99:8000: .* The working directory has no cacheservice\.toml; if it"
+        )
+
+    def test_tail_without_the_resp_port(self) -> None:
+        """Tail follows the status port, and reports once why it does not know the RESP port."""
+        self.service(GOOD).wait_until_ready()
+        (self.directory / "cacheservice.toml").write_text("[[[")
+        tail = subprocess.Popen(
+            [sys.executable, "-m", "cacheservice", "tail", "--port", str(self.port)],
+            cwd=self.directory,
+            env=self.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert tail.stderr is not None
+            self.assertRegex(
+                tail.stderr.readline(),
+                r"publishes are seen by their numbers, .*: cacheservice\.toml: line 1, .*; see --resp-port\n$",
+            )
+        finally:
+            tail.terminate()
+            tail.communicate()
+
+
 class Status(CommandLine):
     def test_all_is_well(self) -> None:
         """Without a question it is a head line and a line a dataset, in plain text where there is no terminal; the

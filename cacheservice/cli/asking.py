@@ -13,19 +13,25 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from cacheservice import config
-from cacheservice.errors import NoAnswer, Refused
+from cacheservice.errors import AddressUnknown, NoAnswer, Refused
 
 ANSWER_TIMEOUT_S = 10.0
-IS_IT_RUNNING = "; is the service running?"
 _DEFAULT_PORT = 8000
 _REPLY_END = b"\n\n"
 
 
+_IS_IT_RUNNING = "is the service running?"
+
+
 class Address(NamedTuple):
-    """Where a port listens. As text it is HOST:PORT, with brackets around an IPv6 address."""
+    """Where a port listens. As text it is HOST:PORT, with brackets around an IPv6 address.
+
+    :param hint: the next step if nobody answers there.
+    """
 
     host: str
     port: int
+    hint: str = _IS_IT_RUNNING
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
@@ -46,7 +52,7 @@ class Connection:
         self._deadline_at = deadline_at
         self._received = bytearray()
         with self._no_answer():
-            self._socket = socket.create_connection(address, timeout=timeout_s)
+            self._socket = socket.create_connection(address[:2], timeout=timeout_s)
         try:
             self.ask("prompt")
         except BaseException:
@@ -101,7 +107,8 @@ def no_answer_from(address: Address) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error) or type(error).__name__
-        raise NoAnswer(f"no answer from {address}: {reason.lower()}{IS_IT_RUNNING}") from error
+        hint = f"; {address.hint}" if address.hint else ""
+        raise NoAnswer(f"no answer from {address}: {reason.lower()}{hint}") from error
 
 
 def ask_once(address: Address, question: str, timeout_s: float) -> str:
@@ -111,7 +118,7 @@ def ask_once(address: Address, question: str, timeout_s: float) -> str:
     """
     deadline_at = time.monotonic() + timeout_s
     reply = bytearray()
-    with no_answer_from(address), socket.create_connection(address, timeout=timeout_s) as connection:
+    with no_answer_from(address), socket.create_connection(address[:2], timeout=timeout_s) as connection:
         connection.sendall(f"{question}\n".encode())
         connection.shutdown(socket.SHUT_WR)
         while received := connection.recv(65536):
@@ -163,10 +170,33 @@ def _notes(head: str) -> Iterator[str]:
         yield f"notifications do not arrive, NOT listening{problem}"
 
 
-def status_address(host: str | None, port: int | None) -> Address:
-    """Where to ask: what is given, else what the configuration says, else 127.0.0.1:8000."""
-    status = config.glance(os.environ).status
-    return Address(host or reachable(status.host), port or status.port or _DEFAULT_PORT)
+def status_address(host: str | None, port: int | None, *, guess: bool = False) -> Address:
+    """Return the address of the options, else that of the configuration, else 127.0.0.1:8000.
+
+    The service may run with an older configuration than the file on disk. If that cannot be read, the default port is
+    most likely the wrong one, and no answer there does not mean that the service is down.
+
+    :param guess: whether the default will do even then.
+    :raises AddressUnknown: if the port is neither given nor in a configuration that can be read.
+    """
+    seen = config.glance(os.environ)
+    problem = None if port else seen.problem("status", "port")
+    if port is None and problem is None and seen.status.port == 0:
+        problem = "status.port is 0, any free port; the log names it in service_started"
+    if problem is not None and not guess:
+        raise AddressUnknown(f"{problem}; the status port is not known: use --port (and --host), or correct this first")
+    if problem is None and host is None:
+        problem = seen.problem("status", "host")
+    if problem is not None:
+        hint = f"it may listen elsewhere, see --host and --port: {problem}"
+    elif seen.is_absent and host is None and port is None:
+        hint = (
+            f"{_IS_IT_RUNNING} The working directory has no {config.DEFAULT_FILE}; if it listens elsewhere, set "
+            "CACHESERVICE_CONFIG, or use --host and --port"
+        )
+    else:
+        hint = _IS_IT_RUNNING
+    return Address(host or reachable(seen.status.host), port or seen.status.port or _DEFAULT_PORT, hint)
 
 
 def reachable(host: str) -> str:

@@ -17,7 +17,8 @@ _WANTED = {"ruok": "imok", "ready": "ready"}
 def health(ready: bool, host: str | None, port: int | None, timeout_s: float) -> None:
     """Ask a running service whether it is alive: exit code 0 if it is, 1 if not.
 
-    It goes where the configuration says that the status port is. A database that is down does not make it unhealthy.
+    It asks the status port of the configuration; if that cannot be read, the default port, unless --port is given.
+    A database that is down does not make the service unhealthy.
 
     \b
     Examples:
@@ -25,7 +26,8 @@ def health(ready: bool, host: str | None, port: int | None, timeout_s: float) ->
       cacheservice health --ready --timeout 2
     """
     question = "ready" if ready else "ruok"
-    address = status_address(host, port)
+    # A container must not be restarted for a broken file, which the service that runs has rejected.
+    address = status_address(host, port, guess=True)
     answer = ask_once(address, question, timeout_s)
     if answer != _WANTED[question]:
         raise Refused(f"{address} answered {question} with {answer[:200]!r}")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from cacheservice.errors import CacheServiceError, ConfigError
+from cacheservice.errors import AddressUnknown, CacheServiceError, ConfigError
 
 _USAGE = 2
 
@@ -82,6 +82,9 @@ class Program(click.Group):
         except ConfigError as error:
             tell(str(error))  # each problem names its place itself
             sys.exit(1)
+        except AddressUnknown as error:
+            tell(str(error))  # as that of ConfigError
+            sys.exit(_USAGE)
         except CacheServiceError as error:
             tell(f"cacheservice: {error}")
             sys.exit(1)

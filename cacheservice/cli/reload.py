@@ -10,7 +10,7 @@ import click
 
 from cacheservice import config
 from cacheservice.cli.program import tell
-from cacheservice.errors import NoAnswer, Refused
+from cacheservice.errors import AddressUnknown, NoAnswer, Refused
 
 
 @click.command()
@@ -28,7 +28,9 @@ from cacheservice.errors import NoAnswer, Refused
 def reload(path: str | None, timeout_s: float) -> None:
     """Make a running service read its configuration again, and wait for the result.
 
-    Exit code 0 if it is in effect; 1 if it was refused, with every problem, and the service goes on as it was.
+    Exit code 0 if it is in effect; 1 if it was refused, with every problem, and the service goes on as it was; 2 if
+    nothing was sent, because the file that names the admin socket cannot be read.
+
     It goes over the admin socket (`admin.socket`). Without one, send SIGHUP: the log has the result.
 
     \b
@@ -36,15 +38,27 @@ def reload(path: str | None, timeout_s: float) -> None:
       cacheservice reload
       cacheservice reload --socket /run/cacheservice/admin.sock
     """
-    path = path or config.glance(os.environ).admin.socket
-    if not path:
-        raise Refused("no admin socket is configured; set admin.socket, or send SIGHUP to the service")
-    reply = _ask(path, "reload", timeout_s)
+    reply = _ask(path or _configured_socket(), "reload", timeout_s)
     if not reply.startswith("OK"):
         for line in reply.removeprefix("ERROR ").splitlines() or ["no reply"]:
             tell(line)
         raise click.exceptions.Exit(1)
     click.echo(reply)
+
+
+def _configured_socket() -> str:
+    """:raises AddressUnknown: if the configuration cannot be read, and so may name a socket."""
+    seen = config.glance(os.environ)
+    if (problem := seen.problem("admin", "socket")) is not None:
+        raise AddressUnknown(f"{problem}; nothing was sent: correct this first, or name the admin socket with --socket")
+    if seen.admin.socket:
+        return seen.admin.socket
+    if seen.is_absent:
+        raise AddressUnknown(
+            f"{config.DEFAULT_FILE}: not found in the working directory; nothing was sent: name the file in "
+            "CACHESERVICE_CONFIG, or the admin socket with --socket"
+        )
+    raise Refused("no admin socket is configured; set admin.socket, or send SIGHUP to the service")
 
 
 def _ask(path: str, command: str, timeout_s: float) -> str:

@@ -31,7 +31,7 @@ from cacheservice.cli.picture import Picture
 from cacheservice.cli.problems import problems
 from cacheservice.cli.program import in_one_line, tell
 from cacheservice.cli.terminal import console_of_output, show
-from cacheservice.errors import CacheServiceError, NoAnswer, Refused
+from cacheservice.errors import AddressUnknown, CacheServiceError, NoAnswer, Refused
 from cacheservice.ports.report import duration
 
 _POLL_INTERVAL_S = 1.0
@@ -97,16 +97,18 @@ def status(
 
     --check exits with 0 if all is well, 1 (WARNING) if a dataset is stale, held or failing, PostgreSQL is down,
     notifications do not arrive or a new configuration was refused, 2 (CRITICAL) if a dataset is expired, a required
-    one was never loaded or the service does not answer in time, 3 (UNKNOWN) for wrong usage.
+    one was never loaded or the service does not answer in time, 3 (UNKNOWN) for wrong usage, or if the configuration
+    file cannot be read and --port is missing.
     """
-    address = status_address(host, port)
     if check and (watch or as_json):
         raise click.UsageError("--check goes with neither --watch nor --json")
     if perfdata and not check:
         raise click.UsageError("--perfdata goes with --check")
     if check:
-        _check(address, question, timeout_s, perfdata or ("all" if question else "summary"))
-    elif watch:
+        _check(host, port, question, timeout_s, perfdata or ("all" if question else "summary"))
+        return
+    address = status_address(host, port)
+    if watch:
         _watch(address, question, as_json, timeout_s)
     elif as_json:
         with Connection(address, timeout_s) as connection:
@@ -153,11 +155,13 @@ def why(names: tuple[str, ...], host: str | None, port: int | None, timeout_s: f
             click.echo(connection.ask(f"why {_one_word(name)}"))
 
 
-def _check(address: Address, names: Sequence[str], timeout_s: float, detail: plugin.Detail) -> None:
+def _check(host: str | None, port: int | None, names: Sequence[str], timeout_s: float, detail: plugin.Detail) -> None:
     """Print the plugin's line and exit with its code, whatever happens."""
     code: int
     try:
-        code, line = _judge(address, names, timeout_s, detail)
+        code, line = _judge(status_address(host, port), names, timeout_s, detail)
+    except AddressUnknown as error:
+        code, line = plugin.UNKNOWN, plugin.unknown(error)
     except Exception as error:  # a traceback would end as WARNING, with exit code 1
         code, line = plugin.UNKNOWN, plugin.unknown(f"a bug: {type(error).__name__}: {error}")
     click.echo(line)

@@ -27,7 +27,6 @@ from rich.text import Text
 from cacheservice import config
 from cacheservice.cache.describe import iso
 from cacheservice.cli.asking import (
-    IS_IT_RUNNING,
     Address,
     Answer,
     Connection,
@@ -189,7 +188,7 @@ class Subscription:
         self._reader = hiredis.Reader()
         self._messages: list[bytes] = []
         with no_answer_from(address):
-            self.socket = socket.create_connection(address, timeout=_PUBLISH_TIMEOUT_S)
+            self.socket = socket.create_connection(address[:2], timeout=_PUBLISH_TIMEOUT_S)
         try:
             if password:
                 self._command("AUTH", password)
@@ -348,7 +347,7 @@ class _Ports:
             # A port that refuses will go on to, and takes its time for each wrong password.
             refused = isinstance(error, Refused)
             self._subscribe_at = math.inf if refused else time.monotonic() + _SUBSCRIBE_INTERVAL_S
-            self._complain(f"{self._resp_address}: {error}" if refused else str(error).removesuffix(IS_IT_RUNNING))
+            self._complain(f"{self._resp_address}: {error}" if refused else str(error))
             return False
         self._complaint = ""
         return new
@@ -362,7 +361,11 @@ class _Ports:
         """Once, however often it happens."""
         if complaint != self._complaint:
             self._complaint = complaint
-            tell(f"cacheservice: publishes are seen by their numbers, twice a second: {complaint}; see --resp-port")
+            _report_unseen(complaint)
+
+
+def _report_unseen(why: str) -> None:
+    tell(f"cacheservice: publishes are seen by their numbers, twice a second: {why}; see --resp-port")
 
 
 @click.command()
@@ -387,8 +390,10 @@ def tail(
       cacheservice tail --json | jq -r 'select(.event == "refresh_failed") | .error'
     """
     address = status_address(host, port)
-    resp, password = _resp_address(host, resp_port)
+    resp, password, problem = _resp_address(host, resp_port)
     ports, follower = _Ports(address, resp, password, timeout_s), Follower(names)
+    if problem:
+        _report_unseen(problem)
     out = _Out(as_json)
     try:
         out.say(_first_events(ports, follower, names))
@@ -423,13 +428,19 @@ def _wait_for_return(ports: _Ports, follower: Follower) -> list[Event]:
             continue
 
 
-def _resp_address(host: str | None, port: int | None) -> tuple[Address | None, str]:
-    """Where publishes are told, and the password there."""
-    resp = config.glance(os.environ).resp
-    if port == 0 or (port is None and not resp.enabled):
-        return None, ""
-    where_it_is = Address(host or reachable(resp.host), port or resp.port or _DEFAULT_RESP_PORT)
-    return where_it_is, resp.password.get_secret_value()
+def _resp_address(host: str | None, port: int | None) -> tuple[Address | None, str, str]:
+    """Return the address of the RESP port, its password, and why it cannot be had, if so."""
+    seen = config.glance(os.environ)
+    if port == 0:
+        return None, "", ""
+    if port is None:
+        for key in ("enabled", "port", "password"):
+            if (problem := seen.problem("resp", key)) is not None:
+                return None, "", problem
+        if not seen.resp.enabled:
+            return None, "", ""
+    address = Address(host or reachable(seen.resp.host), port or seen.resp.port or _DEFAULT_RESP_PORT, hint="")
+    return address, seen.resp.password.get_secret_value(), ""
 
 
 class _Out:
