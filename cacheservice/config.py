@@ -441,16 +441,19 @@ def load(environ: Mapping[str, str], dsn_problem: Callable[[str], str | None]) -
     dsn = _table(declared["postgres"]).get("dsn")
     if isinstance(dsn, str) and dsn and (wrong := dsn_problem(dsn)) is not None:
         problems.setdefault(("postgres", "dsn"), wrong)
-    if _is_open_to_all(declared):
+    # A service may do without a file. One that declares a dataset in the environment is meant to.
+    file_is_missed = file_problem is not None or (absent and not declared["datasets"])
+    if _is_open_to_all(declared) and not file_is_missed:
         problems.setdefault(
             ("resp", "host"), "other machines could read without a password; set resp.password, or a loopback address"
         )
 
-    if file_problem is not None:
+    if file_is_missed:
         # What the file would have held is not known, so nothing that seems to be missing is reported.
         problems = {place: problem for place, problem in problems.items() if place in variables}
+    if file_problem is not None:
         problems[()] = file_problem
-    elif absent and problems:
+    elif absent and (problems or settings is None):
         problems[()] = f"not found in the working directory; write one or name it in {_PREFIX}CONFIG"
 
     def label(place: _Place) -> str:
@@ -663,17 +666,22 @@ def _read_file(file: str) -> tuple[dict[str, Any], str | None]:
         text = Path(file).read_text(encoding="utf-8")
         return tomllib.loads(text), None
     except (OSError, UnicodeDecodeError) as error:
-        return {}, f"cannot be read: {_why_unreadable(error)}"
+        return {}, f"cannot be read: {why_unreadable(error)}"
     except tomllib.TOMLDecodeError as error:
         return {}, explained(error, text)
     except (ValueError, RecursionError):  # thousands of digits; thousands of brackets
         return {}, "cannot be read: a number in it is too long, or its nesting too deep"
 
 
-def _why_unreadable(error: OSError | ValueError) -> str:
+def why_unreadable(error: OSError | ValueError) -> str:
+    """Return why a file cannot be read, without its path."""
     match error:
         case FileNotFoundError():
             return "no such file"
+        case PermissionError():
+            return f"permission denied; let the user with ID {os.geteuid()} read it, and enter the folders above it"
+        case IsADirectoryError():
+            return "it is a folder; name the file in it"
         case OSError(strerror=str(reason)):
             return reason.lower()
         case UnicodeDecodeError(start=index):
@@ -715,7 +723,7 @@ def _read_environment(environ: Mapping[str, str]) -> tuple[dict[_Place, str], di
                 secret = Path(text).read_text(encoding="utf-8").removesuffix("\n")
             except (OSError, ValueError) as error:
                 # Not its path: somebody may have put the secret itself there.
-                problems[place] = f"the file that it names cannot be read: {_why_unreadable(error)}"
+                problems[place] = f"the file that it names cannot be read: {why_unreadable(error)}"
                 values[place] = _REFUSED
             else:
                 values[place] = _as_toml(secret, keys[place[-1]])

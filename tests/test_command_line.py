@@ -173,6 +173,35 @@ class Commands(FromTheWheel):
         self.assertIn("process list", told.stderr)
         self.assertNotIn("hidden-word", told.stderr + told.stdout)
 
+    def test_folders_and_files_that_do_not_do(self) -> None:
+        """A file in the place of a folder, or a password file that is not there, is one line with the cause and fix."""
+        (self.folder / "x").write_text("")
+        told = self.run_program("demo", "--directory", "x/shop")
+        self.assertEqual(
+            (told.returncode, told.stderr),
+            (
+                1,
+                "cacheservice: --directory: x/shop: it, or a folder above it, is a file and not a folder; remove that "
+                "file, or name another folder\n",
+            ),
+        )
+        database = fresh_database(self.server, self.addCleanup)
+        told = self.run_program(
+            "migrate",
+            "--reader",
+            "any_reader",
+            CACHESERVICE_MIGRATE_DSN=self.server.dsn(database=database),
+            CACHESERVICE_READER_PASSWORD_FILE="hidden-word",
+        )
+        self.assertEqual(
+            (told.returncode, told.stderr),
+            (
+                2,
+                "cacheservice migrate: CACHESERVICE_READER_PASSWORD_FILE: the file that it names cannot be read: "
+                "no such file. See: cacheservice migrate --help\n",
+            ),
+        )
+
     def test_no_service_is_one_line(self) -> None:
         """Asking where nobody listens is told in a line that says what to do."""
         with socket.socket() as unused:

@@ -204,7 +204,7 @@ class Environment(Loading):
         Path("latin1").write_bytes(b"caf\xe9")
         for path, why in (
             (SECRET, "no such file"),
-            (".", "is a directory"),
+            (".", "it is a folder; name the file in it"),
             ("latin1", "byte 4 is not UTF-8"),
         ):
             self.assertEqual(
@@ -488,7 +488,13 @@ class Problems(Loading):
         self.assertEqual(self.problems(""), [dsn, none])
         Path(FILE).unlink()
         absent = f"{FILE}: not found in the working directory; write one or name it in CACHESERVICE_CONFIG"
-        self.assertEqual(self.problems(), [absent, dsn, none])
+        self.assertEqual(self.problems(), [absent])
+        self.assertEqual(self.problems(POSTGRES__DSN=SECRET, RESP__HOST="::"), [absent])
+        found = self.problems(STATUS__PORT="-1")
+        self.assertEqual(found, [absent, "CACHESERVICE_STATUS__PORT: must be at least 0"])
+        # A service without a file is declared in the environment, and has all of its problems reported.
+        found = self.problems(DATASETS__A__QUERY="SELECT 1 AS id", DATASETS__A__KEY="id")
+        self.assertEqual(found, [absent, dsn])
 
     def test_all_at_once_in_order(self) -> None:
         """Every problem is told, in the order of the documented tables whatever the file's, datasets as declared."""
@@ -577,7 +583,7 @@ class UnreadableFile(Loading):
         """A file that is not UTF-8, a directory, and a number without end are problems like others."""
         Path("latin1").write_bytes(b"x = '\xe9'")
         self.assertEqual(self.problems(CONFIG="latin1"), ["latin1: cannot be read: byte 6 is not UTF-8"])
-        self.assertEqual(self.problems(CONFIG="."), [".: cannot be read: is a directory"])
+        self.assertEqual(self.problems(CONFIG="."), [".: cannot be read: it is a folder; name the file in it"])
         too_long = f"{FILE}: cannot be read: a number in it is too long, or its nesting too deep"
         self.assertEqual(self.problems("x = " + "1" * 5000), [too_long])
         self.assertEqual(self.problems("x = " + "[" * 5000), [too_long])

@@ -631,7 +631,13 @@ class Failing(Running):
         filler.write_bytes(bytes(100 * 1024))
         self.publish(dataset, 2, noise(400, 500))
         await until(lambda: self.snapshots.problems)
-        self.assertEqual(self.snapshots.problems, {"products": f"{self.directory}: No space left on device"})
+        self.assertEqual(
+            self.snapshots.problems,
+            {
+                "products": f"persistence.directory: {self.directory}: no space left on device; "
+                "free some space, or name a folder on another file system"
+            },
+        )
         self.assertEqual(self.files(), ["filler", self.path(1).name])
         self.assertEqual(table_of(self.path(1))[1], dict(rows_of_generation(1, 10)))
         self.publish(dataset, 3, noise(401, 500))
@@ -650,7 +656,13 @@ class Failing(Running):
         await until(lambda: any(name.endswith(".tmp") for name in self.files()))
         self.directory.rename(self.parent / "away")
         await until(lambda: self.snapshots.problems)
-        self.assertEqual(self.snapshots.problems, {"products": f"{self.directory}: No such file or directory"})
+        self.assertEqual(
+            self.snapshots.problems,
+            {
+                "products": f"persistence.directory: {self.directory}: no such file or directory; "
+                "make the folder, or name another one"
+            },
+        )
         self.assertEqual(table_of(self.parent / "away" / self.path(1).name)[1], dict(rows_of_generation(1, 10)))
         await until(lambda: 2 in self.log.saved())
         self.assertEqual((self.snapshots.problems, self.files()), ({}, [self.path(2).name]))
@@ -666,7 +678,7 @@ class Failing(Running):
         await until(lambda: len(self.snapshots.problems) == 2)
         self.directory.unlink()
         with no_descriptor_left():
-            await until(lambda: "Too many open files" in self.snapshots.problems["products"])
+            await until(lambda: "too many open files" in self.snapshots.problems["products"])
         await until(lambda: not self.snapshots.problems)
         told = [fields["error"] for fields in self.log.named("snapshot_save_failed") if fields["dataset"] == "products"]
         self.assertEqual(len(told), len(set(told)))
@@ -827,7 +839,7 @@ class Restoring(Running):
     async def test_what_cannot_be_read_stays(self) -> None:
         """A file that cannot be read now may be good: it stays, and is read when it can be."""
         await self.save(self.store(), 1)
-        refusal = self.assertRaisesRegex(SnapshotRejected, "it cannot be read: Too many open files$")
+        refusal = self.assertRaisesRegex(SnapshotRejected, "it cannot be read: too many open files$")
         with no_descriptor_left(), refusal:
             await self.snapshots.load("products", 1)
         self.assertEqual(self.generation_of(await self.snapshots.load("products", 1)), 1)
@@ -852,7 +864,15 @@ class Restoring(Running):
         self.directory.write_bytes(b"no folder")
         await self.snapshots.restore()
         (told,) = self.log.named("snapshot_restore_failed")
-        self.assertEqual(told["error"], f"{self.directory}: Not a directory")
+        problem = (
+            f"persistence.directory: {self.directory}: it, or a folder above it, is a file and not a folder; "
+            "remove that file, or name another folder"
+        )
+        self.assertEqual(told["error"], problem)
+        self.store()
+        self.publish(self.cache.dataset("products"), 1)
+        await until(lambda: self.snapshots.problems)
+        self.assertEqual(self.snapshots.problems, {"products": problem})
 
     async def test_leftovers(self) -> None:
         """What a killed process left half written is removed; what is not ours stays."""

@@ -845,7 +845,10 @@ class InTheWay(TestCase):
 
     def test_no_such_directory(self) -> None:
         """A socket in a directory that is not there is refused in one line."""
-        self.assertIn("no such file or directory", self.refused(self.service(self.directory / "absent" / "sock")))
+        self.assertIn(
+            f"no such file or directory; make the folder {self.directory}/absent, or set another",
+            self.refused(self.service(self.directory / "absent" / "sock")),
+        )
 
     def test_too_long_a_path(self) -> None:
         """A path that no socket can have is refused in one line."""

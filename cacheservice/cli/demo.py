@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from cacheservice import shipped
+from cacheservice import file_errors, shipped
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.errors import DemoFailed
 from cacheservice.postgres.migrate import migrate
@@ -316,7 +316,11 @@ def _folder(directory: Path | None) -> Iterator[Path]:
         finally:
             shutil.rmtree(made, ignore_errors=True)
     else:
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=directory).close()
+        except OSError as error:
+            raise DemoFailed(file_errors.of_folder("--directory", directory, error, user="this user")) from error
         yield directory.resolve()
 
 

@@ -134,5 +134,9 @@ def _reader_password() -> str | None:
         return os.environ.get("CACHESERVICE_READER_PASSWORD")
     try:
         return Path(path).read_text(encoding="utf-8").removesuffix("\n")
-    except OSError as error:
-        raise click.UsageError(f"CACHESERVICE_READER_PASSWORD_FILE: cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        # Not its path: somebody may have put the password itself there.
+        why = config.why_unreadable(error)
+        raise click.UsageError(
+            f"CACHESERVICE_READER_PASSWORD_FILE: the file that it names cannot be read: {why}"
+        ) from None

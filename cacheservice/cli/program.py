@@ -133,4 +133,6 @@ def in_one_line(error: click.UsageError) -> str:
     command = error.ctx.command_path if error.ctx else "cacheservice"
     message = error.format_message()
     ending = "" if message.endswith((".", "?")) else "."
-    return f"{command}: {message[:1].lower()}{message[1:]}{ending} See: {command} --help"
+    if not message[1:2].isupper():  # such as the name of a variable
+        message = f"{message[:1].lower()}{message[1:]}"
+    return f"{command}: {message}{ending} See: {command} --help"

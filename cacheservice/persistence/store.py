@@ -23,7 +23,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThreadPool
 
-from cacheservice import clock
+from cacheservice import clock, file_errors
 from cacheservice.cache.cache import Cache, Fate
 from cacheservice.cache.dataset import Dataset, Snapshot, rows_builder
 from cacheservice.cache.dependencies import Dependencies
@@ -203,7 +203,7 @@ class SnapshotStore(Service):
             for dataset in self._cache.datasets.values():
                 dataset.save_problem = self.problems[dataset.name] = str(error)
         except OSError as error:
-            self._log.warning("snapshot_restore_failed", error=f"{self._directory}: {_reason(error)}")
+            self._log.warning("snapshot_restore_failed", error=_problem(self._directory, error))
 
     async def _restore_together(self, datasets: Sequence[Dataset]) -> None:
         """The newest saved snapshot that is not refused, of one dataset or of all of a group."""
@@ -261,7 +261,7 @@ class SnapshotStore(Service):
                     "snapshot_rejected",
                     dataset=dataset.name,
                     file=self._path(dataset.name, generation).name,
-                    error=_reason(error) if ours else str(error),
+                    error=_problem(self._directory, error) if ours else str(error),
                     exc_info=ours,
                 )
                 break
@@ -296,7 +296,7 @@ class SnapshotStore(Service):
                 raise self._unknown(settings.name, generation) from None
             except OSError as error:
                 # Nothing says that the file is bad: it stays where it is.
-                raise SnapshotRejected(f"{path.name}: it cannot be read: {_reason(error)}") from error
+                raise SnapshotRejected(f"{path.name}: it cannot be read: {file_errors.reason(error)}") from error
         self._saved_rows.setdefault(settings.name, {})[generation] = ref(rows)
         if header.read_on is None:
             age_s = max(0.0, self._wall_s() - header.as_of.timestamp())
@@ -526,7 +526,9 @@ class SnapshotStore(Service):
 
     def _fail(self, names: _Names, error: Exception) -> None:
         ours = not isinstance(error, OSError | DirectoryTaken)
-        problem = str(error) if isinstance(error, DirectoryTaken) else f"{self._directory}: {_reason(error)}"
+        problem = str(error)
+        if not isinstance(error, DirectoryTaken):
+            problem = _problem(self._directory, error)
         retry_in_s = max(_LEAST_RETRY_S, self._min_save_interval_s)
         for name in names:
             dataset = self._cache.datasets.get(name)
@@ -778,8 +780,8 @@ def _remove(paths: Sequence[Path]) -> None:
             path.unlink()
 
 
-def _reason(error: Exception) -> str:
-    """In words that stay the same when the same thing fails again: without the name of a file."""
+def _problem(directory: Path, error: Exception) -> str:
+    """Return the problem of a save or a restore, in words that stay the same if the same thing fails again."""
     if isinstance(error, OSError):
-        return error.strerror or str(error)
-    return f"an internal error, {type(error).__name__}; its traceback is in the log"
+        return file_errors.of_folder("persistence.directory", directory, error)
+    return f"{directory}: an internal error, {type(error).__name__}; its traceback is in the log"

@@ -14,6 +14,7 @@ from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IListeningPort
 from twisted.internet.protocol import ServerFactory
 
+from cacheservice import file_errors
 from cacheservice.errors import PortUnavailable
 from cacheservice.ports.readers import Port
 
@@ -47,11 +48,10 @@ class PortService(Service):
         try:
             self._port = self._listen()
         except CannotListenError as error:
-            reason = error.socketError
-            words = getattr(reason, "strerror", None) or str(reason)
-            raise PortUnavailable(
-                f"{self._setting}: cannot listen on {_where(error)}: {words.lower()}; end what uses it, or set another"
-            ) from error
+            reason = error.socketError if isinstance(error.socketError, OSError) else OSError(str(error.socketError))
+            where = _where(error)
+            why = file_errors.of_tcp(reason) if isinstance(error.port, int) else file_errors.of_socket(where, reason)
+            raise PortUnavailable(f"{self._setting}: cannot listen on {where}: {why}") from error
 
     def stopService(self) -> Deferred[Any]:
         """Stop accepting, then close what is connected; fires when the port is closed."""
