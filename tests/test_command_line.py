@@ -173,18 +173,8 @@ class Commands(FromTheWheel):
         self.assertIn("process list", told.stderr)
         self.assertNotIn("hidden-word", told.stderr + told.stdout)
 
-    def test_folders_and_files_that_do_not_do(self) -> None:
-        """A file in the place of a folder, or a password file that is not there, is one line with the cause and fix."""
-        (self.folder / "x").write_text("")
-        told = self.run_program("demo", "--directory", "x/shop")
-        self.assertEqual(
-            (told.returncode, told.stderr),
-            (
-                1,
-                "cacheservice: --directory: x/shop: it, or a folder above it, is a file and not a folder; remove that "
-                "file, or name another folder\n",
-            ),
-        )
+    def test_a_password_file_that_is_not_there(self) -> None:
+        """It is one line that names the variable as it is written."""
         database = fresh_database(self.server, self.addCleanup)
         told = self.run_program(
             "migrate",

@@ -289,7 +289,7 @@ class Watch(CommandLine):
         terminal.read_until_screen(r"^cacheservice \S+ at \S+: ready, PostgreSQL up, .*\n(.*\n)*good +fresh", GIVE_UP_S)
         daemon.kill()
         for age in (r"[\d.]+", r"[3-9][\d.]*"):
-            notice = rf"^no answer from 127\.0\.0\.1:\d+: .*\nBelow is what it said {age} s ago"
+            notice = rf"^no answer from 127\.0\.0\.1:\d+: .*\nBelow is its answer of {age} s ago"
             terminal.read_until_screen(rf"{notice}(.*\n)*good +fresh", GIVE_UP_S)
         self.service(GOOD).wait_until_ready()
         terminal.read_until_screen(r"^cacheservice \S+ at \S+: ready", GIVE_UP_S)
@@ -337,12 +337,67 @@ class Watch(CommandLine):
             self.assertEqual((watching.returncode, errors.strip()), (130, ""))
 
     def test_nobody_there(self) -> None:
-        """Where nobody answers from the start, it is a wrong address, and told in one line."""
-        told = self.command("status", "--watch", "--port", str(_free_port()))
+        """Without a service at the start, it reports that and waits, in a terminal and in a pipe; it can be ended."""
+        waiting = r"^no answer from 127\.0\.0\.1:\d+: connection refused; .*\nIt is asked again each second"
+        terminal = self.terminal("status", "--watch", "--port", str(self.port), columns=120)
+        terminal.read_until_screen(waiting, GIVE_UP_S)
+        pipes = [self.watching(*arguments, "--port", str(self.port)) for arguments in ((), ("--json",))]
+        for pipe in pipes:
+            assert pipe.stderr is not None
+            self.assertRegex(
+                pipe.stderr.readline(),
+                r"^cacheservice: no answer from \S+: connection refused; .*\?.* It is asked again each second\.\n$",
+            )
+        self.service(GOOD).wait_until_ready()
+        terminal.read_until_screen(r"^cacheservice \S+ at \S+: ready(.*\n)*good +fresh", GIVE_UP_S)
+        terminal.interrupt()
+        self.assertEqual(terminal.wait(GIVE_UP_S), 130)
+        for pipe, wanted in zip(pipes, ("cacheservice ", '{"service":'), strict=True):
+            assert pipe.stdout is not None
+            self.assertTrue(pipe.stdout.readline().startswith(wanted))
+            pipe.send_signal(signal.SIGINT)
+            _, errors = pipe.communicate(timeout=GIVE_UP_S)
+            self.assertEqual((pipe.returncode, errors.strip()), (130, ""))
+
+    def test_ended_while_it_waits(self) -> None:
+        """Each signal ends it with its exit code, before a service has ever answered."""
+        for end, code in ((Terminal.interrupt, 130), (lambda terminal: terminal.process.terminate(), 143)):
+            terminal = self.terminal("status", "--watch", "--port", str(self.port))
+            terminal.read_until_screen("It is asked again each second", GIVE_UP_S)
+            end(terminal)
+            self.assertEqual(terminal.wait(GIVE_UP_S), code)
+            self.assertGreater(terminal.raw.rfind("\x1b[?1049l"), terminal.raw.rfind("\x1b[?1049h"))
+            self.assertNotIn("Traceback", terminal.text)
+        for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)):
+            pipe = self.watching("--port", str(self.port))
+            assert pipe.stderr is not None
+            self.assertTrue(pipe.stderr.readline())
+            pipe.send_signal(number)
+            printed = "".join(pipe.communicate(timeout=GIVE_UP_S))
+            self.assertEqual((pipe.returncode, printed.strip()), (code, ""))
+
+    def test_an_unknown_name(self) -> None:
+        """A name that the service does not know ends it in one line."""
+        self.service(GOOD).wait_until_ready()
+        told = self.command("status", "--watch", "gud")
         self.assertEqual((told.returncode, told.stdout), (1, ""))
-        self.assertRegex(
-            told.stderr, r"^cacheservice: no answer from \S+: connection refused; is the service running\?\n$"
+        self.assertRegex(told.stderr, r"^cacheservice: unknown dataset 'gud'; there are good\n$")
+
+    def watching(self, *arguments: str) -> subprocess.Popen[str]:
+        # A shell's background job ignores SIGINT, and so would its child.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.addCleanup(signal.signal, signal.SIGINT, before)
+        watching = subprocess.Popen(
+            [sys.executable, "-m", "cacheservice", "status", "--watch", *arguments],
+            cwd=self.directory,
+            env=self.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
+        self.addCleanup(watching.communicate)
+        self.addCleanup(lambda: watching.poll() is None and watching.kill())
+        return watching
 
 
 class Check(CommandLine):
@@ -492,11 +547,15 @@ class Errors(CommandLine):
             self.assertEqual((told.returncode, told.stderr), (141, b""), arguments)
 
     def test_a_folder_that_cannot_be_made(self) -> None:
-        """A failing system call is one line that names the place."""
+        """A failing system call is one line that names the option, the place, the cause and the fix."""
         (self.directory / "file").touch()
         told = self.command("demo", "--directory", "file/x")
         self.assertEqual(told.returncode, 1)
-        self.assertRegex(told.stderr, r"^cacheservice: file/x: not a directory\n$")
+        self.assertEqual(
+            told.stderr,
+            "cacheservice: --directory: file/x: it, or a folder above it, is a file and not a folder; "
+            "remove that file, or name another folder\n",
+        )
 
     def test_help_teaches(self) -> None:
         """Each command's help has an example that begins with the command; the list of commands fits 80 columns."""
@@ -540,9 +599,26 @@ class Judgement(SynchronousTestCase):
             datasets = {"a": fresh | {"save_problem": problem}}
             level, line = plugin.verdict(Answer(0.0, "", {**facts, "datasets": datasets}, ()))
             self.assertEqual(level, expected)
-            self.assertEqual("a not saved, 1.00 s old" in line and "No space left on device" in line, bool(problem))
+            self.assertEqual(
+                "a not saved, 1.00 s old" in line and "saving fails: /saved: No space left on device" in line,
+                bool(problem),
+            )
+            self.assertEqual(line.count("not saved"), int(bool(problem)))
         del datasets["a"]["save_problem"]
         self.assertEqual(plugin.verdict(Answer(0.0, "", {**facts, "datasets": datasets}, ()))[0], 0)
+
+    def test_a_publish_without_a_row(self) -> None:
+        """The first load of an empty table is "no rows"; with other columns alone, no row differs."""
+        facts = self.answer().facts
+        one = facts["datasets"]["a"] | {"state": "fresh", "age_s": 1.0, "as_of": "2026-01-01T00:00:00+00:00"}
+        one["last_attempt"] = {"outcome": "published", "error": None, "started_at": one["as_of"], "took_s": 0.1}
+        one["last_change"] = {"added": 0, "changed": 0, "removed": 0}
+        for rows, expected in ((0, "published in 0.10 s (no rows)"), (3, "published in 0.10 s (no row differs)")):
+            answer = Answer(0.0, "", {**facts, "datasets": {"a": one | {"rows": rows}}}, ())
+            console = Console(width=200)
+            with console.capture() as capture:
+                console.print(picture.render(picture.Picture(Address("h", 1), answer, {}), 200, bars=False))
+            self.assertIn(expected, capture.get())
 
     def test_figures_have_no_exponent(self) -> None:
         """The guidelines allow digits and a point."""

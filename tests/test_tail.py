@@ -269,3 +269,10 @@ class Following(SynchronousTestCase):
         self.assertEqual(event["event"], "refresh_failed")
         words = in_words(Event(datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), "refresh_failed", "a", event)).plain
         self.assertEqual(words, "03:04:05.000Z  a  failed  no table (after 0.50 s, 2 in a row, next try in 1.00 s)")
+
+    def test_a_publish_without_a_row(self) -> None:
+        """The first load of an empty table has no rows; later, no row differs."""
+        for generation, expected in ((1, "generation 1, no rows"), (2, "generation 2, no row differs")):
+            fields = {"generation": generation, "added": 0, "changed": 0, "removed": 0}
+            event = Event(datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), "refresh_published", "a", fields)
+            self.assertEqual(in_words(event).plain, f"03:04:05.000Z  a  published  {expected}")

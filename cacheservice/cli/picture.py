@@ -209,7 +209,9 @@ def _change(dataset: Mapping[str, Any]) -> str:
     if not change or dataset["last_attempt"]["outcome"] != "published":
         return ""
     signs = (("+", "added"), ("~", "changed"), ("-", "removed"))
-    return f" ({' '.join(f'{sign}{change[what]:,}' for sign, what in signs if change[what]) or 'the same rows'})"
+    counts = " ".join(f"{sign}{change[what]:,}" for sign, what in signs if change[what])
+    # A full read of the same content is no publish, so without counts the columns differ, or there is no row.
+    return f" ({counts or ('no row differs' if dataset['rows'] else 'no rows')})"
 
 
 _COLUMNS = (

@@ -97,7 +97,7 @@ def _reasons(dataset: Mapping[str, Any]) -> Iterator[str]:
         yield "pinned by an operator: nothing newer is served until it is unpinned"
     # A service of an older version does not report it.
     if problem := dataset.get("save_problem"):
-        yield f"not saved: {problem}; a restart would begin with what was saved before"
+        yield f"saving fails: {problem}; a restart would begin with what was saved before"
     if not (failures or held or dataset["pinned"]) and last is None:
         yield "no attempt has ended yet"
 

@@ -31,7 +31,7 @@ from cacheservice.cli.picture import Picture
 from cacheservice.cli.problems import problems
 from cacheservice.cli.program import in_one_line, tell
 from cacheservice.cli.terminal import console_of_output, show
-from cacheservice.errors import AddressUnknown, CacheServiceError, NoAnswer, Refused
+from cacheservice.errors import AddressUnknown, CacheServiceError, NoAnswer, Refused, UnknownDataset
 from cacheservice.ports.report import duration
 
 _POLL_INTERVAL_S = 1.0
@@ -177,18 +177,18 @@ def _judge(address: Address, names: Sequence[str], timeout_s: float, detail: plu
         return plugin.no_answer(error)
     try:
         return plugin.verdict(_chosen(answer, names), names, detail)
-    except Refused as error:
+    except UnknownDataset as error:
         return plugin.UNKNOWN, plugin.unknown(error)
 
 
 def _chosen(answer: Answer, names: Sequence[str]) -> Answer:
     """Of the datasets that were named, if any were.
 
-    :raises Refused: if there is none of that name.
+    :raises UnknownDataset: if there is none of that name.
     """
     for name in names:
         if name not in answer.datasets:
-            raise Refused(f"unknown dataset {name!r}; there are {', '.join(answer.datasets)}")
+            raise UnknownDataset(f"unknown dataset {name!r}; there are {', '.join(answer.datasets)}")
     if not names:
         return answer
     facts = {**answer.facts, "datasets": {name: answer.datasets[name] for name in names}}
@@ -218,14 +218,14 @@ def _print_json(answer: Answer) -> None:
 
 
 class _Watch:
-    """What was last seen of a service that may go away and come back, and why it does not answer now, if so."""
+    """What was last seen of a service that may come and go, and why it does not answer now, if so."""
 
     def __init__(self, address: Address, names: Sequence[str], timeout_s: float) -> None:
         self._address = address
         self._names = names
         self._timeout_s = timeout_s
         self._connection: Connection | None = None
-        self.absence: NoAnswer | None = None
+        self.absence = ""
         self.seen: Picture | None = None
 
     def close(self) -> None:
@@ -234,32 +234,33 @@ class _Watch:
             self._connection = None
 
     def look(self) -> bool:
-        """Ask again; whether there was an answer. `seen` stays as it was if not.
+        """Ask again; return whether there was an answer. `seen` stays as it was if not.
 
-        :raises CacheServiceError: if there has never been one, because then it is most likely the wrong address.
+        :raises UnknownDataset: if the first answer has no dataset of a name that was asked for.
         """
         try:
             if self._connection is None:
                 self._connection = Connection(self._address, self._timeout_s)
             self.seen = _look(self._connection, self._names)
-        except (NoAnswer, Refused) as error:
+        except (NoAnswer, Refused, UnknownDataset) as error:
             self.close()
-            if self.seen is None:
+            if isinstance(error, UnknownDataset) and self.seen is None:
                 raise
-            self.absence = error if isinstance(error, NoAnswer) else NoAnswer(str(error))
+            self.absence = f"{error}{'' if str(error).endswith('?') else '.'}"
             return False
-        self.absence = None
+        self.absence = ""
         return True
 
     def render(self, console: Console) -> RenderableType:
-        """How it is now; how old that is, when nobody answers."""
-        assert self.seen is not None
+        """Return the picture; if nobody answers, with the reason and its age."""
+        if self.seen is None:
+            return Text(f"{self.absence}\nIt is asked again each second." if self.absence else "Asking …", "bold red")
         height = console.height if console.is_terminal else None
         drawn = picture.render(self.seen, console.width, bars=console.is_terminal, height=height)
-        if self.absence is None:
+        if not self.absence:
             return drawn
         age = duration(time.monotonic() - self.seen.answer.taken_at)
-        notice = Text(f"{self.absence}\nBelow is what it said {age} ago. It is asked again each second.", "bold red")
+        notice = Text(f"{self.absence}\nBelow is its answer of {age} ago. It is asked again each second.", "bold red")
         return Group(notice, "", drawn)
 
 
@@ -267,7 +268,6 @@ def _watch(address: Address, names: Sequence[str], as_json: bool, timeout_s: flo
     # A service that does not answer must not hold the picture: its age has to be seen to rise.
     watch = _Watch(address, names, min(timeout_s, 5.0))
     try:
-        watch.look()
         if as_json or not sys.stdout.isatty():
             _print_on_and_on(watch, as_json)
         else:
@@ -302,18 +302,18 @@ def _exit(number: int, _: FrameType | None) -> None:
 
 def _print_on_and_on(watch: _Watch, as_json: bool) -> None:
     console = console_of_output()
-    answered = True
+    is_reported = False
     for _ in _each_interval():
-        assert watch.seen is not None
-        if answered and as_json:
-            click.echo(watch.seen.answer.line)
-        elif not as_json:
+        answered = watch.look()
+        if watch.seen is not None and not as_json:
             show(console, watch.render(console))
             click.echo()
+        elif watch.seen is not None and answered:
+            click.echo(watch.seen.answer.line)
+        elif not is_reported:
+            tell(f"cacheservice: {watch.absence} It is asked again each second.")
+        is_reported = not answered
         sys.stdout.flush()
-        answered_before, answered = answered, watch.look()
-        if as_json and answered_before and not answered:
-            tell(f"cacheservice: {watch.absence}")
 
 
 def _each_interval() -> Iterator[None]:

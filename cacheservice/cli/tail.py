@@ -492,7 +492,8 @@ def _details(event: Event) -> str:
         words = [f"generation {fields['generation']}", f"{before} more before it" if before else ""]
         if fields.get("added") is not None:
             counts = [f"{fields[what]:,} {what}" for what in ("added", "changed", "removed") if fields[what]]
-            words += counts or ["no row differs"]
+            # The first one replaces nothing, so that it is empty if it adds nothing.
+            words += counts or ["no rows" if fields["generation"] == 1 else "no row differs"]
         return ", ".join(filter(None, words))
     if event.name in ("refresh_failed", "refresh_held"):
         count = fields["consecutive_failures"]
