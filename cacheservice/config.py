@@ -507,6 +507,12 @@ def dsn_in_file(environ: Mapping[str, str]) -> SecretStr | None:
         return None
 
 
+def dsn_source(environ: Mapping[str, str]) -> str:
+    """Return the name of the variable that sets postgres.dsn, or of the key itself."""
+    variables, _, _ = _read_environment(environ)
+    return variables.get(("postgres", "dsn"), "postgres.dsn")
+
+
 class Glance(NamedTuple):
     """The part of the configuration that a client of a running service needs: its ports, and the names of datasets.
 

@@ -192,6 +192,84 @@ class Commands(FromTheWheel):
             ),
         )
 
+    def test_the_source_of_a_dsn_is_named(self) -> None:
+        """An error about a DSN names the variable, the option or the setting that it comes from."""
+        bad = {"CACHESERVICE_MIGRATE_DSN": "nonsense"}
+        told = self.run_program("migrate", **bad)
+        self.assertRegex(
+            told.stderr, r"^cacheservice migrate: CACHESERVICE_MIGRATE_DSN: not a libpq connection string;"
+        )
+        told = self.run_program("migrate", "--dsn", "nonsense", **bad)
+        self.assertRegex(told.stderr, r"^cacheservice migrate: --dsn: not a libpq connection string;")
+        missing = self.server.dsn(database="no_such_database")
+        steps = {
+            "CACHESERVICE_MIGRATE_DSN": "check the database's name in CACHESERVICE_MIGRATE_DSN",
+            "CACHESERVICE_POSTGRES__DSN": "check the database's name in CACHESERVICE_POSTGRES__DSN",
+        }
+        (self.folder / "cacheservice.toml").write_text('[datasets.d]\nquery = "SELECT 1 AS id"\nkey = "id"')
+        for variable, step in steps.items():
+            for command in (
+                ("migrate", "--reader", "any_reader"),
+                ("watch", "t", "--key", "id"),
+                ("unwatch", "t"),
+            ):
+                told = self.run_program(*command, **{variable: missing})
+                self.assertEqual(told.returncode, 1)
+                self.assertRegex(told.stderr, rf"database \"no_such_database\" does not exist; {step}\n$")
+        (self.folder / "cacheservice.toml").unlink()
+        told = self.run_program("migrate")
+        self.assertEqual(told.returncode, 1)
+        self.assertEqual(
+            told.stderr,
+            "cacheservice.toml: not found in the working directory; write one or name it in CACHESERVICE_CONFIG\n"
+            "CACHESERVICE_MIGRATE_DSN: not set, so that the configuration was read for postgres.dsn; "
+            "set it, or correct that\n",
+        )
+
+    def test_a_list_with_commas(self) -> None:
+        """An option that is repeated does not take a list, and its error reports how to write it."""
+        database = fresh_database(self.server, self.addCleanup)
+        dsn = {"CACHESERVICE_MIGRATE_DSN": self.server.dsn(database=database)}
+        told = self.run_program("migrate", "--reader", "any_reader", "--select", "a,b", **dsn)
+        self.assertEqual(
+            (told.returncode, told.stderr),
+            (
+                2,
+                "cacheservice migrate: --select a,b: a name has no comma; repeat --select for each table. "
+                "See: cacheservice migrate --help\n",
+            ),
+        )
+        self.assertEqual(query(self.server, database, "SELECT FROM pg_namespace WHERE nspname = 'cacheservice'"), [])
+        self.assertEqual(self.run_program("migrate", **dsn).returncode, 0)
+        query(self.server, database, "CREATE TABLE t (a int, b int)")
+        told = self.run_program("watch", "t", "--key", "a,b", **dsn)
+        self.assertEqual(told.returncode, 1)
+        self.assertIn('"t" has no column a,b; it has a, b, and --key is repeated for each column', told.stderr)
+
+    def test_a_reader_without_a_password(self) -> None:
+        """A new role without a password is reported, with how to set one; one that has a password is not."""
+        database = fresh_database(self.server, self.addCleanup)
+        name = f"reader of {database}"
+        for statement in (f'DROP ROLE "{name}"', f'DROP OWNED BY "{name}"'):  # from the last one
+            self.addCleanup(query, self.server, database, statement)
+        dsn = {"CACHESERVICE_MIGRATE_DSN": self.server.dsn(database=database)}
+        told = self.run_program("migrate", "--reader", name, CACHESERVICE_READER_PASSWORD="", **dsn)
+        self.assertEqual(told.returncode, 2)
+        self.assertIn("CACHESERVICE_READER_PASSWORD: the password is empty", told.stderr)
+        for _ in range(2):
+            told = self.run_program("migrate", "--reader", name, **dsn)
+            self.assertEqual(told.returncode, 0, told.stderr)
+            self.assertIn(
+                "it has no password yet, and cannot log in where the server wants one; set it with "
+                f'\\password "{name}" in psql, or run this again with CACHESERVICE_READER_PASSWORD or '
+                "CACHESERVICE_READER_PASSWORD_FILE\n",
+                told.stdout,
+            )
+        for password in ({"CACHESERVICE_READER_PASSWORD": "hidden-word"}, {}):
+            told = self.run_program("migrate", "--reader", name, **dsn, **password)
+            self.assertEqual(told.returncode, 0, told.stderr)
+            self.assertNotIn("no password", told.stdout)
+
     def test_no_service_is_one_line(self) -> None:
         """Asking where nobody listens is told in a line that says what to do."""
         with socket.socket() as unused:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -335,6 +336,17 @@ class Problems(Inspecting):
             text, _ = self.problem("SELECT id FROM shop.products")
             other.rollback()
         self.assertIn("a table is locked by another session", text)
+        with closing(psycopg2.connect(self.owner, application_name="the other")) as other:
+            other.cursor().execute("LOCK TABLE shop.products")
+            self.patch(inspect_session, "_LIMITS", inspect_session._LIMITS._replace(lock_ms=5000))
+            text, todo = self.problem("SELECT id FROM shop.products")
+            other.rollback()
+        self.assertRegex(
+            text,
+            r"^the query: shop\.products is locked by another session: session \d+ of postgres \(the other\) holds "
+            r"AccessExclusiveLock on shop\.products, in a transaction since ",
+        )
+        self.assertEqual(todo, "end that session, or wait for it")
 
     def test_limits(self) -> None:
         """A result that would pass max_rows or max_bytes, or stay below min_rows, is a problem before it is one."""
@@ -456,6 +468,20 @@ class Servers(Inspecting):
         self.assertNotIn("hidden-word", str(caught.exception))
         self.assertNotIn("\n", str(caught.exception))
 
+    def test_a_server_that_does_not_answer(self) -> None:
+        """It has refused nothing; nor has a host that is not found."""
+        with socket.create_server(("127.0.0.1", 0)) as silent, self.assertRaises(InspectionFailed) as caught:
+            self.look("SELECT 1 AS id", dsn=f"postgresql://me@127.0.0.1:{silent.getsockname()[1]}/x")
+        self.assertRegex(
+            str(caught.exception),
+            r"^PostgreSQL did not answer: .*timeout expired; .*or raise postgres\.connect_timeout_s$",
+        )
+        with self.assertRaises(InspectionFailed) as caught:
+            self.look("SELECT 1 AS id", dsn="postgresql://me@no-such-host.invalid/x")
+        self.assertRegex(
+            str(caught.exception), r"^PostgreSQL could not be reached: .*; check the host's name in postgres"
+        )
+
     def test_a_session_that_is_lost(self) -> None:
         """A server that ends the session in the middle of it is the same."""
         end = threading.Timer(
@@ -468,8 +494,9 @@ class Servers(Inspecting):
         )
         end.start()
         self.addCleanup(end.join)
-        with self.assertRaises(InspectionFailed):
+        with self.assertRaises(InspectionFailed) as caught:
             self.look("SELECT 1 AS id, pg_sleep(4)")
+        self.assertRegex(str(caught.exception), "^the connection to PostgreSQL was lost: ")
 
 
 class Command(CommandLine):

@@ -212,6 +212,8 @@ class Status(CommandLine):
         chosen = self.succeed("status", "good")
         self.assertRegex(chosen, r"(?m)^good +fresh")
         self.assertIn("unknown dataset 'gud'", self.command("status", "gud").stderr)
+        for command in ("status", "why", "tail"):
+            self.assertRegex(self.command(command, "good,good").stderr, "unknown dataset 'good,good'; .*by spaces\n$")
         told = self.command("status", "show", "nothing")
         self.assertEqual((told.returncode, told.stdout), (1, "ERROR unknown dataset 'nothing'; status lists them\n"))
 

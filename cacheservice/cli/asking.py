@@ -211,5 +211,10 @@ def reachable(host: str) -> str:
     return "127.0.0.1" if wildcard else host
 
 
+def comma_hint(name: str) -> str:
+    """Return what to add to the error for an unknown dataset, if it is a list."""
+    return "; separate names by spaces" if "," in name else ""
+
+
 def _without_error(reply: str) -> str:
     return reply.strip().removeprefix("ERROR ")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from cacheservice import config, shipped
+from cacheservice.errors import ConfigError
 from cacheservice.postgres import target
 from cacheservice.postgres.migrate import migrate as apply_migrations
 from cacheservice.postgres.reader import create_reader
@@ -16,9 +19,12 @@ from cacheservice.postgres.target import parse
 from cacheservice.postgres.watch import unwatch as take_triggers
 from cacheservice.postgres.watch import watch as put_triggers
 
+_VARIABLE = "CACHESERVICE_MIGRATE_DSN"
+_PASSWORD = "CACHESERVICE_READER_PASSWORD"  # noqa: S105  # the name of a variable
+
 _owner_dsn = click.option(
     "--dsn",
-    envvar="CACHESERVICE_MIGRATE_DSN",
+    envvar=_VARIABLE,
     show_envvar=True,
     help="Where, as the tables' owner, who may create a schema. Without it, postgres.dsn of the configuration.",
 )
@@ -51,14 +57,23 @@ def migrate(dsn: str | None, owner: str | None, reader: str | None, tables: tupl
     """
     if tables and not reader:
         raise click.UsageError("--select goes with --reader")
-    dsn = _checked(dsn)
-    names = apply_migrations(dsn, shipped.folder("migrations"), owner)
+    for table in tables:
+        if "," in re.sub(r'"(?:[^"]|"")*"', "", table):
+            raise click.UsageError(f"--select {table}: a name has no comma; repeat --select for each table")
+    dsn, source = _checked(dsn)
+    password = _reader_password() if reader else None
+    names = apply_migrations(dsn, shipped.folder("migrations"), owner, source)
     click.echo("\n".join(f"applied {name}" for name in names) or "nothing to apply: the schema is up to date")
     if reader:
-        grant = create_reader(dsn, reader, tables, _reader_password())
+        made = create_reader(dsn, reader, tables, password, source)
         click.echo(f"the role {reader} may log in and read {', '.join(tables) or 'nothing yet: grant it SELECT'}")
-        if grant is not None:
-            click.echo(f"to read from a standby it has to see how far that is behind; as a superuser: {grant}")
+        if made.has_password is False:
+            click.echo(
+                "it has no password yet, and cannot log in where the server wants one; set it with "
+                f"\\password {made.name} in psql, or run this again with {_PASSWORD} or {_PASSWORD}_FILE"
+            )
+        if made.grant is not None:
+            click.echo(f"to read from a standby it has to see how far that is behind; as a superuser: {made.grant}")
 
 
 @click.command()
@@ -82,7 +97,8 @@ def watch(table: str, key: tuple[str, ...], notify: bool, dry_run: bool, dsn: st
       cacheservice watch public.products --key id --dry-run
       cacheservice watch public.prices --key product_id --key currency --no-notify
     """
-    names = put_triggers(_checked(dsn), table, key, notify, dry_run, click.echo)
+    dsn, source = _checked(dsn)
+    names = put_triggers(dsn, table, key, notify, dry_run, click.echo, source)
     if not dry_run:
         click.echo(f"changes of {', '.join(names)} are recorded by {', '.join(key)}")
 
@@ -99,21 +115,30 @@ def unwatch(table: str, key: tuple[str, ...], dry_run: bool, dsn: str | None) ->
     Example:
       cacheservice unwatch public.products
     """
-    names = take_triggers(_checked(dsn), table, key, dry_run, click.echo)
+    dsn, source = _checked(dsn)
+    names = take_triggers(dsn, table, key, dry_run, click.echo, source)
     if not dry_run:
         click.echo(f"changes of {', '.join(names)} are recorded no more")
 
 
-def _checked(dsn: str | None) -> str:
-    """The connection string to use, without a password in sight."""
+def _checked(dsn: str | None) -> tuple[str, str]:
+    """Return the connection string to use, without a password in sight, and the name of where it stands."""
     if dsn is None:
-        dsn = config.load(os.environ, target.problem).postgres.dsn.get_secret_value()
+        try:
+            dsn = config.load(os.environ, target.problem).postgres.dsn.get_secret_value()
+        except ConfigError as error:
+            hint = f"{_VARIABLE}: not set, so that the configuration was read for postgres.dsn; set it, or correct that"
+            raise ConfigError([*error.problems, hint]) from error
+        source = config.dsn_source(os.environ)
+    else:
+        from_option = click.get_current_context().get_parameter_source("dsn") == ParameterSource.COMMANDLINE
+        source = "--dsn" if from_option else _VARIABLE
     _refuse_password_in_arguments()
     try:
         parse(dsn)
     except ValueError as error:
-        raise click.UsageError(f"--dsn: {error}") from None
-    return dsn
+        raise click.UsageError(f"{source}: {error}") from None
+    return dsn, source
 
 
 def _refuse_password_in_arguments() -> None:
@@ -129,14 +154,16 @@ def _refuse_password_in_arguments() -> None:
 
 
 def _reader_password() -> str | None:
-    path = os.environ.get("CACHESERVICE_READER_PASSWORD_FILE")
-    if path is None:
-        return os.environ.get("CACHESERVICE_READER_PASSWORD")
-    try:
-        return Path(path).read_text(encoding="utf-8").removesuffix("\n")
-    except (OSError, ValueError) as error:
-        # Not its path: somebody may have put the password itself there.
-        why = config.why_unreadable(error)
-        raise click.UsageError(
-            f"CACHESERVICE_READER_PASSWORD_FILE: the file that it names cannot be read: {why}"
-        ) from None
+    variable = _PASSWORD
+    password = os.environ.get(variable)
+    if (path := os.environ.get(f"{variable}_FILE")) is not None:
+        variable += "_FILE"
+        try:
+            password = Path(path).read_text(encoding="utf-8").removesuffix("\n")
+        except (OSError, ValueError) as error:
+            # Not its path: somebody may have put the password itself there.
+            why = config.why_unreadable(error)
+            raise click.UsageError(f"{variable}: the file that it names cannot be read: {why}") from None
+    if password == "":
+        raise click.UsageError(f"{variable}: the password is empty; set one, or unset the variable")
+    return password

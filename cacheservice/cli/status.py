@@ -24,6 +24,7 @@ from cacheservice.cli.asking import (
     Connection,
     ask_for_all,
     ask_once,
+    comma_hint,
     status_address,
 )
 from cacheservice.cli.options import QUESTIONS, dataset_names, questions_or_names, where
@@ -188,7 +189,7 @@ def _chosen(answer: Answer, names: Sequence[str]) -> Answer:
     """
     for name in names:
         if name not in answer.datasets:
-            raise UnknownDataset(f"unknown dataset {name!r}; there are {', '.join(answer.datasets)}")
+            raise UnknownDataset(f"unknown dataset {name!r}; there are {', '.join(answer.datasets)}{comma_hint(name)}")
     if not names:
         return answer
     facts = {**answer.facts, "datasets": {name: answer.datasets[name] for name in names}}
@@ -324,6 +325,6 @@ def _each_interval() -> Iterator[None]:
 
 def _one_word(name: str) -> str:
     """:raises Refused: for what would be more than a name on the port's line."""
-    if not re.fullmatch(r"[^\s;]{1,200}", name):
-        raise Refused(f"unknown dataset {name!r}; 'cacheservice status' shows them all")
+    if not re.fullmatch(r"[^\s;,]{1,200}", name):
+        raise Refused(f"unknown dataset {name!r}; 'cacheservice status' shows them all{comma_hint(name)}")
     return name

@@ -31,6 +31,7 @@ from cacheservice.cli.asking import (
     Answer,
     Connection,
     ask_for_all,
+    comma_hint,
     no_answer_from,
     reachable,
     status_address,
@@ -415,7 +416,7 @@ def _first_events(ports: _Ports, follower: Follower, names: Sequence[str]) -> li
     events = ports.poll(follower)
     for name in names:
         if not follower.knows(name):
-            raise Refused(f"unknown dataset {name!r}; 'cacheservice status' shows them all")
+            raise Refused(f"unknown dataset {name!r}; 'cacheservice status' shows them all{comma_hint(name)}")
     return events
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import psycopg2
 
 from cacheservice.postgres.advice import for_login
+from cacheservice.postgres.lock_watch import LockWatch
 from cacheservice.postgres.target import parse
 
 SCHEMA = "cacheservice"
@@ -17,6 +18,7 @@ LOCK_TIMEOUT_MS = 5000
 """How long a command waits for a table: all writers of that table wait behind it."""
 _CONNECT_TIMEOUT_S = 10
 _OLDEST_VERSION = 140_000
+_LOCK_NOT_AVAILABLE = "55P03"
 
 # LOCAL, as in all our transactions: a proxy that pools transactions would leave it to other clients otherwise.
 BEGIN = f"""\
@@ -60,7 +62,8 @@ class Refused(Exception):
 class Session:
     """A blocking session in autocommit; `cursor` and `connection` are the driver's."""
 
-    def __init__(self, connection: Any, cursor: Any, role: str, database: str) -> None:
+    def __init__(self, connection: Any, cursor: Any, dsn: str, role: str, database: str) -> None:
+        self._dsn = dsn
         self.connection = connection
         self.cursor = cursor
         self.role = role
@@ -79,29 +82,38 @@ class Session:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All or nothing, whenever the command or the server ends."""
+        """All or nothing, whenever the command or the server ends.
+
+        :raises Refused: if a lock could not be had, with the table and the session that held it.
+        """
         self.cursor.execute(BEGIN)
         try:
-            yield
-        except BaseException:
+            with LockWatch(_connect_arguments(self._dsn), self.value("SELECT pg_backend_pid()")) as watch:
+                yield
+        except BaseException as error:
             if not self.connection.closed:
                 self.cursor.execute("ROLLBACK")
+            if isinstance(error, psycopg2.Error) and error.pgcode == _LOCK_NOT_AVAILABLE:
+                raise Refused(_locked(watch)) from error
             raise
         self.cursor.execute("COMMIT")
 
 
+def _connect_arguments(dsn: str) -> dict[str, Any]:
+    return parse(dsn).blocking_arguments() | {"connect_timeout": _CONNECT_TIMEOUT_S}
+
+
 @contextmanager
-def session(dsn: str, application_name: str) -> Iterator[Session]:
+def session(dsn: str, application_name: str, dsn_source: str = "postgres.dsn") -> Iterator[Session]:
     """A session in which a command works.
 
+    :param dsn_source: the setting, the variable or the option that holds the DSN, for advice.
     :raises Refused: if the server cannot be reached, is too old, is a standby, or refuses a statement.
     """
     try:
-        arguments = parse(dsn).blocking_arguments()
-        arguments |= {"connect_timeout": _CONNECT_TIMEOUT_S, "application_name": application_name}
-        connection = psycopg2.connect(**arguments)
+        connection = psycopg2.connect(**_connect_arguments(dsn), application_name=application_name)
     except psycopg2.Error as error:
-        todo = for_login(error.pgcode or "", str(error))
+        todo = for_login(error.pgcode or "", str(error), dsn_source)
         raise Refused(told_by(dsn, error) + (f"; {todo}" if todo else "")) from error
     with closing(connection):
         connection.autocommit = True
@@ -116,7 +128,7 @@ def session(dsn: str, application_name: str) -> Iterator[Session]:
                 role, database, is_standby = cursor.fetchone()
                 if is_standby:
                     raise Refused("this server is a standby, which cannot be written to; run it on the primary")
-                yield Session(connection, cursor, role, database)
+                yield Session(connection, cursor, dsn, role, database)
         except psycopg2.Error as error:
             raise Refused(explained(dsn, error, role, database)) from error
 
@@ -165,13 +177,18 @@ def next_step(message: str, role: str, database: str) -> str:
 def explained(dsn: str, error: psycopg2.Error, role: str, database: str) -> str:
     """The server's message, and the next step where it is known."""
     told = told_by(dsn, error)
-    if error.pgcode == "55P03":
-        return (
-            f"the table is in use: its lock was not to be had within {LOCK_TIMEOUT_MS // 1000} s, and writers should "
-            "not wait longer behind it; try again when no long transaction writes to it and no other such command runs"
-        )
     advice = next_step(told, role, database) if error.pgcode == "42501" else ""
     return f"{told}; {advice}" if advice else told
+
+
+def _locked(watch: LockWatch) -> str:
+    """The error for a lock that was waited for in vain."""
+    what = f"{watch.relation} is in use" if watch.relation else "another session is in the way"
+    waited = f"the lock was not granted within {LOCK_TIMEOUT_MS // 1000} s"
+    error = f"{what}: {waited}, and writers should not wait longer behind it"
+    if watch.sessions:
+        return f"{error}. It was blocked: {watch.sessions}; end that session, or wait for it, and try again"
+    return f"{error}; try again when no long transaction uses the table and no other such command runs"
 
 
 def restore_rights(session: Session) -> None:

@@ -75,11 +75,16 @@ _TLS = (
     (r"\bSSL\b", "check the certificates and sslmode on both sides; the server's log has its view of it"),
 )
 _NO_SQLSTATE = (
-    (r"name look-up", "check the host's name in postgres.dsn, and the name server"),
+    (r"name look-up|could not translate host name", "check the host's name in postgres.dsn, and the name server"),
     (r"password|authentication|pg_hba|role \".*\" does not exist", _BY_SQLSTATE["28"]),
     (r'database ".*" does not exist', _BY_SQLSTATE["3D000"]),
     (r"too many|connection slots", _BY_SQLSTATE["53300"]),
     (r"Permission denied|No such file or directory", "check the path of the server's socket in postgres.dsn"),
+    (r"Connection refused", "check that PostgreSQL runs, and the host and port in postgres.dsn"),
+    (
+        r"timeout expired|timed out",
+        "look for a frozen or overloaded server or a lost network path, and check the host and port in postgres.dsn",
+    ),
 )
 
 
@@ -88,8 +93,16 @@ def for_query(sqlstate: str) -> str | None:
     return _BY_SQLSTATE.get(sqlstate) or _BY_SQLSTATE.get(sqlstate[:2])
 
 
-def for_login(sqlstate: str, message: str) -> str | None:
-    """Advice about a session that did not open. `message` is unchanged, as the driver shows it."""
+def for_login(sqlstate: str, message: str, dsn_source: str = "postgres.dsn") -> str | None:
+    """Advice about a session that did not open. `message` is unchanged, as the driver shows it.
+
+    :param dsn_source: the setting, the variable or the option that holds the DSN.
+    """
+    advice = _for_login(sqlstate, message)
+    return advice and advice.replace("postgres.dsn", dsn_source)
+
+
+def _for_login(sqlstate: str, message: str) -> str | None:
     exact = _first(_REFUSED, message)
     if exact is not None:
         return exact

@@ -31,23 +31,37 @@ LEFT JOIN LATERAL (
     LIMIT 1
 ) l ON true
 """
-_NO_FUNCTION = ("42883", "3F000", "42501")
+NO_FUNCTION = ("42883", "3F000", "42501")
 """undefined function, invalid schema name, insufficient privilege"""
+
+
+def by_function(pid: int) -> str:
+    """Return the statement that asks the function of the migrations."""
+    return _WITH_FUNCTION.format(columns=_COLUMNS, pid=pid)
+
+
+def by_catalogs(pid: int) -> str:
+    """Return the statement for a database without that function."""
+    return _WITHOUT.format(pid=pid)
 
 
 async def find_blockers(guard: GuardedConnection, pid: int) -> tuple[Blocker, ...]:
     """The sessions that keep the server process `pid` waiting, asked over `guard`, another session."""
     try:
-        cursor = await guard.execute(_WITH_FUNCTION.format(columns=_COLUMNS, pid=pid))
+        cursor = await guard.execute(by_function(pid))
     except QueryFailed as error:
-        if error.sqlstate not in _NO_FUNCTION:
+        if error.sqlstate not in NO_FUNCTION:
             raise
-        cursor = await guard.execute(_WITHOUT.format(pid=pid))
-    return tuple(_blocker(*row) for row in cursor.fetchall())
+        cursor = await guard.execute(by_catalogs(pid))
+    return tuple(blocker(*row) for row in cursor.fetchall())
 
 
-def _blocker(pid: int, *columns: Any) -> Blocker:
+def blocker(pid: int, *columns: Any) -> Blocker:
+    """Return the blocker of a row of either statement, with text or bytes."""
     user, application, mode, relation, since, state, kind = columns
-    text = [None if value is None else value.decode() for value in (user, application, mode, relation, state, kind)]
+    text = [
+        value.decode() if isinstance(value, bytes) else value
+        for value in (user, application, mode, relation, state, kind)
+    ]
     moment = None if since is None else datetime.fromtimestamp(since, UTC)
     return Blocker(pid, text[0], text[1], text[2], text[3], moment, text[4], text[5])

@@ -86,16 +86,17 @@ DELETE FROM cacheservice._yoyo_migration WHERE migration_id >= '0002';
 """
 
 
-def migrate(dsn: str, directory: Path, owner: str | None = None) -> list[str]:
+def migrate(dsn: str, directory: Path, owner: str | None = None, dsn_source: str = "postgres.dsn") -> list[str]:
     """Apply the migrations that have not been applied yet; return their names, in order.
 
     :param owner: the role that shall own the schema and everything in it; without it, the role that owns the tables
         already, or the session's.
+    :param dsn_source: as that of `admin.session`.
     :raises MigrationFailed: if the database cannot be reached or refuses.
     """
     applied = []
     try:
-        with admin.session(dsn, "cacheservice migrate") as session:
+        with admin.session(dsn, "cacheservice migrate", dsn_source) as session:
             with session.transaction():
                 session.cursor.execute(_LOCK)
                 repair(session, owner)

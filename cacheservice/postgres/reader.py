@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import psycopg2
 from psycopg2 import extensions, sql
@@ -46,7 +47,26 @@ _DEFAULTS = {
 }
 
 
-def create_reader(dsn: str, name: str, tables: Sequence[str] = (), password: str | None = None) -> str | None:
+class Reader(NamedTuple):
+    """What a reader lacks.
+
+    :param name: as SQL writes it.
+    :param has_password: None if the session may not see it.
+    :param grant: the GRANT without which it cannot see how far a standby is behind; None if it can.
+    """
+
+    name: str
+    has_password: bool | None
+    grant: str | None
+
+
+def create_reader(
+    dsn: str,
+    name: str,
+    tables: Sequence[str] = (),
+    password: str | None = None,
+    dsn_source: str = "postgres.dsn",
+) -> Reader:
     """Make the role `name`, or bring it to this state: it may log in and read `tables`, nothing else.
 
     Only what differs is changed: to alter a role takes rights over it (PostgreSQL 16: ADMIN OPTION), and nobody but a
@@ -54,27 +74,37 @@ def create_reader(dsn: str, name: str, tables: Sequence[str] = (), password: str
 
     :param tables: as schema.table; without one nothing is granted but the service's own functions.
     :param password: sent as its SCRAM verifier, so that it is in no log of the server; None leaves it as it is.
-    :returns: the GRANT without which the role cannot see how far a standby is behind; None if it can.
+    :param dsn_source: as that of `admin.session`.
     :raises MigrationFailed: if the database cannot be reached or refuses.
     """
     try:
-        with admin.session(dsn, "cacheservice migrate") as session, session.transaction():
+        with admin.session(dsn, "cacheservice migrate", dsn_source) as session, session.transaction():
             if session.value("SELECT current_user = %s", (name,)):
                 raise Refused(f"{name} is the role of this session; name another for the service to read as")
-            _make_role(session, name, password)
+            is_new = _make_role(session, name, password)
+            has_password = False if is_new else _has_password(session, name)
             role = sql.Identifier(name)
             for table in tables:
                 _grant_select(session, table, role)
             act_as_owner(session)
             _grant_ours(session, role)
-            if session.value(_SEES_RECEIVER, (name,)):
-                return None
-            return GRANT.format(role=role.as_string(session.cursor)) + ";"
+            quoted = role.as_string(session.cursor)
+            grant = None if session.value(_SEES_RECEIVER, (name,)) else GRANT.format(role=quoted) + ";"
+            return Reader(quoted, True if password is not None else has_password, grant)
     except Refused as refused:
         raise MigrationFailed(str(refused)) from refused
 
 
-def _make_role(session: Session, name: str, password: str | None) -> None:
+def _has_password(session: Session, name: str) -> bool | None:
+    """Whether a role has one; None if only a superuser may see that."""
+    if not session.value("SELECT has_table_privilege('pg_authid', 'SELECT')"):
+        return None
+    found: bool = session.value("SELECT rolpassword IS NOT NULL FROM pg_authid WHERE rolname = %s", (name,))
+    return found
+
+
+def _make_role(session: Session, name: str, password: str | None) -> bool:
+    """Return whether it is a new one."""
     role = sql.Identifier(name)
     present = session.rows(f"SELECT {', '.join(_ATTRIBUTES)} FROM pg_roles WHERE rolname = %s", (name,))  # noqa: S608  # constants
     words = list(attributes_to_set(dict(zip(_ATTRIBUTES, present[0], strict=True)) if present else None))
@@ -106,6 +136,7 @@ def _make_role(session: Session, name: str, password: str | None) -> None:
             f"PostgreSQL: {told}: {reader} exists, and {session.role} may not change it; as the "
             f"role that made it, or as a superuser: GRANT {reader} TO {session.role} WITH ADMIN OPTION;"
         ) from error
+    return not present
 
 
 def attributes_to_set(present: Mapping[str, object] | None) -> Iterator[str]:

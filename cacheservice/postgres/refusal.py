@@ -25,6 +25,13 @@ _OTHER_SERVERS_MAY_DIFFER = re.compile("08...|53...|57P0.|XX...|")
 """libpq tries no other host after a refused login. A server that is starting, stopping or full is left, too."""
 
 
+NO_ANSWER = "PostgreSQL did not answer"
+_SILENCE = re.compile(r"timeout expired|timed out|did not answer")
+_NOT_REACHED = re.compile(
+    rf"{_SILENCE.pattern}|translate host name|name look-up|No route to host|unreachable|No such file or directory"
+)
+
+
 class Tried(NamedTuple):
     """An address, or a host without one, that gave no session. `cause` is not redacted."""
 
@@ -44,6 +51,19 @@ def tried(where: str, error: psycopg2.Error) -> Tried:
     return Tried(where, "; ".join(filter(None, causes)), sqlstate[1] if sqlstate else "")
 
 
+def lead(causes: Sequence[str]) -> str:
+    """Return what happened in a few words: only a server, or a host, that answered has refused something."""
+    for pattern, words in ((_SILENCE, NO_ANSWER), (_NOT_REACHED, "PostgreSQL could not be reached")):
+        if causes and all(pattern.search(cause) for cause in causes):
+            return words
+    return "PostgreSQL refused the connection"
+
+
+def lead_of(message: str) -> str:
+    """Return the same for a message of libpq, which has a line for each address."""
+    return lead([line for line in message.splitlines() if not _NOT_SHOWN.match(line)])
+
+
 def ends_the_search(failed: Tried) -> bool:
     """Whether the server refused the login itself, which no other address is asked to overrule."""
     return _OTHER_SERVERS_MAY_DIFFER.fullmatch(failed.sqlstate) is None
@@ -57,7 +77,7 @@ def not_connected(failed: Sequence[Tried], target: Target, waited_s: float) -> D
     told = target.redact("; ".join(f"{where}: {cause or 'it failed without a reason'}" for where, cause, *_ in failed))
     if all(each.silent for each in failed):
         return DeadlineExceeded(f"PostgreSQL did not accept a session within {waited_s:.3g} s ({told})")
-    error = _kind(failed)(f"PostgreSQL refused the connection: {told}")
+    error = _kind(failed)(f"{lead([cause for _, cause, *_ in failed])}: {told}")
     by_weight = sorted(failed, key=lambda each: not each.sqlstate)  # a server that answered knows most
     best = next(filter(None, (advice.for_login(each.sqlstate, each.cause) for each in by_weight)), None)
     if best is not None:

@@ -18,7 +18,7 @@ from cacheservice.errors import (
     StandbyConflict,
 )
 from cacheservice.postgres import advice
-from cacheservice.postgres.refusal import no_descriptor_left
+from cacheservice.postgres.refusal import lead_of, no_descriptor_left
 from cacheservice.postgres.target import Target
 
 # SQLSTATEs: PostgreSQL manual, appendix A.
@@ -52,7 +52,7 @@ def translate(error: psycopg2.Error, target: Target, *, connecting: bool = False
     if sqlstate in (_SERIALIZATION_FAILURE, _DEADLOCK_DETECTED) and not connecting:
         return _try_again(sqlstate, message, diagnostics)
     if connecting or _SESSION_LOST.fullmatch(sqlstate) or not sqlstate:
-        what = "PostgreSQL refused the connection" if connecting else "the connection to PostgreSQL was lost"
+        what = lead_of(told) if connecting else "the connection to PostgreSQL was lost"
         unavailable = DatabaseUnavailable(f"{what}: {message}")
         if todo is not None:
             unavailable.advice = todo

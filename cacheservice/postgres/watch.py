@@ -22,7 +22,13 @@ _BEGIN = f"BEGIN;\nSET LOCAL lock_timeout = {LOCK_TIMEOUT_MS};"
 
 
 def watch(
-    dsn: str, table: str, key: Sequence[str], notify: bool, dry_run: bool, say: Callable[[str], None]
+    dsn: str,
+    table: str,
+    key: Sequence[str],
+    notify: bool,
+    dry_run: bool,
+    say: Callable[[str], None],
+    dsn_source: str = "postgres.dsn",
 ) -> list[str]:
     """Record the keys of all rows of `table` that change from now on; gives the names of the tables it is done for.
 
@@ -30,9 +36,10 @@ def watch(
 
     :param key: the columns whose values name a row.
     :param dry_run: only say the SQL.
+    :param dsn_source: as that of `admin.session`.
     :raises WatchFailed: if the database cannot be reached or refuses, with what to do.
     """
-    with _transaction(dsn, restore=not dry_run) as session:
+    with _transaction(dsn, dsn_source, restore=not dry_run) as session:
         cursor = session.cursor
         _require_tables(session)
         cursor.execute(_ONE_AT_A_TIME)
@@ -56,12 +63,19 @@ def watch(
     return list(found.family)
 
 
-def unwatch(dsn: str, table: str, key: Sequence[str], dry_run: bool, say: Callable[[str], None]) -> list[str]:
+def unwatch(
+    dsn: str,
+    table: str,
+    key: Sequence[str],
+    dry_run: bool,
+    say: Callable[[str], None],
+    dsn_source: str = "postgres.dsn",
+) -> list[str]:
     """Undo `watch`; without a key, every watch of that table. It needs none of our tables, and not even the table.
 
     :raises WatchFailed: if it is not watched so, or the database refuses.
     """
-    with _transaction(dsn, restore=not dry_run) as session:
+    with _transaction(dsn, dsn_source, restore=not dry_run) as session:
         cursor = session.cursor
         if session.value("SELECT to_regnamespace(%s) IS NULL", (SCHEMA,)):
             raise WatchFailed(f"{table} is not watched: the database has no schema {SCHEMA}")
@@ -92,10 +106,10 @@ def unwatch(dsn: str, table: str, key: Sequence[str], dry_run: bool, say: Callab
 
 
 @contextmanager
-def _transaction(dsn: str, *, restore: bool) -> Iterator[Session]:
+def _transaction(dsn: str, dsn_source: str, *, restore: bool) -> Iterator[Session]:
     """A session in a transaction that is committed at the end; errors become ours."""
     try:
-        with admin.session(dsn, "cacheservice watch") as session, session.transaction():
+        with admin.session(dsn, "cacheservice watch", dsn_source) as session, session.transaction():
             session.cursor.execute("SET LOCAL search_path = pg_catalog, public, pg_temp")
             if restore:
                 admin.restore_rights(session)
@@ -137,7 +151,8 @@ def _find(cursor: Any, table: str, key: Sequence[str]) -> Table:
     columns = dict(cursor.fetchall())
     for column in key:
         if column not in columns:
-            raise WatchFailed(f"{name} has no column {column}; it has {', '.join(columns)}")
+            repeat = ", and --key is repeated for each column" if "," in column else ""
+            raise WatchFailed(f"{name} has no column {column}; it has {', '.join(columns)}{repeat}")
         if columns[column] == "v":
             raise WatchFailed(
                 f"{name}: the column {column} is generated and not stored, so that no trigger sees its value; "

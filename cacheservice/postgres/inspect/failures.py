@@ -37,7 +37,10 @@ def finding(look: Look, what: str, error: psycopg2.Error) -> Finding:
         case "42P01" | "42883" | "3F000":
             return Finding("problem", f"{what}: {told}", _elsewhere(look, told))
         case "55P03":
-            return Finding("problem", f"{what}: a table is locked by another session", "try again later")
+            locked = f"{what}: {look.locks.relation or 'a table'} is locked by another session"
+            if not look.locks.sessions:
+                return Finding("problem", locked, "try again later")
+            return Finding("problem", f"{locked}: {look.locks.sessions}", "end that session, or wait for it")
         case "57014":
             return Finding("problem", f"{what}: not answered within {STATEMENT_TIMEOUT_MS // 1000} s", "try again")
     if error.diag.statement_position and what == "the query":

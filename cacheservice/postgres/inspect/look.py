@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from cacheservice.config import DatasetSettings
 from cacheservice.postgres.inspect.findings import Finding, Inspection, Server
+from cacheservice.postgres.lock_watch import LockWatch
 
 STATEMENT_TIMEOUT_MS = 10_000
 LOCK_TIMEOUT_MS = 3000
@@ -25,6 +26,7 @@ class Look:
     server: Server
     dataset: DatasetSettings
     found: Inspection
+    locks: LockWatch
 
     def add(self, level: Literal["problem", "hint"], text: str, todo: str = "") -> None:
         self.found.findings.append(Finding(level, text, todo))

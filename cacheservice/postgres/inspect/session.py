@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -21,6 +21,8 @@ from cacheservice.postgres.inspect.own_settings import own_settings
 from cacheservice.postgres.inspect.paths import compare_paths
 from cacheservice.postgres.inspect.tables import explain
 from cacheservice.postgres.inspect.watching import describe_deltas, look_at_channel, look_at_probe, look_at_watches
+from cacheservice.postgres.lock_watch import LockWatch
+from cacheservice.postgres.refusal import NO_ANSWER, lead_of
 from cacheservice.postgres.session_settings import Limits, begin_reading, without_transaction_timeout
 from cacheservice.postgres.standby import SEES_RECEIVER
 from cacheservice.postgres.statements import columns_query
@@ -36,8 +38,12 @@ _OF_SETTINGS = "correct postgres.settings, or the settings of the dataset"
 class Inspector:
     """A session to look at datasets with; `inspecting` opens and closes it."""
 
-    def __init__(self, connection: Any, dsn: str, datasets: Sequence[DatasetSettings]) -> None:
+    def __init__(
+        self, connection: Any, arguments: Mapping[str, Any], dsn: str, datasets: Sequence[DatasetSettings]
+    ) -> None:
+        """:param arguments: those that the connection was opened with."""
         self._connection = connection
+        self._arguments = arguments
         self._dsn = dsn
         self.server = _server(connection, datasets)
 
@@ -54,7 +60,10 @@ class Inspector:
                 cursor.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
                 cursor.execute(begin_reading(dataset, _LIMITS))
                 cursor.execute(without_transaction_timeout(self._connection.server_version) or "SELECT")
-                _look_at_all(Look(self._connection, cursor, self._dsn, self.server, dataset, found))
+                cursor.execute("SELECT pg_backend_pid()")
+                (pid,) = cursor.fetchone()
+                with LockWatch(self._arguments, pid) as watch:
+                    _look_at_all(Look(self._connection, cursor, self._dsn, self.server, dataset, found, watch))
             except (psycopg2.errors.InvalidParameterValue, psycopg2.errors.UndefinedObject) as error:
                 # Of the transaction's settings: what a query does wrong is a finding by then.
                 found.findings.append(Finding("problem", f"settings: {error.diag.message_primary}", _OF_SETTINGS))
@@ -72,22 +81,25 @@ def inspecting(postgres: PostgresSettings, datasets: Sequence[DatasetSettings]) 
     """
     dsn = postgres.dsn.get_secret_value()
     target = parse(dsn)
+    is_open = False
     try:
-        connection = psycopg2.connect(
-            **target.blocking_arguments()
-            | {
-                "connect_timeout": max(2, round(postgres.connect_timeout_s)),  # libpq takes no less
-                "application_name": target.application_name("check"),
-                "client_encoding": "UTF8",
-            }
-        )
+        arguments = target.blocking_arguments() | {
+            "connect_timeout": max(2, round(postgres.connect_timeout_s)),  # libpq takes no less
+            "application_name": target.application_name("check"),
+            "client_encoding": "UTF8",
+        }
+        connection = psycopg2.connect(**arguments)
+        is_open = True
         with closing(connection):
             connection.autocommit = True
-            yield Inspector(connection, dsn, datasets)
+            yield Inspector(connection, arguments, dsn, datasets)
     except psycopg2.Error as error:
         # A session that opened and failed can only have been lost: what a query does wrong is a finding.
-        translated = translate(error, target, connecting=True)
-        raise InspectionFailed(f"{translated}; {translated.advice}") from error
+        translated = translate(error, target, connecting=not is_open)
+        advice = translated.advice
+        if not is_open and lead_of(str(error)) == NO_ANSWER:
+            advice += ", or raise postgres.connect_timeout_s"
+        raise InspectionFailed(f"{translated}; {advice}") from error
 
 
 def _look_at_all(look: Look) -> None:
