@@ -359,7 +359,7 @@ class Demo(FromTheWheel):
         family += psutil.Process(demo.pid).children(recursive=True)
         demo.send_signal(signal.SIGINT)
         rest, _ = demo.communicate(timeout=LIMIT_S)
-        self.assertEqual(demo.returncode, 0, rest)
+        self.assertEqual(demo.returncode, 130, rest)
         self.assertNotIn("Traceback", said + rest)
         self.assertEqual([process for process in family if process.is_running()], [])
         directory = re.search(r"embedded PostgreSQL in (\S+)", said)[1]

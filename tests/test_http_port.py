@@ -316,7 +316,9 @@ class Routes(PortTestCase):
     async def test_not_found(self) -> None:
         """An unknown path, dataset or row is 404 and says which it is."""
         await self.assert_problem("/v1", 404, "nothing at this path")
-        await self.assert_problem("/v1/datasets/products/", 404, "nothing at this path")
+        await self.assert_problem("/v1/datasets/products/", 404, "nothing at this path; leave out the slash at its end")
+        for path in ("/v1/datasets/", "/v1/datasets//rows/1", "/v1/datasets//status"):
+            await self.assert_problem(path, 404, "nothing at /v1/datasets/ without a name; GET /v1/datasets, without")
         await self.assert_problem("/v1/datasets/products/columns", 404, "nothing at this path")
         await self.assert_problem("/v1/datasets/nothing", 404, "unknown dataset 'nothing'")
         await self.assert_problem("/v1/datasets/nothing/rows/1", 404, "unknown dataset 'nothing'")

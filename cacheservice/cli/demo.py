@@ -152,9 +152,6 @@ class Demo:
                 signal.signal(number, _interrupt)
         try:
             self._start()
-        except KeyboardInterrupt:
-            self._end()
-            raise SystemExit(130) from None
         except BaseException:
             self._end()
             raise
@@ -171,16 +168,13 @@ class Demo:
         self._resources.close()
 
     def wait(self) -> None:
-        """Keep the shop alive until the service ends or somebody interrupts.
+        """Keep the shop alive until the service ends or a signal comes.
 
         :raises DemoFailed: if the service ended by itself.
         """
-        try:
-            while self._service.poll() is None:
-                self._revive()
-                time.sleep(0.5)
-        except KeyboardInterrupt:
-            return
+        while self._service.poll() is None:
+            self._revive()
+            time.sleep(0.5)
         raise DemoFailed(f"the service ended by itself, exit code {self._service.returncode}: {self._last_line()}")
 
     def _start(self) -> None:
@@ -359,8 +353,8 @@ def _free_port(wanted: int) -> int:
     raise DemoFailed("no free port on 127.0.0.1")
 
 
-def _interrupt(_: int, __: FrameType | None) -> None:
-    raise KeyboardInterrupt
+def _interrupt(number: int, _: FrameType | None) -> None:
+    raise SystemExit(128 + number)
 
 
 @click.command()
@@ -372,7 +366,7 @@ def _interrupt(_: int, __: FrameType | None) -> None:
 def demo(directory: Path | None) -> None:
     """Start an embedded PostgreSQL with a small shop in it that never rests, and the service in front of it.
 
-    Ctrl-C ends all of it, as Ctrl-\\ and a closed terminal do; under nohup it goes on.
+    Ctrl-C ends all of it (exit code 130), as Ctrl-\\ and a closed terminal do; under nohup it goes on.
 
     \b
     Examples:

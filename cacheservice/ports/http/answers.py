@@ -239,7 +239,7 @@ class Answers:
             if self._guard is not None and self._guard.is_for_commands:
                 raise Problem(405, "commands are sent with POST", b"Allow: POST\r\n")
             _check(request)
-        raise _nothing_here()
+        raise _nothing_here() if what else _slash_at_the_end()
 
     def _why(self, dataset: Dataset, request: Request) -> Reply:
         chosen = _negotiated(request, (_JSON, _TEXT))
@@ -405,7 +405,7 @@ class Answers:
         try:
             return self._cache.dataset(name)
         except UnknownDataset as error:
-            raise _unknown(error) from None
+            raise (_unknown(error) if name else _nameless()) from None
 
     def _heads_of(self, dataset: Dataset, snapshot: Snapshot) -> SnapshotHeads:
         ready = self._heads.get(dataset.name)
@@ -588,6 +588,16 @@ def _served(dataset: Dataset) -> Snapshot:
 
 def _nothing_here() -> Problem:
     return Problem(404, "there is nothing at this path; GET /v1/datasets lists what there is")
+
+
+def _slash_at_the_end() -> Problem:
+    return Problem(404, "there is nothing at this path; leave out the slash at its end")
+
+
+def _nameless() -> Problem:
+    return Problem(
+        404, "there is nothing at /v1/datasets/ without a name; GET /v1/datasets, without the slash, lists the datasets"
+    )
 
 
 def _unknown(error: UnknownDataset) -> Problem:
