@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import kubernetes_validate
 import pytest
+import redis
 import yaml
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
@@ -26,6 +27,7 @@ from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.config import reference
 from tests.postgres import drop_role, fresh_database, query
 from tests.test_docs import anchors
+from tests.test_twistd import DaemonTestCase
 from tests.update_references import ROOT
 
 DEPLOY = ROOT / "deploy"
@@ -33,6 +35,7 @@ ALERTS = DEPLOY / "prometheus" / "alerts.yml"
 UNIT = DEPLOY / "systemd" / "cacheservice.service"
 DASHBOARD = json.loads((DEPLOY / "grafana" / "cacheservice.json").read_text(encoding="utf-8"))
 LIMIT_S = 60.0
+CACHESERVICE = [sys.executable, "-m", "cacheservice"]
 STOP_S = 5  # the contract's
 MOST_EXPOSED = 1.5  # of 10, as systemd-analyze rates it
 
@@ -461,6 +464,76 @@ class Kubernetes(SynchronousTestCase):
         """Each file that the deployment names is a key of the secret."""
         named = {Path(each["value"]).name for each in self.container["env"] if each["name"].endswith("_FILE")}
         self.assertEqual(named, set(self.objects["Secret"]["stringData"]))
+
+
+class KubernetesSecret(DaemonTestCase):
+    """The Secret as docs/deployment.md makes it, with the environment of the Deployment, in front of a real server."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        (deployment,) = read_yaml(DEPLOY / "kubernetes" / "deployment.yaml")
+        (container,) = deployment["spec"]["template"]["spec"]["containers"]
+        self.variables = {each["name"]: each["value"] for each in container["env"]}
+        page = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
+        self.section = page.partition("## Kubernetes\n")[2].partition("\n## ")[0]
+
+    def test_the_page_names_each_variable(self) -> None:
+        """The table of the page has each file, with its variable and its setting, and the commands make the file."""
+        files = {name: value for name, value in self.variables.items() if name.endswith("_FILE")}
+        rows = re.findall(r"^\| `([\w-]+)` \| `(\w+)=(\S+)` \| `(\w+)\.(\w+)`", self.section, re.M)
+        self.assertEqual({variable: value for _, variable, value, _, _ in rows}, files)
+        for key, variable, value, table, setting in rows:
+            self.assertEqual(key, Path(value).name)
+            self.assertEqual(variable, f"CACHESERVICE_{table}__{setting}_FILE".upper())
+            self.assertIn(f"--from-file=secrets/{key}", self.section)
+            self.assertIn(f"> secrets/{key}\n", self.section)
+
+    def test_it_works(self) -> None:
+        """With the values that the page's commands make, the service logs in, and its ports want password and token."""
+        query(self.server, self.database, "CREATE TABLE products AS SELECT 1 AS id")
+        self.addCleanup(drop_role, self.server, self.database, "cache_reader")
+        (commands,) = re.findall(r"```sh\n(mkdir .*?)```", self.section, re.S)
+        subprocess.run(["bash", "-euc", commands], cwd=self.directory, check=True)
+        secrets = self.directory / "secrets"
+        owner, dsn = urlsplit(self.server.dsn(database=self.database)), secrets / "dsn"
+        dsn.write_text(dsn.read_text().replace("@postgres/shop", f"@{owner.netloc.rpartition('@')[2]}/{self.database}"))
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("CACHESERVICE_")}
+        migrated = subprocess.run(
+            [*CACHESERVICE, "migrate", "--reader", "cache_reader", "--select", "public.products"],
+            cwd=self.directory,
+            env=clean
+            | {
+                "CACHESERVICE_MIGRATE_DSN": owner.geturl(),
+                "CACHESERVICE_READER_PASSWORD_FILE": "secrets/reader-password",
+            },
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        self.assertEqual(migrated.returncode, 0, migrated.stderr)
+        self.assertNotIn("no password", migrated.stdout)
+        environ = {
+            name: value.replace("/run/secrets/cacheservice/", f"{secrets}/") for name, value in self.variables.items()
+        }
+        tables = '[datasets.products]\nquery = "SELECT id FROM products"\nkey = "id"\n'
+        ports = "[status]\nport = 0\n[resp]\nport = 0\n[http]\nport = 0\n"
+        daemon = self.started(ports + tables, environ=environ)
+        daemon.wait_until_ready()
+        started = daemon.event("service_started")
+        resp_port, http_port = (int(started[name].rpartition(":")[2]) for name in ("resp", "http"))
+        password = (secrets / "resp-password").read_text().strip()
+        with redis.Redis(port=resp_port, password=password) as client:
+            self.assertEqual(client.get("products:1"), b'{"id":1}')
+        with redis.Redis(port=resp_port) as client, self.assertRaises(redis.AuthenticationError):
+            client.get("products:1")
+        token = (secrets / "http-token").read_text().strip()
+        for headers, status in (({"Authorization": f"Bearer {token}"}, 200), ({}, 401)):
+            connection = http.client.HTTPConnection("127.0.0.1", http_port, timeout=LIMIT_S)
+            connection.request("GET", "/v1/datasets/products/rows/1", headers=headers)
+            self.assertEqual(connection.getresponse().status, status)
+            connection.close()
+        for secret in (password, token, (secrets / "reader-password").read_text().strip()):
+            self.assertNotIn(secret, daemon.output)
 
 
 class Configurations(SynchronousTestCase):
