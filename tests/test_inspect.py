@@ -29,7 +29,7 @@ from cacheservice.postgres.inspect.plans import worst_node
 from cacheservice.postgres.migrate import migrate
 from cacheservice.postgres.reader import create_reader
 from cacheservice.postgres.session_settings import Limits, begin_reading
-from cacheservice.postgres.watch import watch
+from cacheservice.postgres.watch import unwatch, watch
 from tests import pgbouncer, pgpool
 from tests.pgbouncer import running_pgbouncer
 from tests.pgpool import running_pgpool
@@ -416,6 +416,42 @@ class Problems(Inspecting):
         query(self.server, self.database, "ALTER TABLE shop.products DISABLE TRIGGER USER")
         self.assertIn("lacks a trigger", self.problem(sql, **table)[0])
         self.assertIn("write shop.products", self.problem(sql, watch=[{"table": "products", "key": "id"}])[1])
+
+    def test_a_foreign_table_below_the_watched_table(self) -> None:
+        """`check --db` names it, and the command that frees its writers, or what to leave out."""
+        migrate(self.owner, shipped.folder("migrations"))
+        for statement in (
+            "CREATE TABLE shop.sales (id int, region text) PARTITION BY LIST (region)",
+            "CREATE TABLE shop.sales_a PARTITION OF shop.sales FOR VALUES IN ('a')",
+        ):
+            query(self.server, self.database, statement)
+        sql = "SELECT id, region FROM shop.sales WHERE region = 'a'"
+        watched = {"watch": [{"table": "shop.sales", "key": "id"}]}
+        watch(self.owner, "shop.sales", ["id"], False, False, self.fail)
+        self.assertNotIn("problem", [finding.level for finding in self.look(sql, **watched).findings])
+        for statement in (
+            "CREATE FOREIGN DATA WRAPPER none",
+            "CREATE SERVER elsewhere FOREIGN DATA WRAPPER none",
+            "CREATE FOREIGN TABLE shop.far PARTITION OF shop.sales FOR VALUES IN ('f') SERVER elsewhere",
+        ):
+            query(self.server, self.database, statement)
+        self.assertEqual(
+            self.problem(sql, **watched),
+            (
+                "watch: shop.sales has the foreign table shop.far below it, and while shop.sales is watched, "
+                "statements on shop.sales that change rows of shop.far fail; all rows are read instead",
+                "run: cacheservice unwatch shop.sales",
+            ),
+        )
+        unwatch(self.owner, "shop.sales", [], False, self.fail)
+        self.assertEqual(
+            self.problem(sql, **watched),
+            (
+                "watch: shop.sales has the foreign table shop.far below it and cannot be watched; all rows are read "
+                "instead",
+                "remove watch from the dataset",
+            ),
+        )
 
 
 class Servers(Inspecting):

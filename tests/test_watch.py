@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import signal
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -25,8 +26,10 @@ from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.cli.main import main
 from cacheservice.config import OWN_CHANNEL
 from cacheservice.errors import WatchFailed
+from cacheservice.postgres import triggers
 from cacheservice.postgres.migrate import migrate
 from cacheservice.postgres.reader import create_reader
+from cacheservice.postgres.triggers import EVENTS, MAY_BE_MERGE
 from cacheservice.postgres.watch import unwatch, watch
 from tests.postgres import at_least, connect, fresh_database, query
 
@@ -365,6 +368,44 @@ class Recording(Watching):
         self.watch("items")
         self.sql("SET session_replication_role = replica")
         self.assert_recorded("items", "INSERT INTO items VALUES (1, 'a')", "1")
+
+    def test_more_bytes_than_an_array_may_have(self) -> None:
+        """A statement that changes rows with more bytes of keys than the limit is recorded as a TRUNCATE is; the limit
+        holds for the keys before and after, alone or in a key of several columns, and for applied replications."""
+        self.patch(triggers, "_MOST_BYTES", 100)
+        self.sql("CREATE TABLE wide (id text, part text, n int)")
+        self.watch("wide")
+        self.watch("wide", "id", "part")
+        for replicated in (False, True):
+            self.sql("TRUNCATE wide")
+            self.rows()
+            if replicated:
+                self.sql("SET session_replication_role = replica")
+                self.sql(
+                    *(
+                        f"ALTER TABLE wide DISABLE TRIGGER cacheservice_{watch}_{event}"
+                        for watch in (1, 2)
+                        for event in EVENTS
+                    )
+                )
+            for statement, *expected in (
+                ("INSERT INTO wide VALUES (repeat('a', 60), repeat('b', 40))", ["a" * 60], [["a" * 60, "b" * 40]]),
+                ("UPDATE wide SET n = 1", ["a" * 60], [["a" * 60, "b" * 40]]),
+                ("UPDATE wide SET part = repeat('b', 41)", ["a" * 60], None),
+                ("UPDATE wide SET n = 2", ["a" * 60], None),
+                ("UPDATE wide SET id = repeat('a', 101), part = NULL", None, None),
+                ("UPDATE wide SET n = 3", None, None),
+                ("UPDATE wide SET id = 'c'", None, None),
+                ("UPDATE wide SET id = NULL", ["c", None], [["c", None], [None, None]]),
+                ("UPDATE wide SET id = repeat('a', 101)", None, None),
+                ("DELETE FROM wide", None, None),
+            ):  # fmt: skip
+                self.sql(statement)
+                recorded = [
+                    (number, list(dict.fromkeys(map(str, keys))) if keys else None) for number, keys in self.rows()
+                ]
+                wanted = [(number, list(map(str, keys)) if keys else None) for number, keys in enumerate(expected, 1)]
+                self.assertEqual(recorded, wanted, statement)
 
     def test_what_is_rolled_back(self) -> None:
         """Nothing is recorded of a statement that fails, or is rolled back, whole or to a savepoint."""
@@ -982,13 +1023,58 @@ class Asking(Refreshing):
             "remove watch from the dataset",
         )
 
+    def test_a_foreign_table_below(self) -> None:
+        """If one is attached later, statements on the parent that change its rows fail, and no others. The problem
+        names the command that frees writers, or advises to remove `watch`."""
+        self.sql(
+            "CREATE TABLE sales (id int, region text) PARTITION BY LIST (region)",
+            "CREATE TABLE sales_a PARTITION OF sales FOR VALUES IN ('a')",
+            f"GRANT SELECT ON sales TO {self.reader}",
+        )
+        self.tables = {"sales": ["id"]}
+        self.watch("sales")
+        options = ""
+        # The wheel of PostgreSQL 18 has none.
+        has_driver = bool(self.sql("SELECT FROM pg_available_extensions WHERE name = 'postgres_fdw'"))
+        if has_driver:
+            self.sql(
+                "CREATE EXTENSION postgres_fdw",
+                "CREATE SERVER elsewhere FOREIGN DATA WRAPPER postgres_fdw OPTIONS "
+                f"(host '{self.server.socket_directory}', port '{self.server.port}', dbname '{self.database}')",
+                "CREATE USER MAPPING FOR postgres SERVER elsewhere OPTIONS (user 'postgres')",
+                "CREATE TABLE there (id int, region text)",
+            )
+            options = "OPTIONS (table_name 'there')"
+        else:
+            self.sql("CREATE FOREIGN DATA WRAPPER none", "CREATE SERVER elsewhere FOREIGN DATA WRAPPER none")
+        self.sql(f"CREATE FOREIGN TABLE sales_f PARTITION OF sales FOR VALUES IN ('f') SERVER elsewhere {options}")
+        self.sql("INSERT INTO sales VALUES (1, 'a')", "UPDATE sales SET id = 2 WHERE region = 'a'")
+        far = "INSERT INTO sales VALUES (3, 'f')"
+        if has_driver:
+            with self.assertRaisesRegex(psycopg2.errors.FeatureNotSupported, "from child foreign tables"):
+                self.sql(far)
+        self.assertEqual(
+            self.refresh().problem,
+            "sales has the foreign table public.sales_f below it, and while sales is watched, statements on sales that "
+            "change rows of public.sales_f fail; run: cacheservice unwatch sales",
+        )
+        self.unwatch("sales")
+        if has_driver:
+            self.sql(far)
+        self.assertEqual(
+            self.refresh().problem,
+            "sales has the foreign table public.sales_f below it and cannot be watched; remove watch from the dataset",
+        )
+
     def test_truncated(self) -> None:
         """A TRUNCATE that the last snapshot does not see is a problem, one that it sees is none."""
         self.watch("items")
         before = self.refresh()
         self.sql("TRUNCATE items", "INSERT INTO items VALUES (1)")
         self.assert_problem(
-            before, "items was truncated, more than a million of its rows changed at once, or its key was renamed"
+            before,
+            "items was truncated, one statement changed more than a million rows or 100 MB of keys, "
+            "or its key was renamed",
         )
         now = self.refresh()
         self.assertNotEqual(now.state, before.state)
@@ -1059,6 +1145,212 @@ class Asking(Refreshing):
                 self.as_reader().execute(statement)
         with self.assertRaises(psycopg2.errors.InsufficientPrivilege):
             self.sql("SET ROLE pg_monitor", "SELECT * FROM cacheservice.changes('[]', NULL, 1)")
+
+
+class Moving(Refreshing):
+    """A MERGE that moves a row to another partition shows it to no trigger, so the update is recorded without keys."""
+
+    MERGE = (
+        "MERGE INTO sales AS t USING (VALUES (1)) AS s (id) ON t.id = s.id "
+        "WHEN MATCHED THEN UPDATE SET region = CASE t.region WHEN 'a' THEN 'b' ELSE 'a' END"
+    )
+    UPDATE = "UPDATE sales SET region = CASE region WHEN 'a' THEN 'b' ELSE 'a' END WHERE id = 1"
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.sql(
+            "CREATE TABLE sales (id int, region text, amount int) PARTITION BY LIST (region)",
+            "CREATE TABLE sales_a PARTITION OF sales FOR VALUES IN ('a')",
+            "CREATE TABLE sales_b PARTITION OF sales FOR VALUES IN ('b') PARTITION BY LIST (amount)",
+            "CREATE TABLE sales_b0 PARTITION OF sales_b FOR VALUES IN (0)",
+            "CREATE TABLE sales_b1 PARTITION OF sales_b FOR VALUES IN (1)",
+            "INSERT INTO sales VALUES (1, 'a', 0), (2, 'b', 0)",
+            f"GRANT SELECT ON sales TO {self.reader}",
+        )
+        self.tables = {"sales": ["id"]}
+        self.watch("sales")
+        self.version = self.session.connection.server_version
+
+    def ways(self, statement: str) -> list[tuple[str, ...]]:
+        """How a client can run a statement, each as what makes it ready and what runs it."""
+        looped = f"FOR r IN {statement} RETURNING t.id LOOP END LOOP"
+        fetched = f"OPEN c FOR {statement} RETURNING t.id; FETCH c INTO r"
+        declared = "DECLARE r record; c refcursor;"
+        simple = [
+            (statement,),
+            (f"SELECT 1; {statement}; SELECT 1",),
+            (f"/* new */ {statement.lower()}",),
+            (f"EXPLAIN (ANALYZE) {statement}",),
+            (f"PREPARE prepared AS {statement}", "EXECUTE prepared"),
+            ("DO $$BEGIN EXECUTE 'EXECUTE prepared'; END$$",),
+            (f"DO $$BEGIN {statement}; END$$",),
+            (f"DO $$BEGIN EXECUTE $q${statement}$q$; END$$",),
+            (f"DO $$BEGIN EXECUTE $q$\n-- new\n{statement}$q$; END$$",),
+            (f"CREATE PROCEDURE p() LANGUAGE plpgsql AS $$BEGIN {statement}; END$$", "CALL p()"),
+            (f"CREATE PROCEDURE q() LANGUAGE sql AS $${statement}$$", "CALL q()"),
+            (f"CREATE FUNCTION f() RETURNS void LANGUAGE sql AS $${statement}$$", "SELECT f()"),
+            ("DO $$BEGIN PERFORM f(); END$$",),
+            (f"CREATE FUNCTION g() RETURNS void LANGUAGE sql BEGIN ATOMIC {statement}; END", "SELECT g()"),
+        ]
+        if self.version < 170_000 and statement.startswith("MERGE"):
+            return simple
+        view = statement.replace("INTO sales", "INTO view_of_it").replace("UPDATE sales", "UPDATE view_of_it")
+        return [
+            *simple,
+            ("CREATE VIEW view_of_it AS SELECT * FROM sales", view),
+            (f"WITH changed AS ({statement} RETURNING t.id) SELECT * FROM changed",),
+            (f"DO $$DECLARE r record; BEGIN {looped}; END$$",),
+            (f"DO $${declared} BEGIN {fetched}; END$$",),
+            (
+                f"CREATE FUNCTION h() RETURNS refcursor LANGUAGE plpgsql AS $$DECLARE c refcursor := 'open'; "
+                f"BEGIN OPEN c FOR {statement} RETURNING t.id; RETURN c; END$$",
+                "BEGIN; SELECT h(); FETCH open; COMMIT",
+            ),
+        ]
+
+    def moved(self, *statements: str) -> list[tuple[int, list[Any] | None]]:
+        """What is recorded when these have moved the row."""
+        self.sql(*statements[:-1])
+        self.rows()
+        before = self.content("sales")
+        self.sql(statements[-1])
+        self.assertNotEqual(self.content("sales"), before, statements)
+        return self.rows()
+
+    def test_whatever_runs_a_merge(self) -> None:
+        """It is recorded as unknown, once, and the next refresh reads all rows."""
+        if not at_least(self.server, 15):
+            return
+        for statements in self.ways(self.MERGE):
+            self.assertEqual(self.moved(*statements), [(1, None)], statements)
+            self.moved(statements[-1])
+        before = self.refresh()
+        self.sql(self.MERGE)
+        self.assertIn("a MERGE may have moved rows", self.refresh(before.snapshot).problem or "")
+
+    def test_updates_that_show_what_they_are(self) -> None:
+        """Their keys are recorded, whatever runs them, but for functions in SQL, EXECUTE of SQL, and cursors."""
+        hidden = ("EXECUTE prepared", "'EXECUTE prepared'", " f()", " g()", " q()", "FOR r IN", "FETCH", "-- new")
+        for statements in self.ways(self.UPDATE.replace("sales SET", "sales AS t SET")):
+            unseen = at_least(self.server, 15) and any(each in statements[-1] for each in hidden)
+            self.assertEqual(self.moved(*statements), [(1, None if unseen else ["1"])], statements)
+
+    def test_the_extended_protocol(self) -> None:
+        """Statements that a driver prepares, and those with parameters, show their text as well."""
+        for statement, recorded in ((self.MERGE, None), (self.UPDATE, ["1"])):
+            if at_least(self.server, 15) or statement == self.UPDATE:
+                bound = statement.replace("(1)", "($1::int)").replace("id = 1", "id = $1")
+                for script in (f"{bound} \\bind 1 \\g", f"{bound} \\parse named\n\\bind_named named 1 \\g"):
+                    before = self.content("sales")
+                    subprocess.run(
+                        [self.server.psql_path, "-v", "ON_ERROR_STOP=1", "-q", self.dsn],
+                        input=script + "\n", text=True, check=True, capture_output=True,
+                    )  # fmt: skip
+                    self.assertNotEqual(self.content("sales"), before, script)
+                    self.assertEqual(self.rows(), [(1, recorded)], script)
+
+    def test_below_the_table(self) -> None:
+        """A MERGE on a partition that has partitions moves rows unseen, too; one that holds rows cannot move them."""
+        if not at_least(self.server, 15):
+            return
+        merge = (
+            "MERGE INTO {} AS t USING (VALUES (2)) AS s (id) ON t.id = s.id WHEN MATCHED THEN UPDATE SET amount = {}"
+        )
+        self.assertEqual(self.moved(merge.format("sales_b", 1)), [(1, None)])
+        self.sql(merge.format("sales_b1", 1))
+        self.assertEqual(self.rows(), [(1, ["2"])])
+
+    def test_a_merge_that_updates_nothing(self) -> None:
+        """Without an action that updates, all of its rows are seen, and their keys recorded."""
+        if at_least(self.server, 15):
+            self.assert_recorded(
+                "sales",
+                "MERGE INTO sales AS t USING (VALUES (1), (3)) AS s (id) ON t.id = s.id "
+                "WHEN MATCHED THEN DELETE WHEN NOT MATCHED THEN INSERT VALUES (s.id, 'a', 0)",
+                "1",
+                "3",
+            )
+
+    def test_what_else_changes_rows(self) -> None:
+        """Foreign keys and other triggers that move rows are seen; ON CONFLICT moves none."""
+        self.sql(
+            "CREATE TABLE regions (name text PRIMARY KEY)",
+            "INSERT INTO regions VALUES ('a'), ('b')",
+            "ALTER TABLE sales ADD FOREIGN KEY (region) REFERENCES regions ON UPDATE CASCADE ON DELETE SET NULL",
+            "CREATE TABLE sales_0 PARTITION OF sales DEFAULT",
+            "DELETE FROM sales WHERE id = 2",
+            "DELETE FROM regions WHERE name = 'b'",
+        )
+        self.watch("sales")
+        self.assertEqual(self.moved("UPDATE regions SET name = 'b'"), [(1, ["1"])])
+        self.assertEqual(self.moved("DO $$BEGIN UPDATE regions SET name = 'a'; END$$"), [(1, ["1"])])
+        self.assertEqual(self.moved("DELETE FROM regions"), [(1, ["1"])])
+        self.sql(
+            "CREATE FUNCTION moved() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN NEW.region := 'b'; RETURN NEW; END$$",
+            "ALTER TABLE sales DROP CONSTRAINT sales_region_fkey",
+            "CREATE TRIGGER moved BEFORE UPDATE ON sales_0 FOR EACH ROW EXECUTE FUNCTION moved()",
+        )
+        self.assertEqual(self.moved("UPDATE sales SET amount = 0"), [(1, ["1"])])
+        self.sql("CREATE UNIQUE INDEX ON sales (id, region, amount)")
+        with self.assertRaisesRegex(psycopg2.Error, "would appear in a different partition"):
+            self.sql("INSERT INTO sales VALUES (1, 'b', 0) ON CONFLICT (id, region, amount) DO UPDATE SET region = 'a'")
+
+    def test_whatever_the_session_is_set_to(self) -> None:
+        """No setting of the writer's session changes what its statement is taken for."""
+        for setting in ("standard_conforming_strings = off", "search_path = public, pg_temp, pg_catalog"):
+            self.session = self.open()
+            self.sql(f"SET {setting}")
+            self.assertEqual(self.moved(self.UPDATE), [(1, ["1"])], setting)
+            if at_least(self.server, 15):
+                self.assertEqual(self.moved(self.MERGE), [(1, None)], setting)
+
+    def test_long_statements(self) -> None:
+        """A statement too long to look through in a moment is recorded as unknown, from PostgreSQL 15 on."""
+        self.assertEqual(self.moved(f"{self.UPDATE} /* {'x' * 900_000} */"), [(1, ["1"])])
+        unseen = at_least(self.server, 15)
+        self.assertEqual(self.moved(f"{self.UPDATE} /* {'x' * 1_000_000} */"), [(1, None if unseen else ["1"])])
+
+    def test_translated_messages(self) -> None:
+        """The words that lc_messages puts around a statement make no difference."""
+        update, merge, ours = "UPDATE sales\nSET amount = 1", self.MERGE, "PL/pgSQL-Funktion x() Zeile 1"
+        for stack, may_be in (
+            (f'{ours}\nSQL-Anweisung »{update}«\nPL/pgSQL-Funktion f() Zeile 3 bei EXECUTE', False),
+            (f'{ours}\ninstruction SQL «\u00a0{update}\u00a0»', False),
+            (f'{ours}\nSQL-оператор: "{update}"', False),
+            (f'{ours}\nSQL文 "{update}"', False),
+            (f'{ours}\n"{update}" SQL 구문', False),
+            (f'{ours}\nSQL 语句 "{merge}"', True),
+            (f'{ours}\nSQL-Funktion »update_it« Anweisung 1\nSQL-Anweisung »{update}«', True),
+            (f'{ours}\nPL/pgSQL-Funktion f(timestamp with time zone) Zeile 3 bei FETCH', True),
+        ):  # fmt: skip
+            expression = MAY_BE_MERGE.format(stack="%(stack)s::text", statement="''::text")
+            self.session.execute(f"SELECT {expression}", {"stack": stack})
+            self.assertEqual(self.session.fetchone(), (may_be,), stack)
+
+    def test_a_rule_that_merges(self) -> None:
+        """The statement that applies it shows no MERGE: a problem."""
+        before = self.refresh()
+        self.sql("CREATE VIEW seen AS SELECT * FROM sales", "CREATE RULE r1 AS ON INSERT TO seen DO INSTEAD NOTHING")
+        self.assertIsNone(self.refresh(before.snapshot).problem)
+        if at_least(self.server, 17):
+            self.sql(
+                "CREATE RULE r2 AS ON UPDATE TO seen DO INSTEAD "
+                f"WITH changed AS ({self.MERGE} RETURNING t.id) SELECT * FROM changed"
+            )
+            self.assert_problem(
+                before,
+                "a rule on public.seen runs a MERGE, and triggers cannot see rows of sales that it moves to another "
+                "partition; remove watch from the dataset, or the rule",
+            )
+
+    def test_notifications(self) -> None:
+        """An update that is recorded as unknown is notified as any other change."""
+        self.unwatch("sales")
+        self.watch("sales", notify=True)
+        self.sql(f"LISTEN {OWN_CHANNEL}")
+        if at_least(self.server, 15):
+            self.sql(self.MERGE)
+            self.assertEqual([each.payload for each in self.session.connection.notifies], ["changed 1"])
 
 
 class Pruning(Refreshing):

@@ -18,6 +18,7 @@ from psycopg2 import sql
 from cacheservice.errors import MigrationFailed
 from cacheservice.postgres import admin
 from cacheservice.postgres.admin import SCHEMA, Refused, Session
+from cacheservice.postgres.watch import renew
 
 _LOCK = "SELECT pg_advisory_xact_lock(hashtextextended('cacheservice.migrate', 0))"
 
@@ -105,6 +106,9 @@ def migrate(dsn: str, directory: Path, owner: str | None = None, dsn_source: str
                     session.cursor.execute(_LOCK)
                     if _apply(session, file, owner):
                         applied.append(file.stem)
+            with session.transaction():
+                session.cursor.execute(_LOCK)
+                _renew_watches(session, owner)
     except Refused as refused:
         raise MigrationFailed(str(refused)) from refused
     return applied
@@ -177,6 +181,15 @@ def repair(session: Session, owner: str | None) -> None:
     elif session.value("SELECT to_regprocedure('cacheservice.note_deleted()') IS NOT NULL"):
         # It resets what came with a dump of another cluster. Nothing is as old as that.
         session.cursor.execute("SELECT cacheservice.prune('100 years')")
+
+
+def _renew_watches(session: Session, owner: str | None) -> None:
+    # A folder of fewer migrations, or one that was taken back.
+    if session.value(
+        "SELECT count(*) FROM pg_attribute WHERE attrelid = to_regclass('cacheservice.watched') AND attname = 'form'"
+    ):
+        act_as_owner(session, owner)
+        renew(session)
 
 
 def act_as_owner(session: Session, owner: str | None = None) -> None:

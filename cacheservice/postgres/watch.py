@@ -18,6 +18,8 @@ from cacheservice.postgres.triggers import EVENTS, ROW, Table, recording, text, 
 _TABLE_KINDS = "rp"
 """Ordinary and partitioned tables: what has triggers with transition tables."""
 _ONE_AT_A_TIME = "LOCK TABLE cacheservice.watched IN SHARE ROW EXCLUSIVE MODE"
+_FORM = 3
+"""What the functions of a new watch can do: see the comment on the column `form` of cacheservice.watched."""
 _BEGIN = f"BEGIN;\nSET LOCAL lock_timeout = {LOCK_TIMEOUT_MS};"
 
 
@@ -55,7 +57,7 @@ def watch(
             *_tidying(session, found.oid),
             *(_removing(session, number, found.family) if known else ()),
             _registering(cursor, number, found, key, notify),
-            *recording(cursor, number, key, notify),
+            *recording(cursor, number, key, notify, partitioned=found.is_partitioned),
             *triggers(cursor, number, found),
             *_owning(session, number),
         ]
@@ -103,6 +105,31 @@ def unwatch(
         removing = [each for number in numbers for each in _removing(session, number, family)]
         _run(cursor, [*tidying, *removing], dry_run, say)
     return family
+
+
+def renew(session: Session) -> None:
+    """Replace the trigger functions of watches that an older version made.
+
+    Triggers stay as they are, so that no table is locked. Functions of form 1 may belong to a role that this session
+    cannot act as; only `watch` replaces those.
+    """
+    outdated = session.rows(
+        """
+        SELECT w.id, w.key_columns::text[], w.notifies, c.relkind = 'p'
+        FROM cacheservice.watched AS w JOIN pg_class AS c ON c.oid = w.relation
+        WHERE w.form BETWEEN 2 AND %s AND %s = (
+            SELECT count(*) FROM pg_proc AS p JOIN pg_class AS t ON t.relowner = p.proowner
+            WHERE t.oid = 'cacheservice.changes'::regclass AND pg_has_role(p.proowner, 'USAGE')
+              AND p.pronamespace = 'cacheservice'::regnamespace AND p.proname = ANY (ARRAY(
+                  SELECT format('record_%%s_%%s', w.id, e.name) FROM unnest(%s::text[]) AS e (name))))
+        ORDER BY w.id
+        """,
+        (_FORM - 1, len((*EVENTS, ROW)), [*EVENTS, ROW]),
+    )
+    for number, key, notify, partitioned in outdated:
+        for statement in recording(session.cursor, number, key, notify, partitioned=partitioned, replace=True):
+            session.cursor.execute(statement)
+        session.cursor.execute("UPDATE cacheservice.watched SET form = %s WHERE id = %s", (_FORM, number))
 
 
 @contextmanager
@@ -171,10 +198,16 @@ def _find(cursor: Any, table: str, key: Sequence[str]) -> Table:
     for member, member_kind in family:
         if member_kind not in _TABLE_KINDS:
             raise WatchFailed(
-                f"{name} has the foreign table {member} below it: with such a trigger on {name}, INSERTs into that "
-                "fail, and what others change there no trigger sees; leave `watch` out"
+                f"{name} has the foreign table {member} below it: with our triggers, statements on {name} that "
+                f"change rows of {member} would fail; remove `watch` from the dataset"
             )
-    return Table(name, oid, tuple(member for member, _ in family), tuple(m for m, kind in family if kind == "r"))
+    return Table(
+        name,
+        oid,
+        family=tuple(member for member, _ in family),
+        holding_rows=tuple(member for member, kind in family if kind == "r"),
+        is_partitioned=kind == "p",
+    )
 
 
 _FAMILY = """
@@ -226,8 +259,9 @@ def _registering(cursor: Any, number: int, table: Table, key: Sequence[str], not
     return text(
         cursor,
         "INSERT INTO cacheservice.watched (id, relation, key_columns, notifies, form)\n"
-        "VALUES ({number}, {table}, {key}::pg_catalog.name[], {notify}, 2);",
+        "VALUES ({number}, {table}, {key}::pg_catalog.name[], {notify}, {form});",
         number=sql.Literal(number),
+        form=sql.Literal(_FORM),
         table=sql.Literal(table.name),
         key=sql.Literal(list(key)),
         notify=sql.Literal(notify),
