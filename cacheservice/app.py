@@ -8,6 +8,7 @@ import random
 import resource
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from cacheservice.ports.http import HttpFactory
 from cacheservice.ports.listen import PortService, tcp, unix
 from cacheservice.ports.resp.commands import Commands as RespCommands
 from cacheservice.ports.resp.protocol import RespFactory
+from cacheservice.ports.rotation import ClientSecrets, Rotation
 from cacheservice.ports.status import Commands, StatusFactory
 from cacheservice.postgres import target
 from cacheservice.postgres.database import Database
@@ -191,6 +193,13 @@ def make_service(
         log,
     )
     ports: list[Any] = []
+    rotation = Rotation(
+        ClientSecrets.of(settings),
+        partial(config.client_secrets_in_files, os.environ),
+        has_files=bool(config.client_secret_files(os.environ)),
+        reactor=reactor,
+        log=log,
+    )
     reloader = Reload(
         settings,
         _load_with_file,
@@ -200,17 +209,17 @@ def make_service(
         listener,
         ports,
         room,
+        rotation,
         threshold,
         reactor,
         log,
     )
-    reload = reloader.reload
     cache.database.watch_refused_logins(reloader.login_refused)
     served: dict[str, ServedPort] = {}
     stalls = StallWatch(reactor)
     held = HeldSnapshots(cache, reactor, log, settings.limits.max_old_generations, settings.limits.max_answer_s)
     metrics = Metrics(cache, stalls.lateness, served, reactor, held.superseded)
-    Signals(reactor, reload, writer.reopen, log).setServiceParent(root)
+    Signals(reactor, reloader.reload, writer.reopen, log).setServiceParent(root)
     for child in (stalls, DatabaseService(database, listener), store, refresh, listener):
         if child is not None:
             child.setServiceParent(root)
@@ -232,7 +241,7 @@ def make_service(
     listen = tcp(reactor, settings.status.host, settings.status.port, status, accepted)
     _add_port(root, "status", "status.port", listen, status)
     if settings.admin.socket:
-        all_commands = Commands(cache, refresh, reload, metrics.monitor_lines)
+        all_commands = Commands(cache, refresh, reloader.reload, metrics.monitor_lines)
         served["admin"] = admin = StatusFactory(
             all_commands, max_connections, limits.idle_timeout_s, reactor, door("admin")
         )
@@ -249,7 +258,9 @@ def make_service(
             door("resp", reserve=0),
             held,
             settings.resp.idle_timeout_s,
+            look=rotation.look,
         )
+        rotation.watch(lambda secrets: commands.replace_password(secrets.password))
         ports.append(resp)
         _add_port(root, "resp", "resp.port", tcp(reactor, settings.resp.host, settings.resp.port, resp, accepted), resp)
     if settings.http.enabled:
@@ -266,7 +277,9 @@ def make_service(
             exposition=metrics,
             held=held,
             door=door("http"),
+            look=rotation.look,
         )
+        rotation.watch(lambda secrets: http.replace_tokens(secrets.token, secrets.admin_token))
         ports.append(http)
         _add_port(root, "http", "http.port", tcp(reactor, settings.http.host, settings.http.port, http, accepted), http)
     return root

@@ -17,6 +17,7 @@ import os
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
@@ -42,6 +43,8 @@ from cacheservice.errors import ConfigError
 from cacheservice.toml_errors import explained
 
 DEFAULT_FILE = "cacheservice.toml"
+CLIENT_SECRETS = ("resp.password", "http.token", "http.admin_token")
+"""The secrets that clients send."""
 _PREFIX = "CACHESERVICE_"
 OWN_CHANNEL = "cacheservice"
 """On which the triggers of watch notify, and the service proves that it listens."""
@@ -511,6 +514,21 @@ def dsn_source(environ: Mapping[str, str]) -> str:
     """Return the name of the variable that sets postgres.dsn, or of the key itself."""
     variables, _, _ = _read_environment(environ)
     return variables.get(("postgres", "dsn"), "postgres.dsn")
+
+
+def client_secrets_in_files(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the secrets of the ports that have files, by their keys; without those that cannot be read. Blocks."""
+    found = {}
+    for key, path in client_secret_files(environ).items():
+        with suppress(OSError, ValueError):
+            found[key] = Path(path).read_text(encoding="utf-8").removesuffix("\n")
+    return found
+
+
+def client_secret_files(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the paths of the files that hold secrets of the ports, by their keys."""
+    variables = {key: f"{_PREFIX}{key.replace('.', '__').upper()}_FILE" for key in CLIENT_SECRETS}
+    return {key: environ[variable] for key, variable in variables.items() if environ.get(variable)}
 
 
 class Glance(NamedTuple):

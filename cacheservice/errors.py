@@ -85,7 +85,7 @@ class NoSessionLeft(DatabaseUnavailable):
 
 
 class LoginRefused(DatabaseUnavailable):
-    """PostgreSQL refused the role or its password (SQLSTATE 28P01, 28000).
+    """PostgreSQL, or a pooler in front of it, refused the role or its password (SQLSTATE 28P01, 28000).
 
     Check the user, its password and pg_hba.conf. A secret that was rotated in its file is read again by itself.
     """

@@ -18,6 +18,7 @@ from cacheservice.config import ConfigFile, Settings
 from cacheservice.errors import ConfigError
 from cacheservice.ops.logs import Threshold
 from cacheservice.ports.admission import Room
+from cacheservice.ports.rotation import ClientSecrets, Rotation
 from cacheservice.postgres import target
 from cacheservice.postgres.database import Database
 from cacheservice.postgres.listener import Listener
@@ -37,6 +38,8 @@ _AT_ONCE = frozenset(
     }
 )
 """Keys beside the datasets' that take effect without a restart."""
+_AT_ONCE_IF_SET = frozenset(config.CLIENT_SECRETS)
+"""Keys that take effect without a restart if they replace a secret by another one."""
 _SECRET_INTERVAL_S = 5.0
 _OF_DATASETS = frozenset({"defaults", "datasets"})
 
@@ -55,6 +58,7 @@ class Reload:
     :param load: reads the configuration, blocking, and returns its file too; raises `ConfigError`.
     :param ports: the factories, which get new limits.
     :param room: what there is for clients, whatever the limits are.
+    :param rotation: takes the secrets of the ports.
     :param reactor: `IReactorThreads`.
     """
 
@@ -68,6 +72,7 @@ class Reload:
         listener: Listener,
         ports: Sequence[Limited],
         room: Room,
+        rotation: Rotation,
         threshold: Threshold,
         reactor: Any,
         log: Any,
@@ -81,6 +86,7 @@ class Reload:
         self._listener = listener
         self._ports = ports
         self._room = room
+        self._rotation = rotation
         self._threshold = threshold
         self._reactor = reactor
         self._log = log
@@ -165,6 +171,7 @@ class Reload:
         for port in self._ports:
             port.max_connections = self._room.limit(settings.limits.max_connections)
             port.idle_timeout_s = settings.limits.idle_timeout_s
+        self._rotation.take(ClientSecrets.of(settings).by_key())
         reloaded = Reloaded(datasets, _needs_restart(self._started, settings), file)
         self._cache.configured_by(file)
         self._cache.rejection = None
@@ -187,5 +194,9 @@ def _needs_restart(started: Settings, settings: Settings) -> list[str]:
         if table not in _OF_DATASETS
         for key in type(getattr(settings, table)).model_fields
         if f"{table}.{key}" not in _AT_ONCE
-        if getattr(getattr(started, table), key) != getattr(getattr(settings, table), key)
+        if _differ(f"{table}.{key}", getattr(getattr(started, table), key), getattr(getattr(settings, table), key))
     ]
+
+
+def _differ(key: str, started: Any, now: Any) -> bool:
+    return bool(started) != bool(now) if key in _AT_ONCE_IF_SET else started != now

@@ -1457,7 +1457,7 @@ class Guesses(SynchronousTestCase):
     def guess(self, host: str = "192.0.2.1") -> list[Problem]:
         problems: list[Problem] = []
         self.guard.admit(host)
-        refused = Deferred.fromCoroutine(self.guard.refuse_wrong(host))
+        refused = Deferred.fromCoroutine(self.guard.refuse_wrong(host, lambda: False))
         refused.addErrback(lambda failure: problems.append(failure.value))
         return problems
 
@@ -1489,7 +1489,7 @@ class Guesses(SynchronousTestCase):
     def test_a_guesser_that_goes(self) -> None:
         """A wait that is cancelled leaves no timer, and its place stays taken: going is no way around the wait."""
         for _ in range(32):
-            refused = Deferred.fromCoroutine(self.guard.refuse_wrong("192.0.2.1"))
+            refused = Deferred.fromCoroutine(self.guard.refuse_wrong("192.0.2.1", lambda: False))
             refused.addErrback(lambda _: None)
             refused.cancel()
         self.assertEqual(self.clock.getDelayedCalls(), [])

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice import config
 from cacheservice.process import log_file
+from tests import pgbouncer
+from tests.pgbouncer import running_pgbouncer
 from tests.postgres import query
 from tests.test_twistd import GIVE_UP_S, PRODUCTS, DaemonTestCase, until
 
@@ -225,6 +228,37 @@ class RotatedSecret(DaemonTestCase):
         until(lambda: daemon.json()["datasets"]["products"]["consecutive_failures"] == 0, "a refresh")
         for password in ("first", "second"):
             self.assertNotIn(f":{password}@", daemon.output)
+
+    def test_behind_pgbouncer(self) -> None:
+        """PgBouncer refuses a password with an SQLSTATE of its own, and the file is read again, too."""
+        assert pgbouncer.PROGRAM, pgbouncer.NEEDED
+        with running_pgbouncer(self.server) as dsn:
+            right = dsn(database=self.database)
+            parts = urllib.parse.urlsplit(right)
+            secret = self.directory / "dsn"
+            secret.write_text(right.replace(f":{parts.password}@", ":wrong@"))
+            without = self.configuration(QUICK).partition("[status]")[2]
+            daemon = self.started(f"[status]{without}", environ={"CACHESERVICE_POSTGRES__DSN_FILE": str(secret)})
+            self.assertIn("authentication failed", daemon.event("refresh_failed")["error"])
+            secret.write_text(right)
+            daemon.event("dsn_read_again")
+            daemon.wait_until_ready()
+            daemon.end()
+
+    def test_a_password_file(self) -> None:
+        """The file that `passfile` or PGPASSFILE names is read at each login."""
+        role = f"rotated_{self.database}"
+        query(self.server, self.database, f"CREATE ROLE {role} LOGIN PASSWORD 'second'")
+        self.addCleanup(query, self.server, self.database, f"DROP ROLE {role}")
+        passwords = self.directory / "passwords"
+        passwords.write_text(f"127.0.0.1:{self.server.port}:*:{role}:first\n")
+        passwords.chmod(0o600)
+        dsn = f"{self.server.dsn(role, database=self.database)}?passfile={passwords}"
+        daemon = self.started(self.configuration(QUICK, dsn=dsn))
+        self.assertIn("password authentication failed", daemon.event("refresh_failed")["error"])
+        passwords.write_text(f"127.0.0.1:{self.server.port}:*:{role}:second\n")
+        daemon.wait_until_ready()
+        daemon.end()
 
 
 class ConfigurationFile(SynchronousTestCase):

@@ -66,6 +66,14 @@ class Throttle:
             self._networks.popitem(last=False)
         return wait_s
 
+    def withdraw(self, host: str) -> None:
+        """Take back a failure of that network: its password turned out to be right."""
+        failures = self._networks.get(_network(host))
+        if failures is not None:
+            failures.level = max(0.0, failures.level - 1)
+            if failures.until:
+                failures.until.pop()
+
 
 def _network(host: str) -> object:
     """What one guesser has to itself: an IPv4 address, or 64 bits of an IPv6 one."""

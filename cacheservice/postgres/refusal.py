@@ -17,6 +17,8 @@ from cacheservice.postgres.target import Target
 _FEW_DESCRIPTORS = 4
 _TOO_MANY_CONNECTIONS = "53300"
 _INVALID_LOGIN = "28"
+_INVALID_LOGIN_WORDS = re.compile("(password|SASL) authentication failed|no password supplied")
+"""PgBouncer refuses a login with the SQLSTATE 08P01, and libpq one that lacks a password without any."""
 _SQLSTATE = re.compile(r"(?<=:  )([0-9A-Z]{5}): ")
 _PREFIX = re.compile(r"^connection to server (at|on socket) .* failed: ")
 """libpq names the address, which stands before the cause already."""
@@ -88,7 +90,10 @@ def not_connected(failed: Sequence[Tried], target: Target, waited_s: float) -> D
 def _kind(failed: Sequence[Tried]) -> type[DatabaseUnavailable]:
     if any(each.sqlstate == _TOO_MANY_CONNECTIONS for each in failed):
         return NoSessionLeft
-    return LoginRefused if any(each.sqlstate.startswith(_INVALID_LOGIN) for each in failed) else DatabaseUnavailable
+    refused = any(
+        each.sqlstate.startswith(_INVALID_LOGIN) or _INVALID_LOGIN_WORDS.search(each.cause) for each in failed
+    )
+    return LoginRefused if refused else DatabaseUnavailable
 
 
 def no_descriptor_left(message: str) -> DatabaseUnavailable | None:

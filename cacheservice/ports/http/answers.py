@@ -187,7 +187,15 @@ class Answers:
             guard.refuse_missing()
         host = request.host()
         guard.admit(host)
-        return None if guard.accepts(authorization) else guard.refuse_wrong(host)
+        return (
+            None if guard.accepts(authorization) else self._refuse_wrong(request, lambda: guard.accepts(authorization))
+        )
+
+    async def _refuse_wrong(self, request: Request, is_right: Callable[[], bool], setting: str = "http.token") -> Reply:
+        """Refuse a wrong token, or answer the request if the token turns out to be right by now."""
+        await self._required_guard().refuse_wrong(request.host(), is_right, setting)
+        answer = self.answer(request)
+        return answer if isinstance(answer, Reply) else await answer
 
     def _required_guard(self) -> Guard:
         """:raises Problem: 403 if there is none, so that nobody may read."""
@@ -212,7 +220,7 @@ class Answers:
         if not guard.accepts_commands(authorization):
             if guard.accepts(authorization):
                 raise Problem(403, f"this token may only read; send that of {_ADMIN_TOKEN}")
-            return guard.refuse_wrong(host, _ADMIN_TOKEN)
+            return self._refuse_wrong(request, lambda: guard.accepts_commands(authorization), _ADMIN_TOKEN)
         if b"transfer-encoding" in request.headers or request.headers.get(b"content-length", b"0").strip(b"0"):
             raise Problem(413, "a command takes no request body")
         parameters.check(_query(request))
@@ -299,7 +307,7 @@ class Answers:
             # Whoever sends a token where none is needed wants to know whether it is the right one.
             guard.admit(request.host())
             if not guard.accepts(authorization):
-                return guard.refuse_wrong(request.host(), _ADMIN_TOKEN)
+                return self._refuse_wrong(request, lambda: guard.accepts(authorization), _ADMIN_TOKEN)
             access = "admin" if guard.accepts_commands(authorization) else "read"
         _negotiated(request, (_EVENTS,))
         head = heads.plain_head(200, _EVENTS, self._wall_s())

@@ -45,6 +45,7 @@ from cacheservice.ports.http.digests import Digests
 from cacheservice.ports.http.events import Feed
 from cacheservice.ports.http.guard import Guard
 from cacheservice.ports.http.problem import Problem
+from cacheservice.ports.rotation import Look, no_files
 
 HEAD_TIMEOUT_S = 10.0
 MAX_HEADERS = 100
@@ -587,6 +588,7 @@ class HttpFactory(ServerFactory):
     :param head_timeout_s: from the first byte of a request's head to its last.
     :param held: knows the answers in progress; None to limit none.
     :param door: lets clients in; None for one that only `max_connections` closes.
+    :param look: has the files of the tokens read again.
     """
 
     noisy = False
@@ -607,6 +609,7 @@ class HttpFactory(ServerFactory):
         head_timeout_s: float = HEAD_TIMEOUT_S,
         door: Door | None = None,
         held: HeldSnapshots | None = None,
+        look: Look = no_files,
     ) -> None:
         self.held = held or Unlimited()
         self.door = door or open_door(reactor.seconds)
@@ -618,7 +621,8 @@ class HttpFactory(ServerFactory):
         self.bodies = GzipBodies(reactor)
         self.rejected = rejected.none_yet()
         self.feed = Feed(cache, reactor)
-        guard = Guard(token, admin_token, self.rejected, reactor) if token or admin_token else None
+        needs_token = token or admin_token
+        self._guard = guard = Guard(token, admin_token, self.rejected, reactor, look=look) if needs_token else None
         self.answers = Answers(
             cache,
             freshness,
@@ -635,6 +639,11 @@ class HttpFactory(ServerFactory):
 
     def buildProtocol(self, addr: object) -> HttpChannel:  # type: ignore[override]  # it holds another `factory`
         return HttpChannel(self)
+
+    def replace_tokens(self, token: str, admin_token: str) -> None:
+        """Ask for these from now on. A stream of events that has begun goes on."""
+        if self._guard is not None:
+            self._guard.replace(token, admin_token)
 
     def close_clients(self) -> None:
         """End every connection now."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hmac
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from twisted.internet.task import deferLater
 
 from cacheservice.ports.http.problem import Problem
 from cacheservice.ports.rejected import Rejected
+from cacheservice.ports.rotation import Look, no_files
 from cacheservice.ports.throttle import LONG_WAIT_S, Throttle
 
 _CHALLENGE = b'WWW-Authenticate: Bearer realm="cacheservice"'
@@ -18,20 +20,28 @@ CHALLENGE = _CHALLENGE + b"\r\n"
 class Guard:
     """Lets in who has a token.
 
+    Whether it asks for a token, and for which, stays as at the start.
+
     :param token: for reading; empty if that needs none.
     :param admin_token: for commands and for reading; empty for no commands.
     :param rejected: where who is not let in is counted.
     :param clock: `IReactorTime`, monotonic.
+    :param look: whether the tokens have been replaced is found out before a wrong one is refused.
     """
 
-    def __init__(self, token: str, admin_token: str, rejected: Rejected, clock: Any) -> None:
+    def __init__(self, token: str, admin_token: str, rejected: Rejected, clock: Any, *, look: Look = no_files) -> None:
         self.is_for_reading = bool(token)
         self.is_for_commands = bool(admin_token)
-        self._tokens = [each.encode() for each in (token, admin_token) if each]
-        self._admin_tokens = [admin_token.encode()] if admin_token else []
         self._rejected = rejected
         self._clock = clock
+        self._look = look
         self._throttle = Throttle(clock.seconds)
+        self.replace(token, admin_token)
+
+    def replace(self, token: str, admin_token: str) -> None:
+        """Let in who has these tokens from now on, and nobody else."""
+        self._tokens = [each.encode() for each in (token, admin_token) if each]
+        self._admin_tokens = [admin_token.encode()] if admin_token else []
 
     def accepts(self, authorization: bytes) -> bool:
         """Whether an Authorization header holds a token that may read."""
@@ -52,10 +62,22 @@ class Guard:
         self._rejected["auth_failed"] += 1
         raise Problem(401, f'this needs "Authorization: Bearer …" with the token of {setting}', CHALLENGE)
 
-    async def refuse_wrong(self, host: str, setting: str = "http.token") -> NoReturn:
-        """:raises Problem: 401, after the time that the failures of this address have earned."""
+    async def refuse_wrong(self, host: str, is_right: Callable[[], bool], setting: str = "http.token") -> None:
+        """Refuse a wrong token, unless it turns out to be the one that its file holds by now.
+
+        :param is_right: asked again after the files were read.
+        :raises Problem: 401, after the time that the failures of this address have earned.
+        """
+        # Counted first: while the files are read, guesses would be free.
+        wait_s = self._throttle.failed(host)
+        looking = self._look()
+        if looking is not None:
+            await looking
+            if is_right():
+                self._throttle.withdraw(host)
+                return
         self._rejected["auth_failed"] += 1
-        await deferLater(self._clock, self._throttle.failed(host))
+        await deferLater(self._clock, wait_s)
         raise Problem(401, f"this is not the token of {setting}", _CHALLENGE + b', error="invalid_token"\r\n')
 
 

@@ -464,6 +464,10 @@ class Commands:
         right = hmac.compare_digest(password, self._password)
         return right and user == b"default"
 
+    def replace_password(self, password: str) -> None:
+        """Accept this one from now on. Clients that have sent the one before go on."""
+        self._password = password.encode()
+
     @property
     def wants_password(self) -> bool:
         return bool(self._password)

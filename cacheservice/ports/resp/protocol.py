@@ -28,6 +28,7 @@ from cacheservice.ports.resp import reply
 from cacheservice.ports.resp.commands import REDIS_VERSION, SYNTAX, Command, Commands, Reply, Words
 from cacheservice.ports.resp.reply import CommandError
 from cacheservice.ports.resp.requests import ProtocolViolation, RequestParser, integer
+from cacheservice.ports.rotation import Look, no_files
 from cacheservice.ports.throttle import LONG_WAIT_S, Throttle
 
 COMMANDS_PER_TURN = 512
@@ -517,8 +518,25 @@ class RespProtocol(Protocol):
             self._authenticated = True
             self._settle()
             return then()  # type: ignore[no-any-return]
-        factory.rejected["auth_failed"] += 1
-        return deferLater(factory.clock, factory.throttle.failed(self._address), lambda: _WRONGPASS)
+        # Counted first: while the file is read, guesses would be free.
+        wait_s = factory.throttle.failed(self._address)
+        looking = factory.look()
+        if looking is not None:
+            return looking.addCallback(lambda _: self._authenticate_again(user, password, then, wait_s))
+        return self._refuse_password(wait_s)
+
+    def _authenticate_again(self, user: bytes, password: bytes, then: Any, wait_s: float) -> Reply:
+        """Check a password that was wrong before its file was read again."""
+        if not self.factory.commands.accepts(user, password):
+            return self._refuse_password(wait_s)
+        self.factory.throttle.withdraw(self._address)
+        self._authenticated = True
+        self._settle()
+        return then()  # type: ignore[no-any-return]
+
+    def _refuse_password(self, wait_s: float) -> Reply:
+        self.factory.rejected["auth_failed"] += 1
+        return deferLater(self.factory.clock, wait_s, lambda: _WRONGPASS)
 
     def _do_hello(self, words: Words) -> Reply:
         options = list(words[1:])
@@ -741,6 +759,7 @@ class RespFactory(ServerFactory):
     :param silence_timeout_s: after which one is dropped that asks nothing; 0 for never.
     :param held: knows the answers in progress; None to limit none.
     :param door: lets clients in; None for one that only `max_connections` closes.
+    :param look: has the file of the password read again.
     """
 
     noisy = False
@@ -755,6 +774,8 @@ class RespFactory(ServerFactory):
         door: Door | None = None,
         held: HeldSnapshots | None = None,
         silence_timeout_s: float = 0.0,
+        *,
+        look: Look = no_files,
     ) -> None:
         self.cache = cache
         self.commands = commands
@@ -764,6 +785,7 @@ class RespFactory(ServerFactory):
         self.clients: set[RespProtocol] = set()
         self.subscribers: dict[bytes, set[RespProtocol]] = defaultdict(set)
         self.throttle = Throttle(clock.seconds)
+        self.look = look
         self.door = door or open_door(clock.seconds)
         self.held = held or Unlimited()
         self.silence_timeout_s = silence_timeout_s

@@ -1,0 +1,137 @@
+"""Replaces the secrets that clients send while the service runs.
+
+Kubernetes and others rotate a secret by writing another one to its file. The files are read again before a client is
+refused, because its secret may be the new one. A reload replaces secrets as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.internet.threads import deferToThreadPool
+from twisted.python.failure import Failure
+
+from cacheservice.config import Settings
+
+_INTERVAL_S = 1.0
+_NAMES = {"password": "resp.password", "token": "http.token", "admin_token": "http.admin_token"}
+
+Look = Callable[[], Deferred[None] | None]
+"""Reads the files again; fires when their secrets are in effect. None if it is too early, or without files."""
+
+
+def no_files() -> Deferred[None] | None:
+    """Be the `Look` of a port whose secrets come from no file."""
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class ClientSecrets:
+    """Empty texts stand for secrets that nobody has to send. Its repr shows nothing of them."""
+
+    password: str
+    token: str
+    admin_token: str
+
+    def __repr__(self) -> str:
+        return "ClientSecrets(…)"
+
+    @classmethod
+    def of(cls, settings: Settings) -> ClientSecrets:
+        """Return those of a configuration."""
+        resp, http = settings.resp, settings.http
+        return cls(resp.password.get_secret_value(), http.token.get_secret_value(), http.admin_token.get_secret_value())
+
+    def replaced_by(self, wanted: Mapping[str, str]) -> ClientSecrets:
+        """Return them with those of `wanted`, by the names of their keys, that replace a secret by another one.
+
+        Whether a port asks for a secret at all is decided at the start.
+        """
+        kept = asdict(self)
+        return replace(self, **{name: wanted.get(_NAMES[name]) or kept[name] for name in kept if kept[name]})
+
+    def by_key(self) -> dict[str, str]:
+        """Return them by the names of their keys in the configuration."""
+        return {_NAMES[name]: secret for name, secret in asdict(self).items()}
+
+
+class Rotation:
+    """Replaces the secrets of the ports.
+
+    Idle, or reading: then each caller of `look` waits for the same read.
+
+    :param read: returns the secrets that have files, by the names of their keys; blocks.
+    :param has_files: whether there is any.
+    :param reactor: `IReactorTime`, monotonic, and `IReactorThreads`.
+    """
+
+    def __init__(
+        self,
+        started: ClientSecrets,
+        read: Callable[[], Mapping[str, str]],
+        *,
+        has_files: bool,
+        reactor: Any,
+        log: Any,
+    ) -> None:
+        self._current = started
+        self._read = read
+        self._has_files = has_files
+        self._reactor = reactor
+        self._log = log
+        self._replace: list[Callable[[ClientSecrets], None]] = []
+        self._looked_at = -math.inf
+        self._waiting: list[Deferred[None]] | None = None
+
+    def watch(self, replaced: Callable[[ClientSecrets], None]) -> None:
+        """Call `replaced` with all secrets whenever one is another. It must not raise."""
+        self._replace.append(replaced)
+
+    def look(self) -> Deferred[None] | None:
+        """Read the files in a thread, at most once a second: a `Look`."""
+        if not self._has_files:
+            return None
+        if self._waiting is None:
+            now = self._reactor.seconds()
+            if now - self._looked_at < _INTERVAL_S:
+                return None
+            self._looked_at, self._waiting = now, []
+            reading = deferToThreadPool(self._reactor, self._reactor.getThreadPool(), self._read)
+            reading.addCallback(self._found, self._current).addErrback(self._broken).addCallback(self._looked)
+        waiting: Deferred[None] = Deferred()
+        self._waiting.append(waiting)
+        return waiting
+
+    def take(self, secrets: Mapping[str, str]) -> list[str]:
+        """Put secrets into effect, by the names of their keys; return the names of those that were replaced."""
+        before = self._current.by_key()
+        wanted = self._current.replaced_by(secrets)
+        if wanted.token and wanted.token == wanted.admin_token:
+            # The reader of one would get the rights of the other.
+            self._log.error("secret_not_used", error="http.token and http.admin_token are the same; the old ones stay")
+            wanted = replace(wanted, token=self._current.token, admin_token=self._current.admin_token)
+        self._current = wanted
+        replaced = [name for name, secret in wanted.by_key().items() if secret != before[name]]
+        if replaced:
+            for each in self._replace:
+                each(wanted)
+        return replaced
+
+    def _found(self, secrets: Mapping[str, str], before: ClientSecrets) -> None:
+        # A reload that ended meanwhile may have read newer ones.
+        if self._current is before and (replaced := self.take(secrets)):
+            self._log.info(
+                "secrets_read_again", keys=replaced, reason="a client was refused, and the files have changed"
+            )
+
+    def _broken(self, failure: Failure) -> None:
+        self._log.error("internal_error", error=failure.getErrorMessage(), traceback=failure.getTraceback())
+
+    def _looked(self, _: None) -> None:
+        waiting, self._waiting = self._waiting or [], None
+        for each in waiting:
+            each.callback(None)
