@@ -323,6 +323,34 @@ class Proof(TestCase):
         self.assertEqual(database.kinds, ["all", "delta", "delta"])
         await service.stopService()
 
+    async def test_a_merge_across_partitions(self) -> None:
+        """What it moves is served as it is afterwards, though no trigger sees it; other updates stay deltas."""
+        self.sql(
+            "CREATE TABLE sales (id int, region text, n int) PARTITION BY LIST (region);"
+            "CREATE TABLE sales_a PARTITION OF sales FOR VALUES IN ('a');"
+            "CREATE TABLE sales_b PARTITION OF sales FOR VALUES IN ('b');"
+            "INSERT INTO sales SELECT i, 'a', 0 FROM generate_series(1, 50) AS i"
+        )
+        watch(self.dsn, "sales", ["id"], notify=False, dry_run=False, say=lambda _: None)
+        service, cache, database = self.service(
+            {"name": "sales", "query": "TABLE sales", "key": "id", "watch": [{"table": "public.sales", "key": "id"}]}
+        )
+        service.startService()
+        dataset = cache.dataset("sales")
+        await self.until(lambda: dataset.snapshot)
+        statements = ["UPDATE sales SET n = 1 WHERE id = 1", "UPDATE sales SET region = 'b', n = 2 WHERE id = 2"]
+        kinds = ["all", "delta", "delta"]
+        with closing(psycopg2.connect(self.dsn)) as connection:
+            if connection.server_version >= 150_000:
+                merge = "MERGE INTO sales AS s USING (VALUES (3)) AS v (id) ON s.id = v.id "
+                statements += [f"{merge} WHEN MATCHED THEN UPDATE SET region = 'b', n = 3", statements[0]]
+                kinds += ["all", "delta"]
+        for statement in statements:
+            self.sql(statement)
+            await self.refreshed(service, dataset, database)
+        self.assertEqual(database.kinds, kinds)
+        await service.stopService()
+
     async def test_a_truncate_waits(self) -> None:
         """A TRUNCATE cannot come between the snapshot of a delta and what it reads."""
         service, cache, database = self.service(PRODUCTS)
