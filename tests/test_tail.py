@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,13 +12,15 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from cacheservice.cli.asking import Answer
+from cacheservice.cli.asking import Address, Answer
 from cacheservice.cli.embedded import _free_port
 from cacheservice.cli.tail import Event, Follower, in_words
+from cacheservice.errors import NoAnswer
 from tests.postgres import query
 from tests.test_status_command import GOOD, ITEMS, CommandLine
 from tests.test_twistd import GIVE_UP_S, until
@@ -31,6 +34,8 @@ interval_s = 600
 notify = "told"
 """
 PUBLISHES = 30
+module = sys.modules[Follower.__module__]
+"""The package has the command under that name."""
 
 
 class Tail(CommandLine):
@@ -200,6 +205,27 @@ def answer(generation: int, pid: int = 1, **fields: Any) -> Answer:
 def message(generation: int) -> bytes:
     change = {"added": 0, "changed": generation, "removed": 0}
     return json.dumps({"dataset": "a", "generation": generation, "as_of": "2026-01-02T03:04:05Z", **change}).encode()
+
+
+class Passwords(SynchronousTestCase):
+    def test_rotated(self) -> None:
+        """Each connection to the RESP port sends the password that its file holds by then."""
+        secret = Path(self.mktemp())
+        self.patch(os, "environ", os.environ | {"CACHESERVICE_RESP__PASSWORD_FILE": str(secret)})
+        sent: list[str] = []
+
+        def subscription(_: Address, password: str) -> NoReturn:
+            sent.append(password)
+            raise NoAnswer("there is none")
+
+        self.patch(module, "Subscription", subscription)
+        self.patch(module, "tell", sent.append)
+        answer: Any = None  # not asked before a subscription
+        for password in ("first", "second"):
+            secret.write_text(f"{password}\n")
+            ports = module._Ports(Address("127.0.0.1", 1), Address("127.0.0.1", 2), 1.0)
+            self.assertFalse(ports._subscribe(answer, ["items"]))
+        self.assertEqual([each for each in sent if "publishes" not in each], ["first", "second"])
 
 
 class Following(SynchronousTestCase):

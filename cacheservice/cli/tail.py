@@ -274,10 +274,9 @@ class Subscription:
 class _Ports:
     """The connections to one service, opened anew when it has been away."""
 
-    def __init__(self, status: Address, resp: Address | None, password: str, timeout_s: float) -> None:
+    def __init__(self, status: Address, resp: Address | None, timeout_s: float) -> None:
         self._status_address = status
         self._resp_address = resp
-        self._password = password
         self._timeout_s = timeout_s
         self._status: Connection | None = None
         self._subscription: Subscription | None = None
@@ -339,7 +338,7 @@ class _Ports:
             return False
         try:
             if self._subscription is None:
-                self._subscription = Subscription(self._resp_address, self._password)
+                self._subscription = Subscription(self._resp_address, _resp_password())
                 if self._subscription.pid() != answer.facts["service"]["pid"]:
                     raise Refused("it is the port of another service")
             new = self._subscription.subscribe(names)
@@ -391,8 +390,8 @@ def tail(
       cacheservice tail --json | jq -r 'select(.event == "refresh_failed") | .error'
     """
     address = status_address(host, port)
-    resp, password, problem = _resp_address(host, resp_port)
-    ports, follower = _Ports(address, resp, password, timeout_s), Follower(names)
+    resp, problem = _resp_address(host, resp_port)
+    ports, follower = _Ports(address, resp, timeout_s), Follower(names)
     if problem:
         _report_unseen(problem)
     out = _Out(as_json)
@@ -429,19 +428,23 @@ def _wait_for_return(ports: _Ports, follower: Follower) -> list[Event]:
             continue
 
 
-def _resp_address(host: str | None, port: int | None) -> tuple[Address | None, str, str]:
-    """Return the address of the RESP port, its password, and why it cannot be had, if so."""
+def _resp_address(host: str | None, port: int | None) -> tuple[Address | None, str]:
+    """Return the address of the RESP port, if publishes are notified, and why it is not known, if so."""
     seen = config.glance(os.environ)
     if port == 0:
-        return None, "", ""
+        return None, ""
     if port is None:
         for key in ("enabled", "port", "password"):
             if (problem := seen.problem("resp", key)) is not None:
-                return None, "", problem
+                return None, problem
         if not seen.resp.enabled:
-            return None, "", ""
-    address = Address(host or reachable(seen.resp.host), port or seen.resp.port or _DEFAULT_RESP_PORT, hint="")
-    return address, seen.resp.password.get_secret_value(), ""
+            return None, ""
+    return Address(host or reachable(seen.resp.host), port or seen.resp.port or _DEFAULT_RESP_PORT, hint=""), ""
+
+
+def _resp_password() -> str:
+    """Return the password as it is now: its file may have been rotated while this runs."""
+    return config.glance(os.environ).resp.password.get_secret_value()
 
 
 class _Out:
