@@ -426,6 +426,7 @@ class Replicated(Bookkeeping):
         self.sql(
             "CREATE TABLE sales (id int, region text, PRIMARY KEY (id, region)) PARTITION BY LIST (region)",
             "CREATE TABLE sales_a PARTITION OF sales FOR VALUES IN ('a')",
+            "CREATE TABLE sales_b PARTITION OF sales FOR VALUES IN ('b')",
             f"GRANT SELECT ON sales TO {self.reader}",
         )
         self.watch("sales")
@@ -451,6 +452,7 @@ class Replicated(Bookkeeping):
             ("UPDATE items SET id = 9 WHERE id = 1", "SELECT count(*) FROM items WHERE id = 9", {"1", "9"}),
             ("DELETE FROM items WHERE id = 2", "SELECT 3 - count(*) FROM items", {"2"}),
             ("INSERT INTO sales VALUES (5, 'a')", "SELECT count(*) FROM sales", {"5"}),
+            ("UPDATE sales SET region = 'b'", "SELECT count(*) FROM sales_b", {"5"}),
         ):
             query(other, "postgres", statement)
             self.wait_for(seen, [(1,)])

@@ -139,8 +139,9 @@ _KEYS = {
         "        WHEN {unknown_before} OR {unknown_later} OR a.before IS NULL OR a.later IS NULL THEN NULL\n"
         "        ELSE a.before OPERATOR(pg_catalog.||) a.later\n"
         "    END\n"
-        "    FROM (SELECT CASE TG_OP WHEN 'INSERT' THEN '{{}}' ELSE {before} END AS before,\n"
-        "                 CASE TG_OP WHEN 'DELETE' THEN '{{}}' ELSE {later} END AS later FROM {none} OFFSET 0) AS a"
+        "    FROM (SELECT CASE WHEN TG_OP OPERATOR(pg_catalog.=) 'INSERT' THEN '{{}}' ELSE {before} END AS before,\n"
+        "                 CASE WHEN TG_OP OPERATOR(pg_catalog.=) 'DELETE' THEN '{{}}' ELSE {later} END AS later\n"
+        "          FROM {none} OFFSET 0) AS a"
     )
     .replace("{none}", _NONE)
     .replace("{before}", _ARRAY.replace("{rows}", "(SELECT OLD.*)"))
