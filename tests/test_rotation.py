@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import socket
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -175,8 +176,8 @@ class Rotating(SynchronousTestCase):
 class Files(SynchronousTestCase):
     def test_which_are_read(self) -> None:
         """Those that variables name, without the last line end; one that cannot be read is left out."""
-        folder = Path(self.mktemp())
-        folder.mkdir()
+        folder = Path(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, folder)
         (folder / "password").write_text("hidden word\n\n")
         (folder / "binary").write_bytes(b"\xff")
         environ = {

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -210,7 +212,9 @@ def message(generation: int) -> bytes:
 class Passwords(SynchronousTestCase):
     def test_rotated(self) -> None:
         """Each connection to the RESP port sends the password that its file holds by then."""
-        secret = Path(self.mktemp())
+        folder = Path(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, folder)
+        secret = folder / "password"
         self.patch(os, "environ", os.environ | {"CACHESERVICE_RESP__PASSWORD_FILE": str(secret)})
         sent: list[str] = []
 
