@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from twisted.internet import reactor
@@ -20,8 +20,9 @@ from cacheservice.cache.cache import DatabaseStatus
 from cacheservice.cache.rows import Groups, Rows, RowsBuilder, Shards
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.config import DatasetSettings
-from cacheservice.errors import BadResult, LockTimeout, QueryFailed, ResultTooLarge
+from cacheservice.errors import BadResult, LockTimeout, QueryFailed, QueryTimeout, ResultTooLarge
 from cacheservice.postgres.database import Database, Reading, Wanted
+from cacheservice.postgres.statements import first_rows
 from cacheservice.postgres.target import parse
 from tests.postgres import OURS, connect, fresh_database, query, sessions_left
 
@@ -158,13 +159,14 @@ class DocumentTests(DatabaseTestCase):
 class SmallResults(DatabaseTestCase):
     """What was small is read without a cursor, which rules out parallel plans; `pg_cursors` says how it was read."""
 
-    async def read_like(self, rows: int, count: int, width: int = 1) -> tuple[Rows, int]:
-        """A result of `count` rows after one of `rows`, `width` bytes each; the rows, and how many cursors they saw."""
+    async def read_like(self, rows: int | None, count: int, width: int = 1) -> tuple[Rows, int]:
+        """A result of `count` rows after one of `rows`, `width` bytes each, or none; and how many cursors they saw."""
         before, builder = RowsBuilder(lambda shards: None), RowsBuilder(lambda shards: None)
-        before.add([(b"%d" % number, b"x" * width) for number in range(rows)])
+        before.add([(b"%d" % number, b"x" * width) for number in range(rows or 0)])
+        last = None if rows is None else before.finish()
         sql = f"SELECT i AS id, (SELECT count(*) FROM pg_cursors) AS cursors FROM generate_series(1, {count}) AS i"
         settings = DatasetSettings(name="things", query=sql, key=("id",), timeout_s=TIMEOUT_S)
-        await self.database.read_together([Wanted(settings, lambda: builder, last=before.finish())])
+        await self.database.read_together([Wanted(settings, lambda: builder, last=last)])
         read = builder.finish()
         seen = {json.loads(document)["cursors"] for _, document in read.items()}
         return read, max(seen, default=0)
@@ -181,6 +183,50 @@ class SmallResults(DatabaseTestCase):
                 read, seen = await self.read_like(3, count)
                 self.assertEqual(seen, cursors)
                 self.assertEqual({key for key, _ in read.items()}, {b"%d" % number for number in range(1, count + 1)})
+
+    async def test_the_first_result_goes_by_the_estimate(self) -> None:
+        """Nothing was read before, so that the planner decides."""
+        for count, cursors in ((500, 0), (501, 1)):
+            with self.subTest(count=count):
+                read, seen = await self.read_like(None, count)
+                self.assertEqual((read.count, seen), (count, cursors))
+
+    async def test_a_plan_for_all_rows(self) -> None:
+        """Few rows are asked for by the plan that is best for all, not by the one that has the first ones soonest."""
+        self.sql(
+            "CREATE TABLE alike AS SELECT i % 100 AS a, i % 100 AS b, repeat('x', 100) AS pad "
+            "FROM generate_series(1, 100000) AS i ORDER BY random(); CREATE INDEX ON alike (a, b)"
+        )
+        self.sql("ANALYZE alike")
+        select = "SELECT a, b, count(*) FROM alike GROUP BY a, b"
+        for sql, strategy in ((f"{select} LIMIT 501", "Sorted"), (first_rows(select, 501), "Hashed")):
+            ((plan,),) = self.sql(f"EXPLAIN (FORMAT JSON) {sql}")
+            self.assertIn(f'"Strategy": "{strategy}"', json.dumps(plan), sql)
+
+    async def test_a_result_that_has_outgrown_one_answer(self) -> None:
+        """If the query cannot run twice within the deadline, that fails one attempt and not the next one, too."""
+
+        class Late(Database):
+            runs: ClassVar[list[str]] = []
+
+            async def _read_at_once(self, *arguments: Any) -> bool:
+                self.runs.append("at once")
+                return await super()._read_at_once(*arguments)
+
+            async def _read_by_cursor(self, *arguments: Any) -> Any:
+                self.runs.append("cursor")
+                if self.runs == ["at once", "cursor"]:
+                    raise QueryTimeout("the query took longer than its deadline allows", "57014")
+                return await super()._read_by_cursor(*arguments)
+
+        self.database.stop()
+        self.database = Late(reactor, parse(self.server.dsn(database=self.name)), 60.0, DatabaseStatus())
+        self.addCleanup(self.database.stop)
+        with self.assertRaises(QueryTimeout):
+            await self.read_like(3, 600)
+        for _ in range(2):  # the second one tries again, because the last result was small
+            self.assertEqual((await self.read_like(3, 600))[0].count, 600)
+        self.assertEqual(Late.runs, ["at once", "cursor", "cursor", "at once", "cursor"])
 
 
 class QueryTextTests(DatabaseTestCase):

@@ -169,6 +169,22 @@ class Texts(UnchangedTestCase):
         fetches = set(re.findall(r"FETCH FORWARD .*", logged))
         self.assertEqual(fetches, {f"FETCH FORWARD {rows} FROM rows" for rows in (1, 4, 16, 64)})
 
+    async def test_keys_of_a_delta_are_constants_of_a_select(self) -> None:
+        """The server counts a DECLARE as another statement for each list of keys, before PostgreSQL 16."""
+        dsn = self.server.dsn(database=self.database_name)
+        migrate(dsn, shipped.folder("migrations"))
+        watch(dsn, "products", ["id"], notify=False, dry_run=False, say=lambda _: None)
+        self.sql("INSERT INTO products SELECT i, 0 FROM generate_series(101, 2000) AS i")
+        self.sql(f"ALTER DATABASE {self.database_name} SET log_statement = 'all'")
+        service, dataset = await self.loaded(watch=[{"table": "public.products", "key": "id"}], max_delta=0.5)
+        self.sql("UPDATE products SET n = 1 WHERE id > 1200")
+        before = len(self.server.log_path.read_text())
+        self.assertEqual(await self.refreshed(service, dataset), "a delta of 800 keys")
+        self.assertEqual(self.served(dataset), self.held())
+        logged = self.server.log_path.read_text()[before:]
+        self.assertIn("LIMIT 801", logged)
+        self.assertNotIn("DECLARE", logged)
+
 
 class Manual(RefreshTestCase):
     def test_a_refresh_that_fails(self) -> None:

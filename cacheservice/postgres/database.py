@@ -47,6 +47,7 @@ from cacheservice.postgres.standby import Standbys
 from cacheservice.postgres.statements import (
     FEW_ROWS,
     columns_query,
+    first_rows,
     probe_query,
     quoted,
     rows_query,
@@ -96,6 +97,8 @@ _CHUNK_BYTES = 256 * 1024
 _SMALL_ROWS = FEW_ROWS // 2
 _SMALL_BYTES = 256 * 1024
 """The size up to which the last result makes the next read try a single answer. The rows may double until then."""
+_SMALL_DELTA_BYTES = 4 * 1024 * 1024
+"""What a delta may have in a single answer, which is in memory twice until it is unpacked."""
 _SIGNIFICANT_BITS = 7
 _DATA_EXCEPTION = "22"
 """The class of the SQLSTATEs of values that a type cannot hold."""
@@ -212,6 +215,7 @@ class Database:
         self._standbys = Standbys()
         self._sessions = Sessions(reactor, target, connect_timeout_s, status)
         self._prepared = Prepared()
+        self._outgrown: set[str] = set()  # datasets that were not as small as expected, until a cursor has read them
 
     @property
     def resolve(self) -> Resolve:
@@ -486,14 +490,14 @@ class Database:
                 reading = replace(reading, may_differ=keys)
                 if not wanted.check:
                     with _keys_fit(dataset):
-                        return await self._read_keys(moment, dataset, reading, told.keys)
+                        return await self._read_keys(moment, wanted, reading, told.keys)
                 because = "it is a check of the deltas"
         elif since is not None and altered is None and wanted.told is not None:
             told_keys = await wanted.told()
             if told_keys is not None and len(told_keys) <= wanted.most_keys:
                 # A probe that has changed may stand for other rows, too: the next attempt has to see that it did.
                 with _keys_fit(dataset):
-                    return await self._read_told(moment, dataset, replace(reading, probe=since.probe), told_keys)
+                    return await self._read_told(moment, wanted, replace(reading, probe=since.probe), told_keys)
         return await self._read_all(moment, wanted, builder, replace(reading, because=because))
 
     async def _changes(self, moment: _Moment, wanted: Wanted) -> deltas.Changes:
@@ -506,27 +510,25 @@ class Database:
             return told._replace(problem=f"more than {wanted.most_keys:,} keys changed, see max_delta", keys=())
         return told
 
-    async def _read_keys(
-        self, moment: _Moment, dataset: DatasetSettings, reading: Reading, keys: Sequence[Key]
-    ) -> Reading:
+    async def _read_keys(self, moment: _Moment, wanted: Wanted, reading: Reading, keys: Sequence[Key]) -> Reading:
         """The rows of the keys that were recorded."""
+        dataset = wanted.dataset
         if not keys:
             return replace(reading, kind="unchanged")
         columns = [f"q.{quoted(column)}" for column in dataset.key]
         if any(None in key for key in keys):
             # A row of a watched table without a key may be one of the query, too, and must not pass unnoticed.
             nulls = " OR ".join(f"{column} IS NULL" for column in columns)
-            sql = f"{whole_query(dataset.query)} WHERE {nulls} LIMIT 1"
+            sql = first_rows(f"{whole_query(dataset.query)} WHERE {nulls}", 1)
             if (await self._execute_asking_in(moment, sql, dataset.name)).rowcount:
                 raise BadResult("the key of a row is NULL; every row needs a key")
         predicate = KeyForm.of(dataset).predicate(columns, keys)
-        found = await self._read_some(moment, dataset, predicate, len(keys))
+        found = await self._read_some(moment, wanted, predicate, len(keys))
         return replace(reading, kind="delta", changed=found.without(keys))
 
-    async def _read_told(
-        self, moment: _Moment, dataset: DatasetSettings, reading: Reading, keys: frozenset[str]
-    ) -> Reading:
+    async def _read_told(self, moment: _Moment, wanted: Wanted, reading: Reading, keys: frozenset[str]) -> Reading:
         """The rows of the keys that were notified of."""
+        dataset = wanted.dataset
         if not keys:
             return replace(reading, kind="unchanged")
         columns = [f"q.{quoted(column)}" for column in dataset.key]
@@ -535,29 +537,34 @@ class Database:
             predicate = form.predicate(columns, [(key,) for key in keys])
         else:
             predicate = form.joined_predicate(columns, keys)
-        found = await self._read_some(moment, dataset, predicate, len(keys))
+        found = await self._read_some(moment, wanted, predicate, len(keys))
         served = {key.encode(): None for key in keys}
         return replace(reading, kind="delta", changed=served | found.rows)
 
-    async def _read_some(
-        self, moment: _Moment, dataset: DatasetSettings, predicate: str, most: int
-    ) -> deltas.ChangedRows:
-        found = deltas.ChangedRows(KeyForm.of(dataset))
-        sql = f"{rows_query(dataset.query, dataset.key, KeyForm.of(dataset))} WHERE {predicate}"
-        # More rows than keys: a key occurs twice, which may show only in the last row.
-        if most > FEW_ROWS or not await self._read_few(moment, sql, dataset.name, found):
+    async def _read_some(self, moment: _Moment, wanted: Wanted, predicate: str, most: int) -> deltas.ChangedRows:
+        dataset, last = wanted.dataset, wanted.last
+        form = KeyForm.of(dataset)
+        found = deltas.ChangedRows(form)
+        sql = f"{rows_query(dataset.query, dataset.key, form)} WHERE {predicate}"
+        average_bytes = last.size_bytes // last.count if last is not None and last.count else 0
+        if most <= FEW_ROWS or most * average_bytes <= _SMALL_DELTA_BYTES:
+            # More rows than keys: one of them occurs twice, which is found before the last.
+            await self._read_at_once(moment, first_rows(sql, most + 1), dataset.name, found)
+        else:
             await self._execute_asking_in(moment, f"DECLARE rows NO SCROLL CURSOR FOR {sql}", dataset.name)
             await self._fetch_all(moment.guard, found)
             await moment.guard.execute("CLOSE rows")
         return found
 
-    async def _read_few(self, moment: _Moment, sql: str, name: str, into: RowsBuilder | deltas.ChangedRows) -> bool:
-        """Read the rows in one answer, without a cursor.
+    async def _read_at_once(
+        self, moment: _Moment, sql: str, name: str, into: RowsBuilder | deltas.ChangedRows, most: int | None = None
+    ) -> bool:
+        """Read rows in one answer, without a cursor.
 
-        :returns: False if there are more than `FEW_ROWS`; `into` is as it was then.
+        :returns: False if there are more than `most`; `into` is as it was then.
         """
-        cursor = await self._execute_asking_in(moment, f"{sql} LIMIT {FEW_ROWS + 1}", name)
-        if cursor.rowcount > FEW_ROWS:
+        cursor = await self._execute_asking_in(moment, sql, name)
+        if most is not None and cursor.rowcount > most:
             return False
         try:
             await self._unpack(cursor, into)
@@ -569,10 +576,11 @@ class Database:
     async def _read_all(self, moment: _Moment, wanted: Wanted, builder: RowsBuilder, reading: Reading) -> Reading:
         dataset, guard = wanted.dataset, moment.guard
         rows_sql = rows_query(dataset.query, dataset.key, KeyForm.of(dataset))
-        if _is_small(wanted.last) and await self._read_few(moment, rows_sql, dataset.name, builder):
+        is_small = await self._is_small(moment, wanted, rows_sql, builder)
+        if is_small and await self._read_few(moment, dataset, rows_sql, builder):
             described = (await guard.execute(columns_query(dataset.query))).description
         else:
-            described = await self._read_by_cursor(moment, wanted, rows_sql, builder)
+            described = await self._read_by_cursor(moment, dataset, rows_sql, builder)
         reading = replace(reading, columns=tuple(column.name for column in described), rows=builder)
         if reading.dependencies is None and (dataset.watch or dataset.probe or dataset.notify):
             oids = [column.type_code for column in described]
@@ -584,22 +592,43 @@ class Database:
         unfit = deltas.unfit_key(cursor.fetchall(), dataset)
         return reading if unfit is None else replace(reading, watch_state="", because=unfit, no_delta=unfit)
 
-    async def _read_by_cursor(self, moment: _Moment, wanted: Wanted, rows_sql: str, builder: RowsBuilder) -> Any:
+    async def _is_small(self, moment: _Moment, wanted: Wanted, rows_sql: str, builder: RowsBuilder) -> bool:
+        """Whether one answer is expected to hold all rows: by the last result, at first by the planner's estimate."""
+        name, last = wanted.dataset.name, wanted.last
+        if last is None:
+            cursor = await self._execute_asking_in(moment, f"EXPLAIN (FORMAT JSON) {rows_sql}", name)
+            rows, size_bytes = _planned(cursor.fetchone()[0])
+            builder.expect(rows)
+            if wanted.expect is not None:
+                wanted.expect(rows)
+            is_small = rows <= FEW_ROWS and size_bytes <= _SMALL_BYTES
+        else:
+            is_small = last.count <= _SMALL_ROWS and last.size_bytes <= _SMALL_BYTES
+        return is_small and name not in self._outgrown
+
+    async def _read_few(self, moment: _Moment, dataset: DatasetSettings, rows_sql: str, builder: RowsBuilder) -> bool:
+        """Read all rows in one answer; return False if there are more than `FEW_ROWS`."""
+        name = dataset.name
+        if await self._read_at_once(moment, first_rows(rows_sql, FEW_ROWS + 1), name, builder, FEW_ROWS):
+            return True
+        # If the deadline does not last for the query to run twice, the next attempt must not try that again.
+        self._outgrown.add(name)
+        return False
+
+    async def _read_by_cursor(
+        self, moment: _Moment, dataset: DatasetSettings, rows_sql: str, builder: RowsBuilder
+    ) -> Any:
         """Read any number of rows.
 
         :returns: the driver's description of the query's columns.
         """
-        dataset, guard = wanted.dataset, moment.guard
+        guard = moment.guard
         await self._execute_asking_in(moment, f"DECLARE rows NO SCROLL CURSOR FOR {rows_sql}", dataset.name)
         cursor = await guard.execute(columns_query(dataset.query))
         described = cursor.description
-        if wanted.expect is not None:
-            cursor = await guard.execute(f"EXPLAIN (FORMAT JSON) {rows_sql}")
-            planned_rows = _planned_rows(cursor.fetchone()[0])
-            builder.expect(planned_rows)
-            wanted.expect(planned_rows)
         await self._fetch_all(guard, builder)
         await guard.execute("CLOSE rows")
+        self._outgrown.discard(dataset.name)
         return described
 
     async def _fetch_all(self, guard: GuardedConnection, into: RowsBuilder | deltas.ChangedRows) -> None:
@@ -667,10 +696,6 @@ def _limits(remaining_s: float) -> Limits:
     )
 
 
-def _is_small(last: Rows | None) -> bool:
-    return last is not None and last.count <= _SMALL_ROWS and last.size_bytes <= _SMALL_BYTES
-
-
 def _fetch(rows: int) -> str:
     return f"FETCH FORWARD {rows} FROM rows"
 
@@ -702,6 +727,8 @@ def _keys_fit(dataset: DatasetSettings) -> Iterator[None]:
         raise _ReadAllAgain({dataset.name: because}) from error
 
 
-def _planned_rows(plan: Any) -> int:
+def _planned(plan: Any) -> tuple[int, int]:
+    """Return the rows that the planner expects, and their bytes."""
     parsed = plan if isinstance(plan, list) else json.loads(plan)
-    return int(parsed[0]["Plan"]["Plan Rows"])
+    rows = int(parsed[0]["Plan"]["Plan Rows"])
+    return rows, rows * int(parsed[0]["Plan"]["Plan Width"])

@@ -19,6 +19,15 @@ def rows_query(query: str, key: Sequence[str], form: KeyForm = _PLAIN) -> str:
     return f"SELECT {columns}, row_to_json(q.*)::text FROM (\n{without_semicolon(query)}\n) AS q"  # noqa: S608  # the operator's own query
 
 
+def first_rows(select: str, most: int) -> str:
+    """The SQL that gives at most `most` rows of a SELECT, by the plan that is best for all of them.
+
+    A LIMIT of the SELECT itself makes the planner look for the plan that has a first row soonest, and to find no more
+    with that may take longer than all rows by another.
+    """
+    return f"WITH r AS MATERIALIZED (\n{select}\n) SELECT * FROM r LIMIT {most}"  # noqa: S608  # made here
+
+
 def columns_query(query: str) -> str:
     """The SQL whose result has the query's columns and no row; PostgreSQL plans it and runs nothing."""
     return f"{whole_query(query)} LIMIT 0"
