@@ -422,7 +422,7 @@ def test_commands_do_what_is_shown(page: Path, folder: Folder, demo: Demo) -> No
                 code, printed = folder.run(block.text)
                 assert code == 0, f"{where}: {printed}"
             elif block.language == "python":
-                (folder.path / "example.py").write_text(block.text, encoding="utf-8")
+                (folder.path / "example.py").write_text(folder.real(block.text), encoding="utf-8")
                 code, printed = folder.run(f"{sys.executable} -W error example.py")
                 assert code == 0, f"{where}: {printed}"
 

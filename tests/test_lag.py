@@ -194,7 +194,7 @@ class OnStandbys(TestCase):
         self.sql("CREATE ROLE owner; CREATE ROLE unrelated LOGIN PASSWORD 'unrelated'")
         owner = self.server.dsn()
         await deferToThread(migrate, owner, shipped.folder("migrations"))
-        self.assertIsNone(await deferToThread(create_reader, owner, "reader", ["things"], "reader"))
+        self.assertIsNone((await deferToThread(create_reader, owner, "reader", ["things"], "reader")).grant)
         await until(lambda: standby.sql("SELECT 1 FROM pg_roles WHERE rolname = 'reader' AND rolconnlimit = 20"))
         dsn = standby(user="reader", password="reader")
         database = self.reader(dsn)
@@ -206,7 +206,7 @@ class OnStandbys(TestCase):
             standby.sql("SELECT pid FROM cacheservice.wal_receiver()", user="unrelated", password="unrelated")
         # Owned by a role that sees no more itself, it helps nobody, and does not hide what a reader may see.
         await deferToThread(migrate, owner, shipped.folder("migrations"), "owner")
-        grant = await deferToThread(create_reader, owner, "reader")
+        grant = (await deferToThread(create_reader, owner, "reader")).grant
         self.assertEqual(grant, 'GRANT pg_read_all_stats TO "reader";')
         await self.until_lag(database, 1.5, "GRANT pg_read_all_stats TO reader")
         (hint,) = await deferToThread(self.hints, dsn)
@@ -214,7 +214,7 @@ class OnStandbys(TestCase):
         self.sql(grant)
         await self.caught_up(database)
         self.assertEqual(await deferToThread(self.hints, dsn), [])
-        self.assertIsNone(await deferToThread(create_reader, owner, "reader"))
+        self.assertIsNone((await deferToThread(create_reader, owner, "reader")).grant)
 
     def hints(self, dsn: str) -> list[str]:
         """What check --db has to say of the server."""
