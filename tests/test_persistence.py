@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gc
 import io
 import os
@@ -47,6 +48,7 @@ from cacheservice.errors import (
     UnknownDataset,
     UnknownGeneration,
 )
+from cacheservice.persistence.age import ReadOn
 from cacheservice.persistence.files import (
     BLOCK_BYTES,
     FORMAT,
@@ -67,6 +69,14 @@ KILLS = int(os.environ.get("CACHESERVICE_TEST_KILLS", "30"))
 KILL_ROWS = 20_000
 GIVE_UP_S = 60.0
 GROUP = ("products", "prices")
+OF_FORMAT_3 = """
+Q1NTTkFQAANIAAABEtasTBootS/9ZCgAJQgA1lA9NWBVmwNAguAFLSMFPKT91sLaWge6KWag3uJO4nfkwkKbJCkl22JKd66mwejJ
+iokxYKMYHLckLgAvADAA15QZjnT6e8pPO1JMCAkBFCYBUIZvz+rnu3HQnr+VKV8c/7jJrtrm2fdXagagjVMCwunClnXUCDh/A3zs
+MJ3j8ErXC8RRBZGjIpOjIpGjJr4x15b6Y1+4v7ICunjnFv59f1j8rXQgfEyOMpBSZcGogs6ttJKsrIWsjGD1INB4OqtW+aLT6nDE
+x+JTJxoZFucZKUvKGkuP5IACYfj2vhtyZewx3w0vEgCULNvKk8vV81CZobJnLAy7apgDAESHKtFMIUBz8wzMrrSGUgAAABwRT2vC
+KLUv/SQPeQAAkZLEATHECHsiaWQiOjF94ndPolQAAAAgGqy7uyi1L/0kE5kAAIKkcm93cwGqc2l6ZV9ieXRlcwnTYllg
+"""
+"""Written by the version before `machine` was kept: generation 1 of one row."""
 
 Table = dict[bytes, bytes]
 
@@ -174,6 +184,26 @@ class Format(Folder):
         self.assertEqual(len(set(map(fingerprint, different))), len(different))
         self.assertEqual(fingerprint(declared(interval_s=5.0)), fingerprint(declared()))
 
+    def test_a_file_of_format_3(self) -> None:
+        """A file that a released version wrote is read. Its machine is not known."""
+        self.path.write_bytes(base64.b64decode(OF_FORMAT_3))
+        header, table = table_of(self.path)
+        rows = rows_of([(b"1", b'{"id":1}')])
+        read_on = ReadOn(1_767_323_045_000_000, "there", 5_000_000, "")
+        self.assertEqual(header, header_of(rows, generation=1, read_on=read_on))
+        self.assertEqual(table, {b"1": b'{"id":1}'})
+        there, later_s = clock.Host("there", "machine"), 1_767_323_045 + 60.0
+        self.assertEqual(header.age(later_s, 7.0, there), (2.0, None))
+        uncertain = "it may have been saved on another machine"
+        self.assertEqual(header.age(later_s, 86400.0, there._replace(boot="here")), (60.0, uncertain))
+
+    def test_a_header_without_clocks(self) -> None:
+        """The age of a file of format 2 is that by the clock of the database, and uncertain."""
+        header = header_of(rows_of([]))
+        age = header.age(AS_OF.timestamp() + 60.0, 86400.0, clock.Host("here", "machine"))
+        self.assertAlmostEqual(age.seconds, 60.0, 3)
+        self.assertEqual(age.uncertain, "it was saved by an older version, by the clock of the database alone")
+
 
 class Damage(Folder):
     def test_every_byte_of_a_small_file(self) -> None:
@@ -253,7 +283,7 @@ class Damage(Folder):
         self.assertIn("two headers", self.refusal(self.sealed((b"H", good), (b"H", good))))
         self.assertIn("no saved snapshot", self.refusal(b"PK\x03\x04 and more"))
         self.assertIn(
-            "format 1 is not known here, only 2 and 3", self.refusal(MAGIC + (1).to_bytes(2, "big") + b"whatever")
+            "format 1 is not known here, only 2 to 4", self.refusal(MAGIC + (1).to_bytes(2, "big") + b"whatever")
         )
 
     def sealed(self, *parts: tuple[bytes, Any]) -> bytes:
@@ -335,14 +365,14 @@ class Running(TestCase):
         interval_s: float = 0.0,
         keep: int = 3,
         start: bool = True,
-        boot: str | None = None,
+        host: clock.Host | None = None,
     ) -> Dataset:
         """The first of those datasets, in a new cache with a new store; the previous store unlocks the directory."""
         if self.snapshots is not None:
             self.snapshots.stopService()
         self.cache = Cache(datasets or [declared()], reactor.seconds)
         self.snapshots = SnapshotStore(
-            self.cache, self.directory, interval_s, keep, lambda _: None, reactor, self.log, self.wall_clock_s, boot
+            self.cache, self.directory, interval_s, keep, lambda _: None, reactor, self.log, self.wall_clock_s, host
         )
         self.addCleanup(self.snapshots.stopService)
         if start:
@@ -896,23 +926,54 @@ class Restoring(Running):
 
     async def test_the_age(self) -> None:
         """Exact within one run of the machine; across a restart of it by its own wall clock, not the database's."""
-        await self.save(self.store(), 1)
-        here = clock.boot_id()
+        here = clock.Host(clock.boot_id(), "machine")
+        await self.save(self.store(host=here), 1)
         uptime_s = clock.seconds()
         for boot, passed_s, age_s in (
-            (here, 3600.0, 0.0),  # the wall clock was set
-            (here, -3600.0, 0.0),
+            (here.boot, 3600.0, 0.0),  # the wall clock was set
+            (here.boot, -3600.0, 0.0),
             ("another", 0.0, uptime_s),  # it was read before the machine was started, at least
             ("another", uptime_s + 3600.0, uptime_s + 3600.0),
             ("another", -3600.0, uptime_s),  # set back
         ):
             self.wall_s = lambda passed_s=passed_s: time.time() + passed_s
-            dataset = self.store(start=False, boot=boot)
+            dataset = self.store(start=False, host=clock.Host(boot, "machine"))
             await self.snapshots.restore()
-            age = dataset.age_s()
-            assert age is not None
-            self.assertGreaterEqual(age, age_s)
-            self.assertLess(age, age_s + GIVE_UP_S)
+            self.assert_age(dataset, age_s)
+
+    def assert_age(self, dataset: Dataset, age_s: float) -> None:
+        age = dataset.age_s()
+        assert age is not None
+        self.assertGreaterEqual(age, age_s)
+        self.assertLess(age, age_s + GIVE_UP_S)
+
+    async def test_the_age_on_another_machine(self) -> None:
+        """The time since the start of that machine is not in it; that it is uncertain is known until a refresh."""
+        self.patch(clock, "seconds", lambda: 30 * 86400.0)
+        for saved_on in ("machine", ""):
+            dataset = self.store(host=clock.Host("there", saved_on))
+            self.publish(dataset, 1, as_of=datetime.now(UTC))
+            await until(self.log.saved)
+            self.assertIsNone(self.snapshot_of(dataset).age_uncertain)
+            self.wall_s = lambda: time.time() + 600.0
+            dataset = self.store(host=clock.Host("here", "another machine"))
+            await self.snapshots.restore()
+            self.assert_age(dataset, 600.0)
+            uncertain = "it was saved on another machine" if saved_on else "it may have been saved on another machine"
+            self.assertEqual(self.snapshot_of(dataset).age_uncertain, uncertain)
+            self.assertEqual(self.log.named("snapshot_restored")[-1]["age_uncertain"], uncertain)
+            self.assertEqual(self.snapshot_of(await self.snapshots.load("products", 1)).age_uncertain, uncertain)
+            self.publish(dataset, 2)
+            self.assertIsNone(self.snapshot_of(dataset).age_uncertain)
+            await self.snapshots.stopService()
+            shutil.rmtree(self.directory)
+            self.log.events.clear()
+            self.wall_s = time.time
+
+    def snapshot_of(self, dataset: Dataset | Snapshot) -> Snapshot:
+        snapshot = dataset.snapshot if isinstance(dataset, Dataset) else dataset
+        assert snapshot is not None
+        return snapshot
 
     async def test_of_another_database(self) -> None:
         """A file of another database is served until that is known, and refused from then on; it stays on disk."""

@@ -609,6 +609,19 @@ class Judgement(SynchronousTestCase):
         del datasets["a"]["save_problem"]
         self.assertEqual(plugin.verdict(Answer(0.0, "", {**facts, "datasets": datasets}, ()))[0], 0)
 
+    def test_a_dataset_of_uncertain_age(self) -> None:
+        """It is a WARNING with the reason, although it seems fresh. Older services do not report it."""
+        facts = self.answer().facts
+        fresh = facts["datasets"]["a"] | {"state": "fresh", "age_s": 1.0, "as_of": "2026-01-01T00:00:00+00:00"}
+        for uncertain, expected in (("it was saved on another machine", 1), (None, 0)):
+            datasets = {"a": fresh | {"age_uncertain": uncertain}}
+            level, line = plugin.verdict(Answer(0.0, "", {**facts, "datasets": datasets}, ()))
+            self.assertEqual(level, expected)
+            reason = f"the age is uncertain until the next refresh: {uncertain}"
+            self.assertEqual("a of uncertain age, 1.00 s old" in line and reason in line, bool(uncertain))
+        del datasets["a"]["age_uncertain"]
+        self.assertEqual(plugin.verdict(Answer(0.0, "", {**facts, "datasets": datasets}, ()))[0], 0)
+
     def test_a_publish_without_a_row(self) -> None:
         """The first load of an empty table is "no rows"; with other columns alone, no row differs."""
         facts = self.answer().facts

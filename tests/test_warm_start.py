@@ -6,9 +6,12 @@ import json
 import shutil
 import socket
 import stat
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cacheservice.persistence.files import SnapshotWriter, read
 from tests.postgres import fresh_database, query
 from tests.test_twistd import GIVE_UP_S, Daemon, DaemonTestCase, until
 
@@ -93,6 +96,44 @@ class WarmStart(WarmStartTestCase):
         self.assertEqual((after["rows"], self.n(second)), (100, 1))
         self.assertEqual(second.event("snapshot_restored")["rows"], 100)
         self.assertEqual(second.end(), -15)
+
+    def test_on_another_machine(self) -> None:
+        """The age counts from the read by the wall clocks, not from the start of this machine.
+
+        `status`, `why` and `json` report it as uncertain, until the first refresh.
+        """
+        first = self.service()
+        first.wait_until_ready()
+        self.until_saved(first, 1)
+        first.end()
+        for path in self.saved.glob("*.renewal"):
+            path.unlink()
+        (path,) = self.saved.glob("*.snapshot")
+        header, blocks = read(path)
+        assert header.read_on is not None
+        rows = list(blocks)
+        moved = replace(header, read_on=header.read_on._replace(boot="there", boot_us=0, machine="another"))
+        with path.open("wb") as file:
+            writer = SnapshotWriter(file, moved)
+            for block in rows:
+                writer.write(block)
+            writer.finish()
+        second = self.service(dsn=NOWHERE)
+        second.wait_until_ready()
+        things = self.things(second)
+        passed_s = time.time() - header.read_on.wall_us / 1e6
+        self.assertEqual(things["source"], "disk")
+        self.assertLessEqual(things["age_s"], passed_s + 0.001)
+        self.assertRegex(things["age_uncertain"], "^it (was|may have been) saved on another machine$")
+        self.assertIn(f"age uncertain: {things['age_uncertain']}", second.ask("status"))
+        sentence = f"Its age is uncertain until the next refresh: {things['age_uncertain']}."
+        self.assertIn(sentence, second.ask("why things"))
+        second.end()
+        third = self.service()
+        until(lambda: self.things(third)["source"] == "postgres", "the refresh")
+        self.assertIsNone(self.things(third)["age_uncertain"])
+        self.assertNotIn("uncertain", third.ask("status") + third.ask("why things"))
+        third.end()
 
     def test_two_services_on_one_directory(self) -> None:
         """The second service reads another database, serves its own rows and reports that it saves nothing.

@@ -45,7 +45,8 @@ class Snapshot:
     anew as this one. `watch_state` is what `cacheservice.changes` told of the watched tables, empty if deltas cannot
     start from here; `probe` what the probe gave, None if there was none. `server` is the one that it was read from,
     `dependencies` what the form of its documents depends on, None if that is not known. `as_of` and `read_at` are
-    earlier by the `lag` of a standby.
+    earlier by the `lag` of a standby. `age_uncertain` is the reason if `read_at` is uncertain, which only that of saved
+    rows can be.
     """
 
     generation: int
@@ -63,6 +64,7 @@ class Snapshot:
     lag: Lag = NO_LAG
     content_since: datetime | None = None
     dependencies: Dependencies | None = None
+    age_uncertain: str | None = None
 
     @property
     def began_at(self) -> float:

@@ -63,6 +63,7 @@ def describe_dataset(dataset: Dataset) -> dict[str, Any]:
         "generation": snapshot.generation if snapshot else 0,
         "as_of": iso(snapshot.as_of) if snapshot else None,
         "age_s": _optional_seconds(dataset.age_s()),
+        "age_uncertain": snapshot.age_uncertain if snapshot else None,
         "interval_s": settings.interval_s,
         "timeout_s": settings.timeout_s,
         "max_age_s": settings.max_age_s,

@@ -79,8 +79,11 @@ def _of_dataset(name: str, dataset: Mapping[str, Any], *, required: bool) -> Pro
     if state == "stale":
         past = f"{duration(age_s - dataset['interval_s'] - dataset['timeout_s'])} ago; {data}"
         return Problem(Severity.WARNING, name, f"stale, {old}", past, reasons, coming)
-    if held or failures or dataset.get("save_problem"):
+    # A service of an older version reports neither of the last two.
+    if held or failures or dataset.get("save_problem") or dataset.get("age_uncertain"):
         what = "held" if held else "failing" if failures else "not saved"
+        if what == "not saved" and not dataset.get("save_problem"):
+            what = "of uncertain age"
         return Problem(Severity.WARNING, name, f"{what}, {old}", "", (*reasons, data), coming)
     return None
 
@@ -95,7 +98,8 @@ def _reasons(dataset: Mapping[str, Any]) -> Iterator[str]:
         yield f"held for {duration(_elapsed_s(held['since']))}: the newest result {held['reason']}"
     if dataset["pinned"]:
         yield "pinned by an operator: nothing newer is served until it is unpinned"
-    # A service of an older version does not report it.
+    if uncertain := dataset.get("age_uncertain"):
+        yield f"the age is uncertain until the next refresh: {uncertain}"
     if problem := dataset.get("save_problem"):
         yield f"saving fails: {problem}; a restart would begin with what was saved before"
     if not (failures or held or dataset["pinned"]) and last is None:

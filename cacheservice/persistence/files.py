@@ -10,7 +10,8 @@ A file is ``CSSNAP``, the format's number (two bytes, big-endian) and then parts
 A part is its kind (one byte), the length of what is kept of it, a CRC-32, and that: a zstd frame with its content's
 size and checksum. zstd's checksum is of the content alone, and a damaged frame may well give the right content; so the
 CRC is of the part as it lies there and of every part before it, which also finds one that is missing or from another
-file. Nothing in a file depends on the process that wrote it: not on its hashes, not on its machine.
+file. Nothing in a file depends on the process that wrote it: its hashes are not in it, and its machine only in the
+fields from which the age is counted.
 
 A file without rows parts beside it is its renewal: the header that it would have by now, because a later read gave the
 same rows. It is written instead of the rows, and counts for nothing if it is damaged or of other rows.
@@ -28,7 +29,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import msgpack  # type: ignore[import-untyped]  # ships no type information
 import zstandard
@@ -36,14 +37,17 @@ import zstandard
 from cacheservice.cache.digest import DIGEST_BYTES
 from cacheservice.cache.identity import ServerIdentity
 from cacheservice.cache.rows import STARTS, Rows
+from cacheservice.clock import Host
 from cacheservice.config import DatasetSettings
 from cacheservice.errors import SnapshotRejected
+from cacheservice.persistence.age import Age, ReadOn
 from cacheservice.session_rules import DEFAULT_SEARCH_PATH
 
 MAGIC = b"CSSNAP"
-FORMAT = 3
-_READABLE = frozenset({2, FORMAT})
-"""Format 2 names neither the server that was read nor dependencies, and lacks `content_since_us` and `digest`."""
+FORMAT = 4
+_READABLE = frozenset({2, 3, FORMAT})
+"""Format 3 lacks `machine`. Format 2 also lacks the server that was read, dependencies, `content_since_us`, `digest`
+and the clocks of the machine."""
 BLOCK_BYTES = 256 * 1024
 SLICE_ROWS = 512
 """Packed or unpacked in one turn of the reactor, in two thirds of a millisecond."""
@@ -71,7 +75,7 @@ _FIELDS_OF_2 = {
     "watch_state": str,
     "probe": str,
 }
-_FIELDS = (
+_FIELDS_OF_3 = (
     _FIELDS_OF_2
     | {"server": dict, "content_since_us": int, "digest": bytes, "dependencies": str}
     | {
@@ -80,6 +84,7 @@ _FIELDS = (
         "read_boot_us": int,
     }
 )
+_FIELDS = _FIELDS_OF_3 | {"machine": str}
 _PARTS_OF_SERVER = {
     "database": str,
     "database_oid": int,
@@ -94,35 +99,13 @@ _PARTS_OF_SERVER = {
 Row = tuple[bytes, bytes]
 
 
-class ReadOn(NamedTuple):
-    """When rows were read, by the clocks of the machine that read them.
-
-    `wall_us` since 1970 by its wall clock; `boot_us` since it was started, in the run of its kernel named `boot`, which
-    is empty if it was not known.
-    """
-
-    wall_us: int
-    boot: str
-    boot_us: int
-
-    def age_s(self, wall_s: float, boot: str, boot_s: float) -> float:
-        """The age at these moments of this machine's clocks.
-
-        Exact within one run of the kernel. Otherwise by the wall clock, and if that was set back, at least the time
-        since the machine was started: it was read before.
-        """
-        if boot and boot == self.boot:
-            return max(0.0, boot_s - self.boot_us / 1e6)
-        return max(boot_s if boot and self.boot else 0.0, wall_s - self.wall_us / 1e6, 0.0)
-
-
 @dataclass(frozen=True, slots=True)
 class Header:
     """What a file is: its dataset, its generation, its `Snapshot` but for the rows, and of which query it is.
 
         `as_of` is kept to the microsecond. `size_bytes` are those of all keys and documents. `watch_state`, `probe` and
     `dependencies` are what a delta starts from, empty if it cannot. `server` is the one that was read and `read_on`
-    when, by the clocks of this machine; both None in files of format 2.
+    when, by the clocks of the machine that read it; both None in files of format 2.
     `content_since` is the `as_of` of the first read that gave these rows, None if that is this one; `digest` that of
         the rows, None if it was not known.
     """
@@ -147,6 +130,13 @@ class Header:
     def modified_as_of(self) -> datetime:
         """See `Snapshot`."""
         return self.content_since or self.as_of
+
+    def age(self, wall_s: float, boot_s: float, host: Host) -> Age:
+        """Return the age of the rows; see `ReadOn.age`."""
+        if self.read_on is None:
+            by_database_s = wall_s - self.as_of.timestamp()
+            return Age(max(0.0, by_database_s), "it was saved by an older version, by the clock of the database alone")
+        return self.read_on.age(self.as_of, wall_s, boot_s, host)
 
     def renews(self, saved: Header) -> bool:
         """Whether this is of the same rows as the file with the header `saved`.
@@ -242,6 +232,7 @@ class SnapshotWriter:
             "read_wall_us": header.read_on.wall_us if header.read_on else 0,
             "boot": header.read_on.boot if header.read_on else "",
             "read_boot_us": header.read_on.boot_us if header.read_on else 0,
+            "machine": header.read_on.machine if header.read_on else "",
             "dependencies": header.dependencies,
         }
         self._write_part(_HEADER, msgpack.packb(fields))
@@ -326,7 +317,7 @@ def _parts(path: Path) -> Generator[tuple[bytes, bytes]]:
             raise SnapshotRejected(f"{name}: it is no saved snapshot")
         version = _START.unpack(start)[1]
         if version not in _READABLE:
-            raise SnapshotRejected(f"{name}: format {version} is not known here, only 2 and {FORMAT}")
+            raise SnapshotRejected(f"{name}: format {version} is not known here, only 2 to {FORMAT}")
         crc = zlib.crc32(start)
         kind = b""
         while kind != _TRAILER:
@@ -362,13 +353,14 @@ def _content(decompressor: zstandard.ZstdDecompressor, kept: bytes, name: str) -
 def _header(content: bytes, name: str) -> Header:
     fields = _unpacked(content, name)
     types = {key: type(value) for key, value in fields.items()} if isinstance(fields, dict) else {}
-    if types not in (_FIELDS, _FIELDS_OF_2):
+    if types not in (_FIELDS, _FIELDS_OF_3, _FIELDS_OF_2):
         raise _damaged(name, "its header lacks something")
     columns = tuple(fields.pop("columns"))
     as_of_us = fields.pop("as_of_us")
     server = _server(fields.pop("server", {}), name)
     wall_us, boot, boot_us = fields.pop("read_wall_us", 0), fields.pop("boot", ""), fields.pop("read_boot_us", 0)
-    read_on = ReadOn(wall_us, boot, boot_us) if wall_us else None
+    machine = fields.pop("machine", "")
+    read_on = ReadOn(wall_us, boot, boot_us, machine) if wall_us else None
     since_us, digest = fields.pop("content_since_us", as_of_us), fields.pop("digest", b"")
     with suppress(OverflowError):
         if (

@@ -39,9 +39,9 @@ from cacheservice.errors import (
     Stopped,
     UnknownGeneration,
 )
+from cacheservice.persistence.age import ReadOn
 from cacheservice.persistence.files import (
     Header,
-    ReadOn,
     RowsUnpacker,
     SnapshotWriter,
     fingerprint,
@@ -95,9 +95,9 @@ class SnapshotStore(Service):
     :param keep_generations: files kept of a dataset, at least 1.
     :param release: gets the groups of loaded rows when nobody reads them any more.
     :param reactor: `IReactorTime`, whose `seconds` are monotonic, and `IReactorThreads`.
-    :param wall_s: the wall clock, in seconds since 1970: how old the rows of a file are that was written before the
-        machine was started.
-    :param boot: the run of the machine's kernel.
+    :param wall_s: the wall clock, in seconds since 1970: the age of files that were written before the machine was
+        started, or on another one, is counted by it.
+    :param host: this machine and the run of its kernel.
     """
 
     name = "persistence"
@@ -112,7 +112,7 @@ class SnapshotStore(Service):
         reactor: Any,
         log: Any,
         wall_s: Callable[[], float] = time.time,
-        boot: str | None = None,
+        host: clock.Host | None = None,
     ) -> None:
         self.problems: dict[str, str] = {}
         self._cache = cache
@@ -124,7 +124,7 @@ class SnapshotStore(Service):
         self._reactor = reactor
         self._log = log
         self._wall_s = wall_s
-        self._boot = clock.boot_id() if boot is None else boot
+        self._host = clock.Host.here() if host is None else host
         self._saved: dict[str, _Saved] = {}
         self._saved_rows: dict[str, dict[int, ref[Rows]]] = {}
         self._wanted: set[_Names] = set()
@@ -235,6 +235,7 @@ class SnapshotStore(Service):
                 generation=dataset.last_generation,
                 rows=snapshot.rows.count,
                 age_s=seconds(dataset.age_s() or 0.0),
+                age_uncertain=snapshot.age_uncertain,
                 took_s=seconds(self._reactor.seconds() - began_at),
             )
 
@@ -298,15 +299,12 @@ class SnapshotStore(Service):
                 # Nothing says that the file is bad: it stays where it is.
                 raise SnapshotRejected(f"{path.name}: it cannot be read: {file_errors.reason(error)}") from error
         self._saved_rows.setdefault(settings.name, {})[generation] = ref(rows)
-        if header.read_on is None:
-            age_s = max(0.0, self._wall_s() - header.as_of.timestamp())
-        else:
-            age_s = header.read_on.age_s(self._wall_s(), self._boot, clock.seconds())
+        age = header.age(self._wall_s(), clock.seconds(), self._host)
         return Snapshot(
             generation,
             rows,
             header.as_of,
-            self._reactor.seconds() - age_s,
+            self._reactor.seconds() - age.seconds,
             header.database_snapshot,
             header.columns,
             source="disk",
@@ -315,6 +313,7 @@ class SnapshotStore(Service):
             server=header.server,
             content_since=header.content_since,
             dependencies=Dependencies.from_text(header.dependencies),
+            age_uncertain=age.uncertain,
         )
 
     async def _read(self, path: Path, settings: DatasetSettings, generation: int) -> tuple[Header, Rows]:
@@ -502,7 +501,7 @@ class SnapshotStore(Service):
     def _read_on(self, snapshot: Snapshot) -> ReadOn:
         age_s = self._reactor.seconds() - snapshot.read_at
         wall_s, boot_s = self._wall_s() - age_s, clock.seconds() - age_s
-        return ReadOn(int(wall_s * 1e6), self._boot, int(boot_s * 1e6))
+        return ReadOn(int(wall_s * 1e6), self._host.boot, int(boot_s * 1e6), self._host.machine)
 
     def _succeed(self, part: _Part, kept: set[int], size_bytes: int, took_s: float) -> None:
         header = part.header

@@ -108,7 +108,12 @@ def _now_and_next(dataset: Dataset) -> str:
 
 
 def _last(dataset: Dataset) -> str:
-    words = [_last_attempt(dataset), f"not saved: {dataset.save_problem}" if dataset.save_problem else ""]
+    uncertain = dataset.snapshot.age_uncertain if dataset.snapshot else None
+    words = [
+        _last_attempt(dataset),
+        f"age uncertain: {uncertain}" if uncertain else "",
+        f"not saved: {dataset.save_problem}" if dataset.save_problem else "",
+    ]
     return ", ".join(filter(None, words))
 
 
@@ -244,6 +249,8 @@ def _state_sentences(dataset: Dataset) -> Iterator[str]:
         f"Generation {dataset.snapshot.generation} with {dataset.snapshot.rows.count:,} rows is served, "
         f"as of {dataset.snapshot.as_of.isoformat(timespec='seconds')} by the database's clock."
     )
+    if dataset.snapshot.age_uncertain is not None:
+        yield f"Its age is uncertain until the next refresh: {dataset.snapshot.age_uncertain}."
     if dataset.redefined:
         yield "It is the result of the query and key before the last reload, until those of now have been read."
     if (change := dataset.snapshot.change) is not None:

@@ -57,7 +57,7 @@ export function levelOf(dataset, age) {
   const state = stateOf(dataset, age);
   const failing = dataset.consecutive_failures > 0;
   if (state === "expired" || (state === "never_loaded" && failing)) return "alarm";
-  if (state === "stale" || failing || dataset.held || dataset.save_problem || dataset.differences) return "warning";
+  if (state === "stale" || failing || dataset.held || dataset.save_problem || dataset.differences || dataset.age_uncertain) return "warning";
   return state === "never_loaded" || dataset.pinned ? "waiting" : "fine";
 }
 
@@ -73,6 +73,7 @@ export function stateWords(dataset, age) {
   if (dataset.held) words.push("held");
   if (dataset.pinned) words.push("pinned");
   if (dataset.consecutive_failures) words.push("failing");
+  if (dataset.age_uncertain) words.push("of uncertain age");
   if (dataset.save_problem) words.push("not saved");
   if (dataset.differences) words.push("differs");
   return words.join(", ");
@@ -126,6 +127,7 @@ export function problem(dataset, { age, since, nextIn, endedAgo, behind }, isDow
   }
   if (dataset.pinned) said.push(" An operator has pinned it, so nothing newer is served.");
   if (dataset.accepts_next) said.push(" An operator has accepted the next result, whatever the gates say.");
+  if (dataset.age_uncertain) said.push(` Their age is uncertain until the next refresh: ${sentenceEnd(dataset.age_uncertain)}`);
   if (dataset.save_problem) said.push(` It cannot be saved: ${sentenceEnd(dataset.save_problem)}`);
   if (dataset.differences) said.push(` Checks have mended ${plural(dataset.differences, "row")} of whose change no trigger told.`);
   said.push(" ", { strong: nextSentence(dataset, nextIn, behind) });
