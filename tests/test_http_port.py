@@ -43,7 +43,7 @@ from cacheservice.ports.http.guard import Guard
 from cacheservice.ports.http.negotiation import codings, media_type
 from cacheservice.ports.http.problem import Problem
 from cacheservice.ports.listen import tcp
-from cacheservice.ports.throttle import LONG_WAIT_S, SHORT_WAIT_S
+from cacheservice.ports.throttle import LONG_WAIT_S, SHORT_WAIT_S, Throttle
 
 MOMENT = datetime(2026, 1, 2, 3, 4, 5, 678000, tzinfo=UTC)
 GIVE_UP_S = 60.0  # a client that waits longer than this for its answer has hung
@@ -1441,6 +1441,32 @@ class Token(PortTestCase):
             self.assertIn('error="invalid_token"', answer.headers["www-authenticate"])
             self.assertNotIn(self.token.encode(), answer.body)
 
+    async def test_guesses_from_a_shared_address(self) -> None:
+        """Once the address has sent it, the right token is let in whatever others of that address guess.
+
+        Theirs are refused at once, and so is the right token of an address that has not sent it.
+        """
+        guard = self.factory._guard
+        assert guard is not None
+        guard._throttle = throttle = Throttle(self.clock.seconds)  # it stands still
+        right, path = {"Authorization": f"Bearer {self.token}"}, "/v1/datasets/products/rows/1"
+        for _ in range(60):
+            throttle.failed("127.0.0.1")
+        await self.assert_problem(path, 429, "too many wrong tokens", **right)
+        self.clock.advance(60)
+        self.assertEqual((await self.ask(path, **right)).status, 200)
+        for _ in range(60):
+            throttle.failed("127.0.0.1")
+        for _ in range(3):
+            answer = await self.assert_problem(path, 429, "too many wrong tokens", Authorization="Bearer wrong")
+            self.assertEqual(answer.headers["retry-after"], "2")
+            self.assertEqual((await self.ask(path, **right)).status, 200)
+        self.assertEqual(self.factory.rejected["auth_failed"], 4)
+        self.clock.advance(3601)
+        for _ in range(60):
+            throttle.failed("127.0.0.1")
+        await self.assert_problem(path, 429, "too many wrong tokens", **right)
+
     async def test_two_authorizations_are_refused(self) -> None:
         """A second Authorization header is not weighed against the first."""
         good = f"Authorization: Bearer {self.token}\r\n".encode()
@@ -1456,7 +1482,7 @@ class Guesses(SynchronousTestCase):
 
     def guess(self, host: str = "192.0.2.1") -> list[Problem]:
         problems: list[Problem] = []
-        self.guard.admit(host)
+        self.guard.admit(host, b"Bearer wrong")
         refused = Deferred.fromCoroutine(self.guard.refuse_wrong(host, lambda: False))
         refused.addErrback(lambda failure: problems.append(failure.value))
         return problems
@@ -1471,7 +1497,7 @@ class Guesses(SynchronousTestCase):
         return float(self.clock.seconds() - began_at)
 
     def test_a_guess_waits(self) -> None:
-        """As the throttle of all ports has it: see test_throttle.py."""
+        """As the throttle of each port has it: see test_throttle.py."""
         waits = [round(self.waited_s(), 3) for _ in range(30)]
         self.assertEqual((waits[0], waits[-1]), (SHORT_WAIT_S, LONG_WAIT_S))
 
@@ -1479,12 +1505,36 @@ class Guesses(SynchronousTestCase):
         """Guesses in parallel are no way around the wait: with 32 waiting, not even the right token is looked at."""
         waiting = [self.guess() for _ in range(32)]
         with self.assertRaises(Problem) as caught:
-            self.guard.admit("192.0.2.1")
+            self.guard.admit("192.0.2.1", b"Bearer secret")
         self.assertEqual(caught.exception.status, 429)
-        self.guard.admit("192.0.2.2")
+        self.guard.admit("192.0.2.2", b"Bearer secret")
         self.clock.advance(LONG_WAIT_S)
         self.assertTrue(all(waiting))
-        self.guard.admit("192.0.2.1")
+        self.guard.admit("192.0.2.1", b"Bearer secret")
+
+    def test_each_token_proves_itself_only(self) -> None:
+        """An address that has sent the token for reading cannot guess at the other one while its places are taken."""
+        self.guard = Guard("secret", "admin", rejected.none_yet(), self.clock)
+        self.assertTrue(self.guard.accepts("192.0.2.1", b"Bearer secret"))
+        self.assertFalse(self.guard.accepts_commands("192.0.2.1", b"Bearer secret"))
+        self.assertFalse(self.guard.accepts("192.0.2.1", b"Basic admin"))
+        waiting = [self.guess() for _ in range(32)]
+        self.guard.admit("192.0.2.1", b"Bearer secret")
+        for guess in (b"Bearer admin", b"Basic secret", b"Bearer wrong", b""):
+            with self.assertRaises(Problem) as caught:
+                self.guard.admit("192.0.2.1", guess)
+            self.assertEqual(caught.exception.status, 429)
+        self.clock.advance(LONG_WAIT_S)
+        self.assertTrue(all(waiting))
+        self.assertTrue(self.guard.accepts_commands("192.0.2.1", b"Bearer admin"))
+        waiting = [self.guess() for _ in range(32)]
+        self.guard.admit("192.0.2.1", b"Bearer admin")
+        # A replaced token proves its address for the next one.
+        self.guard.replace("new secret", "admin")
+        self.guard.admit("192.0.2.1", b"Bearer new secret")
+        with self.assertRaises(Problem):
+            self.guard.admit("192.0.2.1", b"Bearer secret")
+        self.clock.advance(LONG_WAIT_S)
 
     def test_a_guesser_that_goes(self) -> None:
         """A wait that is cancelled leaves no timer, and its place stays taken: going is no way around the wait."""
@@ -1494,7 +1544,7 @@ class Guesses(SynchronousTestCase):
             refused.cancel()
         self.assertEqual(self.clock.getDelayedCalls(), [])
         with self.assertRaises(Problem):
-            self.guard.admit("192.0.2.1")
+            self.guard.admit("192.0.2.1", b"Bearer secret")
 
 
 class ProbesOnly(PortTestCase):

@@ -1095,6 +1095,46 @@ class Password(PortTestCase):
                 self.factory.throttle.failed("127.0.0.1")
             self.assertRegex(await self.ask(*words), "^WRONGPASS too many wrong passwords from this address")
 
+    async def test_guesses_from_a_shared_address(self) -> None:
+        """Once the address has sent it, the right password is let in whatever others of that address guess.
+
+        Theirs still wait for their answers.
+        """
+        now = Clock()
+        self.factory.throttle = shared = throttle.Throttle(now.seconds)
+        self.assertEqual(await self.ask("AUTH", self.password), b"OK")
+        for words in (("AUTH", self.password), ("AUTH", "default", self.password)):
+            for _ in range(60):
+                shared.failed("127.0.0.1")
+            self.assertEqual(await self.ask(*words), b"OK")
+        began = reactor.seconds()
+        self.assertTrue((await self.ask("AUTH", "wrong")).startswith("WRONGPASS invalid"))
+        self.assertGreaterEqual(reactor.seconds() - began, throttle.LONG_WAIT_S - 0.01)
+        self.assertTrue((await self.ask("AUTH", "other", self.password)).startswith("WRONGPASS invalid"))
+        self.assertEqual(self.factory.rejected["auth_failed"], 2)
+        await until(lambda: not self.factory.clients)
+        now.advance(3601)
+        for _ in range(60):
+            shared.failed("127.0.0.1")
+        self.assertRegex(await self.ask("AUTH", self.password), "^WRONGPASS too many wrong passwords from this address")
+
+    async def test_a_pool_that_connects_again(self) -> None:
+        """An address is known for as long as a connection that sent the password is open, and an hour longer."""
+        now = Clock()
+        self.factory.throttle = shared = throttle.Throttle(now.seconds)
+        client, stranger = self.connect(), self.connect()
+        self.addCleanup(client.socket.close)
+        self.assertEqual(await deferToThread(client.ask, "AUTH", self.password), b"OK")
+        now.advance(36_000)
+        stranger.socket.close()
+        await until(lambda: len(self.factory.clients) == 1)
+        self.assertFalse(shared.is_proven("127.0.0.1", "resp.password"))
+        client.socket.close()
+        await until(lambda: not self.factory.clients)
+        for _ in range(60):
+            shared.failed("127.0.0.1")
+        self.assertEqual(await self.ask("AUTH", self.password), b"OK")
+
     async def test_many_at_once(self) -> None:
         """A pipeline of guesses gets one answer a delay, not all at once."""
         client = self.connect()

@@ -156,7 +156,7 @@ class Rotating(SynchronousTestCase):
         self.rotation.watch(lambda secrets: guard.replace(secrets.token, secrets.admin_token))
         waiting = [Deferred.fromCoroutine(guard.refuse_wrong("192.0.2.1", lambda: False)) for _ in range(32)]
         with self.assertRaises(Problem) as refused:
-            guard.admit("192.0.2.1")
+            guard.admit("192.0.2.1", b"Bearer old token")
         self.assertEqual(refused.exception.status, 429)
         self.reactor.pool.run()
         self.reactor.advance(LONG_WAIT_S)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from cacheservice.ports.throttle import LONG_WAIT_S, SHORT_WAIT_S, Throttle
+from cacheservice.ports.throttle import LONG_WAIT_S, PROVEN_S, SHORT_WAIT_S, Throttle
 
 HOST = "192.0.2.1"
 
@@ -70,3 +70,23 @@ class Waits(SynchronousTestCase):
         for number in range(3000):
             self.throttle.failed(f"10.{number // 250}.{number % 250}.1")
         self.assertLessEqual(len(self.throttle._networks), 1024)
+
+    def test_proven_addresses(self) -> None:
+        """A right secret proves its address for itself, for an hour."""
+        self.throttle.succeeded(HOST, "a")
+        self.clock.advance(PROVEN_S)
+        self.assertTrue(self.throttle.is_proven(HOST, "a"))
+        self.assertFalse(self.throttle.is_proven(HOST, "b"))
+        self.assertFalse(self.throttle.is_proven("192.0.2.2", "a"))
+        self.clock.advance(1)
+        self.assertFalse(self.throttle.is_proven(HOST, "a"))
+
+    def test_few_proven_addresses_are_kept(self) -> None:
+        """The least recent ones are forgotten."""
+        for number in range(5000):
+            self.throttle.succeeded(f"10.{number // 250}.{number % 250}.1", "a")
+            self.throttle.succeeded(HOST, "a")
+        self.assertLessEqual(len(self.throttle._proven_at), 1024)
+        self.assertTrue(self.throttle.is_proven(HOST, "a"))
+        self.assertTrue(self.throttle.is_proven("10.19.249.1", "a"))
+        self.assertFalse(self.throttle.is_proven("10.0.0.1", "a"))

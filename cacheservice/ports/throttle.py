@@ -1,9 +1,14 @@
-"""How long a wrong password or token waits for its answer: one throttle for all ports.
+"""How long a wrong password or token waits for its answer. Each port has a throttle of its own.
 
 Real clients give up early and try again: redis-py waits 5 s for an answer and makes eleven attempts. So the first
 failures of an address are answered almost at once, the rest after 2 s. The wait slows a guesser only if it cannot wait
 for many answers at once, nor skip one by closing the connection: each failure occupies one of 32 places for its whole
 wait, and with none left the next password of that address is not looked at. That is 16 guesses a second.
+
+All clients behind a proxy have one address, and a guesser among them would lock out the others. So a right secret
+proves its address for an hour: secrets of a proven address are compared although no place is left. A right one is
+let in, a wrong one is refused as before. A guesser who shares a proven address therefore has as many guesses as it
+can send.
 """
 
 from __future__ import annotations
@@ -19,6 +24,8 @@ _FREE_FAILURES = 24
 _FORGIVEN_PER_S = 0.5
 _MOST_WAITING = 32
 _MOST_NETWORKS = 1024
+PROVEN_S = 3600.0
+_MOST_PROVEN = 1024
 
 
 class _Failures:
@@ -41,9 +48,27 @@ class Throttle:
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
         self._networks: OrderedDict[object, _Failures] = OrderedDict()
+        self._proven_at: OrderedDict[tuple[str, str], float] = OrderedDict()
+
+    def succeeded(self, host: str, secret: str) -> None:
+        """Remember that the address has sent the right secret; the least recent ones are forgotten first.
+
+        :param secret: the name of it: an address that knows one secret may guess at another.
+        """
+        proven_at, proof = self._proven_at, (host, secret)
+        proven_at[proof] = self._now()
+        proven_at.move_to_end(proof)
+        if len(proven_at) > _MOST_PROVEN:
+            proven_at.popitem(last=False)
+
+    def is_proven(self, host: str, secret: str) -> bool:
+        """Whether the address has sent that secret within the last hour, so that it is compared in any case."""
+        at = self._proven_at.get((host, secret))
+        return at is not None and self._now() - at <= PROVEN_S
 
     def is_full(self, host: str) -> bool:
-        """Whether so many failures of that network wait that the next password must not be looked at."""
+        """Whether so many failures of that network wait that the next password of an unproven address must not be
+        looked at."""
         failures = self._networks.get(_network(host))
         if failures is None:
             return False

@@ -186,10 +186,10 @@ class Answers:
         if authorization is None:
             guard.refuse_missing()
         host = request.host()
-        guard.admit(host)
-        return (
-            None if guard.accepts(authorization) else self._refuse_wrong(request, lambda: guard.accepts(authorization))
-        )
+        guard.admit(host, authorization)
+        if guard.accepts(host, authorization):
+            return None
+        return self._refuse_wrong(request, lambda: guard.accepts(host, authorization))
 
     async def _refuse_wrong(self, request: Request, is_right: Callable[[], bool], setting: str = "http.token") -> Reply:
         """Refuse a wrong token, or answer the request if the token turns out to be right by now."""
@@ -216,11 +216,11 @@ class Answers:
         authorization, host = request.headers.get(b"authorization"), request.host()
         if authorization is None:
             guard.refuse_missing(_ADMIN_TOKEN)
-        guard.admit(host)
-        if not guard.accepts_commands(authorization):
-            if guard.accepts(authorization):
+        guard.admit(host, authorization)
+        if not guard.accepts_commands(host, authorization):
+            if guard.accepts(host, authorization):
                 raise Problem(403, f"this token may only read; send that of {_ADMIN_TOKEN}")
-            return self._refuse_wrong(request, lambda: guard.accepts_commands(authorization), _ADMIN_TOKEN)
+            return self._refuse_wrong(request, lambda: guard.accepts_commands(host, authorization), _ADMIN_TOKEN)
         if b"transfer-encoding" in request.headers or request.headers.get(b"content-length", b"0").strip(b"0"):
             raise Problem(413, "a command takes no request body")
         parameters.check(_query(request))
@@ -305,10 +305,11 @@ class Answers:
         access = "read"
         if guard is not None and authorization is not None:
             # Whoever sends a token where none is needed wants to know whether it is the right one.
-            guard.admit(request.host())
-            if not guard.accepts(authorization):
-                return self._refuse_wrong(request, lambda: guard.accepts(authorization), _ADMIN_TOKEN)
-            access = "admin" if guard.accepts_commands(authorization) else "read"
+            host = request.host()
+            guard.admit(host, authorization)
+            if not guard.accepts(host, authorization):
+                return self._refuse_wrong(request, lambda: guard.accepts(host, authorization), _ADMIN_TOKEN)
+            access = "admin" if guard.accepts_commands(host, authorization) else "read"
         _negotiated(request, (_EVENTS,))
         head = heads.plain_head(200, _EVENTS, self._wall_s())
         # nginx would keep the events until it has a buffer full.

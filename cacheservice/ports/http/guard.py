@@ -1,9 +1,9 @@
-"""The token: compared in constant time; who guesses at it from one address waits for the answer."""
+"""The tokens: compared in constant time; the answers to wrong ones wait, the more of them an address sends."""
 
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from twisted.internet.task import deferLater
@@ -14,6 +14,7 @@ from cacheservice.ports.rotation import Look, no_files
 from cacheservice.ports.throttle import LONG_WAIT_S, Throttle
 
 _CHALLENGE = b'WWW-Authenticate: Bearer realm="cacheservice"'
+_ADMIN_TOKEN = "http.admin_token"  # noqa: S105  # its name
 CHALLENGE = _CHALLENGE + b"\r\n"
 
 
@@ -40,20 +41,35 @@ class Guard:
 
     def replace(self, token: str, admin_token: str) -> None:
         """Let in who has these tokens from now on, and nobody else."""
-        self._tokens = [each.encode() for each in (token, admin_token) if each]
-        self._admin_tokens = [admin_token.encode()] if admin_token else []
+        named = {"http.token": token, _ADMIN_TOKEN: admin_token}
+        self._tokens = {name: each.encode() for name, each in named.items() if each}
+        self._admin_tokens = {_ADMIN_TOKEN: admin_token.encode()} if admin_token else {}
 
-    def accepts(self, authorization: bytes) -> bool:
-        """Whether an Authorization header holds a token that may read."""
-        return _holds(authorization, self._tokens)
+    def accepts(self, host: str, authorization: bytes) -> bool:
+        """Whether an Authorization header holds a token that may read; a right one proves its address."""
+        return self._accepts(host, authorization, self._tokens)
 
-    def accepts_commands(self, authorization: bytes) -> bool:
-        """Whether an Authorization header holds the token that may change something."""
-        return _holds(authorization, self._admin_tokens)
+    def accepts_commands(self, host: str, authorization: bytes) -> bool:
+        """Whether an Authorization header holds the token that may change something; that proves its address."""
+        return self._accepts(host, authorization, self._admin_tokens)
 
-    def admit(self, host: str) -> None:
-        """:raises Problem: 429 while too many wrong tokens of that address wait for their answer."""
-        if self._throttle.is_full(host):
+    def _accepts(self, host: str, authorization: bytes, tokens: Mapping[str, bytes]) -> bool:
+        found = _found(authorization, tokens)
+        for name in found:
+            self._throttle.succeeded(host, name)
+        return bool(found)
+
+    def admit(self, host: str, authorization: bytes) -> None:
+        """Let the header be looked at, unless too many wrong tokens of that address wait for their answer.
+
+        Even then a token is compared that the address has sent before.
+
+        :raises Problem: 429.
+        """
+        if not self._throttle.is_full(host):
+            return
+        proven = {name: token for name, token in self._tokens.items() if self._throttle.is_proven(host, name)}
+        if not _found(authorization, proven):
             self._rejected["auth_failed"] += 1
             raise Problem(429, "too many wrong tokens from this address", b"Retry-After: %d\r\n" % LONG_WAIT_S)
 
@@ -81,9 +97,10 @@ class Guard:
         raise Problem(401, f"this is not the token of {setting}", _CHALLENGE + b', error="invalid_token"\r\n')
 
 
-def _holds(authorization: bytes, tokens: list[bytes]) -> bool:
+def _found(authorization: bytes, tokens: Mapping[str, bytes]) -> list[str]:
+    """Return the names of the tokens that an Authorization header holds."""
     scheme, _, given = authorization.partition(b" ")
     given = given.strip(b" ")
-    # All of them are compared, so that the time tells nothing of which.
-    matches = [hmac.compare_digest(given, token) for token in tokens]
-    return any(matches) and scheme.lower() == b"bearer"
+    # All of them are compared, so that the time does not depend on the one that matches.
+    matches = [name for name, token in tokens.items() if hmac.compare_digest(given, token)]
+    return matches if scheme.lower() == b"bearer" else []

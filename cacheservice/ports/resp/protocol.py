@@ -52,6 +52,7 @@ _NOT_QUEUED = (b"exec", b"discard", b"multi", b"quit", b"reset")
 _NOAUTH = reply.error("NOAUTH Authentication required.")
 _INTERNAL_ERROR = reply.error("ERR internal error; its traceback is in the log")
 _WRONGPASS = reply.error("WRONGPASS invalid username-password pair or user is disabled.")
+_PASSWORD = "resp.password"  # noqa: S105  # its name
 _UNREAD_PASS = reply.error("WRONGPASS too many wrong passwords from this address, so this one was not looked at")
 
 
@@ -127,6 +128,9 @@ class RespProtocol(Protocol):
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self._closing = True
+        if self._authenticated and self.factory.commands.wants_password:
+            # Pools keep connections for hours, and all of one may have to be made again at once.
+            self.factory.throttle.succeeded(self._address, _PASSWORD)
         self.factory.door.left(self, was_admitted=self._admitted)
         self._stream = None
         self._release()
@@ -511,13 +515,14 @@ class RespProtocol(Protocol):
     def _authenticate(self, user: bytes, password: bytes, then: Any) -> Reply:
         """Check a password; a wrong one waits for its answer."""
         factory = self.factory
-        if factory.throttle.is_full(self._address):
+        is_full = factory.throttle.is_full(self._address)
+        if is_full and not factory.throttle.is_proven(self._address, _PASSWORD):
             factory.rejected["auth_failed"] += 1
             return deferLater(factory.clock, LONG_WAIT_S, lambda: _UNREAD_PASS)
         if factory.commands.accepts(user, password):
-            self._authenticated = True
-            self._settle()
-            return then()  # type: ignore[no-any-return]
+            return self._let_in(then)
+        if is_full:
+            return self._refuse_password(LONG_WAIT_S)
         # Counted first: while the file is read, guesses would be free.
         wait_s = factory.throttle.failed(self._address)
         looking = factory.look()
@@ -530,6 +535,10 @@ class RespProtocol(Protocol):
         if not self.factory.commands.accepts(user, password):
             return self._refuse_password(wait_s)
         self.factory.throttle.withdraw(self._address)
+        return self._let_in(then)
+
+    def _let_in(self, then: Any) -> Reply:
+        self.factory.throttle.succeeded(self._address, _PASSWORD)
         self._authenticated = True
         self._settle()
         return then()  # type: ignore[no-any-return]
