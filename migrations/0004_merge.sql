@@ -3,8 +3,8 @@
 
 COMMENT ON COLUMN cacheservice.watched.form IS
     '2: its functions never fail a writer, and belong to the owner of cacheservice.changes. '
-    '3: they limit the bytes of the keys of a statement, too, and record none of an UPDATE of a partitioned table that may '
-    'be a MERGE.';
+    '3: they limit the bytes of the keys of a statement, too, record none of an UPDATE of a partitioned table that may '
+    'be a MERGE, and the one for rows survives a change of the table''s columns.';
 COMMENT ON COLUMN cacheservice.changes.keys IS
     'The keys of its rows before and after, as text; an array of arrays if a key has several columns. '
     'NULL: unknown, after a TRUNCATE, a statement that changed more than a million rows or 100 MB of keys, one whose key has '

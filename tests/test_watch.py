@@ -369,6 +369,75 @@ class Recording(Watching):
         self.sql("SET session_replication_role = replica")
         self.assert_recorded("items", "INSERT INTO items VALUES (1, 'a')", "1")
 
+    def test_columns_that_change_below_open_sessions(self) -> None:
+        """Writers that keep plans from before an ALTER TABLE go on, and their keys are recorded: by the triggers for
+        statements, by those for rows (as in applied replications), and by both."""
+        alterations = (
+            "ALTER TABLE items ADD added text DEFAULT 'q'",
+            "ALTER TABLE items DROP COLUMN spare",
+            "ALTER TABLE items ALTER n TYPE bigint",
+            "ALTER TABLE items ALTER id TYPE bigint",
+            "ALTER TABLE items ALTER id TYPE text",
+            "ALTER TABLE items DROP COLUMN id, ADD id int",
+        )
+        for kind, writers, role in (
+            ("r", "statements", "origin"),
+            ("r", "rows", "replica"),
+            ("r", "both", "replica"),
+            ("r", "both", "origin"),
+            ("p", "rows", "replica"),
+            ("i", "rows", "replica"),
+        ):
+            self.sql(
+                "DROP TABLE IF EXISTS items CASCADE",
+                f"CREATE TABLE items (spare text, n int, id int) {'PARTITION BY HASH (n)' if kind == 'p' else ''}",
+                *(["CREATE TABLE part (id int, n int, spare text)"] if kind == "p" else []),
+                *(["ALTER TABLE items ATTACH PARTITION part FOR VALUES WITH (MODULUS 1, REMAINDER 0)"] * (kind == "p")),
+                *(["CREATE TABLE child (own int) INHERITS (items)"] if kind == "i" else []),
+            )
+            self.watch("items")
+            ((number,),) = self.sql("SELECT max(id) FROM cacheservice.watched")
+            names = {"r": ["items"], "p": ["part"], "i": ["items", "child"]}[kind]
+            for name in names:
+                if writers == "rows":
+                    self.sql(*(f"ALTER TABLE {name} DISABLE TRIGGER cacheservice_{number}_{event}" for event in EVENTS))
+                elif role == "origin" and writers == "both":
+                    self.sql(f"ALTER TABLE {name} DISABLE TRIGGER ALL; ALTER TABLE {name} ENABLE TRIGGER ALL")
+            writer = self.open()
+            writer.execute(f"SET session_replication_role = {role}")
+            target = names[-1] if kind != "p" or writers == "rows" else "items"
+            for alteration in ("SELECT", *(each for each in alterations if kind != "p" or " n TYPE" not in each)):
+                self.sql(alteration)
+                self.rows()
+                for statement in (
+                    f"INSERT INTO {target} (id, n) VALUES (7, 1)",
+                    f"UPDATE {target} SET n = 2 WHERE id::text = '7'",
+                    f"DELETE FROM {target} WHERE n = 2",
+                ):
+                    with self.subTest(kind=kind, writers=writers, role=role, after=alteration, statement=statement):
+                        writer.execute(statement)
+                        self.assertEqual(self.keys(), {"7"})
+
+    def test_a_table_that_has_another_oid(self) -> None:
+        """As after a dump was restored: replicated sessions go on after the type of the key changed, without keys."""
+        self.watch("items")
+        ((definition, oid),) = self.sql(
+            "SELECT pg_get_functiondef('cacheservice.record_1_row()'::regprocedure), 'items'::regclass::oid::text"
+        )
+        self.sql(definition.replace(f"'{oid}'", "'999999'"))
+        self.sql(*(f"ALTER TABLE items DISABLE TRIGGER cacheservice_1_{event}" for event in EVENTS))
+        writer = self.open()
+        writer.execute("SET session_replication_role = replica; INSERT INTO items VALUES (1)")
+        self.sql("ALTER TABLE items ALTER id TYPE bigint")
+        self.rows()
+        for statement in (
+            "INSERT INTO items VALUES (2)",
+            "UPDATE items SET name = 'x' WHERE id = 2",
+            "DELETE FROM items WHERE id = 2",
+        ):
+            writer.execute(statement)
+        self.assertEqual(self.rows(), [(1, None)] * 3)
+
     def test_more_bytes_than_an_array_may_have(self) -> None:
         """A statement that changes rows with more bytes of keys than the limit is recorded as a TRUNCATE is; the limit
         holds for the keys before and after, alone or in a key of several columns, and for applied replications."""

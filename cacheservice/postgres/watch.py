@@ -57,7 +57,7 @@ def watch(
             *_tidying(session, found.oid),
             *(_removing(session, number, found.family) if known else ()),
             _registering(cursor, number, found, key, notify),
-            *recording(cursor, number, key, notify, partitioned=found.is_partitioned),
+            *recording(cursor, number, found.oid, key, notify, partitioned=found.is_partitioned),
             *triggers(cursor, number, found),
             *_owning(session, number),
         ]
@@ -115,7 +115,7 @@ def renew(session: Session) -> None:
     """
     outdated = session.rows(
         """
-        SELECT w.id, w.key_columns::text[], w.notifies, c.relkind = 'p'
+        SELECT w.id, c.oid::bigint, w.key_columns::text[], w.notifies, c.relkind = 'p'
         FROM cacheservice.watched AS w JOIN pg_class AS c ON c.oid = w.relation
         WHERE w.form BETWEEN 2 AND %s AND %s = (
             SELECT count(*) FROM pg_proc AS p JOIN pg_class AS t ON t.relowner = p.proowner
@@ -126,8 +126,10 @@ def renew(session: Session) -> None:
         """,
         (_FORM - 1, len((*EVENTS, ROW)), [*EVENTS, ROW]),
     )
-    for number, key, notify, partitioned in outdated:
-        for statement in recording(session.cursor, number, key, notify, partitioned=partitioned, replace=True):
+    for number, relation, key, notify, partitioned in outdated:
+        for statement in recording(
+            session.cursor, number, relation, key, notify, partitioned=partitioned, replace=True
+        ):
             session.cursor.execute(statement)
         session.cursor.execute("UPDATE cacheservice.watched SET form = %s WHERE id = %s", (_FORM, number))
 
