@@ -5,6 +5,7 @@ COMMENT ON COLUMN cacheservice.changes.keys IS
     'The keys of its rows before and after, as text; an array of arrays if a key has several columns. '
     'NULL: unknown, after a TRUNCATE, a statement that changed more than a million rows, or one whose key has no column.';
 UPDATE cacheservice.watched SET form = 2 WHERE form > 2;
+DROP FUNCTION cacheservice.oldest_change();
 DELETE FROM cacheservice._yoyo_migration WHERE migration_id = '0004_merge';
 
 -- As 0003_bookkeeping.sql has it.

@@ -1,5 +1,5 @@
 -- What one statement may change unseen: a MERGE that moves rows to another partition, more keys than an array can hold,
--- rows of a foreign table.
+-- rows of a foreign table. And how old the oldest recorded change is.
 
 COMMENT ON COLUMN cacheservice.watched.form IS
     '2: its functions never fail a writer, and belong to the owner of cacheservice.changes. '
@@ -268,3 +268,36 @@ $$;
 COMMENT ON FUNCTION cacheservice.changes(jsonb, pg_snapshot, integer) IS
     'What was changed in watched tables by transactions that a snapshot does not see, for those who may read them.';
 REVOKE ALL ON FUNCTION cacheservice.changes(jsonb, pg_snapshot, integer) FROM PUBLIC;
+
+-- The oldest recorded change: `prune` deletes by xid, and finds the oldest among the first of each watch.
+CREATE OR REPLACE FUNCTION cacheservice.oldest_change()
+RETURNS TABLE (changed_at timestamptz, xid xid8)
+LANGUAGE plpgsql
+STABLE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    RETURN QUERY
+    SELECT c.changed_at, c.xid
+    FROM cacheservice.watched AS w CROSS JOIN LATERAL (
+        SELECT f.changed_at, f.xid FROM cacheservice.changes AS f WHERE f.watched = w.id ORDER BY f.xid LIMIT 100
+    ) AS c
+    ORDER BY c.changed_at LIMIT 1;
+END
+$$;
+COMMENT ON FUNCTION cacheservice.oldest_change() IS 'When the oldest recorded change was made, and by which transaction.';
+REVOKE ALL ON FUNCTION cacheservice.oldest_change() FROM PUBLIC;
+-- For the readers that there are.
+DO $$
+DECLARE
+    reader regrole;
+BEGIN
+    FOR reader IN
+        SELECT a.grantee FROM pg_proc AS p CROSS JOIN LATERAL aclexplode(p.proacl) AS a
+        WHERE p.oid = 'cacheservice.prune(interval, integer)'::regprocedure AND a.grantee NOT IN (0, p.proowner)
+    LOOP
+        EXECUTE format('GRANT EXECUTE ON FUNCTION cacheservice.oldest_change() TO %s', reader);
+    END LOOP;
+END
+$$;

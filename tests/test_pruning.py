@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
+from typing import Any
 
+from twisted.internet import reactor
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.trial.unittest import SynchronousTestCase
 
+from cacheservice import shipped
 from cacheservice.cache.describe import describe
 from cacheservice.cache.identity import ServerIdentity
-from cacheservice.cache.lag import NO_LAG
+from cacheservice.cache.lag import NO_LAG, Lag
 from cacheservice.config import OWN_CHANNEL
 from cacheservice.errors import QueryFailed
 from cacheservice.ports.report import why
-from cacheservice.postgres.database import Pruned, Reading
+from cacheservice.postgres.database import Database, Reading
+from cacheservice.postgres.migrate import migrate
+from cacheservice.postgres.reader import create_reader
+from cacheservice.postgres.recorded import Recorded
+from cacheservice.postgres.target import parse
+from cacheservice.postgres.watch import watch
+from tests.postgres import connect, drop_role
+from tests.standby import running_standby
+from tests.test_database import TIMEOUT_S, DatabaseTestCase
 from tests.test_refresher import AS_OF, World
 
 WATCH = [{"table": "products", "key": "id"}]
@@ -23,50 +35,182 @@ OFF = "products or a partition of it lacks a trigger of ours"
 class Pruning(SynchronousTestCase):
     def setUp(self) -> None:
         self.world = World(watch=WATCH)
-        self.answers: list[Pruned | Exception] = []
+        self.answers: list[int | Exception] = []
         self.asked_at: list[float] = []
 
-        def prune(keep_s: float) -> Deferred[Pruned]:
+        def prune(keep_s: float) -> Deferred[int]:
             self.assertEqual(keep_s, 3600.0)
             self.asked_at.append(self.world.now_s)
-            answer = self.answers.pop(0)
+            answer = self.answers.pop(0) if self.answers else 0
             return fail(answer) if isinstance(answer, Exception) else succeed(answer)
 
         self.world.database.pruning = prune
         self.world.service.startService()
         self.addCleanup(self.world.service.stopService)
 
+    def keep(self, oldest_s: float | None, in_the_way: str | None = None, *, in_recovery: bool = False) -> None:
+        """The database keeps 1,000 recorded changes, the oldest of that age, and a minute passes."""
+        self.world.database.kept = Recorded(in_recovery, 1_000, True, oldest_s, in_the_way)
+        self.world.clock.advance(60)
+
     def why(self) -> str:
         return why(self.world.dataset, self.world.cache)
 
+    def facts(self) -> dict[str, Any]:
+        found: dict[str, Any] = describe(self.world.cache)["postgres"]
+        return found
+
+    def logged(self) -> list[str]:
+        """The levels of the log's lines about changes that are not deleted."""
+        return [level for level, event, _ in self.world.log.lines if event == "changes_not_pruned"]
+
     def test_until_it_is_done(self) -> None:
         """While a call deletes as many as it may, another follows, and then the next minute's."""
-        self.answers = [Pruned(10_000, 25_000), Pruned(10_000, 15_000), Pruned(4_000, 1_000), Pruned(0, 1_000)]
-        self.world.clock.advance(60)
+        self.answers = [10_000, 10_000, 4_000]
+        self.keep(None)
         self.assertEqual(self.asked_at, [60, 60, 60])
-        self.assertEqual(describe(self.world.cache)["postgres"]["recorded_changes"], 1_000)
+        self.assertEqual(self.facts()["recorded_changes"], 1_000)
+        self.assertEqual(self.facts()["oldest_recorded_change_s"], 0.0)
         self.world.clock.advance(60)
         self.assertEqual(self.asked_at, [60, 60, 60, 120])
 
     def test_a_failure(self) -> None:
-        """It is logged once as a warning, `why` and the facts say so, and the next success ends it."""
-        self.answers = [QueryFailed("permission denied for function prune")] * 2 + [Pruned(0, 7)]
-        self.world.clock.advance(60)
-        self.world.clock.advance(60)
-        told = [level for level, event, _ in self.world.log.lines if event == "changes_not_pruned"]
-        self.assertEqual(told, ["warning", "debug"])
+        """It is logged once as a warning, `why` and the facts have it, and the next success ends it."""
+        self.keep(10.0)
+        self.answers = [QueryFailed("permission denied for function prune")] * 2
+        self.keep(10.0)
+        self.assertIsNone(self.facts()["oldest_recorded_change_s"])
+        self.keep(10.0)
+        self.assertEqual(self.logged(), ["warning", "debug"])
         self.assertIn("are not deleted, so that the database fills with them: permission denied", self.why())
-        self.assertIn("permission denied", describe(self.world.cache)["postgres"]["prune_problem"])
-        self.world.clock.advance(60)
+        self.assertIn("permission denied", self.facts()["prune_problem"])
+        self.keep(10.0)
         self.assertNotIn("not deleted", self.why())
-        self.assertIsNone(describe(self.world.cache)["postgres"]["prune_problem"])
+        self.assertIsNone(self.facts()["prune_problem"])
+        self.assertEqual(self.facts()["oldest_recorded_change_s"], 10.0)
+
+    def test_a_transaction_in_the_way(self) -> None:
+        """It is reported once changes are kept for ten minutes longer than an hour, until they are not."""
+        self.keep(4_200.0, "session 7 of shop")
+        self.assertEqual((self.logged(), self.facts()["prune_problem"]), ([], None))
+        self.keep(4_201.0, "session 7 of shop")
+        self.keep(4_261.0, "session 7 of shop")
+        self.assertEqual(self.logged(), ["warning", "debug"])
+        self.assertIn("fills with them: session 7 of shop.", self.why())
+        self.keep(4_321.0)
+        self.assertIn("has not caught up", self.why())
+        self.keep(3_600.0)
+        self.assertIsNone(self.facts()["prune_problem"])
 
     def test_a_standby(self) -> None:
-        """It is not asked, and the statement for cron on the primary is named."""
-        self.world.cache.database.seen(ServerIdentity("shop", 5, "reader", in_recovery=True, started_us=1), NO_LAG)
+        """Nothing is deleted there; while the primary deletes, nothing is reported, however late the standby is.
+
+        Otherwise the statement for cron on the primary is named.
+        """
+        standby = ServerIdentity("shop", 5, "reader", in_recovery=True, started_us=1)
+        self.world.cache.database.seen(standby, NO_LAG)
+        self.keep(3_660.0, in_recovery=True)
+        self.assertEqual(self.facts()["prune_problem"], None)
+        self.assertEqual(self.facts()["recorded_changes"], 1_000)
+        self.keep(4_300.0, in_recovery=True)
+        self.assertIn("cron on the primary run SELECT cacheservice.prune('1 hour')", self.why())
+        self.world.cache.database.seen(standby, Lag(600.0))
+        self.keep(4_300.0, in_recovery=True)
+        self.assertIsNone(self.facts()["prune_problem"])
+        self.world.database.kept = Recorded(in_recovery=True, kept=None, may_ask=False)
         self.world.clock.advance(60)
+        self.assertIn("cacheservice migrate --reader", self.why())
+        self.assertIsNone(self.facts()["oldest_recorded_change_s"])
         self.assertEqual(self.asked_at, [])
-        self.assertIn("cron on the primary say SELECT cacheservice.prune('1 hour')", self.why())
+
+
+class OnServers(DatabaseTestCase):
+    """What the database is asked for, by a reader without further rights."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        dsn = self.server.dsn(database=self.name)
+        migrate(dsn, shipped.folder("migrations"))
+        self.reader = f"reader_{self.name}"
+        create_reader(dsn, self.reader, password="secret")
+        self.addCleanup(drop_role, self.server, self.name, self.reader)
+        self.sql("CREATE TABLE items (id int)")
+        watch(dsn, "items", ["id"], False, False, self.fail)
+        self.database = self.make_database(user=self.reader, password="secret")
+
+    def record(self) -> None:
+        """A change of three hours ago."""
+        self.sql("INSERT INTO items VALUES (1)")
+        self.sql("UPDATE cacheservice.changes SET changed_at = changed_at - interval '3 h'")
+
+    async def test_nothing_in_the_way(self) -> None:
+        """The oldest is found until it is deleted."""
+        self.record()
+        recorded = await self.database.recorded(TIMEOUT_S)
+        self.assertGreater(recorded.oldest_s or 0.0, 10_000)
+        self.assertIsNone(recorded.in_the_way)
+        self.assertEqual(await self.database.prune(3600.0, TIMEOUT_S), 1)
+        recorded = await self.database.recorded(TIMEOUT_S)
+        self.assertTrue(recorded.may_ask)
+        self.assertIsNone(recorded.oldest_s)
+
+    async def test_an_open_transaction(self) -> None:
+        """The session that keeps changes from being deleted is named, whatever its database; its idle ones are not."""
+        for database in (self.name, "postgres"):
+            with closing(connect(self.server, database)) as session, session.cursor() as cursor:
+                cursor.execute("BEGIN; SELECT pg_current_xact_id()")
+                self.record()
+                await self.database.prune(3600.0, TIMEOUT_S)
+                recorded = await self.database.recorded(TIMEOUT_S)
+                self.assertGreater(recorded.oldest_s or 0.0, 10_000)
+                words = recorded.in_the_way or ""
+                self.assertIn(f"session {session.info.backend_pid} of postgres (cacheservice tests", words)
+                self.assertIn(f"pg_terminate_backend({session.info.backend_pid})", words)
+                self.assertEqual("database postgres" in words, database == "postgres")
+                cursor.execute("COMMIT; BEGIN; SELECT 1")
+                await self.database.prune(3600.0, TIMEOUT_S)
+                self.assertIsNone((await self.database.recorded(TIMEOUT_S)).oldest_s)
+
+    async def test_a_prepared_transaction(self) -> None:
+        """It is named, with how to end it."""
+        with closing(connect(self.server, self.name)) as session, session.cursor() as cursor:
+            cursor.execute(f"BEGIN; SELECT pg_current_xact_id(); PREPARE TRANSACTION '{self.name}'")
+        self.record()
+        recorded = await self.database.recorded(TIMEOUT_S)
+        self.assertIn(f"ROLLBACK PREPARED '{self.name}'", recorded.in_the_way or "")
+        self.sql(f"ROLLBACK PREPARED '{self.name}'")
+
+    async def test_before_the_migration(self) -> None:
+        """Without the function, or the right to call it, changes are deleted and their age is not known."""
+        self.record()
+        for statement in (
+            f"REVOKE EXECUTE ON FUNCTION cacheservice.oldest_change() FROM {self.reader}",
+            "DROP FUNCTION cacheservice.oldest_change()",
+        ):
+            self.sql(statement)
+            recorded = await self.database.recorded(TIMEOUT_S)
+            self.assertEqual((recorded.may_ask, recorded.oldest_s), (False, None))
+        self.assertEqual(await self.database.prune(3600.0, TIMEOUT_S), 1)
+
+    async def test_a_standby(self) -> None:
+        """It answers, too."""
+        self.record()
+        with running_standby(self.server) as standby:
+            database = Database(
+                reactor, parse(standby(user=self.reader, password="secret", database=self.name)), TIMEOUT_S, self.status
+            )
+            self.addCleanup(database.stop)
+            recorded = await database.recorded(TIMEOUT_S)
+            database.end_kept()
+        self.assertTrue(recorded.in_recovery)
+        self.assertGreater(recorded.oldest_s or 0.0, 10_000)
+
+    async def test_readers_of_an_older_migration(self) -> None:
+        """The migration lets a reader that may delete changes ask for the oldest."""
+        self.sql((shipped.folder("migrations") / "0004_merge.rollback.sql").read_text(encoding="utf-8"))
+        self.assertFalse((await self.database.recorded(TIMEOUT_S)).may_ask)
+        migrate(self.server.dsn(database=self.name), shipped.folder("migrations"))
+        self.assertTrue((await self.database.recorded(TIMEOUT_S)).may_ask)
 
 
 class DeltasOff(SynchronousTestCase):

@@ -20,7 +20,8 @@ from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset, State
 from cacheservice.config import DatasetSettings
 from cacheservice.errors import Blocker, DatabaseUnavailable, LockTimeout, QueryFailed, UnknownDataset
-from cacheservice.postgres.database import Pruned, Reading, Wanted
+from cacheservice.postgres.database import Reading, Wanted
+from cacheservice.postgres.recorded import Recorded
 from cacheservice.refresh.drain import Drain
 from cacheservice.refresh.service import CacheService
 
@@ -67,7 +68,8 @@ class FakeDatabase:
         self.reads: list[Read] = []
         self.raising: Exception | None = None
         self.after_failure: Callable[[Failure], object] = lambda failure: failure
-        self.pruning: Callable[[float], Deferred[Pruned]] = lambda keep_s: succeed(Pruned(0, None))
+        self.pruning: Callable[[float], Deferred[int]] = lambda keep_s: succeed(0)
+        self.kept = Recorded(in_recovery=False, kept=None, may_ask=False)
         self._clock = clock
 
     def read_together(self, wanted: Sequence[Wanted]) -> Deferred[list[Reading]]:
@@ -81,8 +83,11 @@ class FakeDatabase:
             raise self.raising
         return read.result.addErrback(self.after_failure).addCallback(lambda reading: [reading])
 
-    def prune(self, keep_s: float, timeout_s: float) -> Deferred[Pruned]:
+    def prune(self, keep_s: float, timeout_s: float) -> Deferred[int]:
         return self.pruning(keep_s)
+
+    def recorded(self, timeout_s: float) -> Deferred[Recorded]:
+        return succeed(self.kept)
 
     @property
     def running(self) -> list[Read]:

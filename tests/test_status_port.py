@@ -247,6 +247,7 @@ class Replies(PortTestCase):
                     "listening": False,
                     "standby": None,
                     "recorded_changes": None,
+                    "oldest_recorded_change_s": None,
                     "prune_problem": None,
                 },
                 "datasets": {

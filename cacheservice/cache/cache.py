@@ -23,8 +23,8 @@ class DatabaseStatus:
     `listening_wanted` says whether any dataset waits for notifications; `listening` whether they arrive, as it was
     last proven at `listening_proven_at` on the monotonic clock; `listening_problem` why they do not. `server` is the
     one that was read last, None before the first read; `lag` how far it was behind its primary, if it is a standby.
-    `recorded_changes` are those that the triggers have recorded and nobody has deleted, None if that is not known;
-    `prune_problem` is why the last attempt to delete old ones failed.
+    `recorded_changes` are those that the triggers have recorded and nobody has deleted, and `oldest_change_s` is the
+    age of the oldest, 0 without any; None if that is not known. `prune_problem` is why old ones are still there.
     """
 
     def __init__(self) -> None:
@@ -40,14 +40,12 @@ class DatabaseStatus:
         self.queued: Callable[[], int] = lambda: 0
         self._login_refused: Callable[[], None] | None = None
         self.recorded_changes: int | None = None
+        self.oldest_change_s: float | None = None
         self.prune_problem: str | None = None
 
-    def pruned(self, kept: int | None) -> None:
-        """Old recorded changes were deleted; the database keeps `kept` by its statistics, None if it has none."""
-        self.recorded_changes, self.prune_problem = kept, None
-
-    def not_pruned(self, problem: str) -> None:
-        self.prune_problem = problem
+    def pruned(self, problem: str | None, kept: int | None, oldest_s: float | None) -> None:
+        """Old recorded changes were deleted, or not because of `problem`; None stands for an unknown count or age."""
+        self.prune_problem, self.recorded_changes, self.oldest_change_s = problem, kept, oldest_s
 
     def answered(self) -> None:
         self.state, self.error = "up", None

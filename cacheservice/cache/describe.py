@@ -46,6 +46,7 @@ def describe_database(database: DatabaseStatus) -> dict[str, Any]:
         if database.server is None or not database.server.in_recovery
         else {"lag_s": seconds(database.lag.seconds), "known": database.lag.known, "problem": database.lag.problem},
         "recorded_changes": database.recorded_changes,
+        "oldest_recorded_change_s": None if database.oldest_change_s is None else seconds(database.oldest_change_s),
         "prune_problem": database.prune_problem,
     }
 

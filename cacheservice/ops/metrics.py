@@ -250,7 +250,7 @@ class _Service:
         if any(dataset.settings.watch for dataset in cache.datasets.values()):
             yield GaugeMetricFamily(
                 "cacheservice_prune_failing",
-                "1 while old recorded changes cannot be deleted; not there if no dataset has watch.",
+                "1 while old recorded changes are not deleted; not there if no dataset has watch.",
                 int(database.prune_problem is not None),
             )
             if database.recorded_changes is not None:
@@ -258,6 +258,12 @@ class _Service:
                     "cacheservice_recorded_changes",
                     "Recorded changes that the database keeps, by its statistics; not there before the first pruning.",
                     database.recorded_changes,
+                )
+            if database.oldest_change_s is not None:
+                yield GaugeMetricFamily(
+                    "cacheservice_recorded_changes_age_seconds",
+                    "Age of the oldest recorded change that the database keeps, 0 without any; not there if unknown.",
+                    round(database.oldest_change_s, 3),
                 )
         yield GaugeMetricFamily(
             "cacheservice_refresh_queue_depth",

@@ -29,12 +29,13 @@ from cacheservice.errors import (
     LockTimeout,
     QueryFailed,
 )
-from cacheservice.postgres import bad_bytes, deltas, dependencies, dependency_search
+from cacheservice.postgres import bad_bytes, deltas, dependencies, dependency_search, recorded
 from cacheservice.postgres.blockers import find_blockers
 from cacheservice.postgres.connector import Connector
 from cacheservice.postgres.guard import GuardedConnection
 from cacheservice.postgres.keys import Key, KeyForm, literal
 from cacheservice.postgres.prepared import Prepared
+from cacheservice.postgres.recorded import Recorded
 from cacheservice.postgres.server import LIFE, Life, Servers
 from cacheservice.postgres.session_settings import (
     Limits,
@@ -74,7 +75,7 @@ BEGIN READ WRITE;
 SET LOCAL statement_timeout = {statement_ms};
 SET LOCAL lock_timeout = {statement_ms};
 SET LOCAL client_connection_check_interval = 1000;
-SELECT cacheservice.prune({keep_s} * interval '1 s'), pg_stat_get_live_tuples(to_regclass('cacheservice.changes'))
+SELECT cacheservice.prune({keep_s} * interval '1 s')
 """
 
 PRUNED_A_CALL = 10_000
@@ -178,13 +179,6 @@ class _ReadAllAgain(Exception):
     def __init__(self, because: Mapping[str, str]) -> None:
         super().__init__(because)
         self.because = because
-
-
-class Pruned(NamedTuple):
-    """How many recorded changes were deleted, and how many are left by the server's statistics, if it has any."""
-
-    deleted: int
-    kept: int | None
 
 
 class _Moment(NamedTuple):
@@ -293,19 +287,31 @@ class Database:
         finally:
             wanted = ()  # an error keeps `use`, and with it the snapshots to start from
 
-    def prune(self, keep_s: float, timeout_s: float) -> Deferred[Pruned]:
-        """Delete recorded changes that are older than `keep_s`, at most `PRUNED_A_CALL` of each watch.
+    def prune(self, keep_s: float, timeout_s: float) -> Deferred[int]:
+        """Delete recorded changes that are older than `keep_s`, at most `PRUNED_A_CALL` of each watch; return how many.
 
         :raises RefreshFailed: one of its subclasses.
         """
         deadline_at = self._reactor.seconds() + timeout_s
 
-        async def use(guard: GuardedConnection) -> Pruned:
+        async def use(guard: GuardedConnection) -> int:
             statement_ms = _rounded(guard.remaining_s() * 1000 * _STATEMENT_SHARE)
             cursor = await guard.execute(_PRUNE.format(statement_ms=statement_ms, keep_s=keep_s))
-            ((deleted, kept),) = cursor.fetchall()
+            ((deleted,),) = cursor.fetchall()
             await guard.execute("COMMIT")
-            return Pruned(int(deleted), None if kept is None else int(kept))
+            return int(deleted)
+
+        return self._sessions.use("prunes", deadline_at, use)
+
+    def recorded(self, timeout_s: float) -> Deferred[Recorded]:
+        """Ask for the recorded changes that the database keeps; a standby answers, too.
+
+        :raises RefreshFailed: one of its subclasses.
+        """
+        deadline_at = self._reactor.seconds() + timeout_s
+
+        async def use(guard: GuardedConnection) -> Recorded:
+            return await recorded.ask(guard, _rounded(guard.remaining_s() * 1000 * _STATEMENT_SHARE))
 
         return self._sessions.use("prunes", deadline_at, use)
 

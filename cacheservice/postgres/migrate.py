@@ -77,7 +77,7 @@ DECLARE
 BEGIN
     FOR function IN
         SELECT p.oid FROM pg_proc AS p WHERE p.pronamespace = 'cacheservice'::regnamespace
-        AND p.proname ~ '^(record_\d+_[a-z]+|changes|prune|note_deleted)$'
+        AND p.proname ~ '^(record_\d+_[a-z]+|changes|prune|note_deleted|oldest_change)$'
     LOOP
         EXECUTE format('DROP FUNCTION %s CASCADE', function);
     END LOOP;

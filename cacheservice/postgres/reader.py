@@ -17,6 +17,7 @@ from cacheservice.postgres.migrate import act_as_owner
 _FUNCTIONS = (
     "blocking_sessions(integer)",
     "changes(jsonb, pg_snapshot, integer)",
+    "oldest_change()",
     "prune(interval, integer)",
     "wal_receiver()",
 )

@@ -29,7 +29,8 @@ from cacheservice.errors import (
     Stopped,
     let_go,
 )
-from cacheservice.postgres.database import Pruned, Reading, Wanted
+from cacheservice.postgres.database import Reading, Wanted
+from cacheservice.postgres.recorded import Recorded
 from cacheservice.refresh.backoff import full_jitter
 from cacheservice.refresh.expiry import ExpiryWatch
 from cacheservice.refresh.gates import refusal
@@ -41,7 +42,9 @@ class Reads(Protocol):
 
     def read_together(self, wanted: Sequence[Wanted]) -> Deferred[list[Reading]]: ...
 
-    def prune(self, keep_s: float, timeout_s: float) -> Deferred[Pruned]: ...
+    def prune(self, keep_s: float, timeout_s: float) -> Deferred[int]: ...
+
+    def recorded(self, timeout_s: float) -> Deferred[Recorded]: ...
 
     def end_kept(self) -> None: ...
 

@@ -17,13 +17,13 @@ from cacheservice.config import OWN_CHANNEL, DatasetSettings, groups
 from cacheservice.errors import CacheServiceError, NothingToRollBackTo, RefreshFailed, Stopped, UnknownDataset
 from cacheservice.postgres.database import PRUNED_A_CALL
 from cacheservice.postgres.deltas import watched_ids
+from cacheservice.postgres.recorded import Recorded
 from cacheservice.refresh.budget import Budget
 from cacheservice.refresh.drain import Drain
+from cacheservice.refresh.pruning import CHANGES_KEPT_S, kept_because
 from cacheservice.refresh.refresher import Reads, Refresher
 from cacheservice.refresh.slots import Slots
 
-CHANGES_KEPT_S = 3600.0
-"""A dataset that was not refreshed for longer reads all rows."""
 _BURST = 100
 """Notifications in a row that are no coincidence: a transaction that sends thousands."""
 _BURST_PAUSE_S = 0.005
@@ -194,29 +194,32 @@ class CacheService(Service):
         if not any(dataset.settings.watch for dataset in self._cache.datasets.values()):
             return
         database = self._cache.database
-        if database.server is not None and database.server.in_recovery:
-            self._not_pruned(
-                "this is a standby, where nothing can be deleted; let cron on the primary say "
-                "SELECT cacheservice.prune('1 hour')"
-            )
-            return
-        deleted, until = 0, self._clock.seconds() + _PRUNE_INTERVAL_S / 2
+        can_delete = database.server is None or not database.server.in_recovery
+        total, until = 0, self._clock.seconds() + _PRUNE_INTERVAL_S / 2
         try:
-            while True:
-                pruned = await self._database.prune(CHANGES_KEPT_S, _PRUNE_TIMEOUT_S)
-                deleted += pruned.deleted
-                if pruned.deleted < PRUNED_A_CALL or self._clock.seconds() >= until:
+            while can_delete:
+                deleted = await self._database.prune(CHANGES_KEPT_S, _PRUNE_TIMEOUT_S)
+                total += deleted
+                if deleted < PRUNED_A_CALL or self._clock.seconds() >= until:
                     break
+            recorded = await self._database.recorded(_PRUNE_TIMEOUT_S)
         except RefreshFailed as error:
-            self._not_pruned(str(error))
+            self._pruned(str(error), total, None)
         else:
-            database.pruned(pruned.kept)
-            self._log.debug("changes_pruned", rows=deleted, kept=pruned.kept)
+            self._pruned(kept_because(recorded, database.lag.seconds), total, recorded)
 
-    def _not_pruned(self, problem: str) -> None:
-        is_new = self._cache.database.prune_problem != problem
-        self._cache.database.not_pruned(problem)
-        getattr(self._log, "warning" if is_new else "debug")("changes_not_pruned", error=problem)
+    def _pruned(self, problem: str | None, deleted: int, recorded: Recorded | None) -> None:
+        database = self._cache.database
+        is_new = problem != database.prune_problem
+        count, oldest_s = (recorded.kept, recorded.oldest_s or 0.0) if recorded is not None else (None, None)
+        if recorded is not None and not recorded.may_ask:
+            oldest_s = None
+        database.pruned(problem, count, oldest_s)
+        if problem is None:
+            self._log.debug("changes_pruned", rows=deleted, kept=count)
+        else:
+            level = "warning" if is_new else "debug"
+            getattr(self._log, level)("changes_not_pruned", error=problem, kept=count, oldest_s=oldest_s)
 
     def redeclare(self, declared: Sequence[DatasetSettings], *, moved: bool = False) -> Declared:
         """Have these datasets from this turn of the reactor on; those that stay what they are notice nothing.
