@@ -649,3 +649,159 @@ class BlindSpots(Inspecting):
             problems = [finding.text for finding in found.findings if finding.level == "problem"]
             self.assertEqual(len(problems) > 0, bool(told), (sql, problems))
             self.assertIn(told, "".join(problems), sql)
+
+    def test_rows_that_belong_to_other_keys(self) -> None:
+        """Each watched table that is read must be tied to the key by the columns of its watch, each time it is read."""
+        self.watch_shop()
+        products, prices = {"table": "shop.products", "key": "id"}, {"table": "shop.prices", "key": "product_id"}
+        cats, orders = {"table": "shop.cats", "key": "id"}, {"table": "shop.orders", "key": "id"}
+        for sql, watches, level, told in (
+            ("SELECT id, (SELECT max(name) FROM shop.products) AS m FROM shop.products", [products], "problem",
+             "a row depends on rows of shop.products whose id is not its id"),
+            ("SELECT id FROM shop.products WHERE id > (SELECT avg(id) FROM shop.products)", [products], "problem",
+             "a row depends on rows of shop.products"),
+            ("SELECT c.id, p.name FROM shop.cats AS c LEFT JOIN shop.cats AS p ON p.id = c.parent", [cats], "problem",
+             "a row depends on rows of shop.cats"),
+            ("SELECT parent AS id, count(*) FROM shop.cats GROUP BY parent", [cats], "problem",
+             "a row depends on rows of shop.cats whose id is not its id"),
+            ("SELECT id, n FROM shop.parents", [cats], "problem", "a row depends on rows of shop.cats"),
+            ("SELECT p.id, c.name FROM shop.products AS p JOIN shop.cats AS c ON c.id = length(p.name)",
+             [products, cats], "problem", "a row depends on rows of shop.cats"),
+            ("SELECT c.id, o.id AS other FROM shop.cats AS c JOIN shop.orders AS o ON o.cat = c.id", [cats, orders],
+             "problem", "a row depends on rows of shop.orders"),
+            ("SELECT o.id, p.id AS other FROM shop.orders AS o JOIN shop.orders AS p ON p.cat = o.cat", [orders],
+             "problem", "a row depends on rows of shop.orders"),
+            ("SELECT id FROM shop.products WHERE id NOT IN (SELECT product_id FROM shop.prices)", [products, prices],
+             "hint", "a row seems to depend on rows of shop.prices whose product_id is not its id"),
+            ("WITH RECURSIVE t AS (SELECT id, parent FROM shop.cats WHERE parent IS NULL UNION ALL "
+             "SELECT c.id, c.parent FROM shop.cats AS c JOIN t ON c.parent = t.id) SELECT id FROM t", [cats],
+             "problem", "a recursive query"),
+            ("SELECT p.id, r.note FROM shop.products AS p JOIN "
+             "(SELECT * FROM shop.prices ORDER BY amount LIMIT 3) AS r ON r.product_id = p.id",
+             [products, prices], "problem", "by LIMIT"),
+            ("SELECT p.id, (SELECT max(r.note) FROM (SELECT * FROM shop.prices ORDER BY amount LIMIT 3) AS r "
+             "WHERE r.product_id = p.id) FROM shop.products AS p", [products, prices], "problem", "by LIMIT"),
+            ("SELECT DISTINCT ON (name) id, name FROM shop.cats ORDER BY name, id", [cats], "problem", "DISTINCT ON"),
+            ("SELECT id, name FROM shop.firsts", [cats], "problem", "DISTINCT ON"),
+            ("SELECT id FROM shop.products TABLESAMPLE BERNOULLI (50)", [products], "problem", "TABLESAMPLE"),
+            ("SELECT id, pg_current_snapshot()::text FROM shop.products", [products], "problem",
+             "pg_current_snapshot() changes by itself"),
+            ("SELECT id, (SELECT count(*) FROM pg_stat_activity) FROM shop.products", [products], "problem",
+             "pg_stat_get_activity()"),
+            ("SELECT id, shop.cat_name(id) FROM shop.products", [products], "problem",
+             "shop.cats is read by shop.cat_name() and not watched"),
+            ("SELECT id, shop.outer_name(id) FROM shop.products", [products], "problem",
+             "shop.cats is read by shop.cat_name() and not watched"),
+            ("SELECT id, shop.parsed_name(id) FROM shop.products", [products], "problem",
+             "shop.cats is read by shop.parsed_name() and not watched"),
+            ("SELECT id, shop.view_name(id) FROM shop.products", [products], "problem",
+             "shop.cats is read by shop.view_name() and not watched"),
+            ("SELECT id, shop.cat_name(id) FROM shop.products", [products, cats], "hint",
+             "shop.cat_name() reads shop.cats, and may read rows with another key"),
+            ("SELECT id, shop.put_together(id) FROM shop.products", [products], "hint",
+             "shop.put_together() names shop.cats, which is not watched"),
+        ):  # fmt: skip
+            found = self.look(sql, "id", watch=watches)
+            texts = [(each.level, each.text) for each in found.findings if each.text.startswith("watch: ")]
+            self.assertEqual({each for each, _ in texts}, {level}, (sql, texts))
+            self.assertIn(told, str(texts), sql)
+
+    def test_rows_that_belong_to_the_key(self) -> None:
+        """Joins by the key, rows that are aggregated by it, views and partitions have no finding, in any plan."""
+        self.watch_shop()
+        products, prices = {"table": "shop.products", "key": "id"}, {"table": "shop.prices", "key": "product_id"}
+        cats, orders = {"table": "shop.cats", "key": "id"}, {"table": "shop.orders", "key": "id"}
+        lines, names = {"table": "shop.lines", "key": "order_id"}, {"table": "shop.names", "key": "code"}
+        plans: tuple[dict[str, str], ...] = (
+            {},
+            {"enable_hashjoin": "off", "enable_hashagg": "off"},
+            {"enable_hashjoin": "off", "enable_mergejoin": "off", "enable_seqscan": "off"},
+            {"enable_nestloop": "off", "enable_hashjoin": "off"},
+            {"enable_partitionwise_join": "on", "enable_partitionwise_aggregate": "on"},
+        )
+        for sql, watches in (
+            ("SELECT p.id, p.name, r.amount FROM shop.products AS p JOIN shop.prices AS r ON r.product_id = p.id "
+             "WHERE r.currency = 'EUR'", [products, prices]),
+            ("SELECT p.id, p.name, count(r.note), max(r.amount) FROM shop.products AS p "
+             "LEFT JOIN shop.prices AS r ON r.product_id = p.id GROUP BY p.id", [products, prices]),
+            ("SELECT product_id AS id, sum(amount) FROM shop.prices GROUP BY product_id", [prices]),
+            ("SELECT p.id, (SELECT max(amount) FROM shop.prices WHERE product_id = p.id) FROM shop.products AS p",
+             [products, prices]),
+            ("SELECT p.id, r.most FROM shop.products AS p JOIN (SELECT product_id, max(amount) AS most "
+             "FROM shop.prices GROUP BY product_id) AS r ON r.product_id = p.id", [products, prices]),
+            ("WITH r AS MATERIALIZED (SELECT product_id, amount FROM shop.prices) "
+             "SELECT p.id, r.amount FROM shop.products AS p JOIN r ON r.product_id = p.id AND r.amount < 7",
+             [products, prices]),
+            ("SELECT p.id, (SELECT r.note FROM shop.prices AS r WHERE r.product_id = p.id ORDER BY r.amount LIMIT 1) "
+             "FROM shop.products AS p", [products, prices]),
+            ("SELECT p.id, r.note FROM shop.products AS p LEFT JOIN LATERAL (SELECT note FROM shop.prices "
+             "WHERE product_id = p.id ORDER BY amount LIMIT 1) AS r ON true", [products, prices]),
+            ("SELECT p.id, (SELECT max(currency) FROM shop.prices WHERE product_id = p.id) FROM shop.products AS p",
+             [products, prices]),
+            ("SELECT id FROM shop.products AS p WHERE EXISTS (SELECT FROM shop.prices WHERE product_id = p.id)",
+             [products, prices]),
+            ("SELECT id FROM shop.products WHERE id IN (SELECT product_id FROM shop.prices)", [products, prices]),
+            ("SELECT DISTINCT id, name FROM shop.products", [products]),
+            ("SELECT DISTINCT ON (p.id) p.id, r.amount FROM shop.products AS p "
+             "JOIN shop.prices AS r ON r.product_id = p.id ORDER BY p.id, r.amount", [products, prices]),
+            ("SELECT id, amount FROM shop.offers WHERE amount < 7", [products, prices]),
+            ("SELECT parent AS id, count(*) FROM shop.cats WHERE parent IS NOT NULL GROUP BY parent",
+             [{"table": "shop.cats", "key": "parent"}]),
+            ("SELECT id, n FROM shop.parents WHERE id IS NOT NULL", [{"table": "shop.cats", "key": "parent"}]),
+            ("SELECT a.id, b.name FROM shop.cats AS a JOIN shop.cats AS b ON b.id = a.id", [cats]),
+            ("SELECT id, cat FROM shop.orders", [orders]),
+            ("SELECT o.id, count(*) FROM shop.orders AS o JOIN shop.lines AS l ON l.order_id = o.id GROUP BY o.id",
+             [orders, lines]),
+            ("SELECT o.id, (SELECT count(*) FROM shop.lines WHERE order_id = o.id) FROM shop.orders AS o",
+             [orders, lines]),
+            ("SELECT o.id, c.name FROM shop.orders AS o JOIN shop.cats AS c ON c.id = o.id WHERE o.id = 5",
+             [orders, cats]),
+            ("SELECT a.code AS id, b.code AS other FROM shop.names AS a JOIN shop.names AS b ON b.code = a.code::text",
+             [names]),
+            ("SELECT id, shop.twice(id) FROM shop.products", [products]),
+        ):  # fmt: skip
+            for settings in plans:
+                found = self.look(sql, "id", watch=watches, settings=settings)
+                texts = [each.text for each in found.findings if each.text.startswith("watch: ")]
+                self.assertEqual(texts, [], (sql, settings))
+
+    def watch_shop(self) -> None:
+        migrate(self.owner, shipped.folder("migrations"))
+        query(
+            self.server,
+            self.database,
+            """
+            CREATE TABLE shop.cats (id integer PRIMARY KEY, name text, parent integer);
+            INSERT INTO shop.cats SELECT n, 'cat ' || n, nullif(n / 2, 0) FROM generate_series(1, 100) AS n;
+            CREATE VIEW shop.parents AS SELECT parent AS id, count(*) AS n FROM shop.cats WHERE parent > 0 GROUP BY 1;
+            CREATE VIEW shop.firsts AS SELECT DISTINCT ON (name) id, name FROM shop.cats ORDER BY name, id;
+            CREATE TABLE shop.orders (id integer PRIMARY KEY, cat integer) PARTITION BY RANGE (id);
+            CREATE TABLE shop.orders_1 PARTITION OF shop.orders FOR VALUES FROM (0) TO (500);
+            CREATE TABLE shop.orders_2 PARTITION OF shop.orders FOR VALUES FROM (500) TO (2000);
+            INSERT INTO shop.orders SELECT n, n FROM generate_series(1, 1000) AS n;
+            CREATE TABLE shop.lines (order_id integer, line integer, PRIMARY KEY (order_id, line))
+                PARTITION BY RANGE (order_id);
+            CREATE TABLE shop.lines_1 PARTITION OF shop.lines FOR VALUES FROM (0) TO (500);
+            CREATE TABLE shop.lines_2 PARTITION OF shop.lines FOR VALUES FROM (500) TO (2000);
+            INSERT INTO shop.lines SELECT n, 1 FROM generate_series(1, 1000) AS n;
+            CREATE TABLE shop.names (code varchar(20) PRIMARY KEY);
+            INSERT INTO shop.names SELECT n FROM generate_series(1, 100) AS n;
+            CREATE FUNCTION shop.cat_name(n integer) RETURNS text STABLE LANGUAGE plpgsql
+                AS 'BEGIN RETURN (SELECT name FROM shop.cats WHERE id = n); END';
+            CREATE FUNCTION shop.outer_name(n integer) RETURNS text STABLE LANGUAGE sql AS 'SELECT shop.cat_name(n)';
+            CREATE FUNCTION shop.parsed_name(n integer) RETURNS text STABLE LANGUAGE sql
+                RETURN (SELECT name FROM shop.cats WHERE id = n);
+            CREATE FUNCTION shop.view_name(n integer) RETURNS text STABLE LANGUAGE sql
+                AS 'SELECT name FROM shop.firsts WHERE id = n';
+            CREATE FUNCTION shop.put_together(n integer) RETURNS text STABLE LANGUAGE plpgsql
+                AS $$ DECLARE t text; BEGIN EXECUTE format('TABLE shop.%I', 'cats') INTO t; RETURN t; END $$;
+            CREATE FUNCTION shop.twice(n integer) RETURNS integer IMMUTABLE LANGUAGE plpgsql
+                AS 'BEGIN RETURN 2 * n; END';
+            """,
+        )
+        for table, key in (
+            ("products", "id"), ("prices", "product_id"), ("cats", "id"), ("cats", "parent"), ("orders", "id"),
+            ("lines", "order_id"), ("names", "code"),
+        ):  # fmt: skip
+            watch(self.owner, f"shop.{table}", [key], False, False, self.fail)
+        query(self.server, self.database, "ANALYZE")

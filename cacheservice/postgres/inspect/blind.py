@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from cacheservice.postgres.inspect.bodies import Reading, calls_in, definitions_of_views, tables_of_functions
+from cacheservice.postgres.inspect.links import Links, Scan, Value, column_of, output_of
 from cacheservice.postgres.inspect.look import Look
-from cacheservice.postgres.inspect.plans import nodes, scanned_table
+from cacheservice.postgres.inspect.plans import nodes
 
 _NODES = {
     "Limit": "which rows it leaves out by LIMIT depends on other rows",
     "WindowAgg": "a window function computes a row from other rows",
+    "Recursive Union": "a recursive query computes a row from other rows",
+    "Sample Scan": "TABLESAMPLE takes other rows each time",
 }
+_OF_SOME_ROWS = {"Limit", "WindowAgg"}
+"""Nodes that are harmless if they see no rows but those of one key."""
 _KINDS = {
     "m": "is a materialized view, whose REFRESH fires no trigger",
     "f": "is a foreign table, which others change unseen",
@@ -26,41 +32,88 @@ _EXPRESSIONS = (
     "Merge Cond",
     "One-Time Filter",
     "Sort Key",
+    "Function Call",
 )
 _CLOCKS = {"now", "statement_timestamp", "transaction_timestamp", "age"}
+_STATES = {"pg_current_snapshot", "txid_current_snapshot", "pg_current_xact_id_if_assigned", "txid_current_if_assigned"}
+_STATISTICS = "pg_stat_get_"
+_DISTINCT_ON = re.compile(r"\bDISTINCT\s+ON\s*\(((?:[^()]|\([^()]*\))*)\)", re.IGNORECASE)
 _CLOCK_WORDS = re.compile(r"\b(CURRENT_DATE|CURRENT_TIMESTAMP|CURRENT_TIME|LOCALTIME|LOCALTIMESTAMP)\b")
 
 
 def look_for_blind_spots(
-    look: Look, plan: Mapping[str, Any], origins: Sequence[tuple[int | None, int | None]], *, looks_fine: bool
+    look: Look,
+    plan: Mapping[str, Any],
+    places: Sequence[int],
+    origins: Sequence[tuple[int | None, int | None]],
+    *,
+    looks_fine: bool,
 ) -> None:
     """Add a problem for each reason why a delta would miss changes; only for datasets with `watch`.
 
+    :param places: where the columns of the key stand in the query's output.
     :param origins: the table and the number of the column of each part of the key, as the server describes them.
     :param looks_fine: whether nothing is known against the watches yet; else what may follow from that is left out.
     """
     if not look.dataset.watch:
         return
-    found = {str(node["Node Type"]) for node in nodes(plan)}
+    links = Links(plan)
+    output = output_of(plan)
+    key = [column_of(output[place]) if place < len(output) else None for place in places]
+    found = {
+        str(node["Node Type"])
+        for node in nodes(plan)
+        if not (node["Node Type"] in _OF_SOME_ROWS and links.within_key(node, key))
+    }
     for kind, why in _NODES.items():
         if kind in found:
             _add(look, why)
-    if looks_fine:
-        _look_at_tables(look, plan)
+    if "Unique" in found:
+        _look_at_distinct(look, places)
     _look_at_functions(look, plan)
+    found_before = len(look.found.findings)
     _look_at_key(look, origins, looks_fine=looks_fine)
+    if looks_fine:
+        key_is_fine = len(look.found.findings) == found_before
+        watched = _look_at_tables(look, links.scans)
+        if key_is_fine and "Recursive Union" not in found:
+            _look_at_links(look, links, watched, key)
+        _look_at_bodies(look, plan, links.scans)
 
 
 def _add(look: Look, why: str, todo: str = "") -> None:
     look.add("problem", f"watch: {why}; a delta misses such changes", todo or "leave watch out, or change the query")
 
 
-def _look_at_tables(look: Look, plan: Mapping[str, Any]) -> None:
-    scanned = sorted({scanned_table(node) for node in nodes(plan) if "Relation Name" in node})
+def _hint(look: Look, why: str, todo: str) -> None:
+    look.add("hint", f"watch: {why}; a delta may miss such changes", todo)
+
+
+def _look_at_tables(look: Look, scans: Sequence[Scan]) -> dict[tuple[str, str], list[int]]:
+    """Add the tables that are not watched; return the others, with the numbers of the watches that hold them."""
+    scanned = sorted({(scan.schema, scan.table) for scan in scans})
+    watched: dict[tuple[str, str], list[int]] = {}
+    for schema, name, table, kind, watches in _relations(look, scanned):
+        if watches:
+            watched[schema, name] = watches
+        else:
+            _add_unwatched(look, table, kind, f"{table} is read and not watched")
+    return watched
+
+
+def _add_unwatched(look: Look, table: str, kind: str, why: str) -> None:
+    if kind in _KINDS:
+        _add(look, f"{table} {_KINDS[kind]}")
+    else:
+        _add(look, why, f"watch {table} too, by the columns that hold the key")
+
+
+def _relations(look: Look, names: Collection[tuple[str, str]]) -> list[tuple[str, str, str, str, list[int]]]:
+    """The schema, name, quoted name and kind of each, and which watches hold it or a table above it."""
     look.cursor.execute(
         """
         WITH RECURSIVE named AS (
-            SELECT c.oid, format('%%I.%%I', n.nspname, c.relname) AS name, c.relkind::text AS kind
+            SELECT c.oid, n.nspname::text AS schema, c.relname::text AS table, c.relkind::text AS kind
             FROM unnest(%s::text[], %s::text[]) AS u (schema, name)
             JOIN pg_namespace AS n ON n.nspname = u.schema AND n.nspname NOT IN ('pg_catalog', 'information_schema')
             JOIN pg_class AS c ON c.relnamespace = n.oid AND c.relname = u.name
@@ -69,33 +122,106 @@ def _look_at_tables(look: Look, plan: Mapping[str, Any]) -> None:
             UNION
             SELECT a.oid, i.inhparent FROM above AS a JOIN pg_inherits AS i ON i.inhrelid = a.ancestor
         )
-        SELECT n.name, n.kind FROM named AS n
-        WHERE NOT EXISTS (
-            SELECT FROM above AS a JOIN unnest(%s::text[]) AS w (name) ON a.ancestor = to_regclass(w.name)::oid
+        SELECT n.schema, n.table, format('%%I.%%I', n.schema, n.table), n.kind, ARRAY(
+            SELECT DISTINCT w.place::int - 1 FROM above AS a
+            JOIN unnest(%s::text[]) WITH ORDINALITY AS w (name, place) ON a.ancestor = to_regclass(w.name)::oid
             WHERE a.oid = n.oid)
-        ORDER BY 1
+        FROM named AS n ORDER BY 3
         """,
         (
-            [schema for schema, _ in scanned],
-            [name for _, name in scanned],
+            [schema for schema, _ in names],
+            [name for _, name in names],
             [watch.table for watch in look.dataset.watch],
         ),
     )
-    for table, kind in look.cursor.fetchall():
-        if kind in _KINDS:
-            _add(look, f"{table} {_KINDS[kind]}")
+    found: list[tuple[str, str, str, str, list[int]]] = look.cursor.fetchall()
+    return found
+
+
+def _look_at_links(
+    look: Look, links: Links, watched: Mapping[tuple[str, str], Sequence[int]], key: Sequence[Value | None]
+) -> None:
+    """Add each scan of a watched table whose rows belong to other keys than those that its triggers record."""
+    if not all(key):
+        _add(
+            look,
+            f"the key {', '.join(look.dataset.key)} is an expression, and triggers record values of columns",
+            "take a column of the watched table as key",
+        )
+        return
+    values: list[Value] = [value for value in key if value is not None]
+    reported: set[str] = set()
+    for scan in links.scans:
+        watches = [look.dataset.watch[number] for number in watched.get((scan.schema, scan.table), ())]
+        if not watches or any(
+            all(links.linked((scan.alias, column), value) for column, value in zip(watch.key, values, strict=True))
+            for watch in watches
+        ):
+            continue
+        watch = watches[0]
+        if watch.table in reported:
+            continue
+        reported.add(watch.table)
+        columns = ", ".join(watch.key)
+        why = f"rows of {watch.table} whose {columns} is not its {', '.join(look.dataset.key)}"
+        todo = f"watch {watch.table} by columns that hold the key, leave watch out, or change the query"
+        if links.is_certain and not scan.looked_up:
+            _add(look, f"a row depends on {why}", todo)
         else:
-            _add(look, f"{table} is read and not watched", f"watch {table} too, by the columns that hold the key")
+            _hint(look, f"a row seems to depend on {why}", todo)
+
+
+def _look_at_distinct(look: Look, places: Sequence[int]) -> None:
+    """Add DISTINCT ON other columns than the key; plain DISTINCT, and the nodes of IN and UNION, are harmless."""
+    key = {name.lower() for name in look.dataset.key} | {str(place + 1) for place in places}
+    for text in (look.dataset.query, *definitions_of_views(look)):
+        for columns in _DISTINCT_ON.findall(text):
+            names = {name.strip().rpartition(".")[2].strip('"').lower() for name in columns.split(",")}
+            if len(names & key) < len(look.dataset.key):
+                _add(look, "which row DISTINCT ON takes depends on other rows")
+                return
+
+
+def _look_at_bodies(look: Look, plan: Mapping[str, Any], scans: Sequence[Scan]) -> None:
+    readings: dict[tuple[str, str], Reading] = {}
+    for reading in tables_of_functions(look, _called(plan)):
+        other = readings.setdefault((reading.schema, reading.table), reading)
+        if reading.certain and not other.certain:
+            readings[reading.schema, reading.table] = reading
+    scanned = {(scan.schema, scan.table) for scan in scans}
+    for schema, name, table, kind, watches in _relations(look, list(readings)):
+        reading = readings[schema, name]
+        if watches:
+            _hint(
+                look,
+                f"{reading.function} reads {table}, and may read rows with another key",
+                f"see that it reads only rows of {table} with the key of the row",
+            )
+        elif (schema, name) in scanned:
+            continue
+        elif reading.certain:
+            _add_unwatched(look, table, kind, f"{table} is read by {reading.function} and not watched")
+        else:
+            _hint(
+                look,
+                f"{reading.function} names {table}, which is not watched",
+                f"watch {table} too if the function reads it",
+            )
+
+
+def _called(plan: Mapping[str, Any]) -> set[str]:
+    functions = {str(node["Function Name"]) for node in nodes(plan) if "Function Name" in node}
+    return functions.union(*map(calls_in, _expressions(plan)))
 
 
 def _look_at_functions(look: Look, plan: Mapping[str, Any]) -> None:
-    texts = list(_expressions(plan))
-    names = {name for text in texts for name in re.findall(r"\b([a-z_][a-z0-9_]*)\(", text)}
+    texts, names = list(_expressions(plan)), _called(plan)
     look.cursor.execute(
         "SELECT DISTINCT proname::text FROM pg_proc WHERE proname = ANY (%s) AND provolatile = 'v' ORDER BY 1",
         (sorted(names),),
     )
-    changing = {name for (name,) in look.cursor.fetchall()} | (names & _CLOCKS)
+    changing = {name for (name,) in look.cursor.fetchall()} | (names & (_CLOCKS | _STATES))
+    changing |= {name for name in names if name.startswith(_STATISTICS)}
     shown = [f"{name}()" for name in sorted(changing)]
     shown += sorted({word for text in texts for word in _CLOCK_WORDS.findall(text)})
     if shown:

@@ -130,7 +130,7 @@ def _look_at_all(look: Look) -> None:
     look.found.key = keys.judge_key(look, places, key_types, index, sample)
     found_before = len(look.found.findings)
     describe_deltas(look, [kind.oid for kind in key_types], origins if index else [])
-    look_for_blind_spots(look, plan, origins, looks_fine=len(look.found.findings) == found_before)
+    look_for_blind_spots(look, plan, places, origins, looks_fine=len(look.found.findings) == found_before)
 
 
 def _server(connection: Any, datasets: Sequence[DatasetSettings]) -> Server:
