@@ -113,6 +113,16 @@ class Behind(PortTestCase, ABC):
         for _ in range(3):
             answer, asked = await self.read(f"{ROW}?max_age=12.9")
             self.assertEqual((answer.status, asked), (200, 1))
+        generation = 17
+        for path in (ROW, WHOLE):
+            for query in ("max_age=0", "max_age=0.001", "max%5Fage=0.001", "%6dax_age=0"):
+                for _ in range(2):  # the second might be answered with the stored first
+                    generation += 1
+                    row = b'{"id":"%d"}' % generation
+                    self.publish(encoded({"1": row.decode()}), generation)
+                    answer, asked = await self.read(f"{path}?{query}")
+                    self.assertEqual((answer.status, asked), (200, 1), (path, query))
+                    self.assertIn(row, answer.body, (path, query))
 
     async def check_age(self) -> None:
         """No cache keeps an answer past the moment at which the next refresh is due, however old it came."""
