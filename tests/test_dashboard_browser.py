@@ -19,6 +19,8 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from twisted.trial.unittest import SkipTest
 
+from tests.standby import running_standby
+from tests.test_admission import OPEN_FILES
 from tests.test_dashboard import ask_on
 from tests.test_twistd import GIVE_UP_S, Daemon, DaemonTestCase, until
 
@@ -105,9 +107,9 @@ class BrowserTestCase(DaemonTestCase):
         self.origin = f"http://127.0.0.1:{self.port}/"
         self.allowed: list[str] = []
 
-    def serve(self, *datasets: str, http: str = "", **options: Any) -> Daemon:
+    def serve(self, *datasets: str, http: str = "", dsn: str | None = None, **options: Any) -> Daemon:
         """A service with its dashboard on `self.port`."""
-        configuration = self.configuration(*datasets)
+        configuration = self.configuration(*datasets, dsn=dsn)
         own = f"[http]\nport = {self.port}\n{http}\n"
         return self.started(configuration.replace("[http]\nport = 0\n", own, 1), **options)
 
@@ -270,6 +272,34 @@ class States(BrowserTestCase):
         finally:
             self.server.thaw()
         self.wait_for("#headline", "All well")
+
+    def test_a_standby(self) -> None:
+        """The head has how far the standby is behind and why; that it cannot listen is not a problem."""
+        self.sql(TABLE.format("products"))
+        watched = dataset("products", "SELECT * FROM products", notify="products", **OFTEN | {"max_age_s": 3600})
+        with running_standby(self.server) as standby:
+            daemon = self.serve(watched, dsn=standby(database=self.database))
+            daemon.wait_until_ready()
+            self.open(daemon)
+            self.wait_for("#vital-listening", "not possible on a standby")
+            self.wait_for("#headline", "All well")
+            self.wait_for("#vital-postgres", "up, a standby")
+            standby.sql("SELECT pg_wal_replay_pause()")
+            self.sql("UPDATE products SET name = 'new'")
+            self.wait_for("#vital-postgres", "up, a standby up to")
+            self.wait_for("#summary", "behind: Replay is paused on the standby")
+
+    def test_a_cap(self) -> None:
+        """That fewer clients may connect than configured is a problem."""
+        self.sql(TABLE.format("products"))
+        daemon = self.serve(dataset("products", "SELECT * FROM products"), before=OPEN_FILES)
+        daemon.wait_until_ready()
+        self.open(daemon)
+        self.wait_for("#headline", "1 problem")
+        limit = daemon.event("connections_capped")["limit"]
+        self.assertEqual(
+            self.text("#summary"), f"Clients are capped at {limit} of 10,000 by the limit of 100 open files."
+        )
 
     def test_a_load_that_takes_its_time(self) -> None:
         """While a dataset is read, its row says how many of how many rows there are."""

@@ -17,15 +17,21 @@ from rich.console import Console
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
+from cacheservice import shipped
 from cacheservice.cache.cache import Cache, Rejection
+from cacheservice.cache.identity import ServerIdentity
+from cacheservice.cache.lag import Lag
 from cacheservice.cli import picture, plugin
 from cacheservice.cli.asking import Address, Answer, _notes
 from cacheservice.cli.embedded import _free_port
 from cacheservice.cli.options import QUESTIONS
-from cacheservice.cli.problems import Severity, problems
+from cacheservice.cli.problems import problems
 from cacheservice.config import DatasetSettings
 from cacheservice.ports.report import json_line, status_table
+from cacheservice.postgres.migrate import migrate
+from cacheservice.postgres.watch import watch
 from tests.postgres import query
+from tests.standby import running_standby
 from tests.terminal import Terminal
 from tests.test_twistd import GIVE_UP_S, Daemon, DaemonTestCase, until
 
@@ -432,6 +438,32 @@ class Check(CommandLine):
         self.assertIn("items_age", self.check("items")[2])
         self.assertEqual(self.check("--perfdata", "none")[2], {})
 
+    def test_a_standby(self) -> None:
+        """With `watch`, a service that reads a standby is OK, and expired because replay is paused, it says so."""
+        query(self.server, self.database, "ALTER TABLE items ADD PRIMARY KEY (id)")
+        owner = self.server.dsn(database=self.database)
+        migrate(owner, shipped.folder("migrations"))
+        watch(owner, "public.items", ["id"], False, False, self.fail)
+        items = ITEMS + 'watch = [{table = "public.items", key = "id"}]\n'
+        with running_standby(self.server) as standby:
+            daemon = self.started(self.configuration(items, dsn=standby(database=self.database), port=self.port))
+            daemon.wait_until_ready()
+            until(lambda: daemon.json()["postgres"]["listening_problem"], "LISTEN to be refused")
+            until(lambda: self.check()[0] == 0, "all to be well")
+            self.assertIn("PostgreSQL up, a standby", self.check()[1])
+            standby.sql("SELECT pg_wal_replay_pause()")
+            query(self.server, self.database, "UPDATE items SET name = 'm'")
+            until(lambda: daemon.json()["datasets"]["items"]["state"] == "expired", "items to expire")
+            code, text, _ = self.check()
+            self.assertEqual(code, 2)
+            self.assertRegex(
+                text, "items expired, .*read from a standby up to .* behind: replay is paused on the standby"
+            )
+            told = self.command("status", COLUMNS="300").stdout
+            self.assertRegex(
+                told, "(?s)^cacheservice .*, a standby up to .* behind: replay is paused.*why .*replay is paused"
+            )
+
     def test_warning(self) -> None:
         """A held result and a refused configuration are warnings: exit code 1, and why."""
         daemon = self.service(GOOD, ITEMS.replace("max_age_s = 2.5", "max_age_s = 600"))
@@ -578,7 +610,13 @@ class Judgement(SynchronousTestCase):
         for name, value in changes.items():
             setattr(cache.database, name, value) if name != "rejection" else setattr(cache, name, value)
         facts = json.loads(json_line(cache))
-        return Answer(0.0, "", facts, tuple(_notes(status_table(cache).partition("\n")[0])))
+        return Answer(0.0, "", facts, tuple(_notes(status_table(cache).partition("\n")[0], facts["postgres"])))
+
+    def fresh(self, answer: Answer, **more: Any) -> Answer:
+        """The answer with one dataset, which is fresh."""
+        one = answer.facts["datasets"]["a"] | {"state": "fresh", "age_s": 1.0, "as_of": "2026-01-01T00:00:00+00:00"}
+        one["last_attempt"] = {"outcome": "published", "error": None, "started_at": one["as_of"], "took_s": 0.1}
+        return answer._replace(facts={**answer.facts, "datasets": {"a": one | more}})
 
     def test_a_line_for_agents(self) -> None:
         """With a hundred datasets that all fail the plugin's line stays below 1,024 bytes."""
@@ -649,15 +687,59 @@ class Judgement(SynchronousTestCase):
         self.assertEqual(self.answer().notes, ())
         self.assertEqual(self.answer(listening_wanted=True, listening=True, listening_proven_at=0.0).notes, ())
         broken = {"listening_wanted": True, "listening_problem": "refused, configuration of pg_hba"}
+        deaf = "notifications do not arrive, NOT listening: refused, configuration of pg_hba"
         rejection = Rejection(("x.toml: a, NOT listening: b",), 0.0)
+        rejected = "the newest configuration rejected 0.00 s ago: x.toml: a, NOT listening: b"
+        answer = self.answer(**broken, rejection=rejection)
+        self.assertEqual(answer.notes, (rejected,))
         self.assertEqual(
-            self.answer(**broken, rejection=rejection).notes,
-            (
-                "the newest configuration rejected 0.00 s ago: x.toml: a, NOT listening: b",
-                "notifications do not arrive, NOT listening: refused, configuration of pg_hba",
-            ),
+            [(each.severity, each.what) for each in problems(self.fresh(answer))], [(1, deaf), (1, rejected)]
         )
-        self.assertEqual(problems(self.answer(**broken))[0].severity, Severity.WARNING)
+        older = {name: value for name, value in answer.facts["postgres"].items() if name != "listening_problem"}
+        head = f"cacheservice 0: ready, up 1 s, {deaf.partition(', ')[2]}, configuration rejected 1 s ago: x"
+        self.assertEqual(tuple(_notes(head, older)), ("the newest configuration rejected 1 s ago: x", deaf))
+
+    def test_a_standby(self) -> None:
+        """It cannot listen or prune, which is no warning; how far it is behind, and why, is shown everywhere."""
+        server = ServerIdentity("shop", 5, "reader", in_recovery=True, started_us=1)
+        deaf = {"listening_wanted": True, "listening_problem": "a standby", "prune_problem": "a standby"}
+        answer = self.fresh(self.answer(state="up", server=server, **deaf))
+        level, line = plugin.verdict(answer)
+        fine = "CACHESERVICE OK - 1 dataset fresh, PostgreSQL up, a standby"
+        self.assertEqual((level, line.partition(" | ")[0]), (0, fine))
+        lag = Lag(15.0, True, "replay is paused | on the standby")
+        answer = self.fresh(self.answer(state="up", server=server, lag=lag, **deaf))
+        level, line = plugin.verdict(answer)
+        self.assertEqual(
+            (level, line.partition(" | ")[0]),
+            (0, f"{fine} up to 15 s behind: replay is paused / on the standby"),
+        )
+        self.assertIn("PostgreSQL up, up 0.00 s, a standby up to 15 s behind: replay is paused", self.drawn(answer))
+        behind = {"lag_s": 15.0, "known": False, "problem": "replay is paused"}
+        answer = self.fresh(answer, state="expired", age_s=1900.0, standby=behind)
+        level, line = plugin.verdict(answer)
+        self.assertEqual(level, 2)
+        words = "read from a standby perhaps up to 15 s behind: replay is paused"
+        self.assertIn(f"a expired, 31 min 40 s old, limit 30 min, {words}", line)
+        self.assertRegex(self.drawn(answer), f"why +{words}")
+
+    def test_problems_of_the_service(self) -> None:
+        """Clients that are capped, and recorded changes that pile up, are warnings."""
+        answer = self.fresh(self.answer(state="up", prune_problem="permission denied for function prune"))
+        answer.facts["service"]["connection_cap"] = {"limit": 5, "configured": 10_000, "open_files": 45}
+        level, line = plugin.verdict(answer)
+        self.assertEqual(level, 1)
+        capped = "clients capped at 5 of 10,000 by the limit of 45 open files: raise the limit of open files, or lower"
+        pruned = "old recorded changes are not deleted: permission denied for function prune"
+        for text in (capped, pruned):
+            self.assertIn(text, line)
+            self.assertIn(text, self.drawn(answer))
+
+    def drawn(self, answer: Answer) -> str:
+        console = Console(width=200)
+        with console.capture() as capture:
+            console.print(picture.render(picture.Picture(Address("h", 1), answer, {}), 200, bars=False))
+        return capture.get()
 
     def test_a_screen_gets_no_more_than_it_shows(self) -> None:
         """Of many datasets, a screen that is drawn again and again gets its height of lines in the table, and problems

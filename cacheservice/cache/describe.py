@@ -11,6 +11,7 @@ from cacheservice import __version__
 from cacheservice.cache.cache import Cache, DatabaseStatus
 from cacheservice.cache.dataset import Attempt, Dataset, Held
 from cacheservice.cache.history import Point
+from cacheservice.cache.lag import Lag
 from cacheservice.errors import Blocker
 
 
@@ -32,6 +33,7 @@ def describe_service(cache: Cache) -> dict[str, Any]:
         "uptime_s": seconds(cache.now() - cache.started_at),
         "ready": cache.is_ready,
         "not_ready": {name: str(state) for name, state in not_ready.items()},
+        "connection_cap": cache.connection_cap._asdict() if cache.connection_cap else None,
     }
 
 
@@ -42,9 +44,9 @@ def describe_database(database: DatabaseStatus) -> dict[str, Any]:
         "error": database.error,
         "connections": database.connections,
         "listening": database.listening,
-        "standby": None
-        if database.server is None or not database.server.in_recovery
-        else {"lag_s": seconds(database.lag.seconds), "known": database.lag.known, "problem": database.lag.problem},
+        "listening_wanted": database.listening_wanted,
+        "listening_problem": database.listening_problem,
+        "standby": None if database.server is None or not database.server.in_recovery else _lag(database.lag),
         "recorded_changes": database.recorded_changes,
         "oldest_recorded_change_s": None if database.oldest_change_s is None else seconds(database.oldest_change_s),
         "prune_problem": database.prune_problem,
@@ -76,9 +78,14 @@ def describe_dataset(dataset: Dataset) -> dict[str, Any]:
         "next_refresh_in_s": _optional_seconds(dataset.next_refresh_in_s()),
         "last_attempt": describe_attempt(dataset.attempts[-1]) if dataset.attempts else None,
         "last_change": snapshot.change._asdict() if snapshot and snapshot.change else None,
+        "standby": _lag(snapshot.lag) if snapshot and snapshot.lag.problem else None,
         "save_problem": dataset.save_problem,
         "without_deltas_s": _optional_seconds(dataset.whole_for_s()),
     }
+
+
+def _lag(lag: Lag) -> dict[str, Any]:
+    return {"lag_s": seconds(lag.seconds), "known": lag.known, "problem": lag.problem}
 
 
 def _held(held: Held | None) -> dict[str, Any] | None:

@@ -130,8 +130,8 @@ def ask_once(address: Address, question: str, timeout_s: float) -> str:
 class Answer(NamedTuple):
     """What the port's `json` said, as text and as the contract's object, and notes of its `status` head line.
 
-    `taken_at` is on this machine's monotonic clock. `notes` tell what `json` has no place for: that notifications do
-    not arrive though a dataset waits for them, and that the newest configuration was refused.
+    `taken_at` is on this machine's monotonic clock. `notes` hold what `json` has no place for: that the newest
+    configuration was refused.
     """
 
     taken_at: float
@@ -156,17 +156,17 @@ def ask_for_all(connection: Connection) -> Answer:
             raise ValueError
     except (ValueError, TypeError, KeyError, AttributeError):
         raise NoAnswer(f"the server at {connection.address} is not a cacheservice; see --host and --port") from None
-    return Answer(taken_at, line, facts, tuple(_notes(head)))
+    return Answer(taken_at, line, facts, tuple(_notes(head, facts["postgres"])))
 
 
-def _notes(head: str) -> Iterator[str]:
-    """What the head line of `status` says after its first three facts."""
+def _notes(head: str, postgres: Mapping[str, Any]) -> Iterator[str]:
+    """What the head line of `status` has after its first three facts, and `json` does not."""
     rejected_at = head.find(", configuration rejected ")
     if rejected_at >= 0:
         yield f"the newest {head[rejected_at + 2 :]}"
         head = head[:rejected_at]
     _, found, problem = head.partition(", NOT listening")
-    if found:
+    if found and "listening_problem" not in postgres:  # a service of an older version
         yield f"notifications do not arrive, NOT listening{problem}"
 
 

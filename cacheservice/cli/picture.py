@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cacheservice.cli.asking import Address, Answer
-from cacheservice.cli.problems import Problem, Severity, next_attempt, problems
+from cacheservice.cli.problems import Problem, Severity, next_attempt, problems, standby_words
 from cacheservice.ports.report import duration, times
 
 MOST_WRITTEN_OUT = 8
@@ -75,6 +75,9 @@ def _head(picture: Picture) -> Text:
     head.append(f", up {duration(service['uptime_s'])}")
     if postgres["listening"]:
         head.append(", listening")
+    if standby := standby_words(picture.answer):
+        head.append(", ")
+        head.append(standby, "yellow" if postgres["standby"]["problem"] else "")
     return head
 
 

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal
 
 from cacheservice.cli.asking import Answer
-from cacheservice.cli.problems import Problem, Severity, problems, severity
+from cacheservice.cli.problems import Problem, Severity, problems, severity, standby_words
 
 Detail = Literal["none", "summary", "all"]
 """Of the performance data: none; the service as a whole; four figures of each dataset, too."""
@@ -46,7 +46,9 @@ def unknown(why: object) -> str:
 def _summary(answer: Answer, found: Collection[Problem], names: Collection[str]) -> str:
     if not found:
         count = len(names) or len(answer.datasets)
-        return f"{count} dataset{'s' if count != 1 else ''} fresh, PostgreSQL {answer.facts['postgres']['state']}"
+        words = f"{count} dataset{'s' if count != 1 else ''} fresh, PostgreSQL {answer.facts['postgres']['state']}"
+        standby = _plain(standby_words(answer))
+        return f"{words}, {standby}" if standby else words
     worst_first = sorted(found, key=lambda problem: -problem.severity)
     first = worst_first[:_MOST_TOLD]
     told = [_shortened(_plain(_sentence(problem)), _MOST_TOLD_CHARACTERS // len(first)) for problem in first]

@@ -7,8 +7,9 @@ from datetime import UTC, datetime
 from enum import IntEnum
 from typing import Any, NamedTuple
 
+from cacheservice.cache.cache import ConnectionCap
 from cacheservice.cli.asking import Answer
-from cacheservice.ports.report import duration, times
+from cacheservice.ports.report import behind, capped, duration, times
 
 
 class Severity(IntEnum):
@@ -59,8 +60,26 @@ def _of_service(answer: Answer) -> Iterator[Problem]:
     postgres = answer.facts["postgres"]
     if postgres["state"] == "down":
         yield Problem(Severity.WARNING, None, f"PostgreSQL is down: {postgres['error'] or 'no reason was told'}")
+    # A service of an older version reports neither the cap nor the listening in its `json`.
+    if cap := answer.facts["service"].get("connection_cap"):
+        todo = "raise the limit of open files, or lower limits.max_connections; then restart"
+        yield Problem(Severity.WARNING, None, f"{capped(ConnectionCap(**cap))}: {todo}")
+    # On a standby neither is possible. Its deltas come with the interval, and cron on the primary deletes the changes.
+    if not postgres.get("standby"):
+        if not postgres["listening"] and (problem := postgres.get("listening_problem")):
+            yield Problem(Severity.WARNING, None, f"notifications do not arrive, NOT listening: {problem}")
+        if problem := postgres.get("prune_problem"):
+            yield Problem(Severity.WARNING, None, f"old recorded changes are not deleted: {problem}")
     for note in answer.notes:
         yield Problem(Severity.WARNING, None, note)
+
+
+def standby_words(answer: Answer) -> str:
+    """That the last read was one of a standby, and how far that is behind; empty if it was not."""
+    standby = answer.facts["postgres"].get("standby")
+    if not standby:
+        return ""
+    return f"a standby {_behind(standby)}" if standby["problem"] else "a standby"
 
 
 def _of_dataset(name: str, dataset: Mapping[str, Any], *, required: bool) -> Problem | None:
@@ -94,6 +113,8 @@ def _reasons(dataset: Mapping[str, Any]) -> Iterator[str]:
         # An attempt of a group that failed with another's may have no words of its own.
         error = (last or {}).get("error") or "no reason was told"
         yield f"failed {times(failures)}{ago(last)}: {error}"
+    if standby := dataset.get("standby"):
+        yield f"read from a standby {_behind(standby)}"
     if held:
         yield f"held for {duration(_elapsed_s(held['since']))}: the newest result {held['reason']}"
     if dataset["pinned"]:
@@ -104,6 +125,10 @@ def _reasons(dataset: Mapping[str, Any]) -> Iterator[str]:
         yield f"saving fails: {problem}; a restart would begin with what was saved before"
     if not (failures or held or dataset["pinned"]) and last is None:
         yield "no attempt has ended yet"
+
+
+def _behind(standby: Mapping[str, Any]) -> str:
+    return f"{behind(standby['lag_s'], known=standby['known'])}: {standby['problem']}"
 
 
 def ago(attempt: Mapping[str, Any] | None) -> str:

@@ -12,7 +12,6 @@ from cacheservice import __version__
 from cacheservice.cache.cache import Cache, ConnectionCap, DatabaseStatus, Rejection
 from cacheservice.cache.dataset import Attempt, Dataset, State
 from cacheservice.cache.describe import describe, describe_attempt, describe_blocker, describe_dataset, in_short
-from cacheservice.cache.lag import Lag
 from cacheservice.config import ConfigFile
 
 
@@ -48,7 +47,12 @@ def _file_words(file: ConfigFile | None) -> str:
 def _cap_words(cap: ConnectionCap | None) -> str:
     if cap is None:
         return ""
-    return f", clients capped at {cap.limit:,} of {cap.configured:,} by the limit of {cap.open_files:,} open files"
+    return f", {capped(cap)}"
+
+
+def capped(cap: ConnectionCap) -> str:
+    """That fewer clients may connect than configured, and why."""
+    return f"clients capped at {cap.limit:,} of {cap.configured:,} by the limit of {cap.open_files:,} open files"
 
 
 def _readiness(cache: Cache) -> str:
@@ -61,12 +65,12 @@ def _lag_words(database: DatabaseStatus) -> str:
     lag = database.lag
     if not lag.problem:
         return ", a standby"
-    return f", a standby {_behind(lag)}: {lag.problem}"
+    return f", a standby {behind(lag.seconds, known=lag.known)}: {lag.problem}"
 
 
-def _behind(lag: Lag) -> str:
-    """As far as it is known."""
-    return f"{'' if lag.known else 'perhaps '}up to {duration(lag.seconds)} behind"
+def behind(lag_s: float, *, known: bool) -> str:
+    """How far a standby may be behind, in words."""
+    return f"{'' if known else 'perhaps '}up to {duration(lag_s)} behind"
 
 
 def _listening_words(database: DatabaseStatus) -> str:
@@ -263,7 +267,8 @@ def _lag_sentences(dataset: Dataset) -> Iterator[str]:
     snapshot = dataset.snapshot
     if snapshot is not None and snapshot.lag.problem:
         lag = snapshot.lag
-        yield f"It was read from a standby that is {_behind(lag)}, which its age includes: {lag.problem}."
+        words = behind(lag.seconds, known=lag.known)
+        yield f"It was read from a standby that is {words}, which its age includes: {lag.problem}."
 
 
 def _failure_sentences(dataset: Dataset, cache: Cache) -> Iterator[str]:

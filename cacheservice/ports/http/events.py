@@ -161,8 +161,7 @@ class Feed:
         """What is of no dataset, but for what moves by itself."""
         database, rejection = self._cache.database, self._cache.rejection
         return {
-            "postgres": describe_database(database)
-            | {"listening_wanted": database.listening_wanted, "listening_problem": database.listening_problem},
+            "postgres": describe_database(database),
             "configuration_rejected": None if rejection is None else in_short(rejection.problems),
         }
 

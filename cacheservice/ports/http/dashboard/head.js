@@ -20,8 +20,9 @@ export function showHead(problems, counts, newest) {
   if (!service) return;
   setHidden($("vitals"), false);
   const down = postgres.state === "down";
-  const isDeaf = postgres.listening_wanted && !postgres.listening && postgres.listening_problem !== null;
-  const number = Object.values(problems).reduce((sum, names) => sum + names.length, 0) + down + isDeaf + (state.rejected !== null);
+  const isDeaf = postgres.listening_wanted && !postgres.listening && postgres.listening_problem !== null && !postgres.standby;
+  const isCapped = service.connection_cap !== null;
+  const number = Object.values(problems).reduce((sum, names) => sum + names.length, 0) + down + isDeaf + isCapped + (state.rejected !== null);
   let level = counts.alarm ? "alarm" : number ? "warning" : counts.waiting && !counts.fine ? "waiting" : "fine";
   let headline = number ? words.plural(number, "problem") : level === "waiting" ? "Loading …" : "All well";
   if (down) headline = number > 1 ? `${headline}: PostgreSQL is down` : "PostgreSQL is down";
@@ -37,9 +38,12 @@ export function showHead(problems, counts, newest) {
   document.title = `${headline} – cacheservice`;
   setText($("summary"), state.lost ? "What is below is as it was told last; ages go on counting." : summary(problems, counts, newest, down, isDeaf));
 
-  vital("postgres", down ? "alarm" : postgres.state === "up" ? "fine" : "waiting", postgres.state === "unknown" ? "not asked yet" : postgres.state);
+  const answers = postgres.state === "unknown" ? "not asked yet" : postgres.state;
+  const lags = postgres.standby !== null && postgres.standby.problem !== "";
+  vital("postgres", down ? "alarm" : lags ? "warning" : postgres.state === "up" ? "fine" : "waiting", postgres.standby ? `${answers}, ${standby()}` : answers);
   if (!postgres.listening_wanted) vital("listening", "waiting", "not needed");
   else if (postgres.listening) vital("listening", "fine", "yes");
+  else if (postgres.standby) vital("listening", "waiting", "not possible on a standby");
   else vital("listening", isDeaf ? "warning" : "waiting", isDeaf ? "NO" : "not yet");
   const unready = Object.keys(service.not_ready);
   const because = unready.length > 2 ? words.plural(unready.length, "dataset") : unready.join(", ");
@@ -57,11 +61,21 @@ function summary(problems, counts, newest, down, isDeaf) {
   const labels = { expired: "Expired", stale: "Stale", "never loaded": "Never loaded", held: "Held back", failing: "Failing", other: "To look at" };
   for (const [kind, names] of Object.entries(problems)) if (names.length) said.push(`${labels[kind]}: ${listed(names)}.`);
   if (isDeaf) said.push(`Changes are not heard at once: ${sentence(state.postgres.listening_problem)}`);
+  if (state.postgres.standby?.problem) said.push(`PostgreSQL is ${standby()}: ${sentence(state.postgres.standby.problem)}`);
+  if (state.service.connection_cap) said.push(capped(state.service.connection_cap));
   if (state.rejected !== null) said.push(`The newest configuration is not in effect: ${sentence(state.rejected)}`);
   if (said.length) return said.join(" ");
   if (counts.waiting) return `${words.plural(counts.fine, "dataset")} of ${counts.fine + counts.waiting} are loaded and within their limits.`;
   return counts.fine === 1 ? "The one dataset is within its limits." : `All ${words.count(counts.fine)} datasets are within their limits.`;
 }
+
+function standby() {
+  const { lag_s, known, problem } = state.postgres.standby;
+  return problem ? `a standby ${known ? "" : "perhaps "}up to ${words.duration(lag_s)} behind` : "a standby";
+}
+
+const capped = ({ limit, configured, open_files }) =>
+  `Clients are capped at ${words.count(limit)} of ${words.count(configured)} by the limit of ${words.count(open_files)} open files.`;
 
 /** When the database is tried again, by whichever dataset comes first. */
 function nextTry() {
