@@ -687,7 +687,7 @@ def reference() -> list[tuple[str, str, str]]:
 def _read_file(file: str) -> tuple[dict[str, Any], str | None]:
     """The file's tables, or none and what is wrong with it."""
     try:
-        text = Path(file).read_text(encoding="utf-8")
+        text = Path(file).read_text(encoding="utf-8-sig")  # editors of Windows begin a file with a byte order mark
         return tomllib.loads(text), None
     except (OSError, UnicodeDecodeError) as error:
         return {}, f"cannot be read: {why_unreadable(error)}"

@@ -220,6 +220,14 @@ class Environment(Loading):
                 [f"CACHESERVICE_{variable}", "CACHESERVICE_DATASETS__P__KEY"],
             )
 
+    def test_a_byte_order_mark(self) -> None:
+        """A file that begins with one, as some editors write it, is read as one without."""
+        Path("marked").write_bytes(b"\xef\xbb\xbfx = 1\n")
+        Path("plain").write_bytes(b"x = 1\n")
+        problems = self.problems(CONFIG="marked")
+        self.assertEqual(problems, [each.replace("plain", "marked") for each in self.problems(CONFIG="plain")])
+        self.assertIn("marked: x: ", str(problems))
+
     def test_not_text(self) -> None:
         """Bytes that are not UTF-8, which os.environ holds as lone surrogates, are a problem like others."""
         problems = self.problems(
@@ -557,11 +565,21 @@ class UnreadableFile(Loading):
     def test_syntax(self) -> None:
         """A syntax error is told with its line and column, and how to fix it; a value is not shown."""
         end = "the end of the file"
+        quote = "the quote that opens there is not closed on its line"
+        quotes = "the three quotes that open there are not closed"
         for text, place, fix in (
             ("[log]\n\nlevel info", "line 3, column 7: expected '=' after a key in", "write it as key"),
-            ('[postgres]\ndsn = "secret\n\n[log]', "line 2, column 14: illegal character", "is not closed; close it"),
-            ('x = """secret\nb', f"line 2, {end} (the text may begin on line 1): unterm", "is not closed; close it"),
-            ("\nx = 'secret", f"line 2, {end} (the text may begin on line 2): expected", "is not closed; close it"),
+            ('[postgres]\ndsn = "secret\n\n[log]', f"line 2, column 7: {quote}", "close it, or use three"),
+            ("# it's\n'a' = \"it's\"\nx = 'secret\ny = 'z'", f"line 3, column 5: {quote}", "close it, or use three"),
+            ("x = 'secret\nb = 1", f"line 1, column 5: {quote}", "close it, or use three"),
+            ("\nx = 'secret", f"line 2, column 5: {quote}", "close it, or use three"),
+            ('x = """secret\nb', f"line 1, column 5: {quotes}", "with the same three"),
+            ("x = '''a''''\ny = '''secret\n'", f"line 2, column 5: {quotes}", "with the same three"),
+            ("x = 'a\x01'", "line 1, column 7: found invalid character", "remove the character"),
+            ("interval_s = 010", "line 1, column 15: a number begins with 0", "remove the leading zero"),
+            ("x = [1, -007]", "line 1, column 11: a number begins with 0", "remove the leading zero"),
+            ("x = [{a = 1,\n b = 2}]", "line 1, column 13: a table in braces ends on the line", "write it on one line"),
+            ("x = {\n b = 2}", "line 1, column 6: a table in braces ends on the line", "write it on one line"),
             ("[datasets.a]\n[datasets.a]", "line 2, column 12: [datasets.a] is declared twice", "this table once"),
             ("a = 1\na = 2\n", "line 2, column 6: cannot overwrite a value", "remove one of the two"),
             ("x = [1,", f"line 1, {end}: invalid value", "write text in quotes"),
