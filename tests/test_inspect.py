@@ -669,6 +669,9 @@ class BlindSpots(Inspecting):
              [products, cats], "problem", "a row depends on rows of shop.cats"),
             ("SELECT c.id, o.id AS other FROM shop.cats AS c JOIN shop.orders AS o ON o.cat = c.id", [cats, orders],
              "problem", "a row depends on rows of shop.orders"),
+            ("SELECT a.code AS id, b.code AS other FROM shop.names AS a JOIN shop.names AS b "
+             "ON b.code = a.code::varchar(1)", [{"table": "shop.names", "key": "code"}], "problem",
+             "a row depends on rows of shop.names"),
             ("SELECT o.id, p.id AS other FROM shop.orders AS o JOIN shop.orders AS p ON p.cat = o.cat", [orders],
              "problem", "a row depends on rows of shop.orders"),
             ("SELECT id FROM shop.products WHERE id NOT IN (SELECT product_id FROM shop.prices)", [products, prices],

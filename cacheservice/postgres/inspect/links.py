@@ -15,8 +15,9 @@ from cacheservice.postgres.inspect.plans import nodes, scanned_table
 
 _NAME = r'(?:"(?:[^"]|"")+"|[^\W\d][\w$]*)'
 _COLUMN = re.compile(rf"({_NAME})\.({_NAME})")
-_CAST = re.compile(rf"\(({_NAME}\.{_NAME})\)::[a-z][a-z ]*(?:\(\d+\))?")
-_CONSTANT = re.compile(r"-?\d+|'(?:[^']|'')*'(?:::[a-z][a-z ]*)?|\$\d+")
+_CAST = re.compile(rf"\(({_NAME}\.{_NAME})\)::(?:text|character varying|bigint|integer|smallint)(?![\w(])")
+"""To a type that tells all values apart that the other does."""
+_CONSTANT = re.compile(r"-?\d+|'(?:[^']|'')*'(?:::[a-z][\w.]*(?: [a-z]+)*)?|\$\d+")
 _CONDITIONS = ("Hash Cond", "Merge Cond", "Index Cond", "Recheck Cond", "Join Filter", "Filter", "TID Cond")
 _BY_NAME = ("Subquery Scan", "CTE Scan")
 
