@@ -379,7 +379,8 @@ class Kept(Bookkeeping):
         dump = subprocess.run(
             [self.server.psql_path.with_name("pg_dump"), self.dsn], check=True, capture_output=True, text=True
         )
-        other.run_sql(dump.stdout, self.database)
+        # pg_dump is of the default version; a server before 17 does not know this setting.
+        other.run_sql(dump.stdout.replace("SET transaction_timeout = 0;\n", ""), self.database)
         connection = connect(other, self.database)
         self.addCleanup(connection.close)
         self.server, self.session = other, connection.cursor()
