@@ -93,6 +93,12 @@ class LoginRefused(DatabaseUnavailable):
     advice = "check the user, its password and pg_hba.conf"
 
 
+class ServerTooOld(DatabaseUnavailable):
+    """The server is older than PostgreSQL 14. The session is ended before anything is sent to it."""
+
+    advice = "upgrade the server, or read from another"
+
+
 class NotHeard(DatabaseUnavailable):
     """A session listens, and a notification that was sent to prove it did not arrive; the session was abandoned.
 

@@ -41,7 +41,9 @@ from cacheservice.errors import (
     QueryFailed,
     QueryTimeout,
     RefreshFailed,
+    ServerTooOld,
 )
+from cacheservice.postgres import oldest
 from cacheservice.postgres.connector import Connector
 from cacheservice.postgres.database import Database
 from cacheservice.postgres.guard import GuardedConnection
@@ -462,6 +464,17 @@ class NoSessionTests(GuardTestCase):
             await self.read()
 
         await self.outlive(refused, DatabaseUnavailable, mend=self.network.accept, at_once=1)
+
+    async def test_a_server_that_is_too_old(self) -> None:
+        """It is refused after the login, with the version that is needed, and nothing is left of the session."""
+        self.patch(oldest, "OLDEST_VERSION", 990_000)
+        error = await self.assertFailure(self.read(), ServerTooOld)
+        self.assertRegex(str(error), r"^PostgreSQL \d+\.\d+ is too old; use PostgreSQL 99 or later$")
+        self.assertEqual(self.status.connections, 0)
+        guard = self.guard()
+        with self.assertRaises(ServerTooOld):
+            await guard.connect(self.direct.connector, "test", LONG_S)
+        await self.assertFailure(guard.execute("SELECT 1"), ServerTooOld)
 
     async def test_wrong_password(self) -> None:
         """A refused password is LoginRefused, shows neither password, and advises to check it."""

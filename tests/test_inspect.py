@@ -23,6 +23,7 @@ from cacheservice.cli.embedded import EmbeddedPostgres, _free_port
 from cacheservice.config import DatasetSettings, PostgresSettings
 from cacheservice.errors import InspectionFailed
 from cacheservice.postgres import database as refreshes
+from cacheservice.postgres import oldest
 from cacheservice.postgres.inspect import Inspection, Server, inspecting, keys
 from cacheservice.postgres.inspect import session as inspect_session
 from cacheservice.postgres.inspect.plans import worst_node
@@ -96,6 +97,12 @@ class Describing(Inspecting):
             [("n", "text"), ("size", "shop.size"), ("id", "integer"), ("array", "numeric[]")],
         )
         self.assertTrue(found.ok)
+
+    def test_a_server_that_is_too_old(self) -> None:
+        """It is the only problem that is reported."""
+        self.patch(oldest, "OLDEST_VERSION", 990_000)
+        with self.assertRaisesRegex(InspectionFailed, r"^PostgreSQL \d+\.\d+ is too old; use PostgreSQL 99 or later$"):
+            self.look("SELECT 1 AS id")
 
     def test_nothing_is_changed(self) -> None:
         """It reads only: a query that writes is refused, as a refresh would refuse it."""

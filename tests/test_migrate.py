@@ -26,9 +26,9 @@ from cacheservice.cache.rows import RowsBuilder
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.config import DatasetSettings
 from cacheservice.errors import LockTimeout, MigrationFailed, QueryFailed
-from cacheservice.postgres.admin import too_old
 from cacheservice.postgres.database import Database, Reading
 from cacheservice.postgres.migrate import migrate, migration_files
+from cacheservice.postgres.oldest import too_old
 from cacheservice.postgres.reader import create_reader
 from cacheservice.postgres.target import parse
 from cacheservice.postgres.watch import watch
@@ -65,7 +65,7 @@ INSERT INTO cacheservice.yoyo_lock VALUES (1, '2026-11-28 21:57:24.6', 4711);
 MIGRATE = """
 import os, sys
 from pathlib import Path
-from cacheservice.postgres.admin import too_old
+from cacheservice.postgres.oldest import too_old
 from cacheservice.postgres.migrate import migrate, migration_files
 dsn, folder, user = sys.argv[1:]
 if user != "-":

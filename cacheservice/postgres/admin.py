@@ -11,13 +11,13 @@ import psycopg2
 
 from cacheservice.postgres.advice import for_login
 from cacheservice.postgres.lock_watch import LockWatch
+from cacheservice.postgres.oldest import too_old
 from cacheservice.postgres.target import parse
 
 SCHEMA = "cacheservice"
 LOCK_TIMEOUT_MS = 5000
 """How long a command waits for a table: all writers of that table wait behind it."""
 _CONNECT_TIMEOUT_S = 10
-_OLDEST_VERSION = 140_000
 _LOCK_NOT_AVAILABLE = "55P03"
 
 # LOCAL, as in all our transactions: a proxy that pools transactions would leave it to other clients otherwise.
@@ -131,14 +131,6 @@ def session(dsn: str, application_name: str, dsn_source: str = "postgres.dsn") -
                 yield Session(connection, cursor, dsn, role, database)
         except psycopg2.Error as error:
             raise Refused(explained(dsn, error, role, database)) from error
-
-
-def too_old(version: int) -> str | None:
-    """Why a server of that version (libpq's number) cannot be used; None if it can."""
-    if version >= _OLDEST_VERSION:
-        return None
-    shown = f"{version // 10_000}.{version % 10_000}"
-    return f"PostgreSQL {shown} is too old; use PostgreSQL {_OLDEST_VERSION // 10_000} or later"
 
 
 def told_by(dsn: str, error: psycopg2.Error) -> str:

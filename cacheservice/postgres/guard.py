@@ -21,8 +21,9 @@ from twisted.python.failure import Failure
 from txpostgres import txpostgres
 from zope.interface import implementer
 
-from cacheservice.errors import DatabaseUnavailable, DeadlineExceeded
+from cacheservice.errors import DatabaseUnavailable, DeadlineExceeded, ServerTooOld
 from cacheservice.postgres.connector import Connector, Session
+from cacheservice.postgres.oldest import too_old
 from cacheservice.postgres.target import Target
 from cacheservice.postgres.translate import translate
 
@@ -188,7 +189,7 @@ class GuardedConnection:
         """Open the session, name look-ups included, within `timeout_s` and the deadline.
 
         :param defaults: libpq's parameters for where the connection string does not set them.
-        :raises DatabaseUnavailable: if there is none to be had.
+        :raises DatabaseUnavailable: if there is none to be had, or its server is too old.
         """
         limit_s = min(timeout_s, self.remaining_s())
         self._timer.reset(limit_s)
@@ -206,6 +207,9 @@ class GuardedConnection:
         self._opening = None
         await self._wait(lambda: self._connection.connect(session), connecting=True)
         self._reactor.removeReader(self._connection)
+        if (refusal := too_old(self.server_version)) is not None:
+            self.abort(ServerTooOld(refusal))
+            raise ServerTooOld(refusal)
         for type_of_text in (extensions.BYTES, _OTHER_TEXT):
             extensions.register_type(type_of_text, self._connection.pollable())
         self._phase = "did not answer"

@@ -22,6 +22,7 @@ from cacheservice.postgres.inspect.paths import compare_paths
 from cacheservice.postgres.inspect.tables import explain
 from cacheservice.postgres.inspect.watching import describe_deltas, look_at_channel, look_at_probe, look_at_watches
 from cacheservice.postgres.lock_watch import LockWatch
+from cacheservice.postgres.oldest import too_old
 from cacheservice.postgres.refusal import NO_ANSWER, lead_of
 from cacheservice.postgres.session_settings import Limits, begin_reading, without_transaction_timeout
 from cacheservice.postgres.standby import SEES_RECEIVER
@@ -29,7 +30,6 @@ from cacheservice.postgres.statements import columns_query
 from cacheservice.postgres.target import parse
 from cacheservice.postgres.translate import translate
 
-_OLDEST_VERSION = 140_000
 _LIMITS = Limits(statement_ms=STATEMENT_TIMEOUT_MS, lock_ms=LOCK_TIMEOUT_MS, idle_ms=STATEMENT_TIMEOUT_MS)
 
 _OF_SETTINGS = "correct postgres.settings, or the settings of the dataset"
@@ -77,7 +77,7 @@ class Inspector:
 def inspecting(postgres: PostgresSettings, datasets: Sequence[DatasetSettings]) -> Iterator[Inspector]:
     """A session in the database that the datasets are to be read from.
 
-    :raises InspectionFailed: if the database cannot be reached, or is lost on the way.
+    :raises InspectionFailed: if the database cannot be reached, is too old, or is lost on the way.
     """
     dsn = postgres.dsn.get_secret_value()
     target = parse(dsn)
@@ -92,6 +92,8 @@ def inspecting(postgres: PostgresSettings, datasets: Sequence[DatasetSettings]) 
         is_open = True
         with closing(connection):
             connection.autocommit = True
+            if (refusal := too_old(connection.server_version)) is not None:
+                raise InspectionFailed(refusal)
             yield Inspector(connection, arguments, dsn, datasets)
     except psycopg2.Error as error:
         # A session that opened and failed can only have been lost: what a query does wrong is a finding.
@@ -145,8 +147,6 @@ def _server(connection: Any, datasets: Sequence[DatasetSettings]) -> Server:
     # PgBouncer gives its clients process ids of its own, to cancel by. Through pgpool a standby may have answered.
     pooled = not pgpool and connection.info.backend_pid != pid
     server = Server(version, database, role, standby, pooled, migrated, hints)
-    if connection.server_version < _OLDEST_VERSION:
-        server.findings.append(Finding("problem", f"PostgreSQL {version} is too old", "use PostgreSQL 14 or later"))
     heard = [dataset.name for dataset in datasets if dataset.watch or dataset.notify]
     if heard and standby:
         server.findings.append(
