@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from contextlib import closing
 from typing import Any
 
@@ -289,6 +290,36 @@ class FewConnectionsTests(SessionsTestCase):
         database.make_room_by(listener.give_up_session)
         await self.pid(database)
         await listener.stopService()
+
+    async def test_a_login_that_was_refused_for_another(self) -> None:
+        """Of two logins at a time both may be refused, because each counts as a session; one more is tried."""
+        role = self.make_role(limit=1)
+        other = psycopg2.connect(self.server.dsn(role, "reads", database=self.database_name))
+        asked: list[bool] = []
+
+        def give_nothing() -> bool:
+            if not asked:
+                other.close()
+                while self.ask("SELECT FROM pg_stat_activity WHERE usename = %s", role):
+                    time.sleep(0.01)
+            asked.append(False)
+            return False
+
+        database = self.as_role(role)
+        database.make_room_by(give_nothing)
+        await self.pid(database)
+        self.assertEqual(asked, [False])
+
+    async def test_a_role_without_a_connection(self) -> None:
+        """Where the server stays full, an attempt ends after a few logins."""
+        role = self.make_role(limit=1)
+        with closing(psycopg2.connect(self.server.dsn(role, "reads", database=self.database_name))):
+            asked: list[bool] = []
+            database = self.as_role(role)
+            database.make_room_by(lambda: bool(asked.append(False)))
+            with self.assertRaises(NoSessionLeft):
+                await self.pid(database)
+        self.assertEqual(len(asked), 4)
 
     async def test_one_connection_and_many_datasets(self) -> None:
         """They follow each other: a limit below max_connections makes refreshes wait, not fail."""

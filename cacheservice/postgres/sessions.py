@@ -29,6 +29,8 @@ Use = Callable[[GuardedConnection], Awaitable[T]]
 _ROOM_COMES_WITHIN_S = 3.0
 _ROOM_POLL_S = 0.05
 """The server frees the connection of a session shortly after its end; a busy server may need seconds."""
+_COLLISION_WAITS_S = (0.1, 0.2, 0.4)
+"""The server counts logins as sessions, so that two at a time may both be refused although there is room for one."""
 
 # idle_session_timeout of the role would end a kept session. All of it is the session's own: never sent through a proxy.
 _RESET = """
@@ -164,7 +166,7 @@ class Sessions:
 
     async def _opened(self, purpose: str, deadline_at: float) -> _Pooled:
         """A new session. Where no connection is left, one of ours is used as soon as it comes back."""
-        room_by, may_wait_for_logins = -math.inf, True
+        room_by, may_wait_for_logins, waits_s = -math.inf, True, iter(_COLLISION_WAITS_S)
         while True:
             try:
                 return await self._open(purpose, deadline_at)
@@ -182,6 +184,8 @@ class Sessions:
                 elif self._opening and may_wait_for_logins:
                     # One of ours may have the last connection, and not be in use yet.
                     room_by, may_wait_for_logins = now + _ROOM_COMES_WITHIN_S, False
+                elif (wait_s := next(waits_s, math.inf)) < deadline_at - now:
+                    await deferLater(self._reactor, wait_s)
                 else:
                     raise
             kept = self._take()

@@ -140,8 +140,8 @@ _KEYS = {
 }
 # A session keeps the plan of this statement. PostgreSQL replaces it when columns of a transition table change, but not
 # when those of NEW and OLD do, and then each execution fails. A constant of the type regclass makes a plan depend on a
-# table, for less than 0.1 µs. It does not cover a child whose own columns change, or the OIDs of a restored dump: then
-# the handler leaves the keys unknown, and all rows are read. The handler costs about 1 µs a row.
+# table. It does not cover a child whose own columns change, or the OIDs of a restored dump: then
+# the handler leaves the keys unknown, and all rows are read.
 _ROW_VARIABLES = "\nDECLARE\n    recorded pg_catalog.text[];"
 _ROW_KEYS = (
     """
