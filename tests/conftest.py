@@ -46,6 +46,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the modules that take longest, so that no worker waits for them in the end."""
+    items.sort(key=lambda item: not item.path.name.startswith("test_postgres_"))
+
+
 @pytest.fixture(scope="session")
 def make_server(request: pytest.FixtureRequest) -> MakeServer:
     """Makes servers of the version that the tests use; who makes one starts and stops it."""

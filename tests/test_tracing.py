@@ -50,7 +50,7 @@ class TracingTests(ServiceTestCase):
         """Whoever sees a statement at the server finds the line of its attempt, and the other way round."""
         service, cache = self.make_service(declare("slow", "SELECT 1 AS id, pg_sleep(1.5)::text AS slept"))
         service.startService()
-        session = await self.seen("FETCH")
+        session = await self.seen("MATERIALIZED")
         dataset = cache.dataset("slow")
         await until(lambda: dataset.attempts)
         first = dataset.attempts[0].id
@@ -81,7 +81,7 @@ class TracingTests(ServiceTestCase):
             declare("one", slow, group="shop */ DROP"), declare("other", group="shop */ DROP")
         )
         service.startService()
-        session = await self.seen("FETCH")
+        session = await self.seen("MATERIALIZED")
         one, other = (cache.dataset(name) for name in ("one", "other"))
         await until(lambda: one.attempts and other.attempts)
         self.assertEqual(one.attempts[0].outcome, "published", one.attempts[0].error)
@@ -105,7 +105,7 @@ class TracingTests(ServiceTestCase):
         service.startService()
         dataset: Dataset = cache.dataset("slow")
         await until(lambda: dataset.attempts)
-        told = f"cacheservice slow {dataset.attempts[0].id} STATEMENT:  FETCH"
+        told = f"cacheservice slow {dataset.attempts[0].id} STATEMENT:  WITH"
         await until(lambda: told in self.server.log_path.read_text()[before:])
 
     def set_log_line_prefix(self, prefix: str) -> None:
