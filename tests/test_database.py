@@ -191,6 +191,16 @@ class SmallResults(DatabaseTestCase):
                 read, seen = await self.read_like(None, count)
                 self.assertEqual((read.count, seen), (count, cursors))
 
+    async def test_large_rows_need_a_cursor(self) -> None:
+        """However few they are: one answer would have to be in memory as a whole."""
+        for width, cursors in ((9_000, 0), (11_000, 1)):
+            sql = (
+                f"SELECT i AS id, (SELECT count(*) FROM pg_cursors) AS cursors, repeat('x', {width}) AS x "
+                "FROM generate_series(1, 400) AS i"
+            )
+            (document, *_) = (await self.rows(sql)).values()
+            self.assertEqual(json.loads(document)["cursors"], cursors)
+
     async def test_a_plan_for_all_rows(self) -> None:
         """Few rows are asked for by the plan that is best for all, not by the one that has the first ones soonest."""
         self.sql(

@@ -431,6 +431,93 @@ class Changes(DependenciesTestCase):
         with self.assertRaisesRegex(Exception, "permission denied"):
             await self.read(dataset, since)
 
+    async def test_rights_through_others(self) -> None:
+        """Rights of a group, and of the owners as whom views and functions read; those of others do not matter."""
+        group, owner = f"group_{self.name}", f"owner_{self.name}"
+        for role in (group, owner):
+            self.sql(f"CREATE ROLE {role}")
+            self.addCleanup(drop_role, self.server, self.name, role)
+        self.sql(
+            "CREATE TABLE parts (id int, v int); INSERT INTO parts VALUES (1, 1), (3, 3); CREATE SCHEMA hidden; "
+            "CREATE FUNCTION shown() RETURNS int LANGUAGE sql STABLE AS 'SELECT 1'; "
+            "CREATE FUNCTION hidden.count() RETURNS bigint LANGUAGE sql STABLE AS 'SELECT count(*) FROM public.parts'; "
+            "CREATE FUNCTION defined() RETURNS bigint LANGUAGE sql STABLE SECURITY DEFINER AS 'SELECT hidden.count()'; "
+            "REVOKE EXECUTE ON FUNCTION shown() FROM public; CREATE VIEW owned AS SELECT id, v FROM parts; "
+            f"ALTER VIEW owned OWNER TO {owner}; ALTER FUNCTION defined() OWNER TO {owner}; "
+            f"GRANT USAGE ON SCHEMA hidden TO {owner}; GRANT SELECT ON owned TO {self.reader}; "
+            f"GRANT SELECT (id) ON parts TO {self.reader}; GRANT SELECT (v) ON parts TO {group}; "
+            f"GRANT SELECT ON parts TO {group}; GRANT EXECUTE ON FUNCTION shown() TO {group}"
+        )
+        for sql, of in (
+            ("SELECT id, v FROM parts", self.reader),
+            ("SELECT id, shown() AS v FROM t", self.reader),
+            ("SELECT id, v FROM owned", owner),
+            ("SELECT 1 AS id, defined() AS v", owner),
+        ):
+            self.sql(f"GRANT {group} TO {of}")
+            dataset = self.dataset(sql)
+            _, since = await self.read(dataset)
+            self.sql("GRANT SELECT ON parts, t, owned TO pg_monitor")
+            reading, _ = await self.read(dataset, since)
+            self.assertEqual((reading.kind, reading.because), ("unchanged", None), sql)
+            self.sql(f"REVOKE {group} FROM {of}; REVOKE SELECT ON parts, t, owned FROM pg_monitor")
+            with self.assertRaisesRegex(QueryFailed, "permission denied", msg=sql):
+                await self.read(dataset, since)
+        self.sql(f"GRANT {group} TO {owner}")
+        _, since = await self.read(dataset)
+        self.sql(f"REVOKE USAGE ON SCHEMA hidden FROM {owner}")
+        with self.assertRaisesRegex(QueryFailed, "permission denied for schema hidden"):
+            await self.read(dataset, since)
+
+    async def test_schemas_that_change_their_names(self) -> None:
+        """One deployment takes the place of another."""
+        self.sql(
+            f"CREATE SCHEMA staging; CREATE TABLE other.p AS SELECT 1 AS id; CREATE TABLE staging.p AS SELECT 2 AS id; "
+            f"GRANT USAGE ON SCHEMA other, staging TO {self.reader}; "
+            f"GRANT SELECT ON other.p, staging.p TO {self.reader}"
+        )
+        dataset = self.dataset("SELECT id FROM other.p")
+        _, since = await self.read(dataset)
+        self.sql("ALTER SCHEMA other RENAME TO old; ALTER SCHEMA staging RENAME TO other")
+        reading, since = await self.read(dataset, since)
+        self.assertEqual(
+            (reading.kind, reading.because), ("all", "the name of the schema other, or the rights on it, changed")
+        )
+        self.assertEqual([key for key, _ in since.rows.items()], [b"2"])
+
+    async def test_a_setting_of_the_role_without_its_name(self) -> None:
+        """What reads all because settings were altered has to begin a session, which takes the new ones."""
+        self.sql(
+            "CREATE FUNCTION tenant() RETURNS text LANGUAGE plpgsql STABLE AS "
+            "$$ DECLARE n text := 'app.' || 'tenant'; BEGIN RETURN current_setting(n, true); END $$"
+        )
+        dataset = self.dataset("SELECT id, tenant() AS t FROM t WHERE id = 1")
+        _, since = await self.read(dataset)
+        self.sql(f"ALTER ROLE {self.reader} SET app.tenant = '5'")
+        reading, since = await self.read(dataset, since)
+        self.assertEqual((reading.kind, reading.because), ("all", "settings of the role or the database were altered"))
+        self.assertEqual([json.loads(row)["t"] for _, row in since.rows.items()], ["5"])
+
+    async def test_text_search(self) -> None:
+        """Configurations and their mappings."""
+        self.sql("CREATE TEXT SEARCH CONFIGURATION mine (COPY = simple)")
+        reason = "a text search configuration or dictionary was created, altered or dropped"
+        await self.check(
+            "SELECT id, to_tsvector('public.mine', v)::text AS v FROM t",
+            [
+                ("ALTER TEXT SEARCH CONFIGURATION mine DROP MAPPING FOR numword", reason),
+                ("CREATE TEXT SEARCH DICTIONARY plain (TEMPLATE = simple)", reason),
+            ],
+        )
+
+    async def test_a_lock_on_what_the_query_does_not_read(self) -> None:
+        """A word of the query is the name of a view on a locked table: nothing waits for that."""
+        self.sql("CREATE TABLE big (id int); CREATE VIEW report AS SELECT id FROM big")
+        with closing(connect(self.server, self.name)) as other, other.cursor() as cursor:
+            cursor.execute("BEGIN; LOCK TABLE big IN ACCESS EXCLUSIVE MODE")
+            _, since = await self.read(self.dataset("SELECT id, v AS report FROM t"))
+        self.assertIsNotNone(since.dependencies)
+
     async def test_what_makes_no_difference(self) -> None:
         """Maintenance, indexes, rows and the objects of others leave it alone."""
         self.sql("CREATE TABLE watched_by_all (id int)")
@@ -561,6 +648,14 @@ class Changes(DependenciesTestCase):
         reading = await self.while_it_reads(Wanted(dataset, lambda: RowsBuilder(lambda _: None)), [attach])
         assert reading.rows is not None
         self.assertEqual({key for key, _ in reading.rows.finish().items()}, {b"1", b"12"})
+
+    async def test_a_partition_that_is_dropped(self) -> None:
+        """The reason names what happened to it."""
+        self.sql(
+            "CREATE TABLE parted (id int) PARTITION BY LIST (id); CREATE TABLE one PARTITION OF parted DEFAULT; "
+            f"GRANT SELECT ON parted TO {self.reader}"
+        )
+        await self.check("SELECT id FROM parted", [("DROP TABLE one", "table public.one was dropped")])
 
     async def test_a_partition_whose_detaching_was_broken_off(self) -> None:
         """Its rows are gone from the table although it still is a partition, and no trigger saw them go."""

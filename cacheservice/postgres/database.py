@@ -52,6 +52,7 @@ from cacheservice.postgres.statements import (
     probe_query,
     quoted,
     rows_query,
+    small_answer,
     whole_query,
 )
 from cacheservice.postgres.target import Resolve, Target
@@ -70,6 +71,9 @@ _ASK = """\
 SELECT {pinning}, extract(epoch FROM now()), pg_current_snapshot()::text, pg_backend_pid(), {can_tell},
        concat_ws(' ', {digests}), {life}"""
 """The pinned settings come first, because a digest is of those that are in effect."""
+_BEGIN_SEARCH = "SAVEPOINT search; SET LOCAL lock_timeout = 500"
+"""What the search waits for may be a lock on a table that the query does not read."""
+_END_SEARCH = "ROLLBACK TO SAVEPOINT search"
 _PRUNE = """
 BEGIN READ WRITE;
 SET LOCAL statement_timeout = {statement_ms};
@@ -98,8 +102,8 @@ _CHUNK_BYTES = 256 * 1024
 _SMALL_ROWS = FEW_ROWS // 2
 _SMALL_BYTES = 256 * 1024
 """The size up to which the last result makes the next read try a single answer. The rows may double until then."""
-_SMALL_DELTA_BYTES = 4 * 1024 * 1024
-"""What a delta may have in a single answer, which is in memory twice until it is unpacked."""
+_MOST_ANSWER_BYTES = 4 * 1024 * 1024
+"""Of documents in a single answer, which is in memory twice until it is unpacked."""
 _SIGNIFICANT_BITS = 7
 _DATA_EXCEPTION = "22"
 """The class of the SQLSTATEs of values that a type cannot hold."""
@@ -442,25 +446,36 @@ class Database:
         if moment.digests[wanted.dataset.name] == since.dependencies.digest:
             return None
         cursor = await moment.guard.execute(dependencies.versions_sql(since.dependencies.found))
-        return dependencies.difference(since.dependencies.found, cursor.fetchall())
+        difference = dependencies.difference(since.dependencies.found, cursor.fetchall())
+        if difference.of_settings:
+            # Sessions that are open keep the old ones; this one ends with the error.
+            self._sessions.end_kept()
+            raise _ReadAllAgain({wanted.dataset.name: difference.reason})
+        return difference.reason
 
     async def _dependencies(
         self, moment: _Moment, dataset: DatasetSettings, type_oids: Sequence[int]
     ) -> Dependencies | None:
         """What the rows that were just read depend on; None where this role may not find out."""
         guard = moment.guard
-        await guard.execute("SAVEPOINT dependencies")
+        await guard.execute(_BEGIN_SEARCH)
         try:
-            objects = await dependency_search.find(guard, dataset, type_oids)
-            if objects is None:
-                return None
-            found = dependencies.with_session(objects, dataset)
-            cursor = await guard.execute(dependencies.versions_sql(found))
-            found = dependencies.with_versions(found, cursor.fetchall())
-            cursor = await guard.execute(f"SELECT {dependencies.digest_sql(found)}")
+            found = await self._search(guard, dataset, type_oids)
         except QueryFailed:
-            await guard.execute("ROLLBACK TO SAVEPOINT dependencies")
+            found = None
+        await guard.execute(_END_SEARCH)
+        return found
+
+    async def _search(
+        self, guard: GuardedConnection, dataset: DatasetSettings, type_oids: Sequence[int]
+    ) -> Dependencies | None:
+        objects = await dependency_search.find(guard, dataset, type_oids)
+        if objects is None:
             return None
+        found = dependencies.with_session(objects, dataset)
+        cursor = await guard.execute(dependencies.versions_sql(found))
+        found = dependencies.with_versions(found, cursor.fetchall())
+        cursor = await guard.execute(f"SELECT {dependencies.digest_sql(found)}")
         return Dependencies(found, cursor.fetchone()[0].decode())
 
     async def _read_one(self, moment: _Moment, wanted: Wanted, builder: RowsBuilder) -> Reading:
@@ -553,25 +568,29 @@ class Database:
         found = deltas.ChangedRows(form)
         sql = f"{rows_query(dataset.query, dataset.key, form)} WHERE {predicate}"
         average_bytes = last.size_bytes // last.count if last is not None and last.count else 0
-        if most <= FEW_ROWS or most * average_bytes <= _SMALL_DELTA_BYTES:
-            # More rows than keys: one of them occurs twice, which is found before the last.
-            await self._read_at_once(moment, first_rows(sql, most + 1), dataset.name, found)
-        else:
+        is_small = most <= FEW_ROWS or most * average_bytes <= _MOST_ANSWER_BYTES
+        # More rows than keys: one of them occurs twice, and either way finds that.
+        if not is_small or not await self._read_at_once(moment, sql, dataset.name, found, most):
             await self._execute_asking_in(moment, f"DECLARE rows NO SCROLL CURSOR FOR {sql}", dataset.name)
             await self._fetch_all(moment.guard, found)
             await moment.guard.execute("CLOSE rows")
         return found
 
     async def _read_at_once(
-        self, moment: _Moment, sql: str, name: str, into: RowsBuilder | deltas.ChangedRows, most: int | None = None
+        self, moment: _Moment, sql: str, name: str, into: RowsBuilder | deltas.ChangedRows, most: int
     ) -> bool:
         """Read rows in one answer, without a cursor.
 
-        :returns: False if there are more than `most`; `into` is as it was then.
+        :returns: False if there are more than `most`, or more than `_MOST_ANSWER_BYTES`; `into` is as it was then.
         """
-        cursor = await self._execute_asking_in(moment, sql, name)
-        if most is not None and cursor.rowcount > most:
-            return False
+        answer = small_answer(sql, most, _MOST_ANSWER_BYTES)
+        cursor = await self._execute_asking_in(moment, answer, name)
+        if cursor.rowcount:
+            cursor.scroll(cursor.rowcount - 1, mode="absolute")
+            _, last = cursor.fetchone()
+            if cursor.rowcount > most or last is None:
+                return False
+            cursor.scroll(0, mode="absolute")
         try:
             await self._unpack(cursor, into)
         except psycopg2.InterfaceError:
@@ -603,19 +622,19 @@ class Database:
         name, last = wanted.dataset.name, wanted.last
         if last is None:
             cursor = await self._execute_asking_in(moment, f"EXPLAIN (FORMAT JSON) {rows_sql}", name)
-            rows, size_bytes = _planned(cursor.fetchone()[0])
-            builder.expect(rows)
+            planned_rows = _planned_rows(cursor.fetchone()[0])
+            builder.expect(planned_rows)
             if wanted.expect is not None:
-                wanted.expect(rows)
-            is_small = rows <= FEW_ROWS and size_bytes <= _SMALL_BYTES
+                wanted.expect(planned_rows)
+            is_small = planned_rows <= FEW_ROWS
         else:
             is_small = last.count <= _SMALL_ROWS and last.size_bytes <= _SMALL_BYTES
         return is_small and name not in self._outgrown
 
     async def _read_few(self, moment: _Moment, dataset: DatasetSettings, rows_sql: str, builder: RowsBuilder) -> bool:
-        """Read all rows in one answer; return False if there are more than `FEW_ROWS`."""
+        """Read all rows in one answer; return False if they are too many for one."""
         name = dataset.name
-        if await self._read_at_once(moment, first_rows(rows_sql, FEW_ROWS + 1), name, builder, FEW_ROWS):
+        if await self._read_at_once(moment, rows_sql, name, builder, FEW_ROWS):
             return True
         # If the deadline does not last for the query to run twice, the next attempt must not try that again.
         self._outgrown.add(name)
@@ -733,8 +752,6 @@ def _keys_fit(dataset: DatasetSettings) -> Iterator[None]:
         raise _ReadAllAgain({dataset.name: because}) from error
 
 
-def _planned(plan: Any) -> tuple[int, int]:
-    """Return the rows that the planner expects, and their bytes."""
+def _planned_rows(plan: Any) -> int:
     parsed = plan if isinstance(plan, list) else json.loads(plan)
-    rows = int(parsed[0]["Plan"]["Plan Rows"])
-    return rows, rows * int(parsed[0]["Plan"]["Plan Width"])
+    return int(parsed[0]["Plan"]["Plan Rows"])

@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from cacheservice.cache.dataset import Snapshot
 from cacheservice.config import DatasetSettings
@@ -44,10 +44,11 @@ _REASONS: Mapping[str, str] = {
     "member": "the memberships of the role {} changed",
     "role": "the attributes of the role {} changed",
     "path": "the schemas of search_path that the role may use changed",
-    "schema": "the rights on the schema {} changed",
+    "schema": "the name of the schema {}, or the rights on it, changed",
     "setting": "the setting {} changed",
     "altered": "settings of the role or the database were altered",
     "operators": "an operator was created, altered or dropped",
+    "text search": "a text search configuration or dictionary was created, altered or dropped",
     "casts": "a cast was created, altered or dropped",
 }
 """What to say of each kind of difference, the most telling first."""
@@ -139,7 +140,13 @@ def _session_state(objects: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 _VERSION = "hashint8extended(xmin::text::bigint, oid::bigint)"
-_RIGHTS = "concat_ws(' ', c.relowner, has_any_column_privilege(c.oid, 'SELECT'), c.relacl)"
+_GRANTED = (
+    "(SELECT string_agg(concat_ws(' ', a.grantee, a.privilege_type), ',' ORDER BY a.grantee, a.privilege_type) "
+    "FROM aclexplode({acl}) AS a WHERE a.grantee = ANY (@members::oid[]))"
+)
+"""Rights of others, which some create and drop every few minutes, make no difference."""
+_RIGHTS = f"concat_ws(' ', c.relowner, has_any_column_privilege(c.oid, 'SELECT'), {_GRANTED.format(acl='c.relacl')})"
+_SCHEMA = f"hashtextextended(concat_ws(' ', nspname, nspowner, {_GRANTED.format(acl='nspacl')}), oid::bigint)"
 _SECURITY = "concat(c.relrowsecurity, c.relforcerowsecurity, row_security_active(c.oid))"
 _RELATION = "concat_ws(' ', c.relname, c.relnamespace, c.relkind, CASE WHEN c.relkind = 'v' THEN c.reloptions END)"
 
@@ -154,6 +161,7 @@ def _catalog(objects: Mapping[str, Any], *, detailed: bool) -> list[str]:
     relations = list(objects.get("relations", ()))
     secured = objects.get("secured", ())
     in_schemas = f"= ANY ({array(objects['schemas'])}::oid[])"
+    members = array([0, *objects.get("members", ())])  # 0 is PUBLIC
     settings = f"setdatabase IN (0, {objects['database']}) AND setrole IN (0, {objects['login']})"
     parts = [
         part(
@@ -165,13 +173,23 @@ def _catalog(objects: Mapping[str, Any], *, detailed: bool) -> list[str]:
         # There are few that are not PostgreSQL's own, and their oids are the end of an index.
         part("operators", "''", _VERSION, "pg_operator WHERE oid >= 16384"),
         part("casts", "''", _VERSION, "pg_cast WHERE oid >= 16384"),
+        part("schema", "oid", _SCHEMA.replace("@members", members), f"pg_namespace WHERE oid {in_schemas}"),
+        part("text search", "''", _VERSION, "pg_ts_config WHERE oid >= 16384"),
+        part("text search", "''", _VERSION, "pg_ts_dict WHERE oid >= 16384"),
+        part(
+            "text search",
+            "''",
+            "hashint8extended(xmin::text::bigint, mapcfg::bigint)",
+            "pg_ts_config_map WHERE mapcfg >= 16384",
+        ),
     ]
     if relations:
+        rights = _RIGHTS.replace("@members", members)
         those = f"c.oid = ANY ({array(relations)}::oid[])"
         for kind, value in (
-            {"rights": _RIGHTS, "security": _SECURITY, "relation": _RELATION}
+            {"rights": rights, "security": _SECURITY, "relation": _RELATION}
             if detailed
-            else {"relation": f"concat_ws(' ', {_RIGHTS}, {_SECURITY}, {_RELATION})"}
+            else {"relation": f"concat_ws(' ', {rights}, {_SECURITY}, {_RELATION})"}
         ).items():
             parts.append(
                 part(kind, "c.oid", f"hashtextextended({value}, c.oid::bigint)", f"pg_class AS c WHERE {those}")
@@ -201,15 +219,14 @@ def _catalog(objects: Mapping[str, Any], *, detailed: bool) -> list[str]:
             "oid",
             "hashint8extended(rolsuper::int + 2 * rolbypassrls::int + 4 * rolinherit::int, oid::bigint)",
             "pg_roles",
-            # Who may pass row security, and whom policies name: without any, the rights above say all.
-            list(objects.get("roles", ())) if secured else (),
+            list(objects.get("roles", ())),
         ),
         (
             "member",
             "member",
             "hashint8extended(xmin::text::bigint, roleid::bigint)",
             "pg_auth_members",
-            objects.get("members", ()) if secured else (),
+            objects.get("members", ()),
         ),
     ):
         if ids:
@@ -235,8 +252,18 @@ def with_versions(objects: str, versions: Iterable[Version]) -> str:
     return json.dumps(json.loads(objects) | {"versions": [[*key, total] for key, total in _sums(versions).items()]})
 
 
-def difference(found: str, now: Iterable[Version]) -> str:
+class Difference(NamedTuple):
     """Why documents may have another form, in words that name the object.
+
+    :param of_settings: whether settings that sessions take at their start have changed.
+    """
+
+    reason: str
+    of_settings: bool
+
+
+def difference(found: str, now: Iterable[Version]) -> Difference:
+    """Compare what was found with what there is now.
 
     :param now: the answer to `versions_sql`.
     """
@@ -245,12 +272,15 @@ def difference(found: str, now: Iterable[Version]) -> str:
     new = _sums(now)
     changed = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
     if not changed:
-        return "something that the query depends on changed"
+        return Difference("something that the query depends on changed", of_settings=False)
     kinds = list(_REASONS)
     kind, name = min(changed, key=lambda each: (kinds.index(each[0]), each[1]))
     named = {"role": "roles", "member": "roles", "schema": "schemas"}.get(kind)
     labels = objects.get(named, {}) if named else {**objects.get("relations", {}), **objects.get("types", {})}
-    return _REASONS[kind].format(name if kind in _BY_NAME else labels.get(name, name))
+    of_relation = kind in ("security", "rights", "relation")
+    words = "{} was dropped" if of_relation and ("relation", name) not in new else _REASONS[kind]
+    reason = words.format(name if kind in _BY_NAME else labels.get(name, name))
+    return Difference(reason, of_settings=any(each == "altered" for each, _ in changed))
 
 
 def _sums(rows: Iterable[Version]) -> dict[tuple[str, str], int]:

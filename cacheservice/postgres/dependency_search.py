@@ -105,6 +105,13 @@ WITH RECURSIVE words AS MATERIALIZED (
 ), roles (oid) AS (
     SELECT r.oid FROM pg_roles AS r WHERE r.rolname IN (current_user, session_user)
     UNION
+    -- A view, and a function with SECURITY DEFINER, read as their owners.
+    SELECT c.relowner FROM found AS f JOIN pg_class AS c ON c.oid = f.obj
+    WHERE f.class = 'pg_class'::regclass AND c.relkind = 'v'
+    UNION
+    SELECT p.proowner FROM found AS f JOIN pg_proc AS p ON p.oid = f.obj
+    WHERE f.class = 'pg_proc'::regclass AND p.prosecdef
+    UNION
     SELECT m.roleid FROM pg_auth_members AS m JOIN roles AS r ON m.member = r.oid
 ), relations AS (
     SELECT c.*, r.oid AS rule,
@@ -147,12 +154,17 @@ SELECT jsonb_build_object(
     'bodies', (SELECT jsonb_agg(concat_ws(E'\n', p.prosrc, array_to_string(p.proconfig, E'\n')))
                FROM functions AS p JOIN pg_language AS l ON l.oid = p.prolang
                WHERE l.lanname NOT IN ('c', 'internal')),
+    -- To print a parsed text takes locks, so only those that call current_setting are (2077, 3294 in pg_proc.dat).
     'parsed', (SELECT jsonb_agg(t.parsed) FROM (
-        SELECT pg_get_viewdef(oid) FROM relations WHERE rule IS NOT NULL
-        UNION ALL SELECT pg_get_function_sqlbody(oid) FROM functions WHERE prosqlbody IS NOT NULL
-        UNION ALL SELECT pg_get_expr(p.polqual, p.polrelid) FROM found AS f
-                  JOIN pg_policy AS p ON p.oid = f.obj WHERE f.class = 'pg_policy'::regclass) AS t (parsed)
-        WHERE t.parsed ~* 'current_setting')
+        SELECT CASE WHEN r.ev_action::text ~ ':funcid (2077|3294) ' THEN pg_get_viewdef(c.oid) END
+        FROM relations AS c JOIN pg_rewrite AS r ON r.oid = c.rule
+        UNION ALL
+        SELECT CASE WHEN p.prosqlbody::text ~ ':funcid (2077|3294) ' THEN pg_get_function_sqlbody(p.oid) END
+        FROM functions AS p
+        UNION ALL
+        SELECT CASE WHEN p.polqual::text ~ ':funcid (2077|3294) ' THEN pg_get_expr(p.polqual, p.polrelid) END
+        FROM found AS f JOIN pg_policy AS p ON p.oid = f.obj WHERE f.class = 'pg_policy'::regclass) AS t (parsed)
+        WHERE t.parsed IS NOT NULL)
 )::text
 """
 

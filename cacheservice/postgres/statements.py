@@ -28,6 +28,20 @@ def first_rows(select: str, most: int) -> str:
     return f"WITH r AS MATERIALIZED (\n{select}\n) SELECT * FROM r LIMIT {most}"  # noqa: S608  # made here
 
 
+def small_answer(rows: str, most: int, most_bytes: int) -> str:
+    """The SQL that gives (key, document) of at most one row more than `most`, planned as that of `first_rows`.
+
+    Where documents have more than `most_bytes` in all, the last ones are NULL.
+
+    :param rows: what `rows_query` gives, perhaps with a condition.
+    """
+    total = "sum(octet_length(document)) OVER (ROWS UNBOUNDED PRECEDING)"
+    return (
+        f"WITH r (key, document) AS MATERIALIZED (\n{rows}\n) "  # noqa: S608  # made here
+        f"SELECT key, CASE WHEN {total} <= {most_bytes} THEN document END FROM r LIMIT {most + 1}"
+    )
+
+
 def columns_query(query: str) -> str:
     """The SQL whose result has the query's columns and no row; PostgreSQL plans it and runs nothing."""
     return f"{whole_query(query)} LIMIT 0"
