@@ -585,13 +585,15 @@ class Database:
         """
         answer = small_answer(sql, most, _MOST_ANSWER_BYTES)
         cursor = await self._execute_asking_in(moment, answer, name)
-        if cursor.rowcount:
-            cursor.scroll(cursor.rowcount - 1, mode="absolute")
-            _, last = cursor.fetchone()
-            if cursor.rowcount > most or last is None:
-                return False
-            cursor.scroll(0, mode="absolute")
+        if cursor.rowcount > most:
+            return False
         try:
+            if cursor.rowcount:
+                cursor.scroll(cursor.rowcount - 1, mode="absolute")
+                _, last = cursor.fetchone()
+                if last is None:
+                    return False
+                cursor.scroll(0, mode="absolute")
             await self._unpack(cursor, into)
         except psycopg2.InterfaceError:
             await moment.guard.execute("SELECT 1")  # raises why the session ended, and with it what was to be read
