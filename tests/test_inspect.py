@@ -662,6 +662,7 @@ class BlindSpots(Inspecting):
         self.watch_shop()
         products, prices = {"table": "shop.products", "key": "id"}, {"table": "shop.prices", "key": "product_id"}
         cats, orders = {"table": "shop.cats", "key": "id"}, {"table": "shop.orders", "key": "id"}
+        old, customers = {"table": "shop.old", "key": "id"}, list(self.CUSTOMERS)
         for sql, watches, level, told in (
             ("SELECT id, (SELECT max(name) FROM shop.products) AS m FROM shop.products", [products], "problem",
              "a row depends on rows of shop.products whose id is not its id"),
@@ -710,6 +711,31 @@ class BlindSpots(Inspecting):
              "shop.cat_name() reads shop.cats, and may read rows with another key"),
             ("SELECT id, shop.put_together(id) FROM shop.products", [products], "hint",
              "shop.put_together() names shop.cats, which is not watched"),
+            ("SELECT id, shop.overloaded(id) FROM shop.products", [products], "hint",
+             "shop.overloaded() names shop.cats, which is not watched"),
+            ("SELECT id, shop.slugify(name) FROM shop.products", [products], "hint", "slugify() is VOLATILE"),
+            ("SELECT id, random() FROM shop.products", [products], "problem", "random() changes by itself"),
+            ("SELECT id, age(made) FROM shop.old", [old], "problem", "changes by itself"),
+            ("SELECT id, name FROM shop.products UNION ALL SELECT id + 1, name FROM shop.old", [products, old],
+             "problem", "the key id is an expression"),
+            ("SELECT id + 1 AS id FROM shop.products WHERE name <> 'UNION'", [products], "problem",
+             "the key id is an expression"),
+            ("SELECT id, name FROM shop.products UNION ALL SELECT parent, name FROM shop.cats", [products, cats],
+             "problem", "a row depends on rows of shop.cats whose id is not its id"),
+            ("SELECT id, row_number() OVER (PARTITION BY name ORDER BY id) FROM shop.products", [products], "problem",
+             "a window function"),
+            ("SELECT id, row_number() OVER (ORDER BY id) FROM shop.products", [products], "problem",
+             "a window function"),
+            ("SELECT id FROM (SELECT id, row_number() OVER (ORDER BY name) AS n FROM shop.products) AS p WHERE n <= 3",
+             [products], "problem", "a window function"),
+            ("SELECT DISTINCT ON (o.status) o.cust_id AS id, o.id AS n FROM shop.ord AS o ORDER BY o.status, o.cust_id",
+             customers[1:2], "problem", "DISTINCT ON"),
+            ("SELECT id FROM shop.products WHERE name > 'p' LIMIT 1", [products], "problem", "by LIMIT"),
+            ("SELECT c.id, (SELECT max(i.sku) FROM shop.ord AS o JOIN shop.items AS i ON i.ord_id = o.id "
+             "WHERE o.cust_id = c.id) FROM shop.cust AS c", customers, "hint",
+             "a row seems to depend on rows of shop.items whose cust_id is not its id"),
+            ("SELECT c.id, (SELECT max(o.total) FROM shop.ord AS o WHERE o.id = c.id) FROM shop.cust AS c", customers,
+             "problem", "a row depends on rows of shop.ord whose cust_id is not its id"),
         ):  # fmt: skip
             found = self.look(sql, "id", watch=watches)
             texts = [(each.level, each.text) for each in found.findings if each.text.startswith("watch: ")]
@@ -722,13 +748,6 @@ class BlindSpots(Inspecting):
         products, prices = {"table": "shop.products", "key": "id"}, {"table": "shop.prices", "key": "product_id"}
         cats, orders = {"table": "shop.cats", "key": "id"}, {"table": "shop.orders", "key": "id"}
         lines, names = {"table": "shop.lines", "key": "order_id"}, {"table": "shop.names", "key": "code"}
-        plans: tuple[dict[str, str], ...] = (
-            {},
-            {"enable_hashjoin": "off", "enable_hashagg": "off"},
-            {"enable_hashjoin": "off", "enable_mergejoin": "off", "enable_seqscan": "off"},
-            {"enable_nestloop": "off", "enable_hashjoin": "off"},
-            {"enable_partitionwise_join": "on", "enable_partitionwise_aggregate": "on"},
-        )
         for sql, watches in (
             ("SELECT p.id, p.name, r.amount FROM shop.products AS p JOIN shop.prices AS r ON r.product_id = p.id "
              "WHERE r.currency = 'EUR'", [products, prices]),
@@ -770,10 +789,88 @@ class BlindSpots(Inspecting):
              [names]),
             ("SELECT id, shop.twice(id) FROM shop.products", [products]),
         ):  # fmt: skip
-            for settings in plans:
-                found = self.look(sql, "id", watch=watches, settings=settings)
-                texts = [each.text for each in found.findings if each.text.startswith("watch: ")]
-                self.assertEqual(texts, [], (sql, settings))
+            self.assert_fine(sql, watches)
+
+    def test_set_operations_and_picks_within_the_key(self) -> None:
+        """UNION of tables with the key, windows and DISTINCT ON within it, and a key that is constant are fine."""
+        self.watch_shop()
+        products, prices = {"table": "shop.products", "key": "id"}, {"table": "shop.prices", "key": "product_id"}
+        old, cust, ord_, items = {"table": "shop.old", "key": "id"}, *self.CUSTOMERS
+        for sql, watches in (
+            ("SELECT id, name FROM shop.products UNION ALL SELECT id, name FROM shop.old", [products, old]),
+            ("SELECT id, name FROM shop.products UNION SELECT id, name FROM shop.old", [products, old]),
+            ("SELECT id, name FROM shop.products EXCEPT SELECT id, name FROM shop.old", [products, old]),
+            ("SELECT id, name FROM shop.both_of_them WHERE id > 3", [products, old]),
+            ("SELECT u.id, u.name, o.status FROM shop.both_of_them AS u LEFT JOIN shop.cust AS c ON c.id = u.id "
+             "LEFT JOIN shop.ord AS o ON o.cust_id = u.id AND o.id < 9", [products, old, cust, ord_]),
+            ("SELECT id, rank() OVER (PARTITION BY id ORDER BY name) FROM shop.products", [products]),
+            ("SELECT cust_id AS id, total FROM (SELECT *, row_number() OVER (PARTITION BY cust_id ORDER BY id DESC) "
+             "AS r FROM shop.ord) AS o WHERE r = 1", [ord_]),
+            ("SELECT c.id, o.total FROM shop.cust AS c JOIN (SELECT *, row_number() OVER w AS r FROM shop.ord "
+             "WINDOW w AS (PARTITION BY status, cust_id ORDER BY id)) AS o ON o.cust_id = c.id AND o.r = 1",
+             [cust, ord_]),
+            ("SELECT DISTINCT ON (cust_id) cust_id AS id, total FROM shop.ord ORDER BY cust_id, total", [ord_]),
+            ("SELECT DISTINCT ON (cust_id) cust_id AS id, total FROM shop.ord ORDER BY cust_id", [ord_]),
+            ("SELECT DISTINCT ON (o.cust_id) c.id, o.total FROM shop.cust AS c JOIN shop.ord AS o ON o.cust_id = c.id "
+             "ORDER BY o.cust_id, o.total", [cust, ord_]),
+            ("SELECT DISTINCT ON (1) cust_id AS id, total FROM shop.ord ORDER BY 1, 2", [ord_]),
+            ("SELECT p.id, r.amount FROM shop.products AS p JOIN (SELECT DISTINCT ON (product_id) product_id, amount "
+             "FROM shop.prices ORDER BY product_id, amount) AS r ON r.product_id = p.id", [products, prices]),
+            ("SELECT p.id, (SELECT DISTINCT ON (r.note) r.note FROM shop.prices AS r WHERE r.product_id = p.id "
+             "ORDER BY r.note LIMIT 1) FROM shop.products AS p", [products, prices]),
+            ("SELECT id, 'DISTINCT ON (name)' AS n FROM shop.products /* DISTINCT ON (name) */ GROUP BY id",
+             [products]),
+            ("SELECT c.id, o.total FROM shop.cust AS c JOIN shop.ord AS o ON o.cust_id IS NOT DISTINCT FROM c.id",
+             [cust, ord_]),
+            ("SELECT c.id, o.total FROM shop.cust AS c JOIN shop.ord AS o ON o.cust_id::bigint = c.id", [cust, ord_]),
+            ("SELECT c.id, o.total FROM shop.cust AS c JOIN shop.ord AS o ON c.id::integer = o.cust_id", [cust, ord_]),
+            ("SELECT id, name FROM shop.cust WHERE id = 5 LIMIT 1", [cust]),
+            ("SELECT c.id, o.total FROM shop.cust AS c JOIN shop.ord AS o ON o.cust_id = c.id WHERE c.id = 5 "
+             "ORDER BY o.total LIMIT 1", [cust, ord_]),
+            ("SELECT c.id, (SELECT max(i.sku) FROM shop.ord AS o JOIN shop.items AS i ON i.ord_id = o.id "
+             "AND i.cust_id = o.cust_id WHERE o.cust_id = c.id) FROM shop.cust AS c", [cust, ord_, items]),
+        ):  # fmt: skip
+            self.assert_fine(sql, watches)
+
+    def test_names_that_are_not_those_of_functions(self) -> None:
+        """Text in strings and comments, and functions of other schemas, are not taken for what a query calls."""
+        self.watch_shop()
+        products, old = {"table": "shop.products", "key": "id"}, {"table": "shop.old", "key": "id"}
+        for sql in (
+            "SELECT id, json_build_object('age (years)', name) AS n FROM shop.products",
+            "SELECT id, name || ' random (x), it''s now (today)' AS n FROM shop.products",
+            "SELECT id, CASE WHEN name = 'now (today)' THEN 1 END AS n FROM shop.products",
+            "SELECT id, name || 'CURRENT_DATE' AS n FROM shop.products",
+            "SELECT id, name || ' cat_name (old)' AS n FROM shop.products",
+            "SELECT id, lower(name) AS n FROM shop.products",
+            "SELECT id, shop.label(id) AS n FROM shop.products",
+            "SELECT id, shop.commented(id) AS n FROM shop.products",
+        ):
+            self.assert_fine(sql, [products], plans=self.PLANS[:1])
+        for sql in (
+            "SELECT id, age(made, sold) AS n FROM shop.old",
+            "SELECT id, shop.year_of(made) AS n FROM shop.old",
+        ):
+            self.assert_fine(sql, [old], plans=self.PLANS[:1])
+
+    CUSTOMERS: tuple[dict[str, str], ...] = (
+        {"table": "shop.cust", "key": "id"},
+        {"table": "shop.ord", "key": "cust_id"},
+        {"table": "shop.items", "key": "cust_id"},
+    )
+    PLANS: tuple[dict[str, str], ...] = (
+        {},
+        {"enable_hashjoin": "off", "enable_hashagg": "off"},
+        {"enable_hashjoin": "off", "enable_mergejoin": "off", "enable_seqscan": "off"},
+        {"enable_nestloop": "off", "enable_hashjoin": "off"},
+        {"enable_partitionwise_join": "on", "enable_partitionwise_aggregate": "on"},
+    )
+
+    def assert_fine(self, sql: str, watches: list[dict[str, str]], plans: tuple[dict[str, str], ...] = PLANS) -> None:
+        for settings in plans:
+            found = self.look(sql, "id", watch=watches, settings=settings)
+            texts = [each.text for each in found.findings if each.text.startswith("watch: ")]
+            self.assertEqual(texts, [], (sql, settings))
 
     def watch_shop(self) -> None:
         migrate(self.owner, shipped.folder("migrations"))
@@ -807,11 +904,43 @@ class BlindSpots(Inspecting):
                 AS $$ DECLARE t text; BEGIN EXECUTE format('TABLE shop.%I', 'cats') INTO t; RETURN t; END $$;
             CREATE FUNCTION shop.twice(n integer) RETURNS integer IMMUTABLE LANGUAGE plpgsql
                 AS 'BEGIN RETURN 2 * n; END';
+
+            CREATE TABLE shop.old (id integer PRIMARY KEY, name text, made timestamptz, sold timestamptz);
+            INSERT INTO shop.old SELECT n, 'old' FROM generate_series(2000, 2100) AS n;
+            CREATE VIEW shop.both_of_them AS SELECT id, name FROM shop.products UNION ALL SELECT id, name FROM shop.old;
+            CREATE TABLE shop.cust (id bigint PRIMARY KEY, name text);
+            INSERT INTO shop.cust SELECT n, 'customer ' || n FROM generate_series(1, 500) AS n;
+            CREATE TABLE shop.ord (id integer PRIMARY KEY, cust_id integer, total numeric, status text);
+            INSERT INTO shop.ord SELECT n, n % 500 + 1, n, 'x' FROM generate_series(1, 2000) AS n;
+            CREATE INDEX ON shop.ord (cust_id);
+            CREATE TABLE shop.items (id integer PRIMARY KEY, ord_id integer, cust_id integer, sku text);
+            INSERT INTO shop.items SELECT n, n, n % 500 + 1, 's' FROM generate_series(1, 2000) AS n;
+            CREATE SCHEMA legacy;
+            CREATE TABLE legacy.history (id integer, label text);
+            CREATE FUNCTION legacy.label(n bigint) RETURNS text STABLE LANGUAGE sql
+                AS 'SELECT label FROM legacy.history LIMIT 1';
+            CREATE FUNCTION legacy.lower(n bigint) RETURNS text VOLATILE LANGUAGE plpgsql AS 'BEGIN RETURN 1; END';
+            CREATE FUNCTION shop.label(n integer) RETURNS text IMMUTABLE LANGUAGE plpgsql
+                AS 'BEGIN RETURN n::text; END';
+            CREATE FUNCTION shop.slugify(t text) RETURNS text LANGUAGE plpgsql AS 'BEGIN RETURN lower(t); END';
+            CREATE FUNCTION shop.overloaded(n integer) RETURNS text IMMUTABLE LANGUAGE plpgsql
+                AS 'BEGIN RETURN n::text; END';
+            CREATE FUNCTION shop.overloaded(n text) RETURNS text STABLE LANGUAGE plpgsql
+                AS 'BEGIN RETURN (SELECT name FROM shop.cats LIMIT 1); END';
+            CREATE FUNCTION shop.commented(n integer) RETURNS text IMMUTABLE LANGUAGE plpgsql
+                AS $$ BEGIN
+                    -- The import's names come from shop.cats,
+                    RETURN n::text; /* and the others FROM shop.orders. */
+                END $$;
+            CREATE TABLE shop.made (id integer);
+            CREATE FUNCTION shop.year_of(made timestamptz) RETURNS numeric STABLE LANGUAGE plpgsql
+                AS $$ BEGIN RETURN extract(year FROM made); END $$;
             """,
         )
         for table, key in (
             ("products", "id"), ("prices", "product_id"), ("cats", "id"), ("cats", "parent"), ("orders", "id"),
-            ("lines", "order_id"), ("names", "code"),
+            ("lines", "order_id"), ("names", "code"), ("old", "id"), ("cust", "id"), ("ord", "cust_id"),
+            ("items", "cust_id"),
         ):  # fmt: skip
             watch(self.owner, f"shop.{table}", [key], False, False, self.fail)
         query(self.server, self.database, "ANALYZE")

@@ -6,19 +6,30 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from cacheservice.postgres.inspect.bodies import Reading, calls_in, definitions_of_views, tables_of_functions
-from cacheservice.postgres.inspect.links import Links, Scan, Value, column_of, output_of
+from cacheservice.postgres.inspect.bodies import (
+    Call,
+    Reading,
+    calls_in,
+    definitions_of_views,
+    tables_of_functions,
+    volatile,
+)
+from cacheservice.postgres.inspect.links import Links, Scan, Value, column_of, is_expression, output_of, sources_of
 from cacheservice.postgres.inspect.look import Look
+from cacheservice.postgres.inspect.picks import Picks
 from cacheservice.postgres.inspect.plans import nodes
+from cacheservice.postgres.inspect.texts import without_comments, without_strings
 
-_NODES = {
+_PICKS = {
     "Limit": "which rows it leaves out by LIMIT depends on other rows",
     "WindowAgg": "a window function computes a row from other rows",
+    "Unique": "which row DISTINCT ON takes depends on other rows",
+}
+"""Nodes that are harmless if they see no rows but those of one key."""
+_NODES = {
     "Recursive Union": "a recursive query computes a row from other rows",
     "Sample Scan": "TABLESAMPLE takes other rows each time",
 }
-_OF_SOME_ROWS = {"Limit", "WindowAgg"}
-"""Nodes that are harmless if they see no rows but those of one key."""
 _KINDS = {
     "m": "is a materialized view, whose REFRESH fires no trigger",
     "f": "is a foreign table, which others change unseen",
@@ -37,7 +48,7 @@ _EXPRESSIONS = (
 _CLOCKS = {"now", "statement_timestamp", "transaction_timestamp", "age"}
 _STATES = {"pg_current_snapshot", "txid_current_snapshot", "pg_current_xact_id_if_assigned", "txid_current_if_assigned"}
 _STATISTICS = "pg_stat_get_"
-_DISTINCT_ON = re.compile(r"\bDISTINCT\s+ON\s*\(((?:[^()]|\([^()]*\))*)\)", re.IGNORECASE)
+_SET_OPERATION = re.compile(r"\b(?:UNION|INTERSECT|EXCEPT)\b", re.IGNORECASE)
 _CLOCK_WORDS = re.compile(r"\b(CURRENT_DATE|CURRENT_TIMESTAMP|CURRENT_TIME|LOCALTIME|LOCALTIMESTAMP)\b")
 
 
@@ -60,19 +71,28 @@ def look_for_blind_spots(
     links = Links(plan)
     output = output_of(plan)
     key = [column_of(output[place]) if place < len(output) else None for place in places]
-    found = {
-        str(node["Node Type"])
-        for node in nodes(plan)
-        if not (node["Node Type"] in _OF_SOME_ROWS and links.within_key(node, key))
-    }
+    texts = [without_strings(without_comments(text)) for text in (look.dataset.query, *definitions_of_views(look))]
+    found = {str(node["Node Type"]) for node in nodes(plan)}
     for kind, why in _NODES.items():
         if kind in found:
             _add(look, why)
-    if "Unique" in found:
-        _look_at_distinct(look, places)
+    names = [{name.lower(), str(place + 1)} for name, place in zip(look.dataset.key, places, strict=True)]
+    picks = Picks(plan, links, key, texts, names)
+    for kind, why in _PICKS.items():
+        faults = picks.faults(kind)
+        if any(faults):
+            _add(look, why)
+        elif faults:
+            _hint(look, f"{why}, unless these have the same key", "see that it takes only rows with the key of the row")
     _look_at_functions(look, plan)
     found_before = len(look.found.findings)
-    _look_at_key(look, origins, looks_fine=looks_fine)
+    of_sets = any(map(_SET_OPERATION.search, texts))
+    computed = [
+        name
+        for name, place, (table, _) in zip(look.dataset.key, places, origins, strict=True)
+        if not table and not (of_sets and _holds_columns(plan, output, place))
+    ]
+    _look_at_key(look, computed, origins, looks_fine=looks_fine)
     if looks_fine:
         key_is_fine = len(look.found.findings) == found_before
         watched = _look_at_tables(look, links.scans)
@@ -165,21 +185,32 @@ def _look_at_links(
         columns = ", ".join(watch.key)
         why = f"rows of {watch.table} whose {columns} is not its {', '.join(look.dataset.key)}"
         todo = f"watch {watch.table} by columns that hold the key, leave watch out, or change the query"
-        if links.is_certain and not scan.looked_up:
+        if (
+            links.is_certain
+            and not scan.looked_up
+            and (not links.compares_others_alone(scan, watch.key, values) or _is_unique(look, watch.table, watch.key))
+        ):
             _add(look, f"a row depends on {why}", todo)
         else:
             _hint(look, f"a row seems to depend on {why}", todo)
 
 
-def _look_at_distinct(look: Look, places: Sequence[int]) -> None:
-    """Add DISTINCT ON other columns than the key; plain DISTINCT, and the nodes of IN and UNION, are harmless."""
-    key = {name.lower() for name in look.dataset.key} | {str(place + 1) for place in places}
-    for text in (look.dataset.query, *definitions_of_views(look)):
-        for columns in _DISTINCT_ON.findall(text):
-            names = {name.strip().rpartition(".")[2].strip('"').lower() for name in columns.split(",")}
-            if len(names & key) < len(look.dataset.key):
-                _add(look, "which row DISTINCT ON takes depends on other rows")
-                return
+def _is_unique(look: Look, table: str, columns: Sequence[str]) -> bool:
+    """Whether no two rows of the table have the same values of `columns`."""
+    look.cursor.execute(
+        """
+        SELECT EXISTS (
+            SELECT FROM pg_index AS i
+            WHERE i.indrelid = to_regclass(%s)::oid AND i.indisunique AND i.indisvalid AND i.indpred IS NULL
+              AND NOT EXISTS (
+                  SELECT FROM unnest((i.indkey::int2[])[0:i.indnkeyatts - 1]) AS k (number)
+                  LEFT JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = k.number
+                  WHERE k.number = 0 OR a.attname <> ALL (%s::name[])))
+        """,
+        (table, list(columns)),
+    )
+    (unique,) = look.cursor.fetchone()
+    return bool(unique)
 
 
 def _look_at_bodies(look: Look, plan: Mapping[str, Any], scans: Sequence[Scan]) -> None:
@@ -209,23 +240,29 @@ def _look_at_bodies(look: Look, plan: Mapping[str, Any], scans: Sequence[Scan]) 
             )
 
 
-def _called(plan: Mapping[str, Any]) -> set[str]:
-    functions = {str(node["Function Name"]) for node in nodes(plan) if "Function Name" in node}
+def _called(plan: Mapping[str, Any]) -> set[Call]:
+    functions = {
+        Call(node.get("Schema"), str(node["Function Name"])) for node in nodes(plan) if "Function Name" in node
+    }
     return functions.union(*map(calls_in, _expressions(plan)))
 
 
 def _look_at_functions(look: Look, plan: Mapping[str, Any]) -> None:
-    texts, names = list(_expressions(plan)), _called(plan)
-    look.cursor.execute(
-        "SELECT DISTINCT proname::text FROM pg_proc WHERE proname = ANY (%s) AND provolatile = 'v' ORDER BY 1",
-        (sorted(names),),
-    )
-    changing = {name for (name,) in look.cursor.fetchall()} | (names & (_CLOCKS | _STATES))
-    changing |= {name for name in names if name.startswith(_STATISTICS)}
+    calls = _called(plan)
+    certain, possible = volatile(look, calls)
+    builtin = {call.name for call in calls if call.is_builtin}
+    changing = {*certain, *(builtin & (_CLOCKS | _STATES)), *(n for n in builtin if n.startswith(_STATISTICS))}
     shown = [f"{name}()" for name in sorted(changing)]
+    texts = map(without_strings, _expressions(plan))
     shown += sorted({word for text in texts for word in _CLOCK_WORDS.findall(text)})
     if shown:
         _add(look, f"the value of {', '.join(shown)} changes by itself")
+    if unsure := [f"{name}()" for name in possible if name not in changing]:
+        _hint(
+            look,
+            f"{', '.join(unsure)} is VOLATILE, so its value may change by itself",
+            "declare the function IMMUTABLE or STABLE if its value depends on its arguments and watched rows alone",
+        )
 
 
 def _expressions(plan: Mapping[str, Any]) -> Iterator[str]:
@@ -235,8 +272,19 @@ def _expressions(plan: Mapping[str, Any]) -> Iterator[str]:
             yield from [value] if isinstance(value, str) else map(str, value)
 
 
-def _look_at_key(look: Look, origins: Sequence[tuple[int | None, int | None]], *, looks_fine: bool) -> None:
-    computed = [column for column, (table, _) in zip(look.dataset.key, origins, strict=True) if not table]
+def _holds_columns(plan: Mapping[str, Any], output: Sequence[str], place: int) -> bool:
+    """Whether a column of the output is one of a table in each member of a UNION, or seems so."""
+    return (
+        place < len(output)
+        and column_of(output[place]) is not None
+        and not any(map(is_expression, sources_of(plan, place)))
+    )
+
+
+def _look_at_key(
+    look: Look, computed: Sequence[str], origins: Sequence[tuple[int | None, int | None]], *, looks_fine: bool
+) -> None:
+    """:param computed: the columns of the key that are expressions."""
     if computed:
         if looks_fine:
             _add(
@@ -244,6 +292,8 @@ def _look_at_key(look: Look, origins: Sequence[tuple[int | None, int | None]], *
                 f"the key {', '.join(computed)} is an expression, and triggers record values of columns",
                 "take a column of the watched table as key",
             )
+        return
+    if not all(table for table, _ in origins):
         return
     for watch in look.dataset.watch:
         look.cursor.execute(

@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
 from cacheservice.postgres.dependency_search import words_of
 from cacheservice.postgres.inspect.look import Look
+from cacheservice.postgres.inspect.texts import closes_at, split, without_comments, without_strings
 
 _MOST_ROUNDS = 20
-_CALL = re.compile(r'([^\W\d][\w$]*|"(?:[^"]|"")+")\s*\(')
+_NAME = r'(?:[^\W\d][\w$]*|"(?:[^"]|"")+")'
+_CALL = re.compile(rf"(?:({_NAME})\s*\.\s*)?({_NAME})\s*(?=\()")
+_FROM_AS_ARGUMENT = re.compile(r"\b(?:extract|substring|trim|overlay|position)\s*(?=\()", re.IGNORECASE)
+_FROM = re.compile(r"\bfrom\b", re.IGNORECASE)
+_DISTINCT_FROM = re.compile(r"\bdistinct\s+from\b", re.IGNORECASE)
+
+
+class Call(NamedTuple):
+    """A call of a function, with a schema if the text names it."""
+
+    schema: str | None
+    name: str
+
+    @property
+    def is_builtin(self) -> bool:
+        """Whether it may be a function of PostgreSQL."""
+        return self.schema in (None, "pg_catalog")
 
 
 class Reading(NamedTuple):
     """A function that the query calls, also through others, and a table that its body names.
 
-    :param certain: whether the table's name follows FROM or JOIN.
+    :param certain: whether that function and no other is called, and the table's name follows FROM or JOIN.
     """
 
     function: str
@@ -26,29 +43,57 @@ class Reading(NamedTuple):
     certain: bool
 
 
-def calls_in(text: str) -> set[str]:
-    """Names in `text` that an opening parenthesis follows."""
-    return {name[1:-1].replace('""', '"') if name[0] == '"' else name.lower() for name in _CALL.findall(text)}
+class _Body(NamedTuple):
+    function: str
+    text: str
+    parameters: tuple[str, ...]
 
 
-def tables_of_functions(look: Look, called: Iterable[str]) -> list[Reading]:
+def calls_in(text: str) -> set[Call]:
+    """Names in `text` that an opening parenthesis follows, beside those in strings."""
+    found = set()
+    for match in _CALL.finditer(text := without_strings(text)):
+        schema, name = match[1] and _folded(match[1]), _folded(match[2])
+        # age(a, b) is the time between two others; age(a) reads the clock.
+        if name == "age" and len(list(split(text[match.end() + 1 : closes_at(text, match.end())], ","))) > 1:
+            continue
+        found.add(Call(schema, name))
+    return found
+
+
+def tables_of_functions(look: Look, called: Iterable[Call]) -> list[Reading]:
     """Return the tables that functions read, those that they read through views included.
 
-    :param called: the names of the functions in the plan.
+    :param called: the functions in the plan.
     """
-    bodies: dict[int, tuple[str, str]] = {}
-    names = set(called)
+    called = set(called)
+    certain = _reach(look, called, certainly=True)
+    readings: set[Reading] = set()
+    for oid, body in _reach(look, called, certainly=False).items():
+        readings.update(_tables(look, body, certain=oid in certain))
+    return sorted(readings)
+
+
+def _reach(look: Look, called: set[Call], *, certainly: bool) -> dict[int, _Body]:
+    """The functions behind `called`, also through others.
+
+    :param certainly: leave out overloads, of which the plan does not name one, and calls that a string may hold.
+    """
+    bodies: dict[int, _Body] = {}
+    calls: dict[Call, Collection[str]] = dict.fromkeys(called, ())
     for _ in range(_MOST_ROUNDS):
-        found = _functions(look, names)
-        new = [body for oid, (_, body) in found.items() if oid not in bodies]
+        found = _functions(look, calls, certainly=certainly)
+        new = [body for oid, body in found.items() if oid not in bodies]
         bodies |= found
         if not new:
             break
-        names = set().union(*map(calls_in, new))
-    readings: set[Reading] = set()
-    for function, body in bodies.values():
-        readings.update(_tables(look, function, body))
-    return sorted(readings)
+        calls = {}
+        for body in new:
+            named = tuple(words_of(body.text))
+            for text in [body.text] if certainly else [body.text, body.text.replace("'", " ")]:
+                for call in calls_in(text):
+                    calls[call] = (*calls.get(call, ()), *named)
+    return bodies
 
 
 def definitions_of_views(look: Look) -> list[str]:
@@ -70,23 +115,66 @@ def definitions_of_views(look: Look) -> list[str]:
     return [definition for (definition,) in look.cursor.fetchall()]
 
 
-def _functions(look: Look, names: Iterable[str]) -> dict[int, tuple[str, str]]:
+def volatile(look: Look, called: Iterable[Call]) -> tuple[list[str], list[str]]:
+    """Return the names of called functions that are certainly volatile, and of those that may be.
+
+    A function of the database is volatile unless its author wrote otherwise, and so may be one that is not.
+    """
+    calls = sorted({(call.schema or "", call.name) for call in called})
     look.cursor.execute(
         """
-        SELECT p.oid, format('%%I.%%I()', n.nspname, p.proname),
-               concat_ws(E'\n', pg_get_function_sqlbody(p.oid), nullif(p.prosrc, ''),
-                         array_to_string(p.proconfig, E'\n'))
-        FROM pg_proc AS p JOIN pg_namespace AS n ON n.oid = p.pronamespace JOIN pg_language AS l ON l.oid = p.prolang
-        WHERE p.proname = ANY (%s::name[]) AND p.oid >= 16384 AND n.nspname <> 'cacheservice'
-          AND l.lanname NOT IN ('c', 'internal')
+        SELECT u.name, bool_and(p.provolatile = 'v') AND max(p.oid::bigint) < 16384
+        FROM unnest(%s::text[], %s::text[]) AS u (schema, name)
+        JOIN pg_proc AS p ON p.proname = u.name
+        JOIN pg_namespace AS n ON n.oid = p.pronamespace
+         AND CASE u.schema WHEN '' THEN n.nspname = ANY (current_schemas(true)) ELSE n.nspname = u.schema END
+        GROUP BY u.schema, u.name HAVING bool_or(p.provolatile = 'v') ORDER BY 1
         """,
-        (sorted(names),),
+        ([schema for schema, _ in calls], [name for _, name in calls]),
     )
-    return {oid: (name, body) for oid, name, body in look.cursor.fetchall()}
+    found = look.cursor.fetchall()
+    return [name for name, certain in found if certain], [name for name, certain in found if not certain]
 
 
-def _tables(look: Look, function: str, body: str) -> Iterable[Reading]:
-    words = sorted(set(words_of(body)))
+def _functions(look: Look, calls: dict[Call, Collection[str]], *, certainly: bool) -> dict[int, _Body]:
+    """:param calls: each with the names of schemas where it may be found beside those of search_path."""
+    places = sorted({(call.schema or "", call.name, "") for call in calls}) + sorted(
+        {("", call.name, word) for call, words in calls.items() if call.schema is None for word in words}
+    )
+    look.cursor.execute(
+        """
+        WITH found AS (
+            SELECT DISTINCT u.schema, u.name, p.oid
+            FROM unnest(%s::text[], %s::text[], %s::text[]) AS u (schema, name, beside)
+            JOIN pg_proc AS p ON p.proname = u.name
+            JOIN pg_namespace AS n ON n.oid = p.pronamespace
+             AND CASE WHEN u.schema <> '' THEN n.nspname = u.schema
+                      ELSE n.nspname = ANY (current_schemas(true)) OR n.nspname = u.beside END
+        ), counted AS (SELECT f.*, count(*) OVER (PARTITION BY schema, name) AS candidates FROM found AS f)
+        SELECT DISTINCT p.oid, format('%%I.%%I()', n.nspname, p.proname),
+               concat_ws(E'\n', pg_get_function_sqlbody(p.oid), nullif(p.prosrc, ''),
+                         array_to_string(p.proconfig, E'\n')),
+               coalesce(p.proargnames, '{}')
+        FROM counted AS f JOIN pg_proc AS p ON p.oid = f.oid JOIN pg_namespace AS n ON n.oid = p.pronamespace
+        JOIN pg_language AS l ON l.oid = p.prolang
+        WHERE p.oid >= 16384 AND n.nspname <> 'cacheservice' AND l.lanname NOT IN ('c', 'internal')
+          AND (f.candidates = 1 OR NOT %s)
+        """,
+        (
+            [schema for schema, _, _ in places],
+            [name for _, name, _ in places],
+            [beside for _, _, beside in places],
+            certainly,
+        ),
+    )
+    return {
+        oid: _Body(name, without_comments(text), tuple(parameters))
+        for oid, name, text, parameters in look.cursor.fetchall()
+    }
+
+
+def _tables(look: Look, body: _Body, *, certain: bool) -> Iterator[Reading]:
+    words = sorted(set(words_of(body.text)))
     look.cursor.execute(
         """
         WITH RECURSIVE read (oid, word) AS (
@@ -106,6 +194,27 @@ def _tables(look: Look, function: str, body: str) -> Iterable[Reading]:
         """,
         {"words": words},
     )
+    text = _without_other_from(without_strings(body.text))
     for schema, table, kind, word in look.cursor.fetchall():
         source = rf'\b(?:from|join)\s+(?:only\s+)?(?:[\w$"]+\.)?"?{re.escape(word)}(?![\w$])'
-        yield Reading(function, schema, table, kind, re.search(source, body, re.IGNORECASE) is not None)
+        follows = re.search(source, text, re.IGNORECASE) is not None
+        if follows or word not in body.parameters:
+            yield Reading(body.function, schema, table, kind, certain and follows)
+
+
+def _without_other_from(text: str) -> str:
+    """Take out the FROM that no table follows: of IS DISTINCT FROM, extract(… FROM …) and the like."""
+    text = _DISTINCT_FROM.sub("distinct ", text)
+    for match in reversed(list(_FROM_AS_ARGUMENT.finditer(text))):
+        end = closes_at(text, match.end())
+        argument = text[match.end() + 1 : end]
+        for word in _FROM.finditer(argument):
+            if argument.count("(", 0, word.start()) == argument.count(")", 0, word.start()):
+                argument = argument[: word.start()] + argument[word.end() :]
+                break
+        text = text[: match.end() + 1] + argument + text[end:]
+    return text
+
+
+def _folded(name: str) -> str:
+    return name[1:-1].replace('""', '"') if name[0] == '"' else name.lower()

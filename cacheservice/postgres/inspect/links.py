@@ -12,13 +12,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cacheservice.postgres.inspect.plans import nodes, scanned_table
+from cacheservice.postgres.inspect.texts import inside, split
 
 _NAME = r'(?:"(?:[^"]|"")+"|[^\W\d][\w$]*)'
 _COLUMN = re.compile(rf"({_NAME})\.({_NAME})")
 _CAST = re.compile(rf"\(({_NAME}\.{_NAME})\)::(?:text|character varying|bigint|integer|smallint)(?![\w(])")
 """To a type that tells all values apart that the other does."""
 _CONSTANT = re.compile(r"-?\d+|'(?:[^']|'')*'(?:::[a-z][\w.]*(?: [a-z]+)*)?|\$\d+")
+_NUMBER = re.compile(r"'(-?\d+)'::(?:bigint|integer|smallint)")
+_SAME = re.compile(r"NOT \((.+?)( IS DISTINCT FROM )(.+)\)")
 _CONDITIONS = ("Hash Cond", "Merge Cond", "Index Cond", "Recheck Cond", "Join Filter", "Filter", "TID Cond")
+_ASIDE = ("InitPlan", "SubPlan")
+_WHOLE = "q"
+"""What statements.whole_query() calls the query in `SELECT * FROM (…) AS q`."""
 _BY_NAME = ("Subquery Scan", "CTE Scan")
 
 Value = tuple[str, str]
@@ -41,8 +47,13 @@ class Links:
     def __init__(self, plan: Mapping[str, Any]) -> None:
         self._above: dict[Value, Value] = {}
         found = list(nodes(plan))
-        texts = " ".join(_texts(found))
+        self._texts = texts = " ".join(_texts(found))
+        self._renamed: set[Value] = set()
         self.scans = list(_scans(plan, texts, looked_up=False))
+        self._parents: dict[str, str] = {}
+        self._comparisons = [
+            part for node in found for field in _CONDITIONS for part in _conjuncts(str(node.get(field, "")))
+        ]
         self._aliases = {str(node["Alias"]) for node in found if "Alias" in node}
         self._join_partitions(texts)
         self.is_certain = not any(node["Node Type"] in _BY_NAME for node in found)
@@ -51,22 +62,30 @@ class Links:
         for node in found:
             for left, right in _equalities(node):
                 self._join(left, right)
-            members = [each for each in node.get("Plans", ()) if each.get("Parent Relationship") == "Member"]
-            for first, *others in zip(*map(output_of, members), strict=False):
+            for first, *others in zip(*map(output_of, members_of(node)), strict=False):
                 for other in others:
                     self._join_texts(first, other)
             if node["Node Type"] == "Subquery Scan":
-                self._join_by_name(str(node["Alias"]), node["Plans"][0])
+                self._join_by_name(node, node["Plans"][0], in_order=node is plan and node["Alias"] == _WHOLE)
             elif node["Node Type"] == "CTE Scan" and (below := named.get(f"CTE {node['CTE Name']}")) is not None:
-                self._join_by_name(str(node["Alias"]), below)
+                self._join_by_name(node, below, in_order=False)
 
     def linked(self, one: Value, other: Value) -> bool:
         return self._root(one) == self._root(other)
 
     def within_key(self, node: Mapping[str, Any], key: Sequence[Value | None]) -> bool:
         """Whether each table that is scanned below `node` is compared there with a key that comes from outside."""
+        tied = self._tied(node, key)
+        return bool(tied) and all(map(all, tied))
+
+    def partly_within_key(self, node: Mapping[str, Any], key: Sequence[Value | None]) -> bool:
+        """Whether a table below is compared with the key, so that the others may have its rows alone as well."""
+        return any(map(any, self._tied(node, key)))
+
+    def _tied(self, node: Mapping[str, Any], key: Sequence[Value | None]) -> list[list[bool]]:
+        """For each scan below `node`, whether it is compared there with each column of a key from outside."""
         below = Links(node)
-        outside = [value for value in below._above if value[0] and value[0] not in below._aliases]
+        outside = [value for value in below._above if value[0] not in below._aliases]
 
         def compares(scan: Scan, value: Value) -> bool:
             columns = [each for each in below._above if each[0] == scan.alias]
@@ -74,9 +93,41 @@ class Links:
                 self.linked(one, value) and any(below.linked(column, one) for column in columns) for one in outside
             )
 
-        return bool(below.scans) and all(
-            value is not None and compares(scan, value) for scan in below.scans for value in key
-        )
+        return [[value is not None and compares(scan, value) for value in key] for scan in below.scans]
+
+    def is_constant(self, value: Value) -> bool:
+        return any(not each[0] for each in self.same_as(value))
+
+    def may_be_another(self, value: Value) -> bool:
+        """Whether `value` may be equal to further columns, because a sub-select gives it another name."""
+        return any(each in self._renamed for each in (value, *self.same_as(value)))
+
+    def same_as(self, value: Value) -> list[Value]:
+        return [each for each in self._above if self.linked(each, value)]
+
+    def compares_others_alone(self, scan: Scan, columns: Sequence[str], key: Sequence[Value]) -> bool:
+        """Whether the rows of `scan` are found by other columns than `columns`, which may hold the key all the same.
+
+        :param columns: what the table is watched by, in the order of `key`.
+        """
+        aliases = {scan.alias, self._parents.get(scan.alias, scan.alias)}
+        open_parts = [
+            (column, value)
+            for column, value in zip(columns, key, strict=True)
+            if not self.linked((scan.alias, column), value)
+        ]
+        found = False
+        for condition in self._comparisons:
+            values = {(_plain(alias), _plain(column)) for alias, column in _COLUMN.findall(condition)}
+            ours = {column for alias, column in values if alias in aliases}
+            if not ours or all(alias in aliases for alias, _ in values):
+                continue
+            if any(column in ours for column, _ in open_parts):
+                return False
+            if any(self.linked((scan.alias, each), value) for each in ours for _, value in open_parts):
+                return False
+            found = True
+        return found
 
     def _join(self, one: Value, other: Value) -> None:
         root = self._root(other)
@@ -89,6 +140,7 @@ class Links:
             parent, _, number = scan.alias.rpartition("_")
             if number.isdigit() and parent not in self._aliases:
                 parts.setdefault(parent, []).append(scan.alias)
+                self._parents[scan.alias] = parent
         for alias, column in {(_plain(alias), _plain(column)) for alias, column in _COLUMN.findall(texts)}:
             for part in parts.get(alias, ()):
                 self._join((part, column), (alias, column))
@@ -99,15 +151,51 @@ class Links:
         if left is not None and right is not None:
             self._join(left, right)
 
-    def _join_by_name(self, alias: str, below: Mapping[str, Any]) -> None:
-        for text in output_of(below):
-            if (column := column_of(text)) is not None:
-                self._join((alias, column[1]), column)
+    def _join_by_name(self, node: Mapping[str, Any], below: Mapping[str, Any], *, in_order: bool) -> None:
+        """Join the columns of a sub-select, or of a CTE, with those of its query.
+
+        :param in_order: whether they have the same order.
+        """
+        alias = str(node["Alias"])
+        columns = [column for column in map(column_of, output_of(below)) if column is not None]
+        if in_order:
+            for text, source in zip(output_of(node), output_of(below), strict=False):
+                self._join_texts(text, source)
+            return
+        for column in columns:
+            self._join((alias, column[1]), column)
+        names = {column for _, column in columns}
+        ours = {_plain(column) for each, column in _COLUMN.findall(self._texts) if _plain(each) == alias}
+        if names - ours:
+            self._renamed.update((alias, column) for column in ours - names)
 
     def _root(self, value: Value) -> Value:
         while (above := self._above.get(value, value)) != value:
             value = above
         return value
+
+
+def members_of(node: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The nodes whose rows a set operation, or the scan of a partitioned table, puts together."""
+    below = [each for each in node.get("Plans", ()) if each.get("Parent Relationship") not in _ASIDE]
+    if node["Node Type"] in ("Append", "Merge Append") or (node["Node Type"] == "SetOp" and len(below) > 1):
+        return below
+    return []
+
+
+def sources_of(node: Mapping[str, Any], place: int) -> list[str]:
+    """The expressions that a column of `node` comes from: several if members are put together below."""
+    if members := members_of(node):
+        return [source for member in members for source in sources_of(member, place)]
+    output = output_of(node)
+    text = output[place] if place < len(output) else ""
+    if node["Node Type"] == "Subquery Scan" and node["Alias"] == _WHOLE and "Parent Relationship" not in node:
+        return sources_of(node["Plans"][0], place)
+    for child in node.get("Plans", ()):
+        below = output_of(child)
+        if child.get("Parent Relationship") not in _ASIDE and text in below:
+            return sources_of(child, below.index(text))
+    return [text]
 
 
 def output_of(node: Mapping[str, Any]) -> Sequence[str]:
@@ -116,6 +204,10 @@ def output_of(node: Mapping[str, Any]) -> Sequence[str]:
         node = node["Plans"][0]
     output: Sequence[str] = node.get("Output", ())
     return output
+
+
+def is_expression(text: str) -> bool:
+    return bool(text) and _value(text) is None
 
 
 def column_of(text: str) -> Value | None:
@@ -141,59 +233,34 @@ def _texts(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 def _equalities(node: Mapping[str, Any]) -> Iterator[tuple[Value, Value]]:
     for field in _CONDITIONS:
         for part in _conjuncts(_CAST.sub(r"\1", str(node.get(field, "")))):
-            left, equals, right = part.partition(" = ")
+            same = _SAME.fullmatch(part)
+            left, equals, right = same.groups() if same else part.partition(" = ")
             values = _value(left), _value(right)
             if equals and values[0] is not None and values[1] is not None:
                 yield values[0], values[1]
 
 
+def value_of(text: str) -> Value | None:
+    """The column or constant that `text` of a plan is, also below a cast that keeps its values apart."""
+    return _value(_CAST.sub(r"\1", text))
+
+
 def _value(text: str) -> Value | None:
+    text = inside(text)
+    if (number := _NUMBER.fullmatch(text)) is not None:
+        return "", number[1]
     return column_of(text) or (("", text) if _CONSTANT.fullmatch(text) else None)
 
 
 def _conjuncts(text: str) -> Iterator[str]:
     """The conditions that all hold where `text` holds."""
-    inner = text[1:-1] if text.startswith("(") and text.endswith(")") and _closes_at(text, 0) == len(text) - 1 else text
-    parts = list(_split(inner))
+    inner = inside(text)
+    parts = list(split(inner, " AND "))
     if len(parts) > 1:
         for part in parts:
             yield from _conjuncts(part)
     else:
         yield inner
-
-
-def _split(text: str) -> Iterator[str]:
-    """The parts of `text` between the ANDs that stand in no parentheses."""
-    begin = place = 0
-    while place < len(text):
-        if text[place] == "(":
-            place = _closes_at(text, place)
-        elif text[place] in "'\"":
-            place = _quoted_to(text, place)
-        elif text.startswith(" AND ", place):
-            yield text[begin:place]
-            begin = place + len(" AND ")
-        place += 1
-    yield text[begin:]
-
-
-def _closes_at(text: str, place: int) -> int:
-    """Where the parenthesis closes that opens at `place`; the end of the text if it does not."""
-    depth = 0
-    while place < len(text):
-        if text[place] in "'\"":
-            place = _quoted_to(text, place)
-        elif text[place] in "()":
-            depth += 1 if text[place] == "(" else -1
-            if depth == 0:
-                return place
-        place += 1
-    return len(text)
-
-
-def _quoted_to(text: str, place: int) -> int:
-    end = text.find(text[place], place + 1)
-    return len(text) if end < 0 else end
 
 
 def _plain(name: str) -> str:

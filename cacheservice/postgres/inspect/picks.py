@@ -1,0 +1,123 @@
+"""Whether nodes that choose or number rows (LIMIT, windows, DISTINCT ON) see the rows of one key alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from cacheservice.postgres.inspect.links import Links, Value, value_of
+from cacheservice.postgres.inspect.plans import nodes
+from cacheservice.postgres.inspect.texts import closes_at, inside, split, without_comments, without_strings
+
+_PARTITION = re.compile(r"\bPARTITION\s+BY\b", re.IGNORECASE)
+_OVER = re.compile(r"\bOVER\b", re.IGNORECASE)
+_DISTINCT_ON = re.compile(r"\bDISTINCT\s+ON\s*(?=\()", re.IGNORECASE)
+_AFTER_PARTITION = re.compile(r"\b(?:ORDER\s+BY|ROWS|RANGE|GROUPS)\b.*", re.IGNORECASE | re.DOTALL)
+_OF_SORT_KEY = re.compile(r"(?: COLLATE \S+)?(?: DESC| USING \S+)?(?: NULLS (?:FIRST|LAST))?$")
+_KEEP_ORDER = {
+    "WindowAgg", "Gather Merge", "Result", "Subquery Scan", "Limit", "Unique", "Materialize", "ProjectSet",
+    "LockRows", "Nested Loop", "Memoize",
+}  # fmt: skip
+
+
+class Picks:
+    """What the nodes of a plan do to rows of other keys."""
+
+    def __init__(
+        self,
+        plan: Mapping[str, Any],
+        links: Links,
+        key: Sequence[Value | None],
+        texts: Iterable[str],
+        names: Sequence[set[str]],
+    ) -> None:
+        """:param texts: the query and the definitions of its views.
+        :param names: how DISTINCT ON may write each column of the key, beside the names of equal columns.
+        """
+        self._plan, self._links, self._key = plan, links, key
+        plain = [without_strings(without_comments(text)) for text in texts]
+        self.has_windows = any(map(_OVER.search, plain))
+        self._partitions = [clause for text in plain for clause in _partitions(text)]
+        self._distinct = [clause for text in plain for clause in _distinct(text)]
+        self._names = [
+            names[number] | {column.lower() for _, column in ((value, *links.same_as(value)) if value else ())}
+            for number, value in enumerate(key)
+        ]
+
+    def faults(self, kind: str) -> list[bool]:
+        """For each node of this kind that may see rows of several keys, whether it certainly does."""
+        found = [self._fault(node) for node in nodes(self._plan) if node["Node Type"] == kind]
+        return [fault for fault in found if fault is not None]
+
+    def _fault(self, node: Mapping[str, Any]) -> bool | None:
+        kind = node["Node Type"]
+        if (kind == "Unique" and not self._distinct) or self._links.within_key(node, self._key):
+            return None
+        certain = not self._links.partly_within_key(node, self._key)
+        if kind == "Limit":
+            return certain
+        if kind == "Unique":
+            uniques = sum(each["Node Type"] == kind for each in nodes(self._plan))
+            return self._group_fault(node, self._distinct, certain=certain and uniques <= len(self._distinct))
+        if "Window" in node:
+            columns = [clause for text in _partitions(str(node["Window"])) for clause in text]
+            return self._columns_fault(columns, certain=certain)
+        return self._group_fault(node, self._partitions, certain=certain)
+
+    def _group_fault(self, node: Mapping[str, Any], clauses: Sequence[Sequence[str]], *, certain: bool) -> bool | None:
+        """A group has the first columns of the rows' order; `clauses` has how many, which may differ between nodes."""
+        if (order := _order_below(node)) is not None:
+            most = max(map(len, clauses), default=0)
+            written = bool(clauses) or self.has_windows  # Else they stand in a function that the planner inlined.
+            return self._columns_fault(order[:most] if written else order, certain=certain and written)
+        held = bool(clauses) and all(
+            all(names & {_name(column) for column in clause} for names in self._names) for clause in clauses
+        )
+        return None if held else certain and not clauses and self.has_windows
+
+    def _columns_fault(self, columns: Iterable[str], *, certain: bool) -> bool | None:
+        """Whether groups that have `columns` in common hold several keys."""
+        values = [value_of(column) for column in columns]
+        for part in self._key:
+            if part is None:
+                return certain
+            if not self._links.is_constant(part) and not any(
+                value is not None and self._links.linked(value, part) for value in values
+            ):
+                # A sub-select may have renamed a column, so that it is the key all the same.
+                return certain and (not values or not self._links.may_be_another(part))
+        return None
+
+
+def _order_below(node: Mapping[str, Any]) -> list[str] | None:
+    """The columns by which the rows that `node` reads are sorted; None if the plan does not show them."""
+    while node.get("Plans"):
+        node = node["Plans"][0]
+        if node.get("Parent Relationship") in ("InitPlan", "SubPlan"):
+            return None
+        if "Sort Key" in node:
+            return [_OF_SORT_KEY.sub("", column) for column in node["Sort Key"]]
+        if node["Node Type"] not in _KEEP_ORDER:
+            return None
+    return None
+
+
+def _partitions(text: str) -> list[list[str]]:
+    found = []
+    for match in _PARTITION.finditer(text):
+        end = closes_at("(" + text[match.end() :], 0) - 1
+        columns = _AFTER_PARTITION.sub("", text[match.end() : match.end() + end])
+        found.append([column.strip() for column in split(columns, ",")])
+    return found
+
+
+def _distinct(text: str) -> list[list[str]]:
+    return [
+        [column.strip() for column in split(text[match.end() + 1 : closes_at(text, match.end())], ",")]
+        for match in _DISTINCT_ON.finditer(text)
+    ]
+
+
+def _name(column: str) -> str:
+    return inside(column).rpartition(".")[2].strip().strip('"').lower()

@@ -1,0 +1,62 @@
+"""Parts of SQL, as EXPLAIN and the catalog show it; pure functions of texts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+_STRING = r"'(?:[^']|'')*'"
+_QUOTED_NAME = r'"(?:[^"]|"")*"'
+_DOLLARS = r"(?<![\w$])(\$(?:[^\W\d]\w*)?\$).*?\1"
+_STRINGS = re.compile(f"{_QUOTED_NAME}|{_STRING}|{_DOLLARS}", re.DOTALL)
+_COMMENTS = re.compile(rf"{_QUOTED_NAME}|{_STRING}|--[^\n]*|/\*.*?\*/", re.DOTALL)
+
+
+def without_strings(text: str) -> str:
+    """Return `text` with empty strings in place of its literals; names in quotation marks stay."""
+    return _STRINGS.sub(lambda match: match[0] if match[0].startswith('"') else "''", text)
+
+
+def without_comments(text: str) -> str:
+    return _COMMENTS.sub(lambda match: match[0] if match[0][0] in "'\"" else " ", text)
+
+
+def split(text: str, separator: str) -> Iterator[str]:
+    """The parts of `text` between the separators that stand in no parentheses."""
+    begin = place = 0
+    while place < len(text):
+        if text[place] == "(":
+            place = closes_at(text, place)
+        elif text[place] in "'\"":
+            place = _quoted_to(text, place)
+        elif text.startswith(separator, place):
+            yield text[begin:place]
+            begin = place + len(separator)
+        place += 1
+    yield text[begin:]
+
+
+def closes_at(text: str, place: int) -> int:
+    """Where the parenthesis closes that opens at `place`; the end of the text if it does not."""
+    depth = 0
+    while place < len(text):
+        if text[place] in "'\"":
+            place = _quoted_to(text, place)
+        elif text[place] in "()":
+            depth += 1 if text[place] == "(" else -1
+            if depth == 0:
+                return place
+        place += 1
+    return len(text)
+
+
+def inside(text: str) -> str:
+    """Return what the parentheses around all of `text` hold, or `text` if there are none."""
+    while text.startswith("(") and text.endswith(")") and closes_at(text, 0) == len(text) - 1:
+        text = text[1:-1]
+    return text
+
+
+def _quoted_to(text: str, place: int) -> int:
+    end = text.find(text[place], place + 1)
+    return len(text) if end < 0 else end
