@@ -713,7 +713,7 @@ class BlindSpots(Inspecting):
              "shop.put_together() names shop.cats, which is not watched"),
             ("SELECT id, shop.overloaded(id) FROM shop.products", [products], "hint",
              "shop.overloaded() names shop.cats, which is not watched"),
-            ("SELECT id, shop.slugify(name) FROM shop.products", [products], "hint", "slugify() is VOLATILE"),
+            ("SELECT id, shop.slugify(name) FROM shop.products", [products], "hint", "named slugify() is VOLATILE"),
             ("SELECT id, random() FROM shop.products", [products], "problem", "random() changes by itself"),
             ("SELECT id, age(made) FROM shop.old", [old], "problem", "changes by itself"),
             ("SELECT id, name FROM shop.products UNION ALL SELECT id + 1, name FROM shop.old", [products, old],
@@ -799,6 +799,10 @@ class BlindSpots(Inspecting):
         for sql, watches in (
             ("SELECT id, name FROM shop.products UNION ALL SELECT id, name FROM shop.old", [products, old]),
             ("SELECT id, name FROM shop.products UNION SELECT id, name FROM shop.old", [products, old]),
+            ("SELECT id, name FROM shop.products UNION ALL SELECT id, name FROM shop.cust", [products, cust]),
+            ("SELECT id, name, 'new' AS kind FROM shop.products UNION SELECT id, name, 'old' FROM shop.cust",
+             [products, cust]),
+            ("SELECT 0 AS id, 'none' AS name UNION ALL SELECT id, name FROM shop.products", [products]),
             ("SELECT id, name FROM shop.products EXCEPT SELECT id, name FROM shop.old", [products, old]),
             ("SELECT id, name FROM shop.both_of_them WHERE id > 3", [products, old]),
             ("SELECT u.id, u.name, o.status FROM shop.both_of_them AS u LEFT JOIN shop.cust AS c ON c.id = u.id "

@@ -14,7 +14,16 @@ from cacheservice.postgres.inspect.bodies import (
     tables_of_functions,
     volatile,
 )
-from cacheservice.postgres.inspect.links import Links, Scan, Value, column_of, is_expression, output_of, sources_of
+from cacheservice.postgres.inspect.links import (
+    Links,
+    Scan,
+    Value,
+    column_of,
+    is_expression,
+    output_of,
+    sources_of,
+    value_of,
+)
 from cacheservice.postgres.inspect.look import Look
 from cacheservice.postgres.inspect.picks import Picks
 from cacheservice.postgres.inspect.plans import nodes
@@ -69,9 +78,9 @@ def look_for_blind_spots(
     if not look.dataset.watch:
         return
     links = Links(plan)
-    output = output_of(plan)
-    key = [column_of(output[place]) if place < len(output) else None for place in places]
     texts = [without_strings(without_comments(text)) for text in (look.dataset.query, *definitions_of_views(look))]
+    of_sets = any(map(_SET_OPERATION.search, texts))
+    key = [_key_column(plan, place, of_sets=of_sets) for place in places]
     found = {str(node["Node Type"]) for node in nodes(plan)}
     for kind, why in _NODES.items():
         if kind in found:
@@ -86,11 +95,10 @@ def look_for_blind_spots(
             _hint(look, f"{why}, unless these have the same key", "see that it takes only rows with the key of the row")
     _look_at_functions(look, plan)
     found_before = len(look.found.findings)
-    of_sets = any(map(_SET_OPERATION.search, texts))
     computed = [
         name
         for name, place, (table, _) in zip(look.dataset.key, places, origins, strict=True)
-        if not table and not (of_sets and _holds_columns(plan, output, place))
+        if not table and not (of_sets and _holds_columns(plan, place))
     ]
     _look_at_key(look, computed, origins, looks_fine=looks_fine)
     if looks_fine:
@@ -260,7 +268,7 @@ def _look_at_functions(look: Look, plan: Mapping[str, Any]) -> None:
     if unsure := [f"{name}()" for name in possible if name not in changing]:
         _hint(
             look,
-            f"{', '.join(unsure)} is VOLATILE, so its value may change by itself",
+            f"a function named {' or '.join(unsure)} is VOLATILE, so its value may change by itself",
             "declare the function IMMUTABLE or STABLE if its value depends on its arguments and watched rows alone",
         )
 
@@ -272,13 +280,21 @@ def _expressions(plan: Mapping[str, Any]) -> Iterator[str]:
             yield from [value] if isinstance(value, str) else map(str, value)
 
 
-def _holds_columns(plan: Mapping[str, Any], output: Sequence[str], place: int) -> bool:
+def _key_column(plan: Mapping[str, Any], place: int, *, of_sets: bool) -> Value | None:
+    if of_sets:
+        # A member may cast its column to the type that all have in common, or have a constant in its place.
+        for value in map(value_of, sources_of(plan, place)):
+            if value is not None and value[0]:
+                return value
+    output = output_of(plan)
+    return column_of(output[place]) if place < len(output) else None
+
+
+def _holds_columns(plan: Mapping[str, Any], place: int) -> bool:
     """Whether a column of the output is one of a table in each member of a UNION, or seems so."""
-    return (
-        place < len(output)
-        and column_of(output[place]) is not None
-        and not any(map(is_expression, sources_of(plan, place)))
-    )
+    output = output_of(plan)
+    expressions = [*output[place : place + 1], *sources_of(plan, place)]
+    return not any(map(is_expression, expressions))
 
 
 def _look_at_key(

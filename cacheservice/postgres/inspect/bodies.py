@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from cacheservice.postgres.dependency_search import words_of
@@ -13,6 +13,7 @@ from cacheservice.postgres.inspect.texts import closes_at, split, without_commen
 _MOST_ROUNDS = 20
 _NAME = r'(?:[^\W\d][\w$]*|"(?:[^"]|"")+")'
 _CALL = re.compile(rf"(?:({_NAME})\s*\.\s*)?({_NAME})\s*(?=\()")
+_QUOTE = re.compile(r"'|\$(?:[^\W\d]\w*)?\$")
 _FROM_AS_ARGUMENT = re.compile(r"\b(?:extract|substring|trim|overlay|position)\s*(?=\()", re.IGNORECASE)
 _FROM = re.compile(r"\bfrom\b", re.IGNORECASE)
 _DISTINCT_FROM = re.compile(r"\bdistinct\s+from\b", re.IGNORECASE)
@@ -80,7 +81,9 @@ def _reach(look: Look, called: set[Call], *, certainly: bool) -> dict[int, _Body
     :param certainly: leave out overloads, of which the plan does not name one, and calls that a string may hold.
     """
     bodies: dict[int, _Body] = {}
-    calls: dict[Call, Collection[str]] = dict.fromkeys(called, ())
+    calls: dict[Call, set[str]] = {call: set() for call in called}
+    look.cursor.execute("SELECT nspname::text FROM pg_namespace")
+    schemas = {name for (name,) in look.cursor.fetchall()}
     for _ in range(_MOST_ROUNDS):
         found = _functions(look, calls, certainly=certainly)
         new = [body for oid, body in found.items() if oid not in bodies]
@@ -89,10 +92,10 @@ def _reach(look: Look, called: set[Call], *, certainly: bool) -> dict[int, _Body
             break
         calls = {}
         for body in new:
-            named = tuple(words_of(body.text))
-            for text in [body.text] if certainly else [body.text, body.text.replace("'", " ")]:
+            named = schemas.intersection(words_of(body.text))
+            for text in [body.text] if certainly else [body.text, _QUOTE.sub(" ", body.text)]:
                 for call in calls_in(text):
-                    calls[call] = (*calls.get(call, ()), *named)
+                    calls.setdefault(call, set()).update(named)
     return bodies
 
 
@@ -136,7 +139,7 @@ def volatile(look: Look, called: Iterable[Call]) -> tuple[list[str], list[str]]:
     return [name for name, certain in found if certain], [name for name, certain in found if not certain]
 
 
-def _functions(look: Look, calls: dict[Call, Collection[str]], *, certainly: bool) -> dict[int, _Body]:
+def _functions(look: Look, calls: Mapping[Call, Collection[str]], *, certainly: bool) -> dict[int, _Body]:
     """:param calls: each with the names of schemas where it may be found beside those of search_path."""
     places = sorted({(call.schema or "", call.name, "") for call in calls}) + sorted(
         {("", call.name, word) for call, words in calls.items() if call.schema is None for word in words}

@@ -62,9 +62,10 @@ class Links:
         for node in found:
             for left, right in _equalities(node):
                 self._join(left, right)
-            for first, *others in zip(*map(output_of, members_of(node)), strict=False):
-                for other in others:
-                    self._join_texts(first, other)
+            for texts_of_members in zip(*map(output_of, members_of(node)), strict=False):
+                columns = [value for value in map(value_of, texts_of_members) if value is not None and value[0]]
+                for other in columns[1:]:
+                    self._join(columns[0], other)
             if node["Node Type"] == "Subquery Scan":
                 self._join_by_name(node, node["Plans"][0], in_order=node is plan and node["Alias"] == _WHOLE)
             elif node["Node Type"] == "CTE Scan" and (below := named.get(f"CTE {node['CTE Name']}")) is not None:
@@ -146,11 +147,6 @@ class Links:
                 self._join((part, column), (alias, column))
         self._aliases.update(parts)
 
-    def _join_texts(self, one: str, other: str) -> None:
-        left, right = column_of(one), column_of(other)
-        if left is not None and right is not None:
-            self._join(left, right)
-
     def _join_by_name(self, node: Mapping[str, Any], below: Mapping[str, Any], *, in_order: bool) -> None:
         """Join the columns of a sub-select, or of a CTE, with those of its query.
 
@@ -160,7 +156,9 @@ class Links:
         columns = [column for column in map(column_of, output_of(below)) if column is not None]
         if in_order:
             for text, source in zip(output_of(node), output_of(below), strict=False):
-                self._join_texts(text, source)
+                left, right = column_of(text), value_of(source)
+                if left is not None and right is not None:
+                    self._join(left, right)
             return
         for column in columns:
             self._join((alias, column[1]), column)
@@ -207,7 +205,8 @@ def output_of(node: Mapping[str, Any]) -> Sequence[str]:
 
 
 def is_expression(text: str) -> bool:
-    return bool(text) and _value(text) is None
+    """Whether `text` of a plan is neither a column nor a constant, be it cast."""
+    return bool(text) and value_of(text) is None
 
 
 def column_of(text: str) -> Value | None:
