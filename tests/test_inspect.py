@@ -734,6 +734,13 @@ class BlindSpots(Inspecting):
             ("SELECT c.id, (SELECT max(i.sku) FROM shop.ord AS o JOIN shop.items AS i ON i.ord_id = o.id "
              "WHERE o.cust_id = c.id) FROM shop.cust AS c", customers, "hint",
              "a row seems to depend on rows of shop.items whose cust_id is not its id"),
+            ("SELECT c.id, (SELECT max(sku) FROM shop.items WHERE ord_id = (SELECT max(id) FROM shop.ord "
+             "WHERE cust_id = c.id)) FROM shop.cust AS c", customers, "hint",
+             "a row seems to depend on rows of shop.items whose cust_id is not its id"),
+            ("SELECT id, shop.called_by_text(id) FROM shop.products", [products], "hint",
+             "shop.cat_name() names shop.cats, which is not watched"),
+            ("SELECT id, shop.with_its_path(id) FROM shop.products", [products], "problem",
+             "shop.cats is read by shop.cat_name() and not watched"),
             ("SELECT c.id, (SELECT max(o.total) FROM shop.ord AS o WHERE o.id = c.id) FROM shop.cust AS c", customers,
              "problem", "a row depends on rows of shop.ord whose cust_id is not its id"),
         ):  # fmt: skip
@@ -936,6 +943,10 @@ class BlindSpots(Inspecting):
                     -- The import's names come from shop.cats,
                     RETURN n::text; /* and the others FROM shop.orders. */
                 END $$;
+            CREATE FUNCTION shop.called_by_text(n integer) RETURNS text STABLE LANGUAGE plpgsql
+                AS $$ DECLARE t text; BEGIN EXECUTE $q$SELECT shop.cat_name($1)$q$ INTO t USING n; RETURN t; END $$;
+            CREATE FUNCTION shop.with_its_path(n integer) RETURNS text STABLE LANGUAGE sql SET search_path = shop
+                AS 'SELECT cat_name(n)';
             CREATE TABLE shop.made (id integer);
             CREATE FUNCTION shop.year_of(made timestamptz) RETURNS numeric STABLE LANGUAGE plpgsql
                 AS $$ BEGIN RETURN extract(year FROM made); END $$;

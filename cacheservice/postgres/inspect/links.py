@@ -21,6 +21,8 @@ _CAST = re.compile(rf"\(({_NAME}\.{_NAME})\)::(?:text|character varying|bigint|i
 _CONSTANT = re.compile(r"-?\d+|'(?:[^']|'')*'(?:::[a-z][\w.]*(?: [a-z]+)*)?|\$\d+")
 _NUMBER = re.compile(r"'(-?\d+)'::(?:bigint|integer|smallint)")
 _SAME = re.compile(r"NOT \((.+?)( IS DISTINCT FROM )(.+)\)")
+_SUB_SELECT = re.compile(r"\b(?:SubPlan|InitPlan) \d|\$\d")
+"""The value of a sub-select; PostgreSQL before 17 writes $0 for that of an InitPlan."""
 _CONDITIONS = ("Hash Cond", "Merge Cond", "Index Cond", "Recheck Cond", "Join Filter", "Filter", "TID Cond")
 _ASIDE = ("InitPlan", "SubPlan")
 _WHOLE = "q"
@@ -121,7 +123,7 @@ class Links:
         for condition in self._comparisons:
             values = {(_plain(alias), _plain(column)) for alias, column in _COLUMN.findall(condition)}
             ours = {column for alias, column in values if alias in aliases}
-            if not ours or all(alias in aliases for alias, _ in values):
+            if not ours or (all(alias in aliases for alias, _ in values) and not _SUB_SELECT.search(condition)):
                 continue
             if any(column in ours for column, _ in open_parts):
                 return False
