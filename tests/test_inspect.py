@@ -810,6 +810,10 @@ class BlindSpots(Inspecting):
             ("SELECT id, name, 'new' AS kind FROM shop.products UNION SELECT id, name, 'old' FROM shop.cust",
              [products, cust]),
             ("SELECT 0 AS id, 'none' AS name UNION ALL SELECT id, name FROM shop.products", [products]),
+            ("SELECT id, name, (SELECT 1) AS n FROM shop.products UNION ALL SELECT id, name, 2 FROM shop.old "
+             "WHERE name > (SELECT 'a')", [products, old]),
+            ("SELECT DISTINCT ON (cust_id) cust_id AS id, total FROM shop.ord WHERE total > (SELECT 0) "
+             "ORDER BY cust_id, total", [ord_]),
             ("SELECT id, name FROM shop.products EXCEPT SELECT id, name FROM shop.old", [products, old]),
             ("SELECT id, name FROM shop.both_of_them WHERE id > 3", [products, old]),
             ("SELECT u.id, u.name, o.status FROM shop.both_of_them AS u LEFT JOIN shop.cust AS c ON c.id = u.id "

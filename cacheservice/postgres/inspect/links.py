@@ -24,7 +24,6 @@ _SAME = re.compile(r"NOT \((.+?)( IS DISTINCT FROM )(.+)\)")
 _SUB_SELECT = re.compile(r"\b(?:SubPlan|InitPlan) \d|\$\d")
 """The value of a sub-select; PostgreSQL before 17 writes $0 for that of an InitPlan."""
 _CONDITIONS = ("Hash Cond", "Merge Cond", "Index Cond", "Recheck Cond", "Join Filter", "Filter", "TID Cond")
-_ASIDE = ("InitPlan", "SubPlan")
 _WHOLE = "q"
 """What statements.whole_query() calls the query in `SELECT * FROM (…) AS q`."""
 _BY_NAME = ("Subquery Scan", "CTE Scan")
@@ -69,7 +68,7 @@ class Links:
                 for other in columns[1:]:
                     self._join(columns[0], other)
             if node["Node Type"] == "Subquery Scan":
-                self._join_by_name(node, node["Plans"][0], in_order=node is plan and node["Alias"] == _WHOLE)
+                self._join_by_name(node, sources_below(node)[0], in_order=node is plan and node["Alias"] == _WHOLE)
             elif node["Node Type"] == "CTE Scan" and (below := named.get(f"CTE {node['CTE Name']}")) is not None:
                 self._join_by_name(node, below, in_order=False)
 
@@ -175,9 +174,14 @@ class Links:
         return value
 
 
+def sources_below(node: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The nodes whose rows `node` reads, without those of sub-selects in its expressions."""
+    return [each for each in node.get("Plans", ()) if each.get("Parent Relationship") not in ("InitPlan", "SubPlan")]
+
+
 def members_of(node: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The nodes whose rows a set operation, or the scan of a partitioned table, puts together."""
-    below = [each for each in node.get("Plans", ()) if each.get("Parent Relationship") not in _ASIDE]
+    below = sources_below(node)
     if node["Node Type"] in ("Append", "Merge Append") or (node["Node Type"] == "SetOp" and len(below) > 1):
         return below
     return []
@@ -190,18 +194,18 @@ def sources_of(node: Mapping[str, Any], place: int) -> list[str]:
     output = output_of(node)
     text = output[place] if place < len(output) else ""
     if node["Node Type"] == "Subquery Scan" and node["Alias"] == _WHOLE and "Parent Relationship" not in node:
-        return sources_of(node["Plans"][0], place)
-    for child in node.get("Plans", ()):
+        return sources_of(sources_below(node)[0], place)
+    for child in sources_below(node):
         below = output_of(child)
-        if child.get("Parent Relationship") not in _ASIDE and text in below:
+        if text in below:
             return sources_of(child, below.index(text))
     return [text]
 
 
 def output_of(node: Mapping[str, Any]) -> Sequence[str]:
     """The expressions of the rows of `node`; the plan shows those of an Append, or the like, at its first member."""
-    while "Output" not in node and node.get("Plans"):
-        node = node["Plans"][0]
+    while "Output" not in node and (below := sources_below(node)):
+        node = below[0]
     output: Sequence[str] = node.get("Output", ())
     return output
 

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from cacheservice.postgres.inspect.links import Links, Value, value_of
+from cacheservice.postgres.inspect.links import Links, Value, sources_below, value_of
 from cacheservice.postgres.inspect.plans import nodes
-from cacheservice.postgres.inspect.texts import closes_at, inside, split, without_comments, without_strings
+from cacheservice.postgres.inspect.texts import closes_at, inside, split
 
 _PARTITION = re.compile(r"\bPARTITION\s+BY\b", re.IGNORECASE)
 _OVER = re.compile(r"\bOVER\b", re.IGNORECASE)
@@ -29,17 +29,16 @@ class Picks:
         plan: Mapping[str, Any],
         links: Links,
         key: Sequence[Value | None],
-        texts: Iterable[str],
+        texts: Sequence[str],
         names: Sequence[set[str]],
     ) -> None:
-        """:param texts: the query and the definitions of its views.
+        """:param texts: the query and the definitions of its views, without strings and comments.
         :param names: how DISTINCT ON may write each column of the key, beside the names of equal columns.
         """
         self._plan, self._links, self._key = plan, links, key
-        plain = [without_strings(without_comments(text)) for text in texts]
-        self.has_windows = any(map(_OVER.search, plain))
-        self._partitions = [clause for text in plain for clause in _partitions(text)]
-        self._distinct = [clause for text in plain for clause in _distinct(text)]
+        self._has_windows = any(map(_OVER.search, texts))
+        self._partitions = [clause for text in texts for clause in _partitions(text)]
+        self._distinct = [clause for text in texts for clause in _distinct(text)]
         self._names = [
             names[number] | {column.lower() for _, column in ((value, *links.same_as(value)) if value else ())}
             for number, value in enumerate(key)
@@ -69,12 +68,12 @@ class Picks:
         """A group has the first columns of the rows' order; `clauses` has how many, which may differ between nodes."""
         if (order := _order_below(node)) is not None:
             most = max(map(len, clauses), default=0)
-            written = bool(clauses) or self.has_windows  # Else they stand in a function that the planner inlined.
+            written = bool(clauses) or self._has_windows  # Else they stand in a function that the planner inlined.
             return self._columns_fault(order[:most] if written else order, certain=certain and written)
         held = bool(clauses) and all(
             all(names & {_name(column) for column in clause} for names in self._names) for clause in clauses
         )
-        return None if held else certain and not clauses and self.has_windows
+        return None if held else certain and not clauses and self._has_windows
 
     def _columns_fault(self, columns: Iterable[str], *, certain: bool) -> bool | None:
         """Whether groups that have `columns` in common hold several keys."""
@@ -92,10 +91,8 @@ class Picks:
 
 def _order_below(node: Mapping[str, Any]) -> list[str] | None:
     """The columns by which the rows that `node` reads are sorted; None if the plan does not show them."""
-    while node.get("Plans"):
-        node = node["Plans"][0]
-        if node.get("Parent Relationship") in ("InitPlan", "SubPlan"):
-            return None
+    while below := sources_below(node):
+        node = below[0]
         if "Sort Key" in node:
             return [_OF_SORT_KEY.sub("", column) for column in node["Sort Key"]]
         if node["Node Type"] not in _KEEP_ORDER:
