@@ -497,6 +497,13 @@ class Changes(DependenciesTestCase):
         reading, since = await self.read(dataset, since)
         self.assertEqual((reading.kind, reading.because), ("all", "settings of the role or the database were altered"))
         self.assertEqual([json.loads(row)["t"] for _, row in since.rows.items()], ["5"])
+        self.sql(f"ALTER ROLE {self.reader} SET app.tenant = '6'")
+        group = [dataset.model_copy(update={"name": f"d{number}", "group": "all"}) for number in range(9)]
+        wanted = [Wanted(each, lambda: RowsBuilder(lambda _: None), since=since, most_keys=100) for each in group]
+        for reading in await self.database.read_together(wanted):
+            self.assertEqual(reading.because, "settings of the role or the database were altered")
+            assert reading.rows is not None
+            self.assertEqual([json.loads(row)["t"] for _, row in reading.rows.finish().items()], ["6"])
 
     async def test_text_search(self) -> None:
         """Configurations and their mappings."""
@@ -633,7 +640,7 @@ class Changes(DependenciesTestCase):
         changes = ["GRANT UPDATE ON t TO public", "REVOKE UPDATE ON t FROM public"] * 2
         reading = await self.while_it_reads(wanted(), changes[:3])
         self.assertEqual(reading.kind, "all")
-        with self.assertRaisesRegex(QueryFailed, "things was read 4 times, and each time definitions that it depends"):
+        with self.assertRaisesRegex(QueryFailed, "things was read 4 times, and in the end definitions that it depends"):
             await self.while_it_reads(wanted(), changes[::-1])
 
     async def test_a_partition_that_is_attached_during_a_read(self) -> None:

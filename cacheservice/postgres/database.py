@@ -92,7 +92,7 @@ _ASK_SHARE = 0.75
 """Who holds the lock is asked for before the wait for it ends: afterwards the server no longer knows."""
 _ASK_TIMEOUT_S = 5.0
 _MOST_READS = 4
-"""Of one attempt: each after the first because the one before was of no use."""
+"""Of one attempt, and one more for each further dataset: each because the one before was of no use."""
 _MOST_BEGINS = 5
 """A standby is asked for its lag before a transaction: the first, and one on another server, begins again for that."""
 
@@ -185,6 +185,14 @@ class _ReadAllAgain(Exception):
         self.because = because
 
 
+class _SettingsAltered(Exception):
+    """Settings that a session takes when it begins have changed, so that this one has old ones."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
 class _Moment(NamedTuple):
     """A transaction that was begun: its session, its deadline, and the readings of it without what was read.
 
@@ -275,7 +283,8 @@ class Database:
         notified = any(each.dataset.watch or each.dataset.notify for each in wanted)
         again_in_s = 0.0 if notified else first.interval_s
         try:
-            for _ in range(_MOST_READS):
+            most = len(wanted) - 1 + _MOST_READS
+            for _ in range(most):
                 try:
                     return await self._sessions.use(first.group or first.name, deadline_at, use, again_in_s=again_in_s)
                 except _ReadAllAgain as again:
@@ -287,7 +296,7 @@ class Database:
                         for each in wanted
                     ]
             name, reason = next(iter(because.items()))
-            raise QueryFailed(f"{name} was read {_MOST_READS} times, and each time {reason}")
+            raise QueryFailed(f"{name} was read {most} times, and in the end {reason}")
         finally:
             wanted = ()  # an error keeps `use`, and with it the snapshots to start from
 
@@ -331,9 +340,12 @@ class Database:
             readings = [await self._read_one(moment, *each) for each in zip(wanted, builders, strict=True)]
             await self._check_not_promoted(moment)
             await self._commit(moment, wanted, readings)
-        except BaseException:
+        except BaseException as error:
             for builder in builders:
                 builder.discard()
+            if isinstance(error, _SettingsAltered):
+                of_all = {each.dataset.name: error.reason for each in wanted if each.since is not None}
+                raise _ReadAllAgain(of_all) from error
             raise
         return readings
 
@@ -450,7 +462,7 @@ class Database:
         if difference.of_settings:
             # Sessions that are open keep the old ones; this one ends with the error.
             self._sessions.end_kept()
-            raise _ReadAllAgain({wanted.dataset.name: difference.reason})
+            raise _SettingsAltered(difference.reason)
         return difference.reason
 
     async def _dependencies(
