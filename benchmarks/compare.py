@@ -12,6 +12,7 @@ that of one round. Logins are counted by the server, while 50 datasets are read 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import socket
 import subprocess
@@ -213,7 +214,8 @@ def gets(service: RunningService, random: Random, rows: int) -> dict[str, float]
 
 def compared(before: Side, after: Side) -> Iterator[tuple[str, str, str, str]]:
     for what, values in after.figures.items():
-        ratios = [new / old for new, old in zip(values, before.figures[what], strict=True)]
+        # Both may be without any login.
+        ratios = [new / old if old else math.nan for new, old in zip(values, before.figures[what], strict=True)]
         shown = f"{median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
         if what == "logins/s":
             target = limit(median(values), MOST_LOGINS_PER_S, "")
