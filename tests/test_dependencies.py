@@ -10,6 +10,7 @@ from typing import Any
 import psycopg2
 import pytest
 from twisted.internet import reactor
+from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import TestCase
@@ -49,6 +50,7 @@ WAITING = """
 SELECT l.pid FROM pg_locks AS l JOIN pg_database AS d ON d.oid = l.database
 WHERE d.datname = current_database() AND l.locktype = 'advisory' AND NOT l.granted
 """
+KEPT = "SELECT pid FROM pg_stat_activity WHERE usename = '{role}' AND state = 'idle'"
 HELD = "SELECT id, m FROM t CROSS JOIN (SELECT pg_advisory_xact_lock_shared(7)) AS held"
 
 
@@ -492,7 +494,10 @@ class Changes(DependenciesTestCase):
             "$$ DECLARE n text := 'app.' || 'tenant'; BEGIN RETURN current_setting(n, true); END $$"
         )
         dataset = self.dataset("SELECT id, tenant() AS t FROM t WHERE id = 1")
-        _, since = await self.read(dataset)
+        # Two at a time, so that a second session is kept, which has the old settings as well.
+        waiting = self.dataset("SELECT id, pg_sleep(0.2)::text AS slept FROM t WHERE id = 1", name="waiting")
+        _, (_, since) = await gatherResults(map(Deferred.fromCoroutine, (self.read(waiting), self.read(dataset))))
+        self.assertEqual(len(self.sql(KEPT.format(role=self.reader))), 2)
         self.sql(f"ALTER ROLE {self.reader} SET app.tenant = '5'")
         reading, since = await self.read(dataset, since)
         self.assertEqual((reading.kind, reading.because), ("all", "settings of the role or the database were altered"))

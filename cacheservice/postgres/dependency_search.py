@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import string
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from cacheservice.config import DatasetSettings
@@ -217,5 +217,5 @@ def operators_of(text: str) -> Iterator[str]:
                 yield run[start:end]
 
 
-def _every(names: Any, texts: Iterable[str]) -> list[str]:
+def _every(names: Callable[[str], Iterable[str]], texts: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(name for text in texts for name in names(text)))

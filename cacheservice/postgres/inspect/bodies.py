@@ -78,7 +78,7 @@ def tables_of_functions(look: Look, called: Iterable[Call]) -> list[Reading]:
 def _reach(look: Look, called: set[Call], *, certainly: bool) -> dict[int, _Body]:
     """The functions behind `called`, also through others.
 
-    :param certainly: leave out overloads, of which the plan does not name one, and calls that a string may hold.
+    :param certainly: leave out overloads, because the plan does not name the one it calls, and calls inside strings.
     """
     bodies: dict[int, _Body] = {}
     calls: dict[Call, set[str]] = {call: set() for call in called}

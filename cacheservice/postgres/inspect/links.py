@@ -17,7 +17,7 @@ from cacheservice.postgres.inspect.texts import inside, split
 _NAME = r'(?:"(?:[^"]|"")+"|[^\W\d][\w$]*)'
 _COLUMN = re.compile(rf"({_NAME})\.({_NAME})")
 _CAST = re.compile(rf"\(({_NAME}\.{_NAME})\)::(?:text|character varying|bigint|integer|smallint)(?![\w(])")
-"""To a type that tells all values apart that the other does."""
+"""To a type in which different values stay different."""
 _CONSTANT = re.compile(r"-?\d+|'(?:[^']|'')*'(?:::[a-z][\w.]*(?: [a-z]+)*)?|\$\d+")
 _NUMBER = re.compile(r"'(-?\d+)'::(?:bigint|integer|smallint)")
 _SAME = re.compile(r"NOT \((.+?)( IS DISTINCT FROM )(.+)\)")
