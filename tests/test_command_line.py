@@ -101,27 +101,27 @@ class Commands(FromTheWheel):
 
     def test_help_names_the_commands(self) -> None:
         """--help teaches every command."""
-        told = self.run_program("--help")
-        self.assertEqual(told.returncode, 0)
+        ended = self.run_program("--help")
+        self.assertEqual(ended.returncode, 0)
         for command in ("run", "check", "migrate", "status", "demo"):
-            self.assertRegex(told.stdout, rf"(?m)^  {command} ")
+            self.assertRegex(ended.stdout, rf"(?m)^  {command} ")
 
     def test_check_tells_every_problem(self) -> None:
         """A bad configuration is told on standard error, a line a problem, exit code 1, no traceback."""
         (self.folder / "cacheservice.toml").write_text(
             '[postgres]\ndsn = "x"\n[datasets.d]\nquery = "SELECT 1"\nkee = "a"'
         )
-        told = self.run_program("check")
-        self.assertEqual((told.returncode, told.stdout), (1, ""))
-        self.assertIn("cacheservice.toml: postgres.dsn: not a libpq connection string", told.stderr)
-        self.assertIn('cacheservice.toml: datasets.d.kee: unknown key; did you mean "key"?', told.stderr)
-        self.assertNotIn("Traceback", told.stderr)
+        ended = self.run_program("check")
+        self.assertEqual((ended.returncode, ended.stdout), (1, ""))
+        self.assertIn("cacheservice.toml: postgres.dsn: not a libpq connection string", ended.stderr)
+        self.assertIn('cacheservice.toml: datasets.d.kee: unknown key; did you mean "key"?', ended.stderr)
+        self.assertNotIn("Traceback", ended.stderr)
 
     def test_migrate_run_and_status(self) -> None:
         """From an empty folder: the database is prepared, the service runs as the reader, and says so."""
         database = fresh_database(self.server, self.addCleanup)
         query(self.server, database, "CREATE TABLE items AS SELECT generate_series(1, 10) AS id")
-        told = self.run_program(
+        ended = self.run_program(
             "migrate",
             "--reader",
             "wheel_reader",
@@ -132,8 +132,8 @@ class Commands(FromTheWheel):
         )
         self.addCleanup(query, self.server, "postgres", "DROP ROLE wheel_reader")
         self.addCleanup(query, self.server, database, "DROP OWNED BY wheel_reader")
-        self.assertEqual(told.returncode, 0, told.stderr)
-        self.assertIn("applied 0001_schema", told.stdout)
+        self.assertEqual(ended.returncode, 0, ended.stderr)
+        self.assertIn("applied 0001_schema", ended.stdout)
         (self.folder / "dsn").write_text(self.server.dsn("wheel_reader", "hidden-word", database) + "\n")
         (self.folder / "cacheservice.toml").write_text(
             "[status]\nport = 0\n[resp]\nport = 0\n[http]\nport = 0\n"
@@ -154,9 +154,9 @@ class Commands(FromTheWheel):
                     lines.append(json.loads(service.stdout.readline()))
                 started = next(line for line in lines if line["event"] == "service_started")
                 host, port = started["status"].split(":")
-                told = self.run_program("status", "--host", host, "--port", port)
-                self.assertEqual(told.returncode, 0, told.stderr)
-                self.assertRegex(told.stdout, r"(?m)^items +fresh ")
+                ended = self.run_program("status", "--host", host, "--port", port)
+                self.assertEqual(ended.returncode, 0, ended.stderr)
+                self.assertRegex(ended.stdout, r"(?m)^items +fresh ")
                 self.assertEqual(self.run_program("status", "--port", port, "ready").stdout, "ready\n")
                 self.assertEqual(self.run_program("status", "--port", port, "nonsense").returncode, 1)
             finally:
@@ -168,15 +168,15 @@ class Commands(FromTheWheel):
 
     def test_a_password_in_the_arguments_is_refused(self) -> None:
         """What would show in the process list is refused, and not repeated."""
-        told = self.run_program("migrate", "--dsn", "postgresql://me:hidden-word@127.0.0.1/x")
-        self.assertEqual(told.returncode, 2)
-        self.assertIn("process list", told.stderr)
-        self.assertNotIn("hidden-word", told.stderr + told.stdout)
+        ended = self.run_program("migrate", "--dsn", "postgresql://me:hidden-word@127.0.0.1/x")
+        self.assertEqual(ended.returncode, 2)
+        self.assertIn("process list", ended.stderr)
+        self.assertNotIn("hidden-word", ended.stderr + ended.stdout)
 
     def test_a_password_file_that_is_not_there(self) -> None:
         """It is one line that names the variable as it is written."""
         database = fresh_database(self.server, self.addCleanup)
-        told = self.run_program(
+        ended = self.run_program(
             "migrate",
             "--reader",
             "any_reader",
@@ -184,7 +184,7 @@ class Commands(FromTheWheel):
             CACHESERVICE_READER_PASSWORD_FILE="hidden-word",
         )
         self.assertEqual(
-            (told.returncode, told.stderr),
+            (ended.returncode, ended.stderr),
             (
                 2,
                 "cacheservice migrate: CACHESERVICE_READER_PASSWORD_FILE: the file that it names cannot be read: "
@@ -195,12 +195,12 @@ class Commands(FromTheWheel):
     def test_the_source_of_a_dsn_is_named(self) -> None:
         """An error about a DSN names the variable, the option or the setting that it comes from."""
         bad = {"CACHESERVICE_MIGRATE_DSN": "nonsense"}
-        told = self.run_program("migrate", **bad)
+        ended = self.run_program("migrate", **bad)
         self.assertRegex(
-            told.stderr, r"^cacheservice migrate: CACHESERVICE_MIGRATE_DSN: not a libpq connection string;"
+            ended.stderr, r"^cacheservice migrate: CACHESERVICE_MIGRATE_DSN: not a libpq connection string;"
         )
-        told = self.run_program("migrate", "--dsn", "nonsense", **bad)
-        self.assertRegex(told.stderr, r"^cacheservice migrate: --dsn: not a libpq connection string;")
+        ended = self.run_program("migrate", "--dsn", "nonsense", **bad)
+        self.assertRegex(ended.stderr, r"^cacheservice migrate: --dsn: not a libpq connection string;")
         missing = self.server.dsn(database="no_such_database")
         steps = {
             "CACHESERVICE_MIGRATE_DSN": "check the database's name in CACHESERVICE_MIGRATE_DSN",
@@ -213,14 +213,14 @@ class Commands(FromTheWheel):
                 ("watch", "t", "--key", "id"),
                 ("unwatch", "t"),
             ):
-                told = self.run_program(*command, **{variable: missing})
-                self.assertEqual(told.returncode, 1)
-                self.assertRegex(told.stderr, rf"database \"no_such_database\" does not exist; {step}\n$")
+                ended = self.run_program(*command, **{variable: missing})
+                self.assertEqual(ended.returncode, 1)
+                self.assertRegex(ended.stderr, rf"database \"no_such_database\" does not exist; {step}\n$")
         (self.folder / "cacheservice.toml").unlink()
-        told = self.run_program("migrate")
-        self.assertEqual(told.returncode, 1)
+        ended = self.run_program("migrate")
+        self.assertEqual(ended.returncode, 1)
         self.assertEqual(
-            told.stderr,
+            ended.stderr,
             "cacheservice.toml: not found in the working directory; write one or name it in CACHESERVICE_CONFIG\n"
             "CACHESERVICE_MIGRATE_DSN: not set, so that the configuration was read for postgres.dsn; "
             "set it, or correct that\n",
@@ -230,9 +230,9 @@ class Commands(FromTheWheel):
         """An option that is repeated does not take a list, and its error reports how to write it."""
         database = fresh_database(self.server, self.addCleanup)
         dsn = {"CACHESERVICE_MIGRATE_DSN": self.server.dsn(database=database)}
-        told = self.run_program("migrate", "--reader", "any_reader", "--select", "a,b", **dsn)
+        ended = self.run_program("migrate", "--reader", "any_reader", "--select", "a,b", **dsn)
         self.assertEqual(
-            (told.returncode, told.stderr),
+            (ended.returncode, ended.stderr),
             (
                 2,
                 "cacheservice migrate: --select a,b: a name has no comma; repeat --select for each table. "
@@ -242,9 +242,9 @@ class Commands(FromTheWheel):
         self.assertEqual(query(self.server, database, "SELECT FROM pg_namespace WHERE nspname = 'cacheservice'"), [])
         self.assertEqual(self.run_program("migrate", **dsn).returncode, 0)
         query(self.server, database, "CREATE TABLE t (a int, b int)")
-        told = self.run_program("watch", "t", "--key", "a,b", **dsn)
-        self.assertEqual(told.returncode, 1)
-        self.assertIn('"t" has no column a,b; it has a, b, and --key is repeated for each column', told.stderr)
+        ended = self.run_program("watch", "t", "--key", "a,b", **dsn)
+        self.assertEqual(ended.returncode, 1)
+        self.assertIn('"t" has no column a,b; it has a, b, and --key is repeated for each column', ended.stderr)
 
     def test_a_reader_without_a_password(self) -> None:
         """A new role without a password is reported, with how to set one; one that has a password is not."""
@@ -253,31 +253,31 @@ class Commands(FromTheWheel):
         for statement in (f'DROP ROLE "{name}"', f'DROP OWNED BY "{name}"'):  # from the last one
             self.addCleanup(query, self.server, database, statement)
         dsn = {"CACHESERVICE_MIGRATE_DSN": self.server.dsn(database=database)}
-        told = self.run_program("migrate", "--reader", name, CACHESERVICE_READER_PASSWORD="", **dsn)
-        self.assertEqual(told.returncode, 2)
-        self.assertIn("CACHESERVICE_READER_PASSWORD: the password is empty", told.stderr)
+        ended = self.run_program("migrate", "--reader", name, CACHESERVICE_READER_PASSWORD="", **dsn)
+        self.assertEqual(ended.returncode, 2)
+        self.assertIn("CACHESERVICE_READER_PASSWORD: the password is empty", ended.stderr)
         for _ in range(2):
-            told = self.run_program("migrate", "--reader", name, **dsn)
-            self.assertEqual(told.returncode, 0, told.stderr)
+            ended = self.run_program("migrate", "--reader", name, **dsn)
+            self.assertEqual(ended.returncode, 0, ended.stderr)
             self.assertIn(
                 "it has no password yet, and cannot log in where the server wants one; set it with "
                 f'\\password "{name}" in psql, or run this again with CACHESERVICE_READER_PASSWORD or '
                 "CACHESERVICE_READER_PASSWORD_FILE\n",
-                told.stdout,
+                ended.stdout,
             )
         for password in ({"CACHESERVICE_READER_PASSWORD": "hidden-word"}, {}):
-            told = self.run_program("migrate", "--reader", name, **dsn, **password)
-            self.assertEqual(told.returncode, 0, told.stderr)
-            self.assertNotIn("no password", told.stdout)
+            ended = self.run_program("migrate", "--reader", name, **dsn, **password)
+            self.assertEqual(ended.returncode, 0, ended.stderr)
+            self.assertNotIn("no password", ended.stdout)
 
     def test_no_service_is_one_line(self) -> None:
         """Asking where nobody listens is told in a line that says what to do."""
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))
-            told = self.run_program("status", "--port", str(unused.getsockname()[1]))
-        self.assertEqual(told.returncode, 1)
+            ended = self.run_program("status", "--port", str(unused.getsockname()[1]))
+        self.assertEqual(ended.returncode, 1)
         self.assertRegex(
-            told.stderr, r"^cacheservice: no answer from 127\.0\.0\.1:\d+: .*; is the service running\?\n$"
+            ended.stderr, r"^cacheservice: no answer from 127\.0\.0\.1:\d+: .*; is the service running\?\n$"
         )
 
 
@@ -312,8 +312,8 @@ class Demo(FromTheWheel):
     def test_words_for_a_shell(self) -> None:
         """What the demo prints is one word to a shell, whatever is in the path."""
         for word in ("plain", "a b", "host='/a b/c' port=1", "it's", 'say "x"', "$HOME", "`id`"):
-            told = subprocess.run(["/bin/sh", "-c", f"printf %s {_quoted(word)}"], capture_output=True, check=True)
-            self.assertEqual(told.stdout.decode(), word)
+            ended = subprocess.run(["/bin/sh", "-c", f"printf %s {_quoted(word)}"], capture_output=True, check=True)
+            self.assertEqual(ended.stdout.decode(), word)
 
     def test_the_demo_lives_breaks_recovers_and_leaves_nothing(self) -> None:
         """A taken port is replaced, data change, a crash of the database is survived, Ctrl-C leaves no process."""
