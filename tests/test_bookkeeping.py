@@ -244,9 +244,9 @@ class Writers(Bookkeeping):
             )
         self.sql("UPDATE cacheservice.watched SET form = 2")
         before = self.refresh()
-        told = "sales was watched by an older version, which misses rows that a MERGE moves to another partition"
+        older = "sales was watched by an older version, which misses rows that a MERGE moves to another partition"
         if at_least(self.server, 15):
-            self.assertIn(told, before.problem or "")
+            self.assertIn(older, before.problem or "")
         self.assertEqual(migrate(self.dsn, FOLDER), [])
         self.assertEqual(self.functions(), new)
         self.assertEqual(self.sql("SELECT oid, xmin, tgname FROM pg_trigger ORDER BY 1"), seen)
@@ -262,7 +262,7 @@ class Writers(Bookkeeping):
         if at_least(self.server, 15):
             self.assertEqual(
                 self.refresh().problem,
-                f"{told}; run again: cacheservice watch sales --key id",
+                f"{older}; run again: cacheservice watch sales --key id",
             )
 
     def test_functions_that_others_own(self) -> None:
