@@ -23,12 +23,16 @@ COMMENT ON COLUMN cacheservice.changes.keys IS
 --
 -- On a standby pg_current_snapshot() does not list the transactions in progress, so all from xmin on are taken: keys
 -- that are read again without need do no harm.
+--
+-- Its statements about catalogs are planned once in a session, whatever their cost seems to be: to plan them takes longer
+-- than to run them.
 CREATE OR REPLACE FUNCTION cacheservice.changes(watches jsonb, previous pg_snapshot, most integer)
 RETURNS TABLE (state jsonb, problem text, key text)
 LANGUAGE plpgsql
 STABLE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
+SET plan_cache_mode = force_generic_plan
 AS $$
 DECLARE
     each jsonb;
@@ -42,8 +46,10 @@ DECLARE
     foreign_table text;
     merging_rule text;
     again text;
+    kind "char";
     tree oid[];
-    complete bigint;
+    triggers record;
+    attributes record;
     watched_ids integer[] := '{}';
     width integer;
     tables jsonb := '{}';
@@ -80,15 +86,17 @@ BEGIN
             problem := format('%s may not read %s; GRANT SELECT ON %s TO %1$I', session_user, name, name);
             EXIT;
         END IF;
+        SELECT c.relkind INTO kind FROM pg_class AS c WHERE c.oid = table_oid;
+        SELECT w.* INTO watch FROM cacheservice.watched AS w WHERE w.relation = table_oid AND w.key_columns = columns;
+        -- PostgreSQL puts no row of a foreign table into a transition table: it fails the statement.
         WITH RECURSIVE family AS (
             SELECT table_oid AS oid
             UNION
             SELECT i.inhrelid FROM pg_inherits AS i JOIN family AS f ON i.inhparent = f.oid
         )
-        SELECT array_agg(f.oid ORDER BY f.oid) INTO tree FROM family AS f;
-        -- PostgreSQL puts no row of a foreign table into a transition table: it fails the statement.
-        SELECT min(c.oid::regclass::text) INTO foreign_table FROM pg_class AS c WHERE c.oid = ANY (tree) AND c.relkind = 'f';
-        SELECT w.* INTO watch FROM cacheservice.watched AS w WHERE w.relation = table_oid AND w.key_columns = columns;
+        SELECT array_agg(f.oid ORDER BY f.oid),
+               min(f.oid::regclass::text) FILTER (WHERE 'f' = (SELECT c.relkind FROM pg_class AS c WHERE c.oid = f.oid))
+        INTO tree, foreign_table FROM family AS f;
         IF foreign_table IS NOT NULL THEN
             problem := CASE
                 WHEN watch.id IS NULL THEN format(
@@ -111,11 +119,25 @@ BEGIN
                        'the service that prunes them resets them within a minute, or say: cacheservice migrate';
             EXIT;
         END IF;
-        SELECT string_agg(c.name, ', ') INTO missing FROM unnest(columns) AS c (name)
-        WHERE NOT EXISTS (
-            SELECT FROM pg_attribute AS a
-            WHERE a.attrelid = table_oid AND a.attname = c.name AND NOT a.attisdropped AND a.attgenerated <> 'v');
-        IF missing IS NOT NULL THEN
+        SELECT count(*) FILTER (WHERE a.attname = ANY (columns) AND a.attgenerated <> 'v') AS stored_keys,
+               -- A virtual column's expression can be changed without a change of any row.
+               jsonb_agg(concat_ws(' ', a.attnum, a.attname, a.atttypid, a.atttypmod, CASE WHEN a.attgenerated <> '' THEN (
+                   SELECT pg_get_expr(d.adbin, d.adrelid) FROM pg_attrdef AS d
+                   WHERE d.adrelid = a.attrelid AND d.adnum = a.attnum) END) ORDER BY a.attnum) AS columns,
+               -- Of those that others made, enums alone are fit to be compared as text.
+               jsonb_agg((
+                   SELECT CASE WHEN t.typtype = 'd' THEN t.typbasetype
+                               WHEN t.typtype = 'e' OR t.oid < 16384 THEN t.oid
+                               ELSE 0 END::bigint
+                   FROM pg_type AS t WHERE t.oid = a.atttypid) ORDER BY array_position(columns, a.attname)
+               ) FILTER (WHERE a.attname = ANY (columns)) AS key_types
+        INTO attributes FROM pg_attribute AS a
+        WHERE a.attrelid = table_oid AND a.attnum > 0 AND NOT a.attisdropped;
+        IF attributes.stored_keys < width THEN
+            SELECT string_agg(c.name, ', ') INTO missing FROM unnest(columns) AS c (name)
+            WHERE NOT EXISTS (
+                SELECT FROM pg_attribute AS a
+                WHERE a.attrelid = table_oid AND a.attname = c.name AND NOT a.attisdropped AND a.attgenerated <> 'v');
             problem := format('%s has no stored column %s any more; watch it by another key, and say so in the configuration',
                               name, missing);
             EXIT;
@@ -126,35 +148,35 @@ BEGIN
                               'say: cacheservice migrate', pg_get_userbyid(owner));
             EXIT;
         END IF;
-        IF watch.form > 1 AND EXISTS (
-            SELECT FROM pg_proc AS p
-            WHERE p.pronamespace = 'cacheservice'::regnamespace AND p.proowner <> owner
-              AND p.proname LIKE 'record\_' || watch.id || '\_%') THEN
+        SELECT count(*) FILTER (WHERE t.enabled = 4) AS complete, bool_or(t.misowned) AS misowned,
+               string_agg(t.versions, ' ' ORDER BY t.tgrelid) AS versions
+        INTO triggers FROM (
+            SELECT t.tgrelid, count(*) FILTER (WHERE t.tgenabled = 'A') AS enabled, bool_or(p.proowner <> owner) AS misowned,
+                   string_agg(concat(t.xmin, '/', p.xmin), ' ' ORDER BY t.tgname) AS versions
+            FROM pg_trigger AS t JOIN pg_proc AS p ON p.oid = t.tgfoid
+            WHERE t.tgrelid = ANY (tree) AND t.tgname LIKE 'cacheservice\_' || watch.id || '\_%'
+            GROUP BY t.tgrelid
+        ) AS t;
+        IF watch.form > 1 AND triggers.misowned THEN
             problem := format('the trigger functions of %s do not belong to %s, which owns cacheservice.changes; '
                               'say again: %s', name, pg_get_userbyid(owner), again);
             EXIT;
         END IF;
-        -- A statement fires only the triggers of the table that it names, be it the parent or a child.
-        IF EXISTS (SELECT FROM pg_inherits AS i WHERE i.inhrelid = watch.relation) THEN
-            problem := format('%s has become a partition or a child of another table; watch that', name);
-            EXIT;
-        END IF;
-        SELECT count(*) INTO complete FROM unnest(tree) AS f (oid)
-        WHERE 4 = (
-            SELECT count(*) FROM pg_trigger AS t
-            WHERE t.tgrelid = f.oid AND t.tgenabled = 'A' AND t.tgname LIKE 'cacheservice\_' || watch.id || '\_%'
-        );
-        -- A statement on another parent of a child fires none of them either.
+        -- A statement fires only the triggers of the table that it names, be it the parent, another parent, or a child.
         IF EXISTS (SELECT FROM pg_inherits AS i WHERE i.inhrelid = ANY (tree) AND i.inhparent <> ALL (tree)) THEN
-            problem := format('a child of %s also inherits from another table, and statements on that table are not '
-                              'recorded; remove watch from the dataset', name);
+            problem := CASE
+                WHEN EXISTS (SELECT FROM pg_inherits AS i WHERE i.inhrelid = table_oid)
+                THEN format('%s has become a partition or a child of another table; watch that', name)
+                ELSE format('a child of %s also inherits from another table, and statements on that table are not '
+                            'recorded; remove watch from the dataset', name)
+            END;
             EXIT;
         END IF;
-        IF complete < cardinality(tree) THEN
+        IF triggers.complete < cardinality(tree) THEN
             problem := format('%s or a partition of it lacks a trigger of ours; say again: %s', name, again);
             EXIT;
         END IF;
-        IF (SELECT c.relkind = 'p' FROM pg_class AS c WHERE c.oid = table_oid) THEN
+        IF kind = 'p' THEN
             -- The triggers are shown no row that a MERGE moves to another partition. (`migrate` renews those of form 2.)
             IF watch.form < 3 AND current_setting('server_version_num')::integer >= 150000 THEN
                 problem := format('%s was watched by an older version, which misses rows that a MERGE moves to another '
@@ -183,47 +205,31 @@ BEGIN
         watched_ids := watched_ids || watch.id;
         tables := tables || jsonb_build_object(name, jsonb_build_object(
             'watched', watch.id,
+            'kind', kind,
             'notifies', watch.notifies,
             'since', watch.since_xid::text,
             'relations', (SELECT jsonb_agg(pg_relation_filenode(t.oid) ORDER BY t.oid) FROM unnest(tree) AS t (oid)),
-            'triggers', (
-                SELECT string_agg(concat(t.xmin, '/', p.xmin), ' ' ORDER BY t.tgrelid, t.tgname)
-                FROM pg_trigger AS t JOIN pg_proc AS p ON p.oid = t.tgfoid
-                WHERE t.tgrelid = ANY (tree) AND t.tgname LIKE 'cacheservice\_' || watch.id || '\_%'
-            ),
-            'columns', (
-                -- A virtual column's expression can be changed without a change of any row.
-                SELECT jsonb_agg(concat_ws(' ', a.attnum, a.attname, a.atttypid, a.atttypmod,
-                                           CASE WHEN a.attgenerated <> '' THEN pg_get_expr(d.adbin, d.adrelid) END)
-                                 ORDER BY a.attnum)
-                FROM pg_attribute AS a LEFT JOIN pg_attrdef AS d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
-                WHERE a.attrelid = watch.relation AND a.attnum > 0 AND NOT a.attisdropped
-            ),
-            'key_types', (
-                -- Of those that others made, enums alone are fit to be compared as text.
-                SELECT jsonb_agg(CASE WHEN t.typtype = 'd' THEN t.typbasetype
-                                      WHEN t.typtype = 'e' OR t.oid < 16384 THEN t.oid
-                                      ELSE 0 END::bigint ORDER BY c.position)
-                FROM unnest(columns) WITH ORDINALITY AS c (name, position)
-                JOIN pg_attribute AS a ON a.attrelid = watch.relation AND a.attname = c.name
-                JOIN pg_type AS t ON t.oid = a.atttypid
-            )
+            'triggers', triggers.versions,
+            'columns', attributes.columns,
+            'key_types', attributes.key_types
         ));
-        IF previous IS NOT NULL THEN
-            IF NOT pg_visible_in_snapshot(watch.since_xid, previous) THEN
-                problem := format('%s has been watched only since the last refresh', name);
-            ELSIF EXISTS (
-                SELECT FROM cacheservice.changes AS c
-                WHERE c.watched = watch.id AND c.keys IS NULL AND c.xid >= pg_snapshot_xmin(previous)
-                  AND (pg_is_in_recovery() OR NOT pg_visible_in_snapshot(c.xid, previous))
-            ) THEN
-                problem := format(
-                    '%s was truncated, one statement changed more than a million rows or 100 MB of keys, %sor its key was renamed',
-                    name, CASE WHEN (SELECT c.relkind = 'p' FROM pg_class AS c WHERE c.oid = table_oid)
-                               THEN 'a MERGE may have moved rows to another partition, ' ELSE '' END);
-            END IF;
+        IF previous IS NOT NULL AND NOT pg_visible_in_snapshot(watch.since_xid, previous) THEN
+            problem := format('%s has been watched only since the last refresh', name);
         END IF;
     END LOOP;
+    IF previous IS NOT NULL AND problem IS NULL THEN
+        -- How many of the changes are newer than `previous` decides how they are best found.
+        PERFORM set_config('plan_cache_mode', 'auto', true);
+        SELECT format(
+            '%s was truncated, one statement changed more than a million rows or 100 MB of keys, %sor its key was renamed',
+            t.key, CASE WHEN t.value ->> 'kind' = 'p' THEN 'a MERGE may have moved rows to another partition, ' ELSE '' END)
+        INTO problem FROM jsonb_each(tables) AS t
+        WHERE EXISTS (
+            SELECT FROM cacheservice.changes AS c
+            WHERE c.watched = (t.value ->> 'watched')::integer AND c.keys IS NULL AND c.xid >= pg_snapshot_xmin(previous)
+              AND (pg_is_in_recovery() OR NOT pg_visible_in_snapshot(c.xid, previous))
+        ) LIMIT 1;
+    END IF;
     IF previous IS NOT NULL AND problem IS NULL
        AND (SELECT p.through >= pg_snapshot_xmin(previous) FROM cacheservice.pruned AS p) THEN
         problem := 'the changes since the last refresh are not kept any more';

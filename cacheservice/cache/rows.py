@@ -256,7 +256,9 @@ class RowsPatch:
         """
         if len(key) > MAX_KEY_BYTES:
             _refuse_length(key)
-        ready, before = bulk(document), self._shard(key).get(key)
+        ready, place = bulk(document), crc32(key) & self.old.mask
+        own = self._copied.get(place)
+        before = (self.old.shard(place) if own is None else own).get(key)
         if before == ready:
             return
         if before is None:
@@ -267,29 +269,24 @@ class RowsPatch:
             self._size_bytes += len(document) - len(unframed(before))
         if self._digest is not None:
             self._digest += row_digest(key, ready) - (0 if before is None else row_digest(key, before))
-        self._own_shard(key)[key] = ready
+        if own is None:
+            own = self._copied[place] = self.old.shard(place).copy()
+        own[key] = ready
 
     def remove(self, key: bytes) -> None:
         """There is no row `key` any more, if there was one."""
-        before = self._shard(key).get(key)
-        if before is not None:
-            self.removed += 1
-            self._size_bytes -= len(key) + len(unframed(before))
-            if self._digest is not None:
-                self._digest -= row_digest(key, before)
-            del self._own_shard(key)[key]
-
-    def _shard(self, key: bytes) -> dict[bytes, bytes]:
         place = crc32(key) & self.old.mask
         own = self._copied.get(place)
-        return self.old.shard(place) if own is None else own
-
-    def _own_shard(self, key: bytes) -> dict[bytes, bytes]:
-        place = crc32(key) & self.old.mask
-        own = self._copied.get(place)
+        before = (self.old.shard(place) if own is None else own).get(key)
+        if before is None:
+            return
+        self.removed += 1
+        self._size_bytes -= len(key) + len(unframed(before))
+        if self._digest is not None:
+            self._digest -= row_digest(key, before)
         if own is None:
             own = self._copied[place] = self.old.shard(place).copy()
-        return own
+        del own[key]
 
     @property
     def count(self) -> int:

@@ -519,7 +519,8 @@ class Database:
             reading = replace(reading, watch_state=told.state, no_delta=told.problem)
             because = told.problem or because
             if because is None and since is not None:
-                keys = frozenset(KeyForm.of(dataset).join(key) for key in told.keys if None not in key)
+                form = KeyForm.of(dataset)
+                keys = frozenset(form.join(key) for key in told.keys if None not in key)
                 reading = replace(reading, may_differ=keys)
                 if not wanted.check:
                     with _keys_fit(dataset):

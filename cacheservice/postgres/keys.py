@@ -29,6 +29,8 @@ class KeyForm:
 
     def join(self, key: Key) -> bytes:
         """The key as it is served."""
+        if len(key) == 1 and not self.escaped:
+            return str(key[0]).encode()
         return self.separator.join(self._part(str(value)) for value in key).encode()
 
     def _part(self, value: str) -> str:

@@ -69,8 +69,8 @@ def _emptied(groups: Groups) -> Iterator[None]:
         shards.clear()
     freed = 0
     while len(shards) > _ROW_BY_ROW:
-        is_large = len(shards[-1]) > _MOST_SHARD_ROWS and getrefcount(shards[-1]) == _OURS
         rows = len(shards[-1])
+        is_large = rows > _MOST_SHARD_ROWS and getrefcount(shards[-1]) == _OURS
         if freed and freed + rows > _MOST_SHARD_ROWS:
             yield
             freed = 0
