@@ -22,7 +22,7 @@ import psycopg2
 from benchmarks import plots
 from benchmarks.figures import limit, mib, ms, percentile, print_figures, spread
 from benchmarks.products import server_with_products
-from benchmarks.service import ROOT, RunningService, memory_bytes, running_service
+from benchmarks.service import ROOT, RunningService, memory_bytes, running_service, scheduled_s
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.postgres.migrate import migrate
 from cacheservice.postgres.watch import watch
@@ -271,11 +271,6 @@ def sessions_s(aside: Any) -> dict[int, float]:
         pids = [pid for (pid,) in cursor.fetchall()]
     aside.commit()
     return {pid: scheduled_s(pid) for pid in pids}
-
-
-def scheduled_s(pid: int) -> float:
-    """Seconds that a process of one thread, or the first thread of another one, has computed."""
-    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
 
 
 def probed(server: EmbeddedPostgres, writer: Any, samples: int) -> list[tuple[float, float]]:

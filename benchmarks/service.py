@@ -129,6 +129,11 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def scheduled_s(pid: int) -> float:
+    """Seconds that a process of one thread, or the first thread of another one, has computed."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
+
+
 @contextmanager
 def running_service(
     dsn: str,

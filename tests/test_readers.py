@@ -132,6 +132,30 @@ class ReadersTestCase(TestCase):
         self.assertEqual(sum(client.lost is None for client in self.clients), 1)
         await self.closed(*sockets)
 
+    async def test_rounds(self) -> None:
+        """The factory hears of the begin and the end of each round, which nothing that a client does keeps back."""
+        heard: list[str] = []
+        self.factory.begin_round = lambda: heard.append("begin")  # type: ignore[attr-defined]
+        self.factory.end_round = lambda: heard.append("end")  # type: ignore[attr-defined]
+        await maybeDeferred(self.port.stopListening)
+        self.port = tcp(reactor, "127.0.0.1", 0, self.factory)()
+        one, other = await self.connect(), await self.connect()
+        await self.turns()
+        for client in self.clients:
+            client.dataReceived = lambda data: heard.append(data.decode())  # type: ignore[method-assign]
+        self.clients[0].dataReceived = lambda _: 1 // 0  # type: ignore[assignment,method-assign,return-value]
+        heard.clear()
+        one.sendall(b"1")
+        other.sendall(b"2")
+        await self.turns()
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+        self.assertIn("2", heard)
+        words = [word for word in heard if word != "2"]
+        self.assertEqual(words, ["begin", "end"] * (len(words) // 2))
+        place = heard.index("2")
+        self.assertEqual((heard[place - 1], heard[place + 1]), ("begin", "end"))
+        await self.closed(one, other)
+
     async def test_a_bug(self) -> None:
         """An exception is logged and ends its own client alone."""
         one, other = await self.connect(), await self.connect()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import select
 import socket
+from collections.abc import Callable
 from typing import Any
 
 from twisted.internet import tcp
@@ -22,17 +23,24 @@ _KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEP
 """Seconds of silence, seconds between probes, and how many go unanswered."""
 
 
+def _no_rounds() -> None:
+    """Do nothing, for a factory that does not ask about rounds."""
+
+
 @implementer(IReadDescriptor)
 class Readers:
     """The clients of one port that want to be read.
 
     :param reactor: `IReactorFDSet`; it has this among its readers until `close`.
+    :param factory: is called before and after each round of reads, if it has `begin_round` and `end_round`.
     """
 
     _log = Logger()
 
-    def __init__(self, reactor: Any) -> None:
+    def __init__(self, reactor: Any, factory: object = None) -> None:
         self._reactor = reactor
+        self._begin_round: Callable[[], None] = getattr(factory, "begin_round", _no_rounds)
+        self._end_round: Callable[[], None] = getattr(factory, "end_round", _no_rounds)
         self._epoll = select.epoll()
         self._clients: dict[int, Client] = {}
         reactor.addReader(self)
@@ -67,6 +75,13 @@ class Readers:
 
     def doRead(self) -> None:
         """Read every client that has sent something."""
+        self._begin_round()
+        try:
+            self._read()
+        finally:
+            self._end_round()
+
+    def _read(self) -> None:
         for descriptor, _ in self._epoll.poll(0, len(self._clients) or 1):
             client = self._clients.get(descriptor)
             if client is None:
@@ -125,7 +140,7 @@ class Port(tcp.Port):
 
     def startListening(self) -> None:
         super().startListening()
-        self.readers = Readers(self.reactor)
+        self.readers = Readers(self.reactor, self.factory)
 
     def createInternetSocket(self) -> socket.socket:
         made: socket.socket = super().createInternetSocket()

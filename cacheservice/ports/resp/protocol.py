@@ -804,6 +804,7 @@ class RespFactory(ServerFactory):
         self._numbers = count(1)
         self._unsent: list[RespProtocol] = []
         self._end_of_turn: Any = None
+        self._in_round = False
         cache.watch(self._declared)
         for dataset in cache.datasets.values():
             self._declared(dataset, "added")
@@ -813,22 +814,38 @@ class RespFactory(ServerFactory):
 
     def flush_at_end_of_turn(self, client: RespProtocol) -> None:
         """Have `client` send, once everything that this turn of the reactor brought has been worked on."""
-        if not self._unsent:
+        if not self._unsent and not self._in_round:
             self._end_of_turn = self.clock.callLater(0, self._flush_all)
         self._unsent.append(client)
 
+    def begin_round(self) -> None:
+        """The clients that have sent something are read now."""
+        self._in_round = True
+
+    def end_round(self) -> None:
+        """They have been read. A timer for that took a twentieth of a GET that is not pipelined."""
+        self._in_round = False
+        if self._unsent:
+            self._flush_all()
+
     def _flush_all(self) -> None:
+        self._cancel_end_of_turn()
         unsent, self._unsent = self._unsent, []
         for client in unsent:
             client.flush()
 
     def close_clients(self) -> None:
         """End every connection now."""
-        if self._end_of_turn is not None and self._end_of_turn.active():
-            self._end_of_turn.cancel()
+        self._cancel_end_of_turn()
         self._unsent.clear()
         for client in list(self.clients):
             client.transport.abortConnection()
+
+    def _cancel_end_of_turn(self) -> None:
+        if self._end_of_turn is not None:
+            if self._end_of_turn.active():
+                self._end_of_turn.cancel()
+            self._end_of_turn = None
 
     def subscribe(self, channel: bytes, client: RespProtocol) -> None:
         self.subscribers[channel].add(client)
