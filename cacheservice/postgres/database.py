@@ -520,11 +520,11 @@ class Database:
             because = told.problem or because
             if because is None and since is not None:
                 form = KeyForm.of(dataset)
-                keys = frozenset(form.join(key) for key in told.keys if None not in key)
-                reading = replace(reading, may_differ=keys)
+                served = dict.fromkeys(form.join(key) for key in told.keys if None not in key)
+                reading = replace(reading, may_differ=frozenset(served))
                 if not wanted.check:
                     with _keys_fit(dataset):
-                        return await self._read_keys(moment, wanted, reading, told.keys)
+                        return await self._read_keys(moment, wanted, reading, told.keys, served)
                 because = "it is a check of the deltas"
         elif since is not None and altered is None and wanted.told is not None:
             told_keys = await wanted.told()
@@ -544,8 +544,18 @@ class Database:
             return told._replace(problem=f"more than {wanted.most_keys:,} keys changed, see max_delta", keys=())
         return told
 
-    async def _read_keys(self, moment: _Moment, wanted: Wanted, reading: Reading, keys: Sequence[Key]) -> Reading:
-        """The rows of the keys that were recorded."""
+    async def _read_keys(
+        self,
+        moment: _Moment,
+        wanted: Wanted,
+        reading: Reading,
+        keys: Sequence[Key],
+        served: Mapping[bytes, None],
+    ) -> Reading:
+        """Read the rows of the keys that were recorded.
+
+        :param served: the same keys as they are served, but for those with a NULL.
+        """
         dataset = wanted.dataset
         if not keys:
             return replace(reading, kind="unchanged")
@@ -558,7 +568,7 @@ class Database:
                 raise BadResult("the key of a row is NULL; every row needs a key")
         predicate = KeyForm.of(dataset).predicate(columns, keys)
         found = await self._read_some(moment, wanted, predicate, len(keys))
-        return replace(reading, kind="delta", changed=found.without(keys))
+        return replace(reading, kind="delta", changed={**served, **found.rows})
 
     async def _read_told(self, moment: _Moment, wanted: Wanted, reading: Reading, keys: frozenset[str]) -> Reading:
         """The rows of the keys that were notified of."""
@@ -573,12 +583,12 @@ class Database:
             predicate = form.joined_predicate(columns, keys)
         found = await self._read_some(moment, wanted, predicate, len(keys))
         served = {key.encode(): None for key in keys}
-        return replace(reading, kind="delta", changed=served | found.rows)
+        return replace(reading, kind="delta", changed={**served, **found.rows})
 
     async def _read_some(self, moment: _Moment, wanted: Wanted, predicate: str, most: int) -> deltas.ChangedRows:
         dataset, last = wanted.dataset, wanted.last
         form = KeyForm.of(dataset)
-        found = deltas.ChangedRows(form)
+        found = deltas.ChangedRows()
         sql = f"{rows_query(dataset.query, dataset.key, form)} WHERE {predicate}"
         average_bytes = last.size_bytes // last.count if last is not None and last.count else 0
         is_small = most <= FEW_ROWS or most * average_bytes <= _MOST_ANSWER_BYTES

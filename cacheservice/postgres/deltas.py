@@ -7,13 +7,13 @@ own query, with a predicate on its key that PostgreSQL pushes down as far as the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from cacheservice.cache.dataset import Snapshot
 from cacheservice.config import DatasetSettings
 from cacheservice.errors import BadResult
-from cacheservice.postgres.keys import Key, KeyForm, literal
+from cacheservice.postgres.keys import Key, literal
 
 # OIDs of pg_type.dat, which never change. The text of values of these types is the same exactly if they are equal,
 # whatever the settings of the session that renders them. It is not of numeric (1.0 and 1.00), citext, floats, or dates.
@@ -44,8 +44,7 @@ class Changes(NamedTuple):
 class ChangedRows:
     """Takes the rows that were found of some keys, as a `RowsBuilder` does."""
 
-    def __init__(self, form: KeyForm) -> None:
-        self._form = form
+    def __init__(self) -> None:
         self.rows: dict[bytes, bytes | None] = {}
         self.count = 0
         self.size_bytes = 0
@@ -59,10 +58,6 @@ class ChangedRows:
             self.rows[key] = document
             self.size_bytes += len(key) + len(document)
         self.count += len(chunk)
-
-    def without(self, keys: Iterable[Key]) -> Mapping[bytes, bytes | None]:
-        """The rows, and None for each of `keys` of which there is none any more."""
-        return {self._form.join(key): None for key in keys if None not in key} | self.rows
 
 
 def lock_sql(datasets: Iterable[DatasetSettings]) -> str:

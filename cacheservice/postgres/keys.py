@@ -84,8 +84,10 @@ class KeyForm:
 
 def array(values: Iterable[object]) -> str:
     """A literal of an array of `values`, each once."""
-    escaped = (str(value).replace("\\", "\\\\").replace('"', '\\"') for value in dict.fromkeys(values))
-    return literal("{" + ",".join(f'"{value}"' for value in escaped) + "}")
+    texts = [str(value) for value in dict.fromkeys(values)]
+    if any('"' in text or "\\" in text for text in texts):
+        texts = [text.replace("\\", "\\\\").replace('"', '\\"') for text in texts]
+    return literal('{"' + '","'.join(texts) + '"}' if texts else "{}")
 
 
 def literal(text: str) -> str:

@@ -8,6 +8,7 @@ those clients set.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -93,9 +94,14 @@ def pinned_sql(chosen: Mapping[str, str]) -> str:
 
 def pinning_expression(chosen: Mapping[str, str]) -> str:
     """The same as an expression for a SELECT, which takes the snapshot; it costs a third where it is prepared."""
+    return _pinning_expression(tuple(chosen.items()))
+
+
+@lru_cache(maxsize=100)
+def _pinning_expression(chosen: tuple[tuple[str, str], ...]) -> str:
     calls = (
         f"set_config({literal(name)}, {'NULL' if value is None else literal(value)}, true)"
-        for name, value in _pinned(chosen)
+        for name, value in _pinned(dict(chosen))
     )
     return f"concat({', '.join(calls)})"
 
