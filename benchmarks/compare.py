@@ -1,13 +1,14 @@
 """Another revision of the service against this one: refresh, delta, GET, logins and memory, in alternating runs.
 
-    python -m benchmarks.compare e0b0e17 --rounds 5
+    python -m benchmarks.compare e0b0e17 --rounds 16
 
 Both run on one server, each with a database of its own and the same rows; the other revision runs in an environment
 of its own, with the packages that it asks for.
-What counts is the processor time that the service used, which other work on the machine hardly changes (of deltas and
-GETs that of the reactor's thread, to the nanosecond); the time that passed is shown beside it. Each round measures one
-revision and then the other, in turns which is first; a ratio is that of one round. Logins are counted by the server,
-while 50 datasets are read every 5 s.
+What counts is the processor time that the reactor's thread of the service used, which other work on the machine hardly
+changes; the time that passed is shown beside it. Both services run all the time, and each round measures one and then
+the other for a second or two, in turns which is first, so that slow changes of the machine meet both. A ratio is of
+one round; shown are the median and the middle three quarters. Logins are counted by the server, while 50 datasets are
+read every 5 s.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import tempfile
 import time
 import venv
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -33,15 +34,15 @@ import psycopg2
 
 from benchmarks.figures import limit, print_figures
 from benchmarks.products import QUERY, TABLE, server_with_products
-from benchmarks.service import ROOT, RunningService, cpu_s, memory_bytes, running_service, scheduled_s
+from benchmarks.service import ROOT, RunningService, memory_bytes, running_service, scheduled_s
 from cacheservice.cli.embedded import EmbeddedPostgres
 
 MOST_SLOWER = {"refresh": 1.03, "delta": 1.03, "GET": 1.01, "memory": 1.005}
 MOST_LOGINS_PER_S = 1.0
-_REFRESHES = 5
-_DELTAS = 200
+_REFRESHES = 1
+_DELTAS = 60
 _KEYS = 100
-_GETS = 200_000
+_GETS = 100_000
 _PIPELINE = 16
 _SETTLE_S = 1.0
 _INTERVAL_S = 5
@@ -75,16 +76,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("revision", help="what Git calls the build before")
     parser.add_argument("--rows", type=int, default=200_000)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=16)
     options = parser.parse_args()
     with worktree(options.revision) as before, server_with_products(options.rows) as server:
         sides = [Side("before", before, environment_of(before)), Side("after", ROOT, Path(sys.executable))]
         for side in sides:
             prepare(server, side, options.rows)
-        for number in range(options.rounds):
-            for side in sides if number % 2 == 0 else sides[::-1]:
-                side.add(measured(server, side, Random(number), options.rows))
-                print(side.name, {what: f"{values[-1]:.4g}" for what, values in side.figures.items()}, flush=True)
+            side.add(of_small_datasets(server, side))
+        with ExitStack() as running:
+            measured = [running.enter_context(loaded(server, side, options.rows)) for side in sides]
+            for number in range(options.rounds):
+                for each in measured if number % 2 == 0 else measured[::-1]:
+                    each.round(Random(number))
+                    shown = {what: f"{values[-1]:.4g}" for what, values in each.side.figures.items()}
+                    print(each.side.name, shown, flush=True)
     print()
     print_figures(list(compared(*sides)))
 
@@ -120,28 +125,7 @@ def prepare(server: EmbeddedPostgres, side: Side, rows: int) -> None:
         subprocess.run(command, check=True, cwd=side.source, env=environment, stdout=subprocess.DEVNULL)
 
 
-def measured(server: EmbeddedPostgres, side: Side, random: Random, rows: int) -> dict[str, float]:
-    """One round of one side: each figure the median of several, memory after all of them."""
-    dsn, tac = server.dsn(database=side.name), side.source / "tac" / "cacheservice.tac"
-    figures: dict[str, float] = {}
-    with (
-        closing(psycopg2.connect(dsn)) as writer,
-        running_service(dsn, QUERY, tac=tac, dataset=_WATCHED, python=side.python, **side.environment) as service,
-    ):
-        with suppress(RuntimeError):
-            service.wait_event("listening_began")
-        time.sleep(_SETTLE_S)
-        service.wait_refreshed()
-        loaded_bytes = memory_bytes(service.pid)
-        figures |= refreshes(service, writer, random, rows)
-        figures |= deltas(service, writer, random, rows)
-        figures |= gets(service, random, rows)
-    figures["logins/s"], empty_bytes = of_small_datasets(server, side)
-    figures["memory, bytes a row"] = (loaded_bytes - empty_bytes) / rows
-    return figures
-
-
-def of_small_datasets(server: EmbeddedPostgres, side: Side) -> tuple[float, int]:
+def of_small_datasets(server: EmbeddedPostgres, side: Side) -> dict[str, float]:
     """How many sessions the service opens a second once all datasets are loaded, and the memory that it takes."""
     dsn, tac = server.dsn(database=side.name), side.source / "tac" / "cacheservice.tac"
 
@@ -152,7 +136,41 @@ def of_small_datasets(server: EmbeddedPostgres, side: Side) -> tuple[float, int]
         time.sleep(_INTERVAL_S)
         before, began_at = logins(), time.monotonic()
         time.sleep(_LOGINS_COUNTED_S)
-        return (logins() - before) / (time.monotonic() - began_at), memory_bytes(service.pid)
+        return {
+            "logins/s": (logins() - before) / (time.monotonic() - began_at),
+            "memory, empty, bytes": memory_bytes(service.pid),
+        }
+
+
+@dataclass
+class Measured:
+    """A side's service, with all rows loaded."""
+
+    side: Side
+    service: RunningService
+    writer: psycopg2.extensions.connection
+    rows: int
+
+    def round(self, random: Random) -> None:
+        service, writer, rows = self.service, self.writer, self.rows
+        figures = refreshes(service, writer, random, rows) | deltas(service, writer, random, rows)
+        self.side.add(figures | gets(service, random, rows))
+
+
+@contextmanager
+def loaded(server: EmbeddedPostgres, side: Side, rows: int) -> Iterator[Measured]:
+    dsn, tac = server.dsn(database=side.name), side.source / "tac" / "cacheservice.tac"
+    with (
+        closing(psycopg2.connect(dsn)) as writer,
+        running_service(dsn, QUERY, tac=tac, dataset=_WATCHED, python=side.python, **side.environment) as service,
+    ):
+        with suppress(RuntimeError):
+            service.wait_event("listening_began")
+        time.sleep(_SETTLE_S)
+        service.wait_refreshed()
+        (empty_bytes,) = side.figures.pop("memory, empty, bytes")
+        side.add({"memory, bytes a row": (memory_bytes(service.pid) - empty_bytes) / rows})
+        yield Measured(side, service, writer, rows)
 
 
 def change(writer: psycopg2.extensions.connection, keys: list[int]) -> None:
@@ -170,10 +188,10 @@ def refreshes(
         change(writer, [random.randint(1, rows)])
         time.sleep(_SETTLE_S)  # what the trigger began has ended
         service.wait_refreshed()
-        before_s = cpu_s(service.pid)
+        before_s = scheduled_s(service.pid)
         service.start_refresh()
         took.append(service.wait_refreshed()["took_s"])
-        computed.append(cpu_s(service.pid) - before_s)
+        computed.append(scheduled_s(service.pid) - before_s)
     return {"refresh, CPU s": median(computed), "refresh, s": median(took)}
 
 
@@ -216,8 +234,9 @@ def gets(service: RunningService, random: Random, rows: int) -> dict[str, float]
 def compared(before: Side, after: Side) -> Iterator[tuple[str, str, str, str]]:
     for what, values in after.figures.items():
         # Both may be without any login.
-        ratios = [new / old if old else math.nan for new, old in zip(values, before.figures[what], strict=True)]
-        shown = f"{median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+        ratios = sorted(new / old if old else math.nan for new, old in zip(values, before.figures[what], strict=True))
+        edge = len(ratios) // 8
+        shown = f"{median(ratios):.3f} ({ratios[edge]:.3f} to {ratios[-1 - edge]:.3f})"
         if what == "logins/s":
             target = limit(median(values), MOST_LOGINS_PER_S, "")
         elif "CPU" in what or "memory" in what:
