@@ -39,9 +39,9 @@ from cacheservice.cache.identity import ServerIdentity
 from cacheservice.cache.rows import STARTS, Rows
 from cacheservice.clock import Host
 from cacheservice.config import DatasetSettings
+from cacheservice.config.session_rules import DEFAULT_SEARCH_PATH
 from cacheservice.errors import SnapshotRejected
 from cacheservice.persistence.age import Age, ReadOn
-from cacheservice.session_rules import DEFAULT_SEARCH_PATH
 
 MAGIC = b"CSSNAP"
 FORMAT = 4

@@ -13,8 +13,8 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from cacheservice.config import DatasetSettings
+from cacheservice.config.session_rules import DEFAULT_SEARCH_PATH
 from cacheservice.postgres.keys import literal
-from cacheservice.session_rules import DEFAULT_SEARCH_PATH
 
 RENDERING: Mapping[str, str] = MappingProxyType(
     {

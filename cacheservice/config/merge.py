@@ -1,0 +1,42 @@
+"""The tables of the file with the values of the environment over them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cacheservice.config.keys import Place
+from cacheservice.config.models import DefaultsSettings
+
+
+def as_table(value: object) -> dict[str, Any]:
+    """`value` if it is a table, else an empty one; the models report what should have been a table."""
+    return value if isinstance(value, dict) else {}
+
+
+def overlay(in_file: Mapping[str, Any], values: Mapping[Place, object]) -> dict[str, Any]:
+    """The file's tables with the environment's values put into them."""
+    declared: dict[str, Any] = {"postgres": {}, "datasets": {}, **in_file}
+    for (*tables, key), value in values.items():
+        table = declared
+        for name in tables:
+            table = as_table(table.setdefault(name, {}))
+        table[key] = value
+    return declared
+
+
+def defaults_in(declared: Mapping[str, Any]) -> dict[str, Any]:
+    defaults = as_table(declared.get("defaults"))
+    return {key: value for key, value in defaults.items() if key in DefaultsSettings.model_fields}
+
+
+def with_defaults(declared: Mapping[str, Any]) -> dict[str, Any]:
+    """`declared` with each dataset holding its name and what it inherits."""
+    if not isinstance(declared["datasets"], dict):
+        return dict(declared)
+    inherited = defaults_in(declared)
+    datasets = {
+        name: {**inherited, **dataset, "name": name} if isinstance(dataset, dict) else dataset
+        for name, dataset in declared["datasets"].items()
+    }
+    return {**declared, "datasets": datasets}

@@ -1,0 +1,89 @@
+"""Rules that hold between values of different keys."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from cacheservice.config.keys import Place
+from cacheservice.config.merge import as_table
+from cacheservice.config.models import DatasetSettings, Settings
+
+_OF_A_TRANSACTION = ("search_path", "settings")
+"""Keys of the transaction in which a group is read."""
+_OF_A_GROUP = ("interval_s", "timeout_s", "retry_initial_s", "retry_max_s", "jitter")
+"""Keys that say when a refresh happens, which a group has in common."""
+
+
+def timing(dataset: DatasetSettings) -> tuple[float, ...]:
+    """What says when a dataset is refreshed."""
+    return tuple(getattr(dataset, key) for key in _OF_A_GROUP)
+
+
+def problems(settings: Settings) -> dict[Place, str]:
+    """Return what is wrong with values that are each possible alone, by place."""
+    return _group_problems(settings) | _watch_problems(settings) | _token_problems(settings)
+
+
+def _group_problems(settings: Settings) -> dict[Place, str]:
+    """Where datasets of one group differ in what there is only one of for all of them."""
+    found: dict[Place, str] = {}
+    for first, *others in groups(settings.datasets.values()):
+        for other in others:
+            for key in _OF_A_GROUP:
+                if getattr(other, key) != (common := getattr(first, key)):
+                    found["datasets", other.name, key] = (
+                        f"must be {common:g} as that of {first.name}, which is in the same group"
+                    )
+            for key in _OF_A_TRANSACTION:
+                if getattr(other, key) != getattr(first, key):
+                    found["datasets", other.name, key] = (
+                        f"must be as that of {first.name}, which is in the same group, and is read with it"
+                    )
+    return found
+
+
+def _watch_problems(settings: Settings) -> dict[Place, str]:
+    """Where the key of a watched table has another number of columns than that of its dataset."""
+    return {
+        ("datasets", dataset.name, "watch", str(number), "key"): (
+            f"must be {len(dataset.key)} column{'s' if len(dataset.key) > 1 else ''}, as the key of {dataset.name} is"
+        )
+        for dataset in settings.datasets.values()
+        for number, watch in enumerate(dataset.watch)
+        if len(watch.key) != len(dataset.key)
+    }
+
+
+def _token_problems(settings: Settings) -> dict[Place, str]:
+    """Where whoever may read could also change something."""
+    token, admin_token = settings.http.token, settings.http.admin_token
+    if not token.get_secret_value() or token != admin_token:
+        return {}
+    return {("http", "admin_token"): "must be another than http.token, which may only read"}
+
+
+def groups(datasets: Iterable[DatasetSettings]) -> list[list[DatasetSettings]]:
+    """The datasets that are refreshed together, in the order of declaration; most are alone."""
+    found: dict[tuple[str, str], list[DatasetSettings]] = {}
+    for dataset in datasets:
+        found.setdefault((dataset.group, "" if dataset.group else dataset.name), []).append(dataset)
+    return list(found.values())
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a port that listens on `host`, an IP address or "localhost"."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def is_open_to_all(declared: Mapping[str, Any]) -> bool:
+    """Whether the RESP port would serve data to other machines without asking who they are."""
+    resp, limits = as_table(declared.get("resp")), as_table(declared.get("limits"))
+    served = resp.get("enabled", True) is not False
+    allowed = resp.get("password") or limits.get("allow_anonymous") is True
+    host = resp.get("host", "127.0.0.1")
+    return served and not allowed and isinstance(host, str) and not is_loopback(host)
