@@ -21,7 +21,7 @@ from cacheservice.postgres.recorded import Recorded
 from cacheservice.refresh.budget import Budget
 from cacheservice.refresh.drain import Drain
 from cacheservice.refresh.pruning import CHANGES_KEPT_S, kept_because
-from cacheservice.refresh.refresher import Reads, Refresher
+from cacheservice.refresh.refresher import Means, Reads, Refresher
 from cacheservice.refresh.slots import Slots
 
 _BURST = 100
@@ -77,11 +77,10 @@ class CacheService(Service):
         self._cache = cache
         self._database = database
         self._clock = clock
-        self._random = random
         self._drain = drain
         self._history = history
         self._log = log
-        self._heard_all = heard_all
+        self._means = Means(database, cache.database, self.slots, drain.add, clock, random, log, heard_all)
         self._stopping = False
         self._told: set[Refresher] = set()
         self._burst = 0
@@ -96,17 +95,7 @@ class CacheService(Service):
             self._add([cache.dataset(settings.name) for settings in group])
 
     def _add(self, members: Sequence[Dataset]) -> Refresher:
-        refresher = Refresher(
-            members,
-            self._database,
-            self._cache.database,
-            self.slots,
-            self._drain.add,
-            self._clock,
-            self._random,
-            self._log,
-            self._heard_all,
-        )
+        refresher = Refresher(members, self._means)
         if any(dataset.pinned for dataset in members):
             for dataset in members:  # it came to a group: a pin is of all of it
                 dataset.pinned = dataset.snapshot is not None
@@ -152,7 +141,7 @@ class CacheService(Service):
     def _changed(self, name: str, keys: Sequence[str] | None) -> None:
         """Begin when the burst that this notification may be of is over: each attempt would see but a part of it."""
         refresher = self._refreshers[name]
-        refresher.tell(name, keys)
+        refresher.note_changed(name, keys)
         if not self._told:
             self._burst, self._burst_began_at = 0, self._clock.seconds()
             self._burst_timer = self._clock.callLater(0, self._notify, 0)
@@ -174,7 +163,7 @@ class CacheService(Service):
         """Notifications may have been missed: what they would have told of is looked for."""
         for name, dataset in self._cache.datasets.items():
             if dataset.settings.watch or dataset.settings.notify:
-                self._refreshers[name].tell(name, None if dataset.settings.notify else ())
+                self._refreshers[name].note_changed(name, None if dataset.settings.notify else ())
         for refresher in self._each_once():
             if any(dataset.settings.watch or dataset.settings.notify for dataset in refresher.datasets):
                 refresher.notified(at_once=True)
@@ -306,11 +295,11 @@ class CacheService(Service):
 
     def pin(self, name: str) -> list[str]:
         """``cacheservice.cache.cache.Refreshes``."""
-        return self._refresher(name).pin()
+        return self._refresher(name).operator.pin()
 
     def unpin(self, name: str) -> list[str]:
         """``cacheservice.cache.cache.Refreshes``."""
-        return self._refresher(name).unpin()
+        return self._refresher(name).operator.unpin()
 
     def roll_back(self, name: str) -> dict[str, int]:
         """``cacheservice.cache.cache.Refreshes``."""
@@ -341,7 +330,7 @@ class CacheService(Service):
             except CacheServiceError as error:
                 self._log.warning("rollback_failed", dataset=dataset.name, to=generation, error=str(error))
                 return
-        refresher.roll_back(saved)
+        refresher.operator.roll_back(saved)
 
     def refresh_since(self, name: str, moment: float) -> None:
         """``cacheservice.cache.cache.Refreshes``."""

@@ -1,0 +1,114 @@
+"""An attempt to refresh, and what it read."""
+
+from __future__ import annotations
+
+import secrets
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+from twisted.internet.task import deferLater
+
+from cacheservice.cache.changes import Change
+from cacheservice.cache.dataset import Attempt, Dataset, Snapshot, Trigger
+from cacheservice.cache.history import Outcome
+from cacheservice.cache.identity import why_elsewhere
+from cacheservice.cache.rows import Rows, RowsPatch
+from cacheservice.postgres.database import Reading
+from cacheservice.refresh.gates import refusal
+
+_PATCHED_A_TURN = 500
+"""Keys, in half a millisecond."""
+
+
+class Try(NamedTuple):
+    """An attempt that is under way: its id, what started it, and when it began by this machine's wall clock."""
+
+    id: str
+    trigger: Trigger
+    began_on: datetime
+
+    @classmethod
+    def new(cls, trigger: Trigger) -> Try:
+        return cls(secrets.token_hex(4), trigger, datetime.now(UTC))
+
+    def begins_now(self) -> Try:
+        return self._replace(began_on=datetime.now(UTC))
+
+    def ended(
+        self, outcome: Outcome, took_s: float, rows: int | None, error: str | None = None, **more: Any
+    ) -> Attempt:
+        """Return the record of its end."""
+        return Attempt(outcome, self.trigger, self.began_on, took_s, rows, error, id=self.id, **more)
+
+    def fields(self) -> dict[str, str]:
+        """Return the fields that its log lines have in common."""
+        return {"trigger": self.trigger, "attempt": self.id}
+
+
+class Result(NamedTuple):
+    """The rows of one dataset, before it is known whether they are published.
+
+    :param refused: why a gate holds them; None if they may be published.
+    :param base: the snapshot they follow.
+    :param change: how a delta differs from `base`; None for a full read.
+    """
+
+    dataset: Dataset
+    reading: Reading
+    rows: Rows
+    refused: str | None
+    base: Snapshot | None = None
+    change: Change | None = None
+
+    @classmethod
+    async def read(cls, clock: Any, dataset: Dataset, reading: Reading, base: Snapshot | None) -> Result:
+        """Return what a reading brought; the rows of a delta are put into those of `base`, slice by slice.
+
+        :param clock: `IReactorTime`.
+        """
+        if dataset.settings.watch and dataset.whole_because != reading.no_delta:
+            dataset.note_deltas(reading.no_delta)
+        if reading.kind == "all":
+            assert reading.rows is not None, "a full read has rows"
+            rows = reading.rows.finish()
+            dataset.counts.rows_read += rows.count
+            return cls._judged(dataset, reading, rows, base)
+        assert base is not None, "a delta follows something"
+        settings = dataset.settings
+        dataset.counts.rows_read += len(reading.changed)
+        patch = RowsPatch(base.rows, max_rows=settings.max_rows, max_bytes=settings.max_bytes)
+        for number, (key, document) in enumerate(reading.changed.items(), 1):
+            if document is None:
+                patch.remove(key)
+            else:
+                patch.put(key, document)
+            if number % _PATCHED_A_TURN == 0:
+                await deferLater(clock, 0)
+        change = Change(patch.added, patch.changed, patch.removed)
+        return cls._judged(dataset, reading, patch.finish() if any(change) else base.rows, base, change)
+
+    @classmethod
+    def _judged(
+        cls, dataset: Dataset, reading: Reading, rows: Rows, base: Snapshot | None, change: Change | None = None
+    ) -> Result:
+        """Return a result with what the gates of its dataset hold against it."""
+        served = dataset.snapshot
+        elsewhere = served is not None and served.source != "postgres" and why_elsewhere(served.server, reading.server)
+        comparable = None if dataset.redefined or elsewhere else served
+        refused = refusal(comparable, rows.count, reading.columns, dataset.settings)
+        return cls(dataset, reading, rows, refused, base, change)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a gate keeps it from being published, and no operator lets it through."""
+        return self.refused is not None and not self.dataset.accepts_next
+
+    @property
+    def how(self) -> str:
+        """How the rows were read, in words."""
+        reading = self.reading
+        if reading.kind == "all":
+            return f"all rows, because {reading.because}" if reading.because else "all rows"
+        if reading.kind == "unchanged":
+            return "nothing, because nothing has changed"
+        return f"a delta of {len(reading.changed):,} key{'s' if len(reading.changed) != 1 else ''}"

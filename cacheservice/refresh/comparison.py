@@ -1,0 +1,86 @@
+"""Compares results with what is served, slice by slice: a publish reports what it changes, and no change is none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from twisted.internet.task import deferLater
+
+from cacheservice.cache.changes import Change, ChangeCount
+from cacheservice.cache.dataset import Snapshot
+from cacheservice.cache.rows import Rows
+from cacheservice.refresh.attempts import Result
+
+
+class Comparison(NamedTuple):
+    """What publishing a result would change of what is served; and the snapshot it is `like`, to the byte, if any."""
+
+    change: Change
+    like: Snapshot | None
+
+
+class Comparer:
+    """Compares results without holding the reactor.
+
+    :param clock: `IReactorTime`.
+    :param logs: by dataset.
+    """
+
+    def __init__(self, clock: Any, logs: dict[str, Any]) -> None:
+        self._clock = clock
+        self._logs = logs
+
+    async def compare(self, results: Sequence[Result]) -> list[Comparison]:
+        """Return a comparison for each result, all with what is served in this very turn."""
+        while True:
+            served = [result.dataset.snapshot for result in results]
+            found = [await self._compared(*each) for each in zip(results, served, strict=True)]
+            if all(result.dataset.snapshot is before for result, before in zip(results, served, strict=True)):
+                return found
+
+    async def _compared(self, result: Result, served: Snapshot | None) -> Comparison:
+        if served is None:
+            return Comparison(Change(result.rows.count, 0, 0), None)
+        change = await self._change(result, served)
+        candidate = result.dataset.candidate
+        # The columns of an unchanged result were not asked for.
+        columns = served.columns if result.reading.kind == "unchanged" else result.reading.columns
+        if not any(change) and served.columns == columns:
+            result.rows.note_digest(served.rows.digest)
+            return Comparison(change, served)
+        # Otherwise unpin would publish, and save, once more what a rollback went back from.
+        if candidate is not None and candidate.columns == columns and await self._is_equal(candidate.rows, result.rows):
+            return Comparison(change, candidate)
+        return Comparison(change, None)
+
+    async def _is_equal(self, old: Rows, new: Rows) -> bool:
+        if old is new or old.count != new.count:
+            return old is new
+        count = ChangeCount(old, new)
+        for _ in count:
+            await deferLater(self._clock, 0)
+        return not any(count.change)
+
+    async def _change(self, result: Result, served: Snapshot) -> Change:
+        if result.change is not None and result.base is served:
+            return result.change
+        expected = result.reading.may_differ if result.change is None and result.base is served else None
+        count = ChangeCount(served.rows, result.rows, expected)
+        for _ in count:
+            await deferLater(self._clock, 0)
+        result.rows.note_digest(count.digest)
+        if count.unexpected_count:
+            # Deltas have missed something: what is published now is right again, and somebody has to know.
+            result.dataset.counts.differences += count.unexpected_count
+            self._logs[result.dataset.name].error(
+                "delta_differences",
+                count=count.unexpected_count,
+                keys=[key.decode() for key in count.unexpected],
+                error="rows changed of which no trigger told; does the query depend on a table that is not watched, "
+                "or a row of it on other rows?"
+                if result.dataset.settings.watch
+                else "rows changed although the probe's value did not; a probe must see deletes, and changes that are "
+                "committed later than others which began after them",
+            )
+        return count.change

@@ -1,0 +1,170 @@
+"""Acts on the end of an attempt: publishes its results, holds them, or records a failure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+from cacheservice.cache.cache import DatabaseStatus
+from cacheservice.cache.dataset import Dataset, Snapshot
+from cacheservice.cache.describe import describe_blocker, seconds
+from cacheservice.cache.identity import why_elsewhere
+from cacheservice.cache.rows import Rows
+from cacheservice.errors import DatabaseUnavailable, LockTimeout, LoginRefused, RefreshFailed
+from cacheservice.refresh.attempts import Result, Try
+from cacheservice.refresh.comparison import Comparer, Comparison
+from cacheservice.refresh.expiry import ExpiryWatch
+
+
+class Outcomes:
+    """Publishes what the attempts of a group read, from one turn of the reactor on, or records why not.
+
+    :param clock: `IReactorTime`, monotonic.
+    :param logs: by dataset.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        status: DatabaseStatus,
+        expiries: Sequence[ExpiryWatch],
+        clock: Any,
+        logs: dict[str, Any],
+    ) -> None:
+        self._datasets = datasets
+        self._status = status
+        self._expiries = expiries
+        self._clock = clock
+        self._logs = logs
+        self._comparer = Comparer(clock, logs)
+
+    async def publish(self, results: Sequence[Result], this: Try, queued_s: float) -> None:
+        """Serve all results from one turn of the reactor on; keep those of pinned datasets as candidates."""
+        comparisons = await self._comparer.compare(results)
+        self._status.answered()
+        # Again, so that a transaction that is waited for is looked for on this server, whatever was read meanwhile.
+        self._status.seen(results[0].reading.server, results[0].reading.lag)
+        for result, comparison in zip(results, comparisons, strict=True):
+            self._publish_one(result, comparison, this, queued_s)
+        for dataset, expiry in zip(self._datasets, self._expiries, strict=True):
+            if not dataset.pinned:
+                expiry.published()
+
+    def _publish_one(self, result: Result, comparison: Comparison, this: Try, queued_s: float) -> None:
+        dataset, rows = result.dataset, result.rows
+        change, like = comparison
+        if like is not None and like.rows.is_laid_out_as(rows):
+            rows = like.rows
+        dataset.accepts_next = False
+        took_s = self._clock.seconds() - result.reading.began_at
+        snapshot = _snapshot(result, rows, comparison)
+        if result.reading.kind == "all":
+            dataset.checked_at = self._clock.seconds()
+        if dataset.pinned:
+            self._keep(result, snapshot, this, took_s)
+            return
+        log = self._logs[dataset.name]
+        fields = {"rows": rows.count, "read": result.how, "took_s": seconds(took_s), "queued_s": seconds(queued_s)}
+        served = dataset.snapshot
+        if served is not None and like is served:
+            dataset.renew(replace(snapshot, generation=served.generation, change=served.change))
+            dataset.attempted(this.ended("unchanged", took_s, rows.count, how=result.how))
+            log.info("refresh_unchanged", **this.fields(), generation=served.generation, **fields)
+            return
+        dataset.publish(snapshot)
+        dataset.attempted(this.ended("published", took_s, rows.count, how=result.how))
+        log.info(
+            "refresh_published",
+            **this.fields(),
+            generation=snapshot.generation,
+            bytes=rows.size_bytes,
+            **change._asdict(),
+            accepted=result.refused,
+            **fields,
+        )
+
+    def _keep(self, result: Result, snapshot: Snapshot, this: Try, took_s: float) -> None:
+        dataset, count = result.dataset, snapshot.rows.count
+        dataset.keep(snapshot)
+        kept = f"waits as a candidate, because {dataset.name} is pinned"
+        advice = f"say 'unpin {dataset.name}' on the admin socket to serve it"
+        dataset.attempted(this.ended("held", took_s, count, kept, advice=advice, how=result.how))
+        self._logs[dataset.name].info(
+            "refresh_held", **this.fields(), error=f"the result {kept}", rows=count, took_s=seconds(took_s)
+        )
+
+    def hold(self, results: Sequence[Result], this: Try) -> None:
+        """Go on with what is served; the next interval tries again."""
+        self._status.answered()
+        self.withdraw_what_is_elsewhere()
+        (first, why_first), *_ = [(r.dataset.name, r.refused) for r in results if r.refused]
+        for dataset, reading, rows, refused, *_ in results:
+            dataset.accepts_next = False
+            reason = refused or f"is of one group with {first}, whose result {why_first}"
+            took_s = self._clock.seconds() - reading.began_at
+            dataset.hold(reason, rows.count, datetime.now(UTC))
+            advice = (
+                f"if the result is right, say 'accept {dataset.name if refused else first}' on the admin socket, "
+                "which lets the next one through; if not, correct the data, and the next one clears it by itself"
+            )
+            dataset.attempted(this.ended("held", took_s, rows.count, reason, advice=advice))
+            self._logs[dataset.name].warning(
+                "refresh_held",
+                **this.fields(),
+                error=f"the result {reason}",
+                rows=rows.count,
+                took_s=seconds(took_s),
+            )
+
+    def fail(self, error: RefreshFailed, this: Try, took_s: float, retry_in_s: float) -> None:
+        """Record a failure; what is served stays."""
+        blockers = error.blockers if isinstance(error, LockTimeout) else ()
+        if isinstance(error, DatabaseUnavailable):
+            self._status.failed(str(error), login_refused=isinstance(error, LoginRefused))
+        else:
+            self._status.answered()
+        for dataset in self._datasets:
+            dataset.attempted(this.ended("failed", took_s, None, str(error), advice=error.advice, blockers=blockers))
+            self._logs[dataset.name].warning(
+                "refresh_failed",
+                **this.fields(),
+                error=str(error),
+                blocked_by=[describe_blocker(blocker) for blocker in blockers] or None,
+                took_s=seconds(took_s),
+                retry_in_s=seconds(retry_in_s),
+                consecutive_failures=dataset.consecutive_failures,
+            )
+
+    def withdraw_what_is_elsewhere(self) -> None:
+        """Stop serving what was saved from another database, once this one is reached."""
+        for dataset in self._datasets:
+            served = dataset.snapshot
+            if served is None or served.source == "postgres":
+                continue
+            reason = why_elsewhere(served.server, self._status.server)
+            if reason is not None:
+                dataset.withdraw()
+                self._logs[dataset.name].error(
+                    "snapshot_withdrawn", error=f"the saved snapshot is not served any more: {reason}"
+                )
+
+
+def _snapshot(result: Result, rows: Rows, comparison: Comparison) -> Snapshot:
+    reading, (change, like) = result.reading, comparison
+    return Snapshot(
+        result.dataset.next_generation(),
+        rows,
+        reading.as_of,
+        reading.read_at,
+        reading.database_snapshot,
+        reading.columns,
+        change=change,
+        watch_state=reading.watch_state,
+        probe=reading.probe,
+        server=reading.server,
+        lag=reading.lag,
+        content_since=like.modified_as_of if like is not None else None,
+        dependencies=reading.dependencies,
+    )

@@ -1,0 +1,74 @@
+"""Owns the timers of a timetable: the LoopingCall of the interval, and one for what is planned between its starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet.task import LoopingCall
+
+
+class Starts:
+    """Calls back at every start of an interval, and when the timetable wants to be asked.
+
+    :param clock: `IReactorTime`, monotonic.
+    :param loop_started: is called when the loop starts, which may be later than planned.
+    :param tick: is called with the number of starts since its last call, more than 1 if the reactor was held.
+    :param wake: is called at the moment that `arm` was given.
+    """
+
+    def __init__(
+        self,
+        clock: Any,
+        loop_started: Callable[[], None],
+        tick: Callable[[int], None],
+        wake: Callable[[], None],
+    ) -> None:
+        self._clock = clock
+        self._loop_started = loop_started
+        self._tick = tick
+        self._wake = wake
+        self._loop = self._new_loop()
+        self._interval_s = 0.0
+        self._loop_timer: Any = None
+        self._wake_timer: Any = None
+
+    def _new_loop(self) -> LoopingCall:
+        loop = LoopingCall.withCount(self._tick)
+        loop.clock = self._clock
+        return loop
+
+    def begin(self, in_s: float, interval_s: float) -> None:
+        """Start the loop after `in_s` seconds, in place of one that runs."""
+        self._stop_loop()
+        self._loop = self._new_loop()  # one that was stopped would count what it missed
+        self._interval_s = interval_s
+        self._loop_timer = self._clock.callLater(in_s, self._start)
+
+    def _start(self) -> None:
+        self._loop_started()
+        self._loop.start(self._interval_s)
+
+    def arm(self, wake_at: float | None) -> None:
+        """Call `wake` at `wake_at` and at no other moment; never if it is None."""
+        if _is_active(self._wake_timer):
+            if self._wake_timer.getTime() == wake_at:
+                return
+            self._wake_timer.cancel()
+        if wake_at is not None:
+            self._wake_timer = self._clock.callLater(max(0.0, wake_at - self._clock.seconds()), self._wake)
+
+    def stop(self) -> None:
+        """Call nothing any more."""
+        self._stop_loop()
+        self.arm(None)
+
+    def _stop_loop(self) -> None:
+        if self._loop.running:
+            self._loop.stop()
+        if _is_active(self._loop_timer):
+            self._loop_timer.cancel()
+
+
+def _is_active(timer: Any) -> bool:
+    return timer is not None and timer.active()
