@@ -511,7 +511,7 @@ class Changes(DependenciesTestCase):
             self.assertEqual([json.loads(row)["t"] for _, row in reading.rows.finish().items()], ["6"])
 
     async def test_text_search(self) -> None:
-        """Configurations and their mappings."""
+        """Configurations, their mappings and dictionaries, also those of PostgreSQL."""
         self.sql("CREATE TEXT SEARCH CONFIGURATION mine (COPY = simple)")
         reason = "a text search configuration or dictionary was created, altered or dropped"
         await self.check(
@@ -519,6 +519,15 @@ class Changes(DependenciesTestCase):
             [
                 ("ALTER TEXT SEARCH CONFIGURATION mine DROP MAPPING FOR numword", reason),
                 ("CREATE TEXT SEARCH DICTIONARY plain (TEMPLATE = simple)", reason),
+            ],
+        )
+        await self.check(
+            "SELECT id, to_tsvector('english', 'the ' || v)::text AS v FROM t",
+            [
+                ("ALTER TEXT SEARCH DICTIONARY english_stem (StopWords)", reason),
+                ("ALTER TEXT SEARCH CONFIGURATION english ALTER MAPPING FOR asciiword WITH simple", reason),
+                ("ALTER TEXT SEARCH CONFIGURATION english ADD MAPPING FOR tag WITH simple", reason),
+                ("ALTER TEXT SEARCH CONFIGURATION english DROP MAPPING FOR tag", reason),
             ],
         )
 

@@ -140,6 +140,8 @@ def _session_state(objects: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 _VERSION = "hashint8extended(xmin::text::bigint, oid::bigint)"
+_MAPPING = "hashoidextended(mapdict, (mapcfg::bigint << 32) + (maptokentype << 16) + mapseqno)"
+"""There are hundreds of PostgreSQL's own, and `xmin` takes longer to hash."""
 _GRANTED = (
     "(SELECT string_agg(concat_ws(' ', a.grantee, a.privilege_type), ',' ORDER BY a.grantee, a.privilege_type) "
     "FROM aclexplode({acl}) AS a WHERE a.grantee = ANY (@members::oid[]))"
@@ -175,13 +177,9 @@ def _catalog(objects: Mapping[str, Any], *, detailed: bool) -> list[str]:
         part("casts", "''", _VERSION, "pg_cast WHERE oid >= 16384"),
         part("schema", "oid", _SCHEMA.replace("@members", members), f"pg_namespace WHERE oid {in_schemas}"),
         part("text search", "''", _VERSION, "pg_ts_config WHERE oid >= 16384"),
-        part("text search", "''", _VERSION, "pg_ts_dict WHERE oid >= 16384"),
-        part(
-            "text search",
-            "''",
-            "hashint8extended(xmin::text::bigint, mapcfg::bigint)",
-            "pg_ts_config_map WHERE mapcfg >= 16384",
-        ),
+        # PostgreSQL's own can be altered, too.
+        part("text search", "''", _VERSION, "pg_ts_dict"),
+        part("text search", "''", _MAPPING, "pg_ts_config_map"),
     ]
     if relations:
         rights = _RIGHTS.replace("@members", members)
