@@ -212,6 +212,38 @@ class Changes(DependenciesTestCase):
             ],
         )
 
+    async def test_functions_that_take_a_name(self) -> None:
+        """A function takes what was called by its name until then: a type, or a column of a row."""
+        self.sql('CREATE DOMAIN "Long" AS text')
+        for called, parameter, argument in (("short", "text", "v"), ('"Long"', "text", "v"), ("v", "t", "t")):
+            name = called.strip('"')
+            await self.check(
+                f"SELECT id, {called}({argument}) AS x FROM t",
+                [
+                    (
+                        f"CREATE FUNCTION {called}({parameter}) RETURNS text LANGUAGE sql AS $$ SELECT 'x' $$",
+                        f"the function {name} was created, replaced or dropped",
+                    ),
+                    ("CREATE FUNCTION id(t) RETURNS int LANGUAGE sql AS 'SELECT 1'; DROP FUNCTION id(t)", None),
+                ],
+            )
+
+    async def test_functions_in_pg_catalog(self) -> None:
+        """Some extensions put theirs there, where they are found with any search_path."""
+        self.sql("CREATE FUNCTION pg_catalog.mine(text) RETURNS text LANGUAGE sql IMMUTABLE AS 'SELECT $1'")
+        reason = "the function mine was created, replaced or dropped"
+        await self.check(
+            "SELECT id, mine(v) AS x FROM t",
+            [
+                (
+                    "CREATE OR REPLACE FUNCTION pg_catalog.mine(text) RETURNS text LANGUAGE sql IMMUTABLE "
+                    "AS 'SELECT upper($1)'",
+                    reason,
+                ),
+                ("CREATE FUNCTION pg_catalog.mine(varchar) RETURNS text LANGUAGE sql AS 'SELECT $1::text'", reason),
+            ],
+        )
+
     async def test_operators(self) -> None:
         """An operator that only the query names: its function, a better match, one that SQL spells with a word."""
         self.sql(
