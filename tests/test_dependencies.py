@@ -542,6 +542,17 @@ class Changes(DependenciesTestCase):
             assert reading.rows is not None
             self.assertEqual([json.loads(row)["t"] for _, row in reading.rows.finish().items()], ["6"])
 
+    async def test_a_setting_that_is_newer_than_the_session(self) -> None:
+        """The first read of a dataset uses no kept session that began with old settings."""
+        dataset = self.dataset("SELECT id, current_setting('app.tenant', true) AS t FROM t WHERE id = 1", notify="told")
+        for tenant in ("5", "6"):
+            self.sql(f"ALTER ROLE {self.reader} SET app.tenant = '{tenant}'")
+            _, since = await self.read(dataset)
+            self.assertEqual([json.loads(row)["t"] for _, row in since.rows.items()], [tenant])
+            self.assertEqual(len(self.sql(KEPT.format(role=self.reader))), 1)
+            reading, _ = await self.read(dataset, since)
+            self.assertEqual(reading.kind, "unchanged")
+
     async def test_text_search(self) -> None:
         """Configurations, their mappings and dictionaries, also those of PostgreSQL."""
         self.sql("CREATE TEXT SEARCH CONFIGURATION mine (COPY = simple)")

@@ -54,6 +54,12 @@ _REASONS: Mapping[str, str] = {
 """What to say of each kind of difference, the most telling first."""
 _BY_NAME = frozenset({"function", "setting", "name", "type_name"})
 """Kinds whose id is the name of the object."""
+ALTERED = _REASONS["altered"]
+OWN_SETTINGS = """(
+    SELECT concat(sum(hashint8extended(s.xmin::text::bigint, s.setrole::bigint))) FROM pg_db_role_setting AS s
+    WHERE s.setdatabase IN (0, (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database()))
+      AND s.setrole IN (0, (SELECT r.oid FROM pg_roles AS r WHERE r.rolname = session_user)))"""
+"""A digest of the settings that a session takes when it begins."""
 
 
 def with_session(objects: Mapping[str, Any], dataset: DatasetSettings) -> str:
