@@ -421,6 +421,16 @@ class Changes(DependenciesTestCase):
             search_path="other, pg_catalog, public",
         )
 
+    async def test_a_role_whose_name_needs_quotes(self) -> None:
+        """What its queries depend on is found as well."""
+        role = f"Cache-{self.reader}"
+        self.sql(f"""CREATE ROLE "{role}" LOGIN PASSWORD 'reader' IN ROLE {self.reader}""")
+        self.addCleanup(self.sql, f'DROP ROLE "{role}"')
+        database = self.of(self.server.dsn(role, "reader", database=self.name))
+        _, since = await self.read(self.dataset("SELECT id FROM t"), database=database)
+        reading, _ = await self.read(self.dataset("SELECT id FROM t"), since, database)
+        self.assertEqual((reading.kind, reading.because), ("unchanged", None))
+
     async def test_row_security(self) -> None:
         """Row security, policies, and the functions that policies call; rows that are forbidden now go."""
         self.sql("CREATE FUNCTION allowed(int) RETURNS bool LANGUAGE sql STABLE AS 'SELECT $1 < 4'")

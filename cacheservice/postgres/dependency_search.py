@@ -135,7 +135,7 @@ SELECT jsonb_build_object(
     'secured', (SELECT jsonb_agg(oid) FROM relations WHERE relrowsecurity),
     'parents', (SELECT jsonb_agg(oid) FROM relations WHERE relkind IN ('r', 'p', 'f')),
     'database', (SELECT oid FROM pg_database WHERE datname = current_database()),
-    'login', session_user::regrole::oid,
+    'login', (SELECT oid FROM pg_roles WHERE rolname = session_user),
     'functions', (SELECT jsonb_agg(DISTINCT proname) FROM (
         SELECT proname FROM functions UNION
         SELECT p.proname FROM words AS w JOIN pg_proc AS p ON p.proname = w.word::name UNION
