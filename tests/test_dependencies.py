@@ -310,6 +310,40 @@ class Changes(DependenciesTestCase):
             [("ALTER TYPE mood RENAME VALUE 'ok' TO 'fine'", "the labels of type public.mood changed")],
         )
 
+    async def test_constraints_of_domains(self) -> None:
+        """A value that is valid no longer fails the query, and some ask whether one is."""
+        self.sql(
+            "CREATE FUNCTION fits(text) RETURNS bool LANGUAGE sql IMMUTABLE AS 'SELECT true'; "
+            "CREATE DOMAIN fitting AS text CHECK (fits(value)); "
+            "CREATE FUNCTION checked(text) RETURNS bool LANGUAGE plpgsql STABLE AS "
+            "'BEGIN PERFORM $1::short::fitting; RETURN true; EXCEPTION WHEN check_violation THEN RETURN false; END'"
+        )
+        reason = "a constraint of type public.short changed"
+        await self.check(
+            "SELECT id, checked(v) AS valid FROM t",
+            [
+                ("ALTER DOMAIN short ADD CONSTRAINT shorter CHECK (length(value) < 2) NOT VALID", reason),
+                ("ALTER DOMAIN short DROP CONSTRAINT shorter", reason),
+                (
+                    "CREATE OR REPLACE FUNCTION fits(text) RETURNS bool LANGUAGE sql IMMUTABLE AS 'SELECT false'",
+                    "the function fits was created, replaced or dropped",
+                ),
+            ],
+        )
+
+    async def test_collations(self) -> None:
+        """One that takes the name of another."""
+        self.sql('CREATE COLLATION mine FROM pg_catalog."C"')
+        await self.check(
+            "SELECT id, v COLLATE mine > 'v3' AS later FROM t",
+            [
+                (
+                    "DROP COLLATION mine; CREATE COLLATION mine (locale = 'POSIX')",
+                    "a collation was created, altered or dropped",
+                ),
+            ],
+        )
+
     async def test_a_type_in_front_of_another(self) -> None:
         """A type that takes the name by which the query, or a body, knows another one."""
         self.sql(
@@ -709,6 +743,31 @@ class Changes(DependenciesTestCase):
         self.assertEqual(reading.kind, "all")
         with self.assertRaisesRegex(QueryFailed, "things was read 4 times, and in the end definitions that it depends"):
             await self.while_it_reads(wanted(), changes[::-1])
+
+    async def test_a_path_that_changes_during_a_read(self) -> None:
+        """A schema that the role may use, or may use no longer, since names were found: the next attempt reads all."""
+        self.sql("CREATE FUNCTION f() RETURNS text LANGUAGE sql AS $$ SELECT 'public' $$")
+        create = (
+            "CREATE SCHEMA later; CREATE FUNCTION later.f() RETURNS text LANGUAGE sql AS $$ SELECT 'later' $$; "
+            f"GRANT USAGE ON SCHEMA later TO {self.reader}"
+        )
+        sql = "SELECT id, f() AS f FROM t CROSS JOIN (SELECT pg_advisory_xact_lock_shared(7)) AS held"
+        dataset = self.dataset(sql, search_path="later, public")
+        for change, now in ((create, "later"), (f"REVOKE USAGE ON SCHEMA later FROM {self.reader}", "public")):
+            reading = await self.while_it_reads(Wanted(dataset, lambda: RowsBuilder(lambda _: None)), [change])
+            assert reading.rows is not None
+            since = Snapshot(
+                1,
+                reading.rows.finish(),
+                reading.as_of,
+                reading.read_at,
+                reading.database_snapshot,
+                probe=reading.probe,
+                server=reading.server,
+                dependencies=reading.dependencies,
+            )
+            _, since = await self.read(dataset, since)
+            self.assertEqual({json.loads(document)["f"] for _, document in since.rows.items()}, {now})
 
     async def test_a_partition_that_is_attached_during_a_read(self) -> None:
         """The snapshot has neither that partition nor what went with it; a statement has the partition."""

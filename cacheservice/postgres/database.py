@@ -70,7 +70,7 @@ SELECT set_config('application_name', {attempt_name}, true);
 """
 _ASK = """\
 SELECT {pinning}, extract(epoch FROM now()), pg_current_snapshot()::text, pg_backend_pid(), {can_tell},
-       concat_ws(' ', {digests}), {own_settings}, {life}"""
+       concat_ws(' ', {digests}), {own_settings}, {path}::text, {life}"""
 """The pinned settings come first, because a digest is of those that are in effect."""
 _BEGIN_SEARCH = "SAVEPOINT search; SET LOCAL lock_timeout = 500"
 """What the search waits for may be a lock on a table that the query does not read."""
@@ -197,7 +197,7 @@ class _SettingsAltered(Exception):
 class _Moment(NamedTuple):
     """A transaction that was begun: its session, its deadline, and the readings of it without what was read.
 
-    `digests` are of what the datasets' earlier results depend on, by name.
+    `digests` are of what the datasets' earlier results depend on, by name. `path` has the schemas that were searched.
     """
 
     guard: GuardedConnection
@@ -206,6 +206,7 @@ class _Moment(NamedTuple):
     can_tell: bool
     reading: Reading
     digests: Mapping[str, str]
+    path: bytes
 
 
 class Database:
@@ -426,6 +427,7 @@ class Database:
             pinning=pinning_expression(first.settings) if keeps else "''",
             can_tell=deltas.CAN_TELL if lock else "false",
             digests=", ".join(dependencies.digest_of(each.since) for each in asked) or "''",
+            path=dependencies.PATH,
             own_settings=dependencies.OWN_SETTINGS if asks_settings else "''",
             life=LIFE.format(crashes=str(any(each.watch or each.probe for each in datasets)).lower()),
         )
@@ -438,7 +440,7 @@ class Database:
             ask=self._prepared.sql(guard, ask),
         )
         cursor = await self._execute_asking(guard, begin, purpose, guard.pid, deadline_at)
-        ((_, epoch_s, snapshot, pid, can_tell, told, own_settings, *life),) = cursor.fetchall()
+        ((_, epoch_s, snapshot, pid, can_tell, told, own_settings, path, *life),) = cursor.fetchall()
         self._prepared.began(guard, pid)
         if asks_settings and guard.pid == pid and self._own_settings.setdefault(guard, own_settings) != own_settings:
             self._end_with_old_settings(dependencies.ALTERED)
@@ -451,7 +453,7 @@ class Database:
         as_of = datetime.fromtimestamp(float(epoch_s) - lag.seconds, UTC)
         reading = Reading(as_of, read_at - lag.seconds, snapshot.decode(), server=server, lag=lag)
         digests = dict(zip([each.dataset.name for each in asked], told.decode().split(), strict=True))
-        return _Moment(guard, deadline_at, pid, can_tell, reading, digests)
+        return _Moment(guard, deadline_at, pid, can_tell, reading, digests, path)
 
     async def _altered(self, moment: _Moment, wanted: Wanted) -> str | None:
         """Why documents may have another form than those that there are; None if they have the same."""
@@ -481,23 +483,24 @@ class Database:
         guard = moment.guard
         await guard.execute(_BEGIN_SEARCH)
         try:
-            found = await self._search(guard, dataset, type_oids)
+            found = await self._search(moment, dataset, type_oids)
         except QueryFailed:
             found = None
         await guard.execute(_END_SEARCH)
         return found
 
-    async def _search(
-        self, guard: GuardedConnection, dataset: DatasetSettings, type_oids: Sequence[int]
-    ) -> Dependencies | None:
+    async def _search(self, moment: _Moment, dataset: DatasetSettings, type_oids: Sequence[int]) -> Dependencies | None:
+        guard = moment.guard
         objects = await dependency_search.find(guard, dataset, type_oids)
         if objects is None:
             return None
         found = dependencies.with_session(objects, dataset)
         cursor = await guard.execute(dependencies.versions_sql(found))
         found = dependencies.with_versions(found, cursor.fetchall())
-        cursor = await guard.execute(f"SELECT {dependencies.digest_sql(found)}")
-        return Dependencies(found, cursor.fetchone()[0].decode())
+        cursor = await guard.execute(f"SELECT {dependencies.digest_sql(found)}, {dependencies.PATH}::text")
+        digest, path = cursor.fetchone()
+        # Else names of the query may have been found in other schemas than those of the digest.
+        return Dependencies(found, digest.decode()) if path == moment.path else None
 
     async def _read_one(self, moment: _Moment, wanted: Wanted, builder: RowsBuilder) -> Reading:
         dataset, reading = wanted.dataset, moment.reading

@@ -79,8 +79,12 @@ WITH RECURSIVE words AS MATERIALIZED (
         SELECT 'pg_type'::regclass::oid, a.atttypid FROM pg_attribute AS a
         WHERE f.class = 'pg_class'::regclass AND a.attrelid = f.obj AND a.attnum > 0 AND a.atttypid >= 16384
         UNION ALL
+        SELECT 'pg_constraint'::regclass::oid, c.oid FROM pg_constraint AS c
+        WHERE f.class = 'pg_type'::regclass AND c.contypid = f.obj
+        UNION ALL
         SELECT d.refclassid, d.refobjid FROM pg_depend AS d
-        WHERE f.class IN ('pg_rewrite'::regclass, 'pg_policy'::regclass, 'pg_attrdef'::regclass, 'pg_proc'::regclass)
+        WHERE f.class IN ('pg_rewrite'::regclass, 'pg_policy'::regclass, 'pg_attrdef'::regclass, 'pg_proc'::regclass,
+                          'pg_constraint'::regclass)
           AND d.classid = f.class AND d.objid = f.obj AND d.refobjid >= 16384
           AND d.refclassid IN ('pg_class'::regclass, 'pg_proc'::regclass, 'pg_type'::regclass, 'pg_operator'::regclass)
         UNION ALL
