@@ -718,6 +718,10 @@ class BlindSpots(Inspecting):
             ("SELECT id, age(made) FROM shop.old", [old], "problem", "changes by itself"),
             ("SELECT id, name FROM shop.products UNION ALL SELECT id + 1, name FROM shop.old", [products, old],
              "problem", "the key id is an expression"),
+            ("SELECT id::bigint AS id FROM (SELECT id + 1 AS id FROM shop.products OFFSET 0) AS p", [products],
+             "problem", "the key id is an expression"),
+            ("SELECT coalesce(parent, id) AS id, count(*) FROM shop.cats GROUP BY 1", [cats], "problem",
+             "the key id is an expression"),
             ("SELECT id + 1 AS id FROM shop.products WHERE name <> 'UNION'", [products], "problem",
              "the key id is an expression"),
             ("SELECT id, name FROM shop.products UNION ALL SELECT parent, name FROM shop.cats", [products, cats],
@@ -795,6 +799,15 @@ class BlindSpots(Inspecting):
             ("SELECT a.code AS id, b.code AS other FROM shop.names AS a JOIN shop.names AS b ON b.code = a.code::text",
              [names]),
             ("SELECT id, shop.twice(id) FROM shop.products", [products]),
+            ("SELECT id::bigint AS id, name FROM shop.products", [products]),
+            ("SELECT code::text AS id FROM shop.names", [names]),
+            ("SELECT id, p.name, o.name AS other FROM shop.products AS p FULL JOIN shop.old AS o USING (id)",
+             [products, {"table": "shop.old", "key": "id"}]),
+            ("SELECT id, p.name, o.name AS other, c.name AS third FROM shop.products AS p "
+             "FULL JOIN shop.old AS o USING (id) FULL JOIN shop.cats AS c USING (id)",
+             [products, {"table": "shop.old", "key": "id"}, cats]),
+            ("SELECT coalesce(c.id, p.id) AS id, c.name FROM shop.products AS p "
+             "LEFT JOIN shop.cust AS c ON c.id = p.id", [products, {"table": "shop.cust", "key": "id"}]),
         ):  # fmt: skip
             self.assert_fine(sql, watches)
 

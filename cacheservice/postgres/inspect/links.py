@@ -20,6 +20,7 @@ _CAST = re.compile(rf"\(({_NAME}\.{_NAME})\)::(?:text|character varying|bigint|i
 """To a type in which different values stay different."""
 _CONSTANT = re.compile(r"-?\d+|'(?:[^']|'')*'(?:::[a-z][\w.]*(?: [a-z]+)*)?|\$\d+")
 _NUMBER = re.compile(r"'(-?\d+)'::(?:bigint|integer|smallint)")
+_COALESCE = re.compile(r"COALESCE\((.*)\)", re.DOTALL)
 _SAME = re.compile(r"NOT \((.+?)( IS DISTINCT FROM )(.+)\)")
 _SUB_SELECT = re.compile(r"\b(?:SubPlan|InitPlan) \d|\$\d")
 """The value of a sub-select; PostgreSQL before 17 writes $0 for that of an InitPlan."""
@@ -71,6 +72,35 @@ class Links:
                 self._join_by_name(node, sources_below(node)[0], in_order=node is plan and node["Alias"] == _WHOLE)
             elif node["Node Type"] == "CTE Scan" and (below := named.get(f"CTE {node['CTE Name']}")) is not None:
                 self._join_by_name(node, below, in_order=False)
+        # From below, because each FULL JOIN … USING compares the COALESCE of the one below it.
+        for node in reversed(found):
+            for texts_of_sides in _compared(node):
+                one, other = map(self.column_behind, texts_of_sides)
+                if one is not None and other is not None:
+                    self._join(one, other)
+
+    def column_behind(self, text: str) -> Value | None:
+        """The column whose values `text` has, also if it is cast, or COALESCE of columns that are linked."""
+        if (coalesce := _COALESCE.fullmatch(inside(text))) is None:
+            value = value_of(text)
+            return value if value is not None and value[0] else None
+        first, *others = map(self.column_behind, split(coalesce[1], ", "))
+        if first is None or any(other is None or not self.linked(first, other) for other in others):
+            return None
+        return first
+
+    def may_be_missing(self, value: Value, node: Mapping[str, Any]) -> bool:
+        """Whether a join at or below `node` puts NULL in place of `value` where it finds no row."""
+        return any(
+            value[0] in (alias := str(each.get("Alias")), self._parents.get(alias))
+            for join in nodes(node)
+            for side in _sides_without_rows(join)
+            for each in nodes(side)
+        )
+
+    def is_of_table(self, value: Value) -> bool:
+        """Whether it is the column of a table, not one of a sub-select, which may have computed it."""
+        return any(value[0] in (scan.alias, self._parents.get(scan.alias)) for scan in self.scans)
 
     def linked(self, one: Value, other: Value) -> bool:
         return self._root(one) == self._root(other)
@@ -179,6 +209,12 @@ def sources_below(node: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [each for each in node.get("Plans", ()) if each.get("Parent Relationship") not in ("InitPlan", "SubPlan")]
 
 
+def _sides_without_rows(node: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The sides of an outer join that rows of the result may be without."""
+    sides = {"Left": ("Inner",), "Right": ("Outer",), "Full": ("Inner", "Outer")}.get(str(node.get("Join Type")), ())
+    return [each for each in sources_below(node) if each.get("Parent Relationship") in sides]
+
+
 def members_of(node: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The nodes whose rows a set operation, or the scan of a partitioned table, puts together."""
     below = sources_below(node)
@@ -236,13 +272,20 @@ def _texts(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _equalities(node: Mapping[str, Any]) -> Iterator[tuple[Value, Value]]:
+    for left, right in _compared(node):
+        values = _value(left), _value(right)
+        if values[0] is not None and values[1] is not None:
+            yield values[0], values[1]
+
+
+def _compared(node: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The two sides of each equality that holds for the rows of `node`."""
     for field in _CONDITIONS:
         for part in _conjuncts(_CAST.sub(r"\1", str(node.get(field, "")))):
             same = _SAME.fullmatch(part)
             left, equals, right = same.groups() if same else part.partition(" = ")
-            values = _value(left), _value(right)
-            if equals and values[0] is not None and values[1] is not None:
-                yield values[0], values[1]
+            if equals:
+                yield left, right
 
 
 def value_of(text: str) -> Value | None:
