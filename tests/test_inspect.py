@@ -734,6 +734,11 @@ class BlindSpots(Inspecting):
              [products], "problem", "a window function"),
             ("SELECT DISTINCT ON (o.status) o.cust_id AS id, o.id AS n FROM shop.ord AS o ORDER BY o.status, o.cust_id",
              customers[1:2], "problem", "DISTINCT ON"),
+            ("SELECT p.id, count(*) OVER (PARTITION BY r.product_id) FROM shop.products AS p "
+             "LEFT JOIN shop.prices AS r ON r.product_id = p.id AND r.currency = 'EUR'", [products, prices], "hint",
+             "a window function computes a row from other rows, unless these have the same key"),
+            ("SELECT DISTINCT ON (r.product_id) p.id, p.name FROM shop.products AS p LEFT JOIN shop.prices AS r "
+             "ON r.product_id = p.id ORDER BY r.product_id, p.id", [products, prices], "hint", "DISTINCT ON"),
             ("SELECT id FROM shop.products WHERE name > 'p' LIMIT 1", [products], "problem", "by LIMIT"),
             ("SELECT c.id, (SELECT max(i.sku) FROM shop.ord AS o JOIN shop.items AS i ON i.ord_id = o.id "
              "WHERE o.cust_id = c.id) FROM shop.cust AS c", customers, "hint",
@@ -806,6 +811,10 @@ class BlindSpots(Inspecting):
             ("SELECT id, p.name, o.name AS other, c.name AS third FROM shop.products AS p "
              "FULL JOIN shop.old AS o USING (id) FULL JOIN shop.cats AS c USING (id)",
              [products, {"table": "shop.old", "key": "id"}, cats]),
+            ("SELECT id, row_number() OVER (PARTITION BY id) AS n FROM shop.products AS p "
+             "FULL JOIN shop.old AS o USING (id)", [products, {"table": "shop.old", "key": "id"}]),
+            ("SELECT p.id, count(*) OVER (PARTITION BY p.id) AS n FROM shop.products AS p "
+             "LEFT JOIN shop.prices AS r ON r.product_id = p.id AND r.currency = 'EUR'", [products, prices]),
             ("SELECT coalesce(c.id, p.id) AS id, c.name FROM shop.products AS p "
              "LEFT JOIN shop.cust AS c ON c.id = p.id", [products, {"table": "shop.cust", "key": "id"}]),
         ):  # fmt: skip
