@@ -716,6 +716,12 @@ class BlindSpots(Inspecting):
             ("SELECT id, shop.slugify(name) FROM shop.products", [products], "hint", "named slugify() is VOLATILE"),
             ("SELECT id, random() FROM shop.products", [products], "problem", "random() changes by itself"),
             ("SELECT id, age(made) FROM shop.old", [old], "problem", "changes by itself"),
+            ("SELECT p.id, (SELECT count(*) FROM shop.cats AS c WHERE p.id IN (c.id, c.parent)) "
+             "FROM shop.products AS p", [products, cats], "problem",
+             "a row depends on rows of shop.cats whose id is not its id"),
+            ("SELECT p.id, (SELECT count(*) FROM shop.cats AS c WHERE c.id = p.id OR c.parent IS NULL) "
+             "FROM shop.products AS p", [products, cats, {"table": "shop.cats", "key": "parent"}], "problem",
+             "a row depends on rows of shop.cats whose id is not its id"),
             ("SELECT id, name FROM shop.products UNION ALL SELECT id + 1, name FROM shop.old", [products, old],
              "problem", "the key id is an expression"),
             ("SELECT id::bigint AS id FROM (SELECT id + 1 AS id FROM shop.products OFFSET 0) AS p", [products],
@@ -804,6 +810,10 @@ class BlindSpots(Inspecting):
             ("SELECT a.code AS id, b.code AS other FROM shop.names AS a JOIN shop.names AS b ON b.code = a.code::text",
              [names]),
             ("SELECT id, shop.twice(id) FROM shop.products", [products]),
+            ("SELECT p.id, (SELECT count(*) FROM shop.cats AS c WHERE c.id = p.id OR c.parent = p.id) "
+             "FROM shop.products AS p", [products, cats, {"table": "shop.cats", "key": "parent"}]),
+            ("SELECT p.id, count(*) AS n FROM shop.products AS p LEFT JOIN shop.cats AS c ON p.id IN (c.id, c.parent) "
+             "GROUP BY p.id", [products, cats, {"table": "shop.cats", "key": "parent"}]),
             ("SELECT id::bigint AS id, name FROM shop.products", [products]),
             ("SELECT code::text AS id FROM shop.names", [names]),
             ("SELECT id, p.name, o.name AS other FROM shop.products AS p FULL JOIN shop.old AS o USING (id)",

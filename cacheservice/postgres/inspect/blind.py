@@ -185,6 +185,8 @@ def _look_at_links(
             for watch in watches
         ):
             continue
+        if links.ties_by_one_or_another(scan, [watch.key for watch in watches], values):
+            continue
         watch = watches[0]
         if watch.table in reported:
             continue

@@ -21,6 +21,7 @@ _CAST = re.compile(rf"\(({_NAME}\.{_NAME})\)::(?:text|character varying|bigint|i
 _CONSTANT = re.compile(r"-?\d+|'(?:[^']|'')*'(?:::[a-z][\w.]*(?: [a-z]+)*)?|\$\d+")
 _NUMBER = re.compile(r"'(-?\d+)'::(?:bigint|integer|smallint)")
 _COALESCE = re.compile(r"COALESCE\((.*)\)", re.DOTALL)
+_ANY = re.compile(r"(.+) = ANY \(ARRAY\[(.*)\]\)", re.DOTALL)
 _SAME = re.compile(r"NOT \((.+?)( IS DISTINCT FROM )(.+)\)")
 _SUB_SELECT = re.compile(r"\b(?:SubPlan|InitPlan) \d|\$\d")
 """The value of a sub-select; PostgreSQL before 17 writes $0 for that of an InitPlan."""
@@ -74,10 +75,10 @@ class Links:
                 self._join_by_name(node, below, in_order=False)
         # From below, because each FULL JOIN … USING compares the COALESCE of the one below it.
         for node in reversed(found):
-            for texts_of_sides in _compared(node):
-                one, other = map(self.column_behind, texts_of_sides)
-                if one is not None and other is not None:
-                    self._join(one, other)
+            for sides in _compared(node):
+                columns = [value for value in map(self.column_behind, sides) if value is not None]
+                if len(columns) == len(sides):
+                    self._join(*columns)
 
     def column_behind(self, text: str) -> Value | None:
         """The column whose values `text` has, also if it is cast, or COALESCE of columns that are linked."""
@@ -136,6 +137,34 @@ class Links:
 
     def same_as(self, value: Value) -> list[Value]:
         return [each for each in self._above if self.linked(each, value)]
+
+    def ties_by_one_or_another(self, scan: Scan, watched: Sequence[Sequence[str]], key: Sequence[Value]) -> bool:
+        """Whether a row of `scan` has the key in one place or another, as in `ON k.id IN (a.one, a.other)`.
+
+        :param watched: the columns of each watch of the table, in the order of `key`.
+        """
+
+        aliases = {scan.alias, self._parents.get(scan.alias, scan.alias)}
+
+        def compares(equal: Sequence[set[Value | None]], column: str, value: Value) -> bool:
+            return self.linked((scan.alias, column), value) or any(
+                {(alias, column), other} == pair
+                for pair in equal
+                for alias in aliases
+                for other in (value, *self.same_as(value))
+            )
+
+        def ties(condition: str) -> bool:
+            first, *others = _alternatives(condition)
+            if others:
+                return all(map(ties, (first, *others)))
+            equal = [{_value(side) for side in sides} for sides in _equal_sides(first)]
+            return any(
+                all(compares(equal, column, value) for column, value in zip(columns, key, strict=True))
+                for columns in watched
+            )
+
+        return any(map(ties, self._comparisons))
 
     def compares_others_alone(self, scan: Scan, columns: Sequence[str], key: Sequence[Value]) -> bool:
         """Whether the rows of `scan` are found by other columns than `columns`, which may hold the key all the same.
@@ -281,11 +310,15 @@ def _equalities(node: Mapping[str, Any]) -> Iterator[tuple[Value, Value]]:
 def _compared(node: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The two sides of each equality that holds for the rows of `node`."""
     for field in _CONDITIONS:
-        for part in _conjuncts(_CAST.sub(r"\1", str(node.get(field, "")))):
-            same = _SAME.fullmatch(part)
-            left, equals, right = same.groups() if same else part.partition(" = ")
-            if equals:
-                yield left, right
+        yield from _equal_sides(str(node.get(field, "")))
+
+
+def _equal_sides(condition: str) -> Iterator[tuple[str, str]]:
+    for part in _conjuncts(_CAST.sub(r"\1", condition)):
+        same = _SAME.fullmatch(part)
+        left, equals, right = same.groups() if same else part.partition(" = ")
+        if equals:
+            yield left, right
 
 
 def value_of(text: str) -> Value | None:
@@ -309,6 +342,14 @@ def _conjuncts(text: str) -> Iterator[str]:
             yield from _conjuncts(part)
     else:
         yield inner
+
+
+def _alternatives(condition: str) -> list[str]:
+    """The conditions of which one holds where `condition` holds."""
+    inner = inside(condition)
+    if (one_of := _ANY.fullmatch(inner)) is not None:
+        return [f"{one_of[1]} = {each}" for each in split(one_of[2], ", ")]
+    return list(split(inner, " OR "))
 
 
 def _plain(name: str) -> str:
