@@ -716,6 +716,8 @@ class BlindSpots(Inspecting):
             ("SELECT id, shop.slugify(name) FROM shop.products", [products], "hint", "named slugify() is VOLATILE"),
             ("SELECT id, random() FROM shop.products", [products], "problem", "random() changes by itself"),
             ("SELECT id, age(made) FROM shop.old", [old], "problem", "changes by itself"),
+            ("SELECT id, cat FROM shop.orders WHERE id IN (SELECT cat FROM shop.orders)", [orders], "problem",
+             "a row depends on rows of shop.orders whose id is not its id"),
             ("SELECT p.id, (SELECT count(*) FROM shop.cats AS c WHERE p.id IN (c.id, c.parent)) "
              "FROM shop.products AS p", [products, cats], "problem",
              "a row depends on rows of shop.cats whose id is not its id"),
@@ -814,6 +816,7 @@ class BlindSpots(Inspecting):
              "FROM shop.products AS p", [products, cats, {"table": "shop.cats", "key": "parent"}]),
             ("SELECT p.id, count(*) AS n FROM shop.products AS p LEFT JOIN shop.cats AS c ON p.id IN (c.id, c.parent) "
              "GROUP BY p.id", [products, cats, {"table": "shop.cats", "key": "parent"}]),
+            ("SELECT id, cat FROM shop.orders WHERE id IN (SELECT id FROM shop.orders WHERE cat > 3)", [orders]),
             ("SELECT id::bigint AS id, name FROM shop.products", [products]),
             ("SELECT code::text AS id FROM shop.names", [names]),
             ("SELECT id, p.name, o.name AS other FROM shop.products AS p FULL JOIN shop.old AS o USING (id)",

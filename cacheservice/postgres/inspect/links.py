@@ -58,8 +58,7 @@ class Links:
             part for node in found for field in _CONDITIONS for part in _conjuncts(str(node.get(field, "")))
         ]
         self._aliases = {str(node["Alias"]) for node in found if "Alias" in node}
-        self._join_partitions(texts)
-        self.is_certain = not any(node["Node Type"] in _BY_NAME for node in found)
+        self.is_certain = self._join_partitions(texts) and not any(node["Node Type"] in _BY_NAME for node in found)
         """Whether each column in the plan is one of a table that it scans."""
         named = {str(node["Subplan Name"]): node for node in found if "Subplan Name" in node}
         for node in found:
@@ -194,18 +193,37 @@ class Links:
         root = self._root(other)
         self._above[self._root(one)] = self._above[root] = root
 
-    def _join_partitions(self, texts: str) -> None:
-        """Join the columns of a table with those of its partitions: o_1 and o_2 are scanned, and o.id is read."""
-        parts: dict[str, list[str]] = {}
-        for scan in self.scans:
-            parent, _, number = scan.alias.rpartition("_")
-            if number.isdigit() and parent not in self._aliases:
-                parts.setdefault(parent, []).append(scan.alias)
-                self._parents[scan.alias] = parent
-        for alias, column in {(_plain(alias), _plain(column)) for alias, column in _COLUMN.findall(texts)}:
-            for part in parts.get(alias, ()):
-                self._join((part, column), (alias, column))
-        self._aliases.update(parts)
+    def _join_partitions(self, texts: str) -> bool:
+        """Join the columns of a table with those of its partitions: o_1 and o_2 are scanned, and o.id is read.
+
+        A table that is read twice is o and o_1, or o and o_3, and the partitions of both have numbers in that order.
+
+        :returns: whether it is known which partitions belong to which.
+        """
+        columns = {(_plain(alias), _plain(column)) for alias, column in _COLUMN.findall(texts)}
+        parents: dict[str, list[str]] = {}
+        for alias in sorted({alias for alias, _ in columns} - self._aliases, key=_numbered):
+            parents.setdefault(_numbered(alias)[0], []).append(alias)
+        readings: dict[str, list[dict[tuple[str, str], str]]] = {}
+        for scan in sorted(self.scans, key=lambda scan: _numbered(scan.alias)):
+            of_name, table = readings.setdefault(_numbered(scan.alias)[0], [{}]), (scan.schema, scan.table)
+            if table in of_name[-1]:
+                of_name.append({})
+            of_name[-1][table] = scan.alias
+        is_known = True
+        for name, aliases in parents.items():
+            of_name = readings.get(name, [])
+            if of_name and len(of_name) != len(aliases):
+                is_known = False
+                continue
+            for parent, parts in zip(aliases, of_name, strict=False):
+                self._parents.update(dict.fromkeys(parts.values(), parent))
+                for alias, column in columns:
+                    if alias == parent:
+                        for part in parts.values():
+                            self._join((part, column), (parent, column))
+        self._aliases.update(self._parents.values())
+        return is_known
 
     def _join_by_name(self, node: Mapping[str, Any], below: Mapping[str, Any], *, in_order: bool) -> None:
         """Join the columns of a sub-select, or of a CTE, with those of its query.
@@ -350,6 +368,12 @@ def _alternatives(condition: str) -> list[str]:
     if (one_of := _ANY.fullmatch(inner)) is not None:
         return [f"{one_of[1]} = {each}" for each in split(one_of[2], ", ")]
     return list(split(inner, " OR "))
+
+
+def _numbered(alias: str) -> tuple[str, int]:
+    """What EXPLAIN makes of a name that occurs more than once, taken apart: o is ("o", 0), and o_3 is ("o", 3)."""
+    name, _, number = alias.rpartition("_")
+    return (name, int(number)) if name and number.isdecimal() else (alias, 0)
 
 
 def _plain(name: str) -> str:
