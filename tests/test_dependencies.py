@@ -212,6 +212,38 @@ class Changes(DependenciesTestCase):
             ],
         )
 
+    async def test_functions_that_take_a_name(self) -> None:
+        """A function takes what was called by its name until then: a type, or a column of a row."""
+        self.sql('CREATE DOMAIN "Long" AS text')
+        for called, parameter, argument in (("short", "text", "v"), ('"Long"', "text", "v"), ("v", "t", "t")):
+            name = called.strip('"')
+            await self.check(
+                f"SELECT id, {called}({argument}) AS x FROM t",
+                [
+                    (
+                        f"CREATE FUNCTION {called}({parameter}) RETURNS text LANGUAGE sql AS $$ SELECT 'x' $$",
+                        f"the function {name} was created, replaced or dropped",
+                    ),
+                    ("CREATE FUNCTION id(t) RETURNS int LANGUAGE sql AS 'SELECT 1'; DROP FUNCTION id(t)", None),
+                ],
+            )
+
+    async def test_functions_in_pg_catalog(self) -> None:
+        """Some extensions put theirs there, where they are found with any search_path."""
+        self.sql("CREATE FUNCTION pg_catalog.mine(text) RETURNS text LANGUAGE sql IMMUTABLE AS 'SELECT $1'")
+        reason = "the function mine was created, replaced or dropped"
+        await self.check(
+            "SELECT id, mine(v) AS x FROM t",
+            [
+                (
+                    "CREATE OR REPLACE FUNCTION pg_catalog.mine(text) RETURNS text LANGUAGE sql IMMUTABLE "
+                    "AS 'SELECT upper($1)'",
+                    reason,
+                ),
+                ("CREATE FUNCTION pg_catalog.mine(varchar) RETURNS text LANGUAGE sql AS 'SELECT $1::text'", reason),
+            ],
+        )
+
     async def test_operators(self) -> None:
         """An operator that only the query names: its function, a better match, one that SQL spells with a word."""
         self.sql(
@@ -276,6 +308,40 @@ class Changes(DependenciesTestCase):
         await self.check(
             "SELECT id, r FROM ranges",
             [("ALTER TYPE mood RENAME VALUE 'ok' TO 'fine'", "the labels of type public.mood changed")],
+        )
+
+    async def test_constraints_of_domains(self) -> None:
+        """A value that is valid no longer fails the query, and some ask whether one is."""
+        self.sql(
+            "CREATE FUNCTION fits(text) RETURNS bool LANGUAGE sql IMMUTABLE AS 'SELECT true'; "
+            "CREATE DOMAIN fitting AS text CHECK (fits(value)); "
+            "CREATE FUNCTION checked(text) RETURNS bool LANGUAGE plpgsql STABLE AS "
+            "'BEGIN PERFORM $1::short::fitting; RETURN true; EXCEPTION WHEN check_violation THEN RETURN false; END'"
+        )
+        reason = "a constraint of type public.short changed"
+        await self.check(
+            "SELECT id, checked(v) AS valid FROM t",
+            [
+                ("ALTER DOMAIN short ADD CONSTRAINT shorter CHECK (length(value) < 2) NOT VALID", reason),
+                ("ALTER DOMAIN short DROP CONSTRAINT shorter", reason),
+                (
+                    "CREATE OR REPLACE FUNCTION fits(text) RETURNS bool LANGUAGE sql IMMUTABLE AS 'SELECT false'",
+                    "the function fits was created, replaced or dropped",
+                ),
+            ],
+        )
+
+    async def test_collations(self) -> None:
+        """One that takes the name of another."""
+        self.sql('CREATE COLLATION mine FROM pg_catalog."C"')
+        await self.check(
+            "SELECT id, v COLLATE mine > 'v3' AS later FROM t",
+            [
+                (
+                    "DROP COLLATION mine; CREATE COLLATION mine (locale = 'POSIX')",
+                    "a collation was created, altered or dropped",
+                ),
+            ],
         )
 
     async def test_a_type_in_front_of_another(self) -> None:
@@ -388,6 +454,16 @@ class Changes(DependenciesTestCase):
             ],
             search_path="other, pg_catalog, public",
         )
+
+    async def test_a_role_whose_name_needs_quotes(self) -> None:
+        """What its queries depend on is found as well."""
+        role = f"Cache-{self.reader}"
+        self.sql(f"""CREATE ROLE "{role}" LOGIN PASSWORD 'reader' IN ROLE {self.reader}""")
+        self.addCleanup(self.sql, f'DROP ROLE "{role}"')
+        database = self.of(self.server.dsn(role, "reader", database=self.name))
+        _, since = await self.read(self.dataset("SELECT id FROM t"), database=database)
+        reading, _ = await self.read(self.dataset("SELECT id FROM t"), since, database)
+        self.assertEqual((reading.kind, reading.because), ("unchanged", None))
 
     async def test_row_security(self) -> None:
         """Row security, policies, and the functions that policies call; rows that are forbidden now go."""
@@ -510,8 +586,19 @@ class Changes(DependenciesTestCase):
             assert reading.rows is not None
             self.assertEqual([json.loads(row)["t"] for _, row in reading.rows.finish().items()], ["6"])
 
+    async def test_a_setting_that_is_newer_than_the_session(self) -> None:
+        """The first read of a dataset uses no kept session that began with old settings."""
+        dataset = self.dataset("SELECT id, current_setting('app.tenant', true) AS t FROM t WHERE id = 1", notify="told")
+        for tenant in ("5", "6"):
+            self.sql(f"ALTER ROLE {self.reader} SET app.tenant = '{tenant}'")
+            _, since = await self.read(dataset)
+            self.assertEqual([json.loads(row)["t"] for _, row in since.rows.items()], [tenant])
+            self.assertEqual(len(self.sql(KEPT.format(role=self.reader))), 1)
+            reading, _ = await self.read(dataset, since)
+            self.assertEqual(reading.kind, "unchanged")
+
     async def test_text_search(self) -> None:
-        """Configurations and their mappings."""
+        """Configurations, their mappings and dictionaries, also those of PostgreSQL."""
         self.sql("CREATE TEXT SEARCH CONFIGURATION mine (COPY = simple)")
         reason = "a text search configuration or dictionary was created, altered or dropped"
         await self.check(
@@ -519,6 +606,15 @@ class Changes(DependenciesTestCase):
             [
                 ("ALTER TEXT SEARCH CONFIGURATION mine DROP MAPPING FOR numword", reason),
                 ("CREATE TEXT SEARCH DICTIONARY plain (TEMPLATE = simple)", reason),
+            ],
+        )
+        await self.check(
+            "SELECT id, to_tsvector('english', 'the ' || v)::text AS v FROM t",
+            [
+                ("ALTER TEXT SEARCH DICTIONARY english_stem (StopWords)", reason),
+                ("ALTER TEXT SEARCH CONFIGURATION english ALTER MAPPING FOR asciiword WITH simple", reason),
+                ("ALTER TEXT SEARCH CONFIGURATION english ADD MAPPING FOR tag WITH simple", reason),
+                ("ALTER TEXT SEARCH CONFIGURATION english DROP MAPPING FOR tag", reason),
             ],
         )
 
@@ -647,6 +743,31 @@ class Changes(DependenciesTestCase):
         self.assertEqual(reading.kind, "all")
         with self.assertRaisesRegex(QueryFailed, "things was read 4 times, and in the end definitions that it depends"):
             await self.while_it_reads(wanted(), changes[::-1])
+
+    async def test_a_path_that_changes_during_a_read(self) -> None:
+        """A schema that the role may use, or may use no longer, since names were found: the next attempt reads all."""
+        self.sql("CREATE FUNCTION f() RETURNS text LANGUAGE sql AS $$ SELECT 'public' $$")
+        create = (
+            "CREATE SCHEMA later; CREATE FUNCTION later.f() RETURNS text LANGUAGE sql AS $$ SELECT 'later' $$; "
+            f"GRANT USAGE ON SCHEMA later TO {self.reader}"
+        )
+        sql = "SELECT id, f() AS f FROM t CROSS JOIN (SELECT pg_advisory_xact_lock_shared(7)) AS held"
+        dataset = self.dataset(sql, search_path="later, public")
+        for change, now in ((create, "later"), (f"REVOKE USAGE ON SCHEMA later FROM {self.reader}", "public")):
+            reading = await self.while_it_reads(Wanted(dataset, lambda: RowsBuilder(lambda _: None)), [change])
+            assert reading.rows is not None
+            since = Snapshot(
+                1,
+                reading.rows.finish(),
+                reading.as_of,
+                reading.read_at,
+                reading.database_snapshot,
+                probe=reading.probe,
+                server=reading.server,
+                dependencies=reading.dependencies,
+            )
+            _, since = await self.read(dataset, since)
+            self.assertEqual({json.loads(document)["f"] for _, document in since.rows.items()}, {now})
 
     async def test_a_partition_that_is_attached_during_a_read(self) -> None:
         """The snapshot has neither that partition nor what went with it; a statement has the partition."""

@@ -716,8 +716,20 @@ class BlindSpots(Inspecting):
             ("SELECT id, shop.slugify(name) FROM shop.products", [products], "hint", "named slugify() is VOLATILE"),
             ("SELECT id, random() FROM shop.products", [products], "problem", "random() changes by itself"),
             ("SELECT id, age(made) FROM shop.old", [old], "problem", "changes by itself"),
+            ("SELECT id, cat FROM shop.orders WHERE id IN (SELECT cat FROM shop.orders)", [orders], "problem",
+             "a row depends on rows of shop.orders whose id is not its id"),
+            ("SELECT p.id, (SELECT count(*) FROM shop.cats AS c WHERE p.id IN (c.id, c.parent)) "
+             "FROM shop.products AS p", [products, cats], "problem",
+             "a row depends on rows of shop.cats whose id is not its id"),
+            ("SELECT p.id, (SELECT count(*) FROM shop.cats AS c WHERE c.id = p.id OR c.parent IS NULL) "
+             "FROM shop.products AS p", [products, cats, {"table": "shop.cats", "key": "parent"}], "problem",
+             "a row depends on rows of shop.cats whose id is not its id"),
             ("SELECT id, name FROM shop.products UNION ALL SELECT id + 1, name FROM shop.old", [products, old],
              "problem", "the key id is an expression"),
+            ("SELECT id::bigint AS id FROM (SELECT id + 1 AS id FROM shop.products OFFSET 0) AS p", [products],
+             "problem", "the key id is an expression"),
+            ("SELECT coalesce(parent, id) AS id, count(*) FROM shop.cats GROUP BY 1", [cats], "problem",
+             "the key id is an expression"),
             ("SELECT id + 1 AS id FROM shop.products WHERE name <> 'UNION'", [products], "problem",
              "the key id is an expression"),
             ("SELECT id, name FROM shop.products UNION ALL SELECT parent, name FROM shop.cats", [products, cats],
@@ -730,6 +742,11 @@ class BlindSpots(Inspecting):
              [products], "problem", "a window function"),
             ("SELECT DISTINCT ON (o.status) o.cust_id AS id, o.id AS n FROM shop.ord AS o ORDER BY o.status, o.cust_id",
              customers[1:2], "problem", "DISTINCT ON"),
+            ("SELECT p.id, count(*) OVER (PARTITION BY r.product_id) FROM shop.products AS p "
+             "LEFT JOIN shop.prices AS r ON r.product_id = p.id AND r.currency = 'EUR'", [products, prices], "hint",
+             "a window function computes a row from other rows, unless these have the same key"),
+            ("SELECT DISTINCT ON (r.product_id) p.id, p.name FROM shop.products AS p LEFT JOIN shop.prices AS r "
+             "ON r.product_id = p.id ORDER BY r.product_id, p.id", [products, prices], "hint", "DISTINCT ON"),
             ("SELECT id FROM shop.products WHERE name > 'p' LIMIT 1", [products], "problem", "by LIMIT"),
             ("SELECT c.id, (SELECT max(i.sku) FROM shop.ord AS o JOIN shop.items AS i ON i.ord_id = o.id "
              "WHERE o.cust_id = c.id) FROM shop.cust AS c", customers, "hint",
@@ -795,6 +812,24 @@ class BlindSpots(Inspecting):
             ("SELECT a.code AS id, b.code AS other FROM shop.names AS a JOIN shop.names AS b ON b.code = a.code::text",
              [names]),
             ("SELECT id, shop.twice(id) FROM shop.products", [products]),
+            ("SELECT p.id, (SELECT count(*) FROM shop.cats AS c WHERE c.id = p.id OR c.parent = p.id) "
+             "FROM shop.products AS p", [products, cats, {"table": "shop.cats", "key": "parent"}]),
+            ("SELECT p.id, count(*) AS n FROM shop.products AS p LEFT JOIN shop.cats AS c ON p.id IN (c.id, c.parent) "
+             "GROUP BY p.id", [products, cats, {"table": "shop.cats", "key": "parent"}]),
+            ("SELECT id, cat FROM shop.orders WHERE id IN (SELECT id FROM shop.orders WHERE cat > 3)", [orders]),
+            ("SELECT id::bigint AS id, name FROM shop.products", [products]),
+            ("SELECT code::text AS id FROM shop.names", [names]),
+            ("SELECT id, p.name, o.name AS other FROM shop.products AS p FULL JOIN shop.old AS o USING (id)",
+             [products, {"table": "shop.old", "key": "id"}]),
+            ("SELECT id, p.name, o.name AS other, c.name AS third FROM shop.products AS p "
+             "FULL JOIN shop.old AS o USING (id) FULL JOIN shop.cats AS c USING (id)",
+             [products, {"table": "shop.old", "key": "id"}, cats]),
+            ("SELECT id, row_number() OVER (PARTITION BY id) AS n FROM shop.products AS p "
+             "FULL JOIN shop.old AS o USING (id)", [products, {"table": "shop.old", "key": "id"}]),
+            ("SELECT p.id, count(*) OVER (PARTITION BY p.id) AS n FROM shop.products AS p "
+             "LEFT JOIN shop.prices AS r ON r.product_id = p.id AND r.currency = 'EUR'", [products, prices]),
+            ("SELECT coalesce(c.id, p.id) AS id, c.name FROM shop.products AS p "
+             "LEFT JOIN shop.cust AS c ON c.id = p.id", [products, {"table": "shop.cust", "key": "id"}]),
         ):  # fmt: skip
             self.assert_fine(sql, watches)
 

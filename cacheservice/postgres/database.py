@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from operator import itemgetter
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
+from weakref import WeakKeyDictionary
 
 import psycopg2
 from twisted.internet.defer import CancelledError, Deferred
@@ -69,7 +70,7 @@ SELECT set_config('application_name', {attempt_name}, true);
 """
 _ASK = """\
 SELECT {pinning}, extract(epoch FROM now()), pg_current_snapshot()::text, pg_backend_pid(), {can_tell},
-       concat_ws(' ', {digests}), {life}"""
+       concat_ws(' ', {digests}), {own_settings}, {path}::text, {life}"""
 """The pinned settings come first, because a digest is of those that are in effect."""
 _BEGIN_SEARCH = "SAVEPOINT search; SET LOCAL lock_timeout = 500"
 """What the search waits for may be a lock on a table that the query does not read."""
@@ -196,7 +197,7 @@ class _SettingsAltered(Exception):
 class _Moment(NamedTuple):
     """A transaction that was begun: its session, its deadline, and the readings of it without what was read.
 
-    `digests` are of what the datasets' earlier results depend on, by name.
+    `digests` are of what the datasets' earlier results depend on, by name. `path` has the schemas that were searched.
     """
 
     guard: GuardedConnection
@@ -205,6 +206,7 @@ class _Moment(NamedTuple):
     can_tell: bool
     reading: Reading
     digests: Mapping[str, str]
+    path: bytes
 
 
 class Database:
@@ -221,6 +223,7 @@ class Database:
         self._standbys = Standbys()
         self._sessions = Sessions(reactor, target, connect_timeout_s, status)
         self._prepared = Prepared()
+        self._own_settings: WeakKeyDictionary[GuardedConnection, bytes] = WeakKeyDictionary()
         self._outgrown: set[str] = set()  # datasets that were not as small as expected, until a cursor has read them
 
     @property
@@ -344,8 +347,7 @@ class Database:
             for builder in builders:
                 builder.discard()
             if isinstance(error, _SettingsAltered):
-                of_all = {each.dataset.name: error.reason for each in wanted if each.since is not None}
-                raise _ReadAllAgain(of_all) from error
+                raise _ReadAllAgain(dict.fromkeys([each.dataset.name for each in wanted], error.reason)) from error
             raise
         return readings
 
@@ -419,10 +421,14 @@ class Database:
         limits = _limits(guard.remaining_s())
         keeps = self._prepared.can_keep(guard)
         asked = [each for each in wanted if each.since and not dependencies.problem(each.since, each.dataset)]
+        # What there is of a dataset tells with which settings it was read; what is read first has only the session's.
+        asks_settings = guard not in self._own_settings or any(each.since is None for each in wanted)
         ask = _ASK.format(
             pinning=pinning_expression(first.settings) if keeps else "''",
             can_tell=deltas.CAN_TELL if lock else "false",
             digests=", ".join(dependencies.digest_of(each.since) for each in asked) or "''",
+            path=dependencies.PATH,
+            own_settings=dependencies.OWN_SETTINGS if asks_settings else "''",
             life=LIFE.format(crashes=str(any(each.watch or each.probe for each in datasets)).lower()),
         )
         begin = _BEGIN.format(
@@ -434,8 +440,10 @@ class Database:
             ask=self._prepared.sql(guard, ask),
         )
         cursor = await self._execute_asking(guard, begin, purpose, guard.pid, deadline_at)
-        ((_, epoch_s, snapshot, pid, can_tell, told, *life),) = cursor.fetchall()
+        ((_, epoch_s, snapshot, pid, can_tell, told, own_settings, path, *life),) = cursor.fetchall()
         self._prepared.began(guard, pid)
+        if asks_settings and guard.pid == pid and self._own_settings.setdefault(guard, own_settings) != own_settings:
+            self._end_with_old_settings(dependencies.ALTERED)
         server = await self._servers.identify(guard, Life(*life))
         self._standbys.expect(server.in_recovery)
         if server.in_recovery != (facts is not None) or (facts is not None and facts.started_us != server.started_us):
@@ -445,7 +453,7 @@ class Database:
         as_of = datetime.fromtimestamp(float(epoch_s) - lag.seconds, UTC)
         reading = Reading(as_of, read_at - lag.seconds, snapshot.decode(), server=server, lag=lag)
         digests = dict(zip([each.dataset.name for each in asked], told.decode().split(), strict=True))
-        return _Moment(guard, deadline_at, pid, can_tell, reading, digests)
+        return _Moment(guard, deadline_at, pid, can_tell, reading, digests, path)
 
     async def _altered(self, moment: _Moment, wanted: Wanted) -> str | None:
         """Why documents may have another form than those that there are; None if they have the same."""
@@ -460,10 +468,13 @@ class Database:
         cursor = await moment.guard.execute(dependencies.versions_sql(since.dependencies.found))
         difference = dependencies.difference(since.dependencies.found, cursor.fetchall())
         if difference.of_settings:
-            # Sessions that are open keep the old ones; this one ends with the error.
-            self._sessions.end_kept()
-            raise _SettingsAltered(difference.reason)
+            self._end_with_old_settings(difference.reason)
         return difference.reason
+
+    def _end_with_old_settings(self, reason: str) -> NoReturn:
+        """End the kept sessions, which have the old settings; the one in use ends with the error."""
+        self._sessions.end_kept()
+        raise _SettingsAltered(reason)
 
     async def _dependencies(
         self, moment: _Moment, dataset: DatasetSettings, type_oids: Sequence[int]
@@ -472,23 +483,24 @@ class Database:
         guard = moment.guard
         await guard.execute(_BEGIN_SEARCH)
         try:
-            found = await self._search(guard, dataset, type_oids)
+            found = await self._search(moment, dataset, type_oids)
         except QueryFailed:
             found = None
         await guard.execute(_END_SEARCH)
         return found
 
-    async def _search(
-        self, guard: GuardedConnection, dataset: DatasetSettings, type_oids: Sequence[int]
-    ) -> Dependencies | None:
+    async def _search(self, moment: _Moment, dataset: DatasetSettings, type_oids: Sequence[int]) -> Dependencies | None:
+        guard = moment.guard
         objects = await dependency_search.find(guard, dataset, type_oids)
         if objects is None:
             return None
         found = dependencies.with_session(objects, dataset)
         cursor = await guard.execute(dependencies.versions_sql(found))
         found = dependencies.with_versions(found, cursor.fetchall())
-        cursor = await guard.execute(f"SELECT {dependencies.digest_sql(found)}")
-        return Dependencies(found, cursor.fetchone()[0].decode())
+        cursor = await guard.execute(f"SELECT {dependencies.digest_sql(found)}, {dependencies.PATH}::text")
+        digest, path = cursor.fetchone()
+        # Else names of the query may have been found in other schemas than those of the digest.
+        return Dependencies(found, digest.decode()) if path == moment.path else None
 
     async def _read_one(self, moment: _Moment, wanted: Wanted, builder: RowsBuilder) -> Reading:
         dataset, reading = wanted.dataset, moment.reading

@@ -32,6 +32,7 @@ _REASONS: Mapping[str, str] = {
     "function": "the function {} was created, replaced or dropped",
     "labels": "the labels of {} changed",
     "type": "{} changed",
+    "constraint": "a constraint of {} changed",
     "security": "row security of {} was switched on or off",
     "policy": "a policy of {} changed",
     "columns": "the columns of {} changed",
@@ -49,11 +50,20 @@ _REASONS: Mapping[str, str] = {
     "altered": "settings of the role or the database were altered",
     "operators": "an operator was created, altered or dropped",
     "text search": "a text search configuration or dictionary was created, altered or dropped",
+    "collations": "a collation was created, altered or dropped",
     "casts": "a cast was created, altered or dropped",
 }
 """What to say of each kind of difference, the most telling first."""
 _BY_NAME = frozenset({"function", "setting", "name", "type_name"})
 """Kinds whose id is the name of the object."""
+PATH = "array(SELECT s FROM unnest(current_schemas(true)) AS s WHERE s NOT LIKE 'pg\\_temp%')"
+"""Schemas that the role may not use, or that do not exist yet, are not in it."""
+ALTERED = _REASONS["altered"]
+OWN_SETTINGS = """(
+    SELECT concat(sum(hashint8extended(s.xmin::text::bigint, s.setrole::bigint))) FROM pg_db_role_setting AS s
+    WHERE s.setdatabase IN (0, (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database()))
+      AND s.setrole IN (0, (SELECT r.oid FROM pg_roles AS r WHERE r.rolname = session_user)))"""
+"""A digest of the settings that a session takes when it begins."""
 
 
 def with_session(objects: Mapping[str, Any], dataset: DatasetSettings) -> str:
@@ -132,14 +142,15 @@ def _session_state(objects: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """What the digest has beside the catalog, as kind, name and expression."""
     return [
         ("session", "", "concat_ws(' ', current_user, session_user)"),
-        # Schemas that the role may not use, or that do not exist yet, are not in it.
-        ("path", "", "array(SELECT s FROM unnest(current_schemas(true)) AS s WHERE s NOT LIKE 'pg\\_temp%')"),
+        ("path", "", PATH),
         *(("setting", name, f"current_setting({literal(name)}, true)") for name in objects["settings"]),
         *(("schema", oid, f"has_schema_privilege({oid}::oid, 'USAGE')") for oid in objects["schemas"]),
     ]
 
 
 _VERSION = "hashint8extended(xmin::text::bigint, oid::bigint)"
+_MAPPING = "hashoidextended(mapdict, (mapcfg::bigint << 32) + (maptokentype << 16) + mapseqno)"
+"""There are hundreds of PostgreSQL's own, and `xmin` takes longer to hash."""
 _GRANTED = (
     "(SELECT string_agg(concat_ws(' ', a.grantee, a.privilege_type), ',' ORDER BY a.grantee, a.privilege_type) "
     "FROM aclexplode({acl}) AS a WHERE a.grantee = ANY (@members::oid[]))"
@@ -172,16 +183,13 @@ def _catalog(objects: Mapping[str, Any], *, detailed: bool) -> list[str]:
         ),
         # There are few that are not PostgreSQL's own, and their oids are the end of an index.
         part("operators", "''", _VERSION, "pg_operator WHERE oid >= 16384"),
+        part("collations", "''", _VERSION, "pg_collation WHERE oid >= 16384"),
         part("casts", "''", _VERSION, "pg_cast WHERE oid >= 16384"),
         part("schema", "oid", _SCHEMA.replace("@members", members), f"pg_namespace WHERE oid {in_schemas}"),
         part("text search", "''", _VERSION, "pg_ts_config WHERE oid >= 16384"),
-        part("text search", "''", _VERSION, "pg_ts_dict WHERE oid >= 16384"),
-        part(
-            "text search",
-            "''",
-            "hashint8extended(xmin::text::bigint, mapcfg::bigint)",
-            "pg_ts_config_map WHERE mapcfg >= 16384",
-        ),
+        # PostgreSQL's own can be altered, too.
+        part("text search", "''", _VERSION, "pg_ts_dict"),
+        part("text search", "''", _MAPPING, "pg_ts_config_map"),
     ]
     if relations:
         rights = _RIGHTS.replace("@members", members)
@@ -206,6 +214,7 @@ def _catalog(objects: Mapping[str, Any], *, detailed: bool) -> list[str]:
         ("view", "ev_class", _VERSION, "pg_rewrite", objects.get("views", ())),
         ("labels", "enumtypid", _VERSION, "pg_enum", objects.get("enums", ())),
         ("type", "oid", _VERSION, "pg_type", list(objects.get("types", ()))),
+        ("constraint", "contypid", _VERSION, "pg_constraint", list(objects.get("types", ()))),
         ("generated", "adrelid", _VERSION, "pg_attrdef", objects.get("generated", ())),
         (
             "parts",

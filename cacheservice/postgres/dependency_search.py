@@ -18,6 +18,7 @@ from cacheservice.postgres.keys import array
 from cacheservice.postgres.session_settings import OF_THE_ROLE
 
 _PLAIN = re.compile(r"[^\W\d][\w$]*")
+_CALLED = re.compile(r'([^\W\d][\w$]*|"(?:[^"]|"")+")\s*\(')
 _WITH_QUOTES_INSIDE = re.compile(r'"((?:[^"]|"")+)"')
 _OPERATOR = re.compile(r"[-+*/<>=~!@#%^&|`?]+")
 _SETTING = re.compile(r"current_setting\s*\(\s*'([^']+)'", re.I)
@@ -37,7 +38,7 @@ WITH RECURSIVE words AS MATERIALIZED (
     -- Schemas in which a name may be found: those of search_path, and those that are named.
     SELECT ARRAY(SELECT n.oid FROM pg_namespace AS n
                  WHERE (n.nspname = ANY (current_schemas(true)) OR n.nspname IN (SELECT word FROM words))
-                   AND n.nspname NOT IN ('pg_catalog', 'information_schema', 'cacheservice')) AS visible
+                   AND n.nspname NOT IN ('information_schema', 'cacheservice')) AS visible
 ), found (class, obj) AS (
     SELECT 'pg_class'::regclass::oid, l.relation FROM pg_locks AS l JOIN pg_class AS c ON c.oid = l.relation
     WHERE l.pid = pg_backend_pid() AND l.locktype = 'relation' AND l.relation >= 16384
@@ -78,8 +79,12 @@ WITH RECURSIVE words AS MATERIALIZED (
         SELECT 'pg_type'::regclass::oid, a.atttypid FROM pg_attribute AS a
         WHERE f.class = 'pg_class'::regclass AND a.attrelid = f.obj AND a.attnum > 0 AND a.atttypid >= 16384
         UNION ALL
+        SELECT 'pg_constraint'::regclass::oid, c.oid FROM pg_constraint AS c
+        WHERE f.class = 'pg_type'::regclass AND c.contypid = f.obj
+        UNION ALL
         SELECT d.refclassid, d.refobjid FROM pg_depend AS d
-        WHERE f.class IN ('pg_rewrite'::regclass, 'pg_policy'::regclass, 'pg_attrdef'::regclass, 'pg_proc'::regclass)
+        WHERE f.class IN ('pg_rewrite'::regclass, 'pg_policy'::regclass, 'pg_attrdef'::regclass, 'pg_proc'::regclass,
+                          'pg_constraint'::regclass)
           AND d.classid = f.class AND d.objid = f.obj AND d.refobjid >= 16384
           AND d.refclassid IN ('pg_class'::regclass, 'pg_proc'::regclass, 'pg_type'::regclass, 'pg_operator'::regclass)
         UNION ALL
@@ -134,10 +139,12 @@ SELECT jsonb_build_object(
     'secured', (SELECT jsonb_agg(oid) FROM relations WHERE relrowsecurity),
     'parents', (SELECT jsonb_agg(oid) FROM relations WHERE relkind IN ('r', 'p', 'f')),
     'database', (SELECT oid FROM pg_database WHERE datname = current_database()),
-    'login', session_user::regrole::oid,
+    'login', (SELECT oid FROM pg_roles WHERE rolname = session_user),
     'functions', (SELECT jsonb_agg(DISTINCT proname) FROM (
         SELECT proname FROM functions UNION
-        SELECT p.proname FROM words AS w JOIN pg_proc AS p ON p.proname = w.word::name) AS f),
+        SELECT p.proname FROM words AS w JOIN pg_proc AS p ON p.proname = w.word::name UNION
+        -- A type or a column that is called, until there is a function of that name.
+        SELECT c.name::name FROM unnest(%(called)s::text[]) AS c (name)) AS f),
     'types', (SELECT jsonb_object_agg(oid, 'type ' || typnamespace::regnamespace || '.' || quote_ident(typname))
               FROM types WHERE typelem = 0 AND (typrelid = 0 OR NOT EXISTS
                   (SELECT FROM pg_class AS c WHERE c.oid = typrelid AND c.relkind <> 'c'))),
@@ -184,6 +191,7 @@ async def find(guard: GuardedConnection, dataset: DatasetSettings, type_oids: It
             % {
                 "words": array(_every(words_of, texts)),
                 "operators": array(_every(operators_of, texts)),
+                "called": array(_every(_called_in, texts)),
                 "types": types,
             }
         )
@@ -206,6 +214,12 @@ def words_of(text: str) -> Iterator[str]:
     # Any two quotation marks: a string may hold one of its own before the name.
     yield from (part for part in text.split('"')[1:-1] if 0 < len(part) <= _MOST_CHARACTERS)
     yield from (name.replace('""', '"') for name in _WITH_QUOTES_INSIDE.findall(text) if '""' in name)
+
+
+def _called_in(text: str) -> Iterator[str]:
+    """Everything in `text` that stands before a parenthesis."""
+    for name in _CALLED.findall(text):
+        yield from words_of(name)
 
 
 def operators_of(text: str) -> Iterator[str]:

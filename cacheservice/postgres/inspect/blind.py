@@ -18,7 +18,6 @@ from cacheservice.postgres.inspect.links import (
     Links,
     Scan,
     Value,
-    column_of,
     is_expression,
     output_of,
     sources_of,
@@ -80,7 +79,7 @@ def look_for_blind_spots(
     links = Links(plan)
     texts = [without_strings(without_comments(text)) for text in (look.dataset.query, *definitions_of_views(look))]
     of_sets = any(map(_SET_OPERATION.search, texts))
-    key = [_key_column(plan, place, of_sets=of_sets) for place in places]
+    key = [_key_column(plan, links, place, of_sets=of_sets) for place in places]
     found = {str(node["Node Type"]) for node in nodes(plan)}
     for kind, why in _NODES.items():
         if kind in found:
@@ -97,8 +96,8 @@ def look_for_blind_spots(
     found_before = len(look.found.findings)
     computed = [
         name
-        for name, place, (table, _) in zip(look.dataset.key, places, origins, strict=True)
-        if not table and not (of_sets and _holds_columns(plan, place))
+        for name, place, value, (table, _) in zip(look.dataset.key, places, key, origins, strict=True)
+        if not table and not (_holds_columns(plan, place) if of_sets else value and links.is_of_table(value))
     ]
     _look_at_key(look, computed, origins, looks_fine=looks_fine)
     if looks_fine:
@@ -185,6 +184,8 @@ def _look_at_links(
             all(links.linked((scan.alias, column), value) for column, value in zip(watch.key, values, strict=True))
             for watch in watches
         ):
+            continue
+        if links.ties_by_one_or_another(scan, [watch.key for watch in watches], values):
             continue
         watch = watches[0]
         if watch.table in reported:
@@ -280,14 +281,14 @@ def _expressions(plan: Mapping[str, Any]) -> Iterator[str]:
             yield from [value] if isinstance(value, str) else map(str, value)
 
 
-def _key_column(plan: Mapping[str, Any], place: int, *, of_sets: bool) -> Value | None:
+def _key_column(plan: Mapping[str, Any], links: Links, place: int, *, of_sets: bool) -> Value | None:
     if of_sets:
         # A member may cast its column to the type that all have in common, or have a constant in its place.
         for value in map(value_of, sources_of(plan, place)):
             if value is not None and value[0]:
                 return value
     output = output_of(plan)
-    return column_of(output[place]) if place < len(output) else None
+    return links.column_behind(output[place]) if place < len(output) else None
 
 
 def _holds_columns(plan: Mapping[str, Any], place: int) -> bool:

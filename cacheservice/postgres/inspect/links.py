@@ -20,6 +20,8 @@ _CAST = re.compile(rf"\(({_NAME}\.{_NAME})\)::(?:text|character varying|bigint|i
 """To a type in which different values stay different."""
 _CONSTANT = re.compile(r"-?\d+|'(?:[^']|'')*'(?:::[a-z][\w.]*(?: [a-z]+)*)?|\$\d+")
 _NUMBER = re.compile(r"'(-?\d+)'::(?:bigint|integer|smallint)")
+_COALESCE = re.compile(r"COALESCE\((.*)\)", re.DOTALL)
+_ANY = re.compile(r"(.+) = ANY \(ARRAY\[(.*)\]\)", re.DOTALL)
 _SAME = re.compile(r"NOT \((.+?)( IS DISTINCT FROM )(.+)\)")
 _SUB_SELECT = re.compile(r"\b(?:SubPlan|InitPlan) \d|\$\d")
 """The value of a sub-select; PostgreSQL before 17 writes $0 for that of an InitPlan."""
@@ -56,8 +58,7 @@ class Links:
             part for node in found for field in _CONDITIONS for part in _conjuncts(str(node.get(field, "")))
         ]
         self._aliases = {str(node["Alias"]) for node in found if "Alias" in node}
-        self._join_partitions(texts)
-        self.is_certain = not any(node["Node Type"] in _BY_NAME for node in found)
+        self.is_certain = self._join_partitions(texts) and not any(node["Node Type"] in _BY_NAME for node in found)
         """Whether each column in the plan is one of a table that it scans."""
         named = {str(node["Subplan Name"]): node for node in found if "Subplan Name" in node}
         for node in found:
@@ -71,6 +72,35 @@ class Links:
                 self._join_by_name(node, sources_below(node)[0], in_order=node is plan and node["Alias"] == _WHOLE)
             elif node["Node Type"] == "CTE Scan" and (below := named.get(f"CTE {node['CTE Name']}")) is not None:
                 self._join_by_name(node, below, in_order=False)
+        # From below, because each FULL JOIN … USING compares the COALESCE of the one below it.
+        for node in reversed(found):
+            for sides in _compared(node):
+                columns = [value for value in map(self.column_behind, sides) if value is not None]
+                if len(columns) == len(sides):
+                    self._join(*columns)
+
+    def column_behind(self, text: str) -> Value | None:
+        """The column whose values `text` has, also if it is cast, or COALESCE of columns that are linked."""
+        if (coalesce := _COALESCE.fullmatch(inside(text))) is None:
+            value = value_of(text)
+            return value if value is not None and value[0] else None
+        first, *others = map(self.column_behind, split(coalesce[1], ", "))
+        if first is None or any(other is None or not self.linked(first, other) for other in others):
+            return None
+        return first
+
+    def may_be_missing(self, value: Value, node: Mapping[str, Any]) -> bool:
+        """Whether a join at or below `node` puts NULL in place of `value` where it finds no row."""
+        return any(
+            value[0] in (alias := str(each.get("Alias")), self._parents.get(alias))
+            for join in nodes(node)
+            for side in _sides_without_rows(join)
+            for each in nodes(side)
+        )
+
+    def is_of_table(self, value: Value) -> bool:
+        """Whether it is the column of a table, not one of a sub-select, which may have computed it."""
+        return any(value[0] in (scan.alias, self._parents.get(scan.alias)) for scan in self.scans)
 
     def linked(self, one: Value, other: Value) -> bool:
         return self._root(one) == self._root(other)
@@ -107,6 +137,34 @@ class Links:
     def same_as(self, value: Value) -> list[Value]:
         return [each for each in self._above if self.linked(each, value)]
 
+    def ties_by_one_or_another(self, scan: Scan, watched: Sequence[Sequence[str]], key: Sequence[Value]) -> bool:
+        """Whether a row of `scan` has the key in one place or another, as in `ON k.id IN (a.one, a.other)`.
+
+        :param watched: the columns of each watch of the table, in the order of `key`.
+        """
+
+        aliases = {scan.alias, self._parents.get(scan.alias, scan.alias)}
+
+        def compares(equal: Sequence[set[Value | None]], column: str, value: Value) -> bool:
+            return self.linked((scan.alias, column), value) or any(
+                {(alias, column), other} == pair
+                for pair in equal
+                for alias in aliases
+                for other in (value, *self.same_as(value))
+            )
+
+        def ties(condition: str) -> bool:
+            first, *others = _alternatives(condition)
+            if others:
+                return all(map(ties, (first, *others)))
+            equal = [{_value(side) for side in sides} for sides in _equal_sides(first)]
+            return any(
+                all(compares(equal, column, value) for column, value in zip(columns, key, strict=True))
+                for columns in watched
+            )
+
+        return any(map(ties, self._comparisons))
+
     def compares_others_alone(self, scan: Scan, columns: Sequence[str], key: Sequence[Value]) -> bool:
         """Whether the rows of `scan` are found by other columns than `columns`, which may hold the key all the same.
 
@@ -135,18 +193,37 @@ class Links:
         root = self._root(other)
         self._above[self._root(one)] = self._above[root] = root
 
-    def _join_partitions(self, texts: str) -> None:
-        """Join the columns of a table with those of its partitions: o_1 and o_2 are scanned, and o.id is read."""
-        parts: dict[str, list[str]] = {}
-        for scan in self.scans:
-            parent, _, number = scan.alias.rpartition("_")
-            if number.isdigit() and parent not in self._aliases:
-                parts.setdefault(parent, []).append(scan.alias)
-                self._parents[scan.alias] = parent
-        for alias, column in {(_plain(alias), _plain(column)) for alias, column in _COLUMN.findall(texts)}:
-            for part in parts.get(alias, ()):
-                self._join((part, column), (alias, column))
-        self._aliases.update(parts)
+    def _join_partitions(self, texts: str) -> bool:
+        """Join the columns of a table with those of its partitions: o_1 and o_2 are scanned, and o.id is read.
+
+        A table that is read twice is o and o_1, or o and o_3, and the partitions of both have numbers in that order.
+
+        :returns: whether it is known which partitions belong to which.
+        """
+        columns = {(_plain(alias), _plain(column)) for alias, column in _COLUMN.findall(texts)}
+        parents: dict[str, list[str]] = {}
+        for alias in sorted({alias for alias, _ in columns} - self._aliases, key=_numbered):
+            parents.setdefault(_numbered(alias)[0], []).append(alias)
+        readings: dict[str, list[dict[tuple[str, str], str]]] = {}
+        for scan in sorted(self.scans, key=lambda scan: _numbered(scan.alias)):
+            of_name, table = readings.setdefault(_numbered(scan.alias)[0], [{}]), (scan.schema, scan.table)
+            if table in of_name[-1]:
+                of_name.append({})
+            of_name[-1][table] = scan.alias
+        is_known = True
+        for name, aliases in parents.items():
+            of_name = readings.get(name, [])
+            if of_name and len(of_name) != len(aliases):
+                is_known = False
+                continue
+            for parent, parts in zip(aliases, of_name, strict=False):
+                self._parents.update(dict.fromkeys(parts.values(), parent))
+                for alias, column in columns:
+                    if alias == parent:
+                        for part in parts.values():
+                            self._join((part, column), (parent, column))
+        self._aliases.update(self._parents.values())
+        return is_known
 
     def _join_by_name(self, node: Mapping[str, Any], below: Mapping[str, Any], *, in_order: bool) -> None:
         """Join the columns of a sub-select, or of a CTE, with those of its query.
@@ -177,6 +254,12 @@ class Links:
 def sources_below(node: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The nodes whose rows `node` reads, without those of sub-selects in its expressions."""
     return [each for each in node.get("Plans", ()) if each.get("Parent Relationship") not in ("InitPlan", "SubPlan")]
+
+
+def _sides_without_rows(node: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The sides of an outer join that rows of the result may be without."""
+    sides = {"Left": ("Inner",), "Right": ("Outer",), "Full": ("Inner", "Outer")}.get(str(node.get("Join Type")), ())
+    return [each for each in sources_below(node) if each.get("Parent Relationship") in sides]
 
 
 def members_of(node: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -236,13 +319,24 @@ def _texts(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _equalities(node: Mapping[str, Any]) -> Iterator[tuple[Value, Value]]:
+    for left, right in _compared(node):
+        values = _value(left), _value(right)
+        if values[0] is not None and values[1] is not None:
+            yield values[0], values[1]
+
+
+def _compared(node: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The two sides of each equality that holds for the rows of `node`."""
     for field in _CONDITIONS:
-        for part in _conjuncts(_CAST.sub(r"\1", str(node.get(field, "")))):
-            same = _SAME.fullmatch(part)
-            left, equals, right = same.groups() if same else part.partition(" = ")
-            values = _value(left), _value(right)
-            if equals and values[0] is not None and values[1] is not None:
-                yield values[0], values[1]
+        yield from _equal_sides(str(node.get(field, "")))
+
+
+def _equal_sides(condition: str) -> Iterator[tuple[str, str]]:
+    for part in _conjuncts(_CAST.sub(r"\1", condition)):
+        same = _SAME.fullmatch(part)
+        left, equals, right = same.groups() if same else part.partition(" = ")
+        if equals:
+            yield left, right
 
 
 def value_of(text: str) -> Value | None:
@@ -266,6 +360,20 @@ def _conjuncts(text: str) -> Iterator[str]:
             yield from _conjuncts(part)
     else:
         yield inner
+
+
+def _alternatives(condition: str) -> list[str]:
+    """The conditions of which one holds where `condition` holds."""
+    inner = inside(condition)
+    if (one_of := _ANY.fullmatch(inner)) is not None:
+        return [f"{one_of[1]} = {each}" for each in split(one_of[2], ", ")]
+    return list(split(inner, " OR "))
+
+
+def _numbered(alias: str) -> tuple[str, int]:
+    """What EXPLAIN makes of a name that occurs more than once, taken apart: o is ("o", 0), and o_3 is ("o", 3)."""
+    name, _, number = alias.rpartition("_")
+    return (name, int(number)) if name and number.isdecimal() else (alias, 0)
 
 
 def _plain(name: str) -> str:

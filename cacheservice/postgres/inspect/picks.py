@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cacheservice.postgres.inspect.links import Links, Value, sources_below, value_of
+from cacheservice.postgres.inspect.links import Links, Value, sources_below
 from cacheservice.postgres.inspect.plans import nodes
 from cacheservice.postgres.inspect.texts import closes_at, inside, split
 
@@ -61,7 +61,7 @@ class Picks:
             return self._group_fault(node, self._distinct, certain=certain and uniques <= len(self._distinct))
         if "Window" in node:
             columns = [clause for text in _partitions(str(node["Window"])) for clause in text]
-            return self._columns_fault(columns, certain=certain)
+            return self._columns_fault(node, columns, certain=certain)
         return self._group_fault(node, self._partitions, certain=certain)
 
     def _group_fault(self, node: Mapping[str, Any], clauses: Sequence[Sequence[str]], *, certain: bool) -> bool | None:
@@ -69,24 +69,28 @@ class Picks:
         if (order := _order_below(node)) is not None:
             most = max(map(len, clauses), default=0)
             written = bool(clauses) or self._has_windows  # Else they stand in a function that the planner inlined.
-            return self._columns_fault(order[:most] if written else order, certain=certain and written)
+            return self._columns_fault(node, order[:most] if written else order, certain=certain and written)
         held = bool(clauses) and all(
             all(names & {_name(column) for column in clause} for names in self._names) for clause in clauses
         )
         return None if held else certain and not clauses and self._has_windows
 
-    def _columns_fault(self, columns: Iterable[str], *, certain: bool) -> bool | None:
-        """Whether groups that have `columns` in common hold several keys."""
-        values = [value_of(column) for column in columns]
+    def _columns_fault(self, node: Mapping[str, Any], columns: Sequence[str], *, certain: bool) -> bool | None:
+        """Whether groups of the rows of `node` that have `columns` in common hold several keys."""
+        values = [value for value in map(self._links.column_behind, columns) if value is not None]
+        unsure = False
         for part in self._key:
             if part is None:
                 return certain
-            if not self._links.is_constant(part) and not any(
-                value is not None and self._links.linked(value, part) for value in values
-            ):
+            if self._links.is_constant(part):
+                continue
+            linked = [value for value in values if self._links.linked(value, part)]
+            if not linked:
                 # A sub-select may have renamed a column, so that it is the key all the same.
-                return certain and (not values or not self._links.may_be_another(part))
-        return None
+                return certain and (not columns or not self._links.may_be_another(part))
+            # The rows without a partner are one group, whatever their keys.
+            unsure |= all(value != part and self._links.may_be_missing(value, node) for value in linked)
+        return False if unsure else None
 
 
 def _order_below(node: Mapping[str, Any]) -> list[str] | None:
