@@ -56,6 +56,7 @@ class ServiceTestCase(GuardTestCase):
 
     async def setUp(self) -> None:
         await super().setUp()
+        self.addCleanup(self.server.thaw)  # the other cleanups ask the server
         self.sql(f"CREATE TABLE things AS SELECT i AS id, 0 AS n FROM generate_series(1, {ROWS}) AS i")
         self.events: list[tuple[str, dict[str, Any]]] = []
 
@@ -417,5 +418,5 @@ class StopTests(ServiceTestCase):
 
 
 def is_loop_of(service: CacheService, call: Any) -> bool:
-    loops = [refresher._loop for refresher in service._refreshers.values()]
+    loops = [refresher._starts._loop for refresher in service._refreshers.values()]
     return isinstance(call.func, LoopingCall) and call.func in loops
