@@ -882,6 +882,21 @@ class BlindSpots(Inspecting):
         ):  # fmt: skip
             self.assert_fine(sql, watches)
 
+    def test_words_for_moments(self) -> None:
+        """The plan shows a constant for 'today', so that the text of the query decides."""
+        self.watch_shop()
+        for condition, words in (
+            ("made >= 'Today'", "'today' changes by itself"),
+            ("made > 'yesterday'::date AND sold < timestamp 'now'", "'now' and 'yesterday' changes by itself"),
+            ("made >= '2026-01-01' -- or 'today'", ""),
+        ):
+            found = self.look(
+                f"SELECT id FROM shop.old WHERE {condition}", "id", watch=[{"table": "shop.old", "key": "id"}]
+            )
+            hints = [finding.text for finding in found.findings if "changes by itself" in finding.text]
+            self.assertEqual(len(hints), bool(words), hints)
+            self.assertIn(words, "".join(hints))
+
     def test_names_that_are_not_those_of_functions(self) -> None:
         """Text in strings and comments, and functions of other schemas, are not taken for what a query calls."""
         self.watch_shop()

@@ -57,6 +57,7 @@ _CLOCKS = {"now", "statement_timestamp", "transaction_timestamp", "age"}
 _STATES = {"pg_current_snapshot", "txid_current_snapshot", "pg_current_xact_id_if_assigned", "txid_current_if_assigned"}
 _STATISTICS = "pg_stat_get_"
 _SET_OPERATION = re.compile(r"\b(?:UNION|INTERSECT|EXCEPT)\b", re.IGNORECASE)
+_MOMENTS = re.compile(r"'\s*(now|today|tomorrow|yesterday)\s*'", re.IGNORECASE)
 _CLOCK_WORDS = re.compile(r"\b(CURRENT_DATE|CURRENT_TIMESTAMP|CURRENT_TIME|LOCALTIME|LOCALTIMESTAMP)\b")
 
 
@@ -271,6 +272,14 @@ def _look_at_functions(look: Look, plan: Mapping[str, Any]) -> None:
             look,
             f"a function named {' or '.join(unsure)} is VOLATILE, so its value may change by itself",
             "declare the function IMMUTABLE or STABLE if its value depends on its arguments and watched rows alone",
+        )
+    # PostgreSQL puts the moment of planning in their place, so that the plan shows a constant.
+    if moments := sorted({word.lower() for word in _MOMENTS.findall(without_comments(look.dataset.query))}):
+        words = " and ".join(f"'{word}'" for word in moments)
+        _hint(
+            look,
+            f"the value of {words} changes by itself if it is read as a date or a time",
+            "leave watch out, unless it is compared with text",
         )
 
 
