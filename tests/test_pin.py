@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cacheservice.cache.dataset import Dataset
+from cacheservice.cache.events import Ended, Published
 from cacheservice.errors import NothingToPin, UnknownDataset
 from cacheservice.ports.report import show, status_table, why
 from cacheservice.ports.status import Commands
@@ -26,7 +27,7 @@ class Pinning(RefreshTestCase):
         """A pinned dataset refreshes on, publishes nothing, tells nobody, and its age goes on."""
         world = self.loaded()
         served, told = world.dataset.snapshot, []
-        world.dataset.watch(told.append)
+        world.dataset.subscribe(lambda event: told.append(event.dataset), Published, Ended)
         self.assertEqual(world.service.pin("products"), ["products"])
         for rows in (99, 98):
             dataset = self.refreshed(world, rows)
@@ -44,7 +45,7 @@ class Pinning(RefreshTestCase):
         self.refreshed(world, 99)
         self.refreshed(world, 98)
         told: list[int] = []
-        world.dataset.watch(lambda dataset: told.append(dataset.snapshot.generation if dataset.snapshot else 0))
+        world.dataset.subscribe(lambda event: told.append(world.dataset.last_generation), Published, Ended)
         self.assertEqual(world.service.unpin("products"), ["products"])
         snapshot = world.dataset.snapshot
         assert snapshot is not None

@@ -18,6 +18,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset, State
+from cacheservice.cache.events import Ended, Published, Renewed
 from cacheservice.config import DatasetSettings
 from cacheservice.errors import Blocker, DatabaseUnavailable, LockTimeout, QueryFailed, UnknownDataset
 from cacheservice.postgres.database import Reading, Wanted
@@ -228,8 +229,8 @@ class EqualContent(RefreshTestCase):
         world = self.loaded()
         served, told, followed = world.dataset.snapshot, [], []
         assert served is not None
-        world.dataset.watch(told.append)
-        world.dataset.follow(followed.append)
+        world.dataset.subscribe(lambda event: told.append(event.dataset), Published, Ended)
+        world.dataset.subscribe(lambda event: followed.append(event.dataset), Published, Renewed, Ended)
         for number in (2, 3):
             dataset = self.read_again(world)
             renewed = dataset.snapshot
@@ -264,8 +265,8 @@ class EqualContent(RefreshTestCase):
     def test_pinned(self) -> None:
         """A pinned dataset's age rises all the same; unpin then renews it, and publishes nothing."""
         world = self.loaded()
-        told: list[Dataset] = []
-        world.dataset.watch(told.append)
+        told: list[str] = []
+        world.dataset.subscribe(lambda event: told.append(event.dataset), Published, Ended)
         world.service.pin("products")
         dataset = self.read_again(world)
         self.assertEqual((dataset.age_s(), dataset.attempts[-1].outcome), (60.0, "held"))

@@ -980,8 +980,7 @@ class Waiting(PortTestCase):
 
     async def test_client_goes_away(self) -> None:
         """A client that goes while it waits is gone at once, reset or closed, and leaves no timer and no watcher."""
-        dataset = self.cache.dataset("products")
-        watchers = len(dataset._watchers)
+        subscriptions = self.cache.events.subscription_count
         for reset in (True, False):
             client = self.connect()
             client.send("CACHE.WAIT", "products", 10**9, 86_400_000)
@@ -990,7 +989,7 @@ class Waiting(PortTestCase):
                 client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             client.socket.close()
             await until(lambda: not self.factory.clients)
-            self.assertEqual(len(dataset._watchers), watchers)
+            self.assertEqual(self.cache.events.subscription_count, subscriptions)
 
     async def test_sends_while_it_waits(self) -> None:
         """What is sent meanwhile is answered afterwards, however much it is, and is not all read before."""

@@ -8,13 +8,11 @@ from typing import Literal, NamedTuple, Protocol
 
 from cacheservice.cache.counts import Counts
 from cacheservice.cache.dataset import Dataset, State
+from cacheservice.cache.events import Added, Changed, Events
 from cacheservice.cache.identity import ServerIdentity
 from cacheservice.cache.lag import NO_LAG, Lag
 from cacheservice.config import ConfigFile, DatasetSettings
 from cacheservice.errors import UnknownDataset
-
-Fate = Literal["added", "changed", "removed"]
-"""What another configuration may do to a dataset."""
 
 
 class DatabaseStatus:
@@ -107,10 +105,10 @@ class Cache:
     """
 
     def __init__(self, datasets: Iterable[DatasetSettings], now: Callable[[], float]) -> None:
-        self._datasets = {settings.name: Dataset(settings, now) for settings in datasets}
+        self.events = Events()
+        self._datasets = {settings.name: Dataset(settings, now, events=self.events) for settings in datasets}
         self._last_generations: dict[str, int] = {}
         self._counts: dict[str, Counts] = {}
-        self._watchers: list[Callable[[Dataset, Fate], None]] = []
         self.database = DatabaseStatus()
         self.rejection: Rejection | None = None
         self.stopping = False
@@ -137,27 +135,28 @@ class Cache:
         before = self._datasets
         self._datasets = {
             name: before.get(name)
-            or Dataset(settings, self.now, self._last_generations.get(name, 0), self._counts.pop(name, None))
+            or Dataset(
+                settings, self.now, self._last_generations.get(name, 0), self._counts.pop(name, None), self.events
+            )
             for name, settings in wanted.items()
         }
         told = Declared([], [], [], [])
         for name, dataset in self._datasets.items():
             if name not in before:
                 told.added.append(name)
-                self._tell(dataset, "added")
+                self.events.notify(Added(name))
             elif dataset.settings != wanted[name]:
                 told.changed.append(name)
                 dataset.change(wanted[name])
-                self._tell(dataset, "changed")
+                self.events.notify(Changed(name))
             else:
                 told.unchanged.append(name)
         told.removed.extend(name for name in before if name not in wanted)
         for name in told.removed:
-            before[name].end()
             # A generation that readers have seen never comes again, not even of a dataset that does.
             self._last_generations[name] = before[name].last_generation
             self._counts[name] = before[name].counts
-            self._tell(before[name], "removed")
+            before[name].end()
         return told
 
     def configured_by(self, file: ConfigFile) -> None:
@@ -167,21 +166,6 @@ class Cache:
     def cap_connections(self, cap: ConnectionCap) -> None:
         """Note it, for the status."""
         self.connection_cap = cap
-
-    def watch(self, declared: Callable[[Dataset, Fate], None]) -> None:
-        """Call `declared` with each dataset that `declare` adds, changes or removes, in the same turn.
-
-        It must not raise.
-        """
-        self._watchers.append(declared)
-
-    def unwatch(self, declared: Callable[[Dataset, Fate], None]) -> None:
-        """Undo one `watch`."""
-        self._watchers.remove(declared)
-
-    def _tell(self, dataset: Dataset, fate: Fate) -> None:
-        for watcher in list(self._watchers):
-            watcher(dataset, fate)
 
     @property
     def is_starting(self) -> bool:

@@ -12,6 +12,7 @@ from typing import Literal
 from cacheservice.cache.changes import Change
 from cacheservice.cache.counts import Counts
 from cacheservice.cache.dependencies import Dependencies
+from cacheservice.cache.events import AttemptEnded, Ended, Event, Events, Observer, Published, Renewed
 from cacheservice.cache.history import LastHour, Outcome
 from cacheservice.cache.identity import ServerIdentity, is_visible, why_another
 from cacheservice.cache.lag import NO_LAG, Lag
@@ -118,6 +119,7 @@ class Dataset:
     :param now: the monotonic clock, in seconds.
     :param generation_before: that of the last snapshot of a dataset of this name that was removed.
     :param counts: those of a dataset of this name that was removed, to count on from.
+    :param events: notifies observers of what happens to it.
     """
 
     def __init__(
@@ -126,6 +128,7 @@ class Dataset:
         now: Callable[[], float],
         generation_before: int = 0,
         counts: Counts | None = None,
+        events: Events | None = None,
     ) -> None:
         self.settings = settings
         self.snapshot: Snapshot | None = None
@@ -155,9 +158,7 @@ class Dataset:
         self._generation_before = generation_before
         self._greatest_age_s: float | None = None
         self._now = now
-        self._watchers: list[Callable[[Dataset], None]] = []
-        self._followers: list[Callable[[Dataset], None]] = []
-        self._attempt_watchers: list[Callable[[Dataset], object]] = []
+        self._events = Events() if events is None else events
 
     @property
     def name(self) -> str:
@@ -178,7 +179,8 @@ class Dataset:
 
     def publish(self, snapshot: Snapshot) -> None:
         """Serve `snapshot` from now on. One assignment: nobody reads half of it."""
-        assert snapshot.generation > self.last_generation, "a generation never goes down"
+        previous = self.last_generation
+        assert snapshot.generation > previous, "a generation never goes down"
         self._note_age()
         self.snapshot = snapshot
         self.held = None
@@ -187,7 +189,7 @@ class Dataset:
             self.counts.added += change.added
             self.counts.changed += change.changed
             self.counts.removed += change.removed
-        self._tell()
+        self._events.notify(Published(self.name, snapshot.generation, previous))
 
     @property
     def last_generation(self) -> int:
@@ -229,11 +231,11 @@ class Dataset:
             self.candidate = replace(self.candidate, watch_state="", probe=None, dependencies=None)
 
     def end(self) -> None:
-        """Serve nothing any more: it is not declared. Who watches is told, so that nobody waits for a publish."""
+        """Serve nothing any more: it is not declared. Nobody waits for a publish in vain."""
         self._generation_before = self.last_generation
         self.removed = True
         self.snapshot = self.candidate = self.held = None
-        self._tell()
+        self._events.notify(Ended(self.name, self.last_generation))
 
     def withdraw(self) -> None:
         """Serve nothing until the next publish: what is served is of another database."""
@@ -256,8 +258,7 @@ class Dataset:
         self.snapshot = snapshot
         self.held = None
         self._served_definition = self.settings.definition
-        for follower in list(self._followers):
-            follower(self)
+        self._events.notify(Renewed(self.name))
 
     def note_deltas(self, problem: str | None) -> None:
         """Remember why the last read could not be a delta, and since when that is so; None if it could."""
@@ -311,29 +312,9 @@ class Dataset:
         """Go on with what is served, because the newest result was refused; it is held since the first one was."""
         self.held = Held(reason, self.held.since if self.held else on, rows)
 
-    def watch(self, published: Callable[[Dataset], None]) -> None:
-        """Call `published` after each publish and at the end, in the same turn. It must not raise."""
-        self._watchers.append(published)
-
-    def follow(self, moved: Callable[[Dataset], None]) -> None:
-        """Call `moved` after each publish, at the end, and when what is served is renewed. It must not raise."""
-        self._followers.append(moved)
-
-    def unfollow(self, moved: Callable[[Dataset], None]) -> None:
-        """Undo one `follow`."""
-        self._followers.remove(moved)
-
-    def watch_attempts(self, ended: Callable[[Dataset], object]) -> None:
-        """Call `ended` after each attempt, in the turn in which it ends. It must not raise."""
-        self._attempt_watchers.append(ended)
-
-    def unwatch(self, published: Callable[[Dataset], None]) -> None:
-        """Undo one `watch`."""
-        self._watchers.remove(published)
-
-    def _tell(self) -> None:
-        for watcher in [*self._watchers, *self._followers]:
-            watcher(self)
+    def subscribe(self, observer: Observer, *kinds: type[Event]) -> Callable[[], None]:
+        """Have `observer` called for its events of these kinds; return the function that ends that."""
+        return self._events.subscribe(observer, *kinds, of=self.name)
 
     def attempted(self, attempt: Attempt) -> None:
         """Remember how an attempt ended."""
@@ -345,8 +326,7 @@ class Dataset:
         self._note_age()
         self.last_hour.add(self.last_ended_at, attempt.took_s, self._greatest_age_s, attempt.outcome)
         self._greatest_age_s = None
-        for watcher in self._attempt_watchers:
-            watcher(self)
+        self._events.notify(AttemptEnded(self.name))
 
     def _note_age(self) -> None:
         """An age is greatest just before a younger snapshot takes over."""

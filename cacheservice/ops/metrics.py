@@ -26,9 +26,10 @@ from prometheus_client.openmetrics.exposition import generate_latest as generate
 from twisted.internet.task import deferLater
 
 from cacheservice import __version__
-from cacheservice.cache.cache import Cache, Fate
+from cacheservice.cache.cache import Cache
 from cacheservice.cache.counts import Histogram
 from cacheservice.cache.dataset import Dataset
+from cacheservice.cache.events import AttemptEnded, Ended, Event
 from cacheservice.ops.families import GROUPS, Sample, bucket_names, histogram_values
 
 _A_TURN = 100
@@ -109,17 +110,14 @@ class Metrics:
         self._of_service.register(_Service(cache, lateness, ports, superseded))
         ProcessCollector(registry=self._of_service)
         self._lines: dict[str, _Lines] = {}
-        cache.watch(self._declared)
-        for dataset in cache.datasets.values():
-            self._declared(dataset, "added")
+        cache.events.subscribe(lambda event: self._lines.pop(event.dataset, None), Ended)
+        # Lines are made when an attempt ends, so that a scrape takes no longer after many refreshes than after none.
+        cache.events.subscribe(self._attempt_ended, AttemptEnded)
 
-    def _declared(self, dataset: Dataset, fate: Fate) -> None:
-        if fate == "removed":
-            self._lines.pop(dataset.name, None)
-        elif fate == "added":
-            # When an attempt ends its lines are made, so that a scrape of many that were refreshed is no longer than
-            # one of none.
-            dataset.watch_attempts(self._render)
+    def _attempt_ended(self, event: Event) -> None:
+        dataset = self._cache.datasets.get(event.dataset)
+        if dataset is not None:
+            self._render(dataset)
 
     async def exposition(self, *, openmetrics: bool) -> bytes:
         """All of them, in the Prometheus text format 0.0.4 or as OpenMetrics 1.0.0; no turn of the reactor is long."""

@@ -24,10 +24,11 @@ from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThreadPool
 
 from cacheservice import clock, file_errors
-from cacheservice.cache.cache import Cache, Fate
+from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset, Snapshot, rows_builder
 from cacheservice.cache.dependencies import Dependencies
 from cacheservice.cache.describe import seconds
+from cacheservice.cache.events import Ended, Event, Published, Renewed
 from cacheservice.cache.identity import why_elsewhere
 from cacheservice.cache.rows import Groups, Rows, RowsBuilder
 from cacheservice.config import DatasetSettings, groups
@@ -134,7 +135,7 @@ class SnapshotStore(Service):
         self._timer: Any = None
         self._saving: Deferred[None] | None = None
         self._temporaries: frozenset[Path] = frozenset()
-        self._watching = False
+        self._unsubscribe: Callable[[], None] | None = None
         self._stopping = False
         self._working = 0
         self._idle: list[Deferred[None]] = []
@@ -142,20 +143,15 @@ class SnapshotStore(Service):
     def startService(self) -> None:
         super().startService()
         self._stopping = False
-        self._watching = True
-        self._cache.watch(self._declared)
-        for dataset in self._cache.datasets.values():
-            dataset.follow(self._moved)
+        self._unsubscribe = self._cache.events.subscribe(self._happened, Published, Renewed, Ended)
 
     def stopService(self) -> Deferred[None]:
         """Save nothing more and abandon what is half saved or half loaded; fires when no thread works for it."""
         super().stopService()
         self._stopping = True
-        if self._watching:
-            self._watching = False
-            self._cache.unwatch(self._declared)
-            for dataset in self._cache.datasets.values():
-                dataset.unfollow(self._moved)
+        if self._unsubscribe is not None:
+            self._unsubscribe()
+            self._unsubscribe = None
         self._wanted.clear()
         self._to_renew.clear()
         self._forget_timer()
@@ -366,13 +362,11 @@ class SnapshotStore(Service):
 
     # Saving
 
-    def _declared(self, dataset: Dataset, fate: Fate) -> None:
-        if fate == "added":
-            dataset.follow(self._moved)
-        elif fate == "removed":
-            self.problems.pop(dataset.name, None)
-
-    def _moved(self, dataset: Dataset) -> None:
+    def _happened(self, event: Event) -> None:
+        if isinstance(event, Ended):
+            self.problems.pop(event.dataset, None)
+            return
+        dataset = self._cache.dataset(event.dataset)
         snapshot = dataset.snapshot
         if snapshot is None or snapshot.source != "postgres" or dataset.redefined:
             return

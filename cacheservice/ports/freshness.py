@@ -9,6 +9,7 @@ from twisted.internet.defer import Deferred
 
 from cacheservice.cache.cache import DatabaseStatus, Refreshes
 from cacheservice.cache.dataset import Dataset, Snapshot
+from cacheservice.cache.events import Ended, Event, Published, Renewed
 from cacheservice.errors import UnknownDataset
 
 _FIRST_PAUSE_S = 0.05
@@ -79,14 +80,14 @@ class Freshness:
         woken: Deferred[None] = Deferred()
         timer = self._clock.callLater(timeout_s, woken.callback, None)
 
-        def published(_: Dataset) -> None:
+        def wake(_: Event) -> None:
             if not woken.called:
                 woken.callback(None)
 
-        dataset.follow(published)
+        unsubscribe = dataset.subscribe(wake, Published, Renewed, Ended)
         try:
             await woken
         finally:
-            dataset.unfollow(published)
+            unsubscribe()
             if timer.active():
                 timer.cancel()

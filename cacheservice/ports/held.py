@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Generic, Protocol, TypeVar
 
-from cacheservice.cache.cache import Cache, Fate
-from cacheservice.cache.dataset import Dataset, Snapshot
+from cacheservice.cache.cache import Cache
+from cacheservice.cache.dataset import Snapshot
+from cacheservice.cache.events import Ended, Event, Published
 
 T = TypeVar("T")
 
@@ -71,9 +72,7 @@ class HeldSnapshots:
         self._most_generations = most_generations
         self._most_s = most_s
         self._holds: dict[Hold, None] = {}
-        cache.watch(self._declared)
-        for dataset in cache.datasets.values():
-            self._declared(dataset, "added")
+        cache.events.subscribe(self._supersede, Published, Ended)
 
     def begin(self, reader: Reader, snapshots: Mapping[str, Snapshot]) -> Hold:
         """Note that `reader` is sent an answer; `end` has to follow."""
@@ -100,18 +99,13 @@ class HeldSnapshots:
             if snapshot.generation != served.get(name)
         }
 
-    def _declared(self, dataset: Dataset, fate: Fate) -> None:
-        if fate == "added":
-            dataset.watch(self._published)
-
-    def _published(self, dataset: Dataset) -> None:
-        if not self._holds:
-            return
-        name, now = dataset.name, self._clock.seconds()
-        for hold in too_old(self._holds, name, dataset.last_generation, self._most_generations):
+    def _supersede(self, event: Event) -> None:
+        assert isinstance(event, Published | Ended), "it subscribed to these"
+        name, now = event.dataset, self._clock.seconds()
+        for hold in too_old(self._holds, name, event.generation, self._most_generations):
             self._drop(hold, f"{self._most_generations} newer generations of {name} are being read")
         for hold in self._holds:
-            if hold.timer is None and name in hold.snapshots and hold.snapshots[name] is not dataset.snapshot:
+            if hold.timer is None and name in hold.snapshots:
                 left_s = max(0.0, hold.began_at + self._most_s - now)
                 hold.timer = self._clock.callLater(left_s, self._drop, hold, f"it took longer than {self._most_s:g} s")
 

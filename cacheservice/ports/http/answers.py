@@ -13,9 +13,10 @@ from urllib.parse import quote, unquote_to_bytes
 
 from twisted.internet.defer import Deferred
 
-from cacheservice.cache.cache import Cache, Fate, Refreshes
+from cacheservice.cache.cache import Cache, Refreshes
 from cacheservice.cache.dataset import Dataset, Snapshot, State
 from cacheservice.cache.describe import describe_dataset, describe_hour
+from cacheservice.cache.events import Added, Changed, Ended
 from cacheservice.errors import Stopped, UnknownDataset
 from cacheservice.ports import report
 from cacheservice.ports.freshness import Freshness
@@ -136,10 +137,7 @@ class Answers:
         self._wall_s = wall_s
         self._heads: dict[str, SnapshotHeads] = {}
         self._dates: dict[str, Dates] = {}
-        cache.watch(self._declared)
-
-    def _declared(self, dataset: Dataset, _: Fate) -> None:
-        self._heads.pop(dataset.name, None)
+        cache.events.subscribe(lambda event: self._heads.pop(event.dataset, None), Added, Changed, Ended)
 
     def answer(self, request: Request) -> Reply | Later:
         """The answer, or what becomes it: a Deferred if that ends by itself, a coroutine if it waits for something.

@@ -12,13 +12,14 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from json.encoder import encode_basestring
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 from twisted.internet.defer import Deferred
 from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 
 from cacheservice.cache.dataset import Dataset, Snapshot
+from cacheservice.cache.events import Ended, Published
 from cacheservice.cache.rows import STARTS, Rows, unframed
 
 PIECE_BYTES = 64 * 1024
@@ -179,8 +180,9 @@ class GzipBody:
 class _Kept:
     """The bodies of one generation by their kind: NDJSON or not."""
 
-    def __init__(self, generation: int) -> None:
+    def __init__(self, generation: int, unsubscribe: Callable[[], None]) -> None:
         self.generation = generation
+        self.unsubscribe = unsubscribe
         self.bodies: dict[bool, GzipBody] = {}
 
 
@@ -196,12 +198,12 @@ class GzipBodies:
 
     def __init__(self, reactor: Any) -> None:
         self._reactor = reactor
-        self._kept: WeakKeyDictionary[Dataset, _Kept] = WeakKeyDictionary()
+        self._kept: dict[str, _Kept] = {}
         self.made = 0
 
     def find(self, dataset: Dataset, snapshot: Snapshot, lines: bool) -> GzipBody | None:
         """The body if there is one already, complete or not."""
-        kept = self._kept.get(dataset)
+        kept = self._kept.get(dataset.name)
         return kept.bodies.get(lines) if kept is not None and kept.generation == snapshot.generation else None
 
     def make(self, dataset: Dataset, snapshot: Snapshot, lines: bool) -> GzipBody:
@@ -210,10 +212,10 @@ class GzipBodies:
         if body is None:
             body = GzipBody()
             self.made += 1
-            if dataset not in self._kept:
-                dataset.watch(self._published)
-                self._kept[dataset] = _Kept(snapshot.generation)
-            self._kept[dataset].bodies[lines] = body
+            if dataset.name not in self._kept:
+                unsubscribe = dataset.subscribe(lambda event: self._forget(event.dataset), Published, Ended)
+                self._kept[dataset.name] = _Kept(snapshot.generation, unsubscribe)
+            self._kept[dataset.name].bodies[lines] = body
             pieces = json_lines(snapshot.rows) if lines else json_object(snapshot.rows)
             # It ends by itself, logs its failure and is never waited for: the body tells how far it is.
             Deferred.fromCoroutine(self._compress(pieces, ref(body)))
@@ -221,12 +223,12 @@ class GzipBodies:
 
     def forget(self) -> None:
         """Drop all bodies; what nobody follows is not finished."""
-        for dataset in list(self._kept):
-            self._published(dataset)
+        for name in list(self._kept):
+            self._forget(name)
 
-    def _published(self, dataset: Dataset) -> None:
-        if self._kept.pop(dataset, None) is not None:
-            dataset.unwatch(self._published)
+    def _forget(self, name: str) -> None:
+        if (kept := self._kept.pop(name, None)) is not None:
+            kept.unsubscribe()
 
     async def _compress(self, pieces: Iterable[bytes], alive: ref[GzipBody]) -> None:
         # Between the pieces only those who want the body hold it.

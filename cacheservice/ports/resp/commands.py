@@ -26,10 +26,11 @@ from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
 from cacheservice import __version__
-from cacheservice.cache.cache import Cache, Fate
+from cacheservice.cache.cache import Cache
 from cacheservice.cache.counts import Reads
 from cacheservice.cache.dataset import Dataset, Snapshot, State
 from cacheservice.cache.describe import describe_dataset
+from cacheservice.cache.events import Added, Changed, Ended, Event, Published, Renewed
 from cacheservice.cache.rows import PATCHED_GROUP_BITS, PATCHED_GROUP_MASK, Groups, Rows, Shards, bulk
 from cacheservice.errors import UnknownDataset
 from cacheservice.ports.freshness import Freshness
@@ -94,9 +95,12 @@ class Commands:
         }
         # What `get` may answer without a further question: what is loaded and served however old it is.
         self._served: dict[bytes, _Served] = {}
-        cache.watch(self._declared)
+        cache.events.subscribe(self._declared, Added, Changed)
+        cache.events.subscribe(self._ended, Ended)
+        # What is renewed may have other rows of the same content.
+        cache.events.subscribe(self._serve, Published, Renewed)
         for dataset in cache.datasets.values():
-            self._declared(dataset, "added")
+            self._declared(Added(dataset.name))
 
     def frozen(self) -> Commands:
         """These commands on what is served now, whatever is published later."""
@@ -105,20 +109,22 @@ class Commands:
         frozen._served = {}  # a publish would empty them
         return frozen
 
-    def _declared(self, dataset: Dataset, fate: Fate) -> None:
-        name = dataset.name.encode()
+    def _declared(self, event: Event) -> None:
+        name = event.dataset.encode()
         self._served.pop(name, None)
-        if fate == "removed":
-            del self._datasets[name]
+        if name not in self._datasets:
+            self._datasets[name] = self._cache.dataset(event.dataset)
             self._numbered = None
-            return
-        if fate == "added":
-            self._datasets[name] = dataset
-            self._numbered = None
-            dataset.follow(self._published)  # what is renewed may have other rows of the same content
-        self._published(dataset)
+        self._serve(event)
 
-    def _published(self, dataset: Dataset) -> None:
+    def _ended(self, event: Event) -> None:
+        name = event.dataset.encode()
+        self._served.pop(name, None)
+        del self._datasets[name]
+        self._numbered = None
+
+    def _serve(self, event: Event) -> None:
+        dataset = self._cache.dataset(event.dataset)
         if dataset.snapshot is not None and dataset.settings.on_expired == "serve":
             groups, mask = dataset.snapshot.rows.groups, dataset.snapshot.rows.mask
             shards = groups[0] if len(groups) == 1 else []

@@ -17,9 +17,9 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from cacheservice.cache.cache import Cache, Fate
-from cacheservice.cache.dataset import Dataset
+from cacheservice.cache.cache import Cache
 from cacheservice.cache.describe import iso
+from cacheservice.cache.events import Event, Published
 from cacheservice.cache.rows import bulk
 from cacheservice.ports import rejected
 from cacheservice.ports.admission import Door, open_door
@@ -805,9 +805,8 @@ class RespFactory(ServerFactory):
         self._unsent: list[RespProtocol] = []
         self._end_of_turn: Any = None
         self._in_round = False
-        cache.watch(self._declared)
-        for dataset in cache.datasets.values():
-            self._declared(dataset, "added")
+        # Who has subscribed to a dataset that is removed is notified again once it comes back.
+        cache.events.subscribe(self._published, Published)
 
     def buildProtocol(self, addr: object) -> RespProtocol:  # type: ignore[override]  # it holds another `factory`
         return RespProtocol(self, next(self._numbers))
@@ -855,12 +854,8 @@ class RespFactory(ServerFactory):
         if not self.subscribers[channel]:
             del self.subscribers[channel]
 
-    def _declared(self, dataset: Dataset, fate: Fate) -> None:
-        # Who has subscribed to one that is removed hears nothing of it until it comes again.
-        if fate == "added":
-            dataset.watch(self._published)
-
-    def _published(self, dataset: Dataset) -> None:
+    def _published(self, event: Event) -> None:
+        dataset = self.cache.dataset(event.dataset)
         channel = _CHANNEL_PREFIX + dataset.name.encode()
         subscribers = self.subscribers.get(channel)
         if not subscribers or dataset.snapshot is None:

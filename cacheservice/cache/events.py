@@ -1,0 +1,86 @@
+"""What happens to datasets, and the one way to be notified of it.
+
+An observer is called in the turn of the reactor in which the event happens, once the state has changed. It must not
+raise. Those that subscribed to all datasets are called first, then those of the one dataset, each in their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something happened to the dataset of this name."""
+
+    dataset: str
+
+
+@dataclass(frozen=True, slots=True)
+class Published(Event):
+    """The dataset serves another snapshot, of this generation; `previous` is the last generation before it."""
+
+    generation: int
+    previous: int
+
+
+class Renewed(Event):
+    """The same content is served, as of a later moment; the rows may be another object."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended(Event):
+    """The dataset is not declared any more, and serves nothing; `generation` is the last one that it served."""
+
+    generation: int
+
+
+class AttemptEnded(Event):
+    """An attempt to refresh it has ended; it is the last of the dataset's `attempts`."""
+
+
+class Added(Event):
+    """The configuration has added it."""
+
+
+class Changed(Event):
+    """The configuration has changed its settings."""
+
+
+Observer = Callable[[Event], object]
+
+
+class Events:
+    """Notifies observers."""
+
+    def __init__(self) -> None:
+        self._observers: dict[tuple[type[Event], str | None], list[Observer]] = {}
+
+    @property
+    def subscription_count(self) -> int:
+        """How many subscriptions there are, one for each kind of event."""
+        return sum(map(len, self._observers.values()))
+
+    def subscribe(self, observer: Observer, *kinds: type[Event], of: str | None = None) -> Callable[[], None]:
+        """Have `observer` called for events of these kinds; return the function that ends that.
+
+        :param of: the only dataset whose events are wanted; None for those of all.
+        """
+        for kind in kinds:
+            self._observers.setdefault((kind, of), []).append(observer)
+
+        def unsubscribe() -> None:
+            for kind in kinds:
+                observers = self._observers[kind, of]
+                observers.remove(observer)
+                if not observers:
+                    del self._observers[kind, of]
+
+        return unsubscribe
+
+    def notify(self, event: Event) -> None:
+        """Call the observers of `event`."""
+        kind, name = type(event), event.dataset
+        for observer in (*self._observers.get((kind, None), ()), *self._observers.get((kind, name), ())):
+            observer(event)
