@@ -17,7 +17,7 @@ import pytest
 from hypothesis import settings
 
 from cacheservice.cli.embedded import EmbeddedPostgres
-from tests.versions import DEFAULT_VERSION, VERSIONS, MakeServer, OlderPostgres, running_server
+from tests.kit.versions import DEFAULT_VERSION, VERSIONS, MakeServer, OlderPostgres, running_server
 
 # No deadline: how long an example takes is up to the machine.
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cacheservice.cli.embedded import _free_port
-from tests.postgres import connect
+from tests.kit.postgres import connect
 from tests.test_twistd import GIVE_UP_S, Daemon, DaemonTestCase, until
 
 PROGRAM = shutil.which("haproxy", path="/usr/sbin:/usr/bin:/usr/local/sbin")

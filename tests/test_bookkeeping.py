@@ -17,9 +17,9 @@ from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.errors import WatchFailed
 from cacheservice.postgres.migrate import migrate
 from cacheservice.postgres.watch import unwatch, watch
-from tests.postgres import at_least, connect, fresh_database, query
+from tests.kit.postgres import at_least, connect, fresh_database, query
+from tests.kit.versions import MakeServer, running_server
 from tests.test_watch import TRIGGERS, Refreshing, template  # noqa: F401  # a fixture
-from tests.versions import MakeServer, running_server
 
 GIVE_UP_S = 60
 FOLDER = shipped.folder("migrations")

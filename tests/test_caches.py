@@ -16,9 +16,10 @@ from typing import ClassVar
 from twisted.internet import reactor
 from twisted.internet.task import deferLater
 
+from tests.kit.paths import ROOT
 from tests.test_http_port import Answer, PortTestCase, ask_on, encoded, rows_of
 
-PAGE = (Path(__file__).parent.parent / "docs" / "caches.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "caches.md").read_text(encoding="utf-8")
 GIVE_UP_S = 60.0
 ROW, WHOLE = "/v1/datasets/products/rows/1", "/v1/datasets/products"
 MODULES = ("mpm_event", "authz_core", "proxy", "proxy_http", "cache", "cache_disk")

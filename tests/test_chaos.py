@@ -22,8 +22,8 @@ from twisted.trial.unittest import TestCase
 from zope.interface import implementer
 
 from cacheservice.cli.embedded import EmbeddedPostgres
-from tests.chaos import FaultyNetwork
-from tests.postgres import fresh_database, sessions_left
+from tests.kit.chaos import FaultyNetwork
+from tests.kit.postgres import fresh_database, sessions_left
 
 QUIET_S = 0.3  # how long to listen to what should say nothing
 

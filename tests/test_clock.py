@@ -13,8 +13,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from cacheservice import clock
 from cacheservice.clock import Host
 from cacheservice.persistence.age import Age, ReadOn
-
-ROOT = Path(__file__).parent.parent
+from tests.kit.paths import ROOT
 
 
 class Clocks(SynchronousTestCase):

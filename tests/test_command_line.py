@@ -20,9 +20,9 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.cli.demo import _quoted
 from cacheservice.cli.embedded import EmbeddedPostgres
-from tests.postgres import fresh_database, query
+from tests.kit.paths import ROOT
+from tests.kit.postgres import fresh_database, query
 
-ROOT = Path(__file__).parent.parent
 LIMIT_S = 120  # for what takes seconds on a quiet machine
 
 

@@ -21,8 +21,8 @@ from cacheservice.postgres.target import parse
 from cacheservice.postgres.translate import translate
 from cacheservice.refresh.drain import Drain
 from cacheservice.refresh.service import CacheService
-from tests.postgres import connect
-from tests.standby import running_standby
+from tests.kit.postgres import connect
+from tests.kit.standby import running_standby
 from tests.test_guard import until
 from tests.test_refresh_service import ROWS, Log, ServiceTestCase, declare
 from tests.test_refresher import RefreshTestCase

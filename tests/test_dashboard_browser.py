@@ -19,7 +19,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from twisted.trial.unittest import SkipTest
 
-from tests.standby import running_standby
+from tests.kit.standby import running_standby
 from tests.test_admission import OPEN_FILES
 from tests.test_dashboard import ask_on
 from tests.test_twistd import GIVE_UP_S, Daemon, DaemonTestCase, until

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -24,9 +23,10 @@ from cacheservice.errors import BadResult, LockTimeout, QueryFailed, QueryTimeou
 from cacheservice.postgres.database import Database, Reading, Wanted
 from cacheservice.postgres.statements import first_rows
 from cacheservice.postgres.target import parse
-from tests.postgres import OURS, connect, fresh_database, query, sessions_left
+from tests.kit.paths import ROOT
+from tests.kit.postgres import OURS, connect, fresh_database, query, sessions_left
 
-MIGRATION = Path(__file__).parent.parent / "migrations" / "0001_schema.sql"
+MIGRATION = ROOT / "migrations" / "0001_schema.sql"
 TIMEOUT_S = 60.0
 
 TYPES = r"""

@@ -36,9 +36,9 @@ from cacheservice.postgres.target import parse
 from cacheservice.postgres.watch import watch
 from cacheservice.refresh.drain import Drain
 from cacheservice.refresh.service import CacheService
-from tests.standby import running_standby
+from tests.kit.standby import running_standby
+from tests.kit.versions import MakeServer, running_server
 from tests.test_refresh_service import Log
-from tests.versions import MakeServer, running_server
 
 SEED = int(os.environ.get("CACHESERVICE_TEST_DELTAS_SEED", "20261128"))
 ROUNDS = int(os.environ.get("CACHESERVICE_TEST_DELTAS", "150"))

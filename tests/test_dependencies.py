@@ -27,9 +27,9 @@ from cacheservice.postgres.database import Database, Reading, Wanted
 from cacheservice.postgres.migrate import migrate
 from cacheservice.postgres.target import parse
 from cacheservice.postgres.watch import watch
-from tests import pgbouncer
-from tests.pgbouncer import running_pgbouncer
-from tests.postgres import connect, drop_role, fresh_database, query
+from tests.kit import pgbouncer
+from tests.kit.pgbouncer import running_pgbouncer
+from tests.kit.postgres import connect, drop_role, fresh_database, query
 
 SCHEMA = """
 CREATE TYPE mood AS ENUM ('sad', 'ok');

@@ -25,8 +25,9 @@ import psutil
 import pytest
 
 from cacheservice.cli.embedded import EmbeddedPostgres
-from tests.postgres import drop_role, fresh_database, query
-from tests.update_references import PAGES, QUOTATION, ROOT, quotations, updated
+from tests.kit.paths import ROOT
+from tests.kit.postgres import drop_role, fresh_database, query
+from tests.update_references import PAGES, QUOTATION, quotations, updated
 
 LIMIT_S = 60.0  # for what takes seconds on a quiet machine
 PORTS = {"status": "8000", "RESP": "6380", "HTTP": "8080"}

@@ -16,7 +16,7 @@ import pytest
 from twisted.trial.unittest import SkipTest, SynchronousTestCase, TestCase
 
 from cacheservice.cli.embedded import EmbeddedPostgres
-from tests.faults import (
+from tests.kit.faults import (
     FAULTS,
     QUERY,
     TABLES,
@@ -31,7 +31,7 @@ from tests.faults import (
     possible,
     storm,
 )
-from tests.postgres import fresh_database
+from tests.kit.postgres import fresh_database
 from tests.test_twistd import until
 
 SEED = 1

@@ -24,8 +24,8 @@ from cacheservice.postgres.migrate import migrate
 from cacheservice.postgres.reader import create_reader
 from cacheservice.postgres.watch import unwatch, watch
 from cacheservice.shipped import folder
-from tests.postgres import connect, query
-from tests.resp_peer import encode
+from tests.kit.postgres import connect, query
+from tests.kit.resp_peer import encode
 from tests.test_twistd import GIVE_UP_S, Daemon, DaemonTestCase, until
 
 WATCH = 'watch = [{table = "public.things", key = "id"}]'

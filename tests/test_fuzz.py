@@ -17,7 +17,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from hypothesis import HealthCheck, given, settings
@@ -37,8 +36,9 @@ from cacheservice.ports.resp.protocol import RespFactory
 from cacheservice.ports.status import Commands as StatusCommands
 from cacheservice.ports.status import StatusFactory
 from cacheservice.ports.throttle import Throttle
-from tests.fuzz import GIVE_UP_S, Found, Input, Orders, Talk, exchange
-from tests.resp_peer import NoRefreshes, document, encode, filled_cache
+from tests.kit.fuzz import GIVE_UP_S, Found, Input, Orders, Talk, exchange
+from tests.kit.paths import ROOT
+from tests.kit.resp_peer import NoRefreshes, document, encode, filled_cache
 
 INPUTS = int(os.environ.get("FUZZ_INPUTS", "100000"))
 SEED = os.environ.get("FUZZ_SEED") or "66f4657a"
@@ -144,13 +144,13 @@ class UnderAttack:
     async def attacked(self, port: IListeningPort, secret: str, inputs: int) -> Found:
         def run() -> Found:
             ended = subprocess.run(
-                [sys.executable, "-m", "tests.fuzz"],
+                [sys.executable, "-m", "tests.kit.fuzz"],
                 input=json.dumps(asdict(self.orders(port, secret, inputs))),
                 capture_output=True,
                 text=True,
                 check=False,
                 timeout=self.timeout,
-                cwd=Path(__file__).parent.parent,
+                cwd=ROOT,
             )
             assert not ended.returncode, f"seed {SEED}: {ended.stderr}"
             return Found(**json.loads(ended.stdout))

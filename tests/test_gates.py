@@ -16,7 +16,7 @@ from cacheservice.cache.rows import RowsBuilder
 from cacheservice.config import DatasetSettings
 from cacheservice.ports.report import show, status_table, why
 from cacheservice.refresh.gates import refusal
-from tests.postgres import connect
+from tests.kit.postgres import connect
 from tests.test_guard import until
 from tests.test_refresh_service import ROWS, ServiceTestCase, declare
 from tests.test_refresher import RefreshTestCase

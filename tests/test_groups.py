@@ -26,8 +26,8 @@ from cacheservice.ports.listen import tcp
 from cacheservice.ports.resp.commands import Commands
 from cacheservice.ports.resp.protocol import RespFactory
 from cacheservice.refresh.service import CacheService
-from tests.postgres import connect
-from tests.resp_peer import encode
+from tests.kit.postgres import connect
+from tests.kit.resp_peer import encode
 from tests.test_guard import until
 from tests.test_refresh_service import ServiceTestCase, declare
 from tests.test_resp_port import Client

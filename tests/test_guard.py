@@ -49,8 +49,8 @@ from cacheservice.postgres.database import Database
 from cacheservice.postgres.guard import GuardedConnection
 from cacheservice.postgres.resolve import Resolver
 from cacheservice.postgres.target import parse
-from tests.chaos import FaultyNetwork
-from tests.postgres import connect, fresh_database, sessions_left
+from tests.kit.chaos import FaultyNetwork
+from tests.kit.postgres import connect, fresh_database, sessions_left
 
 ROUNDS = 50
 LONG_S = 60.0  # never reached: what ends the read is the fault

@@ -22,7 +22,7 @@ from cacheservice.ports.http import HttpFactory
 from cacheservice.ports.listen import tcp
 from cacheservice.ports.resp.commands import Commands
 from cacheservice.ports.resp.protocol import RespFactory
-from tests.resp_peer import NoRefreshes, encode
+from tests.kit.resp_peer import NoRefreshes, encode
 from tests.test_status_port import until
 
 MOMENT = datetime(2026, 1, 2, tzinfo=UTC)

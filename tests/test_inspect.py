@@ -31,11 +31,11 @@ from cacheservice.postgres.migrate import migrate
 from cacheservice.postgres.reader import create_reader
 from cacheservice.postgres.session_settings import Limits, begin_reading
 from cacheservice.postgres.watch import unwatch, watch
-from tests import pgbouncer, pgpool
-from tests.pgbouncer import running_pgbouncer
-from tests.pgpool import running_pgpool
-from tests.postgres import connect, fresh_database, query, sessions
-from tests.standby import running_standby
+from tests.kit import pgbouncer, pgpool
+from tests.kit.pgbouncer import running_pgbouncer
+from tests.kit.pgpool import running_pgpool
+from tests.kit.postgres import connect, fresh_database, query, sessions
+from tests.kit.standby import running_standby
 from tests.test_status_command import CommandLine
 from tests.test_twistd import GIVE_UP_S, until
 

@@ -21,9 +21,9 @@ from cacheservice.postgres.database import Wanted
 from cacheservice.postgres.keys import KeyForm
 from cacheservice.postgres.migrate import migrate
 from cacheservice.postgres.watch import watch
-from tests.postgres import query
+from tests.kit.postgres import query
+from tests.kit.versions import NEEDS_NPM, OlderPostgres
 from tests.test_dependencies import DependenciesTestCase
-from tests.versions import NEEDS_NPM, OlderPostgres
 
 PART = st.text(alphabet="ab:\\|", max_size=4)
 

@@ -29,10 +29,10 @@ from cacheservice.postgres.inspect import inspecting
 from cacheservice.postgres.migrate import migrate
 from cacheservice.postgres.reader import create_reader
 from cacheservice.postgres.target import parse
-from tests.standby import Standby, running_standby
+from tests.kit.standby import Standby, running_standby
+from tests.kit.versions import MakeServer
 from tests.test_guard import until
 from tests.test_refresh_service import declare
-from tests.versions import MakeServer
 
 QUIET = Receiver("streaming", 990.0, 0.0, 500)
 IDLE = StandbyFacts("reader", 100_000_000, 1000.0, 500, 500, 400.0, False, 60.0, 0.0, QUIET)

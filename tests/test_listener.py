@@ -30,10 +30,10 @@ from cacheservice.postgres.database import Database
 from cacheservice.postgres.guard import GuardedConnection
 from cacheservice.postgres.listener import Listener
 from cacheservice.postgres.target import parse
-from tests import pgbouncer
-from tests.pgbouncer import running_pgbouncer
-from tests.postgres import connect, query, sessions, sessions_left
-from tests.standby import running_standby
+from tests.kit import pgbouncer
+from tests.kit.pgbouncer import running_pgbouncer
+from tests.kit.postgres import connect, query, sessions, sessions_left
+from tests.kit.standby import running_standby
 from tests.test_guard import (
     LONG_S,
     LONGEST_GAP_S,

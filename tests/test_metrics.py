@@ -12,7 +12,6 @@ from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
 from http.client import HTTPConnection
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from hypothesis import given, settings
@@ -35,9 +34,10 @@ from cacheservice.config import DatasetSettings
 from cacheservice.ops.metrics import Metrics
 from cacheservice.ops.stall import BOUNDS_S, TICK_S, StallWatch
 from cacheservice.ports.rejected import none_yet
+from tests.kit.paths import ROOT
 from tests.test_twistd import GIVE_UP_S, PRODUCTS, Daemon, DaemonTestCase, until
 
-PAGE = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
 MOMENT = datetime(2026, 1, 2, 3, 4, 5, 678000, tzinfo=UTC)
 
 # What the contract names, with the kind and the labels of each. A histogram's buckets have "le" besides.

@@ -32,9 +32,9 @@ from cacheservice.postgres.oldest import too_old
 from cacheservice.postgres.reader import create_reader
 from cacheservice.postgres.target import parse
 from cacheservice.postgres.watch import watch
-from tests import pgbouncer
-from tests.pgbouncer import running_pgbouncer
-from tests.postgres import at_least, connect, fresh_database, query
+from tests.kit import pgbouncer
+from tests.kit.pgbouncer import running_pgbouncer
+from tests.kit.postgres import at_least, connect, fresh_database, query
 
 READER = "a reader"  # quoted wherever it goes
 FOLDER = shipped.folder("migrations")

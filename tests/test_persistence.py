@@ -61,8 +61,8 @@ from cacheservice.persistence.files import (
     read,
 )
 from cacheservice.persistence.store import SnapshotStore
-from tests.persistence_child import killed_after, killed_while_renewing, rows_of_generation
-from tests.postgres import PRIMARY
+from tests.kit.persistence_child import killed_after, killed_while_renewing, rows_of_generation
+from tests.kit.postgres import PRIMARY
 
 AS_OF = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 KILLS = int(os.environ.get("CACHESERVICE_TEST_KILLS", "30"))

@@ -17,9 +17,10 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice import config
 from cacheservice.process import log_file
-from tests import pgbouncer
-from tests.pgbouncer import running_pgbouncer
-from tests.postgres import query
+from tests.kit import pgbouncer
+from tests.kit.paths import ROOT
+from tests.kit.pgbouncer import running_pgbouncer
+from tests.kit.postgres import query
 from tests.test_twistd import GIVE_UP_S, PRODUCTS, DaemonTestCase, until
 
 QUICK = """
@@ -59,7 +60,7 @@ class Process(DaemonTestCase):
             [sys.executable, "-m", "cacheservice", *arguments],
             check=False,
             cwd=self.directory,
-            env={**inherited, "PYTHONPATH": str(Path(__file__).parent.parent)},
+            env={**inherited, "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
             timeout=GIVE_UP_S,

@@ -23,8 +23,8 @@ from cacheservice.postgres.reader import create_reader
 from cacheservice.postgres.recorded import Recorded
 from cacheservice.postgres.target import parse
 from cacheservice.postgres.watch import watch
-from tests.postgres import connect, drop_role
-from tests.standby import running_standby
+from tests.kit.postgres import connect, drop_role
+from tests.kit.standby import running_standby
 from tests.test_database import TIMEOUT_S, DatabaseTestCase
 from tests.test_refresher import AS_OF, World
 

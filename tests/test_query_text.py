@@ -16,7 +16,7 @@ from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.config import DatasetSettings
 from cacheservice.postgres.statements import columns_query, probe_query, rows_query, whole_query
 from cacheservice.query_text import closed, without_semicolon
-from tests.postgres import connect, fresh_database
+from tests.kit.postgres import connect, fresh_database
 
 PIECES = st.sampled_from(
     [

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 import tomllib
-from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.config import DatasetSettings, reference
+from tests.kit.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 REFERENCE = ROOT / "docs" / "configuration.md"
 

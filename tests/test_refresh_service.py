@@ -19,7 +19,7 @@ from cacheservice.postgres.database import Database
 from cacheservice.postgres.target import parse
 from cacheservice.refresh.drain import Drain
 from cacheservice.refresh.service import CacheService
-from tests.postgres import connect, query, sessions_left
+from tests.kit.postgres import connect, query, sessions_left
 from tests.test_guard import LONGEST_GAP_S, ONE_SLOW_ROW, GuardTestCase, held, our_timers, until
 
 ROWS = 200

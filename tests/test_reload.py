@@ -34,7 +34,7 @@ from cacheservice.ports.resp.reply import CommandError
 from cacheservice.ports.status import Commands
 from cacheservice.refresh.budget import Budget
 from cacheservice.refresh.slots import Slots
-from tests.postgres import PRIMARY, fresh_database, query, sessions
+from tests.kit.postgres import PRIMARY, fresh_database, query, sessions
 from tests.test_refresher import RefreshTestCase, World
 from tests.test_slots import Job
 from tests.test_twistd import GIVE_UP_S, Daemon, DaemonTestCase, until

@@ -1,4 +1,4 @@
-"""Unmodified Redis clients against the RESP port, which runs in a process of its own (tests/resp_peer.py)."""
+"""Unmodified Redis clients against the RESP port, which runs in a process of its own (tests/kit/resp_peer.py)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from twisted.trial.unittest import SynchronousTestCase
 
-from tests.resp_peer import ROWS, document
+from tests.kit.paths import ROOT
+from tests.kit.resp_peer import ROWS, document
 
 GIVE_UP_S = 120.0
 PASSWORD = "open sesame"
@@ -34,11 +35,10 @@ class Peer:
     """The program, and orders to it."""
 
     def __init__(self, *arguments: str) -> None:
-        command = [sys.executable, "-m", "tests.resp_peer", *arguments]
-        root = Path(__file__).parent.parent
+        command = [sys.executable, "-m", "tests.kit.resp_peer", *arguments]
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # `end` closes it
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, cwd=root
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, cwd=ROOT
         )
         self.port = self._answer()
 
@@ -556,14 +556,14 @@ class Node(ClientTestCase):
 
     def test_the_documented_example(self) -> None:
         """The example of docs/reading.md runs as it stands there, and gives the document."""
-        page = (Path(__file__).parent.parent / "docs" / "reading.md").read_text(encoding="utf-8")
+        page = (ROOT / "docs" / "reading.md").read_text(encoding="utf-8")
         (example,) = re.findall(r"```js\n(.*?)```", page, re.S)
         program = example.replace("6380", "PORT") + "console.log(JSON.stringify(product));"
         self.assertEqual(self.tell(program, "--input-type=module"), [json.loads(document(42, 1))])
 
     def test_the_documented_example_outlives_a_lost_connection(self) -> None:
         """With its listener the process lives when its connection is cut, and reads again."""
-        page = (Path(__file__).parent.parent / "docs" / "reading.md").read_text(encoding="utf-8")
+        page = (ROOT / "docs" / "reading.md").read_text(encoding="utf-8")
         (example,) = re.findall(r"```js\n(.*?)```", page, re.S)
         program = example.replace("6380", str(self.peer.port)).replace(
             "await cache.close();",

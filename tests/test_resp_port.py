@@ -13,7 +13,6 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import closing
-from pathlib import Path
 from random import Random
 from typing import Any
 from weakref import ref
@@ -36,12 +35,12 @@ from cacheservice.ports.listen import tcp
 from cacheservice.ports.resp.commands import Commands
 from cacheservice.ports.resp.protocol import BYTES_PER_TURN, RespFactory, RespProtocol
 from cacheservice.ports.resp.scan import END_OF_DATASET, SortedShards, numbered, scan_rows
-from tests.postgres import PRIMARY
-from tests.resp_peer import MOMENT, ROWS, declared, document, encode, failed_attempt, filled_cache, publish
+from tests.kit.paths import ROOT
+from tests.kit.postgres import PRIMARY
+from tests.kit.resp_peer import MOMENT, ROWS, declared, document, encode, failed_attempt, filled_cache, publish
 
 GIVE_UP_S = 60.0  # a client that waits longer than this for its reply has hung
 MANY_ROWS = 300_000
-ROOT = Path(__file__).resolve().parent.parent
 
 Words = tuple[bytes | str | int, ...]
 

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.ports.resp.scan import glob
-from tests.resp_peer import document, encode
+from tests.kit.paths import ROOT
+from tests.kit.resp_peer import document, encode
 
 GIVE_UP_S = 60.0
 ROWS = 20
@@ -71,10 +72,9 @@ def real_server(*options: str) -> Iterator[int]:
 
 @contextlib.contextmanager
 def our_server(*arguments: str, log: Any = None) -> Iterator[int]:
-    """tests/resp_peer.py in a process of its own; gives its port."""
-    command = [sys.executable, "-m", "tests.resp_peer", *arguments]
-    root = Path(__file__).parent.parent
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, cwd=root) as process:
+    """tests/kit/resp_peer.py in a process of its own; gives its port."""
+    command = [sys.executable, "-m", "tests.kit.resp_peer", *arguments]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, cwd=ROOT) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         try:

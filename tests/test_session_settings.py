@@ -25,9 +25,9 @@ from cacheservice.persistence.files import fingerprint
 from cacheservice.postgres.database import Database
 from cacheservice.postgres.inspect import inspecting
 from cacheservice.postgres.target import parse
-from tests import pgbouncer
-from tests.pgbouncer import running_pgbouncer
-from tests.postgres import fresh_database, query
+from tests.kit import pgbouncer
+from tests.kit.pgbouncer import running_pgbouncer
+from tests.kit.postgres import fresh_database, query
 
 # One column for each setting that is pinned, by its name; the others of the test are PostgreSQL's defaults.
 RENDERED = """

@@ -22,9 +22,9 @@ from cacheservice.postgres.database import Database
 from cacheservice.postgres.keeping import IDLE_LIMIT_S, NEAR_S, Window, has_room, is_next_use_near, planned
 from cacheservice.postgres.listener import Listener
 from cacheservice.postgres.target import parse
-from tests import pgbouncer
-from tests.pgbouncer import running_pgbouncer
-from tests.postgres import connect, sessions
+from tests.kit import pgbouncer
+from tests.kit.pgbouncer import running_pgbouncer
+from tests.kit.postgres import connect, sessions
 from tests.test_guard import LONG_S, GuardTestCase, rows_builder, until
 from tests.test_listener import Diary
 

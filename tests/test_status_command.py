@@ -30,9 +30,9 @@ from cacheservice.config import DatasetSettings
 from cacheservice.ports.report import json_line, status_table
 from cacheservice.postgres.migrate import migrate
 from cacheservice.postgres.watch import watch
-from tests.postgres import query
-from tests.standby import running_standby
-from tests.terminal import Terminal
+from tests.kit.postgres import query
+from tests.kit.standby import running_standby
+from tests.kit.terminal import Terminal
 from tests.test_twistd import GIVE_UP_S, Daemon, DaemonTestCase, until
 
 ITEMS = """

@@ -23,7 +23,7 @@ from cacheservice.cli.asking import Address, Answer
 from cacheservice.cli.embedded import _free_port
 from cacheservice.cli.tail import Event, Follower, in_words
 from cacheservice.errors import NoAnswer
-from tests.postgres import query
+from tests.kit.postgres import query
 from tests.test_status_command import GOOD, ITEMS, CommandLine
 from tests.test_twistd import GIVE_UP_S, until
 

@@ -9,7 +9,7 @@ from cacheservice.cache.dataset import Dataset
 from cacheservice.config import DatasetSettings
 from cacheservice.ports import report
 from cacheservice.postgres.target import parse
-from tests.postgres import query, sessions
+from tests.kit.postgres import query, sessions
 from tests.test_guard import until
 from tests.test_refresh_service import ServiceTestCase, declare
 

@@ -23,10 +23,10 @@ from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.process import Signals
-from tests.postgres import fresh_database, query, sessions
+from tests.kit.paths import ROOT
+from tests.kit.postgres import fresh_database, query, sessions
 
-REPOSITORY = Path(__file__).parent.parent
-TAC = REPOSITORY / "tac" / "cacheservice.tac"
+TAC = ROOT / "tac" / "cacheservice.tac"
 TWISTD = Path(sys.executable).with_name("twistd")
 GIVE_UP_S = 60.0  # what has not come by then does not come
 STOP_LIMIT_S = 5.0  # the contract's
@@ -143,7 +143,7 @@ class Daemon:
             self.process = subprocess.Popen(
                 [*before, str(TWISTD), "-noy", str(tac), "--pidfile="],
                 cwd=cwd or directory,
-                env={**inherited, "PYTHONPATH": str(REPOSITORY), **named, **(environ or {})},
+                env={**inherited, "PYTHONPATH": str(ROOT), **named, **(environ or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=output if stdout is None else stdout,
                 stderr=errors,

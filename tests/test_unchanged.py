@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 from twisted.internet import reactor
@@ -16,12 +15,12 @@ from cacheservice.postgres.inspect.watching import HOLDING_PROBE, misses_changes
 from cacheservice.postgres.migrate import migrate
 from cacheservice.postgres.watch import watch
 from cacheservice.refresh.service import CacheService
-from tests.postgres import connect, query
+from tests.kit.paths import ROOT
+from tests.kit.postgres import connect, query
 from tests.test_guard import until
 from tests.test_refresh_service import ServiceTestCase, declare
 from tests.test_refresher import RefreshTestCase
 
-REPOSITORY = Path(__file__).parent.parent
 TABLE = "CREATE TABLE products (id int PRIMARY KEY, n int, updated_at timestamptz DEFAULT now())"
 PROBE = f"SELECT {HOLDING_PROBE} FROM products"
 GREATEST = "SELECT max(updated_at) FROM products"
@@ -108,7 +107,7 @@ class Probes(UnchangedTestCase):
 
     def test_the_documentation_shows_it(self) -> None:
         """Probes in the documentation are such as hold, but for those that it warns of."""
-        text = (REPOSITORY / "docs" / "freshness.md").read_text()
+        text = (ROOT / "docs" / "freshness.md").read_text()
         self.assertIn(PROBE, text)
         self.assertFalse(misses_changes(PROBE))
         for probe in (GREATEST, "SELECT updated_at FROM products ORDER BY 1 DESC LIMIT 1", "SELECT last_value FROM s"):

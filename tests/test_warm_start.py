@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cacheservice.persistence.files import SnapshotWriter, read
-from tests.postgres import fresh_database, query
+from tests.kit.postgres import fresh_database, query
 from tests.test_twistd import GIVE_UP_S, Daemon, DaemonTestCase, until
 
 NOWHERE = "postgresql://nobody@127.0.0.1:1/nothing"

@@ -31,7 +31,7 @@ from cacheservice.postgres.migrate import migrate
 from cacheservice.postgres.reader import create_reader
 from cacheservice.postgres.triggers import EVENTS, MAY_BE_MERGE
 from cacheservice.postgres.watch import unwatch, watch
-from tests.postgres import at_least, connect, fresh_database, query
+from tests.kit.postgres import at_least, connect, fresh_database, query
 
 Key = str | tuple[str | None, ...] | None
 TRIGGERS = "SELECT tgrelid::regclass::text, tgname FROM pg_trigger WHERE tgname LIKE 'cacheservice%' ORDER BY 1, 2"

@@ -2,7 +2,7 @@
 
 `Storm` holds it all: writers that change tables of which it is known what they held at any moment (`Ledger`), the
 faulty network in a process of its own, the service under twistd with its snapshots on a small file system, readers in
-threads, and the faults (`FAULTS`). `python -m tests.faults PORT` is that network: it prints its own port, takes one
+threads, and the faults (`FAULTS`). `python -m tests.kit.faults PORT` is that network: it prints its own port, takes one
 order a line on standard input (`silence 1000`, `heal`), says `ok` after each, and ends with its standard input.
 
 What a reader is told is right if
@@ -56,11 +56,12 @@ from cacheservice.cache.dataset import Snapshot
 from cacheservice.cache.rows import RowsBuilder
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.persistence.store import SnapshotStore
-from tests.chaos import FaultyNetwork
-from tests.persistence_child import SETTINGS, killed_after, rows_of_generation
-from tests.postgres import connect, query, sessions
-from tests.resp_peer import encode
-from tests.test_twistd import CLOCK_SHIM, GIVE_UP_S, REPOSITORY, STOP_LIMIT_S, Daemon, until
+from tests.kit.chaos import FaultyNetwork
+from tests.kit.paths import ROOT
+from tests.kit.persistence_child import SETTINGS, killed_after, rows_of_generation
+from tests.kit.postgres import connect, query, sessions
+from tests.kit.resp_peer import encode
+from tests.test_twistd import CLOCK_SHIM, GIVE_UP_S, STOP_LIMIT_S, Daemon, until
 
 RECOVERY_LIMIT_S = 5.0
 """After the interval that follows the end of a fault."""
@@ -292,8 +293,8 @@ class Network:
 
     def __init__(self, target_port: int) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults", str(target_port)],
-            cwd=REPOSITORY,
+            [sys.executable, "-m", "tests.kit.faults", str(target_port)],
+            cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -14,7 +14,7 @@ from pathlib import Path
 import psycopg2
 
 from cacheservice.cli.embedded import EmbeddedPostgres
-from tests.standby import server_identity
+from tests.kit.standby import server_identity
 
 START_LIMIT_S = 60
 

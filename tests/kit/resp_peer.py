@@ -1,6 +1,6 @@
 """The RESP port of a filled cache, for clients in other processes, and what the tests of that port share.
 
-    python -m tests.resp_peer [PASSWORD [ROWS]]
+    python -m tests.kit.resp_peer [PASSWORD [ROWS]]
 
 prints its port; PASSWORD may be empty. `publish NAME ROWS` on standard input publishes the next generation of a
 dataset and prints its number; the program ends with its standard input.
@@ -27,7 +27,7 @@ from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.listen import tcp
 from cacheservice.ports.resp.commands import Commands
 from cacheservice.ports.resp.protocol import RespFactory
-from tests.postgres import PRIMARY
+from tests.kit.postgres import PRIMARY
 
 MOMENT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 ROWS = 1000

@@ -1,4 +1,4 @@
-"""Saves one generation after the other until it is killed: ``python -m tests.persistence_child DIRECTORY ROWS``.
+"""Saves one generation after the other until it is killed: ``python -m tests.kit.persistence_child DIRECTORY ROWS``.
 
 With ``renew`` after that it saves one, and renews it, each time a second later by the database's clock. A line on
 standard output tells that a generation or a renewal is begun, another that it is complete.
@@ -22,6 +22,7 @@ from cacheservice.cache.dataset import Snapshot
 from cacheservice.cache.rows import RowsBuilder
 from cacheservice.config import DatasetSettings
 from cacheservice.persistence.store import SnapshotStore
+from tests.kit.paths import ROOT
 
 SETTINGS = DatasetSettings(name="products", query="SELECT * FROM products", key=("id",))
 
@@ -98,8 +99,8 @@ def killed_while_renewing(directory: Path, after_s: float) -> tuple[int, int]:
 def _told_until_killed(directory: Path, after_s: float, *arguments: str) -> list[list[str]]:
     """The lines of a child, which is killed so long after its first; with renewals, after its first save."""
     child = subprocess.Popen(
-        [sys.executable, "-m", "tests.persistence_child", str(directory), *arguments],
-        cwd=Path(__file__).parent.parent,
+        [sys.executable, "-m", "tests.kit.persistence_child", str(directory), *arguments],
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -23,6 +23,7 @@ from types import MappingProxyType
 import pytest
 
 from cacheservice.cli.embedded import EmbeddedPostgres
+from tests.kit.paths import ROOT
 
 DEFAULT_VERSION = "18"
 VERSIONS = {
@@ -170,7 +171,7 @@ def run_database_layer(version: str) -> None:
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "CACHESERVICE_"))}
     run = subprocess.run(
         command,
-        cwd=Path(__file__).parent.parent,
+        cwd=ROOT,
         env=ours | {"CACHESERVICE_TEST_DELTAS": DELTAS},
         capture_output=True,
         text=True,

@@ -1,6 +1,6 @@
 """An attacker of the ports: valid requests, mutated, on many connections at once, and a judge of what comes back.
 
-    python -m tests.fuzz
+    python -m tests.kit.fuzz
 
 takes its orders from standard input as JSON (`Orders`) and writes what it found as JSON (`Found`). It is a process of
 its own, so that it takes no time of the reactor that it attacks. What is said on each connection follows from the seed
@@ -24,7 +24,7 @@ from typing import Any
 
 import hiredis
 
-from tests.resp_peer import encode
+from tests.kit.resp_peer import encode
 
 GIVE_UP_S = 60.0  # a port that says nothing for longer than this to a client that has said all it will, hangs
 CONNECTIONS = 32

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import psycopg2
 
 from cacheservice.cli.embedded import EmbeddedPostgres, _free_port
-from tests.pooler import program, running_pooler
-from tests.standby import folder_of_server_user
+from tests.kit.pooler import program, running_pooler
+from tests.kit.standby import folder_of_server_user
 
 PROGRAM = program("pgbouncer")
 NEEDED = "needs PgBouncer: apt-get install pgbouncer"
