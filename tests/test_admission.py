@@ -13,9 +13,9 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.ports.admission import Door, Plan, Room, plan
+from tests.kit.waiting import GIVE_UP_S, wait_until
 from tests.test_metrics import place
 from tests.test_probes import PRODUCTS, ProbesTestCase
-from tests.test_twistd import GIVE_UP_S, until
 
 OPEN_FILES = ("sh", "-c", 'ulimit -n 100; exec "$0" "$@"')
 
@@ -114,7 +114,7 @@ class FewDescriptors(ProbesTestCase):
                 moments.add(daemon.json()["datasets"]["products"]["as_of"])
                 return len(moments) > 3
 
-            until(is_refreshed, "refreshes")
+            wait_until(is_refreshed, "refreshes")
             self.assertEqual(daemon.json()["datasets"]["products"]["consecutive_failures"], 0)
             self.wait_ready(daemon)
             now = self.now(daemon)

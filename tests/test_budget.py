@@ -16,7 +16,7 @@ from cacheservice.config import DatasetSettings
 from cacheservice.ports import report
 from cacheservice.refresh.budget import WINDOW_S, Budget
 from cacheservice.refresh.slots import Slots
-from tests.test_guard import until
+from tests.kit.waiting import until
 from tests.test_refresh_service import ServiceTestCase, declare
 from tests.test_refresher import RefreshTestCase, World
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
@@ -24,6 +23,7 @@ from zope.interface import implementer
 from cacheservice.cli.embedded import EmbeddedPostgres
 from tests.kit.chaos import FaultyNetwork
 from tests.kit.postgres import fresh_database, sessions_left
+from tests.kit.waiting import until
 
 QUIET_S = 0.3  # how long to listen to what should say nothing
 
@@ -101,12 +101,6 @@ def read_exactly(client: socket.socket, size_bytes: int) -> bytes:
         assert part, "the connection ended"
         heard += part
     return heard
-
-
-async def until(true: Callable[[], object]) -> None:
-    """Wait for what has to come; trial's own time limit ends a test where it does not."""
-    while not true():
-        await deferLater(reactor, 0.01)
 
 
 class FaultTestCase(TestCase):

@@ -23,7 +23,7 @@ from cacheservice.refresh.drain import Drain
 from cacheservice.refresh.service import CacheService
 from tests.kit.postgres import connect
 from tests.kit.standby import running_standby
-from tests.test_guard import until
+from tests.kit.waiting import until
 from tests.test_refresh_service import ROWS, Log, ServiceTestCase, declare
 from tests.test_refresher import RefreshTestCase
 

@@ -34,8 +34,8 @@ from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.http import HttpFactory
 from cacheservice.ports.http.bodies import PIECE_BYTES
 from cacheservice.ports.http.events import HEARTBEAT_S, PERIOD_S, Feed
+from tests.kit.waiting import GIVE_UP_S, until, wait_until
 from tests.test_http_port import (
-    GIVE_UP_S,
     MOMENT,
     Answer,
     FakeRefreshes,
@@ -45,10 +45,8 @@ from tests.test_http_port import (
     declared,
     encoded,
     read_to_the_end,
-    until,
 )
 from tests.test_twistd import DaemonTestCase
-from tests.test_twistd import until as wait_until
 
 WORST_LAST = ("unchanged", "published", "held", "failed")
 MANY = 500

@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from twisted.internet import reactor
 from twisted.internet.interfaces import IListeningPort
-from twisted.internet.task import Clock, deferLater
+from twisted.internet.task import Clock
 from twisted.internet.threads import deferToThread
 from twisted.logger import LogEvent, globalLogPublisher
 from twisted.trial.unittest import TestCase
@@ -36,9 +36,10 @@ from cacheservice.ports.resp.protocol import RespFactory
 from cacheservice.ports.status import Commands as StatusCommands
 from cacheservice.ports.status import StatusFactory
 from cacheservice.ports.throttle import Throttle
-from tests.kit.fuzz import GIVE_UP_S, Found, Input, Orders, Talk, exchange
+from tests.kit.fuzz import Found, Input, Orders, Talk, exchange
 from tests.kit.paths import ROOT
 from tests.kit.resp_peer import NoRefreshes, document, encode, filled_cache
+from tests.kit.waiting import GIVE_UP_S, until
 
 INPUTS = int(os.environ.get("FUZZ_INPUTS", "100000"))
 SEED = os.environ.get("FUZZ_SEED") or "66f4657a"
@@ -54,12 +55,6 @@ MAX_CONNECTIONS = 1000
 EXAMPLES = 300
 
 nonsense = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
-
-
-async def until(true: Callable[[], object]) -> None:
-    """Wait for what has to come; trial's own time limit ends a test where it does not."""
-    while not true():
-        await deferLater(reactor, 0.01)
 
 
 def address_space_bytes() -> int:

@@ -17,7 +17,7 @@ from cacheservice.config import DatasetSettings
 from cacheservice.ports.report import show, status_table, why
 from cacheservice.refresh.gates import refusal
 from tests.kit.postgres import connect
-from tests.test_guard import until
+from tests.kit.waiting import until
 from tests.test_refresh_service import ROWS, ServiceTestCase, declare
 from tests.test_refresher import RefreshTestCase
 

@@ -28,7 +28,7 @@ from cacheservice.ports.resp.protocol import RespFactory
 from cacheservice.refresh.service import CacheService
 from tests.kit.postgres import connect
 from tests.kit.resp_peer import encode
-from tests.test_guard import until
+from tests.kit.waiting import until
 from tests.test_refresh_service import ServiceTestCase, declare
 from tests.test_resp_port import Client
 

@@ -51,6 +51,7 @@ from cacheservice.postgres.resolve import Resolver
 from cacheservice.postgres.target import parse
 from tests.kit.chaos import FaultyNetwork
 from tests.kit.postgres import connect, fresh_database, sessions_left
+from tests.kit.waiting import until
 
 ROUNDS = 50
 LONG_S = 60.0  # never reached: what ends the read is the fault
@@ -106,12 +107,6 @@ def held() -> dict[str, Any]:
             repr(call.func) for call in reactor.getDelayedCalls() if not isinstance(call.func, LoopingCall)
         ),
     }
-
-
-async def until(true: Callable[[], object]) -> None:
-    """Wait for what has to come; trial's own time limit ends a test where it does not."""
-    while not true():
-        await deferLater(reactor, 0.005)
 
 
 @pytest.mark.usefixtures("server")

@@ -23,7 +23,7 @@ from cacheservice.ports.listen import tcp
 from cacheservice.ports.resp.commands import Commands
 from cacheservice.ports.resp.protocol import RespFactory
 from tests.kit.resp_peer import NoRefreshes, encode
-from tests.test_status_port import until
+from tests.kit.waiting import until
 
 MOMENT = datetime(2026, 1, 2, tzinfo=UTC)
 ROWS = 4000

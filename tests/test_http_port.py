@@ -44,9 +44,9 @@ from cacheservice.ports.http.negotiation import codings, media_type
 from cacheservice.ports.http.problem import Problem
 from cacheservice.ports.listen import tcp
 from cacheservice.ports.throttle import LONG_WAIT_S, SHORT_WAIT_S, Throttle
+from tests.kit.waiting import GIVE_UP_S, until
 
 MOMENT = datetime(2026, 1, 2, 3, 4, 5, 678000, tzinfo=UTC)
-GIVE_UP_S = 60.0  # a client that waits longer than this for its answer has hung
 
 ROWS = {
     "1": '{"id":1,"name":"hammer"}',
@@ -133,12 +133,6 @@ def read_to_the_end(client: socket.socket) -> bytes:
 
 def statuses(text: bytes) -> list[int]:
     return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) [A-Z]", text)]
-
-
-async def until(true: Callable[[], object]) -> None:
-    """Wait for what has to come; trial's own time limit ends a test where it does not."""
-    while not true():
-        await deferLater(reactor, 0.01)
 
 
 class PortTestCase(TestCase):

@@ -31,7 +31,7 @@ from cacheservice.refresh.drain import Drain
 from cacheservice.refresh.service import CacheService
 from tests.kit.postgres import PRIMARY, connect, fresh_database, query
 from tests.kit.standby import Standby, running_standby
-from tests.test_guard import until
+from tests.kit.waiting import until
 from tests.test_refresh_service import Log, ServiceTestCase, declare
 from tests.test_refresher import AS_OF, RefreshTestCase, World
 

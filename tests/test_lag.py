@@ -31,7 +31,7 @@ from cacheservice.postgres.reader import create_reader
 from cacheservice.postgres.target import parse
 from tests.kit.standby import Standby, running_standby
 from tests.kit.versions import MakeServer
-from tests.test_guard import until
+from tests.kit.waiting import until
 from tests.test_refresh_service import declare
 
 QUIET = Receiver("streaming", 990.0, 0.0, 500)

@@ -34,6 +34,7 @@ from tests.kit import pgbouncer
 from tests.kit.pgbouncer import running_pgbouncer
 from tests.kit.postgres import connect, query, sessions, sessions_left
 from tests.kit.standby import running_standby
+from tests.kit.waiting import until
 from tests.test_guard import (
     LONG_S,
     LONGEST_GAP_S,
@@ -43,7 +44,6 @@ from tests.test_guard import (
     our_timers,
     rows_builder,
     settings,
-    until,
 )
 from tests.test_refresh_service import Log
 

@@ -35,7 +35,8 @@ from cacheservice.ops.metrics import Metrics
 from cacheservice.ops.stall import BOUNDS_S, TICK_S, StallWatch
 from cacheservice.ports.rejected import none_yet
 from tests.kit.paths import ROOT
-from tests.test_twistd import GIVE_UP_S, PRODUCTS, Daemon, DaemonTestCase, until
+from tests.kit.waiting import GIVE_UP_S, wait_until
+from tests.test_twistd import PRODUCTS, Daemon, DaemonTestCase
 
 PAGE = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
 MOMENT = datetime(2026, 1, 2, 3, 4, 5, 678000, tzinfo=UTC)
@@ -448,8 +449,8 @@ class RealService(RealServiceTestCase):
     def test_what_is_counted(self) -> None:
         """Refreshes and rows of the database, reads of both ports by what they got, and who was turned away."""
         daemon = self.started(self.configuration(STEADY, PRICES, REFUSED, "[limits]\nmax_connections = 50\n"))
-        until(lambda: daemon.json()["datasets"]["refused"]["last_attempt"], "a failure")
-        until(
+        wait_until(lambda: daemon.json()["datasets"]["refused"]["last_attempt"], "a failure")
+        wait_until(
             lambda: daemon.json()["datasets"]["products"]["last_attempt"]["outcome"] == "unchanged", "a second refresh"
         )
         get = b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n"
@@ -494,7 +495,7 @@ class RealService(RealServiceTestCase):
         self.assertEqual(now[place("cacheservice_ready")], 0)
         self.assertEqual(now[place("cacheservice_connections_limit", port="resp")], 50)
         ticks = place("cacheservice_reactor_stall_seconds_count")
-        until(lambda: self.now(daemon)[ticks] > now[ticks], "another measure of the reactor")
+        wait_until(lambda: self.now(daemon)[ticks] > now[ticks], "another measure of the reactor")
 
     def test_what_is_rejected(self) -> None:
         """Too many clients, wrong passwords and tokens, and what is no request, by port and reason."""
@@ -509,7 +510,9 @@ class RealService(RealServiceTestCase):
             with socket.create_connection(("127.0.0.1", resp_port), timeout=GIVE_UP_S) as client:
                 client.sendall(said)
                 self.assertTrue(client.recv(1000).startswith(heard))
-        until(lambda: self.now(daemon)[place("cacheservice_connections", port="resp")] == 0, "the end of the clients")
+        wait_until(
+            lambda: self.now(daemon)[place("cacheservice_connections", port="resp")] == 0, "the end of the clients"
+        )
         crowd = [socket.create_connection(("127.0.0.1", resp_port), timeout=GIVE_UP_S) for _ in range(4)]
         self.assertTrue(crowd[-1].recv(1000).startswith(b"-ERR max number of clients"))
         self.assertEqual(self.get(daemon, "/v1/datasets").status, 401)

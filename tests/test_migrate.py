@@ -35,6 +35,7 @@ from cacheservice.postgres.watch import watch
 from tests.kit import pgbouncer
 from tests.kit.pgbouncer import running_pgbouncer
 from tests.kit.postgres import at_least, connect, fresh_database, query
+from tests.kit.waiting import GIVE_UP_S
 
 READER = "a reader"  # quoted wherever it goes
 FOLDER = shipped.folder("migrations")
@@ -76,7 +77,6 @@ print("begins", flush=True)
 print(" ".join(migrate(dsn, Path(folder))))
 """
 NO_SUCH_USER = 54_321  # has no entry in /etc/passwd
-GIVE_UP_S = 60
 
 
 @pytest.mark.usefixtures("server")

@@ -63,11 +63,11 @@ from cacheservice.persistence.files import (
 from cacheservice.persistence.store import SnapshotStore
 from tests.kit.persistence_child import killed_after, killed_while_renewing, rows_of_generation
 from tests.kit.postgres import PRIMARY
+from tests.kit.waiting import GIVE_UP_S, until
 
 AS_OF = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 KILLS = int(os.environ.get("CACHESERVICE_TEST_KILLS", "30"))
 KILL_ROWS = 20_000
-GIVE_UP_S = 60.0
 GROUP = ("products", "prices")
 OF_FORMAT_3 = """
 Q1NTTkFQAANIAAABEtasTBootS/9ZCgAJQgA1lA9NWBVmwNAguAFLSMFPKT91sLaWge6KWag3uJO4nfkwkKbJCkl22JKd66mwejJ
@@ -325,13 +325,6 @@ class Log:
 
     def saved(self) -> list[int]:
         return [fields["generation"] for fields in self.named("snapshot_saved")]
-
-
-async def until(what: Callable[[], object]) -> None:
-    give_up_at = time.monotonic() + GIVE_UP_S
-    while not what():
-        assert time.monotonic() < give_up_at, "it never came"
-        await deferLater(reactor, 0.005)
 
 
 @contextmanager

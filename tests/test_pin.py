@@ -6,7 +6,7 @@ from cacheservice.cache.dataset import Dataset
 from cacheservice.errors import NothingToPin, UnknownDataset
 from cacheservice.ports.report import show, status_table, why
 from cacheservice.ports.status import Commands
-from tests.test_guard import until
+from tests.kit.waiting import until
 from tests.test_refresh_service import ServiceTestCase, declare
 from tests.test_refresher import RefreshTestCase, World
 

@@ -21,7 +21,8 @@ from tests.kit import pgbouncer
 from tests.kit.paths import ROOT
 from tests.kit.pgbouncer import running_pgbouncer
 from tests.kit.postgres import query
-from tests.test_twistd import GIVE_UP_S, PRODUCTS, DaemonTestCase, until
+from tests.kit.waiting import GIVE_UP_S, wait_until
+from tests.test_twistd import PRODUCTS, DaemonTestCase
 
 QUICK = """
 [datasets.products]
@@ -67,7 +68,7 @@ class Process(DaemonTestCase):
         )
 
     def until_logged(self, path: Path, event: str) -> None:
-        until(lambda: path.exists() and f'"{event}"' in path.read_text(), event)
+        wait_until(lambda: path.exists() and f'"{event}"' in path.read_text(), event)
 
     def test_signals_of_users(self) -> None:
         """SIGUSR1 and SIGUSR2 do not end it; a line says why nothing happens."""
@@ -75,7 +76,7 @@ class Process(DaemonTestCase):
         daemon.wait_until_ready()
         for number in (signal.SIGUSR1, signal.SIGUSR2):
             daemon.process.send_signal(number)
-            until(lambda number=number: [x for x in daemon.lines if x.get("signal") == number.name], "the signal")  # type: ignore[misc]
+            wait_until(lambda number=number: [x for x in daemon.lines if x.get("signal") == number.name], "the signal")  # type: ignore[misc]
         self.assertEqual(daemon.ask("ruok"), "imok")
 
     def test_a_log_file(self) -> None:
@@ -221,12 +222,12 @@ class RotatedSecret(DaemonTestCase):
             f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{role}'",
         )  # fmt: skip
         daemon.event("refresh_failed")
-        until(lambda: daemon.json()["postgres"]["state"] == "down", "the refusal")
+        wait_until(lambda: daemon.json()["postgres"]["state"] == "down", "the refusal")
         self.assertNotIn("dsn_read_again", [line["event"] for line in daemon.lines])
         secret.write_text(self.server.dsn(role, "second", self.database) + "\n")
         daemon.event("dsn_read_again")
-        until(lambda: daemon.json()["postgres"]["state"] == "up", "the new password")
-        until(lambda: daemon.json()["datasets"]["products"]["consecutive_failures"] == 0, "a refresh")
+        wait_until(lambda: daemon.json()["postgres"]["state"] == "up", "the new password")
+        wait_until(lambda: daemon.json()["datasets"]["products"]["consecutive_failures"] == 0, "a refresh")
         for password in ("first", "second"):
             self.assertNotIn(f":{password}@", daemon.output)
 

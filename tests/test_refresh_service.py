@@ -20,7 +20,8 @@ from cacheservice.postgres.target import parse
 from cacheservice.refresh.drain import Drain
 from cacheservice.refresh.service import CacheService
 from tests.kit.postgres import connect, query, sessions_left
-from tests.test_guard import LONGEST_GAP_S, ONE_SLOW_ROW, GuardTestCase, held, our_timers, until
+from tests.kit.waiting import until
+from tests.test_guard import LONGEST_GAP_S, ONE_SLOW_ROW, GuardTestCase, held, our_timers
 
 ROWS = 200
 THINGS = "TABLE things"

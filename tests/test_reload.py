@@ -35,9 +35,10 @@ from cacheservice.ports.status import Commands
 from cacheservice.refresh.budget import Budget
 from cacheservice.refresh.slots import Slots
 from tests.kit.postgres import PRIMARY, fresh_database, query, sessions
+from tests.kit.waiting import GIVE_UP_S, wait_until
 from tests.test_refresher import RefreshTestCase, World
 from tests.test_slots import Job
-from tests.test_twistd import GIVE_UP_S, Daemon, DaemonTestCase, until
+from tests.test_twistd import Daemon, DaemonTestCase
 
 FILE = ConfigFile("/etc/cacheservice.toml", datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), False)
 
@@ -612,8 +613,8 @@ class UnderTwistd(DaemonTestCase):
         with self.assertRaisesRegex(redis.ResponseError, "unknown dataset 'goes'"):
             other.get("goes:1")
         self.assertEqual(self.fetch(daemon, "/v1/datasets/goes/rows/1")[0], 404)
-        until(lambda: self.dataset(daemon, "changes")["rows"] == 30, "the new query's rows")
-        until(lambda: self.dataset(daemon, "comes")["rows"] == 3, "the new dataset")
+        wait_until(lambda: self.dataset(daemon, "changes")["rows"] == 30, "the new query's rows")
+        wait_until(lambda: self.dataset(daemon, "comes")["rows"] == 3, "the new dataset")
         self.assertEqual(other.hlen("comes"), 3)
         self.assertEqual(other.execute_command("CACHE.LIST"), [b"stays", b"changes", b"comes"])
         subscriber.subscribe("cache:comes")
@@ -636,10 +637,10 @@ class UnderTwistd(DaemonTestCase):
         count = len(daemon.lines)
         everything = table("stays"), table("changes"), table("comes")
         self.reload(*everything, log='level = "error"')
-        until(lambda: self.dataset(daemon, "changes")["rows"] == 3, "the query's rows")
+        wait_until(lambda: self.dataset(daemon, "changes")["rows"] == 3, "the query's rows")
         self.assertEqual(len(daemon.lines), count)
         self.reload(*everything)
-        until(lambda: len(daemon.lines) > count, "the next line")
+        wait_until(lambda: len(daemon.lines) > count, "the next line")
         daemon.end()
         self.assert_ended(daemon, -signal.SIGTERM)
 
@@ -662,20 +663,20 @@ class UnderTwistd(DaemonTestCase):
         for count in range(4, 9):
             rows = f"generate_series(1, {count}) AS id, LATERAL pg_sleep(0.02)"
             self.assertIn("1 changed", self.reload(table("products", rows)))
-            until(lambda: self.dataset(daemon, "products")["rows"] == count, "the new rows")  # noqa: B023  # called before it changes
+            wait_until(lambda: self.dataset(daemon, "products")["rows"] == count, "the new rows")  # noqa: B023  # called before it changes
         self.assertEqual(self.dataset(daemon, "products")["generation"], 6)
         self.assertGreater(end(), 0)
 
     def test_regroup(self) -> None:
         """Datasets that come to a group are read together; one that leaves it is alone; the others notice nothing."""
         daemon = self.begun(table("a", group="g"), table("b", group="g"), table("c"), table("d"))
-        until(lambda: self.dataset(daemon, "d")["rows"], "the load")
+        wait_until(lambda: self.dataset(daemon, "d")["rows"], "the load")
         before = self.dataset(daemon, "d")
         as_of = {name: self.dataset(daemon, name)["as_of"] for name in "abc"}
         self.assertEqual(as_of["a"], as_of["b"])
         reply = self.reload(table("a"), table("b", group="g"), table("c", group="g"), table("d"))
         self.assertRegex(reply, "^OK reloaded: 0 added, 2 changed, 0 removed, 2 unchanged; from ")
-        until(lambda: all(self.dataset(daemon, name)["as_of"] > as_of[name] for name in "abc"), "the refreshes")
+        wait_until(lambda: all(self.dataset(daemon, name)["as_of"] > as_of[name] for name in "abc"), "the refreshes")
         self.assertEqual(self.dataset(daemon, "b")["as_of"], self.dataset(daemon, "c")["as_of"])
         self.assertNotEqual(self.dataset(daemon, "a")["as_of"], self.dataset(daemon, "c")["as_of"])
         self.assertEqual(self.dataset(daemon, "d")["as_of"], before["as_of"])
@@ -716,7 +717,7 @@ class UnderTwistd(DaemonTestCase):
 
     def until_told(self, daemon: Daemon, event: str, times: int) -> None:
         """Lines are written off the reactor, and so may come after a reply."""
-        until(lambda: [line["event"] for line in daemon.lines].count(event) >= times, f"{event}, {times} times")
+        wait_until(lambda: [line["event"] for line in daemon.lines].count(event) >= times, f"{event}, {times} times")
         self.assertEqual([line["event"] for line in daemon.lines].count(event), times)
 
     def test_what_needs_a_restart(self) -> None:
@@ -730,7 +731,7 @@ class UnderTwistd(DaemonTestCase):
             )
             self.assertIn("; at the next start: persistence.keep_generations; from ", reply)
         self.assertEqual(daemon.event("config_reloaded")["needs_restart"], ["persistence.keep_generations"])
-        until(lambda: daemon.ask("ready") == "ready" and "new" in daemon.json()["datasets"], "the new dataset")
+        wait_until(lambda: daemon.ask("ready") == "ready" and "new" in daemon.json()["datasets"], "the new dataset")
 
     def test_amid_other_commands(self) -> None:
         """What follows `reload` is answered after it, on the same line, at a prompt, and without a line's end."""
@@ -768,8 +769,8 @@ class UnderTwistd(DaemonTestCase):
         for number in range(1, 51):
             self.write(table("products"), table(f"d{number}"))
             daemon.process.send_signal(signal.SIGHUP)
-        until(lambda: list(daemon.json()["datasets"]) == ["products", "d50"], "the last configuration")
-        until(lambda: daemon.ask("ready") == "ready", "readiness")
+        wait_until(lambda: list(daemon.json()["datasets"]) == ["products", "d50"], "the last configuration")
+        wait_until(lambda: daemon.ask("ready") == "ready", "readiness")
         self.assertEqual(self.dataset(daemon, "products")["generation"], 1)
         daemon.end()
         self.assert_ended(daemon, -signal.SIGTERM)
@@ -785,12 +786,16 @@ class UnderTwistd(DaemonTestCase):
                 more="[defaults]\nrequired = false\n",
             ).replace("[postgres]", "[postgres]\nmax_connections = 4")
         )
-        until(lambda: len([s for s in sessions(self.server, self.database) if s.state == "active"]) == 3, "the reads")
+        wait_until(
+            lambda: len([s for s in sessions(self.server, self.database) if s.state == "active"]) == 3, "the reads"
+        )
         [kept] = [s.pid for s in sessions(self.server, self.database) if "kept" in s.application_name]
         self.reload(table("kept", slow.format(1)), table("changed"), more="[defaults]\nrequired = false\n")
-        until(lambda: self.dataset(daemon, "changed")["rows"] == 3, "the new query's rows")
-        until(lambda: not [s for s in sessions(self.server, self.database) if s.pid != kept], "the end of the others")
-        until(lambda: self.dataset(daemon, "kept")["generation"] == 1, "the load of what was kept")
+        wait_until(lambda: self.dataset(daemon, "changed")["rows"] == 3, "the new query's rows")
+        wait_until(
+            lambda: not [s for s in sessions(self.server, self.database) if s.pid != kept], "the end of the others"
+        )
+        wait_until(lambda: self.dataset(daemon, "kept")["generation"] == 1, "the load of what was kept")
         self.assertEqual(self.dataset(daemon, "kept")["last_attempt"]["outcome"], "published")
         self.assertEqual([line for line in daemon.lines if line["event"] == "refresh_failed"], [])
 
@@ -801,7 +806,7 @@ class UnderTwistd(DaemonTestCase):
             query(self.server, database, f"CREATE TABLE things AS SELECT id FROM generate_series(1, {count}) AS id")
         daemon = self.begun(table("products", "things"))
         self.assertIn("1 changed", self.reload(table("products", "things"), dsn=self.server.dsn(database=other)))
-        until(lambda: self.dataset(daemon, "products")["rows"] == 4, "the other database's rows")
+        wait_until(lambda: self.dataset(daemon, "products")["rows"] == 4, "the other database's rows")
         self.assertEqual(self.dataset(daemon, "products")["generation"], 2)
 
     def test_waiting_readers_of_what_is_removed(self) -> None:
@@ -824,8 +829,8 @@ class UnderTwistd(DaemonTestCase):
         for thread in threads:
             thread.start()
         other = self.connected(daemon)
-        until(lambda: other.info("clients")["blocked_clients"] == 1, "the wait")
-        until(lambda: self.dataset(daemon, "goes")["refreshing"], "the refresh")
+        wait_until(lambda: other.info("clients")["blocked_clients"] == 1, "the wait")
+        wait_until(lambda: self.dataset(daemon, "goes")["refreshing"], "the refresh")
         self.reload(table("stays"))
         for thread in threads:
             thread.join(GIVE_UP_S)
@@ -836,18 +841,18 @@ class UnderTwistd(DaemonTestCase):
         """A dataset that comes back has its saved rows before the database answers; another query's are never used."""
         more = f'[persistence]\ndirectory = "{self.directory}/saved"\nmin_save_interval_s = 0\n'
         daemon = self.begun(table("stays"), table("products"), more=more)
-        until(lambda: len([line for line in daemon.lines if line["event"] == "snapshot_saved"]) == 2, "the saves")
+        wait_until(lambda: len([line for line in daemon.lines if line["event"] == "snapshot_saved"]) == 2, "the saves")
         self.reload(table("stays"), more=more)
         self.assertEqual(len(list((self.directory / "saved").glob("products.*"))), 1)
         self.reload(table("stays"), table("products"), more=more)
         restored = daemon.event("snapshot_restored")
         self.assertEqual((restored["dataset"], restored["generation"], restored["rows"]), ("products", 2, 3))
-        until(lambda: self.dataset(daemon, "products")["source"] == "postgres", "the refresh after it")
+        wait_until(lambda: self.dataset(daemon, "products")["source"] == "postgres", "the refresh after it")
         self.assertEqual(self.dataset(daemon, "products")["generation"], 2)  # with the same rows
-        until(lambda: len([line for line in daemon.lines if line["event"] == "snapshot_saved"]) == 3, "the save")
+        wait_until(lambda: len([line for line in daemon.lines if line["event"] == "snapshot_saved"]) == 3, "the save")
         # Of another query: it is not restored, nor rolled back to.
         self.reload(table("stays"), table("products", "generate_series(1, 7) AS id"), more=more)
-        until(lambda: self.dataset(daemon, "products")["rows"] == 7, "the new query's rows")
+        wait_until(lambda: self.dataset(daemon, "products")["rows"] == 7, "the new query's rows")
         self.admin("rollback products")
         self.assertIn("was changed since it was saved", daemon.event("rollback_failed")["error"])
         self.assertEqual(self.dataset(daemon, "products")["rows"], 7)

@@ -38,17 +38,11 @@ from cacheservice.ports.resp.scan import END_OF_DATASET, SortedShards, numbered,
 from tests.kit.paths import ROOT
 from tests.kit.postgres import PRIMARY
 from tests.kit.resp_peer import MOMENT, ROWS, declared, document, encode, failed_attempt, filled_cache, publish
+from tests.kit.waiting import GIVE_UP_S, until
 
-GIVE_UP_S = 60.0  # a client that waits longer than this for its reply has hung
 MANY_ROWS = 300_000
 
 Words = tuple[bytes | str | int, ...]
-
-
-async def until(true: Callable[[], object]) -> None:
-    """Wait for what has to come; trial's own time limit ends a test where it does not."""
-    while not true():
-        await deferLater(reactor, 0.01)
 
 
 class Client:

@@ -22,9 +22,10 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.ports.resp.scan import glob
 from tests.kit.paths import ROOT
+from tests.kit.ports import free_port
 from tests.kit.resp_peer import document, encode
+from tests.kit.waiting import GIVE_UP_S
 
-GIVE_UP_S = 60.0
 ROWS = 20
 MARK = b"the-end-of-this-conversation"
 SEED = 20_260_102
@@ -41,11 +42,6 @@ def server_program() -> str:
         assert package.origin is not None
         found = str(Path(package.origin).parent / "bin" / "valkey-server")
     return found
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

@@ -24,9 +24,10 @@ from cacheservice.ports.http.guard import Guard
 from cacheservice.ports.http.problem import Problem
 from cacheservice.ports.rotation import ClientSecrets, Rotation
 from cacheservice.ports.throttle import LONG_WAIT_S, SHORT_WAIT_S, Throttle
+from tests.kit.waiting import GIVE_UP_S, wait_until
 from tests.test_process import QUICK
 from tests.test_refresh_service import Log
-from tests.test_twistd import GIVE_UP_S, Daemon, DaemonTestCase, until
+from tests.test_twistd import Daemon, DaemonTestCase
 
 STARTED = ClientSecrets("old password", "old token", "old admin")
 
@@ -254,7 +255,7 @@ class Clients(DaemonTestCase):
             self.resp(daemon, 2).ping()
         self.rotate(2)
         # The files were read less than a second ago.
-        until(lambda: self.http(daemon, "http-secret-2") == 200, "the new token")
+        wait_until(lambda: self.http(daemon, "http-secret-2") == 200, "the new token")
         told = daemon.event("secrets_read_again")
         self.assertEqual(told["keys"], ["resp.password", "http.token", "http.admin_token"])
         self.assertTrue(self.resp(daemon, 2).ping())

@@ -25,7 +25,8 @@ from cacheservice.postgres.target import parse
 from tests.kit import pgbouncer
 from tests.kit.pgbouncer import running_pgbouncer
 from tests.kit.postgres import connect, sessions
-from tests.test_guard import LONG_S, GuardTestCase, rows_builder, until
+from tests.kit.waiting import until
+from tests.test_guard import LONG_S, GuardTestCase, rows_builder
 from tests.test_listener import Diary
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import socket
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -19,9 +19,9 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from cacheservice.errors import DatabaseUnavailable
 from cacheservice.ops.statsd import MOST_PACKET_BYTES, StatsD, packets
+from tests.kit.waiting import GIVE_UP_S, until, wait_until
 from tests.test_metrics import World, declared
-from tests.test_twistd import GIVE_UP_S, DaemonTestCase
-from tests.test_twistd import until as wait_until
+from tests.test_twistd import DaemonTestCase
 
 INTERVAL_S = 0.02
 
@@ -73,12 +73,6 @@ class Log:
     @property
     def names(self) -> list[str]:
         return [event for event, _ in self.events]
-
-
-async def until(true: Callable[[], object]) -> None:
-    """Wait for what has to come; trial's own time limit ends a test where it does not."""
-    while not true():
-        await deferLater(reactor, 0.005)
 
 
 class PushTestCase(TestCase):

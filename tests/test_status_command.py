@@ -23,17 +23,18 @@ from cacheservice.cache.identity import ServerIdentity
 from cacheservice.cache.lag import Lag
 from cacheservice.cli import picture, plugin
 from cacheservice.cli.asking import Address, Answer, _notes
-from cacheservice.cli.embedded import _free_port
 from cacheservice.cli.options import QUESTIONS
 from cacheservice.cli.problems import problems
 from cacheservice.config import DatasetSettings
 from cacheservice.ports.report import json_line, status_table
 from cacheservice.postgres.migrate import migrate
 from cacheservice.postgres.watch import watch
+from tests.kit.ports import free_port
 from tests.kit.postgres import query
 from tests.kit.standby import running_standby
 from tests.kit.terminal import Terminal
-from tests.test_twistd import GIVE_UP_S, Daemon, DaemonTestCase, until
+from tests.kit.waiting import GIVE_UP_S, wait_until
+from tests.test_twistd import Daemon, DaemonTestCase
 
 ITEMS = """
 [datasets.items]
@@ -69,7 +70,7 @@ class CommandLine(DaemonTestCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.port = _free_port()
+        self.port = free_port()
         query(
             self.server,
             self.database,
@@ -117,7 +118,7 @@ class CommandLine(DaemonTestCase):
     def lose_items(self, daemon: Daemon) -> None:
         """From now on the query of `items` fails; wait until its last good snapshot is expired."""
         query(self.server, self.database, "ALTER TABLE items RENAME TO gone")
-        until(lambda: daemon.json()["datasets"]["items"]["state"] == "expired", "items to expire")
+        wait_until(lambda: daemon.json()["datasets"]["items"]["state"] == "expired", "items to expire")
 
 
 class BrokenFile(CommandLine):
@@ -448,12 +449,12 @@ class Check(CommandLine):
         with running_standby(self.server) as standby:
             daemon = self.started(self.configuration(items, dsn=standby(database=self.database), port=self.port))
             daemon.wait_until_ready()
-            until(lambda: daemon.json()["postgres"]["listening_problem"], "LISTEN to be refused")
-            until(lambda: self.check()[0] == 0, "all to be well")
+            wait_until(lambda: daemon.json()["postgres"]["listening_problem"], "LISTEN to be refused")
+            wait_until(lambda: self.check()[0] == 0, "all to be well")
             self.assertIn("PostgreSQL up, a standby", self.check()[1])
             standby.sql("SELECT pg_wal_replay_pause()")
             query(self.server, self.database, "UPDATE items SET name = 'm'")
-            until(lambda: daemon.json()["datasets"]["items"]["state"] == "expired", "items to expire")
+            wait_until(lambda: daemon.json()["datasets"]["items"]["state"] == "expired", "items to expire")
             code, text, _ = self.check()
             self.assertEqual(code, 2)
             self.assertRegex(
@@ -469,7 +470,7 @@ class Check(CommandLine):
         daemon = self.service(GOOD, ITEMS.replace("max_age_s = 2.5", "max_age_s = 600"))
         daemon.wait_until_ready()
         query(self.server, self.database, "DELETE FROM items WHERE id > 1")
-        until(lambda: daemon.json()["datasets"]["items"]["held"], "items to be held")
+        wait_until(lambda: daemon.json()["datasets"]["items"]["held"], "items to be held")
         code, text, _ = self.check()
         self.assertEqual(code, 1)
         self.assertRegex(text, r"^CACHESERVICE WARNING - items (held|stale), .*would drop 10 to 1 rows")
@@ -484,7 +485,7 @@ class Check(CommandLine):
     def test_critical(self) -> None:
         """An expired dataset, and a required one that was never loaded, are critical: exit code 2."""
         daemon = self.service(GOOD, ITEMS, ITEMS.replace("items", "never").replace("0.3", "600"))
-        until(lambda: daemon.json()["datasets"]["never"]["consecutive_failures"], "never to fail")
+        wait_until(lambda: daemon.json()["datasets"]["never"]["consecutive_failures"], "never to fail")
         self.lose_items(daemon)
         code, text, measures = self.check()
         self.assertEqual(code, 2)
@@ -498,7 +499,7 @@ class Check(CommandLine):
 
     def test_dead_or_hung(self) -> None:
         """A service that is not there, is something else, hangs or answers too slowly is critical: exit code 2."""
-        code, text, _ = self.check("--port", str(_free_port()))
+        code, text, _ = self.check("--port", str(free_port()))
         self.assertEqual(code, 2)
         self.assertRegex(text, "CRITICAL - no answer .*: connection refused; is the service running")
         with socket.create_server(("127.0.0.1", 0)) as silent:

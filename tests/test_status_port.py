@@ -42,10 +42,10 @@ from cacheservice.ops.metrics import Metrics, ServedPort
 from cacheservice.ops.stall import BOUNDS_S
 from cacheservice.ports.listen import PortService, tcp, unix
 from cacheservice.ports.status import MAX_LINE_BYTES, Commands, StatusFactory, StatusProtocol
+from tests.kit.waiting import GIVE_UP_S, until
 
 MOMENT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 BLOCKER = Blocker(42, "app", "psql", "AccessExclusiveLock", "public.products", MOMENT, "idle in transaction", "UPDATE")
-GIVE_UP_S = 60.0  # a client that waits longer than this for its reply has hung
 
 # What a connected client does with its socket.
 Conversation = Callable[[socket.socket], Any]
@@ -112,12 +112,6 @@ def sending(data: bytes, *, half_close: bool = False) -> Conversation:
         return read_to_the_end(client)
 
     return converse
-
-
-async def until(true: Callable[[], object]) -> None:
-    """Wait for what has to come; trial's own time limit ends a test where it does not."""
-    while not true():
-        await deferLater(reactor, 0.01)
 
 
 class PortTestCase(TestCase):

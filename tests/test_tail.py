@@ -20,12 +20,12 @@ from typing import Any, NoReturn
 from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.cli.asking import Address, Answer
-from cacheservice.cli.embedded import _free_port
 from cacheservice.cli.tail import Event, Follower, in_words
 from cacheservice.errors import NoAnswer
+from tests.kit.ports import free_port
 from tests.kit.postgres import query
+from tests.kit.waiting import GIVE_UP_S, wait_until
 from tests.test_status_command import GOOD, ITEMS, CommandLine
-from tests.test_twistd import GIVE_UP_S, until
 
 # Each NOTIFY makes a generation.
 TOLD = """
@@ -43,7 +43,7 @@ module = sys.modules[Follower.__module__]
 class Tail(CommandLine):
     def setUp(self) -> None:
         super().setUp()
-        self.resp_port = _free_port()
+        self.resp_port = free_port()
 
     def configuration(self, *tables: str, **options: Any) -> str:
         return super().configuration(*tables, **options).replace("[resp]\nport = 0", f"[resp]\nport = {self.resp_port}")
@@ -99,7 +99,9 @@ class Tail(CommandLine):
             for _ in range(PUBLISHES):
                 generation = daemon.json()["datasets"]["told"]["generation"]
                 query(self.server, self.database, "NOTIFY told")
-                until(lambda before=generation: daemon.json()["datasets"]["told"]["generation"] > before, "a publish")
+                wait_until(
+                    lambda before=generation: daemon.json()["datasets"]["told"]["generation"] > before, "a publish"
+                )
             last = daemon.json()["datasets"]["told"]["generation"]
             self.assertGreater(last, PUBLISHES)
             while seen[-1] < last:
@@ -112,13 +114,13 @@ class Tail(CommandLine):
         """Where it cannot subscribe it says so once, and tells by the numbers how many publishes it saw no more of."""
         daemon = self.service(TOLD)
         daemon.wait_until_ready()
-        with self.tail("--resp-port", str(_free_port())) as tail:
+        with self.tail("--resp-port", str(free_port())) as tail:
             first = last = self.publish_until_told(tail)
             told = 1
             for _ in range(PUBLISHES):
                 query(self.server, self.database, "NOTIFY told")
             time.sleep(1)
-            until(lambda: not daemon.json()["datasets"]["told"]["refreshing"], "the last refresh")
+            wait_until(lambda: not daemon.json()["datasets"]["told"]["refreshing"], "the last refresh")
             newest = daemon.json()["datasets"]["told"]["generation"]
             while last < newest:
                 event = self.next_event(tail, "refresh_published")
@@ -143,7 +145,7 @@ class Tail(CommandLine):
             self.assertEqual(self.next_event(tail, "service_restarted")["pid"], again.json()["service"]["pid"])
             # What was published while nobody was connected, the numbers tell: all of them are accounted for.
             query(self.server, self.database, "NOTIFY told")
-            until(lambda: again.json()["datasets"]["told"]["generation"] > 1, "a publish")
+            wait_until(lambda: again.json()["datasets"]["told"]["generation"] > 1, "a publish")
             last = again.json()["datasets"]["told"]["generation"]
             told = []
             while not told or told[-1] < last:
@@ -174,7 +176,7 @@ class Tail(CommandLine):
         told = self.command("tail", "goof")
         self.assertEqual((told.returncode, told.stdout), (1, ""))
         self.assertEqual(told.stderr, "cacheservice: unknown dataset 'goof'; 'cacheservice status' shows them all\n")
-        told = self.command("tail", "--port", str(_free_port()))
+        told = self.command("tail", "--port", str(free_port()))
         self.assertRegex(told.stderr, r"^cacheservice: no answer from \S+: .*\n$")
 
 

@@ -10,7 +10,7 @@ from cacheservice.config import DatasetSettings
 from cacheservice.ports import report
 from cacheservice.postgres.target import parse
 from tests.kit.postgres import query, sessions
-from tests.test_guard import until
+from tests.kit.waiting import until
 from tests.test_refresh_service import ServiceTestCase, declare
 
 STARTED = ("refresh_published", "refresh_unchanged", "refresh_held", "refresh_failed")

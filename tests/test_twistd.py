@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,10 @@ from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.process import Signals
 from tests.kit.paths import ROOT
 from tests.kit.postgres import fresh_database, query, sessions
+from tests.kit.waiting import GIVE_UP_S, wait_until
 
 TAC = ROOT / "tac" / "cacheservice.tac"
 TWISTD = Path(sys.executable).with_name("twistd")
-GIVE_UP_S = 60.0  # what has not come by then does not come
 STOP_LIMIT_S = 5.0  # the contract's
 
 # No two reads give the same, so that each refresh is another generation.
@@ -112,15 +111,6 @@ time_t time(time_t *now) {
 """
 
 
-def until(true: Callable[[], Any], what: str) -> Any:
-    """Wait for something true, and give it."""
-    limit = time.monotonic() + GIVE_UP_S
-    while not (result := true()):
-        assert time.monotonic() < limit, f"{what} did not come"
-        time.sleep(0.02)
-    return result
-
-
 class Daemon:
     """One twistd in `directory`, which holds its configuration and gets its output."""
 
@@ -172,7 +162,7 @@ class Daemon:
                 assert name in [line["event"] for line in lines], f"it ended: {self.errors}{self.output}"
             return next((line for line in self.lines if line["event"] == name), None)
 
-        line: dict[str, Any] = until(found, name)
+        line: dict[str, Any] = wait_until(found, name)
         return line
 
     @property
@@ -195,7 +185,7 @@ class Daemon:
         return number
 
     def wait_until_ready(self) -> None:
-        until(lambda: self.ask("ready") == "ready", "readiness")
+        wait_until(lambda: self.ask("ready") == "ready", "readiness")
 
     def end(self, number: signal.Signals = signal.SIGTERM, limit_s: float = STOP_LIMIT_S) -> int:
         """Send a signal; the code it ends with, which has to be soon."""
@@ -277,12 +267,12 @@ class StartAndStop(DaemonTestCase):
         """SIGTERM and SIGINT end it in time and in order, by that signal, with a refresh in flight and a client."""
         for number in (signal.SIGTERM, signal.SIGINT):
             daemon = self.started(self.configuration(PRODUCTS, SLOW))
-            until(lambda: "slow" in str(sessions(self.server, self.database)), "the slow read")
+            wait_until(lambda: "slow" in str(sessions(self.server, self.database)), "the slow read")
             with socket.create_connection(daemon.address) as client:
                 client.sendall(b"prompt\n")
                 daemon.end(number)
             self.assert_ended(daemon, -number)
-            until(lambda: not sessions(self.server, self.database), "the end of its sessions")
+            wait_until(lambda: not sessions(self.server, self.database), "the end of its sessions")
 
     def test_a_second_signal(self) -> None:
         """While a stop takes its time, a second signal ends it at once."""
@@ -309,7 +299,7 @@ class StartAndStop(DaemonTestCase):
         for _ in range(3):
             daemon.process.send_signal(signal.SIGHUP)
             generation = daemon.generation()
-            until(lambda: daemon.generation() > generation, "another generation")  # noqa: B023  # called before it changes
+            wait_until(lambda: daemon.generation() > generation, "another generation")  # noqa: B023  # called before it changes
         self.assertEqual(daemon.ask("ruok"), "imok")
         daemon.end()
         self.assert_ended(daemon, -signal.SIGTERM)
@@ -442,7 +432,7 @@ class TheDatabase(DaemonTestCase):
         generation = daemon.generation()
         self.assertEqual(daemon.ask("ready"), "ready")
         self.server.start()
-        until(lambda: daemon.generation() > generation, "another generation")
+        wait_until(lambda: daemon.generation() > generation, "another generation")
         daemon.end()
         self.assert_ended(daemon, -signal.SIGTERM)
 
@@ -458,7 +448,7 @@ class Admin(DaemonTestCase):
             client.connect(str(path))
             client.sendall(b"refresh products\n")
             self.assertEqual(client.recv(1000), b"OK products: refresh started\n")
-        until(lambda: daemon.generation() == 2, "the second generation")
+        wait_until(lambda: daemon.generation() == 2, "the second generation")
         self.assertEqual(daemon.json()["datasets"]["products"]["last_attempt"]["trigger"], "manual")
         daemon.end()
         self.assert_ended(daemon, -signal.SIGTERM)
@@ -469,7 +459,7 @@ class TheLog(DaemonTestCase):
     def test_console(self) -> None:
         """In console format it is a line an event, for a person."""
         daemon = self.started(self.configuration(log='format = "console"'))
-        until(lambda: "refresh_published" in daemon.output, "a refresh")
+        wait_until(lambda: "refresh_published" in daemon.output, "a refresh")
         daemon.end()
         self.assertEqual((daemon.process.returncode, daemon.errors), (-signal.SIGTERM, ""))
         lines = daemon.output.splitlines()
@@ -514,7 +504,7 @@ class TheLog(DaemonTestCase):
                 return 0
 
         # Each generation is a line of more than 200 bytes, so this is many times what the pipe holds.
-        until(lambda: generation() > 100, "a hundred generations")
+        wait_until(lambda: generation() > 100, "a hundred generations")
         self.assertEqual(daemon.end(), -signal.SIGTERM)
         self.assertEqual(daemon.errors, "")
 
@@ -552,7 +542,7 @@ class Time(DaemonTestCase):
         self.assertGreater(daemon.json()["datasets"]["products"]["age_s"], 1000)
         self.assertEqual(daemon.generation(), 1)
         turn(4000, 4000)
-        until(lambda: daemon.generation() > 1, "the refresh that was due")
+        wait_until(lambda: daemon.generation() > 1, "the refresh that was due")
         self.assertLess(daemon.json()["datasets"]["products"]["age_s"], GIVE_UP_S)
         self.assertEqual(daemon.end(), -signal.SIGTERM)
 
@@ -563,7 +553,7 @@ class Time(DaemonTestCase):
         for offset_s in (-3600, 7200):
             turn(offset_s, 0)
             generation = daemon.generation()
-            until(lambda: daemon.generation() > generation + 3, "three more generations")  # noqa: B023
+            wait_until(lambda: daemon.generation() > generation + 3, "three more generations")  # noqa: B023
             products = daemon.json()["datasets"]["products"]
             self.assertEqual((daemon.ask("ready"), products["state"]), ("ready", "fresh"))
             self.assertLess(products["age_s"], GIVE_UP_S)

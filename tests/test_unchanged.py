@@ -17,7 +17,7 @@ from cacheservice.postgres.watch import watch
 from cacheservice.refresh.service import CacheService
 from tests.kit.paths import ROOT
 from tests.kit.postgres import connect, query
-from tests.test_guard import until
+from tests.kit.waiting import until
 from tests.test_refresh_service import ServiceTestCase, declare
 from tests.test_refresher import RefreshTestCase
 

@@ -61,7 +61,8 @@ from tests.kit.paths import ROOT
 from tests.kit.persistence_child import SETTINGS, killed_after, rows_of_generation
 from tests.kit.postgres import connect, query, sessions
 from tests.kit.resp_peer import encode
-from tests.test_twistd import CLOCK_SHIM, GIVE_UP_S, STOP_LIMIT_S, Daemon, until
+from tests.kit.waiting import GIVE_UP_S, wait_until
+from tests.test_twistd import CLOCK_SHIM, STOP_LIMIT_S, Daemon
 
 RECOVERY_LIMIT_S = 5.0
 """After the interval that follows the end of a fault."""
@@ -1110,7 +1111,7 @@ def _emptied(storm: Storm) -> Iterator[None]:
     finally:
         before = len(ledger.versions)
         ledger.order("fill")
-        until(lambda: len(ledger.versions) > before, "full tables")
+        wait_until(lambda: len(ledger.versions) > before, "full tables")
 
 
 @contextmanager
@@ -1145,7 +1146,7 @@ def _disk_read_only(storm: Storm) -> Iterator[None]:
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
     # Busy as long as a file is open for writing: between two saves it is not.
-    until(lambda: remount("ro"), "a moment without a save")
+    wait_until(lambda: remount("ro"), "a moment without a save")
     try:
         yield
     finally:
@@ -1169,7 +1170,7 @@ def _damaged(storm: Storm) -> Iterator[None]:
         storm.start()
         yield
         try:
-            until(lambda: storm.life.events["snapshot_rejected"], "the refusal of the damaged file")
+            wait_until(lambda: storm.life.events["snapshot_rejected"], "the refusal of the damaged file")
         except AssertionError as error:
             storm.counts.add("damage", f"{files[-1].name}: {error}")
     # By now the next publish may have been saved under the same number.
@@ -1194,7 +1195,7 @@ def _clock_restart(storm: Storm, offset_s: int) -> Iterator[None]:
         with _clock(storm, offset_s):
             storm.start()
             yield
-            until(lambda: storm.life.served or storm.life.events["group_not_restored"], "what was saved")
+            wait_until(lambda: storm.life.served or storm.life.events["group_not_restored"], "what was saved")
             asked_s = time.time()
             for name, described in storm.life.datasets().items():
                 if described["source"] != "disk":
@@ -1218,7 +1219,7 @@ def _killed_beside_a_frozen_database(storm: Storm) -> Iterator[None]:
         storm.end(signal.SIGKILL)
         storm.start()
         yield
-        until(lambda: storm.life.served or storm.life.events["group_not_restored"], "what was saved")
+        wait_until(lambda: storm.life.served or storm.life.events["group_not_restored"], "what was saved")
 
 
 @contextmanager

@@ -25,8 +25,8 @@ from typing import Any
 import hiredis
 
 from tests.kit.resp_peer import encode
+from tests.kit.waiting import GIVE_UP_S
 
-GIVE_UP_S = 60.0  # a port that says nothing for longer than this to a client that has said all it will, hangs
 CONNECTIONS = 32
 MOST_FAILURES = 3
 MAX_SHOWN_BYTES = 4000

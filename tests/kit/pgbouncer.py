@@ -7,8 +7,9 @@ from contextlib import contextmanager
 
 import psycopg2
 
-from cacheservice.cli.embedded import EmbeddedPostgres, _free_port
+from cacheservice.cli.embedded import EmbeddedPostgres
 from tests.kit.pooler import program, running_pooler
+from tests.kit.ports import free_port
 from tests.kit.standby import folder_of_server_user
 
 PROGRAM = program("pgbouncer")
@@ -34,7 +35,7 @@ def running_pgbouncer(server: EmbeddedPostgres, pool_size: int = 2) -> Iterator[
     """PgBouncer in transaction mode before `server`; gives what `server.dsn` is without it. Needs `PROGRAM`."""
     assert PROGRAM is not None, NEEDED
     with folder_of_server_user(server) as folder:
-        port, users = _free_port(), folder / "users.txt"
+        port, users = free_port(), folder / "users.txt"
         password = psycopg2.extensions.parse_dsn(server.dsn())["password"]
         users.write_text(f'"postgres" "{password}"\n')
         configuration = folder / "pgbouncer.ini"

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 
 import psycopg2
 
-from cacheservice.cli.embedded import EmbeddedPostgres, _free_port
+from cacheservice.cli.embedded import EmbeddedPostgres
 from tests.kit.pooler import program, running_pooler
+from tests.kit.ports import free_port
 from tests.kit.standby import folder_of_server_user
 
 PROGRAM = program("pgpool")
@@ -58,7 +59,7 @@ def running_pgpool(server: EmbeddedPostgres, standby_port: int | None = None) ->
     """
     assert PROGRAM is not None, NEEDED
     with folder_of_server_user(server) as folder:
-        port = _free_port()
+        port = free_port()
         password = psycopg2.extensions.parse_dsn(server.dsn())["password"]
         (folder / "pool_passwd").write_text(f"postgres:TEXT{password}\n")
         (folder / "pool_hba.conf").write_text("host all all 127.0.0.1/32 scram-sha-256\n")
@@ -67,7 +68,7 @@ def running_pgpool(server: EmbeddedPostgres, standby_port: int | None = None) ->
             _CONFIGURATION.format(
                 server_port=server.port,
                 port=port,
-                pcp_port=_free_port(),
+                pcp_port=free_port(),
                 folder=folder,
                 weight=1 if standby_port is None else 0,
                 standby="" if standby_port is None else _STANDBY.format(port=standby_port),

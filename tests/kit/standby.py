@@ -17,7 +17,8 @@ from typing import Any
 
 import psycopg2
 
-from cacheservice.cli.embedded import EmbeddedPostgres, _free_port, _programs
+from cacheservice.cli.embedded import EmbeddedPostgres, _programs
+from tests.kit.ports import free_port
 
 START_LIMIT_S = 60
 
@@ -80,7 +81,7 @@ def running_standby(
     Without `streaming` it has no primary to connect to, and waits for what `restore_command` brings.
     """
     with folder_of_server_user(server) as folder:
-        data, port = folder / "data", _free_port()
+        data, port = folder / "data", free_port()
         common: dict[str, Any] = {"cwd": folder, "stdin": subprocess.DEVNULL, **server_identity(server)}
         primary = f"host={server.socket_directory} port={server.port} user=postgres"
         source = ["-h", server.socket_directory, "-p", str(server.port), "-U", "postgres"]
