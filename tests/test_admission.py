@@ -13,11 +13,11 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.ports.admission import Door, Plan, Room, plan
+from tests.kit.daemon import OPEN_FILES, PRODUCTS
+from tests.kit.logs import Log
+from tests.kit.metrics import place
+from tests.kit.real_service import ProbesTestCase
 from tests.kit.waiting import GIVE_UP_S, wait_until
-from tests.test_metrics import place
-from tests.test_probes import PRODUCTS, ProbesTestCase
-
-OPEN_FILES = ("sh", "-c", 'ulimit -n 100; exec "$0" "$@"')
 
 
 class Guest:
@@ -26,14 +26,6 @@ class Guest:
 
     def turn_away(self) -> None:
         self.turned_away = True
-
-
-class Log:
-    def __init__(self) -> None:
-        self.lines: list[dict[str, object]] = []
-
-    def warning(self, event: str, **fields: object) -> None:
-        self.lines.append(fields)
 
 
 class Plans(SynchronousTestCase):
@@ -89,7 +81,7 @@ class Doors(SynchronousTestCase):
             door.note_refusal(1)
         clock.advance(61)
         door.note_refusal(1)
-        self.assertEqual([line["count"] for line in log.lines], [1, 5])
+        self.assertEqual([line["count"] for _, line in log.events], [1, 5])
 
 
 class FewDescriptors(ProbesTestCase):

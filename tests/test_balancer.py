@@ -12,10 +12,10 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
+from tests.kit.daemon import Daemon, DaemonTestCase
 from tests.kit.ports import free_port
 from tests.kit.postgres import connect
 from tests.kit.waiting import GIVE_UP_S, wait_until
-from tests.test_twistd import Daemon, DaemonTestCase
 
 PROGRAM = shutil.which("haproxy", path="/usr/sbin:/usr/bin:/usr/local/sbin")
 NEEDED = "needs HAProxy: apt-get install haproxy"

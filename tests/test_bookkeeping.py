@@ -20,7 +20,7 @@ from cacheservice.postgres.watch import unwatch, watch
 from tests.kit.postgres import at_least, connect, fresh_database, query
 from tests.kit.versions import MakeServer, running_server
 from tests.kit.waiting import GIVE_UP_S
-from tests.test_watch import TRIGGERS, Refreshing, template  # noqa: F401  # a fixture
+from tests.kit.watching import TRIGGERS, Refreshing
 
 FOLDER = shipped.folder("migrations")
 

@@ -16,9 +16,9 @@ from cacheservice.config import DatasetSettings
 from cacheservice.ports import report
 from cacheservice.refresh.budget import WINDOW_S, Budget
 from cacheservice.refresh.slots import Slots
+from tests.kit.refreshes import RefreshTestCase, World
+from tests.kit.service import ServiceTestCase, declare
 from tests.kit.waiting import until
-from tests.test_refresh_service import ServiceTestCase, declare
-from tests.test_refresher import RefreshTestCase, World
 
 
 class Counting(SynchronousTestCase):
@@ -354,7 +354,7 @@ class OnTheServer(ServiceTestCase):
         first, second = cache.datasets.values()
         taken_s = [
             fields["took_s"]
-            for event, fields in self.events
+            for event, fields in self.log.events
             if event in ("refresh_published", "refresh_unchanged", "refresh_failed")
         ]
         # One refresh may take longer than it was expected to.

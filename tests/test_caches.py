@@ -16,10 +16,12 @@ from typing import ClassVar
 from twisted.internet import reactor
 from twisted.internet.task import deferLater
 
+from tests.kit.datasets import rows_of
+from tests.kit.http import Answer, ask_on
+from tests.kit.http_port import PortTestCase, encoded
 from tests.kit.paths import ROOT
 from tests.kit.ports import free_port
 from tests.kit.waiting import GIVE_UP_S
-from tests.test_http_port import Answer, PortTestCase, ask_on, encoded, rows_of
 
 PAGE = (ROOT / "docs" / "caches.md").read_text(encoding="utf-8")
 ROW, WHOLE = "/v1/datasets/products/rows/1", "/v1/datasets/products"

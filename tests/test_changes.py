@@ -7,15 +7,10 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.cache.changes import Change, ChangeCount
-from cacheservice.cache.rows import Rows, RowsBuilder, RowsPatch
+from cacheservice.cache.rows import Rows, RowsPatch
+from tests.kit.datasets import rows_of
 
 tables = st.dictionaries(st.binary(max_size=2), st.sampled_from([b"", b"1", b"2"]), max_size=60)
-
-
-def rows_of(table: dict[bytes, bytes]) -> Rows:
-    builder = RowsBuilder(lambda _: None)
-    builder.add(list(table.items()))
-    return builder.finish()
 
 
 def counted(old: Rows, new: Rows) -> tuple[Change, int]:

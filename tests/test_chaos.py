@@ -22,6 +22,7 @@ from zope.interface import implementer
 
 from cacheservice.cli.embedded import EmbeddedPostgres
 from tests.kit.chaos import FaultyNetwork
+from tests.kit.http import read_to_the_end
 from tests.kit.postgres import fresh_database, sessions_left
 from tests.kit.waiting import until
 
@@ -85,13 +86,6 @@ class Reads(Protocol):
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self.done.callback(None)
-
-
-def read_to_the_end(client: socket.socket) -> bytes:
-    parts = []
-    while part := client.recv(65_536):
-        parts.append(part)
-    return b"".join(parts)
 
 
 def read_exactly(client: socket.socket, size_bytes: int) -> bytes:

@@ -22,10 +22,10 @@ from cacheservice.postgres.translate import translate
 from cacheservice.refresh.drain import Drain
 from cacheservice.refresh.service import CacheService
 from tests.kit.postgres import connect
+from tests.kit.refreshes import RefreshTestCase
+from tests.kit.service import ROWS, ServiceTestCase, declare
 from tests.kit.standby import running_standby
 from tests.kit.waiting import until
-from tests.test_refresh_service import ROWS, Log, ServiceTestCase, declare
-from tests.test_refresher import RefreshTestCase
 
 TAKE_BOTH = """
 CREATE FUNCTION take_both() RETURNS int LANGUAGE plpgsql AS
@@ -58,7 +58,7 @@ class OnTheServer(ServiceTestCase):
     def make_service_before(self, dsn: str, *datasets: DatasetSettings) -> tuple[CacheService, Cache]:
         cache = Cache(datasets, reactor.seconds)
         database = Database(reactor, parse(dsn), 30.0, cache.database)
-        service = CacheService(cache, database, 2, reactor, random.random, Log(self.events), Drain(reactor))
+        service = CacheService(cache, database, 2, reactor, random.random, self.log, Drain(reactor))
         self.addCleanup(lambda: service.stopService() if service.running else None)
         return service, cache
 

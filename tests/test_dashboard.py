@@ -34,19 +34,12 @@ from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.http import HttpFactory
 from cacheservice.ports.http.bodies import PIECE_BYTES
 from cacheservice.ports.http.events import HEARTBEAT_S, PERIOD_S, Feed
+from tests.kit.daemon import DaemonTestCase
+from tests.kit.datasets import MOMENT_WITH_MS, declared
+from tests.kit.fake_refreshes import FakeRefreshes
+from tests.kit.http import Answer, ask_on, read_to_the_end
+from tests.kit.http_port import PortTestCase, buffered, encoded
 from tests.kit.waiting import GIVE_UP_S, until, wait_until
-from tests.test_http_port import (
-    MOMENT,
-    Answer,
-    FakeRefreshes,
-    PortTestCase,
-    ask_on,
-    buffered,
-    declared,
-    encoded,
-    read_to_the_end,
-)
-from tests.test_twistd import DaemonTestCase
 
 WORST_LAST = ("unchanged", "published", "held", "failed")
 MANY = 500
@@ -97,8 +90,8 @@ class Hour(SynchronousTestCase):
 
         def attempt(outcome: Any, generation: int = 0) -> float | None:
             if generation:
-                dataset.publish(Snapshot(generation, encoded({}), MOMENT, clock.seconds(), "1:1:"))
-            dataset.attempted(Attempt(outcome, "interval", MOMENT, 0.1))
+                dataset.publish(Snapshot(generation, encoded({}), MOMENT_WITH_MS, clock.seconds(), "1:1:"))
+            dataset.attempted(Attempt(outcome, "interval", MOMENT_WITH_MS, 0.1))
             newest = dataset.last_hour.newest()
             assert newest is not None
             return newest.age_s
@@ -194,9 +187,9 @@ class Files(PortTestCase):
     async def test_history(self) -> None:
         """/history tells the points of the last hour, a list for each field."""
         self.assertEqual((await self.ask("/v1/datasets/prices/history")).json()["slot"], [])
-        self.products.attempted(Attempt("published", "interval", MOMENT, 0.25, 5))
+        self.products.attempted(Attempt("published", "interval", MOMENT_WITH_MS, 0.25, 5))
         self.clock.advance(30)
-        self.products.attempted(Attempt("failed", "retry", MOMENT, 4.0, None, "no"))
+        self.products.attempted(Attempt("failed", "retry", MOMENT_WITH_MS, 4.0, None, "no"))
         self.clock.advance(2.5)
         self.assertEqual(
             (await self.ask("/v1/datasets/products/history")).json(),
@@ -394,7 +387,9 @@ class FeedRules(SynchronousTestCase):
         self.feed = Feed(self.cache, self.clock, self.turn_s)
 
     def publish(self, name: str, generation: int) -> None:
-        self.cache.dataset(name).publish(Snapshot(generation, encoded({}), MOMENT, self.clock.seconds(), "1:1:"))
+        self.cache.dataset(name).publish(
+            Snapshot(generation, encoded({}), MOMENT_WITH_MS, self.clock.seconds(), "1:1:")
+        )
 
     def advance(self, seconds: float) -> None:
         self.clock.pump([0.25] * round(seconds / 0.25))

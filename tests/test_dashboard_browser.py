@@ -19,11 +19,10 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from twisted.trial.unittest import SkipTest
 
+from tests.kit.daemon import OPEN_FILES, Daemon, DaemonTestCase
+from tests.kit.http import ask_on
 from tests.kit.standby import running_standby
 from tests.kit.waiting import GIVE_UP_S, wait_until
-from tests.test_admission import OPEN_FILES
-from tests.test_dashboard import ask_on
-from tests.test_twistd import Daemon, DaemonTestCase
 
 CHROMIUM, DRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
 ARGUMENTS = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Any
 
 from hypothesis import given, settings
@@ -12,21 +11,14 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import KEPT_ATTEMPTS, Attempt, Dataset, Outcome, Snapshot, State
-from cacheservice.cache.rows import RowsBuilder
-from cacheservice.config import DatasetSettings
 from cacheservice.errors import UnknownDataset
+from tests.kit.datasets import MOMENT, declared, rows_of, snapshot_of
 
-MOMENT = datetime(2026, 1, 2, tzinfo=UTC)
 START_S = 1000.0  # no law may lean on a clock that starts at 0
 
 
-def declared(name: str = "products", **keys: Any) -> DatasetSettings:
-    given_keys = {"query": "SELECT 1 AS id", "key": "id", "interval_s": 60.0, "timeout_s": 30.0, "max_age_s": 180.0}
-    return DatasetSettings.model_validate({"name": name} | given_keys | keys)
-
-
 def snapshot(generation: int, read_at: float) -> Snapshot:
-    return Snapshot(generation, RowsBuilder(lambda _: None).finish(), MOMENT, read_at, "1:1:")
+    return snapshot_of(rows_of({}), generation, read_at)
 
 
 def attempt(outcome: Outcome) -> Attempt:

@@ -36,9 +36,10 @@ from cacheservice.postgres.target import parse
 from cacheservice.postgres.watch import watch
 from cacheservice.refresh.drain import Drain
 from cacheservice.refresh.service import CacheService
+from tests.kit.datasets import rows_builder
+from tests.kit.logs import Log
 from tests.kit.standby import running_standby
 from tests.kit.versions import MakeServer, running_server
-from tests.test_refresh_service import Log
 
 SEED = int(os.environ.get("CACHESERVICE_TEST_DELTAS_SEED", "20261128"))
 ROUNDS = int(os.environ.get("CACHESERVICE_TEST_DELTAS", "150"))
@@ -77,7 +78,7 @@ def table_of(rows: Rows) -> Table:
     return dict(rows.items())
 
 
-def rows_of(table: Table, release: Callable[[Shards], None] = lambda _: None, **options: Any) -> Rows:
+def patchable(table: Table, release: Callable[[Shards], None] = lambda _: None, **options: Any) -> Rows:
     builder = RowsBuilder(release, patched=True, **options)
     builder.expect(len(table))
     builder.add(list(table.items()))
@@ -92,7 +93,7 @@ class Patches(SynchronousTestCase):
     @given(st.dictionaries(KEY, DOCUMENT), st.lists(st.tuples(KEY, st.none() | DOCUMENT)))
     def test_as_a_dict_would(self, table: Table, changes: list[tuple[bytes, bytes | None]]) -> None:
         """A patch changes what a dict would, counts it, and leaves the rows before it as they were."""
-        old = rows_of(table)
+        old = patchable(table)
         patch = RowsPatch(old)
         expected = dict(table)
         for key, document in changes:
@@ -111,7 +112,7 @@ class Patches(SynchronousTestCase):
     def test_what_is_not_touched_is_shared(self) -> None:
         """Rows after a patch are the same dicts but for those of its keys, and so are most of their groups."""
         for count in (1000, 100_000):
-            old = rows_of({b"%d" % number: b"{}" for number in range(count)})
+            old = patchable({b"%d" % number: b"{}" for number in range(count)})
             patch = RowsPatch(old)
             for number in range(10):
                 patch.put(b"%d" % number, b"[]")
@@ -140,7 +141,7 @@ class Patches(SynchronousTestCase):
         clock, choose = Later(), random.Random(1)
         drain = Drain(clock)
         table = {b"%d" % number: b"0" for number in range(20_000)}
-        kept: list[tuple[Rows, Table]] = [(rows_of(table, drain.add), table)]
+        kept: list[tuple[Rows, Table]] = [(patchable(table, drain.add), table)]
         for generation in range(1, 60):
             rows, table = kept[-1]
             patch, table = RowsPatch(rows), dict(table)
@@ -182,7 +183,7 @@ class Compared(Database):
         self.kinds.append(reading.kind)
         if reading.because:
             self.reasons.add(reading.because)
-        again = RowsBuilder(lambda _: None)
+        again = rows_builder()
         await self._read_all(moment, Wanted(wanted.dataset, lambda: again), again, reading)
         self.whole[wanted.dataset.name] = (reading.database_snapshot, table_of(again.finish()))
         return reading
@@ -218,8 +219,8 @@ class Proof(TestCase):
         often = {"interval_s": 3600.0, "timeout_s": 60.0, "max_shrink": 1.0, "max_delta": 1.0}
         cache = Cache([DatasetSettings.model_validate(often | each | more) for each in declared], reactor.seconds)
         database = Compared(reactor, parse(self.read_dsn), 30.0, cache.database)
-        self.events: list[tuple[str, dict[str, Any]]] = []
-        service = CacheService(cache, database, 3, reactor, random.random, Log(self.events), Drain(reactor))
+        self.log = Log()
+        service = CacheService(cache, database, 3, reactor, random.random, self.log, Drain(reactor))
         self.addCleanup(database.stop)
         self.addCleanup(lambda: service.stopService() if service.running else None)
         return service, cache, database
@@ -227,7 +228,7 @@ class Proof(TestCase):
     async def until(self, true: Callable[[], object]) -> None:
         limit = time.monotonic() + 60
         while not true():
-            assert time.monotonic() < limit, f"it did not come: {self.events[-5:]}"
+            assert time.monotonic() < limit, f"it did not come: {self.log.events[-5:]}"
             await deferLater(reactor, 0.001)
 
     def check(self, dataset: Dataset, database: Compared) -> None:
@@ -286,7 +287,7 @@ class Proof(TestCase):
             service.refresh_now(name)
             await self.until(lambda dataset=dataset, ended=ended: dataset.outcomes.total() > ended)
             self.check(dataset, database)
-            self.assertEqual(dataset.differences, 0, f"seed {SEED}: {self.events[-5:]}")
+            self.assertEqual(dataset.differences, 0, f"seed {SEED}: {self.log.events[-5:]}")
         await service.stopService()
         gc.collect()
         self.assertEqual(self.flushLoggedErrors(), [])

@@ -8,8 +8,9 @@ from twisted.internet.interfaces import IDelayedCall
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from cacheservice.cache.rows import Groups, RowsBuilder
+from cacheservice.cache.rows import Groups
 from cacheservice.refresh.drain import Drain
+from tests.kit.datasets import rows_of
 
 
 class Turns:
@@ -102,9 +103,7 @@ class Draining(SynchronousTestCase):
 
     def test_a_dropped_snapshot_is_drained(self) -> None:
         """Rows whose last reference goes are freed over many turns."""
-        builder = RowsBuilder(self.drain.add)
-        builder.add([(b"%d" % number, b"{}") for number in range(100_000)])
-        rows = builder.finish()
+        rows = rows_of(((b"%d" % number, b"{}") for number in range(100_000)), self.drain.add)
         self.assertTrue(self.reactor.idle)
         del rows
         turns = 0

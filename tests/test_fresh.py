@@ -24,10 +24,10 @@ from cacheservice.postgres.migrate import migrate
 from cacheservice.postgres.reader import create_reader
 from cacheservice.postgres.watch import unwatch, watch
 from cacheservice.shipped import folder
+from tests.kit.daemon import Daemon, DaemonTestCase
 from tests.kit.postgres import connect, query
-from tests.kit.resp_peer import encode
+from tests.kit.resp import encode
 from tests.kit.waiting import GIVE_UP_S, wait_until
-from tests.test_twistd import Daemon, DaemonTestCase
 
 WATCH = 'watch = [{table = "public.things", key = "id"}]'
 NOTIFY = 'notify = "told"'

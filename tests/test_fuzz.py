@@ -36,9 +36,12 @@ from cacheservice.ports.resp.protocol import RespFactory
 from cacheservice.ports.status import Commands as StatusCommands
 from cacheservice.ports.status import StatusFactory
 from cacheservice.ports.throttle import Throttle
+from tests.kit.fake_refreshes import FakeRefreshes
 from tests.kit.fuzz import Found, Input, Orders, Talk, exchange
+from tests.kit.http import read_to_the_end
 from tests.kit.paths import ROOT
-from tests.kit.resp_peer import NoRefreshes, document, encode, filled_cache
+from tests.kit.resp import encode
+from tests.kit.resp_peer import document, filled_cache
 from tests.kit.waiting import GIVE_UP_S, until
 
 INPUTS = int(os.environ.get("FUZZ_INPUTS", "100000"))
@@ -282,7 +285,7 @@ class Resp(UnderAttack, TestCase):
     most_events = 1  # that it spoke another protocol
 
     def make_factory(self, secret: str) -> RespFactory:
-        commands = RespCommands(self.cache, Freshness(NoRefreshes(), self.cache.database, reactor), secret)
+        commands = RespCommands(self.cache, Freshness(FakeRefreshes(), self.cache.database, reactor), secret)
         factory = RespFactory(self.cache, commands, MAX_CONNECTIONS, 300, reactor)
         # All of the many wrong passwords come from one address; they are forgiven at once, and so each waits briefly.
         factory.throttle = Throttle(lambda: reactor.seconds() * FORGIVING)
@@ -351,11 +354,11 @@ class Http(UnderAttack, TestCase):
     kind = "http"
 
     def make_factory(self, secret: str) -> HttpFactory:
-        freshness = Freshness(NoRefreshes(), self.cache.database, reactor)
+        freshness = Freshness(FakeRefreshes(), self.cache.database, reactor)
         return HttpFactory(
             cache=self.cache,
             freshness=freshness,
-            refreshes=NoRefreshes(),
+            refreshes=FakeRefreshes(),
             max_connections=MAX_CONNECTIONS,
             idle_timeout_s=300,
             reactor=reactor,
@@ -409,10 +412,3 @@ class Status(UnderAttack, TestCase):
         parts = st.sampled_from(words).map(str.encode)
         lines = st.lists(st.one_of(parts, parts, st.binary(max_size=4)), max_size=12).map(b"".join)
         await self.assert_stands_nonsense(st.lists(lines, min_size=1, max_size=5))
-
-
-def read_to_the_end(client: socket.socket) -> bytes:
-    parts = []
-    while part := client.recv(65_536):
-        parts.append(part)
-    return b"".join(parts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import closing
-from datetime import UTC, datetime
 from typing import Any
 
 from hypothesis import given
@@ -12,14 +11,14 @@ from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.cache.dataset import Snapshot
-from cacheservice.cache.rows import RowsBuilder
 from cacheservice.config import DatasetSettings
 from cacheservice.ports.report import show, status_table, why
 from cacheservice.refresh.gates import refusal
+from tests.kit.datasets import numbered_rows, snapshot_of
 from tests.kit.postgres import connect
+from tests.kit.refreshes import RefreshTestCase
+from tests.kit.service import ROWS, ServiceTestCase, declare
 from tests.kit.waiting import until
-from tests.test_refresh_service import ROWS, ServiceTestCase, declare
-from tests.test_refresher import RefreshTestCase
 
 
 def settings_with(**keys: Any) -> DatasetSettings:
@@ -27,9 +26,7 @@ def settings_with(**keys: Any) -> DatasetSettings:
 
 
 def snapshot(count: int, columns: tuple[str, ...] = ("id",)) -> Snapshot:
-    rows = RowsBuilder(lambda _: None)
-    rows.add([(b"%d" % number, b"{}") for number in range(count)])
-    return Snapshot(1, rows.finish(), datetime.now(UTC), 0.0, "1:1:", columns)
+    return snapshot_of(numbered_rows(count), columns=columns)
 
 
 class Refusals(SynchronousTestCase):

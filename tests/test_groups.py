@@ -27,10 +27,9 @@ from cacheservice.ports.resp.commands import Commands
 from cacheservice.ports.resp.protocol import RespFactory
 from cacheservice.refresh.service import CacheService
 from tests.kit.postgres import connect
-from tests.kit.resp_peer import encode
+from tests.kit.resp import Client, encode
+from tests.kit.service import ServiceTestCase, declare
 from tests.kit.waiting import until
-from tests.test_refresh_service import ServiceTestCase, declare
-from tests.test_resp_port import Client
 
 ACCOUNTS = 40
 START = 100

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import socket
-from datetime import UTC, datetime
-from typing import Any
 from weakref import ref
 
 from twisted.internet import reactor
@@ -14,7 +12,6 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Snapshot
-from cacheservice.cache.rows import RowsBuilder
 from cacheservice.config import DatasetSettings
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.held import HeldSnapshots
@@ -22,20 +19,14 @@ from cacheservice.ports.http import HttpFactory
 from cacheservice.ports.listen import tcp
 from cacheservice.ports.resp.commands import Commands
 from cacheservice.ports.resp.protocol import RespFactory
-from tests.kit.resp_peer import NoRefreshes, encode
+from tests.kit.datasets import MOMENT, rows_of, snapshot_of
+from tests.kit.fake_refreshes import FakeRefreshes
+from tests.kit.logs import Log
+from tests.kit.resp import encode
 from tests.kit.waiting import until
 
-MOMENT = datetime(2026, 1, 2, tzinfo=UTC)
 ROWS = 4000
 DOCUMENT = b'"' + b"x" * 1000 + b'"'
-
-
-class Log:
-    def __init__(self) -> None:
-        self.lines: list[dict[str, Any]] = []
-
-    def warning(self, event: str, **fields: Any) -> None:
-        self.lines.append({"event": event} | fields)
 
 
 def cache_of(*names: str) -> Cache:
@@ -45,10 +36,8 @@ def cache_of(*names: str) -> Cache:
 def publish(cache: Cache, name: str) -> ref[object]:
     """The next generation, of 4 MB; a weak reference to its rows."""
     dataset = cache.dataset(name)
-    builder = RowsBuilder(lambda _: None)
-    builder.add([(b"%d" % number, DOCUMENT) for number in range(ROWS)])
-    rows = builder.finish()
-    dataset.publish(Snapshot(dataset.last_generation + 1, rows, MOMENT, cache.now(), "1:1:"))
+    rows = rows_of((b"%d" % number, DOCUMENT) for number in range(ROWS))
+    dataset.publish(snapshot_of(rows, dataset.last_generation + 1, cache.now()))
     return ref(rows)
 
 
@@ -71,7 +60,7 @@ class Rules(SynchronousTestCase):
 
     def publish(self, name: str) -> None:
         dataset = self.cache.dataset(name)
-        rows = RowsBuilder(lambda _: None).finish()
+        rows = rows_of({})
         dataset.publish(Snapshot(dataset.last_generation + 1, rows, MOMENT, self.clock.seconds(), "1:1:"))
 
     def reading(self, *names: str) -> Reader:
@@ -91,8 +80,8 @@ class Rules(SynchronousTestCase):
         self.assertEqual([reader.dropped for each in readers for reader in each], [True] * 4 + [False] * 6)
         self.assertEqual(sorted(self.held.superseded()), [("a", 3), ("a", 4)])
         self.assertFalse(other.dropped)
-        self.assertEqual({line["event"] for line in self.log.lines}, {"slow_reader_ended"})
-        self.assertIn("2 newer generations of a are being read", self.log.lines[0]["reason"])
+        self.assertEqual(set(self.log.names()), {"slow_reader_ended"})
+        self.assertIn("2 newer generations of a are being read", self.log.events[0][1]["reason"])
 
     def test_time(self) -> None:
         """An answer has its time once its generation is superseded, from its own beginning; never before."""
@@ -127,12 +116,12 @@ class OnThePorts(TestCase):
     def setUp(self) -> None:
         self.cache, self.log = cache_of("a"), Log()
         self.held = HeldSnapshots(self.cache, reactor, self.log, 2, 600.0)
-        freshness = Freshness(NoRefreshes(), self.cache.database, reactor)  # type: ignore[arg-type]
+        freshness = Freshness(FakeRefreshes(), self.cache.database, reactor)  # type: ignore[arg-type]
         self.resp = RespFactory(self.cache, Commands(self.cache, freshness, ""), 100, 60, reactor, held=self.held)
         self.http = HttpFactory(
             cache=self.cache,
             freshness=freshness,
-            refreshes=NoRefreshes(),  # type: ignore[arg-type]
+            refreshes=FakeRefreshes(),  # type: ignore[arg-type]
             max_connections=100,
             idle_timeout_s=60,
             reactor=reactor,

@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -27,35 +27,23 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.task import Clock, deferLater
 from twisted.internet.threads import deferToThread
-from twisted.trial.unittest import SynchronousTestCase, TestCase
+from twisted.trial.unittest import SynchronousTestCase
 
-from cacheservice.cache.cache import Cache
-from cacheservice.cache.dataset import Dataset, Snapshot
-from cacheservice.cache.rows import Rows, RowsBuilder, bulk
-from cacheservice.config import DatasetSettings
+from cacheservice.cache.dataset import Snapshot
+from cacheservice.cache.rows import bulk
 from cacheservice.ports import rejected
-from cacheservice.ports.freshness import Freshness
-from cacheservice.ports.http import HttpFactory
 from cacheservice.ports.http.bodies import PIECE_BYTES, json_lines, json_object
 from cacheservice.ports.http.channel import MAX_HEAD_BYTES, MAX_HEADERS
 from cacheservice.ports.http.conditions import NAMES, Validators, is_not_modified, matches
 from cacheservice.ports.http.guard import Guard
 from cacheservice.ports.http.negotiation import codings, media_type
 from cacheservice.ports.http.problem import Problem
-from cacheservice.ports.listen import tcp
 from cacheservice.ports.throttle import LONG_WAIT_S, SHORT_WAIT_S, Throttle
+from tests.kit.datasets import MOMENT_WITH_MS, rows_of
+from tests.kit.http import Answer, ask_on, read_answer, read_to_the_end, statuses
+from tests.kit.http_port import ROWS, PortTestCase, buffered, encoded
 from tests.kit.waiting import GIVE_UP_S, until
 
-MOMENT = datetime(2026, 1, 2, 3, 4, 5, 678000, tzinfo=UTC)
-
-ROWS = {
-    "1": '{"id":1,"name":"hammer"}',
-    "2": '{"id":2,"name":"Säge"}',
-    "a/b:c d%": '{"id":3}',
-    'quo"te\\\n\x01é': "[1,\n 2]",
-    "": "null",
-    "large": json.dumps({"text": "x" * 3000}),
-}
 PATHS = [
     "/livez",
     "/readyz",
@@ -68,160 +56,6 @@ PATHS = [
     "/v1/datasets/nothing",
     "/nothing",
 ]
-
-
-def declared(name: str, **more: Any) -> DatasetSettings:
-    settings = {"name": name, "query": "SELECT 1 AS id", "key": "id", "interval_s": 60.0, "timeout_s": 30.0}
-    return DatasetSettings.model_validate(settings | more)
-
-
-def rows_of(documents: Iterable[tuple[bytes, bytes]]) -> Rows:
-    builder = RowsBuilder(lambda _: None)
-    builder.add(list(documents))
-    return builder.finish()
-
-
-def encoded(rows: dict[str, str]) -> Rows:
-    return rows_of((key.encode(), document.encode()) for key, document in rows.items())
-
-
-class FakeRefreshes:
-    """Remembers who was asked for."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[str, float]] = []
-
-    def refresh_now(self, name: str) -> bool:
-        raise AssertionError("a read port asks for a moment")
-
-    def refresh_since(self, name: str, moment: float) -> None:
-        self.asked.append((name, moment))
-
-
-class Answer:
-    """What a client got: `status`, `headers` by name in lower case, `body`, and whether the connection was closed."""
-
-    def __init__(self, response: HTTPResponse) -> None:
-        self.status = response.status
-        self.headers = {name.lower(): value for name, value in response.getheaders()}
-        self.body = response.read()
-
-    def json(self) -> Any:
-        return json.loads(self.body)
-
-
-def ask_on(client: socket.socket, path: str, method: str = "GET", **headers: str) -> Answer:
-    """One request, then its answer, on a connection that stays."""
-    lines = [f"{method} {path} HTTP/1.1", "Host: test"]
-    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
-    client.sendall("\r\n".join([*lines, "", ""]).encode())
-    return read_answer(client, method)
-
-
-def read_answer(client: socket.socket, method: str = "GET") -> Answer:
-    with HTTPResponse(client, method=method) as response:
-        response.begin()
-        return Answer(response)
-
-
-def read_to_the_end(client: socket.socket) -> bytes:
-    parts = []
-    while part := client.recv(65_536):
-        parts.append(part)
-    return b"".join(parts)
-
-
-def statuses(text: bytes) -> list[int]:
-    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) [A-Z]", text)]
-
-
-class PortTestCase(TestCase):
-    """products: loaded 12.3 s ago. prices: never loaded, its next try is in 15.2 s. Their clock stands still."""
-
-    max_connections = 50
-    idle_timeout_s = 120.0
-    head_timeout_s = 120.0
-    token = ""
-    allow_data = True
-    on_expired = "serve"
-
-    async def setUp(self) -> None:
-        self.clock = Clock()
-        self.clock.advance(1000)
-        settings = [declared("products", on_expired=self.on_expired), declared("prices", on_expired=self.on_expired)]
-        self.cache = Cache(settings, self.clock.seconds)
-        self.products, self.prices = self.cache.dataset("products"), self.cache.dataset("prices")
-        self.publish(encoded(ROWS), 17)
-        self.clock.advance(12.3)
-        self.products.next_refresh_at = 1060.0
-        self.prices.next_refresh_at = self.clock.seconds() + 15.2
-        self.refreshes = FakeRefreshes()
-        self.factory = self.make_factory()
-        self.port = tcp(reactor, "127.0.0.1", 0, self.factory)()
-        self.addCleanup(self.close)
-
-    def make_factory(self) -> HttpFactory:
-        return HttpFactory(
-            cache=self.cache,
-            freshness=Freshness(self.refreshes, self.cache.database, self.clock),
-            refreshes=self.refreshes,
-            max_connections=self.max_connections,
-            idle_timeout_s=self.idle_timeout_s,
-            reactor=reactor,
-            token=self.token,
-            allow_data=self.allow_data,
-            head_timeout_s=self.head_timeout_s,
-        )
-
-    def publish(self, rows: Rows, generation: int, dataset: Dataset | None = None) -> None:
-        (dataset or self.products).publish(Snapshot(generation, rows, MOMENT, self.clock.seconds(), "1:1:"))
-
-    async def close(self) -> None:
-        await self.port.stopListening()
-        self.factory.close_clients()
-        await until(lambda: not self.factory.clients)
-        self.assertEqual(self.clock.getDelayedCalls(), [])
-
-    def connect(self, receive_bytes: int = 0) -> socket.socket:
-        client = socket.socket()
-        client.settimeout(GIVE_UP_S)
-        if receive_bytes:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
-        client.connect(("127.0.0.1", self.port.getHost().port))
-        return client
-
-    def converse(self, conversation: Callable[[socket.socket], Any]) -> Deferred[Any]:
-        def run() -> Any:
-            with closing(self.connect()) as client:
-                return conversation(client)
-
-        return deferToThread(run)
-
-    async def ask(self, path: str, method: str = "GET", **headers: str) -> Answer:
-        answer: Answer = await self.converse(lambda client: ask_on(client, path, method, **headers))
-        return answer
-
-    async def exchange(self, data: bytes, *, half_close: bool = False) -> bytes:
-        """Send, then read until the port closes; a connection that is reset raises."""
-
-        def conversation(client: socket.socket) -> bytes:
-            client.sendall(data)
-            if half_close:
-                client.shutdown(socket.SHUT_WR)
-            return read_to_the_end(client)
-
-        text: bytes = await self.converse(conversation)
-        return text
-
-    async def assert_problem(self, path: str, status: int, detail: str, method: str = "GET", **headers: str) -> Answer:
-        answer = await self.ask(path, method, **headers)
-        self.assertEqual((answer.status, answer.headers["content-type"]), (status, "application/problem+json"))
-        problem = answer.json()
-        self.assertLessEqual({"type", "title", "status", "detail", "instance"}, set(problem))
-        self.assertEqual((problem["status"], problem["instance"]), (status, path.partition("?")[0]))
-        self.assertIn(detail, problem["detail"])
-        self.assertEqual(answer.headers["cache-control"], "no-store")
-        return answer
 
 
 class Routes(PortTestCase):
@@ -480,7 +314,7 @@ class Caching(PortTestCase):
         After a rollback the date goes back; with a comparison by order a client would keep what was taken back.
         """
         path = "/v1/datasets/products/rows/1"
-        at = MOMENT.replace(microsecond=0)
+        at = MOMENT_WITH_MS.replace(microsecond=0)
         same, before = format_datetime(at, usegmt=True), format_datetime(at - timedelta(seconds=1), usegmt=True)
         for header in (
             same,
@@ -499,11 +333,11 @@ class Caching(PortTestCase):
         date = (await self.ask(path)).headers["last-modified"]
         served = self.products.snapshot
         assert served is not None
-        self.products.renew(replace(served, as_of=MOMENT + timedelta(seconds=60), content_since=MOMENT))
+        self.products.renew(replace(served, as_of=MOMENT_WITH_MS + timedelta(seconds=60), content_since=MOMENT_WITH_MS))
         self.assertEqual((await self.ask(path)).headers["last-modified"], date)
         self.assertEqual((await self.ask(path, If_Modified_Since=date)).status, 304)
-        for generation, microsecond in ((18, 700_000), (19, MOMENT.microsecond)):
-            as_of = MOMENT.replace(microsecond=microsecond)
+        for generation, microsecond in ((18, 700_000), (19, MOMENT_WITH_MS.microsecond)):
+            as_of = MOMENT_WITH_MS.replace(microsecond=microsecond)
             snapshot = Snapshot(generation, encoded(ROWS), as_of, self.clock.seconds(), "1:1:")
             self.products.publish(snapshot)
             answer = await self.ask(path, If_Modified_Since=date)
@@ -528,7 +362,7 @@ class Caching(PortTestCase):
         row, whole = "/v1/datasets/products/rows/1", "/v1/datasets/products"
         tag = (await self.ask(row)).headers["etag"]
         weak = (await self.ask(whole)).headers["etag"]
-        date = format_datetime(MOMENT.replace(microsecond=0), usegmt=True)
+        date = format_datetime(MOMENT_WITH_MS.replace(microsecond=0), usegmt=True)
         before = "Thu, 01 Jan 2026 00:00:00 GMT"
         for method in ("GET", "HEAD"):
             for path, status, headers in (
@@ -664,7 +498,7 @@ class NegotiationRules(SynchronousTestCase):
         matches(value, b'"x"')
         for name in NAMES:
             with contextlib.suppress(Problem):
-                is_not_modified({name: value}, Validators(b'"x"', modified=MOMENT))
+                is_not_modified({name: value}, Validators(b'"x"', modified=MOMENT_WITH_MS))
 
     def test_a_hostile_header_takes_no_time(self) -> None:
         """The longest head there can be is taken apart in one pass: no pattern goes back over what it took."""
@@ -1034,13 +868,6 @@ class Unclosed:
 
     def close(self) -> None:
         """The next answer comes from it."""
-
-
-def buffered(channel: Any) -> int:
-    """Bytes that wait in memory for a client, or came from it too early."""
-    transport = channel.transport
-    waiting = len(transport.dataBuffer) - transport.offset + transport._tempDataLen
-    return waiting + len(channel._buffer) + sum(map(len, channel._dataBuffer))
 
 
 def unchunked(body: bytes) -> bytes:

@@ -29,11 +29,12 @@ from cacheservice.postgres.target import parse
 from cacheservice.postgres.watch import watch
 from cacheservice.refresh.drain import Drain
 from cacheservice.refresh.service import CacheService
+from tests.kit.datasets import MOMENT, numbered_rows, rows_builder
 from tests.kit.postgres import PRIMARY, connect, fresh_database, query
+from tests.kit.refreshes import RefreshTestCase, World
+from tests.kit.service import ServiceTestCase, declare
 from tests.kit.standby import Standby, running_standby
 from tests.kit.waiting import until
-from tests.test_refresh_service import Log, ServiceTestCase, declare
-from tests.test_refresher import AS_OF, RefreshTestCase, World
 
 STANDBY = replace(PRIMARY, in_recovery=True)
 
@@ -81,10 +82,8 @@ class Elsewhere(RefreshTestCase):
     def saved(self) -> World:
         """A dataset that was restored from a file of another cluster, before the database is reached."""
         world = World()
-        builder = RowsBuilder(lambda _: None)
-        builder.add([(b"%d" % number, b"{}") for number in range(100)])
         server = replace(PRIMARY, system_identifier="1")
-        snapshot = Snapshot(7, builder.finish(), AS_OF, world.clock.seconds(), "1:1:", source="disk", server=server)
+        snapshot = Snapshot(7, numbered_rows(100), MOMENT, world.clock.seconds(), "1:1:", source="disk", server=server)
         world.dataset.restore(snapshot)
         world.service.startService()
         return world
@@ -95,7 +94,7 @@ class Elsewhere(RefreshTestCase):
         self.assertEqual(world.dataset.state(), State.FRESH)
         world.cache.database.seen(PRIMARY, NO_LAG)
         read = world.database.last
-        read.result.callback(Reading(AS_OF, read.began_at, "1:1:", rows=RowsBuilder(lambda _: None), server=PRIMARY))
+        read.result.callback(Reading(MOMENT, read.began_at, "1:1:", rows=rows_builder(), server=PRIMARY))
         assert world.dataset.snapshot is not None
         self.assertEqual((world.dataset.snapshot.rows.count, world.dataset.last_generation), (0, 8))
 
@@ -108,7 +107,7 @@ class Elsewhere(RefreshTestCase):
         world.cache.database.seen(PRIMARY, NO_LAG)
         world.database.last.fail(QueryFailed("there is no such table"))
         self.assertEqual((world.dataset.snapshot, world.dataset.last_generation), (None, 7))
-        self.assertEqual(world.log.events("snapshot_withdrawn"), ["snapshot_withdrawn"])
+        self.assertEqual(world.log.names("snapshot_withdrawn"), ["snapshot_withdrawn"])
 
 
 class OnServers(ServiceTestCase):
@@ -133,7 +132,7 @@ class OnServers(ServiceTestCase):
     async def read(self, database: Database, since: Snapshot | None = None, **more: Any) -> tuple[Reading, Snapshot]:
         """Read `things`, by a delta or a probe if one will do; the snapshot is what the next one may start from."""
         settings = declare("things", **({"watch": [{"table": "public.things", "key": "id"}]} | more))
-        wanted = Wanted(settings, lambda: RowsBuilder(lambda _: None), since=since, most_keys=1000)
+        wanted = Wanted(settings, rows_builder, since=since, most_keys=1000)
         (reading,) = await database.read_together([wanted])
         if since is not None and reading.kind != "all":
             rows = since.rows
@@ -311,7 +310,7 @@ class OnServers(ServiceTestCase):
     def make_service_of(self, dsn: str, *datasets: DatasetSettings) -> tuple[CacheService, Cache]:
         cache = Cache(datasets, reactor.seconds)
         database = Database(reactor, parse(dsn), 30.0, cache.database)
-        service = CacheService(cache, database, 2, reactor, random.random, Log(self.events), Drain(reactor))
+        service = CacheService(cache, database, 2, reactor, random.random, self.log, Drain(reactor))
         self.addCleanup(database.stop)
         self.addCleanup(lambda: service.stopService() if service.running else None)
         return service, cache

@@ -32,13 +32,13 @@ from cacheservice.postgres.reader import create_reader
 from cacheservice.postgres.session_settings import Limits, begin_reading
 from cacheservice.postgres.watch import unwatch, watch
 from tests.kit import pgbouncer, pgpool
+from tests.kit.command_line import CommandLine
 from tests.kit.pgbouncer import running_pgbouncer
 from tests.kit.pgpool import running_pgpool
 from tests.kit.ports import free_port
 from tests.kit.postgres import connect, fresh_database, query, sessions
 from tests.kit.standby import running_standby
 from tests.kit.waiting import GIVE_UP_S, wait_until
-from tests.test_status_command import CommandLine
 
 SHOP = """
 CREATE SCHEMA shop;

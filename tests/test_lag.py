@@ -21,7 +21,6 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 from cacheservice import shipped
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.lag import NO_LAG, Receiver, Seen, StandbyFacts, lag_of
-from cacheservice.cache.rows import RowsBuilder
 from cacheservice.config import PostgresSettings
 from cacheservice.ports import report
 from cacheservice.postgres.database import Database, Reading, Wanted
@@ -29,10 +28,11 @@ from cacheservice.postgres.inspect import inspecting
 from cacheservice.postgres.migrate import migrate
 from cacheservice.postgres.reader import create_reader
 from cacheservice.postgres.target import parse
+from tests.kit.datasets import rows_builder
+from tests.kit.service import declare
 from tests.kit.standby import Standby, running_standby
 from tests.kit.versions import MakeServer
 from tests.kit.waiting import until
-from tests.test_refresh_service import declare
 
 QUIET = Receiver("streaming", 990.0, 0.0, 500)
 IDLE = StandbyFacts("reader", 100_000_000, 1000.0, 500, 500, 400.0, False, 60.0, 0.0, QUIET)
@@ -123,7 +123,7 @@ class OnStandbys(TestCase):
         return database
 
     async def read(self, database: Database) -> Reading:
-        (reading,) = await database.read_together([Wanted(declare("things"), lambda: RowsBuilder(lambda _: None))])
+        (reading,) = await database.read_together([Wanted(declare("things"), rows_builder)])
         self.assertAlmostEqual(reading.began_at - reading.read_at, reading.lag.seconds)
         return reading
 

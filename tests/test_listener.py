@@ -31,21 +31,13 @@ from cacheservice.postgres.guard import GuardedConnection
 from cacheservice.postgres.listener import Listener
 from cacheservice.postgres.target import parse
 from tests.kit import pgbouncer
+from tests.kit.datasets import rows_builder
+from tests.kit.guard import LONG_S, LONGEST_GAP_S, GuardTestCase, as_awaitable, held, our_timers, settings
+from tests.kit.listening import Diary
 from tests.kit.pgbouncer import running_pgbouncer
 from tests.kit.postgres import connect, query, sessions, sessions_left
 from tests.kit.standby import running_standby
 from tests.kit.waiting import until
-from tests.test_guard import (
-    LONG_S,
-    LONGEST_GAP_S,
-    GuardTestCase,
-    as_awaitable,
-    held,
-    our_timers,
-    rows_builder,
-    settings,
-)
-from tests.test_refresh_service import Log
 
 # What is to be found out soon; an answer that takes longer on a busy machine costs a needless reconnect.
 QUICK = {
@@ -59,29 +51,6 @@ QUICK = {
 PATIENT = {**QUICK, "canary_interval_s": 2 * LONG_S, "answer_within_s": LONG_S}
 
 LISTENS = "cacheservice listens"
-
-
-class Diary(list[tuple[Any, ...]]):
-    """What happened, in its order: ("heard", channel, payload), ("missed",), ("listening_lost",) …"""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.log = Log([])
-        self.log.info = self.log.warning = self.log.error = self.logged  # type: ignore[method-assign]
-
-    def logged(self, event: str, **fields: Any) -> None:
-        self.append((event,))
-        self.log.events.append((event, fields))
-
-    def heard(self, channel: str, payload: str) -> None:
-        self.append(("heard", channel, payload))
-
-    def missed(self) -> None:
-        self.append(("missed",))
-
-    @property
-    def payloads(self) -> list[str]:
-        return [entry[2] for entry in self if entry[0] == "heard"]
 
 
 class ListenerTestCase(GuardTestCase):

@@ -7,39 +7,26 @@ import json
 import re
 import socket
 import time
-from collections.abc import Iterable
-from contextlib import closing
-from dataclasses import replace
-from datetime import UTC, datetime
-from http.client import HTTPConnection
-from typing import Any, NamedTuple
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import generate_latest
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
-from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock, deferLater
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from cacheservice.cache.cache import Cache
-from cacheservice.cache.changes import Change
-from cacheservice.cache.counts import Histogram
-from cacheservice.cache.dataset import Attempt, Dataset, Snapshot
-from cacheservice.cache.rows import Rows, RowsBuilder
-from cacheservice.config import DatasetSettings
-from cacheservice.ops.metrics import Metrics
 from cacheservice.ops.stall import BOUNDS_S, TICK_S, StallWatch
-from cacheservice.ports.rejected import none_yet
+from tests.kit.daemon import PRODUCTS
+from tests.kit.datasets import declared
+from tests.kit.metrics import Series, World, of_monitor_lines, of_openmetrics, of_text, place
 from tests.kit.paths import ROOT
+from tests.kit.real_service import RealServiceTestCase
 from tests.kit.waiting import GIVE_UP_S, wait_until
-from tests.test_twistd import PRODUCTS, Daemon, DaemonTestCase
 
 PAGE = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
-MOMENT = datetime(2026, 1, 2, 3, 4, 5, 678000, tzinfo=UTC)
 
 # What the contract names, with the kind and the labels of each. A histogram's buckets have "le" besides.
 CONTRACT = {
@@ -66,124 +53,6 @@ CONTRACT = {
     "process_open_fds": ("gauge", set()),
     "process_start_time_seconds": ("gauge", set()),
 }
-
-Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
-
-
-def series(families: Iterable[Any], *, process: bool = False) -> Series:
-    """Each sample's value by its name and labels; those of the process, which change as one looks, only if wanted."""
-    found: Series = {}
-    for family in families:
-        for sample in family.samples:
-            if process or not sample.name.startswith("process_"):
-                place = sample.name, tuple(sorted(sample.labels.items()))
-                assert place not in found, f"{place} is there twice"
-                found[place] = sample.value
-    return found
-
-
-def of_text(text: bytes) -> Series:
-    return series(parse_text(text.decode()))
-
-
-def of_openmetrics(text: bytes) -> Series:
-    """By the parser of OpenMetrics, which refuses what is out of order."""
-    return series(parse_openmetrics(text.decode()))
-
-
-def of_monitor_lines(text: str) -> Series:
-    """`key<TAB>value` lines, read as the text format once the tab is a space."""
-    assert all(line.count("\t") == 1 for line in text.split("\n"))
-    return series(parse_text(text.replace("\t", " ") + "\n"))
-
-
-def place(name: str, **labels: str) -> tuple[str, tuple[tuple[str, str], ...]]:
-    return name, tuple(sorted(labels.items()))
-
-
-def declared(name: str, **more: Any) -> DatasetSettings:
-    return DatasetSettings.model_validate(
-        {"name": name, "query": "SELECT 1 AS id", "key": "id", "interval_s": 60.0, "timeout_s": 30.0} | more
-    )
-
-
-def rows_of(count: int) -> Rows:
-    builder = RowsBuilder(lambda _: None)
-    builder.add([(b"%d" % number, b'{"id":%d}' % number) for number in range(count)])
-    return builder.finish()
-
-
-class Port(NamedTuple):
-    clients: set[int]
-    max_connections: int
-    rejected: dict[Any, int]
-
-
-class CountingClock(Clock):
-    """Counts the turns of the reactor that somebody waits for."""
-
-    turns = 0
-
-    def callLater(self, *arguments: Any) -> Any:
-        self.turns += 1
-        return super().callLater(*arguments)
-
-
-class World:
-    """Two datasets before a clock that stands still; `do` has something happen to one of them."""
-
-    def __init__(self, *names: str) -> None:
-        self.clock = CountingClock()
-        self.cache = Cache(map(declared, names or ("products", "prices")), self.clock.seconds)
-        self.lateness = Histogram(BOUNDS_S)
-        self.ports = {"resp": Port({1, 2}, 10, none_yet())}
-        self.metrics = Metrics(self.cache, self.lateness, self.ports, self.clock)
-
-    def text(self, *, openmetrics: bool = False) -> bytes:
-        coming = Deferred.fromCoroutine(self.metrics.exposition(openmetrics=openmetrics))
-        self.clock.advance(0)
-        text: bytes = coming.result
-        return text
-
-    def monitor_lines(self) -> str:
-        coming = Deferred.fromCoroutine(self.metrics.monitor_lines())
-        self.clock.advance(0)
-        lines: str = coming.result
-        return lines
-
-    def publish(self, dataset: Dataset, count: int = 3) -> None:
-        change = Change(count, 1, 2)
-        dataset.publish(
-            Snapshot(dataset.next_generation(), rows_of(count), MOMENT, self.clock.seconds(), "1:1:", change=change)
-        )
-
-    def attempt(self, dataset: Dataset, outcome: Any, took_s: float = 0.3) -> None:
-        dataset.attempted(Attempt(outcome, "interval", MOMENT, took_s))
-
-    def do(self, dataset: Dataset, what: str, number: int) -> None:
-        counts = dataset.counts
-        match what:
-            case "publish":
-                self.publish(dataset, number)
-            case "published" | "unchanged" | "held" | "failed":
-                self.attempt(dataset, what, number / 7)
-            case "hold":
-                dataset.hold("has 0 rows", 0, MOMENT)
-            case "renew" if dataset.snapshot is not None:
-                dataset.renew(replace(dataset.snapshot, read_at=self.clock.seconds()))
-            case "pin":
-                dataset.pinned = not dataset.pinned
-            case "age":
-                self.clock.advance(number * 10)
-            case "count":
-                name = ("rows_read", "missed_ticks", "differences", "save_failures")[number % 4]
-                setattr(counts, name, getattr(counts, name) + 1 + number)
-            case "read":
-                reads = counts.resp if number % 2 else counts.http
-                name = ("hits", "misses", "loading", "stale")[number // 2 % 4]
-                setattr(reads, name, getattr(reads, name) + 1 + number)
-            case "declare":
-                dataset.change(declared(dataset.name, max_age_s=100.0 + number, query=f"SELECT {number}"))
 
 
 EVENTS = [
@@ -381,39 +250,6 @@ PROMETHEUS_ACCEPT = (
     "application/openmetrics-text;version=0.0.1;q=0.5,text/plain;version=1.0.0;escaping=allow-utf-8;q=0.4,"
     "text/plain;version=0.0.4;q=0.3,*/*;q=0.2"
 )
-
-
-class Answer(NamedTuple):
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-
-class RealServiceTestCase(DaemonTestCase):
-    """A service under twistd, on a real PostgreSQL."""
-
-    def port_of(self, daemon: Daemon, name: str) -> int:
-        return int(daemon.event("service_started")[name].rpartition(":")[2])
-
-    def get(self, daemon: Daemon, path: str = "/metrics", method: str = "GET", **headers: str) -> Answer:
-        with closing(HTTPConnection("127.0.0.1", self.port_of(daemon, "http"), timeout=GIVE_UP_S)) as client:
-            client.request(method, path, headers={name.replace("_", "-"): value for name, value in headers.items()})
-            response = client.getresponse()
-            return Answer(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
-
-    def now(self, daemon: Daemon) -> Series:
-        return of_text(self.get(daemon).body)
-
-    def resp(self, daemon: Daemon, *requests: bytes, until_bytes: bytes) -> bytes:
-        """Send them in one go, and read until what is the end of the last answer."""
-        with socket.create_connection(("127.0.0.1", self.port_of(daemon, "resp")), timeout=GIVE_UP_S) as client:
-            client.sendall(b"".join(requests) + b"ECHO the-end\r\n")
-            received = b""
-            while not received.endswith(until_bytes):
-                part = client.recv(1 << 20)
-                assert part, received[-200:]
-                received += part
-            return received
 
 
 class RealService(RealServiceTestCase):

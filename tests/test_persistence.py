@@ -16,7 +16,7 @@ import tempfile
 import time
 import weakref
 import zlib
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -38,7 +38,7 @@ from cacheservice import clock
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset, Snapshot
 from cacheservice.cache.lag import NO_LAG
-from cacheservice.cache.rows import Groups, Rows, RowsBuilder
+from cacheservice.cache.rows import Rows
 from cacheservice.config import DatasetSettings
 from cacheservice.errors import (
     CacheServiceError,
@@ -61,6 +61,8 @@ from cacheservice.persistence.files import (
     read,
 )
 from cacheservice.persistence.store import SnapshotStore
+from tests.kit.datasets import declared, rows_of
+from tests.kit.logs import Log
 from tests.kit.persistence_child import killed_after, killed_while_renewing, rows_of_generation
 from tests.kit.postgres import PRIMARY
 from tests.kit.waiting import GIVE_UP_S, until
@@ -79,16 +81,6 @@ KLUv/SQPeQAAkZLEATHECHsiaWQiOjF94ndPolQAAAAgGqy7uyi1L/0kE5kAAIKkcm93cwGqc2l6ZV9i
 """Written by the version before `machine` was kept: generation 1 of one row."""
 
 Table = dict[bytes, bytes]
-
-
-def declared(name: str = "products", **more: Any) -> DatasetSettings:
-    return DatasetSettings.model_validate({"name": name, "query": "SELECT * FROM products", "key": "id"} | more)
-
-
-def rows_of(table: Iterable[tuple[bytes | None, bytes]], release: Callable[[Groups], None] = lambda _: None) -> Rows:
-    builder = RowsBuilder(release)
-    builder.add(list(table))
-    return builder.finish()
 
 
 def header_of(rows: Rows, **more: Any) -> Header:
@@ -175,7 +167,7 @@ class Format(Folder):
         """Another query or key has another fingerprint, wherever one ends and the other begins."""
         different = [
             declared(),
-            declared(query="SELECT * FROM products "),
+            declared(query="SELECT 1 AS id "),
             declared(key=["id", "sku"]),
             declared(key=["sku", "id"]),
             declared(key="id:sku"),
@@ -303,26 +295,7 @@ class Damage(Folder):
         return file.getvalue()
 
 
-class Log:
-    """Remembers events as (event, fields)."""
-
-    def __init__(self) -> None:
-        self.events: list[tuple[str, dict[str, Any]]] = []
-        self._bound: dict[str, Any] = {}
-
-    def bind(self, **fields: Any) -> Log:
-        bound = Log()
-        bound.events, bound._bound = self.events, self._bound | fields
-        return bound
-
-    def info(self, event: str, **fields: Any) -> None:
-        self.events.append((event, self._bound | fields))
-
-    debug = warning = error = info
-
-    def named(self, event: str) -> list[dict[str, Any]]:
-        return [fields for name, fields in self.events if name == event]
-
+class SavingLog(Log):
     def saved(self) -> list[int]:
         return [fields["generation"] for fields in self.named("snapshot_saved")]
 
@@ -347,7 +320,7 @@ class Running(TestCase):
         self.parent = Path(tempfile.mkdtemp(prefix="cacheservice-test-"))
         self.addCleanup(shutil.rmtree, self.parent)
         self.directory = self.parent / "snapshots"
-        self.log = Log()
+        self.log = SavingLog()
         self.wall_s = time.time
 
     snapshots: SnapshotStore | None = None
@@ -602,7 +575,7 @@ class Renewing(Running):
         """What another query gives is saved again under its generation, or the next start would refuse the file."""
         dataset = self.store()
         await self.save(dataset, 1)
-        other = declared(query="SELECT * FROM products -- all of them")
+        other = declared(query="SELECT 1 AS id -- all of them")
         self.cache.declare([other])
         self.renew(dataset, 5)
         await until(lambda: self.log.saved() == [1, 1])
@@ -846,7 +819,7 @@ class Restoring(Running):
 
     async def test_another_query(self) -> None:
         """Rows of another query are not served, however old: all of them are moved aside."""
-        message = await self.refused(lambda: None, declared(query="SELECT 1 AS id"), left=None)
+        message = await self.refused(lambda: None, declared(query="SELECT 2 AS id"), left=None)
         self.assertIn(
             "the query, the key, the probe, watch, settings or search_path of the dataset was changed", message
         )
@@ -960,7 +933,7 @@ class Restoring(Running):
             self.assertIsNone(self.snapshot_of(dataset).age_uncertain)
             await self.snapshots.stopService()
             shutil.rmtree(self.directory)
-            self.log.events.clear()
+            self.log.lines.clear()
             self.wall_s = time.time
 
     def snapshot_of(self, dataset: Dataset | Snapshot) -> Snapshot:

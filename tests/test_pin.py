@@ -6,9 +6,9 @@ from cacheservice.cache.dataset import Dataset
 from cacheservice.errors import NothingToPin, UnknownDataset
 from cacheservice.ports.report import show, status_table, why
 from cacheservice.ports.status import Commands
+from tests.kit.refreshes import RefreshTestCase, World
+from tests.kit.service import ServiceTestCase, declare
 from tests.kit.waiting import until
-from tests.test_refresh_service import ServiceTestCase, declare
-from tests.test_refresher import RefreshTestCase, World
 
 
 class Pinning(RefreshTestCase):
@@ -94,10 +94,10 @@ class Pinning(RefreshTestCase):
         for _ in range(4):
             self.refreshed(world, 99)
         self.assertEqual(world.dataset.state(), "expired")
-        self.assertEqual(world.log.events("dataset_expired", "dataset_recovered"), ["dataset_expired"])
+        self.assertEqual(world.log.names("dataset_expired", "dataset_recovered"), ["dataset_expired"])
         world.service.unpin("products")
         self.assertEqual(world.dataset.state(), "fresh")
-        self.assertEqual(world.log.events("dataset_expired", "dataset_recovered")[-1], "dataset_recovered")
+        self.assertEqual(world.log.names("dataset_expired", "dataset_recovered")[-1], "dataset_recovered")
 
     def test_nothing_to_pin(self) -> None:
         """What has never been loaded, or is not there, cannot be pinned."""

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from http.client import HTTPConnection, HTTPException
-from typing import Any
 
+from tests.kit.daemon import PRODUCTS, SLOW, STOP_LIMIT_S, Daemon
+from tests.kit.metrics import place
+from tests.kit.real_service import ProbesTestCase
 from tests.kit.waiting import GIVE_UP_S, wait_until
-from tests.test_metrics import RealServiceTestCase, place
-from tests.test_twistd import PRODUCTS, SLOW, STOP_LIMIT_S, Daemon
 
 LARGE = """
 [datasets.large]
@@ -33,30 +33,6 @@ class Slow(Service):
 (root,) = IServiceCollection(application)
 root.services.insert(0, Slow())
 """
-
-
-class ProbesTestCase(RealServiceTestCase):
-    def livez(self, daemon: Daemon) -> tuple[int, Any]:
-        answer = self.get(daemon, "/livez")
-        return answer.status, json.loads(answer.body)
-
-    def readyz(self, daemon: Daemon) -> tuple[int, Any]:
-        answer = self.get(daemon, "/readyz")
-        self.assertEqual(answer.headers["cache-control"], "no-store")
-        return answer.status, json.loads(answer.body)
-
-    def assert_not_ready(self, daemon: Daemon, reasons: dict[str, str]) -> None:
-        """Both ports say so, and neither says that it is not alive."""
-        self.assertEqual(self.readyz(daemon), (503, {"status": "not ready", "not_ready": reasons}))
-        words = " ".join(f"{name}:{state}" for name, state in reasons.items())
-        self.assertEqual(daemon.ask("ready"), f"notready {words}")
-        self.assertEqual((self.livez(daemon), daemon.ask("ruok")), ((200, {"status": "alive"}), "imok"))
-        self.assertEqual(self.now(daemon)[place("cacheservice_ready")], 0)
-
-    def wait_ready(self, daemon: Daemon) -> None:
-        wait_until(lambda: self.readyz(daemon)[0] == 200, "readiness")
-        self.assertEqual(self.readyz(daemon), (200, {"status": "ready"}))
-        self.assertEqual(daemon.ask("ready"), "ready")
 
 
 class Probes(ProbesTestCase):

@@ -18,21 +18,12 @@ from twisted.trial.unittest import SynchronousTestCase
 from cacheservice import config
 from cacheservice.process import log_file
 from tests.kit import pgbouncer
+from tests.kit.daemon import PRODUCTS, QUICK, DaemonTestCase
 from tests.kit.paths import ROOT
 from tests.kit.pgbouncer import running_pgbouncer
 from tests.kit.postgres import query
 from tests.kit.waiting import GIVE_UP_S, wait_until
-from tests.test_twistd import PRODUCTS, DaemonTestCase
 
-QUICK = """
-[datasets.products]
-query = "SELECT 1 AS id"
-key = "id"
-interval_s = 0.3
-retry_initial_s = 0.1
-retry_max_s = 0.3
-max_age_s = 600
-"""
 TO_A_FILE = ("sh", "-c", 'exec "$0" "$@" --logfile=service.log')
 
 

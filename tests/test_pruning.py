@@ -23,10 +23,11 @@ from cacheservice.postgres.reader import create_reader
 from cacheservice.postgres.recorded import Recorded
 from cacheservice.postgres.target import parse
 from cacheservice.postgres.watch import watch
+from tests.kit.database import TIMEOUT_S, DatabaseTestCase
+from tests.kit.datasets import MOMENT
 from tests.kit.postgres import connect, drop_role
+from tests.kit.refreshes import World
 from tests.kit.standby import running_standby
-from tests.test_database import TIMEOUT_S, DatabaseTestCase
-from tests.test_refresher import AS_OF, World
 
 WATCH = [{"table": "products", "key": "id"}]
 OFF = "products or a partition of it lacks a trigger of ours"
@@ -225,7 +226,7 @@ class DeltasOff(SynchronousTestCase):
         self.world.clock.advance(2)
         read = self.world.database.last
         read.into.add([(b"1", b"{}")])
-        reading = Reading(AS_OF, read.began_at, "1:1:", rows=read.into, watch_state='{"kept": "", "tables": {}}')
+        reading = Reading(MOMENT, read.began_at, "1:1:", rows=read.into, watch_state='{"kept": "", "tables": {}}')
         read.result.callback(replace(reading, no_delta=no_delta, because=no_delta))
 
     def notify(self) -> None:

@@ -5,209 +5,17 @@ The database is a fake whose reads end when a test says so; the time is a Clock'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.internet.defer import Deferred, succeed
-from twisted.internet.task import Clock
-from twisted.python.failure import Failure
-from twisted.trial.unittest import SynchronousTestCase
 
-from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset, State
-from cacheservice.config import DatasetSettings
-from cacheservice.errors import Blocker, DatabaseUnavailable, LockTimeout, QueryFailed, UnknownDataset
-from cacheservice.postgres.database import Reading, Wanted
-from cacheservice.postgres.recorded import Recorded
-from cacheservice.refresh.drain import Drain
-from cacheservice.refresh.service import CacheService
-
-AS_OF = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
-START_S = 5000.0
-BLOCKER = Blocker(42, "app", "psql", "AccessExclusiveLock", "public.products", AS_OF, "idle in transaction", None)
-
-
-class Read:
-    """One read that the fake was asked for."""
-
-    def __init__(self, wanted: Wanted, began_at: float, number: int = 1) -> None:
-        self.name = wanted.dataset.name
-        self.number = number
-        self.into = wanted.build()
-        self.expect = wanted.expect
-        self.told = wanted.told
-        self.since = wanted.since
-        self.began_at = began_at
-        self.result: Deferred[Reading] = Deferred()
-
-    def complete(self, rows: int = 1, columns: int = 0) -> None:
-        """Give so many rows.
-
-        Unless a number of columns is given there is one more than in each read before: another content, whatever the
-        rows are.
-        """
-        self.into.add([(b"%d" % number, b"{}") for number in range(rows)])
-        names = tuple(f"column{number}" for number in range(columns or self.number))
-        self.result.callback(Reading(AS_OF, self.began_at, "1:1:", names, rows=self.into))
-
-    def complete_nothing(self) -> None:
-        """Nothing has changed."""
-        self.result.callback(Reading(AS_OF, self.began_at, "1:1:", kind="unchanged"))
-
-    def fail(self, error: Exception | None = None) -> None:
-        self.result.errback(error or QueryFailed("column absent does not exist", "42703"))
-
-
-class FakeDatabase:
-    """Keeps every read, and sees to it that no two of one dataset are under way."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.reads: list[Read] = []
-        self.raising: Exception | None = None
-        self.after_failure: Callable[[Failure], object] = lambda failure: failure
-        self.pruning: Callable[[float], Deferred[int]] = lambda keep_s: succeed(0)
-        self.kept = Recorded(in_recovery=False, kept=None, may_ask=False)
-        self._clock = clock
-
-    def read_together(self, wanted: Sequence[Wanted]) -> Deferred[list[Reading]]:
-        (one,) = wanted
-        assert one.dataset.name not in [read.name for read in self.running], "a refresh never overlaps itself"
-        read = Read(one, self._clock.seconds(), len(self.reads) + 1)
-        self.reads.append(read)
-        if self.raising is not None:
-            read.result.addErrback(lambda _: None)
-            read.fail(self.raising)
-            raise self.raising
-        return read.result.addErrback(self.after_failure).addCallback(lambda reading: [reading])
-
-    def prune(self, keep_s: float, timeout_s: float) -> Deferred[int]:
-        return self.pruning(keep_s)
-
-    def recorded(self, timeout_s: float) -> Deferred[Recorded]:
-        return succeed(self.kept)
-
-    @property
-    def running(self) -> list[Read]:
-        return [read for read in self.reads if not read.result.called]
-
-    @property
-    def last(self) -> Read:
-        return self.reads[-1]
-
-
-class FakeLog:
-    """Keeps every line as (level, event, fields)."""
-
-    def __init__(self, lines: list[tuple[str, str, dict[str, Any]]] | None = None, **bound: Any) -> None:
-        self.lines = [] if lines is None else lines
-        self._bound = bound
-
-    def bind(self, **fields: Any) -> FakeLog:
-        return FakeLog(self.lines, **self._bound, **fields)
-
-    def debug(self, event: str, **fields: Any) -> None:
-        self._add("debug", event, fields)
-
-    def info(self, event: str, **fields: Any) -> None:
-        self._add("info", event, fields)
-
-    def warning(self, event: str, **fields: Any) -> None:
-        self._add("warning", event, fields)
-
-    def error(self, event: str, **fields: Any) -> None:
-        self._add("error", event, fields)
-
-    def events(self, *names: str) -> list[str]:
-        return [event for _, event, _ in self.lines if event in names]
-
-    def _add(self, level: str, event: str, fields: dict[str, Any]) -> None:
-        self.lines.append((level, event, {**self._bound, **fields}))
-
-
-class World:
-    """A CacheService over the fakes."""
-
-    def __init__(
-        self,
-        *names: str,
-        max_connections: int = 2,
-        random: Callable[[], float] = lambda: 1.0,
-        heard_all: Callable[[], Deferred[bool]] | None = None,
-        **keys: Any,
-    ) -> None:
-        every = {"query": "SELECT 1 AS id", "key": "id", "interval_s": 60.0, "timeout_s": 30.0, "jitter": 0.0} | keys
-        declared = [DatasetSettings.model_validate({"name": name} | every) for name in names or ("products",)]
-        self.clock = Clock()
-        self.clock.advance(START_S)
-        self.cache = Cache(declared, self.clock.seconds)
-        self.database = FakeDatabase(self.clock)
-        self.log = FakeLog()
-        self.service = CacheService(
-            self.cache,
-            self.database,
-            max_connections,
-            self.clock,
-            random,
-            self.log,
-            Drain(self.clock),
-            heard_all=heard_all,
-        )
-
-    @property
-    def dataset(self) -> Dataset:
-        return self.cache.dataset("products")
-
-    @property
-    def now_s(self) -> float:
-        """Seconds since the start."""
-        return self.clock.seconds() - START_S
-
-    @property
-    def starts(self) -> list[tuple[str, float]]:
-        """Each read and when it began, in seconds since the start."""
-        return [(read.name, read.began_at - START_S) for read in self.database.reads]
-
-    @property
-    def triggers(self) -> list[str]:
-        return [attempt.trigger for attempt in self.dataset.attempts]
-
-    def advance(self, seconds: float) -> None:
-        """Time passes, and what is due happens at its time."""
-        until = self.clock.seconds() + seconds
-        while due := [call.getTime() for call in self.clock.getDelayedCalls() if call.getTime() <= until]:
-            self.clock.advance(max(0.0, min(due) - self.clock.seconds()))
-        self.clock.advance(until - self.clock.seconds())
-
-    def advance_to(self, moment_s: float) -> None:
-        self.advance(moment_s - self.now_s)
-
-    def hold(self, seconds: float) -> None:
-        """Something holds the reactor: what is due meanwhile happens late, all of it at the end."""
-        self.clock.advance(seconds)
-
-
-class RefreshTestCase(SynchronousTestCase):
-    def started(self, *names: str, **options: Any) -> World:
-        world = World(*names, **options)
-        world.service.startService()
-        self.addCleanup(self.stop, world)
-        return world
-
-    def stop(self, world: World) -> None:
-        if world.service.running:
-            self.successResultOf(world.service.stopService())
-        self.assertEqual(world.clock.getDelayedCalls(), [])
-        self.assertEqual(world.database.running, [])
-
-    def assert_last_line(self, world: World, level: str, event: str, fields: dict[str, Any]) -> None:
-        last_level, last_event, told = world.log.lines[-1]
-        if "attempt" in told:
-            self.assertRegex(told["attempt"], "^[0-9a-f]{8}$")
-        without_id = {name: value for name, value in told.items() if name != "attempt"}
-        self.assertEqual((last_level, last_event, without_id), (level, event, fields))
+from cacheservice.errors import DatabaseUnavailable, LockTimeout, QueryFailed, UnknownDataset
+from cacheservice.postgres.database import Reading
+from tests.kit.datasets import MOMENT
+from tests.kit.refreshes import BLOCKER, START_S, Read, RefreshTestCase, World
 
 
 class EqualContent(RefreshTestCase):
@@ -776,23 +584,23 @@ class Expiry(RefreshTestCase):
         for at in range(60, 600, 60):
             world.advance_to(at)
             world.database.last.fail()
-        self.assertEqual(world.log.events("dataset_expired", "dataset_recovered"), ["dataset_expired"])
+        self.assertEqual(world.log.names("dataset_expired", "dataset_recovered"), ["dataset_expired"])
         world.advance_to(600)
         world.database.last.complete()
         events = ["dataset_expired", "dataset_recovered"]
-        self.assertEqual(world.log.events(*events), events)
+        self.assertEqual(world.log.names(*events), events)
         self.assert_last_line(world, "info", "dataset_recovered", {"dataset": "products"})
         for at in (660, 720, 780):
             world.advance_to(at)
             world.database.last.complete()
-        self.assertEqual(world.log.events(*events), events)
+        self.assertEqual(world.log.names(*events), events)
 
     def test_when_and_how(self) -> None:
         """It is told when the state changes, with the age and the limit."""
         world = self.started()
         world.database.last.complete()
         world.advance(180)
-        self.assertEqual((world.dataset.state(), world.log.events("dataset_expired")), (State.STALE, []))
+        self.assertEqual((world.dataset.state(), world.log.names("dataset_expired")), (State.STALE, []))
         world.advance(0.001)
         self.assertEqual(world.dataset.state(), State.EXPIRED)
         expired = {"dataset": "products", "age_s": 180.001, "max_age_s": 180.0}
@@ -806,9 +614,9 @@ class Expiry(RefreshTestCase):
             world.advance(20)
             world.database.last.complete()
             world.advance_to(at)
-        self.assertEqual(world.log.events(*events), events[:1])
+        self.assertEqual(world.log.names(*events), events[:1])
         world.database.last.complete()
-        self.assertEqual(world.log.events(*events), events)
+        self.assertEqual(world.log.names(*events), events)
 
 
 class Lines(RefreshTestCase):
@@ -884,18 +692,18 @@ class Lines(RefreshTestCase):
         self.assertEqual([event for _, event, _ in world.log.lines], events)
         snapshot = world.dataset.snapshot
         assert snapshot is not None
-        self.assertEqual((snapshot.generation, snapshot.as_of, snapshot.read_at), (2, AS_OF, START_S + 120))
+        self.assertEqual((snapshot.generation, snapshot.as_of, snapshot.read_at), (2, MOMENT, START_S + 120))
         self.assertEqual((snapshot.source, snapshot.database_snapshot), ("postgres", "1:1:"))
 
 
 class Stopping(RefreshTestCase):
     def assert_stops(self, world: World) -> None:
-        lines = len(world.log.events("refresh_failed", "refresh_published"))
+        lines = len(world.log.names("refresh_failed", "refresh_published"))
         self.stop(world)
         reads = len(world.database.reads)
         world.advance(1000)
         self.assertEqual(len(world.database.reads), reads)
-        self.assertEqual(len(world.log.events("refresh_failed", "refresh_published")), lines)
+        self.assertEqual(len(world.log.names("refresh_failed", "refresh_published")), lines)
         for dataset in world.cache.datasets.values():
             self.assertEqual((dataset.refreshing, dataset.loading), (False, None))
             self.assertIsNone(dataset.next_refresh_in_s())
@@ -940,7 +748,7 @@ class Stopping(RefreshTestCase):
         world.service.refresh_now("products")
         world.database.last.fail()
         world.advance(5)
-        self.assertEqual(world.log.events("dataset_expired"), ["dataset_expired"])
+        self.assertEqual(world.log.names("dataset_expired"), ["dataset_expired"])
         self.assert_stops(world)
 
     def test_waits_for_what_runs(self) -> None:
@@ -959,7 +767,7 @@ class Stopping(RefreshTestCase):
     def test_a_read_that_ends_well_nevertheless(self) -> None:
         """A read whose result comes in spite of the cancellation leaves no timer behind."""
         world = World()
-        world.database.after_failure = lambda _: Reading(AS_OF, START_S, "1:1:")
+        world.database.after_failure = lambda _: Reading(MOMENT, START_S, "1:1:")
         world.service.startService()
         self.stop(world)
 

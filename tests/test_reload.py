@@ -25,7 +25,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.cache.cache import Cache, Declared, Rejection, Reloaded
 from cacheservice.cache.dataset import State
-from cacheservice.config import ConfigFile, DatasetSettings
+from cacheservice.config import ConfigFile
 from cacheservice.errors import ConfigError, QueryFailed, Stopped, UnknownDataset
 from cacheservice.ports import report
 from cacheservice.ports.freshness import Freshness
@@ -34,19 +34,13 @@ from cacheservice.ports.resp.reply import CommandError
 from cacheservice.ports.status import Commands
 from cacheservice.refresh.budget import Budget
 from cacheservice.refresh.slots import Slots
+from tests.kit.daemon import Daemon, DaemonTestCase
 from tests.kit.postgres import PRIMARY, fresh_database, query, sessions
+from tests.kit.refreshes import RefreshTestCase, World, without_jitter
+from tests.kit.slots import Job
 from tests.kit.waiting import GIVE_UP_S, wait_until
-from tests.test_refresher import RefreshTestCase, World
-from tests.test_slots import Job
-from tests.test_twistd import Daemon, DaemonTestCase
 
 FILE = ConfigFile("/etc/cacheservice.toml", datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), False)
-
-
-def declared(*names: str, **keys: Any) -> list[DatasetSettings]:
-    """As `World` declares them, but for `keys`."""
-    every = {"query": "SELECT 1 AS id", "key": "id", "interval_s": 60.0, "timeout_s": 30.0, "jitter": 0.0} | keys
-    return [DatasetSettings.model_validate({"name": name} | every) for name in names]
 
 
 class Refreshes(RefreshTestCase):
@@ -83,7 +77,7 @@ class Refreshes(RefreshTestCase):
         self.assertTrue(datasets["a"].candidate)
         self.assertTrue(datasets["b"].held)
         loops = {name: world.service._refreshers[name]._loop for name in datasets}
-        told = world.service.redeclare(declared("c", "new", "b", "a", jitter=0.1))
+        told = world.service.redeclare(without_jitter("c", "new", "b", "a", jitter=0.1))
         self.assertEqual(told, Declared(["new"], [], [], ["c", "b", "a"]))
         self.assertEqual(list(world.cache.datasets), ["c", "new", "b", "a"])
         self.assertEqual({name: world.cache.dataset(name) for name in "abc"}, datasets)
@@ -95,7 +89,7 @@ class Refreshes(RefreshTestCase):
     def test_unchanged_while_it_is_read(self) -> None:
         """A refresh that runs goes on and is published."""
         world = self.started("products")
-        world.service.redeclare(declared("products", "new"))
+        world.service.redeclare(without_jitter("products", "new"))
         world.database.reads[0].complete(rows=3)
         assert world.dataset.snapshot is not None
         self.assertEqual(world.dataset.snapshot.rows.count, 3)
@@ -105,14 +99,14 @@ class Refreshes(RefreshTestCase):
         world = self.loaded()
         snapshot = world.dataset.snapshot
         world.advance(20)
-        world.service.redeclare(declared("products", interval_s=30.0))
+        world.service.redeclare(without_jitter("products", interval_s=30.0))
         self.assertIs(world.dataset.snapshot, snapshot)
         self.assertEqual(world.dataset.next_refresh_in_s(), 10)
         for _ in range(3):
             world.advance(30)
             world.database.last.complete()
         self.assertEqual([at for _, at in world.starts], [0, 30, 60, 80 + 10])
-        world.service.redeclare(declared("products", interval_s=100.0))
+        world.service.redeclare(without_jitter("products", interval_s=100.0))
         world.advance_to(500)
         for read in world.database.running:
             read.complete()
@@ -123,7 +117,7 @@ class Refreshes(RefreshTestCase):
         """If the new interval has passed since the last start, the next one is now."""
         world = self.loaded()
         world.advance(50)
-        world.service.redeclare(declared("products", interval_s=30.0))
+        world.service.redeclare(without_jitter("products", interval_s=30.0))
         world.advance(0)
         self.assertEqual([at for _, at in world.starts], [0, 50])
 
@@ -131,7 +125,7 @@ class Refreshes(RefreshTestCase):
         """A refresh that runs is not disturbed by other timers, and the loop counts nothing that it missed."""
         world = self.loaded()
         world.advance(60)
-        world.service.redeclare(declared("products", interval_s=20.0))
+        world.service.redeclare(without_jitter("products", interval_s=20.0))
         world.advance(10)
         world.database.last.complete(rows=2)
         assert world.dataset.snapshot is not None
@@ -144,7 +138,7 @@ class Refreshes(RefreshTestCase):
         world = self.loaded()
         world.advance(60)
         world.database.last.fail()
-        world.service.redeclare(declared("products", interval_s=3000.0, max_age_s=9000.0))
+        world.service.redeclare(without_jitter("products", interval_s=3000.0, max_age_s=9000.0))
         world.advance(2)
         self.assertEqual([at for _, at in world.starts], [0, 60, 61])
 
@@ -153,16 +147,16 @@ class Refreshes(RefreshTestCase):
         world = self.loaded()
         world.advance(50)
         events = ["dataset_expired", "dataset_recovered"]
-        world.service.redeclare(declared("products", max_age_s=40.0, on_expired="refuse"))
+        world.service.redeclare(without_jitter("products", max_age_s=40.0, on_expired="refuse"))
         world.advance(0.002)
-        self.assertEqual((world.dataset.state(), world.log.events(*events)), (State.EXPIRED, events[:1]))
+        self.assertEqual((world.dataset.state(), world.log.names(*events)), (State.EXPIRED, events[:1]))
         self.assertEqual(world.cache.not_ready(), {"products": State.EXPIRED})
-        world.service.redeclare(declared("products", max_age_s=40.0, on_expired="refuse", required=False))
+        world.service.redeclare(without_jitter("products", max_age_s=40.0, on_expired="refuse", required=False))
         self.assertEqual(world.cache.not_ready(), {})
-        world.service.redeclare(declared("products", max_age_s=55.0))
-        self.assertEqual((world.dataset.state(), world.log.events(*events)), (State.FRESH, events))
+        world.service.redeclare(without_jitter("products", max_age_s=55.0))
+        self.assertEqual((world.dataset.state(), world.log.names(*events)), (State.FRESH, events))
         world.advance(5.001)
-        self.assertEqual(world.log.events(*events), [*events, "dataset_expired"])
+        self.assertEqual(world.log.names(*events), [*events, "dataset_expired"])
         self.assertEqual(len(world.database.reads), 1)
 
     def test_on_expired_at_once(self) -> None:
@@ -172,9 +166,9 @@ class Refreshes(RefreshTestCase):
         get = [[b"GET", b"products:0"]]
         world.advance(50)
         for on_expired, answers in (("serve", 1), ("refuse", 0), ("serve", 1)):
-            world.service.redeclare(declared("products", max_age_s=40.0, on_expired=on_expired))
+            world.service.redeclare(without_jitter("products", max_age_s=40.0, on_expired=on_expired))
             self.assertEqual(len(commands.hits(get)), answers)
-        world.service.redeclare(declared("products", max_age_s=40.0, on_expired="refuse"))
+        world.service.redeclare(without_jitter("products", max_age_s=40.0, on_expired="refuse"))
         with self.assertRaisesRegex(CommandError, "^STALE products is 50 s old, limit 40 s$"):
             commands.rows(b"products")
 
@@ -184,7 +178,7 @@ class Refreshes(RefreshTestCase):
             world = self.loaded(rows=100)
             before = world.dataset.snapshot
             assert before is not None
-            world.service.redeclare(declared("products", **change))
+            world.service.redeclare(without_jitter("products", **change))
             assert world.dataset.snapshot is not None
             self.assertIs(world.dataset.snapshot.rows, before.rows)
             self.assertIn("before the last reload", report.why(world.dataset, world.cache))
@@ -202,15 +196,15 @@ class Refreshes(RefreshTestCase):
     def test_another_query_and_back(self) -> None:
         """A result that the definition of now gave is compared again, whatever was declared in between."""
         world = self.loaded(rows=100)
-        world.service.redeclare(declared("products", query="SELECT 2 AS id"))
-        world.service.redeclare(declared("products"))
+        world.service.redeclare(without_jitter("products", query="SELECT 2 AS id"))
+        world.service.redeclare(without_jitter("products"))
         world.database.last.complete(rows=1)
         self.assertIsNotNone(world.dataset.held)
 
     def test_another_query_and_min_rows(self) -> None:
         """min_rows holds for the first result of another query, too."""
         world = self.loaded(rows=100)
-        world.service.redeclare(declared("products", query="SELECT 2 AS id", min_rows=10))
+        world.service.redeclare(without_jitter("products", query="SELECT 2 AS id", min_rows=10))
         world.database.last.complete(rows=9)
         self.assertIsNotNone(world.dataset.held)
         self.assertEqual(world.dataset.last_generation, 1)
@@ -222,7 +216,7 @@ class Refreshes(RefreshTestCase):
             world.database.last.fail()
             world.advance_to(at)
         world.database.last.fail()
-        world.service.redeclare(declared("products", query="SELECT 2 AS id"))
+        world.service.redeclare(without_jitter("products", query="SELECT 2 AS id"))
         self.assertEqual((len(world.database.running), world.dataset.consecutive_failures), (1, 0))
 
     def test_another_query_while_the_old_one_is_read(self) -> None:
@@ -231,8 +225,8 @@ class Refreshes(RefreshTestCase):
         ended: Deferred[Any] = Deferred()
         world.database.after_failure = lambda _: ended
         world.service.startService()
-        world.service.redeclare(declared("products", query="SELECT 2 AS id"))
-        world.service.redeclare(declared("products", query="SELECT 3 AS id"))
+        world.service.redeclare(without_jitter("products", query="SELECT 2 AS id"))
+        world.service.redeclare(without_jitter("products", query="SELECT 3 AS id"))
         self.assertTrue(world.service.refresh_now("products"))
         self.assertEqual(len(world.database.reads), 1)
         world.database.after_failure = lambda failure: failure
@@ -247,7 +241,7 @@ class Refreshes(RefreshTestCase):
         world = self.loaded(rows=100)
         world.service.pin("products")
         self.refresh(world, "products", rows=99)
-        world.service.redeclare(declared("products", query="SELECT 2 AS id"))
+        world.service.redeclare(without_jitter("products", query="SELECT 2 AS id"))
         self.assertEqual((world.dataset.pinned, world.dataset.candidate), (True, None))
         world.database.last.complete(rows=1)
         assert world.dataset.candidate is not None
@@ -260,7 +254,7 @@ class Refreshes(RefreshTestCase):
         world = self.loaded("a", "products", rows=1000)
         world.advance(60)
         dataset = world.dataset
-        told = world.service.redeclare(declared("a"))
+        told = world.service.redeclare(without_jitter("a"))
         self.assertEqual(told, Declared([], [], ["products"], ["a"]))
         self.assertEqual([read.name for read in world.database.running], ["a"])
         self.assertEqual((dataset.removed, dataset.snapshot, dataset.refreshing), (True, None, False))
@@ -279,7 +273,7 @@ class Refreshes(RefreshTestCase):
         self.assertEqual(commands.hits([[b"GET", b"products:1"]]), [b"$2\r\n{}\r\n"])
         assert world.dataset.snapshot is not None
         rows = weakref.ref(world.dataset.snapshot.rows)
-        world.service.redeclare(declared("a"))
+        world.service.redeclare(without_jitter("a"))
         gc.collect()
         self.assertIsNone(rows())
         self.assertEqual(commands.hits([[b"GET", b"products:1"]]), [])
@@ -288,8 +282,8 @@ class Refreshes(RefreshTestCase):
         """It is loaded as a new one, and its generations go on, so that none is ever two different results."""
         world = self.loaded("a", "products")
         self.refresh(world, "products")
-        world.service.redeclare(declared("a"))
-        world.service.redeclare(declared("a", "products"))
+        world.service.redeclare(without_jitter("a"))
+        world.service.redeclare(without_jitter("a", "products"))
         self.assertEqual((world.dataset.state(), world.dataset.last_generation), (State.NEVER_LOADED, 2))
         world.database.last.complete()
         self.assertEqual(world.dataset.last_generation, 3)
@@ -303,7 +297,7 @@ class Refreshes(RefreshTestCase):
             Deferred.fromCoroutine(freshness.at_most(world.dataset, 5.0)),
             Deferred.fromCoroutine(freshness.includes(world.dataset, 10, 20.0)),
         ]
-        world.service.redeclare(declared("other"))
+        world.service.redeclare(without_jitter("other"))
         for each in waiting:
             self.failureResultOf(each, UnknownDataset)
 
@@ -314,7 +308,7 @@ class Refreshes(RefreshTestCase):
         waiting = Deferred.fromCoroutine(
             Freshness(world.service, world.cache.database, world.clock).at_most(world.dataset, 5.0)
         )
-        world.service.redeclare(declared("products", query="SELECT 2 AS id"))
+        world.service.redeclare(without_jitter("products", query="SELECT 2 AS id"))
         self.assertNoResult(waiting)
         world.database.last.complete()
         self.assertTrue(self.successResultOf(waiting))
@@ -323,7 +317,7 @@ class Refreshes(RefreshTestCase):
         """All go on being served, are read anew at once, and nothing served includes a transaction of the new one."""
         world = self.loaded("a", "b", rows=100)
         before = [dataset.snapshot for dataset in world.cache.datasets.values()]
-        told = world.service.redeclare(declared("a", "b"), moved=True)
+        told = world.service.redeclare(without_jitter("a", "b"), moved=True)
         self.assertEqual(told, Declared([], ["a", "b"], [], []))
         for dataset, old in zip(world.cache.datasets.values(), before, strict=True):
             assert dataset.snapshot is not None
@@ -339,7 +333,7 @@ class Refreshes(RefreshTestCase):
         """A service that does not run takes nothing over."""
         world = World()
         with self.assertRaises(Stopped):
-            world.service.redeclare(declared("other"))
+            world.service.redeclare(without_jitter("other"))
         self.assertEqual(list(world.cache.datasets), ["products"])
 
     @settings(deadline=None)
@@ -378,10 +372,10 @@ class Refreshes(RefreshTestCase):
             elif step in ("reload", "move"):
                 bits = f"{number:07b}"
                 chosen = [
-                    declared(name, query=f"SELECT {bits[0]} AS id", interval_s=(60.0, 40.0)[number % 2])[0]
+                    without_jitter(name, query=f"SELECT {bits[0]} AS id", interval_s=(60.0, 40.0)[number % 2])[0]
                     for name, bit in zip("abc", bits[1:], strict=False)
                     if bit == "1"
-                ] or declared("c")
+                ] or without_jitter("c")
                 told = world.service.redeclare(chosen, moved=step == "move")
                 for name in told.unchanged:
                     self.assertIs(world.cache.dataset(name), before[name])
@@ -431,7 +425,7 @@ class Scans(RefreshTestCase):
             for _ in range(3):
                 cursor, more = scan(cursor)
                 seen |= more
-            world.service.redeclare(declared(*names))
+            world.service.redeclare(without_jitter(*names))
             while cursor != b"0":
                 cursor, more = scan(cursor)
                 seen |= more
@@ -446,7 +440,7 @@ class Telling(SynchronousTestCase):
 
     def setUp(self) -> None:
         self.now_s = 100.0
-        self.cache = Cache(declared("products"), lambda: self.now_s)
+        self.cache = Cache(without_jitter("products"), lambda: self.now_s)
         self.result: Deferred[Reloaded] = Deferred()
 
     def ask(self) -> Deferred[str]:

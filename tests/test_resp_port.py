@@ -28,77 +28,21 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Snapshot
-from cacheservice.cache.rows import RowsBuilder
 from cacheservice.ports import throttle
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.listen import tcp
 from cacheservice.ports.resp.commands import Commands
 from cacheservice.ports.resp.protocol import BYTES_PER_TURN, RespFactory, RespProtocol
 from cacheservice.ports.resp.scan import END_OF_DATASET, SortedShards, numbered, scan_rows
+from tests.kit.datasets import MOMENT, declared, rows_builder, rows_of
+from tests.kit.fake_refreshes import FakeRefreshes
 from tests.kit.paths import ROOT
 from tests.kit.postgres import PRIMARY
-from tests.kit.resp_peer import MOMENT, ROWS, declared, document, encode, failed_attempt, filled_cache, publish
+from tests.kit.resp import Client, Words, encode
+from tests.kit.resp_peer import ROWS, document, failed_attempt, filled_cache, publish
 from tests.kit.waiting import GIVE_UP_S, until
 
 MANY_ROWS = 300_000
-
-Words = tuple[bytes | str | int, ...]
-
-
-class Client:
-    """A blocking client; errors are values."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.socket = connection
-        self._reader = hiredis.Reader(notEnoughData=self)
-
-    def send(self, *words: bytes | str | int) -> None:
-        self.socket.sendall(encode(*words))
-
-    def read(self) -> Any:
-        """The next reply or push.
-
-        :raises EOFError: at the end.
-        """
-        while True:
-            reply = self._reader.gets()
-            if reply is not self:
-                return str(reply) if isinstance(reply, hiredis.ReplyError) else reply
-            part = self.socket.recv(65_536)
-            if not part:
-                raise EOFError
-            self._reader.feed(part)
-
-    def ask(self, *words: bytes | str | int) -> Any:
-        self.send(*words)
-        return self.read()
-
-    def ask_all(self, commands: list[Words]) -> list[Any]:
-        """One write, all their replies."""
-        self.socket.sendall(b"".join(encode(*words) for words in commands))
-        return [self.read() for _ in commands]
-
-    def is_closed(self) -> bool:
-        """Whether the other side ends the connection, all that it still says read."""
-        try:
-            while self.socket.recv(65_536):
-                pass
-        except ConnectionError:
-            return True
-        return True
-
-
-class Refreshes:
-    """Remembers the moments asked for; a refresh publishes what `database_snapshot` is, when told to."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[str, float]] = []
-
-    def refresh_now(self, name: str) -> bool:
-        return True
-
-    def refresh_since(self, name: str, moment: float) -> None:
-        self.asked.append((name, moment))
 
 
 class PortTestCase(TestCase):
@@ -113,7 +57,7 @@ class PortTestCase(TestCase):
         self.now = Clock()  # of the datasets' ages only
         self.now.advance(1000)
         self.cache = self.make_cache()
-        self.refreshes = Refreshes()
+        self.refreshes = FakeRefreshes()
         commands = Commands(self.cache, Freshness(self.refreshes, self.cache.database, reactor), self.password)
         self.factory = RespFactory(
             self.cache,
@@ -399,12 +343,14 @@ import hiredis
 from cacheservice.cache.cache import Cache
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.resp.commands import Commands
-from tests.test_resp_port import Refreshes, declared, publish
+from tests.kit.datasets import declared
+from tests.kit.fake_refreshes import FakeRefreshes
+from tests.kit.resp_peer import publish
 
 seed = int(sys.argv[1])
 names = ["one", "two", "three"][:: -1 if seed % 2 else 1]
 cache = Cache([declared(name) for name in names], Clock().seconds)
-commands = Commands(cache, Freshness(Refreshes(), cache.database, Clock()), "")
+commands = Commands(cache, Freshness(FakeRefreshes(), cache.database, Clock()), "")
 for name in names:
     publish(cache, name, range(500)[:: -1 if seed % 2 else 1])
 
@@ -441,7 +387,7 @@ class Scans(SynchronousTestCase):
     def setUp(self) -> None:
         clock = Clock()
         self.cache = Cache([declared(name) for name in ("one", "two", "three")], clock.seconds)
-        self.commands = Commands(self.cache, Freshness(Refreshes(), self.cache.database, clock), "")
+        self.commands = Commands(self.cache, Freshness(FakeRefreshes(), self.cache.database, clock), "")
 
     def test_what_is_frozen_ends_with_its_reader(self) -> None:
         """What a transaction reads is let go when it ends, and not only when the garbage is collected."""
@@ -515,9 +461,7 @@ class Scans(SynchronousTestCase):
 
     def test_keys_of_one_hash(self) -> None:
         """Keys whose place is the same come in one page, and the scan goes on after them."""
-        builder = RowsBuilder(lambda shards: None)
-        builder.add([(b"%d" % number, b"x") for number in range(2000)])
-        rows = builder.finish()
+        rows = rows_of((b"%d" % number, b"x") for number in range(2000))
         sorted_shards = SortedShards()
 
         def colliding(of: Any, shard: int) -> list[tuple[int, bytes]]:
@@ -655,7 +599,7 @@ class Neighbours(PortTestCase):
     async def test_large_documents_take_turns(self) -> None:
         """However large the documents of a pipeline are, a turn sends a quarter of a megabyte and one of them."""
         size_bytes = 100_000
-        rows = RowsBuilder(lambda _: None)
+        rows = rows_builder()
         rows.add([(b"1", b"x" * size_bytes)])
         dataset = self.cache.dataset("products")
         dataset.publish(Snapshot(2, rows.finish(), MOMENT, self.now.seconds(), "1:1:"))

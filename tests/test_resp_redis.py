@@ -23,7 +23,8 @@ from twisted.trial.unittest import SynchronousTestCase
 from cacheservice.ports.resp.scan import glob
 from tests.kit.paths import ROOT
 from tests.kit.ports import free_port
-from tests.kit.resp_peer import document, encode
+from tests.kit.resp import encode
+from tests.kit.resp_peer import document
 from tests.kit.waiting import GIVE_UP_S
 
 ROWS = 20

@@ -24,10 +24,9 @@ from cacheservice.ports.http.guard import Guard
 from cacheservice.ports.http.problem import Problem
 from cacheservice.ports.rotation import ClientSecrets, Rotation
 from cacheservice.ports.throttle import LONG_WAIT_S, SHORT_WAIT_S, Throttle
+from tests.kit.daemon import QUICK, Daemon, DaemonTestCase
+from tests.kit.logs import Log
 from tests.kit.waiting import GIVE_UP_S, wait_until
-from tests.test_process import QUICK
-from tests.test_refresh_service import Log
-from tests.test_twistd import Daemon, DaemonTestCase
 
 STARTED = ClientSecrets("old password", "old token", "old admin")
 
@@ -68,12 +67,12 @@ class Rotating(SynchronousTestCase):
         self.reactor = Reactor()
         self.files: dict[str, str] = {}
         self.reads = 0
-        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.log = Log()
         self.replaced: list[ClientSecrets] = []
         self.rotation = self.make()
 
     def make(self, started: ClientSecrets = STARTED, *, has_files: bool = True) -> Rotation:
-        rotation = Rotation(started, self.read, has_files=has_files, reactor=self.reactor, log=Log(self.events))
+        rotation = Rotation(started, self.read, has_files=has_files, reactor=self.reactor, log=self.log)
         rotation.watch(self.replaced.append)
         return rotation
 
@@ -107,7 +106,7 @@ class Rotating(SynchronousTestCase):
         self.reactor.pool.run()
         self.assertEqual(self.replaced, [ClientSecrets("new", "old token", "old admin")])
         self.assertEqual(
-            [(event, fields["keys"]) for event, fields in self.events], [("secrets_read_again", ["resp.password"])]
+            [(event, fields["keys"]) for event, fields in self.log.events], [("secrets_read_again", ["resp.password"])]
         )
         self.assertNotIn("new", repr(self.replaced))
         self.reactor.advance(1)
@@ -122,7 +121,7 @@ class Rotating(SynchronousTestCase):
         """A token that would be both is not used, and the log names the keys."""
         for files in ({"http.token": "old admin"}, {"http.token": "same", "http.admin_token": "same"}):
             self.assertEqual(self.rotation.take(files | {"resp.password": "old password"}), [])
-        self.assertEqual([event for event, _ in self.events], ["secret_not_used"] * 2)
+        self.assertEqual([event for event, _ in self.log.events], ["secret_not_used"] * 2)
         # They may change places.
         self.assertEqual(
             self.rotation.take({"http.token": "old admin", "http.admin_token": "old token"}),
@@ -142,12 +141,12 @@ class Rotating(SynchronousTestCase):
     def test_a_bug(self) -> None:
         """It is logged, and who waits goes on."""
         self.patch(self, "files", None)
-        self.rotation = Rotation(STARTED, lambda: 1 / 0, has_files=True, reactor=self.reactor, log=Log(self.events))  # type: ignore[arg-type,return-value]
+        self.rotation = Rotation(STARTED, lambda: 1 / 0, has_files=True, reactor=self.reactor, log=self.log)  # type: ignore[arg-type,return-value]
         looking = self.rotation.look()
         self.reactor.pool.run()
         assert looking is not None
         self.assertIsNone(self.successResultOf(looking))
-        self.assertEqual([event for event, _ in self.events], ["internal_error"])
+        self.assertEqual([event for event, _ in self.log.events], ["internal_error"])
         self.reactor.advance(1)
         self.assertIsNotNone(self.rotation.look())
 

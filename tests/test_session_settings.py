@@ -17,7 +17,6 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from cacheservice import config
 from cacheservice.cache.cache import DatabaseStatus
-from cacheservice.cache.rows import RowsBuilder
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.config import DatasetSettings, PostgresSettings
 from cacheservice.errors import ConfigError
@@ -26,6 +25,7 @@ from cacheservice.postgres.database import Database
 from cacheservice.postgres.inspect import inspecting
 from cacheservice.postgres.target import parse
 from tests.kit import pgbouncer
+from tests.kit.datasets import rows_builder
 from tests.kit.pgbouncer import running_pgbouncer
 from tests.kit.postgres import fresh_database, query
 
@@ -107,7 +107,7 @@ class SessionSettingsTestCase(TestCase):
         database = Database(reactor, parse(dsn), 60.0, DatabaseStatus())
         self.addCleanup(database.stop)
         settings = {"name": "things", "query": sql, "key": "id", "timeout_s": 60.0, **more}
-        reading = await database.read(DatasetSettings.model_validate(settings), lambda: RowsBuilder(print))
+        reading = await database.read(DatasetSettings.model_validate(settings), rows_builder)
         self.assertGreater(reading.as_of.year, 2024)
         assert reading.rows is not None
         ((_, document),) = reading.rows.finish().items()

@@ -23,11 +23,12 @@ from cacheservice.postgres.keeping import IDLE_LIMIT_S, NEAR_S, Window, has_room
 from cacheservice.postgres.listener import Listener
 from cacheservice.postgres.target import parse
 from tests.kit import pgbouncer
+from tests.kit.datasets import rows_builder
+from tests.kit.guard import LONG_S, GuardTestCase
+from tests.kit.listening import Diary
 from tests.kit.pgbouncer import running_pgbouncer
 from tests.kit.postgres import connect, sessions
 from tests.kit.waiting import until
-from tests.test_guard import LONG_S, GuardTestCase, rows_builder
-from tests.test_listener import Diary
 
 
 def test_what_is_near() -> None:

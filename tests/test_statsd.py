@@ -19,9 +19,11 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from cacheservice.errors import DatabaseUnavailable
 from cacheservice.ops.statsd import MOST_PACKET_BYTES, StatsD, packets
+from tests.kit.daemon import DaemonTestCase
+from tests.kit.datasets import declared
+from tests.kit.logs import Log
+from tests.kit.metrics import World
 from tests.kit.waiting import GIVE_UP_S, until, wait_until
-from tests.test_metrics import World, declared
-from tests.test_twistd import DaemonTestCase
 
 INTERVAL_S = 0.02
 
@@ -59,20 +61,6 @@ class Listener(DatagramProtocol):
             else:
                 assert kind == "c", line
                 self.counters[name] += float(value)  # type: ignore[assignment]
-
-
-class Log:
-    def __init__(self) -> None:
-        self.events: list[tuple[str, dict[str, Any]]] = []
-
-    def info(self, event: str, **fields: Any) -> None:
-        self.events.append((event, fields))
-
-    warning = error = info
-
-    @property
-    def names(self) -> list[str]:
-        return [event for event, _ in self.events]
 
 
 class PushTestCase(TestCase):
@@ -168,7 +156,7 @@ class Problems(PushTestCase):
         listener, port = self.listen()
         await listener.transport.stopListening()
         self.start(port)
-        await until(lambda: self.log.names)
+        await until(self.log.names)
         await deferLater(reactor, 10 * INTERVAL_S)
         ((event, fields),) = self.log.events
         self.assertEqual((event, fields["error"]), ("statsd_unreachable", "connection refused"))
@@ -177,7 +165,7 @@ class Problems(PushTestCase):
         await until(lambda: len(self.log.events) > 1)
         listener.packets.clear()
         await until(lambda: len(listener.packets) > 5)
-        self.assertEqual(self.log.names, ["statsd_unreachable", "statsd_recovered"])
+        self.assertEqual(self.log.names(), ["statsd_unreachable", "statsd_recovered"])
 
     async def test_an_unknown_name(self) -> None:
         """A name that cannot be found is told once and looked up again each time, off the reactor; then it is sent."""
@@ -191,7 +179,7 @@ class Problems(PushTestCase):
         self.address = "127.0.0.1"
         await until(lambda: listener.gauges)
         await until(lambda: len(self.log.events) > 1)
-        self.assertEqual(self.log.names, ["statsd_unreachable", "statsd_recovered"])
+        self.assertEqual(self.log.names(), ["statsd_unreachable", "statsd_recovered"])
 
     async def test_a_name_that_moves(self) -> None:
         """Metrics go to the address that the name has now."""
@@ -206,9 +194,9 @@ class Problems(PushTestCase):
     async def test_no_way_there(self) -> None:
         """An address that this machine may not send to is a problem as any other, told once."""
         self.start(8125, "255.255.255.255")
-        await until(lambda: self.log.names)
+        await until(self.log.names)
         await deferLater(reactor, 10 * INTERVAL_S)
-        self.assertEqual(self.log.names, ["statsd_unreachable"])
+        self.assertEqual(self.log.names(), ["statsd_unreachable"])
 
     async def test_over_ipv6(self) -> None:
         """An address of IPv6 works as well."""
@@ -226,7 +214,7 @@ class Problems(PushTestCase):
         await until(lambda: listener.packets)
         broken = self.world.cache.dataset("products")
         counts, broken.counts = broken.counts, None
-        await until(lambda: "internal_error" in self.log.names)
+        await until(lambda: "internal_error" in self.log.names())
         broken.counts = counts
         listener.packets.clear()
         await until(lambda: len(listener.packets) > 3)

@@ -15,7 +15,6 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import closing
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -35,24 +34,19 @@ from cacheservice import __version__
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.counts import Histogram
 from cacheservice.cache.dataset import Attempt, Snapshot
-from cacheservice.cache.rows import RowsBuilder
-from cacheservice.config import DatasetSettings
 from cacheservice.errors import Blocker, PortUnavailable, UnknownDataset
 from cacheservice.ops.metrics import Metrics, ServedPort
 from cacheservice.ops.stall import BOUNDS_S
 from cacheservice.ports.listen import PortService, tcp, unix
 from cacheservice.ports.status import MAX_LINE_BYTES, Commands, StatusFactory, StatusProtocol
+from tests.kit.datasets import MOMENT, declared, rows_builder, rows_of
+from tests.kit.http import read_to_the_end
 from tests.kit.waiting import GIVE_UP_S, until
 
-MOMENT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 BLOCKER = Blocker(42, "app", "psql", "AccessExclusiveLock", "public.products", MOMENT, "idle in transaction", "UPDATE")
 
 # What a connected client does with its socket.
 Conversation = Callable[[socket.socket], Any]
-
-
-def declared(name: str) -> DatasetSettings:
-    return DatasetSettings.model_validate({"name": name, "query": "SELECT 1 AS id", "key": "id", "interval_s": 60.0})
 
 
 def filled_cache(more: int = 0) -> Cache:
@@ -61,7 +55,7 @@ def filled_cache(more: int = 0) -> Cache:
     clock.advance(1000)
     names = ["products", "prices", *(f"more_{number}" for number in range(more))]
     cache = Cache([declared(name) for name in names], clock.seconds)
-    rows = RowsBuilder(lambda _: None)
+    rows = rows_builder()
     rows.add([(b"1", b'{"id":1}'), (b"2", b'{"id":2}')])
     products, prices = cache.dataset("products"), cache.dataset("prices")
     products.attempted(Attempt("failed", "start", MOMENT, 1.0, None, "connection refused", "look"))
@@ -95,11 +89,8 @@ class FakeRefreshes:
         self.accepted.append(name)
 
 
-def read_to_the_end(client: socket.socket) -> str:
-    parts = []
-    while part := client.recv(65_536):
-        parts.append(part)
-    return b"".join(parts).decode()
+def read_text(client: socket.socket) -> str:
+    return read_to_the_end(client).decode()
 
 
 def sending(data: bytes, *, half_close: bool = False) -> Conversation:
@@ -109,7 +100,7 @@ def sending(data: bytes, *, half_close: bool = False) -> Conversation:
         client.sendall(data)
         if half_close:
             client.shutdown(socket.SHUT_WR)
-        return read_to_the_end(client)
+        return read_text(client)
 
     return converse
 
@@ -166,9 +157,9 @@ class Replies(PortTestCase):
     async def test_ready(self) -> None:
         """ready says ready, or notready with each dataset that is why, and its state."""
         await self.assert_asks("ready", "notready prices:never_loaded")
-        self.cache.dataset("prices").publish(Snapshot(1, RowsBuilder(lambda _: None).finish(), MOMENT, 1000.0, ""))
+        self.cache.dataset("prices").publish(Snapshot(1, rows_of({}), MOMENT, 1000.0, ""))
         await self.assert_asks("ready", "ready")
-        self.cache.dataset("prices").publish(Snapshot(2, RowsBuilder(lambda _: None).finish(), MOMENT, 1.0, ""))
+        self.cache.dataset("prices").publish(Snapshot(2, rows_of({}), MOMENT, 1.0, ""))
         await self.assert_asks("ready", "ready")
         self.cache.dataset("prices").change(declared("prices").model_copy(update={"on_expired": "refuse"}))
         await self.assert_asks("ready", "notready prices:expired")
@@ -201,7 +192,7 @@ class Replies(PortTestCase):
         """The table says who reads, how far, and who waits for a connection."""
         products, prices = self.cache.dataset("products"), self.cache.dataset("prices")
         products.refreshing = prices.refreshing = True
-        products.loading, products.expected_rows = RowsBuilder(lambda _: None), 2000
+        products.loading, products.expected_rows = rows_builder(), 2000
         products.loading.add([(b"%d" % number, b"{}") for number in range(1500)])
         _, reading, waiting = (await self.ask("status")).split("\n")
         self.assertIn("  reading, 1,500 of 2,000 rows  ", reading)
@@ -209,7 +200,7 @@ class Replies(PortTestCase):
 
     async def test_status_is_a_line_a_dataset(self) -> None:
         """Whatever a result's key or an error holds, the table has one line for each dataset."""
-        rows = RowsBuilder(lambda _: None)
+        rows = rows_builder()
         bad = b"a\nb\r\n\x85\xe2\x80\xa8\x1b[2J\t|"
         try:
             rows.add([(bad, b"1"), (bad, b"2")])
@@ -323,7 +314,7 @@ class Replies(PortTestCase):
     async def test_json_while_reading(self) -> None:
         """progress is there while a dataset is read: the rows so far, and those expected if anybody knows."""
         products = self.cache.dataset("products")
-        products.loading = RowsBuilder(lambda _: None)
+        products.loading = rows_builder()
         for expected in (None, 7):
             products.expected_rows = expected
             progress = json.loads(await self.ask("json"))["datasets"]["products"]["progress"]
@@ -538,7 +529,7 @@ class Lines(PortTestCase):
             for byte in b"ruok;version\r\n":
                 client.sendall(bytes([byte]))
                 time.sleep(0.001)
-            return read_to_the_end(client)
+            return read_text(client)
 
         self.assertEqual(await self.converse(converse), f"imok\ncacheservice {__version__}\n")
 
@@ -587,7 +578,7 @@ class Load(PortTestCase):
             data = b"prompt\n" + b"json\n" * lines + b"quit\n"
             client.sendall(data)
             sent.wait()
-            replies = read_to_the_end(client)
+            replies = read_text(client)
             return replies.count("\n\n")
 
         def held_bytes(client: StatusProtocol) -> int:
@@ -610,7 +601,7 @@ class Load(PortTestCase):
         def read_slowly(client: socket.socket) -> str:
             client.sendall(b";".join([b"json"] * 50) + b"\n")
             time.sleep(3)
-            return read_to_the_end(client)
+            return read_text(client)
 
         replies = (await self.converse(read_slowly)).splitlines()
         self.assertEqual([len(json.loads(reply)["datasets"]) for reply in replies], [302] * 50)
@@ -639,16 +630,14 @@ class FewConnections(PortTestCase):
         for client in held:
             self.addCleanup(client.close)
         await until(lambda: len(self.factory.clients) == 2)
-        self.assertEqual(await self.converse(read_to_the_end), "ERROR too many connections, the limit is 2\n")
+        self.assertEqual(await self.converse(read_text), "ERROR too many connections, the limit is 2\n")
         waiting = [await deferToThread(self.connect) for _ in range(50)]
         for client in waiting:
             self.addCleanup(client.close)
         for _ in range(3):
             await self.assert_asks("ruok", "imok")
             await self.assert_asks("ready", "notready prices:never_loaded")
-        self.assertEqual(
-            await deferToThread(read_to_the_end, waiting[0]), "ERROR too many connections, the limit is 2\n"
-        )
+        self.assertEqual(await deferToThread(read_text, waiting[0]), "ERROR too many connections, the limit is 2\n")
         await until(lambda: len(self.factory.clients) <= 2 + 16)
         self.assertGreaterEqual(self.factory.rejected["too_many_connections"], 35)
 
@@ -663,7 +652,7 @@ class ShortPatience(PortTestCase):
             def converse(client: socket.socket) -> bool:
                 client.sendall(first)
                 with contextlib.suppress(ConnectionResetError):
-                    read_to_the_end(client)
+                    read_text(client)
                 return True
 
             return converse

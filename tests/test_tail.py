@@ -22,10 +22,10 @@ from twisted.trial.unittest import SynchronousTestCase
 from cacheservice.cli.asking import Address, Answer
 from cacheservice.cli.tail import Event, Follower, in_words
 from cacheservice.errors import NoAnswer
+from tests.kit.command_line import GOOD, ITEMS, CommandLine
 from tests.kit.ports import free_port
 from tests.kit.postgres import query
 from tests.kit.waiting import GIVE_UP_S, wait_until
-from tests.test_status_command import GOOD, ITEMS, CommandLine
 
 # Each NOTIFY makes a generation.
 TOLD = """

@@ -9,43 +9,19 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
-import pytest
 from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
-from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.process import Signals
-from tests.kit.paths import ROOT
-from tests.kit.postgres import fresh_database, query, sessions
+from tests.kit import clock_shim
+from tests.kit.clock_shim import ClockShim
+from tests.kit.daemon import PRODUCTS, SLOW, STOP_LIMIT_S, Daemon, DaemonTestCase
+from tests.kit.postgres import query, sessions
 from tests.kit.waiting import GIVE_UP_S, wait_until
-
-TAC = ROOT / "tac" / "cacheservice.tac"
-TWISTD = Path(sys.executable).with_name("twistd")
-STOP_LIMIT_S = 5.0  # the contract's
-
-# No two reads give the same, so that each refresh is another generation.
-PRODUCTS = """
-[datasets.products]
-query = "SELECT id, 'row ' || id AS name, clock_timestamp() AS read_at FROM generate_series(1, 3) AS id"
-key = "id"
-interval_s = 0.3
-max_age_s = 600
-retry_initial_s = 0.1
-retry_max_s = 0.3
-"""
-SLOW = """
-[datasets.slow]
-query = "SELECT 1 AS id FROM pg_sleep(600)"
-key = "id"
-timeout_s = 600
-"""
 
 # What a .tac may add: a stop that never ends, and somebody who talks.
 STUCK = """
@@ -69,179 +45,6 @@ class Noisy(Service):
         fail(ZeroDivisionError("left unhandled"))
 Noisy().setServiceParent(application)
 """
-
-# Replaces the C library's clocks, so that a test can turn them at any time. A file holds two numbers of seconds: the
-# offset of the wall clock and, if the file is long enough, the time for which the machine was suspended.
-CLOCK_SHIM = r"""
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <fcntl.h>
-#include <stdlib.h>
-#include <sys/mman.h>
-#include <sys/time.h>
-#include <time.h>
-
-static int (*real_clock_gettime)(clockid_t, struct timespec *);
-static volatile long *offset_s;
-
-__attribute__((constructor)) static void prepare(void) {
-    real_clock_gettime = dlsym(RTLD_NEXT, "clock_gettime");
-    int file = open(getenv("CLOCK_OFFSET_FILE"), O_RDONLY);
-    offset_s = mmap(NULL, 2 * sizeof(long), PROT_READ, MAP_SHARED, file, 0);
-}
-int clock_gettime(clockid_t clock, struct timespec *now) {
-    int result = real_clock_gettime(clock, now);
-    if (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE) now->tv_sec += offset_s[0];
-    if (clock == CLOCK_BOOTTIME) now->tv_sec += offset_s[1];
-    return result;
-}
-int gettimeofday(struct timeval *restrict now, void *restrict zone) {
-    struct timespec precise;
-    clock_gettime(CLOCK_REALTIME, &precise);
-    now->tv_sec = precise.tv_sec;
-    now->tv_usec = precise.tv_nsec / 1000;
-    return 0;
-}
-time_t time(time_t *now) {
-    struct timespec precise;
-    clock_gettime(CLOCK_REALTIME, &precise);
-    if (now) *now = precise.tv_sec;
-    return precise.tv_sec;
-}
-"""
-
-
-class Daemon:
-    """One twistd in `directory`, which holds its configuration and gets its output."""
-
-    def __init__(
-        self,
-        directory: Path,
-        configuration: str,
-        *,
-        tac: Path = TAC,
-        before: Sequence[str] = (),
-        environ: Mapping[str, str] | None = None,
-        cwd: Path | None = None,
-        stdout: int | None = None,
-    ) -> None:
-        (directory / "cacheservice.toml").write_text(configuration)
-        self._output, self._errors = directory / "stdout", directory / "stderr"
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("CACHESERVICE_", "PG"))}
-        named = {"CACHESERVICE_CONFIG": str(directory / "cacheservice.toml")} if cwd is not None else {}
-        with self._output.open("wb") as output, self._errors.open("wb") as errors:
-            self.process = subprocess.Popen(
-                [*before, str(TWISTD), "-noy", str(tac), "--pidfile="],
-                cwd=cwd or directory,
-                env={**inherited, "PYTHONPATH": str(ROOT), **named, **(environ or {})},
-                stdin=subprocess.DEVNULL,
-                stdout=output if stdout is None else stdout,
-                stderr=errors,
-            )
-
-    @property
-    def output(self) -> str:
-        return self._output.read_text()
-
-    @property
-    def errors(self) -> str:
-        return self._errors.read_text()
-
-    @property
-    def lines(self) -> list[dict[str, Any]]:
-        """The log, each whole line of which has to be a JSON object."""
-        whole, _, _ = self.output.rpartition("\n")
-        return [json.loads(line) for line in whole.splitlines()]
-
-    def event(self, name: str) -> dict[str, Any]:
-        """Wait for a line of the log."""
-
-        def found() -> dict[str, Any] | None:
-            if self.process.poll() is not None:
-                lines = self.lines
-                assert name in [line["event"] for line in lines], f"it ended: {self.errors}{self.output}"
-            return next((line for line in self.lines if line["event"] == name), None)
-
-        line: dict[str, Any] = wait_until(found, name)
-        return line
-
-    @property
-    def address(self) -> tuple[str, int]:
-        host, _, port = self.event("service_started")["status"].rpartition(":")
-        return host, int(port)
-
-    def ask(self, line: str) -> str:
-        with socket.create_connection(self.address, timeout=GIVE_UP_S) as client:
-            client.sendall(f"{line}\n".encode())
-            with client.makefile("r", encoding="utf-8") as reply:
-                return reply.read().removesuffix("\n")
-
-    def json(self) -> dict[str, Any]:
-        everything: dict[str, Any] = json.loads(self.ask("json"))
-        return everything
-
-    def generation(self) -> int:
-        number: int = self.json()["datasets"]["products"]["generation"]
-        return number
-
-    def wait_until_ready(self) -> None:
-        wait_until(lambda: self.ask("ready") == "ready", "readiness")
-
-    def end(self, number: signal.Signals = signal.SIGTERM, limit_s: float = STOP_LIMIT_S) -> int:
-        """Send a signal; the code it ends with, which has to be soon."""
-        self.process.send_signal(number)
-        return self.process.wait(limit_s)
-
-    def kill(self) -> None:
-        if self.process.poll() is None:
-            for child in psutil.Process(self.process.pid).children(recursive=True):
-                child.kill()
-            self.process.kill()
-            self.process.wait()
-
-
-@pytest.mark.usefixtures("server")
-class DaemonTestCase(SynchronousTestCase):
-    server: EmbeddedPostgres
-
-    def setUp(self) -> None:
-        self.directory = Path(tempfile.mkdtemp(prefix="cacheservice-tests-"))
-        self.addCleanup(shutil.rmtree, self.directory)
-        self.database = fresh_database(self.server, self.addCleanup)
-
-    def configuration(self, *tables: str, dsn: str | None = None, log: str = "", port: int = 0) -> str:
-        dsn = dsn or self.server.dsn(database=self.database)
-        return (
-            f'[postgres]\ndsn = "{dsn}"\n[status]\nport = {port}\n[resp]\nport = 0\n[http]\nport = 0\n[log]\n{log}\n'
-            + "".join(tables or (PRODUCTS,))
-        )
-
-    def started(self, configuration: str | None = None, **options: Any) -> Daemon:
-        daemon = Daemon(self.directory, self.configuration() if configuration is None else configuration, **options)
-        self.addCleanup(daemon.kill)
-        return daemon
-
-    def assert_ended(self, daemon: Daemon, code: int, *, clean: bool = True) -> None:
-        """It ended so, all of its output is log lines, and the last of them tells of the stop."""
-        self.assertEqual(daemon.process.returncode, code, daemon.output + daemon.errors)
-        self.assertEqual(daemon.errors, "")
-        self.assertTrue(daemon.output.endswith("\n"))
-        self.assertNotIn("Traceback", daemon.output)
-        stopped = daemon.lines[-1]
-        self.assertEqual((stopped["event"], stopped["clean"]), ("service_stopped", clean))
-
-    def refused(self, configuration: str, **options: Any) -> list[str]:
-        """What it says on standard error when it refuses to start."""
-        daemon = self.started(configuration, **options)
-        self.assertNotIn(daemon.process.wait(GIVE_UP_S), (0, None))
-        self.assertNotIn("Traceback", daemon.output + daemon.errors)
-        return daemon.errors.splitlines()
-
-    def tac_with(self, source: str) -> Path:
-        """The real .tac with something after it."""
-        tac = self.directory / "more.tac"
-        tac.write_text(f"exec(compile(open({str(TAC)!r}).read(), {str(TAC)!r}, 'exec'))\n{source}")
-        return tac
 
 
 class StartAndStop(DaemonTestCase):
@@ -511,26 +314,16 @@ class TheLog(DaemonTestCase):
 
 class Time(DaemonTestCase):
     def setUp(self) -> None:
-        self.compiler = shutil.which("gcc") or shutil.which("cc")
-        if self.compiler is None:
-            raise SkipTest("needs a C compiler to turn the clock: apt-get install gcc libc6-dev")
+        if clock_shim.COMPILER is None:
+            raise SkipTest(clock_shim.NEEDED)
         super().setUp()
 
     def with_clocks(self, configuration: str) -> tuple[Daemon, Callable[..., None]]:
         """Start a service; return it with a function that sets its wall clock's offset and its suspended seconds."""
-        assert self.compiler is not None
-        source, shim, offsets = (self.directory / name for name in ("shim.c", "shim.so", "offset"))
-        source.write_text(CLOCK_SHIM)
-        subprocess.run([self.compiler, "-shared", "-fPIC", "-o", shim, source, "-ldl"], check=True)
-        offsets.write_bytes(bytes(16))
-        daemon = self.started(configuration, environ={"LD_PRELOAD": str(shim), "CLOCK_OFFSET_FILE": str(offsets)})
+        clocks = ClockShim(self.directory)
+        daemon = self.started(configuration, environ=clocks.environ)
         daemon.wait_until_ready()
-
-        def turn(*seconds: int) -> None:
-            with offsets.open("r+b") as file:
-                file.write(b"".join(each.to_bytes(8, sys.byteorder, signed=True) for each in seconds))
-
-        return daemon, turn
+        return daemon, clocks.turn
 
     def test_a_suspended_machine(self) -> None:
         """Ages include the time for which the machine was suspended, and a refresh that is due starts at once."""

@@ -17,9 +17,9 @@ from cacheservice.postgres.watch import watch
 from cacheservice.refresh.service import CacheService
 from tests.kit.paths import ROOT
 from tests.kit.postgres import connect, query
+from tests.kit.refreshes import RefreshTestCase
+from tests.kit.service import ServiceTestCase, declare
 from tests.kit.waiting import until
-from tests.test_refresh_service import ServiceTestCase, declare
-from tests.test_refresher import RefreshTestCase
 
 TABLE = "CREATE TABLE products (id int PRIMARY KEY, n int, updated_at timestamptz DEFAULT now())"
 PROBE = f"SELECT {HOLDING_PROBE} FROM products"
@@ -84,7 +84,7 @@ class Probes(UnchangedTestCase):
         self.sql("UPDATE products SET n = 7 WHERE id = 7")
         await until(lambda: self.served(dataset) == self.held())
         self.assertEqual(dataset.differences, 1)
-        (told,) = [fields for event, fields in self.events if event == "delta_differences"]
+        (told,) = [fields for event, fields in self.log.events if event == "delta_differences"]
         self.assertEqual(told["keys"], ["7"])
         self.assertIn("although the probe's value did not", told["error"])
 

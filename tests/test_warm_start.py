@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from cacheservice.persistence.files import SnapshotWriter, read
+from tests.kit.daemon import Daemon, DaemonTestCase
 from tests.kit.postgres import fresh_database, query
 from tests.kit.waiting import GIVE_UP_S, wait_until
-from tests.test_twistd import Daemon, DaemonTestCase
 
 NOWHERE = "postgresql://nobody@127.0.0.1:1/nothing"
 THINGS = '[datasets.things]\nquery = "TABLE things"\nkey = "id"\ninterval_s = 3600\nmax_age_s = 7200\nretry_max_s = 1\n'

@@ -53,16 +53,17 @@ from twisted.protocols.basic import LineReceiver
 
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Snapshot
-from cacheservice.cache.rows import RowsBuilder
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.persistence.store import SnapshotStore
 from tests.kit.chaos import FaultyNetwork
+from tests.kit.clock_shim import COMPILER, ClockShim
+from tests.kit.daemon import STOP_LIMIT_S, Daemon
+from tests.kit.datasets import rows_builder
 from tests.kit.paths import ROOT
 from tests.kit.persistence_child import SETTINGS, killed_after, rows_of_generation
 from tests.kit.postgres import connect, query, sessions
-from tests.kit.resp_peer import encode
+from tests.kit.resp import encode
 from tests.kit.waiting import GIVE_UP_S, wait_until
-from tests.test_twistd import CLOCK_SHIM, STOP_LIMIT_S, Daemon
 
 RECOVERY_LIMIT_S = 5.0
 """After the interval that follows the end of a fault."""
@@ -136,7 +137,7 @@ class Counts:
 # What the database holds
 
 
-def rows_of(table: str, version: int) -> int:
+def row_count(table: str, version: int) -> int:
     return TABLES[table] + version % 7
 
 
@@ -247,7 +248,7 @@ class Ledger:
             if order in ("truncate", "empty"):
                 cursor.execute(f"TRUNCATE {', '.join(self.tables)}")
             for table in self.tables if order != "empty" else ():
-                rows = rows_of(table, number)
+                rows = row_count(table, number)
                 cursor.execute(
                     f"INSERT INTO {table} SELECT id, %s, (id::bigint * 1000003 + %s * 7919) %% {_MARK_MODULUS} "
                     "FROM generate_series(1, %s) AS id "
@@ -489,13 +490,14 @@ class Storm:
 
     :param queries: in place of a dataset's own, to see that what they do wrong is found.
     :param before: of the command that starts the service.
+    :param clock: turns the wall clock of the service; None without a compiler.
     """
 
     server: EmbeddedPostgres
     database: str
     directory: Path
     random: Random
-    environ: Mapping[str, str] = field(default_factory=dict)
+    clock: ClockShim | None = None
     queries: Mapping[str, str] = field(default_factory=dict)
     before: Sequence[str] = ()
     interval_s: float = 1.0
@@ -521,12 +523,6 @@ class Storm:
     @property
     def saved(self) -> Path:
         return self.directory / "saved"
-
-    @property
-    def clock(self) -> Path | None:
-        """The file that turns the service's wall clock, None where there is no shim."""
-        name = self.environ.get("CLOCK_OFFSET_FILE")
-        return None if name is None else Path(name)
 
     def configuration(self, dsn: str) -> str:
         return (
@@ -555,7 +551,7 @@ class Storm:
                 number,
                 self.directory / f"life-{number}",
                 self.configuration(dsn),
-                environ=self.environ,
+                environ=None if self.clock is None else self.clock.environ,
                 before=self.before,
             )
         )
@@ -653,8 +649,7 @@ class Storm:
 
     def turn_clock(self, offset_s: int) -> None:
         assert self.clock is not None, "there is no shim"
-        with self.clock.open("r+b") as file:
-            file.write(offset_s.to_bytes(8, sys.byteorder, signed=True))
+        self.clock.turn(offset_s)
         self.clock_offset_s, self.clock_turned_at = offset_s, time.monotonic()
 
     # Readers
@@ -693,7 +688,7 @@ class Storm:
             self.counts.add("mixed", f"{name} {generation}: {sorted(same)[:3]}")
             return None
         numbers = [row["id"] for row in rows]
-        if told.get("whole") and sorted(numbers) != list(range(1, rows_of(name, version) + 1)):
+        if told.get("whole") and sorted(numbers) != list(range(1, row_count(name, version) + 1)):
             self.counts.add("mixed", f"{name} {generation}: {len(numbers)} rows of version {version}")
             return None
         if "keys" in told and [int(key) for key in told["keys"]] != numbers:
@@ -728,7 +723,7 @@ class Storm:
         for (life, name, generation), (as_of_us, rows) in self.told.items():
             known_claim = known.get((life, name), {}).get(generation)
             if known_claim is not None:
-                expected = known_claim.as_of_us, rows_of(name, known_claim.version)
+                expected = known_claim.as_of_us, row_count(name, known_claim.version)
                 if expected != (as_of_us, rows):
                     self.counts.add("wrong", f"the status port told {as_of_us}, {rows} rows of {known_claim}")
             known.setdefault((life, name), {}).setdefault(generation, Claim(life, name, generation, 0, "", as_of_us, 0))
@@ -765,9 +760,9 @@ def storm(server: EmbeddedPostgres, database: str, random: Random, **options: An
     """A storm whose service has loaded and whose writers and readers are at work; the caller calls `finish`."""
     directory = Path(tempfile.mkdtemp(prefix="cacheservice-faults-"))
     try:
-        shim = clock_shim(directory)
+        clock = None if COMPILER is None else ClockShim(directory)
         with mounted(directory / "saved"):
-            made = Storm(server, database, directory, random, environ=shim, **options)
+            made = Storm(server, database, directory, random, clock=clock, **options)
             made.network = Network(server.port)
             pauses_s = {"alone": 0.04, "books": 0.03, "large": 1.0}
             made.ledgers = {name: Ledger(server, database, name, pauses_s[name]) for name in LEDGERS}
@@ -792,18 +787,6 @@ def storm(server: EmbeddedPostgres, database: str, random: Random, **options: An
                 made.network.close()
     finally:
         shutil.rmtree(directory)
-
-
-def clock_shim(directory: Path) -> dict[str, str]:
-    """The environment in which a process's wall clock can be turned; empty without a compiler."""
-    compiler = shutil.which("gcc") or shutil.which("cc")
-    if compiler is None:
-        return {}
-    source, library, offset = (directory / name for name in ("shim.c", "shim.so", "offset"))
-    source.write_text(CLOCK_SHIM)
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
-    offset.write_bytes(bytes(8))
-    return {"LD_PRELOAD": str(library), "CLOCK_OFFSET_FILE": str(offset)}
 
 
 @contextmanager
@@ -1330,7 +1313,7 @@ class Shelf:
         store = SnapshotStore(cache, self.directory, 0.0, len(tables), lambda _: None, reactor, said)
         store.startService()
         for generation, table in enumerate(tables, 1):
-            rows = RowsBuilder(lambda _: None)
+            rows = rows_builder()
             rows.add(list(table.items()))
             snapshot = Snapshot(generation, rows.finish(), datetime.now(UTC), reactor.seconds(), "1:1:")
             cache.dataset("products").publish(snapshot)

@@ -24,7 +24,7 @@ from typing import Any
 
 import hiredis
 
-from tests.kit.resp_peer import encode
+from tests.kit.resp import encode
 from tests.kit.waiting import GIVE_UP_S
 
 CONNECTIONS = 32

@@ -19,12 +19,11 @@ from twisted.internet.defer import Deferred
 
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Snapshot
-from cacheservice.cache.rows import RowsBuilder
-from cacheservice.config import DatasetSettings
 from cacheservice.persistence.store import SnapshotStore
+from tests.kit.datasets import declared, rows_builder
 from tests.kit.paths import ROOT
 
-SETTINGS = DatasetSettings(name="products", query="SELECT * FROM products", key=("id",))
+SETTINGS = declared()
 
 
 def rows_of_generation(generation: int, count: int) -> list[tuple[bytes | None, bytes]]:
@@ -76,7 +75,7 @@ class Child:
     def publish(self) -> None:
         dataset = self.cache.dataset("products")
         generation = dataset.snapshot.generation + 1 if dataset.snapshot else 1
-        builder = RowsBuilder(lambda _: None)
+        builder = rows_builder()
         builder.add(rows_of_generation(generation, self.count))
         say("begun", generation)
         dataset.publish(Snapshot(generation, builder.finish(), datetime.now(UTC), reactor.seconds(), "1:1:"))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from typing import Any
 
 from twisted.internet import reactor
@@ -21,21 +20,15 @@ from twisted.protocols.basic import LineReceiver
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Attempt, Snapshot
 from cacheservice.cache.lag import NO_LAG
-from cacheservice.cache.rows import RowsBuilder
-from cacheservice.config import DatasetSettings
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.listen import tcp
 from cacheservice.ports.resp.commands import Commands
 from cacheservice.ports.resp.protocol import RespFactory
+from tests.kit.datasets import MOMENT, declared, rows_builder
+from tests.kit.fake_refreshes import FakeRefreshes
 from tests.kit.postgres import PRIMARY
 
-MOMENT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 ROWS = 1000
-
-
-def declared(name: str, **settings: Any) -> DatasetSettings:
-    fields = {"name": name, "query": "SELECT 1 AS id", "key": "id", "interval_s": 60.0} | settings
-    return DatasetSettings.model_validate(fields)
 
 
 def document(number: int, generation: int) -> bytes:
@@ -46,7 +39,7 @@ def publish(cache: Cache, name: str, keys: Iterator[bytes] | range, database_sna
     """Publish the next generation of a dataset, its documents naming it; a number stands for its digits."""
     dataset = cache.dataset(name)
     generation = (dataset.snapshot.generation if dataset.snapshot else 0) + 1
-    rows = RowsBuilder(lambda shards: None)
+    rows = rows_builder()
     for number, key in enumerate(keys):
         rows.add([(b"%d" % key if isinstance(key, int) else key, document(number, generation))])
     dataset.publish(Snapshot(generation, rows.finish(), MOMENT, cache.now(), database_snapshot, server=PRIMARY))
@@ -66,22 +59,6 @@ def filled_cache(now: Callable[[], float], row_count: int = ROWS) -> Cache:
     publish(cache, "empty", range(0))
     publish(cache, "strict", range(3))
     return cache
-
-
-def encode(*words: bytes | str | int) -> bytes:
-    """A request as clients write it."""
-    told = [word if isinstance(word, bytes) else str(word).encode() for word in words]
-    return b"*%d\r\n" % len(told) + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in told)
-
-
-class NoRefreshes:
-    """Nothing refreshes: what is waited for does not come."""
-
-    def refresh_now(self, name: str) -> bool:
-        return True
-
-    def refresh_since(self, name: str, moment: float) -> None:
-        """It will not."""
 
 
 class Orders(LineReceiver):
@@ -112,7 +89,7 @@ def main() -> None:
     password = sys.argv[1] if len(sys.argv) > 1 else ""
     row_count = sys.argv[2] if len(sys.argv) > 2 else ROWS
     cache = filled_cache(reactor.seconds, int(row_count))
-    commands = Commands(cache, Freshness(NoRefreshes(), cache.database, reactor), password)
+    commands = Commands(cache, Freshness(FakeRefreshes(), cache.database, reactor), password)
     factory = RespFactory(cache, commands, 10_000, 300, reactor)
     port = tcp(reactor, "127.0.0.1", 0, factory)()
     orders = Orders(cache, factory)
