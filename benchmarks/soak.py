@@ -39,7 +39,13 @@ FROZEN = "database: all of it frozen"
 FLOOD = "clients: more than descriptors"
 SIXTY_FOUR = ("sh", "-c", 'ulimit -n 64; exec "$0" "$@"')
 
-_DRAWN = ("tests/test_fuzz.py", "tests/test_deltas.py", "tests/test_resp_requests.py", "tests/test_watch.py")
+_DRAWN = (
+    "tests/test_fuzz.py",
+    "tests/test_deltas.py",
+    "tests/test_watch.py",
+    "tests/unit/test_deltas.py",
+    "tests/unit/test_resp_requests.py",
+)
 _KILL_ROWS = 20_000
 _KILL_WITHIN_S = 0.15
 _FLOODS = 5

@@ -22,7 +22,6 @@ from cacheservice.postgres.translate import translate
 from cacheservice.refresh.drain import Drain
 from cacheservice.refresh.service import CacheService
 from tests.kit.postgres import connect
-from tests.kit.refreshes import RefreshTestCase
 from tests.kit.service import ROWS, ServiceTestCase, declare
 from tests.kit.standby import running_standby
 from tests.kit.waiting import until
@@ -31,25 +30,6 @@ TAKE_BOTH = """
 CREATE FUNCTION take_both() RETURNS int LANGUAGE plpgsql AS
 $$ BEGIN PERFORM pg_advisory_xact_lock(1); PERFORM pg_advisory_xact_lock(2); RETURN 1; END $$
 """
-
-
-class Retries(RefreshTestCase):
-    def test_each_is_retried_and_told(self) -> None:
-        """Each is retried with the ordinary backoff, leaves the database up, and has words and advice of its own."""
-        told = set()
-        for kind in (StandbyConflict, SerializationFailed, Deadlock):
-            world = self.started(interval_s=60.0)
-            world.database.last.fail(kind(f"words of {kind.__name__}", "40001"))
-            why = report.why(world.dataset, world.cache)
-            self.assertIn(f"words of {kind.__name__}", why)
-            self.assertIn(kind.advice, why)
-            told.add(kind.advice)
-            self.assertEqual(world.cache.database.state, "up")
-            world.advance(1)
-            self.assertEqual([at for _, at in world.starts], [0, 1])
-            world.database.last.complete()
-            self.assertEqual(world.triggers, ["start", "retry"])
-        self.assertEqual(len(told), 3)
 
 
 class OnTheServer(ServiceTestCase):

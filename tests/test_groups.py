@@ -17,10 +17,8 @@ from twisted.internet import reactor
 from twisted.internet.defer import DeferredList
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
-from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.cache.cache import Cache
-from cacheservice.config import groups
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.listen import tcp
 from cacheservice.ports.resp.commands import Commands
@@ -41,13 +39,6 @@ LOST = """
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity
 WHERE datname = current_database() AND state = 'active'
   AND pid <> pg_backend_pid()"""
-
-
-class Declared(SynchronousTestCase):
-    def test_groups(self) -> None:
-        """A group's members are together wherever they are declared; a dataset without one is alone."""
-        declared = [declare("a", group="g"), declare("b"), declare("c", group="g"), declare("d", group="b")]
-        self.assertEqual([[each.name for each in group] for group in groups(declared)], [["a", "c"], ["b"], ["d"]])
 
 
 class Together(ServiceTestCase):

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import urllib.parse
 from pathlib import Path
-from typing import Any
 
-from twisted.trial.unittest import SynchronousTestCase
-
-from cacheservice import config
-from cacheservice.process import log_file
 from tests.kit import pgbouncer
 from tests.kit.daemon import PRODUCTS, QUICK, DaemonTestCase
 from tests.kit.paths import ROOT
@@ -25,24 +18,6 @@ from tests.kit.postgres import query
 from tests.kit.waiting import GIVE_UP_S, wait_until
 
 TO_A_FILE = ("sh", "-c", 'exec "$0" "$@" --logfile=service.log')
-
-
-class Arguments(SynchronousTestCase):
-    def test_where_twistd_was_told_to_log(self) -> None:
-        """As twistd's own options say, however they are written; nothing for another program."""
-        here = str(Path("x.log").absolute())
-        for arguments, wanted in (
-            (["/usr/bin/twistd", "-noy", "a.tac", "--pidfile="], None),
-            (["twistd", "-noy", "a.tac", "--logfile", "x.log"], here),
-            (["twistd", "--logfile=x.log", "--nodaemon", "-y", "a.tac"], here),
-            (["twistd3", "-l", "x.log", "-ny", "a.tac"], here),
-            (["twistd", "-noy", "a.tac", "-l", "-"], None),
-            (["twistd", "-oy", "a.tac"], str(Path("twistd.log").absolute())),
-            (["twistd", "--nonsense"], None),
-            (["cacheservice", "run"], None),
-            ([], None),
-        ):
-            self.assertEqual(log_file(arguments), wanted, arguments)
 
 
 class Process(DaemonTestCase):
@@ -252,22 +227,6 @@ class RotatedSecret(DaemonTestCase):
         passwords.write_text(f"127.0.0.1:{self.server.port}:*:{role}:second\n")
         daemon.wait_until_ready()
         daemon.end()
-
-
-class ConfigurationFile(SynchronousTestCase):
-    def test_a_file_without_a_name(self) -> None:
-        """A file that was replaced where it is mounted from has no name any more, and is known by that."""
-        directory = tempfile.mkdtemp()
-        self.addCleanup(shutil.rmtree, directory)
-        path = Path(directory) / "cacheservice.toml"
-        path.write_text("")
-        self.assertFalse(config.config_file({"CACHESERVICE_CONFIG": str(path)}).is_replaced)
-        with path.open() as opened:
-            path.unlink()
-            path.write_text("")  # its successor
-            there: dict[str, Any] = {"CACHESERVICE_CONFIG": f"/proc/self/fd/{opened.fileno()}"}
-            self.assertTrue(config.config_file(there).is_replaced)
-        self.assertIsNone(config.config_file({"CACHESERVICE_CONFIG": "nowhere.toml"}).modified_at)
 
 
 def _umask() -> int:

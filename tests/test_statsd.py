@@ -6,19 +6,16 @@ import gc
 import socket
 from collections import Counter
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
-from hypothesis import given
-from hypothesis import strategies as st
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.protocol import DatagramProtocol
 from twisted.internet.task import Clock, deferLater
-from twisted.trial.unittest import SynchronousTestCase, TestCase
+from twisted.trial.unittest import TestCase
 
 from cacheservice.errors import DatabaseUnavailable
-from cacheservice.ops.statsd import MOST_PACKET_BYTES, StatsD, packets
+from cacheservice.ops.statsd import MOST_PACKET_BYTES, StatsD
 from tests.kit.daemon import DaemonTestCase
 from tests.kit.datasets import declared
 from tests.kit.logs import Log
@@ -26,19 +23,6 @@ from tests.kit.metrics import World
 from tests.kit.waiting import GIVE_UP_S, until, wait_until
 
 INTERVAL_S = 0.02
-
-
-class Packets(SynchronousTestCase):
-    @given(st.lists(st.integers(1, 700), min_size=3))
-    def test_as_many_lines_as_fit(self, sizes: list[int]) -> None:
-        """All lines arrive, in their order; no packet is too large; none could have held the next one's first line."""
-        lines = [f"é{'x' * size}" for size in sizes]
-        sent = list(packets(lines))
-        self.assertEqual([line for packet in sent for line in packet.decode().split("\n")], lines)
-        self.assertTrue(all(len(packet) <= MOST_PACKET_BYTES for packet in sent))
-        for packet, following in pairwise(sent):
-            first = following.split(b"\n")[0]
-            self.assertGreater(len(packet) + 1 + len(first), MOST_PACKET_BYTES)
 
 
 class Listener(DatagramProtocol):

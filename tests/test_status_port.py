@@ -18,57 +18,28 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
-from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import IListeningPort
-from twisted.internet.task import Clock, deferLater
-from twisted.internet.testing import StringTransport
+from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
-from twisted.python.failure import Failure
-from twisted.trial.unittest import SynchronousTestCase, TestCase
+from twisted.trial.unittest import TestCase
 
 from cacheservice import __version__
-from cacheservice.cache.cache import Cache
 from cacheservice.cache.counts import Histogram
 from cacheservice.cache.dataset import Attempt, Snapshot
-from cacheservice.errors import Blocker, PortUnavailable, UnknownDataset
+from cacheservice.errors import PortUnavailable, UnknownDataset
 from cacheservice.ops.metrics import Metrics, ServedPort
 from cacheservice.ops.stall import BOUNDS_S
 from cacheservice.ports.listen import PortService, tcp, unix
 from cacheservice.ports.status import MAX_LINE_BYTES, Commands, StatusFactory, StatusProtocol
 from tests.kit.datasets import MOMENT, declared, rows_builder, rows_of
 from tests.kit.http import read_to_the_end
+from tests.kit.status_port import filled_cache
 from tests.kit.waiting import GIVE_UP_S, until
-
-BLOCKER = Blocker(42, "app", "psql", "AccessExclusiveLock", "public.products", MOMENT, "idle in transaction", "UPDATE")
 
 # What a connected client does with its socket.
 Conversation = Callable[[socket.socket], Any]
-
-
-def filled_cache(more: int = 0) -> Cache:
-    """products: loaded 12 s ago. prices: failed twice, never loaded. `more` that nobody has tried yet."""
-    clock = Clock()
-    clock.advance(1000)
-    names = ["products", "prices", *(f"more_{number}" for number in range(more))]
-    cache = Cache([declared(name) for name in names], clock.seconds)
-    rows = rows_builder()
-    rows.add([(b"1", b'{"id":1}'), (b"2", b'{"id":2}')])
-    products, prices = cache.dataset("products"), cache.dataset("prices")
-    products.attempted(Attempt("failed", "start", MOMENT, 1.0, None, "connection refused", "look"))
-    products.publish(Snapshot(3, rows.finish(), MOMENT, 1000.0, "1:1:"))
-    products.attempted(Attempt("published", "retry", MOMENT, 0.5, 2))
-    products.next_refresh_at = 1060.0
-    for _ in range(2):
-        lock = Attempt("failed", "retry", MOMENT, 27.0, None, "a lock was not granted", "end that session", (BLOCKER,))
-        prices.attempted(lock)
-    prices.next_refresh_at = 1016.0
-    cache.database.failed("connection refused")
-    clock.advance(12.3456)
-    return cache
 
 
 class FakeRefreshes:
@@ -868,124 +839,3 @@ class InTheWay(TestCase):
             again.privilegedStartService()
             await again.stopService()
         await until(lambda: not self.factory.clients)
-
-
-class Wire(StringTransport):
-    """A transport that can close either way, as TCP's does."""
-
-    protocol: StatusProtocol
-    open = True
-
-    def loseWriteConnection(self) -> None:
-        self.protocol.writeConnectionLost()
-
-    def loseConnection(self) -> None:
-        self.abortConnection()
-
-    def abortConnection(self) -> None:
-        if self.open:
-            self.open = False
-            self.protocol.connectionLost(Failure(ConnectionDone()))
-
-    @property
-    def reading(self) -> bool:
-        return self.open and self.producerState == "producing"
-
-
-WORDS = [
-    b"prompt",
-    b"quit",
-    b"ruok",
-    b"json",
-    b"show products",
-    b"why prices",
-    b"show ",
-    b";",
-    b"\n",
-    b"\r\n",
-    b" ",
-    b"\0",
-]
-
-
-class AnyBytes(SynchronousTestCase):
-    def setUp(self) -> None:
-        self.clock = Clock()
-        self.factory = StatusFactory(Commands(filled_cache()), 10, 60.0, self.clock)
-        self.addCleanup(lambda: self.assertEqual(self.clock.getDelayedCalls(), []))
-
-    def talk(self, chunks: list[bytes]) -> list[str]:
-        """What the server says to the chunks and the end of input after them, until the connection is closed."""
-        protocol = self.factory.buildProtocol(None)
-        wire = Wire()
-        wire.protocol = protocol
-        protocol.makeConnection(wire)
-        for chunk in chunks:
-            while wire.open and not wire.reading:
-                self.clock.advance(0.001)
-            if wire.open:
-                protocol.dataReceived(chunk)
-        while wire.open and not wire.reading:
-            self.clock.advance(0.001)
-        if wire.open:
-            protocol.readConnectionLost()
-        self.clock.advance(10)
-        self.assertFalse(wire.open)
-        self.assertEqual((self.factory.clients, self.flushLoggedErrors()), (set(), []))
-        return wire.value().decode().split("\n")
-
-    @settings(deadline=None)
-    @given(st.lists(st.binary(max_size=600), max_size=8))
-    def test_garbage(self, chunks: list[bytes]) -> None:
-        """Any bytes get ERROR lines at most, no traceback, and the end of the connection."""
-        for line in self.talk(chunks):
-            self.assertTrue(line == "" or line.startswith("ERROR "), line)
-
-    @settings(deadline=None)
-    @given(st.lists(st.sampled_from(WORDS) | st.binary(max_size=4), max_size=60), st.integers(1, 100))
-    def test_half_sensible(self, words: list[bytes], chunk_bytes: int) -> None:
-        """Commands and garbage mixed, cut anywhere, break nothing, and give the same replies however they are cut."""
-        data = b"".join(words)
-        cut = [data[start : start + chunk_bytes] for start in range(0, len(data), chunk_bytes)]
-        self.assertEqual(self.talk(cut), self.talk([data]))
-
-
-class Timeouts(SynchronousTestCase):
-    def setUp(self) -> None:
-        self.clock = Clock()
-        self.factory = StatusFactory(Commands(filled_cache()), 10, 60.0, self.clock)
-        self.protocol = self.factory.buildProtocol(None)
-        self.wire = Wire()
-        self.wire.protocol = self.protocol
-        self.protocol.makeConnection(self.wire)
-        self.addCleanup(lambda: self.assertEqual(self.clock.getDelayedCalls(), []))
-
-    def test_each_line_counts(self) -> None:
-        """Each line starts the idle timeout anew; the first silence that lasts as long ends the connection."""
-        self.protocol.dataReceived(b"prompt\n")
-        for _ in range(5):
-            self.clock.advance(59)
-            self.protocol.dataReceived(b"ruok\n")
-            self.protocol.dataReceived(b"half a li")
-            self.protocol.dataReceived(b"ne\n")
-            self.clock.advance(0)
-        self.clock.advance(59)
-        self.assertTrue(self.wire.open)
-        self.clock.advance(1)
-        self.assertFalse(self.wire.open)
-
-    def test_a_client_that_does_not_close(self) -> None:
-        """After the last word a client that does not close is dropped soon."""
-        self.protocol.dataReceived(b"ruok\n")
-        self.assertTrue(self.wire.open)
-        self.clock.advance(5)
-        self.assertFalse(self.wire.open)
-
-    def test_a_bug_in_a_command(self) -> None:
-        """A command that raises what nobody expected is an ERROR line and a traceback in the log."""
-        self.factory.commands._questions["ruok"] = lambda: str(1 // 0)
-        self.protocol.dataReceived(b"ruok;version\n")
-        said = f"ERROR an internal error; its traceback is in the log\ncacheservice {__version__}\n"
-        self.assertEqual(self.wire.value().decode(), said)
-        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
-        self.clock.advance(5)

@@ -17,7 +17,6 @@ from cacheservice.postgres.watch import watch
 from cacheservice.refresh.service import CacheService
 from tests.kit.paths import ROOT
 from tests.kit.postgres import connect, query
-from tests.kit.refreshes import RefreshTestCase
 from tests.kit.service import ServiceTestCase, declare
 from tests.kit.waiting import until
 
@@ -183,20 +182,3 @@ class Texts(UnchangedTestCase):
         logged = self.server.log_path.read_text()[before:]
         self.assertIn("LIMIT 801", logged)
         self.assertNotIn("DECLARE", logged)
-
-
-class Manual(RefreshTestCase):
-    def test_a_refresh_that_fails(self) -> None:
-        """What an operator asked for is read whole by the retry, by whatever begins first, and once."""
-        world = self.started(probe="SELECT 1")
-        world.database.last.complete()
-        world.advance(5)
-        world.service.refresh_now("products")
-        self.assertIsNone(world.database.last.since)
-        for _ in range(3):
-            world.database.last.fail()
-            world.advance(60)
-            self.assertIsNone(world.database.last.since, "a retry, or the next interval")
-        world.database.last.complete()
-        world.advance(60)
-        self.assertIsNotNone(world.database.last.since)

@@ -12,6 +12,11 @@ from cacheservice.config import DatasetSettings
 
 MOMENT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 MOMENT_WITH_MS = MOMENT.replace(microsecond=678_000)
+MANY = 500
+"""More datasets than anybody has."""
+
+Table = dict[bytes, bytes]
+"""Documents by their keys."""
 
 
 def declared(name: str = "products", **keys: Any) -> DatasetSettings:
@@ -43,3 +48,8 @@ def numbered_rows(count: int) -> Rows:
 def snapshot_of(rows: Rows, generation: int = 1, read_at: float = 0.0, **fields: Any) -> Snapshot:
     """Make a snapshot of rows that were read from no server in particular."""
     return Snapshot(generation, rows, MOMENT, read_at, "1:1:", **fields)
+
+
+def table_of(rows: Rows) -> Table:
+    """Return rows as the table that they are made of."""
+    return dict(rows.items())

@@ -19,11 +19,18 @@ from twisted.internet.defer import Deferred
 
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Snapshot
+from cacheservice.config import DatasetSettings
 from cacheservice.persistence.store import SnapshotStore
 from tests.kit.datasets import declared, rows_builder
 from tests.kit.paths import ROOT
 
-SETTINGS = declared()
+
+def saved_dataset(name: str = "products", **keys: Any) -> DatasetSettings:
+    """Declare a dataset with the query that the files of released versions in the tests are of."""
+    return declared(name, **({"query": "SELECT * FROM products"} | keys))
+
+
+SETTINGS = saved_dataset()
 
 
 def rows_of_generation(generation: int, count: int) -> list[tuple[bytes | None, bytes]]:
