@@ -150,14 +150,6 @@ class FreshTestCase(DaemonTestCase):
         fields: dict[str, Any] = daemon.json()["datasets"][name]
         return fields
 
-    def admin(self, line: str) -> str:
-        with socket.socket(socket.AF_UNIX) as client:
-            client.settimeout(GIVE_UP_S)
-            client.connect(str(self.directory / "admin"))
-            client.sendall(f"{line}\n".encode())
-            with client.makefile("r", encoding="utf-8") as reply:
-                return reply.read().removesuffix("\n")
-
     def http(self, daemon: Daemon, path: str, **headers: str) -> tuple[int, dict[str, str]]:
         host, _, port = daemon.event("service_started")["http"].rpartition(":")
         with closing(http.client.HTTPConnection(host, int(port), timeout=GIVE_UP_S)) as connection:

@@ -36,6 +36,7 @@ from cacheservice.ports.resp.protocol import RespFactory
 from cacheservice.ports.status import Commands as StatusCommands
 from cacheservice.ports.status import StatusFactory
 from cacheservice.ports.throttle import Throttle
+from tests.kit.descriptors import open_files
 from tests.kit.fake_refreshes import FakeRefreshes
 from tests.kit.fuzz import Found, Input, Orders, Talk, exchange
 from tests.kit.http import read_to_the_end
@@ -69,17 +70,6 @@ def resident_bytes() -> int:
     gc.collect()
     with open("/proc/self/statm", "rb") as statm:
         return int(statm.read().split()[1]) * resource.getpagesize()
-
-
-def descriptors() -> list[str]:
-    """What is open, without the one that lists it."""
-    found = []
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            found.append(os.readlink(f"/proc/self/fd/{name}"))
-        except FileNotFoundError:
-            continue
-    return sorted(found)
 
 
 def delayed_calls() -> list[str]:
@@ -182,7 +172,7 @@ class UnderAttack:
         # The thread pool and the bodies that are kept are there from the first answers on.
         await self.attacked(port, secret, WARM_UP_INPUTS)
         await until(lambda: not factory.clients)
-        open_before, calls_before = descriptors(), delayed_calls()
+        open_before, calls_before = open_files(), delayed_calls()
         connections, sizes_bytes = 0, []
         for share in (inputs // 5, inputs - inputs // 5):
             found = await self.attacked(port, secret, share)
@@ -193,9 +183,9 @@ class UnderAttack:
             await until(lambda: not factory.clients)
             sizes_bytes.append(resident_bytes())
         self.assert_nothing_logged(where, connections)
-        await until(lambda: len(descriptors()) <= len(open_before))
+        await until(lambda: len(open_files()) <= len(open_before))
         await until(lambda: len(delayed_calls()) <= len(calls_before))
-        self.assertEqual((descriptors(), delayed_calls()), (open_before, calls_before), where)
+        self.assertEqual((open_files(), delayed_calls()), (open_before, calls_before), where)
         # A compressed body is kept, and watches its dataset, until the next generation; which bodies are asked for,
         # and when first, is up to the seed. At most one watch for each dataset, and none once the bodies are dropped.
         self.assertLessEqual(max(now - before for now, before in zip(self.watchers(), watchers_before, strict=True)), 1)

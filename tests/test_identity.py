@@ -25,6 +25,7 @@ from cacheservice.postgres.target import parse
 from cacheservice.postgres.watch import watch
 from cacheservice.refresh.drain import Drain
 from cacheservice.refresh.service import CacheService
+from tests.kit.database import snapshot_of_reading
 from tests.kit.datasets import MOMENT, numbered_rows, rows_builder
 from tests.kit.postgres import PRIMARY, connect, fresh_database, query
 from tests.kit.refreshes import RefreshTestCase, World
@@ -89,24 +90,7 @@ class OnServers(ServiceTestCase):
         settings = declare("things", **({"watch": [{"table": "public.things", "key": "id"}]} | more))
         wanted = Wanted(settings, rows_builder, since=since, most_keys=1000)
         (reading,) = await database.read_together([wanted])
-        if since is not None and reading.kind != "all":
-            rows = since.rows
-        else:
-            assert reading.rows is not None
-            rows = reading.rows.finish()
-        snapshot = Snapshot(
-            1,
-            rows,
-            reading.as_of,
-            reading.read_at,
-            reading.database_snapshot,
-            reading.columns,
-            watch_state=reading.watch_state,
-            probe=reading.probe,
-            server=reading.server,
-            dependencies=reading.dependencies,
-        )
-        return reading, snapshot
+        return reading, snapshot_of_reading(reading, since)
 
     async def standby(self, **settings: str) -> Standby:
         running = running_standby(self.server, settings)

@@ -14,6 +14,7 @@ from tests.kit import pgbouncer
 from tests.kit.daemon import PRODUCTS, QUICK, DaemonTestCase
 from tests.kit.paths import ROOT
 from tests.kit.pgbouncer import running_pgbouncer
+from tests.kit.ports import free_port
 from tests.kit.postgres import query
 from tests.kit.waiting import GIVE_UP_S, wait_until
 
@@ -47,10 +48,7 @@ class Process(DaemonTestCase):
 
     def test_a_log_file(self) -> None:
         """twistd's --logfile gets the log; SIGUSR1 begins it again after a rotation, and no line is lost."""
-        port = socket.create_server(("127.0.0.1", 0))
-        number = port.getsockname()[1]
-        port.close()
-        daemon = self.started(self.configuration(port=number), before=TO_A_FILE)
+        daemon = self.started(self.configuration(port=free_port()), before=TO_A_FILE)
         log, old = self.directory / "service.log", self.directory / "service.log.1"
         self.until_logged(log, "service_started")
         log.rename(old)
@@ -70,8 +68,7 @@ class Process(DaemonTestCase):
 
     def test_health(self) -> None:
         """It asks where the configuration says, be that all addresses, and tells alive from ready and dead."""
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = free_port()
         text = self.configuration(dsn="postgresql://nobody@127.0.0.1:1/x", port=port)
         daemon = self.started(text.replace("[status]\n", '[status]\nhost = "::"\n'))
         daemon.event("service_started")
@@ -86,8 +83,7 @@ class Process(DaemonTestCase):
 
     def test_health_with_a_broken_file(self) -> None:
         """A broken file does not make the service that runs unhealthy; no answer names the file."""
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = free_port()
         daemon = self.started(self.configuration(port=port))
         daemon.event("service_started")
         (self.directory / "cacheservice.toml").write_text("[[[")

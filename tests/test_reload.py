@@ -46,14 +46,6 @@ class UnderTwistd(DaemonTestCase):
     def write(self, *tables: str, **options: Any) -> None:
         (self.directory / "cacheservice.toml").write_text(self.configured(*tables, **options))
 
-    def admin(self, line: str) -> str:
-        with socket.socket(socket.AF_UNIX) as client:
-            client.settimeout(GIVE_UP_S)
-            client.connect(f"{self.directory}/admin")
-            client.sendall(f"{line}\n".encode())
-            with client.makefile("r", encoding="utf-8") as reply:
-                return reply.read().removesuffix("\n")
-
     def reload(self, *tables: str, **options: Any) -> str:
         self.write(*tables, **options)
         return self.admin("reload")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import socket
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -120,22 +119,13 @@ class Clients(DaemonTestCase):
         """It replaces secrets at once, from whatever source; none is asked for or left out without a restart."""
         daemon = self.begun()
         self.rotate(2)
-        self.assertIn("OK reloaded", self.command("reload"))
+        self.assertIn("OK reloaded", self.admin("reload"))
         self.assertEqual(self.http(daemon, "http-secret-1"), 401)
         self.assertEqual(self.http(daemon, "http-secret-2"), 200)
         self.assertEqual(daemon.event("config_reloaded")["needs_restart"], [])
         (self.mounted / "resp").unlink()
         (self.mounted / "resp").write_text("")
-        self.assertIn("at the next start: resp.password", self.command("reload"))
+        self.assertIn("at the next start: resp.password", self.admin("reload"))
         with self.assertRaises(redis.AuthenticationError):
             redis.Redis(port=self.port(daemon, "resp"), retry=Retry(NoBackoff(), 0)).ping()
         self.assertTrue(self.resp(daemon, 2).ping())
-
-    def command(self, command: str) -> str:
-        with socket.socket(socket.AF_UNIX) as client:
-            client.settimeout(GIVE_UP_S)
-            client.connect(f"{self.directory}/admin")
-            client.sendall(f"{command}\n".encode())
-            client.shutdown(socket.SHUT_WR)
-            with client.makefile("r", encoding="utf-8") as answer:
-                return answer.read()

@@ -42,7 +42,7 @@ from tests.kit.waiting import GIVE_UP_S, until
 Conversation = Callable[[socket.socket], Any]
 
 
-class FakeRefreshes:
+class AdminRefreshes:
     """Remembers who was asked for; `running` are those that one follows."""
 
     def __init__(self) -> None:
@@ -666,7 +666,7 @@ class ShortPatience(PortTestCase):
 
 class Admin(PortTestCase):
     def make_factory(self, commands: Commands) -> StatusFactory:
-        self.refreshes = FakeRefreshes()
+        self.refreshes = AdminRefreshes()
         return super().make_factory(Commands(self.cache, self.refreshes))
 
     def listen(self) -> IListeningPort:

@@ -20,6 +20,7 @@ from cacheservice.process import Signals
 from tests.kit import clock_shim
 from tests.kit.clock_shim import ClockShim
 from tests.kit.daemon import PRODUCTS, SLOW, STOP_LIMIT_S, Daemon, DaemonTestCase
+from tests.kit.ports import free_port
 from tests.kit.postgres import query, sessions
 from tests.kit.waiting import GIVE_UP_S, wait_until
 
@@ -287,8 +288,7 @@ class TheLog(DaemonTestCase):
 
     def test_nobody_reads_it(self) -> None:
         """When nobody reads its log it goes on as ever: it answers, refreshes, and ends in time."""
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = free_port()
         read_end, write_end = os.pipe()
         self.addCleanup(os.close, read_end)
         fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, 4096)

@@ -40,14 +40,6 @@ class WarmStartTestCase(DaemonTestCase):
             )
         )
 
-    def admin(self, line: str) -> str:
-        with socket.socket(socket.AF_UNIX) as client:
-            client.settimeout(GIVE_UP_S)
-            client.connect(str(self.directory / "admin"))
-            client.sendall(f"{line}\n".encode())
-            with client.makefile("r", encoding="utf-8") as reply:
-                return reply.read().removesuffix("\n")
-
     def things(self, daemon: Daemon) -> dict[str, Any]:
         described: dict[str, Any] = daemon.json()["datasets"]["things"]
         return described

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ import pytest
 from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.cli.embedded import EmbeddedPostgres
+from tests.kit import status
 from tests.kit.paths import ROOT
 from tests.kit.postgres import fresh_database
 from tests.kit.waiting import GIVE_UP_S, wait_until
@@ -108,10 +108,7 @@ class Daemon:
         return host, int(port)
 
     def ask(self, line: str) -> str:
-        with socket.create_connection(self.address, timeout=GIVE_UP_S) as client:
-            client.sendall(f"{line}\n".encode())
-            with client.makefile("r", encoding="utf-8") as reply:
-                return reply.read().removesuffix("\n")
+        return status.ask(self.address, line)
 
     def json(self) -> dict[str, Any]:
         everything: dict[str, Any] = json.loads(self.ask("json"))
@@ -173,6 +170,10 @@ class DaemonTestCase(SynchronousTestCase):
         self.assertNotIn(daemon.process.wait(GIVE_UP_S), (0, None))
         self.assertNotIn("Traceback", daemon.output + daemon.errors)
         return daemon.errors.splitlines()
+
+    def admin(self, line: str) -> str:
+        """Send a command to the admin socket, which the configuration has to put into `directory`; the reply."""
+        return status.ask(self.directory / "admin", line)
 
     def tac_with(self, source: str) -> Path:
         """The real .tac with something after it."""

@@ -12,12 +12,13 @@ from twisted.internet.defer import Deferred
 from twisted.trial.unittest import TestCase
 
 from cacheservice.cache.cache import DatabaseStatus
+from cacheservice.cache.dataset import Snapshot
 from cacheservice.cache.rows import RowsBuilder
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.config import DatasetSettings
 from cacheservice.postgres.database import Database, Reading
 from cacheservice.postgres.target import parse
-from tests.kit.datasets import rows_builder
+from tests.kit.datasets import rows_builder, rows_of
 from tests.kit.postgres import fresh_database, query, sessions_left
 
 TIMEOUT_S = 60.0
@@ -78,3 +79,20 @@ class DatabaseTestCase(TestCase):
         self.assertIs(type(failure), error)
         self.assertEqual(len(str(failure).splitlines()), 1)
         return failure
+
+
+def snapshot_of_reading(reading: Reading, since: Snapshot | None) -> Snapshot:
+    """Make what a read would publish; `since` has the rows where nothing but changes was read."""
+    rows = since.rows if since is not None and reading.rows is None else rows_of({})
+    return Snapshot(
+        1,
+        rows if reading.rows is None else reading.rows.finish(),
+        reading.as_of,
+        reading.read_at,
+        reading.database_snapshot,
+        reading.columns,
+        watch_state=reading.watch_state,
+        probe=reading.probe,
+        server=reading.server,
+        dependencies=reading.dependencies,
+    )

@@ -11,12 +11,12 @@ from twisted.trial.unittest import TestCase
 
 from cacheservice.cache.cache import DatabaseStatus
 from cacheservice.cache.dataset import Snapshot
-from cacheservice.cache.rows import Rows
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.config import DatasetSettings
 from cacheservice.postgres.database import Database, Reading, Wanted
 from cacheservice.postgres.target import parse
-from tests.kit.datasets import rows_builder, rows_of
+from tests.kit.database import snapshot_of_reading
+from tests.kit.datasets import rows_builder
 from tests.kit.postgres import drop_role, fresh_database, query
 
 SCHEMA = """
@@ -68,19 +68,7 @@ class DependenciesTestCase(TestCase):
         """One attempt; what was read, and the snapshot that it makes."""
         wanted = Wanted(dataset, rows_builder, since=since, most_keys=100)
         (reading,) = await (database or self.database).read_together([wanted])
-        rows: Rows = reading.rows.finish() if reading.rows else since.rows if since else rows_of({})
-        return reading, Snapshot(
-            1,
-            rows,
-            reading.as_of,
-            reading.read_at,
-            reading.database_snapshot,
-            reading.columns,
-            watch_state=reading.watch_state,
-            probe=reading.probe,
-            server=reading.server,
-            dependencies=reading.dependencies,
-        )
+        return reading, snapshot_of_reading(reading, since)
 
     async def check(self, sql: str, changes: Sequence[tuple[str, str | None]], **more: Any) -> None:
         """After each change all is read for that reason, or nothing where the reason is None; then nothing."""

@@ -55,6 +55,7 @@ from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Snapshot
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.persistence.store import SnapshotStore
+from tests.kit import status
 from tests.kit.chaos import FaultyNetwork
 from tests.kit.clock_shim import COMPILER, ClockShim
 from tests.kit.daemon import STOP_LIMIT_S, Daemon
@@ -414,10 +415,7 @@ class Life:
         return self.daemon.process.pid
 
     def ask(self, line: str) -> str:
-        with socket.create_connection(self.ports["status"], timeout=READ_LIMIT_S) as client:
-            client.sendall(f"{line}\n".encode())
-            with client.makefile("r", encoding="utf-8") as reply:
-                return reply.read().removesuffix("\n")
+        return status.ask(self.ports["status"], line, READ_LIMIT_S)
 
     def datasets(self) -> dict[str, Any]:
         described: dict[str, Any] = json.loads(self.ask("json"))["datasets"]
