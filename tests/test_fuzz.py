@@ -23,7 +23,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from twisted.internet import reactor
 from twisted.internet.interfaces import IListeningPort
-from twisted.internet.task import Clock
 from twisted.internet.threads import deferToThread
 from twisted.logger import LogEvent, globalLogPublisher
 from twisted.trial.unittest import TestCase
@@ -36,6 +35,7 @@ from cacheservice.ports.resp.protocol import RespFactory
 from cacheservice.ports.status import Commands as StatusCommands
 from cacheservice.ports.status import StatusFactory
 from cacheservice.ports.throttle import Throttle
+from tests.kit.clocks import started_clock
 from tests.kit.descriptors import open_files
 from tests.kit.fake_refreshes import FakeRefreshes
 from tests.kit.fuzz import Found, Input, Orders, Talk, exchange
@@ -92,8 +92,7 @@ class UnderAttack:
         # Whoever makes a port take gigabytes gets a MemoryError of it, not the machine.
         resource.setrlimit(resource.RLIMIT_AS, (address_space_bytes() + MAX_AT_ONCE_BYTES, hard))
         self.addCleanup(resource.setrlimit, resource.RLIMIT_AS, (soft, hard))
-        self.now = Clock()  # of the datasets' ages only
-        self.now.advance(1000)
+        self.now = started_clock()  # of the datasets' ages only
         self.cache = filled_cache(self.now.seconds, ROWS)
         self.events: list[str] = []
         globalLogPublisher.addObserver(self.observe)

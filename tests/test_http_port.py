@@ -21,7 +21,7 @@ from typing import Any
 
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, gatherResults
-from twisted.internet.task import Clock, deferLater
+from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -33,6 +33,7 @@ from cacheservice.ports.http.channel import MAX_HEAD_BYTES, MAX_HEADERS
 from cacheservice.ports.http.guard import Guard
 from cacheservice.ports.http.problem import Problem
 from cacheservice.ports.throttle import LONG_WAIT_S, SHORT_WAIT_S, Throttle
+from tests.kit.clocks import started_clock
 from tests.kit.datasets import MOMENT_WITH_MS, rows_of
 from tests.kit.http import Answer, ask_on, read_answer, read_to_the_end, statuses
 from tests.kit.http_port import ROWS, PortTestCase, buffered, encoded
@@ -1229,8 +1230,7 @@ class Token(PortTestCase):
 
 class Guesses(SynchronousTestCase):
     def setUp(self) -> None:
-        self.clock = Clock()
-        self.clock.advance(1000)
+        self.clock = started_clock()
         self.guard = Guard("secret", "", rejected.none_yet(), self.clock)
 
     def guess(self, host: str = "192.0.2.1") -> list[Problem]:

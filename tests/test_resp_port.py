@@ -28,6 +28,7 @@ from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.listen import tcp
 from cacheservice.ports.resp.commands import Commands
 from cacheservice.ports.resp.protocol import BYTES_PER_TURN, RespFactory, RespProtocol
+from tests.kit.clocks import started_clock
 from tests.kit.datasets import MOMENT, rows_builder
 from tests.kit.fake_refreshes import FakeRefreshes
 from tests.kit.paths import ROOT
@@ -48,8 +49,7 @@ class PortTestCase(TestCase):
     clock: Any = reactor
 
     async def setUp(self) -> None:
-        self.now = Clock()  # of the datasets' ages only
-        self.now.advance(1000)
+        self.now = started_clock()  # of the datasets' ages only
         self.cache = self.make_cache()
         self.refreshes = FakeRefreshes()
         commands = Commands(self.cache, Freshness(self.refreshes, self.cache.database, reactor), self.password)

@@ -10,7 +10,6 @@ from typing import Any
 
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
-from twisted.internet.task import Clock
 from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import TestCase
 
@@ -20,6 +19,7 @@ from cacheservice.cache.rows import Rows
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.http import HttpFactory
 from cacheservice.ports.listen import tcp
+from tests.kit.clocks import started_clock
 from tests.kit.datasets import MOMENT_WITH_MS, declared, rows_of
 from tests.kit.fake_refreshes import FakeRefreshes
 from tests.kit.http import Answer, ask_on, read_to_the_end
@@ -50,8 +50,7 @@ class PortTestCase(TestCase):
     on_expired = "serve"
 
     async def setUp(self) -> None:
-        self.clock = Clock()
-        self.clock.advance(1000)
+        self.clock = started_clock()
         settings = [declared("products", on_expired=self.on_expired), declared("prices", on_expired=self.on_expired)]
         self.cache = Cache(settings, self.clock.seconds)
         self.products, self.prices = self.cache.dataset("products"), self.cache.dataset("prices")

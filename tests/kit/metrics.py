@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 from twisted.internet.defer import Deferred
-from twisted.internet.task import Clock
 
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.changes import Change
@@ -18,6 +17,7 @@ from cacheservice.cache.dataset import Attempt, Dataset, Snapshot
 from cacheservice.ops.metrics import Metrics
 from cacheservice.ops.stall import BOUNDS_S
 from cacheservice.ports.rejected import none_yet
+from tests.kit.clocks import CountingClock
 from tests.kit.datasets import MOMENT_WITH_MS, declared, numbered_rows
 
 Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
@@ -58,16 +58,6 @@ class Port(NamedTuple):
     clients: set[int]
     max_connections: int
     rejected: dict[Any, int]
-
-
-class CountingClock(Clock):
-    """Counts the turns of the reactor that somebody waits for."""
-
-    turns = 0
-
-    def callLater(self, *arguments: Any) -> Any:
-        self.turns += 1
-        return super().callLater(*arguments)
 
 
 class World:

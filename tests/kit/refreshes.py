@@ -18,11 +18,17 @@ from cacheservice.postgres.database import Reading, Wanted
 from cacheservice.postgres.recorded import Recorded
 from cacheservice.refresh.drain import Drain
 from cacheservice.refresh.service import CacheService
-from tests.kit.datasets import MOMENT
+from tests.kit.clocks import started_clock
+from tests.kit.datasets import MOMENT, declared
 from tests.kit.logs import Log
 
 START_S = 5000.0
 BLOCKER = Blocker(42, "app", "psql", "AccessExclusiveLock", "public.products", MOMENT, "idle in transaction", None)
+
+
+def without_jitter(*names: str, **keys: Any) -> list[DatasetSettings]:
+    """Declare datasets as `World` does: each start is exactly an interval after the one before."""
+    return [declared(name, **({"jitter": 0.0} | keys)) for name in names]
 
 
 class Read:
@@ -104,11 +110,8 @@ class World:
         heard_all: Callable[[], Deferred[bool]] | None = None,
         **keys: Any,
     ) -> None:
-        every = {"query": "SELECT 1 AS id", "key": "id", "interval_s": 60.0, "timeout_s": 30.0, "jitter": 0.0} | keys
-        declared = [DatasetSettings.model_validate({"name": name} | every) for name in names or ("products",)]
-        self.clock = Clock()
-        self.clock.advance(START_S)
-        self.cache = Cache(declared, self.clock.seconds)
+        self.clock = started_clock(START_S)
+        self.cache = Cache(without_jitter(*names or ("products",), **keys), self.clock.seconds)
         self.database = FakeDatabase(self.clock)
         self.log = Log()
         self.service = CacheService(
@@ -174,9 +177,3 @@ class RefreshTestCase(SynchronousTestCase):
             self.assertRegex(told["attempt"], "^[0-9a-f]{8}$")
         without_id = {name: value for name, value in told.items() if name != "attempt"}
         self.assertEqual((last_level, last_event, without_id), (level, event, fields))
-
-
-def without_jitter(*names: str, **keys: Any) -> list[DatasetSettings]:
-    """As `World` declares them, but for `keys`."""
-    every = {"query": "SELECT 1 AS id", "key": "id", "interval_s": 60.0, "timeout_s": 30.0, "jitter": 0.0} | keys
-    return [DatasetSettings.model_validate({"name": name} | every) for name in names]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from twisted.internet.task import Clock
-
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Attempt, Snapshot
 from cacheservice.errors import Blocker
+from tests.kit.clocks import started_clock
 from tests.kit.datasets import MOMENT, declared, rows_builder
 
 BLOCKER = Blocker(42, "app", "psql", "AccessExclusiveLock", "public.products", MOMENT, "idle in transaction", "UPDATE")
@@ -14,8 +13,7 @@ BLOCKER = Blocker(42, "app", "psql", "AccessExclusiveLock", "public.products", M
 
 def filled_cache(more: int = 0) -> Cache:
     """products: loaded 12 s ago. prices: failed twice, never loaded. `more` that nobody has tried yet."""
-    clock = Clock()
-    clock.advance(1000)
+    clock = started_clock()
     names = ["products", "prices", *(f"more_{number}" for number in range(more))]
     cache = Cache([declared(name) for name in names], clock.seconds)
     rows = rows_builder()

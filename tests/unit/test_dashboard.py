@@ -12,7 +12,6 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 from twisted.internet.defer import Deferred
-from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice import config
@@ -21,6 +20,7 @@ from cacheservice.cache.dataset import Attempt, Snapshot
 from cacheservice.cache.history import MOST_POINTS, SLOT_S, LastHour, Point
 from cacheservice.errors import ConfigError
 from cacheservice.ports.http.events import HEARTBEAT_S, PERIOD_S, Feed
+from tests.kit.clocks import started_clock
 from tests.kit.datasets import MANY, MOMENT_WITH_MS, declared
 from tests.kit.http_port import encoded
 
@@ -67,8 +67,7 @@ class Hour(SynchronousTestCase):
 
     def test_the_age_is_the_greatest_that_was_served(self) -> None:
         """With each attempt goes the greatest age since the one before: that of what was replaced, or of what stays."""
-        clock = Clock()
-        clock.advance(1000)
+        clock = started_clock()
         dataset = Cache([declared("products")], clock.seconds).dataset("products")
 
         def attempt(outcome: Any, generation: int = 0) -> float | None:
@@ -98,8 +97,7 @@ class FeedRules(SynchronousTestCase):
     turn_s = 60.0
 
     def setUp(self) -> None:
-        self.clock = Clock()
-        self.clock.advance(1000)
+        self.clock = started_clock()
         self.cache = Cache([declared("products"), declared("prices")], self.clock.seconds)
         self.feed = Feed(self.cache, self.clock, self.turn_s)
 

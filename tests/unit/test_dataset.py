@@ -6,15 +6,13 @@ from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import KEPT_ATTEMPTS, Attempt, Dataset, Outcome, Snapshot, State
 from cacheservice.errors import UnknownDataset
+from tests.kit.clocks import START_S, started_clock
 from tests.kit.datasets import MOMENT, declared, rows_of, snapshot_of
-
-START_S = 1000.0  # no law may lean on a clock that starts at 0
 
 
 def snapshot(generation: int, read_at: float) -> Snapshot:
@@ -27,8 +25,7 @@ def attempt(outcome: Outcome) -> Attempt:
 
 class AtTime(SynchronousTestCase):
     def setUp(self) -> None:
-        self.clock = Clock()
-        self.clock.advance(START_S)
+        self.clock = started_clock()
         self.addCleanup(lambda: self.assertEqual(self.clock.getDelayedCalls(), []))
 
     def loaded(self, **keys: Any) -> Dataset:

@@ -11,6 +11,7 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.ops.stall import TICK_S, StallWatch
+from tests.kit.clocks import started_clock
 from tests.kit.datasets import declared
 from tests.kit.metrics import Series, World, of_monitor_lines, of_openmetrics, of_text, place
 
@@ -147,8 +148,7 @@ class Forms(SynchronousTestCase):
 
 class Stalls(SynchronousTestCase):
     def setUp(self) -> None:
-        self.clock = Clock()
-        self.clock.advance(1000)
+        self.clock = started_clock()
         self.watch = StallWatch(self.clock)
         self.watch.startService()
         self.addCleanup(lambda: self.assertEqual(self.clock.getDelayedCalls(), []))

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.ports.throttle import LONG_WAIT_S, PROVEN_S, SHORT_WAIT_S, Throttle
+from tests.kit.clocks import started_clock
 
 HOST = "192.0.2.1"
 
 
 class Waits(SynchronousTestCase):
     def setUp(self) -> None:
-        self.clock = Clock()
-        self.clock.advance(1000)
+        self.clock = started_clock()
         self.throttle = Throttle(self.clock.seconds)
 
     def waits(self, count: int, host: str = HOST) -> list[float]:
