@@ -65,6 +65,6 @@ class ClockShim:
         self.environ = {"LD_PRELOAD": str(library), "CLOCK_OFFSET_FILE": str(self._offsets)}
 
     def turn(self, offset_s: int, suspended_s: int = 0) -> None:
-        """Set the offset of the wall clock, and the time for which the machine was suspended."""
+        """Set the offset of the wall clock, and how long the machine was suspended."""
         with self._offsets.open("r+b") as file:
             file.write(b"".join(seconds.to_bytes(8, sys.byteorder, signed=True) for seconds in (offset_s, suspended_s)))

@@ -1,4 +1,4 @@
-"""Clocks that go when a test says so."""
+"""Clocks that stand still until a test moves them."""
 
 from __future__ import annotations
 

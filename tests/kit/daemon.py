@@ -1,4 +1,4 @@
-"""The whole service as operators run it: under twistd, in a process of its own, on the real server."""
+"""The whole service as operators run it, under twistd, on the real server."""
 
 from __future__ import annotations
 
@@ -24,8 +24,6 @@ from tests.kit.postgres import fresh_database
 from tests.kit.waiting import GIVE_UP_S, wait_until
 
 TAC = ROOT / "tac" / "cacheservice.tac"
-
-
 TWISTD = Path(sys.executable).with_name("twistd")
 STOP_LIMIT_S = 5.0  # the contract's
 
@@ -46,6 +44,18 @@ query = "SELECT 1 AS id FROM pg_sleep(600)"
 key = "id"
 timeout_s = 600
 """
+# Each refresh reads the same, and is over at once.
+QUICK = """
+[datasets.products]
+query = "SELECT 1 AS id"
+key = "id"
+interval_s = 0.3
+retry_initial_s = 0.1
+retry_max_s = 0.3
+max_age_s = 600
+"""
+# What comes before the command of a service that may open few files.
+OPEN_FILES = ("sh", "-c", 'ulimit -n 100; exec "$0" "$@"')
 
 
 class Daemon:
@@ -172,7 +182,7 @@ class DaemonTestCase(SynchronousTestCase):
         return daemon.errors.splitlines()
 
     def admin(self, line: str) -> str:
-        """Send a command to the admin socket, which the configuration has to put into `directory`; the reply."""
+        """Return the reply of the admin socket, which is configured in `directory`."""
         return status.ask(self.directory / "admin", line)
 
     def tac_with(self, source: str) -> Path:
@@ -180,17 +190,3 @@ class DaemonTestCase(SynchronousTestCase):
         tac = self.directory / "more.tac"
         tac.write_text(f"exec(compile(open({str(TAC)!r}).read(), {str(TAC)!r}, 'exec'))\n{source}")
         return tac
-
-
-QUICK = """
-[datasets.products]
-query = "SELECT 1 AS id"
-key = "id"
-interval_s = 0.3
-retry_initial_s = 0.1
-retry_max_s = 0.3
-max_age_s = 600
-"""
-
-
-OPEN_FILES = ("sh", "-c", 'ulimit -n 100; exec "$0" "$@"')

@@ -82,7 +82,7 @@ class DatabaseTestCase(TestCase):
 
 
 def snapshot_of_reading(reading: Reading, since: Snapshot | None) -> Snapshot:
-    """Make what a read would publish; `since` has the rows where nothing but changes was read."""
+    """Make what a read would publish; `since` has the rows that it did not read."""
     rows = since.rows if since is not None and reading.rows is None else rows_of({})
     return Snapshot(
         1,

@@ -20,7 +20,7 @@ Table = dict[bytes, bytes]
 
 
 def declared(name: str = "products", **keys: Any) -> DatasetSettings:
-    """Declare a dataset as a configuration file does: refreshed every minute, the rest by default."""
+    """Declare a dataset that is refreshed every minute, the rest by default."""
     fields = {"name": name, "query": "SELECT 1 AS id", "key": "id", "interval_s": 60.0} | keys
     return DatasetSettings.model_validate(fields)
 

@@ -1,4 +1,4 @@
-"""Test cases of what a query depends on: views, functions, types and rights, on the real server."""
+"""Test cases of what a query depends on: views, functions, types and rights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Test cases of guarded sessions: a faulty network before the server, and what may be left of a read."""
+"""Test cases of guarded sessions, with a faulty network before the server."""
 
 from __future__ import annotations
 
@@ -33,14 +33,8 @@ LONG_S = 60.0  # never reached: what ends the read is the fault
 FREEZE_S = 10  # afterwards another process thaws what is frozen, so that a reactor that hangs is seen to have hung
 LONGEST_GAP_S = 5.0
 QUICK = "SELECT i AS id, repeat('x', 100) AS filler FROM generate_series(1, 200) i"
-
-
 ONE_SLOW_ROW = "SELECT 1 AS id, pg_sleep(60)"
-
-
 MANY_SLOW_ROWS = "SELECT i AS id, pg_sleep(0.01) FROM generate_series(1, 100000) i"
-
-
 Fault = Callable[[int], Awaitable[object]]
 
 

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 
 class Log:
-    """Keeps every line as (level, event, fields), those of the logs that it binds too."""
+    """Keeps every line as (level, event, fields), and those of the logs it binds."""
 
     def __init__(self, lines: list[tuple[str, str, dict[str, Any]]] | None = None, **bound: Any) -> None:
         self.lines = [] if lines is None else lines

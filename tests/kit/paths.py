@@ -1,4 +1,4 @@
-"""Where the repository is, for tests that read its files or start programs in it."""
+"""Where the repository is."""
 
 from __future__ import annotations
 

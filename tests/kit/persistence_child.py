@@ -26,7 +26,7 @@ from tests.kit.paths import ROOT
 
 
 def saved_dataset(name: str = "products", **keys: Any) -> DatasetSettings:
-    """Declare a dataset with the query that the files of released versions in the tests are of."""
+    """Declare a dataset with the query of the saved files that the tests hold."""
     return declared(name, **({"query": "SELECT * FROM products"} | keys))
 
 

@@ -6,5 +6,8 @@ from cacheservice.cli.embedded import _free_port
 
 
 def free_port() -> int:
-    """Return a port of 127.0.0.1 on which nobody listens, and which the kernel gives to no client meanwhile."""
+    """Return a port of 127.0.0.1 on which nobody listens.
+
+    The kernel does not give it to a client meanwhile.
+    """
     return _free_port()

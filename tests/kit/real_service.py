@@ -1,4 +1,4 @@
-"""Test cases of the service under twistd, asked over HTTP, RESP and its status port."""
+"""Test cases of the service under twistd, asked over each of its ports."""
 
 from __future__ import annotations
 

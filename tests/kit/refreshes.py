@@ -1,4 +1,4 @@
-"""The refreshes over fakes: a database whose reads end when a test says so, and the time of a Clock."""
+"""The refreshes over a fake database and a fake clock."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BLOCKER = Blocker(42, "app", "psql", "AccessExclusiveLock", "public.products", M
 
 
 def without_jitter(*names: str, **keys: Any) -> list[DatasetSettings]:
-    """Declare datasets as `World` does: each start is exactly an interval after the one before."""
+    """Declare datasets whose starts are exactly an interval apart, as in `World`."""
     return [declared(name, **({"jitter": 0.0} | keys)) for name in names]
 
 

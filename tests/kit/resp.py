@@ -7,14 +7,13 @@ from typing import Any
 
 import hiredis
 
+Words = tuple[bytes | str | int, ...]
+
 
 def encode(*words: bytes | str | int) -> bytes:
     """A request as clients write it."""
     told = [word if isinstance(word, bytes) else str(word).encode() for word in words]
     return b"*%d\r\n" % len(told) + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in told)
-
-
-Words = tuple[bytes | str | int, ...]
 
 
 class Client:

@@ -1,4 +1,4 @@
-"""Test cases of the refreshing service on the real server, behind the faulty network."""
+"""Test cases of the refreshing service, with a faulty network before the server."""
 
 from __future__ import annotations
 
@@ -23,8 +23,6 @@ from tests.kit.waiting import until
 
 ROWS = 200
 THINGS = "TABLE things"
-
-
 SLOW_THINGS = "SELECT *, pg_sleep(0.005) FROM things"
 
 

@@ -9,7 +9,10 @@ from tests.kit.waiting import GIVE_UP_S
 
 
 def ask(address: tuple[str, int] | Path, line: str, limit_s: float = GIVE_UP_S) -> str:
-    """Return the reply to a line, without its end; `address` is that of a port, or the path of a socket."""
+    """Return the reply to a line, without its end.
+
+    :param address: of a port, or the path of a socket.
+    """
     with connected(address, limit_s) as client:
         client.sendall(f"{line}\n".encode())
         with client.makefile("r", encoding="utf-8") as reply:

@@ -27,7 +27,10 @@ async def until(true: Callable[[], object]) -> None:
 
 
 def wait_until(true: Callable[[], Any], what: str) -> Any:
-    """Wait, blocking, for something true, and return it; `what` names it where it does not come."""
+    """Wait, blocking, for something true, and return it.
+
+    :raises AssertionError: where it does not come; `what` names it.
+    """
     limit = time.monotonic() + GIVE_UP_S
     while not (result := true()):
         assert time.monotonic() < limit, f"{what} did not come"

@@ -25,8 +25,6 @@ from tests.kit.datasets import MANY, MOMENT_WITH_MS, declared
 from tests.kit.http_port import encoded
 
 WORST_LAST = ("unchanged", "published", "held", "failed")
-
-
 attempts = st.tuples(
     st.floats(0, 2000), st.floats(0, 100), st.none() | st.floats(0, 10_000), st.sampled_from(WORST_LAST)
 )

@@ -24,8 +24,6 @@ def patchable(table: Table, release: Callable[[Shards], None] = lambda _: None, 
 
 
 KEY = st.integers(0, 30).map(lambda number: b"%d" % number)
-
-
 DOCUMENT = st.sampled_from([b"{}", b'{"a":1}', b'{"a":2}', b"x" * 5000])
 
 

@@ -9,8 +9,6 @@ from twisted.trial.unittest import SynchronousTestCase
 from cacheservice.cache.lag import NO_LAG, Receiver, Seen, StandbyFacts, lag_of
 
 QUIET = Receiver("streaming", 990.0, 0.0, 500)
-
-
 IDLE = StandbyFacts("reader", 100_000_000, 1000.0, 500, 500, 400.0, False, 60.0, 0.0, QUIET)
 
 

@@ -1,4 +1,4 @@
-"""Laws of what messages are told to whom."""
+"""Laws of which datasets a notification concerns."""
 
 from __future__ import annotations
 

@@ -20,8 +20,6 @@ from tests.kit.datasets import MOMENT
 from tests.kit.refreshes import World
 
 WATCH = [{"table": "products", "key": "id"}]
-
-
 OFF = "products or a partition of it lacks a trigger of ours"
 
 
