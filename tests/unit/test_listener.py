@@ -1,4 +1,4 @@
-"""Laws of which datasets a notification concerns."""
+"""Laws of what an operator sees of the listening session."""
 
 from __future__ import annotations
 
