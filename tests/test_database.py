@@ -24,6 +24,7 @@ from tests.kit.database import TIMEOUT_S, DatabaseTestCase
 from tests.kit.datasets import rows_builder
 from tests.kit.paths import ROOT
 from tests.kit.postgres import OURS, connect, query
+from tests.kit.waiting import until
 
 MIGRATION = ROOT / "migrations" / "0001_schema.sql"
 
@@ -493,8 +494,7 @@ class MomentTests(DatabaseTestCase):
     async def until_waiting(self, number: int) -> None:
         """Until so many sessions wait for a lock; trial's own time limit ends a test where they do not."""
         sql = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
-        while self.sql(sql) != [(number,)]:
-            await deferLater(reactor, 0.01)
+        await until(lambda: self.sql(sql) == [(number,)])
 
 
 class LostSessions(DatabaseTestCase):

@@ -37,6 +37,7 @@ from tests.kit.datasets import Table, rows_builder, table_of
 from tests.kit.logs import Log
 from tests.kit.standby import running_standby
 from tests.kit.versions import MakeServer, running_server
+from tests.kit.waiting import GIVE_UP_S, until
 
 SEED = int(os.environ.get("CACHESERVICE_TEST_DELTAS_SEED", "20261128"))
 ROUNDS = int(os.environ.get("CACHESERVICE_TEST_DELTAS", "150"))
@@ -126,10 +127,7 @@ class Proof(TestCase):
         return service, cache, database
 
     async def until(self, true: Callable[[], object]) -> None:
-        limit = time.monotonic() + 60
-        while not true():
-            assert time.monotonic() < limit, f"it did not come: {self.log.events[-5:]}"
-            await deferLater(reactor, 0.001)
+        await until(true, GIVE_UP_S, lambda: self.log.events[-5:])
 
     def check(self, dataset: Dataset, database: Compared) -> None:
         """What is served is the query's result at the snapshot of which it is said to be."""

@@ -15,14 +15,18 @@ LONGEST_TEST_S = 600.0
 """The longest time that a test case gives to one test."""
 
 
-async def until(true: Callable[[], object]) -> None:
+async def until(
+    true: Callable[[], object], limit_s: float = LONGEST_TEST_S, seen: Callable[[], object] = lambda: ""
+) -> None:
     """Wait in the reactor for something true.
 
     Trial's own time limit ends a test where it does not come; a clean-up has none, and ends here.
+
+    :param seen: what helps to find out why it did not come.
     """
-    limit = time.monotonic() + LONGEST_TEST_S
+    limit = time.monotonic() + limit_s
     while not true():
-        assert time.monotonic() < limit, "it did not come"
+        assert time.monotonic() < limit, f"it did not come {seen()}"
         await deferLater(reactor, 0.005)
 
 
