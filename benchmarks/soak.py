@@ -3,7 +3,7 @@
 Half of the time one process has to stand all that does not end it; then it is killed, restarted and its files damaged
 as well. After that: a process that may have 64 descriptors, saves that are killed at random moments, files with a
 changed byte or cut off, and the tests that draw their inputs, with new seeds, which are printed. What is checked, and
-how, `tests/faults.py` tells, which does the same in the tests, short.
+how, `tests/kit/faults.py` tells, which does the same in the tests, short.
 It needs root, for a small file system that fills, and a C compiler, for a clock that can be turned.
 """
 
@@ -31,7 +31,7 @@ from twisted.internet.defer import Deferred
 
 from benchmarks.figures import mib
 from cacheservice.cli.embedded import EmbeddedPostgres
-from tests.faults import ENDING, MUST_BE_0, RECOVERY_LIMIT_S, Counts, Shelf, Storm, Struck, flood, possible, storm
+from tests.kit.faults import ENDING, MUST_BE_0, RECOVERY_LIMIT_S, Counts, Shelf, Storm, Struck, flood, possible, storm
 
 MOST_HOLD_S = 8.0
 DAMAGED = "process: killed, its newest file damaged"
@@ -39,7 +39,13 @@ FROZEN = "database: all of it frozen"
 FLOOD = "clients: more than descriptors"
 SIXTY_FOUR = ("sh", "-c", 'ulimit -n 64; exec "$0" "$@"')
 
-_DRAWN = ("tests/test_fuzz.py", "tests/test_deltas.py", "tests/test_resp_requests.py", "tests/test_watch.py")
+_DRAWN = (
+    "tests/test_fuzz.py",
+    "tests/test_deltas.py",
+    "tests/test_watch.py",
+    "tests/unit/test_deltas.py",
+    "tests/unit/test_resp_requests.py",
+)
 _KILL_ROWS = 20_000
 _KILL_WITHIN_S = 0.15
 _FLOODS = 5

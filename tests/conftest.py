@@ -16,8 +16,11 @@ from functools import partial
 import pytest
 from hypothesis import settings
 
+from cacheservice import shipped
 from cacheservice.cli.embedded import EmbeddedPostgres
-from tests.versions import DEFAULT_VERSION, VERSIONS, MakeServer, OlderPostgres, running_server
+from cacheservice.postgres.migrate import migrate
+from tests.kit.postgres import fresh_database, query
+from tests.kit.versions import DEFAULT_VERSION, VERSIONS, MakeServer, OlderPostgres, running_server
 
 # No deadline: how long an example takes is up to the machine.
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
@@ -82,3 +85,12 @@ def server(request: pytest.FixtureRequest, postgres_server: EmbeddedPostgres) ->
     yield postgres_server
     postgres_server.thaw()
     postgres_server.start()
+
+
+@pytest.fixture(scope="module")
+def template(postgres_server: EmbeddedPostgres) -> Iterator[str]:
+    """A migrated database that others are copied from."""
+    name = fresh_database(postgres_server)
+    migrate(postgres_server.dsn(database=name), shipped.folder("migrations"))
+    yield name
+    query(postgres_server, "postgres", f"DROP DATABASE {name} WITH (FORCE)")

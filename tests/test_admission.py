@@ -7,89 +7,10 @@ import subprocess
 import sys
 from contextlib import ExitStack
 
-from hypothesis import given
-from hypothesis import strategies as st
-from twisted.internet.task import Clock
-from twisted.trial.unittest import SynchronousTestCase
-
-from cacheservice.ports.admission import Door, Plan, Room, plan
-from tests.test_metrics import place
-from tests.test_probes import PRODUCTS, ProbesTestCase
-from tests.test_twistd import GIVE_UP_S, until
-
-OPEN_FILES = ("sh", "-c", 'ulimit -n 100; exec "$0" "$@"')
-
-
-class Guest:
-    def __init__(self) -> None:
-        self.turned_away = False
-
-    def turn_away(self) -> None:
-        self.turned_away = True
-
-
-class Log:
-    def __init__(self) -> None:
-        self.lines: list[dict[str, object]] = []
-
-    def warning(self, event: str, **fields: object) -> None:
-        self.lines.append(fields)
-
-
-class Plans(SynchronousTestCase):
-    @given(st.integers(40, 1 << 20), st.integers(1, 100), st.integers(1, 5))
-    def test_it_adds_up(self, descriptors: int, sessions: int, ports: int) -> None:
-        """There is always a place for a client and a probe; with descriptors for all of it, no more is given away."""
-        made = plan(descriptors, sessions, ports)
-        self.assertGreaterEqual(min(made.clients, made.reserve, made.accepted), 1)
-        if descriptors >= 40 + sessions + 2 * ports:
-            self.assertLessEqual(made.clients + made.reserve * ports + made.accepted + 28 + sessions, descriptors)
-
-    def test_usual_limits(self) -> None:
-        """Of 1,024 some 850 are for clients; of 40,000 nearly all."""
-        self.assertEqual(plan(1024, 2, 3), Plan(1024, 843, 16, 100))
-        self.assertEqual(plan(40_000, 2, 3).clients, 39_819)
-
-
-class Doors(SynchronousTestCase):
-    def door(self, clients: int, reserve: int, clock: Clock | None = None, log: Log | None = None) -> Door:
-        room = Room(Plan(100, clients, reserve, 10))
-        return Door("http", room, reserve, log, (clock or Clock()).seconds)
-
-    def test_two_limits(self) -> None:
-        """That of the port and that of the files of all ports; who leaves makes room."""
-        room = Room(Plan(100, 3, 0, 10))
-        first, second = (Door(name, room, 0, None, Clock().seconds) for name in ("resp", "http"))
-        guests = [Guest() for _ in range(4)]
-        self.assertTrue(first.admit(guests[0], 2) and first.admit(guests[1], 2))
-        self.assertFalse(first.admit(guests[2], 2))
-        self.assertTrue(second.admit(guests[2], 2))
-        self.assertFalse(second.admit(guests[3], 2))
-        first.left(guests[3], was_admitted=False)
-        self.assertFalse(second.admit(guests[3], 2))
-        first.left(guests[0], was_admitted=True)
-        self.assertTrue(second.admit(guests[3], 2))
-
-    def test_the_oldest_in_reserve_goes(self) -> None:
-        """The newest has a place in reserve, whoever waits there."""
-        door = self.door(1, 2)
-        self.assertTrue(door.admit(Guest(), 1))
-        guests = [Guest() for _ in range(4)]
-        self.assertFalse(any(door.admit(guest, 1) for guest in guests))
-        self.assertEqual([guest.turned_away for guest in guests], [True, True, False, False])
-        door.left(guests[2], was_admitted=False)
-        self.assertFalse(door.admit(Guest(), 1))
-        self.assertFalse(guests[3].turned_away)
-
-    def test_refusals_are_logged_once_a_minute(self) -> None:
-        """With how many there were since the last line."""
-        clock, log = Clock(), Log()
-        door = self.door(1, 2, clock, log)
-        for _ in range(5):
-            door.note_refusal(1)
-        clock.advance(61)
-        door.note_refusal(1)
-        self.assertEqual([line["count"] for line in log.lines], [1, 5])
+from tests.kit.daemon import OPEN_FILES, PRODUCTS
+from tests.kit.metrics import place
+from tests.kit.real_service import ProbesTestCase
+from tests.kit.waiting import GIVE_UP_S, wait_until
 
 
 class FewDescriptors(ProbesTestCase):
@@ -114,7 +35,7 @@ class FewDescriptors(ProbesTestCase):
                 moments.add(daemon.json()["datasets"]["products"]["as_of"])
                 return len(moments) > 3
 
-            until(is_refreshed, "refreshes")
+            wait_until(is_refreshed, "refreshes")
             self.assertEqual(daemon.json()["datasets"]["products"]["consecutive_failures"], 0)
             self.wait_ready(daemon)
             now = self.now(daemon)

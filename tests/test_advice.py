@@ -17,8 +17,9 @@ from cacheservice import shipped
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.postgres.migrate import migrate
 from cacheservice.postgres.watch import watch
-from tests.postgres import fresh_database, query
-from tests.test_twistd import GIVE_UP_S, DaemonTestCase
+from tests.kit.daemon import DaemonTestCase
+from tests.kit.postgres import fresh_database, query
+from tests.kit.waiting import GIVE_UP_S
 
 LARGE = 2**53 + 1
 

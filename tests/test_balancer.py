@@ -12,9 +12,10 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
-from cacheservice.cli.embedded import _free_port
-from tests.postgres import connect
-from tests.test_twistd import GIVE_UP_S, Daemon, DaemonTestCase, until
+from tests.kit.daemon import Daemon, DaemonTestCase
+from tests.kit.ports import free_port
+from tests.kit.postgres import connect
+from tests.kit.waiting import GIVE_UP_S, wait_until
 
 PROGRAM = shutil.which("haproxy", path="/usr/sbin:/usr/bin:/usr/local/sbin")
 NEEDED = "needs HAProxy: apt-get install haproxy"
@@ -59,9 +60,9 @@ class Balanced(DaemonTestCase):
         self.daemons = [self.service(name) for name in ("one", "two")]
         for daemon in self.daemons:
             daemon.wait_until_ready()
-        self.port = _free_port()
+        self.port = free_port()
         self.proxy()
-        until(lambda: self.states() == ["UP", "UP"], "two servers that are up")
+        wait_until(lambda: self.states() == ["UP", "UP"], "two servers that are up")
 
     @contextmanager
     def connected(self) -> Iterator[Any]:
@@ -122,7 +123,7 @@ class Balanced(DaemonTestCase):
             statuses.add(self.get())
             return all(daemon.json()["datasets"]["products"]["state"] == "expired" for daemon in self.daemons)
 
-        until(all_expired, "expired data")
+        wait_until(all_expired, "expired data")
         checks = [0]
 
         def some_more() -> bool:
@@ -131,15 +132,15 @@ class Balanced(DaemonTestCase):
             checks[0] += 1
             return checks[0] > 50  # a second and more: HAProxy has checked several times
 
-        until(some_more, "more answers")
+        wait_until(some_more, "more answers")
         self.assertEqual((states, statuses), ({"UP"}, {(200, b'{"id":7,"n":0}')}))
         self.server.start()
         with self.connected() as cursor:
             cursor.execute("UPDATE products SET n = 1")
-        until(lambda: {self.get() for _ in range(4)} == {(200, b'{"id":7,"n":1}')}, "the new rows")
+        wait_until(lambda: {self.get() for _ in range(4)} == {(200, b'{"id":7,"n":1}')}, "the new rows")
 
     def test_one_that_is_gone(self) -> None:
         """A service that has ended gets no request; the other one answers all."""
         self.daemons[1].kill()
-        until(lambda: self.states() == ["UP", "DOWN"], "one server that is down")
+        wait_until(lambda: self.states() == ["UP", "DOWN"], "one server that is down")
         self.assertEqual({self.get() for _ in range(10)}, {(200, b'{"id":7,"n":0}')})

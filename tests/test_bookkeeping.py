@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,11 @@ from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.errors import WatchFailed
 from cacheservice.postgres.migrate import migrate
 from cacheservice.postgres.watch import unwatch, watch
-from tests.postgres import at_least, connect, fresh_database, query
-from tests.test_watch import TRIGGERS, Refreshing, template  # noqa: F401  # a fixture
-from tests.versions import MakeServer, running_server
+from tests.kit.postgres import at_least, connect, fresh_database, query
+from tests.kit.versions import MakeServer, running_server
+from tests.kit.waiting import wait_until
+from tests.kit.watching import TRIGGERS, Refreshing
 
-GIVE_UP_S = 60
 FOLDER = shipped.folder("migrations")
 
 
@@ -416,10 +415,7 @@ class Replicated(Bookkeeping):
     other: EmbeddedPostgres
 
     def wait_for(self, statement: str, expected: list[tuple[Any, ...]]) -> None:
-        limit = time.monotonic() + GIVE_UP_S
-        while (found := self.sql(statement)) != expected:
-            self.assertLess(time.monotonic(), limit, found)
-            time.sleep(0.05)
+        wait_until(lambda: self.sql(statement) == expected, str(expected))
 
     def test_a_subscription(self) -> None:
         """What its worker copies, inserts, updates, deletes and truncates is recorded, in a partitioned table too."""

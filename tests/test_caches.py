@@ -16,19 +16,16 @@ from typing import ClassVar
 from twisted.internet import reactor
 from twisted.internet.task import deferLater
 
-from tests.test_http_port import Answer, PortTestCase, ask_on, encoded, rows_of
+from tests.kit.datasets import rows_of
+from tests.kit.http import Answer, ask_on
+from tests.kit.http_port import PortTestCase, encoded
+from tests.kit.paths import ROOT
+from tests.kit.ports import free_port
+from tests.kit.waiting import GIVE_UP_S
 
-PAGE = (Path(__file__).parent.parent / "docs" / "caches.md").read_text(encoding="utf-8")
-GIVE_UP_S = 60.0
+PAGE = (ROOT / "docs" / "caches.md").read_text(encoding="utf-8")
 ROW, WHOLE = "/v1/datasets/products/rows/1", "/v1/datasets/products"
 MODULES = ("mpm_event", "authz_core", "proxy", "proxy_http", "cache", "cache_disk")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class Behind(PortTestCase, ABC):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
@@ -22,8 +21,10 @@ from twisted.trial.unittest import TestCase
 from zope.interface import implementer
 
 from cacheservice.cli.embedded import EmbeddedPostgres
-from tests.chaos import FaultyNetwork
-from tests.postgres import fresh_database, sessions_left
+from tests.kit.chaos import FaultyNetwork
+from tests.kit.http import read_to_the_end
+from tests.kit.postgres import fresh_database, sessions_left
+from tests.kit.waiting import until
 
 QUIET_S = 0.3  # how long to listen to what should say nothing
 
@@ -87,13 +88,6 @@ class Reads(Protocol):
         self.done.callback(None)
 
 
-def read_to_the_end(client: socket.socket) -> bytes:
-    parts = []
-    while part := client.recv(65_536):
-        parts.append(part)
-    return b"".join(parts)
-
-
 def read_exactly(client: socket.socket, size_bytes: int) -> bytes:
     heard = b""
     while len(heard) < size_bytes:
@@ -101,12 +95,6 @@ def read_exactly(client: socket.socket, size_bytes: int) -> bytes:
         assert part, "the connection ended"
         heard += part
     return heard
-
-
-async def until(true: Callable[[], object]) -> None:
-    """Wait for what has to come; trial's own time limit ends a test where it does not."""
-    while not true():
-        await deferLater(reactor, 0.01)
 
 
 class FaultTestCase(TestCase):

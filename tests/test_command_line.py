@@ -20,16 +20,11 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.cli.demo import _quoted
 from cacheservice.cli.embedded import EmbeddedPostgres
-from tests.postgres import fresh_database, query
+from tests.kit.paths import ROOT
+from tests.kit.postgres import fresh_database, query
+from tests.kit.status import ask
 
-ROOT = Path(__file__).parent.parent
 LIMIT_S = 120  # for what takes seconds on a quiet machine
-
-
-def ask(port: int, question: str) -> str:
-    with socket.create_connection(("127.0.0.1", port), timeout=LIMIT_S) as connection:
-        connection.sendall(f"{question}\n".encode())
-        return b"".join(iter(lambda: connection.recv(65536), b"")).decode()
 
 
 @pytest.fixture(scope="session")
@@ -331,7 +326,7 @@ class Demo(FromTheWheel):
         postmaster = int(re.search(r"kill -QUIT (\d+)", said)[1])
         family = psutil.Process(demo.pid).children(recursive=True)
         self.assertIn(postmaster, [process.pid for process in family])
-        datasets = json.loads(ask(port, "json"))["datasets"]
+        datasets = json.loads(ask(("127.0.0.1", port), "json"))["datasets"]
         self.assertGreaterEqual(sum(dataset["rows"] for dataset in datasets.values()), 50_000)
 
         # The example of docs/reading.md gives what it says.
@@ -347,12 +342,12 @@ class Demo(FromTheWheel):
 
         os.kill(postmaster, signal.SIGQUIT)
         self.read_until(demo, "PostgreSQL has ended")
-        self.assertEqual(ask(port, "ruok"), "imok\n")
-        self.assertGreater(json.loads(ask(port, "json"))["datasets"]["products"]["rows"], 0)
+        self.assertEqual(ask(("127.0.0.1", port), "ruok"), "imok")
+        self.assertGreater(json.loads(ask(("127.0.0.1", port), "json"))["datasets"]["products"]["rows"], 0)
         self.read_until(demo, "PostgreSQL runs again")
-        generation = json.loads(ask(port, "json"))["datasets"]["products"]["generation"]
+        generation = json.loads(ask(("127.0.0.1", port), "json"))["datasets"]["products"]["generation"]
         limit = time.monotonic() + LIMIT_S
-        while json.loads(ask(port, "json"))["datasets"]["products"]["generation"] == generation:
+        while json.loads(ask(("127.0.0.1", port), "json"))["datasets"]["products"]["generation"] == generation:
             self.assertLess(time.monotonic(), limit, "the service did not recover")
             time.sleep(0.2)
 

@@ -21,35 +21,15 @@ from cacheservice.postgres.target import parse
 from cacheservice.postgres.translate import translate
 from cacheservice.refresh.drain import Drain
 from cacheservice.refresh.service import CacheService
-from tests.postgres import connect
-from tests.standby import running_standby
-from tests.test_guard import until
-from tests.test_refresh_service import ROWS, Log, ServiceTestCase, declare
-from tests.test_refresher import RefreshTestCase
+from tests.kit.postgres import connect
+from tests.kit.service import ROWS, ServiceTestCase, declare
+from tests.kit.standby import running_standby
+from tests.kit.waiting import until
 
 TAKE_BOTH = """
 CREATE FUNCTION take_both() RETURNS int LANGUAGE plpgsql AS
 $$ BEGIN PERFORM pg_advisory_xact_lock(1); PERFORM pg_advisory_xact_lock(2); RETURN 1; END $$
 """
-
-
-class Retries(RefreshTestCase):
-    def test_each_is_retried_and_told(self) -> None:
-        """Each is retried with the ordinary backoff, leaves the database up, and has words and advice of its own."""
-        told = set()
-        for kind in (StandbyConflict, SerializationFailed, Deadlock):
-            world = self.started(interval_s=60.0)
-            world.database.last.fail(kind(f"words of {kind.__name__}", "40001"))
-            why = report.why(world.dataset, world.cache)
-            self.assertIn(f"words of {kind.__name__}", why)
-            self.assertIn(kind.advice, why)
-            told.add(kind.advice)
-            self.assertEqual(world.cache.database.state, "up")
-            world.advance(1)
-            self.assertEqual([at for _, at in world.starts], [0, 1])
-            world.database.last.complete()
-            self.assertEqual(world.triggers, ["start", "retry"])
-        self.assertEqual(len(told), 3)
 
 
 class OnTheServer(ServiceTestCase):
@@ -58,7 +38,7 @@ class OnTheServer(ServiceTestCase):
     def make_service_before(self, dsn: str, *datasets: DatasetSettings) -> tuple[CacheService, Cache]:
         cache = Cache(datasets, reactor.seconds)
         database = Database(reactor, parse(dsn), 30.0, cache.database)
-        service = CacheService(cache, database, 2, reactor, random.random, Log(self.events), Drain(reactor))
+        service = CacheService(cache, database, 2, reactor, random.random, self.log, Drain(reactor))
         self.addCleanup(lambda: service.stopService() if service.running else None)
         return service, cache
 

@@ -19,10 +19,10 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from twisted.trial.unittest import SkipTest
 
-from tests.standby import running_standby
-from tests.test_admission import OPEN_FILES
-from tests.test_dashboard import ask_on
-from tests.test_twistd import GIVE_UP_S, Daemon, DaemonTestCase, until
+from tests.kit.daemon import OPEN_FILES, Daemon, DaemonTestCase
+from tests.kit.http import ask_on
+from tests.kit.standby import running_standby
+from tests.kit.waiting import GIVE_UP_S, wait_until
 
 CHROMIUM, DRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
 ARGUMENTS = (
@@ -155,10 +155,10 @@ class BrowserTestCase(DaemonTestCase):
         return self.text(f"#dataset-{name} .{part}")
 
     def wait_for(self, selector: str, text: str) -> None:
-        until(lambda: text in self.text(selector), f"{text!r} in {selector}")
+        wait_until(lambda: text in self.text(selector), f"{text!r} in {selector}")
 
     def wait_for_state(self, name: str, words: str) -> None:
-        until(lambda: self.row(name, "state") == words, f"{name} {words}")
+        wait_until(lambda: self.row(name, "state") == words, f"{name} {words}")
 
     def shape(self, name: str) -> str:
         href: str = self.js("return document.querySelector(arguments[0]).getAttribute('href')", f"#dataset-{name} use")
@@ -320,10 +320,10 @@ class States(BrowserTestCase):
         self.wait_for("#dataset-products .rows", "1,234")
         self.wait_for("#dataset-products .hour", "took ≤")
         self.sql("UPDATE products SET name = 'other' WHERE id <= 7; DELETE FROM products WHERE id > 1230")
-        until(lambda: self.row("products", "rows") == "1,230", "the deleted rows")
+        wait_until(lambda: self.row("products", "rows") == "1,230", "the deleted rows")
         generation = int(self.row("products", "generation"))
         self.sql("UPDATE products SET name = 'another' WHERE id = 1")
-        until(lambda: int(self.row("products", "generation")) > generation, "the next generation")
+        wait_until(lambda: int(self.row("products", "generation")) > generation, "the next generation")
         self.assertEqual(self.js("return document.querySelectorAll('#dataset-products canvas').length"), 1)
         label = self.find("#dataset-products .chart").accessible_name
         self.assertRegex(
@@ -387,26 +387,26 @@ class Operating(BrowserTestCase):
         self.assertIsNone(self.js("return sessionStorage.getItem('cacheservice.token')"))
         self.find("#operator-token").clear()
         self.find("#operator-token").send_keys("operate", Keys.ENTER)
-        until(lambda: self.find("#dataset-products .accept").is_displayed(), "the button")
+        wait_until(lambda: self.find("#dataset-products .accept").is_displayed(), "the button")
         self.assertFalse(self.find("#operator-dialog").is_displayed())
         self.assertTrue(self.find("#dataset-calm .refresh").is_displayed())
         self.assertFalse(self.find("#dataset-calm .accept").is_displayed())
 
         generation = int(self.row("calm", "generation"))
         self.find("#dataset-calm .refresh").click()
-        until(lambda: int(self.row("calm", "generation")) == generation + 1, "the refresh")
+        wait_until(lambda: int(self.row("calm", "generation")) == generation + 1, "the refresh")
 
         self.find("#dataset-products .accept").click()
         self.wait_for("#confirm-text", "would drop 100 to 3 rows")
         self.find("#confirm button.strong").click()
         self.wait_for_state("products", "fresh")
-        until(lambda: self.row("products", "rows") == "3", "the accepted result")
+        wait_until(lambda: self.row("products", "rows") == "3", "the accepted result")
         self.assertFalse(self.find("#dataset-products .accept").is_displayed())
 
         self.browser.refresh()
-        until(lambda: self.find("#dataset-calm .refresh").is_displayed(), "the kept token")
+        wait_until(lambda: self.find("#dataset-calm .refresh").is_displayed(), "the kept token")
         self.find("#forget").click()
-        until(lambda: not self.find("#dataset-calm .refresh").is_displayed(), "the end of the buttons")
+        wait_until(lambda: not self.find("#dataset-calm .refresh").is_displayed(), "the end of the buttons")
         self.assertEqual(self.js("return [sessionStorage.length, localStorage.length]"), [0, 0])
 
     def test_without_an_admin_token(self) -> None:
@@ -421,7 +421,7 @@ class Operating(BrowserTestCase):
         daemon = self.serve(dataset("products", "SELECT 1 AS id"), http='token = "s3cret"')
         self.open(daemon)
         self.allowed = ["401 (Unauthorized)", "net::ERR"]
-        until(lambda: self.find("#ask").is_displayed(), "the question")
+        wait_until(lambda: self.find("#ask").is_displayed(), "the question")
         self.assertEqual(self.text("#datasets"), "")
         self.find("#ask-token").send_keys("guess", Keys.ENTER)
         self.wait_for("#ask-problem", "This is not the token of http.token.")
@@ -464,7 +464,7 @@ class Connection(BrowserTestCase):
         self.assertTrue(self.js("return document.getElementById('icon').href").startswith("blob:"))
         self.assertEqual(self.row("products", "next"), "not known")
         age = int(self.row("products", "age-now").removesuffix(" s"))
-        until(lambda: int(self.row("products", "age-now").removesuffix(" s")) > age, "a greater age")
+        wait_until(lambda: int(self.row("products", "age-now").removesuffix(" s")) > age, "a greater age")
         self.sql("INSERT INTO products VALUES (101, 'new')")
         self.serve(products)
         self.wait_for("#headline", "All well")
@@ -508,7 +508,7 @@ class Reach(BrowserTestCase):
         for width in (320, 390, 768, 1024, 1280, 1440, 1800, 2560):
             self.emulate(width, 900)
             # Charts are drawn anew a moment after the width has changed.
-            until(lambda width=width: self.js(script, width) == [width, []], f"a page that fits into {width} px")
+            wait_until(lambda width=width: self.js(script, width) == [width, []], f"a page that fits into {width} px")
 
     def test_on_a_phone(self) -> None:
         """From 320 px on nothing is cut off sideways, with an operator's buttons or without, nor in the dialog."""
@@ -519,12 +519,12 @@ class Reach(BrowserTestCase):
         self.emulate(320, 700)
         self.find("#operator").click()
         self.find("#operator-token").send_keys("operate", Keys.ENTER)
-        until(lambda: self.find("#dataset-products .refresh").is_displayed(), "the button")
+        wait_until(lambda: self.find("#dataset-products .refresh").is_displayed(), "the button")
         self.assert_nothing_is_cut_off()
         self.emulate(320, 700)
         self.find("#dataset-products .why").click()
         self.wait_for("#details-why", "products is fresh")
-        until(lambda: self.js("return document.querySelectorAll('#details canvas').length") == 2, "the charts")
+        wait_until(lambda: self.js("return document.querySelectorAll('#details canvas').length") == 2, "the charts")
         script = "const d = document.querySelector('#details'); const {right} = d.getBoundingClientRect();"
         too_wide, right = self.js(f"{script} return [d.scrollWidth - d.clientWidth, right]")
         self.assertLessEqual(too_wide, 0)
@@ -567,7 +567,7 @@ class Reach(BrowserTestCase):
         self.sql("DELETE FROM products WHERE id > 3")
         self.wait_for("#details-why", "is held back")
         focused.active_element.send_keys(Keys.ESCAPE)
-        until(lambda: not self.find("#details").is_displayed(), "the end of the dialog")
+        wait_until(lambda: not self.find("#details").is_displayed(), "the end of the dialog")
         self.assertEqual(focused.active_element.accessible_name, "Why is it so: products")
         self.sql("INSERT INTO products SELECT n, '' FROM generate_series(4, 100) AS n")
         self.wait_for_state("products", "fresh")
@@ -610,12 +610,12 @@ class Many(BrowserTestCase):
         self.open(daemon)
         self.wait_for("#summary", "All 500 datasets are within their limits.")
         self.assertEqual(len(self.order()), MANY)
-        until(lambda: self.js("return document.querySelectorAll('canvas').length"), "charts")
+        wait_until(lambda: self.js("return document.querySelectorAll('canvas').length"), "charts")
         self.assertLess(self.js("return document.querySelectorAll('canvas').length"), 40)
         self.find("#filter").send_keys("set_321")
         self.wait_for("#shown", "1 of 500 datasets shown")
         self.assertTrue(self.find("#dataset-dataset_321").is_displayed())
-        until(
+        wait_until(
             lambda: self.js("return document.querySelectorAll('#dataset-dataset_321 canvas').length") == 1, "its chart"
         )
         self.find("#filter").clear()

@@ -6,28 +6,27 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any, ClassVar
 
-import pytest
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
-from twisted.trial.unittest import TestCase
 
 from cacheservice.cache.cache import DatabaseStatus
 from cacheservice.cache.rows import Groups, Rows, RowsBuilder, Shards
-from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.config import DatasetSettings
 from cacheservice.errors import BadResult, LockTimeout, QueryFailed, QueryTimeout, ResultTooLarge
-from cacheservice.postgres.database import Database, Reading, Wanted
+from cacheservice.postgres.database import Database, Wanted
 from cacheservice.postgres.statements import first_rows
 from cacheservice.postgres.target import parse
-from tests.postgres import OURS, connect, fresh_database, query, sessions_left
+from tests.kit.database import TIMEOUT_S, DatabaseTestCase
+from tests.kit.datasets import rows_builder
+from tests.kit.paths import ROOT
+from tests.kit.postgres import OURS, connect, query
+from tests.kit.waiting import until
 
-MIGRATION = Path(__file__).parent.parent / "migrations" / "0001_schema.sql"
-TIMEOUT_S = 60.0
+MIGRATION = ROOT / "migrations" / "0001_schema.sql"
 
 TYPES = r"""
 SELECT 1 AS id, 12345678901234567890.123456789 AS "numeric", 'NaN'::numeric AS nan, 0.1::float8 AS "float8",
@@ -51,63 +50,6 @@ class Interrupted(RowsBuilder):
     def add(self, chunk: Sequence[tuple[bytes | None, bytes]]) -> None:
         self.between()
         super().add(chunk)
-
-
-@pytest.mark.usefixtures("server")
-class DatabaseTestCase(TestCase):
-    """A database of its own, read without any fault between."""
-
-    server: EmbeddedPostgres
-    timeout = 240
-
-    def setUp(self) -> None:
-        self.name = fresh_database(self.server, self.addCleanup)
-        self.status = DatabaseStatus()
-        self.database = self.make_database()
-        self.addCleanup(self.check_nothing_left)
-
-    async def check_nothing_left(self) -> None:
-        self.assertEqual(self.status.connections, 0)
-        self.assertEqual(await sessions_left(self.server, self.name), [])
-        self.assertEqual(self.flushLoggedErrors(), [])
-
-    def make_database(self, **dsn: Any) -> Database:
-        target = parse(self.server.dsn(**{"database": self.name, **dsn}))
-        database = Database(reactor, target, TIMEOUT_S, self.status)
-        self.addCleanup(database.stop)
-        return database
-
-    def sql(self, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
-        return query(self.server, self.name, statement, parameters or None)
-
-    def read_into(
-        self,
-        builder: RowsBuilder,
-        sql: str,
-        *key: str,
-        database: Database | None = None,
-        timeout_s: float = TIMEOUT_S,
-        expect: Callable[[int], None] | None = None,
-    ) -> Deferred[Reading]:
-        settings = DatasetSettings(name="things", query=sql, key=key or ("id",), timeout_s=timeout_s)
-        return (database or self.database).read(settings, lambda: builder, expect)
-
-    async def rows(self, sql: str, *key: str, **options: Any) -> dict[bytes, bytes]:
-        builder = RowsBuilder(lambda shards: None)
-        await self.read_into(builder, sql, *key, **options)
-        return dict(builder.finish().items())
-
-    async def document(self, sql: str, *key: str, **options: Any) -> Any:
-        """Of a query that gives one row."""
-        ((_, document),) = (await self.rows(sql, *key, **options)).items()
-        return json.loads(document)
-
-    async def fails(self, error: type[Exception], sql: str, *key: str, **options: Any) -> Any:
-        builder = RowsBuilder(lambda shards: None, **options)
-        failure = await self.assertFailure(self.read_into(builder, sql, *key), error)
-        self.assertIs(type(failure), error)
-        self.assertEqual(len(str(failure).splitlines()), 1)
-        return failure
 
 
 class DocumentTests(DatabaseTestCase):
@@ -143,7 +85,7 @@ class DocumentTests(DatabaseTestCase):
 
     async def test_a_million_rows(self) -> None:
         """All of them arrive."""
-        builder = RowsBuilder(lambda shards: None)
+        builder = rows_builder()
         await self.read_into(builder, "SELECT i AS id FROM generate_series(1, 1000000) AS i")
         rows: Rows = builder.finish()
         self.assertEqual(rows.count, 1_000_000)
@@ -161,7 +103,7 @@ class SmallResults(DatabaseTestCase):
 
     async def read_like(self, rows: int | None, count: int, width: int = 1) -> tuple[Rows, int]:
         """A result of `count` rows after one of `rows`, `width` bytes each, or none; and how many cursors they saw."""
-        before, builder = RowsBuilder(lambda shards: None), RowsBuilder(lambda shards: None)
+        before, builder = rows_builder(), rows_builder()
         before.add([(b"%d" % number, b"x" * width) for number in range(rows or 0)])
         last = None if rows is None else before.finish()
         sql = f"SELECT i AS id, (SELECT count(*) FROM pg_cursors) AS cursors FROM generate_series(1, {count}) AS i"
@@ -294,7 +236,7 @@ class QueryTextTests(DatabaseTestCase):
         self.sql("CREATE TABLE things AS SELECT i AS id FROM generate_series(1, 5000) AS i")
         self.sql("ANALYZE things")
         heard: list[tuple[int, int]] = []
-        builder = RowsBuilder(lambda shards: None)
+        builder = rows_builder()
         await self.read_into(builder, "TABLE things;", expect=lambda rows: heard.append((rows, builder.count)))
         self.assertEqual((heard, builder.count), ([(5000, 0)], 5000))
 
@@ -424,7 +366,7 @@ class BytesTests(DatabaseTestCase):
         query(self.server, name, table)
         database = self.make_database(database=name)
         failure = await self.assertFailure(
-            self.read_into(RowsBuilder(lambda shards: None), "SELECT id, name FROM things", database=database),
+            self.read_into(rows_builder(), "SELECT id, name FROM things", database=database),
             QueryFailed,
         )
         assert isinstance(failure, QueryFailed)
@@ -481,7 +423,7 @@ class MomentTests(DatabaseTestCase):
         """At the start of the transaction, in UTC; `read_at` is ours, just before."""
         ((before,),) = self.sql("SELECT clock_timestamp()")
         asked_at = reactor.seconds()
-        builder = RowsBuilder(lambda shards: None)
+        builder = rows_builder()
         reading = await self.read_into(builder, "SELECT 1 AS id, extract(epoch FROM now())::text AS now, pg_sleep(0.1)")
         ((after,),) = self.sql("SELECT clock_timestamp()")
         self.assertTrue(before <= reading.as_of <= after, reading)
@@ -498,7 +440,7 @@ class MomentTests(DatabaseTestCase):
                 cursor.execute("SELECT pg_current_xact_id()::text")
                 xids.append(cursor.fetchone()[0])
                 if read:
-                    reading = await self.read_into(RowsBuilder(lambda shards: None), "SELECT 1 AS id")
+                    reading = await self.read_into(rows_builder(), "SELECT 1 AS id")
             cursor.execute(
                 "SELECT pg_visible_in_snapshot(x::xid8, %s::pg_snapshot) FROM unnest(%s) AS x",
                 (reading.database_snapshot, xids),
@@ -552,8 +494,7 @@ class MomentTests(DatabaseTestCase):
     async def until_waiting(self, number: int) -> None:
         """Until so many sessions wait for a lock; trial's own time limit ends a test where they do not."""
         sql = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
-        while self.sql(sql) != [(number,)]:
-            await deferLater(reactor, 0.01)
+        await until(lambda: self.sql(sql) == [(number,)])
 
 
 class LostSessions(DatabaseTestCase):
@@ -638,9 +579,7 @@ class LockTests(DatabaseTestCase):
         ((pid, since, _),) = cursor.fetchall()
         cursor.execute("LOCK TABLE things IN ACCESS EXCLUSIVE MODE")
         reads = [
-            self.read_into(
-                RowsBuilder(lambda shards: None), "TABLE things", database=database, timeout_s=self.timeout_s
-            )
+            self.read_into(rows_builder(), "TABLE things", database=database, timeout_s=self.timeout_s)
             for database in databases
         ]
         errors = await gatherResults([self.assertFailure(read, LockTimeout) for read in reads])
@@ -702,7 +641,7 @@ class LockTests(DatabaseTestCase):
         with closing(connect(self.server, self.name)) as holder, holder.cursor() as cursor:
             cursor.execute("BEGIN; LOCK TABLE things IN ACCESS EXCLUSIVE MODE")
             for after_s in (1.4, 1.5, 1.51, 1.52, 1.55, 1.6):
-                read = self.read_into(RowsBuilder(lambda shards: None), "TABLE things", timeout_s=2.0)
+                read = self.read_into(rows_builder(), "TABLE things", timeout_s=2.0)
                 reactor.callLater(after_s, read.cancel)
                 results = await read.addErrback(lambda failure: failure.type.__name__)
                 # On a busy machine the cancel may come after the end.

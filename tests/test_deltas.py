@@ -15,30 +15,29 @@ from typing import Any
 
 import psycopg2
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, DeferredList
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
-from twisted.trial.unittest import SynchronousTestCase, TestCase
+from twisted.trial.unittest import TestCase
 
 from cacheservice import shipped
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset
-from cacheservice.cache.rows import Rows, RowsBuilder, RowsPatch, Shards
+from cacheservice.cache.rows import RowsBuilder
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.config import DatasetSettings
 from cacheservice.postgres.database import Database, Reading, Wanted
-from cacheservice.postgres.keys import literal
 from cacheservice.postgres.migrate import migrate
 from cacheservice.postgres.target import parse
 from cacheservice.postgres.watch import watch
 from cacheservice.refresh.drain import Drain
 from cacheservice.refresh.service import CacheService
-from tests.standby import running_standby
-from tests.test_refresh_service import Log
-from tests.versions import MakeServer, running_server
+from tests.kit.datasets import Table, rows_builder, table_of
+from tests.kit.logs import Log
+from tests.kit.standby import running_standby
+from tests.kit.versions import MakeServer, running_server
+from tests.kit.waiting import GIVE_UP_S, until
 
 SEED = int(os.environ.get("CACHESERVICE_TEST_DELTAS_SEED", "20261128"))
 ROUNDS = int(os.environ.get("CACHESERVICE_TEST_DELTAS", "150"))
@@ -70,103 +69,6 @@ JOINED: dict[str, Any] = {
     "watch": [{"table": "products", "key": "id"}, {"table": "public.prices", "key": "product_id"}],
 }
 
-Table = dict[bytes, bytes]
-
-
-def table_of(rows: Rows) -> Table:
-    return dict(rows.items())
-
-
-def rows_of(table: Table, release: Callable[[Shards], None] = lambda _: None, **options: Any) -> Rows:
-    builder = RowsBuilder(release, patched=True, **options)
-    builder.expect(len(table))
-    builder.add(list(table.items()))
-    return builder.finish()
-
-
-KEY = st.integers(0, 30).map(lambda number: b"%d" % number)
-DOCUMENT = st.sampled_from([b"{}", b'{"a":1}', b'{"a":2}', b"x" * 5000])
-
-
-class Patches(SynchronousTestCase):
-    @given(st.dictionaries(KEY, DOCUMENT), st.lists(st.tuples(KEY, st.none() | DOCUMENT)))
-    def test_as_a_dict_would(self, table: Table, changes: list[tuple[bytes, bytes | None]]) -> None:
-        """A patch changes what a dict would, counts it, and leaves the rows before it as they were."""
-        old = rows_of(table)
-        patch = RowsPatch(old)
-        expected = dict(table)
-        for key, document in changes:
-            if document is None:
-                patch.remove(key)
-                expected.pop(key, None)
-            else:
-                patch.put(key, document)
-                expected[key] = document
-        new = patch.finish()
-        self.assertEqual((table_of(old), table_of(new)), (table, expected))
-        self.assertEqual(new.count, len(expected))
-        self.assertEqual(new.size_bytes, sum(len(key) + len(document) for key, document in expected.items()))
-        self.assertEqual(patch.count, new.count)
-
-    def test_what_is_not_touched_is_shared(self) -> None:
-        """Rows after a patch are the same dicts but for those of its keys, and so are most of their groups."""
-        for count in (1000, 100_000):
-            old = rows_of({b"%d" % number: b"{}" for number in range(count)})
-            patch = RowsPatch(old)
-            for number in range(10):
-                patch.put(b"%d" % number, b"[]")
-            new = patch.finish()
-            copied = [shard for shard, before in zip(new.shards(), old.shards(), strict=True) if shard is not before]
-            self.assertLessEqual(len(copied), 10)
-            self.assertLessEqual(max(map(len, copied)), 200)
-            groups = [group for group, before in zip(new.groups, old.groups, strict=True) if group is not before]
-            self.assertLessEqual(len(groups), 10)
-
-    def test_readers_keep_what_they_read(self) -> None:
-        """However many patches follow and however rows are dropped and drained, each generation stays whole."""
-
-        class Later:
-            def __init__(self) -> None:
-                self.calls: list[Any] = []
-
-            def callLater(self, _: float, call: Any, *arguments: Any) -> Any:
-                self.calls.append((call, arguments))
-
-            def run(self) -> None:
-                while self.calls:
-                    call, arguments = self.calls.pop(0)
-                    call(*arguments)
-
-        clock, choose = Later(), random.Random(1)
-        drain = Drain(clock)
-        table = {b"%d" % number: b"0" for number in range(20_000)}
-        kept: list[tuple[Rows, Table]] = [(rows_of(table, drain.add), table)]
-        for generation in range(1, 60):
-            rows, table = kept[-1]
-            patch, table = RowsPatch(rows), dict(table)
-            for _ in range(choose.choice([1, 10, 3000])):
-                key = b"%d" % choose.randrange(25_000)
-                if choose.random() < 0.3:
-                    patch.remove(key)
-                    table.pop(key, None)
-                else:
-                    patch.put(key, b"%d" % generation)
-                    table[key] = b"%d" % generation
-            kept.append((patch.finish(), table))
-            del rows, patch
-            while len(kept) > 4:
-                del kept[choose.randrange(len(kept) - 1)]
-            clock.run()
-        for rows, table in kept:
-            self.assertEqual(table_of(rows), table)
-
-
-class Literals(SynchronousTestCase):
-    def test_shape(self) -> None:
-        """Quotes are doubled; a backslash makes it an escape string, in which it is doubled as well."""
-        self.assertEqual(literal("it's"), "'it''s'")
-        self.assertEqual(literal("a\\'b"), " E'a\\\\''b'")
-
 
 class Compared(Database):
     """Reads the whole query as well in the transaction of each delta."""
@@ -182,7 +84,7 @@ class Compared(Database):
         self.kinds.append(reading.kind)
         if reading.because:
             self.reasons.add(reading.because)
-        again = RowsBuilder(lambda _: None)
+        again = rows_builder()
         await self._read_all(moment, Wanted(wanted.dataset, lambda: again), again, reading)
         self.whole[wanted.dataset.name] = (reading.database_snapshot, table_of(again.finish()))
         return reading
@@ -218,17 +120,14 @@ class Proof(TestCase):
         often = {"interval_s": 3600.0, "timeout_s": 60.0, "max_shrink": 1.0, "max_delta": 1.0}
         cache = Cache([DatasetSettings.model_validate(often | each | more) for each in declared], reactor.seconds)
         database = Compared(reactor, parse(self.read_dsn), 30.0, cache.database)
-        self.events: list[tuple[str, dict[str, Any]]] = []
-        service = CacheService(cache, database, 3, reactor, random.random, Log(self.events), Drain(reactor))
+        self.log = Log()
+        service = CacheService(cache, database, 3, reactor, random.random, self.log, Drain(reactor))
         self.addCleanup(database.stop)
         self.addCleanup(lambda: service.stopService() if service.running else None)
         return service, cache, database
 
     async def until(self, true: Callable[[], object]) -> None:
-        limit = time.monotonic() + 60
-        while not true():
-            assert time.monotonic() < limit, f"it did not come: {self.events[-5:]}"
-            await deferLater(reactor, 0.001)
+        await until(true, GIVE_UP_S, lambda: self.log.events[-5:])
 
     def check(self, dataset: Dataset, database: Compared) -> None:
         """What is served is the query's result at the snapshot of which it is said to be."""
@@ -286,7 +185,7 @@ class Proof(TestCase):
             service.refresh_now(name)
             await self.until(lambda dataset=dataset, ended=ended: dataset.outcomes.total() > ended)
             self.check(dataset, database)
-            self.assertEqual(dataset.differences, 0, f"seed {SEED}: {self.events[-5:]}")
+            self.assertEqual(dataset.differences, 0, f"seed {SEED}: {self.log.events[-5:]}")
         await service.stopService()
         gc.collect()
         self.assertEqual(self.flushLoggedErrors(), [])

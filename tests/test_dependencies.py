@@ -13,104 +13,26 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
-from twisted.trial.unittest import TestCase
 
 from cacheservice import shipped
-from cacheservice.cache.cache import DatabaseStatus
 from cacheservice.cache.dataset import Snapshot
 from cacheservice.cache.dependencies import Dependencies
-from cacheservice.cache.rows import Rows, RowsBuilder
-from cacheservice.cli.embedded import EmbeddedPostgres
-from cacheservice.config import DatasetSettings
 from cacheservice.errors import QueryFailed
-from cacheservice.postgres.database import Database, Reading, Wanted
+from cacheservice.postgres.database import Reading, Wanted
 from cacheservice.postgres.migrate import migrate
-from cacheservice.postgres.target import parse
 from cacheservice.postgres.watch import watch
-from tests import pgbouncer
-from tests.pgbouncer import running_pgbouncer
-from tests.postgres import connect, drop_role, fresh_database, query
+from tests.kit import pgbouncer
+from tests.kit.datasets import rows_builder
+from tests.kit.dependencies import DependenciesTestCase
+from tests.kit.pgbouncer import running_pgbouncer
+from tests.kit.postgres import connect, drop_role
 
-SCHEMA = """
-CREATE TYPE mood AS ENUM ('sad', 'ok');
-CREATE DOMAIN short AS text CHECK (length(value) < 9);
-CREATE TYPE pair AS (a int, b int);
-CREATE TABLE t (id int PRIMARY KEY, m mood, s short, v text, p pair);
-INSERT INTO t SELECT i, 'sad', 's', 'v' || i, ROW(i, i)::pair FROM generate_series(1, 5) AS i;
-CREATE FUNCTION inner_one(text) RETURNS text LANGUAGE sql STABLE AS $$ SELECT upper($1) $$;
-CREATE FUNCTION outer_one(text) RETURNS text LANGUAGE plpgsql STABLE AS $$ BEGIN RETURN inner_one($1); END $$;
-CREATE FUNCTION atomic(text) RETURNS text LANGUAGE sql STABLE BEGIN ATOMIC SELECT inner_one($1); END;
-CREATE VIEW v AS SELECT id, m, v FROM t;
-CREATE VIEW w AS SELECT id, m, v FROM v;
-CREATE VIEW calling AS SELECT id, atomic(v) AS v FROM t;
-CREATE TABLE apart (id int);
-CREATE SCHEMA other;
-"""
 WAITING = """
 SELECT l.pid FROM pg_locks AS l JOIN pg_database AS d ON d.oid = l.database
 WHERE d.datname = current_database() AND l.locktype = 'advisory' AND NOT l.granted
 """
 KEPT = "SELECT pid FROM pg_stat_activity WHERE usename = '{role}' AND state = 'idle'"
 HELD = "SELECT id, m FROM t CROSS JOIN (SELECT pg_advisory_xact_lock_shared(7)) AS held"
-
-
-@pytest.mark.usefixtures("server")
-class DependenciesTestCase(TestCase):
-    server: EmbeddedPostgres
-    timeout = 300
-
-    def setUp(self) -> None:
-        self.name = fresh_database(self.server, self.addCleanup)
-        self.reader = f"reader_{self.name}"
-        self.sql(SCHEMA)
-        self.sql(f"CREATE ROLE {self.reader} LOGIN PASSWORD 'reader'")
-        self.addCleanup(drop_role, self.server, self.name, self.reader)
-        self.sql(f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {self.reader}")
-        self.database = self.of(self.server.dsn(self.reader, "reader", database=self.name))
-
-    def of(self, dsn: str) -> Database:
-        database = Database(reactor, parse(dsn), 60.0, DatabaseStatus())
-        self.addCleanup(database.stop)
-        return database
-
-    def sql(self, statement: str) -> list[tuple[Any, ...]]:
-        return query(self.server, self.name, statement)
-
-    def dataset(self, sql: str, **more: Any) -> DatasetSettings:
-        declared = {"name": "things", "query": sql, "key": "id", "interval_s": 1.0, "probe": "SELECT 1", **more}
-        return DatasetSettings.model_validate(declared)
-
-    async def read(
-        self, dataset: DatasetSettings, since: Snapshot | None = None, database: Database | None = None
-    ) -> tuple[Reading, Snapshot]:
-        """One attempt; what was read, and the snapshot that it makes."""
-        wanted = Wanted(dataset, lambda: RowsBuilder(lambda _: None), since=since, most_keys=100)
-        (reading,) = await (database or self.database).read_together([wanted])
-        rows: Rows = reading.rows.finish() if reading.rows else since.rows if since else RowsBuilder(print).finish()
-        return reading, Snapshot(
-            1,
-            rows,
-            reading.as_of,
-            reading.read_at,
-            reading.database_snapshot,
-            reading.columns,
-            watch_state=reading.watch_state,
-            probe=reading.probe,
-            server=reading.server,
-            dependencies=reading.dependencies,
-        )
-
-    async def check(self, sql: str, changes: Sequence[tuple[str, str | None]], **more: Any) -> None:
-        """After each change all is read for that reason, or nothing where the reason is None; then nothing."""
-        dataset = self.dataset(sql, **more)
-        _, since = await self.read(dataset)
-        for change, reason in changes:
-            reading, since = await self.read(dataset, since)
-            self.assertEqual((reading.kind, reading.because), ("unchanged", None), f"before {change}")
-            self.sql(change)
-            reading, since = await self.read(dataset, since)
-            kind = "unchanged" if reason is None else "all"
-            self.assertEqual((reading.kind, reading.because), (kind, reason), change)
 
 
 class Changes(DependenciesTestCase):
@@ -580,7 +502,7 @@ class Changes(DependenciesTestCase):
         self.assertEqual([json.loads(row)["t"] for _, row in since.rows.items()], ["5"])
         self.sql(f"ALTER ROLE {self.reader} SET app.tenant = '6'")
         group = [dataset.model_copy(update={"name": f"d{number}", "group": "all"}) for number in range(9)]
-        wanted = [Wanted(each, lambda: RowsBuilder(lambda _: None), since=since, most_keys=100) for each in group]
+        wanted = [Wanted(each, rows_builder, since=since, most_keys=100) for each in group]
         for reading in await self.database.read_together(wanted):
             self.assertEqual(reading.because, "settings of the role or the database were altered")
             assert reading.rows is not None
@@ -728,7 +650,7 @@ class Changes(DependenciesTestCase):
         self.sql("UPDATE t SET v = 'x' WHERE id = 1")
 
         def wanted(**more: Any) -> Wanted:
-            return Wanted(dataset, lambda: RowsBuilder(lambda _: None), most_keys=100, **more)
+            return Wanted(dataset, rows_builder, most_keys=100, **more)
 
         for old, label, start in (("sad", "blue", since), ("blue", "red", None), ("red", "green", None)):
             change = f"ALTER TYPE mood RENAME VALUE '{old}' TO '{label}'"
@@ -778,7 +700,7 @@ class Changes(DependenciesTestCase):
         )
         dataset = self.dataset("SELECT id FROM parted", probe="SELECT pg_advisory_xact_lock_shared(7)::text")
         attach = "DELETE FROM rest WHERE id = 11; ALTER TABLE parted ATTACH PARTITION part FOR VALUES FROM (10) TO (20)"
-        reading = await self.while_it_reads(Wanted(dataset, lambda: RowsBuilder(lambda _: None)), [attach])
+        reading = await self.while_it_reads(Wanted(dataset, rows_builder), [attach])
         assert reading.rows is not None
         self.assertEqual({key for key, _ in reading.rows.finish().items()}, {b"1", b"12"})
 
@@ -830,7 +752,7 @@ class Changes(DependenciesTestCase):
 
         for change, kind in (("SELECT 1", "delta"), ("ALTER TYPE mood RENAME VALUE 'sad' TO 'blue'", "all")):
             self.sql(change)
-            wanted = Wanted(dataset, lambda: RowsBuilder(print), since=since, most_keys=100, told=told)
+            wanted = Wanted(dataset, rows_builder, since=since, most_keys=100, told=told)
             (reading,) = await self.database.read_together([wanted])
             self.assertEqual(reading.kind, kind)
 

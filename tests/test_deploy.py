@@ -25,10 +25,10 @@ from twisted.trial.unittest import SkipTest, SynchronousTestCase
 from cacheservice import app
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.config import reference
-from tests.postgres import drop_role, fresh_database, query
-from tests.test_docs import anchors
-from tests.test_twistd import DaemonTestCase
-from tests.update_references import ROOT
+from tests.kit.daemon import DaemonTestCase
+from tests.kit.documents import anchors
+from tests.kit.paths import ROOT
+from tests.kit.postgres import drop_role, fresh_database, query
 
 DEPLOY = ROOT / "deploy"
 ALERTS = DEPLOY / "prometheus" / "alerts.yml"

@@ -25,8 +25,10 @@ import psutil
 import pytest
 
 from cacheservice.cli.embedded import EmbeddedPostgres
-from tests.postgres import drop_role, fresh_database, query
-from tests.update_references import PAGES, QUOTATION, ROOT, quotations, updated
+from tests.kit.documents import anchors
+from tests.kit.paths import ROOT
+from tests.kit.postgres import drop_role, fresh_database, query
+from tests.update_references import PAGES, QUOTATION, quotations, updated
 
 LIMIT_S = 60.0  # for what takes seconds on a quiet machine
 PORTS = {"status": "8000", "RESP": "6380", "HTTP": "8080"}
@@ -43,7 +45,6 @@ BLOCK = re.compile(
     re.M | re.S,
 )
 LINK = re.compile(r"\[(?:[^\[\]]|\[[^\]]*\])*\]\((?P<target>[^()\s]+)\)")
-HEADING = re.compile(r"^#+ +(?P<title>.*?) *$", re.M)
 MARKS = ("not run: ", "file: ", "while: ")
 BARE_MARKS = ("runs until stopped", "while frozen")
 
@@ -70,13 +71,6 @@ def blocks(page: Path) -> list[Block]:
         for match in BLOCK.finditer(text)
         if not any(begin <= match.start() < end for begin, end in quoted)
     ]
-
-
-def anchors(page: Path) -> set[str]:
-    """Of the headings, as GitHub makes them: lower case, without punctuation, blanks as dashes."""
-    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
-    titles = (re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", match["title"]) for match in HEADING.finditer(text))
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 @each_page

@@ -16,7 +16,7 @@ import pytest
 from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.cli.embedded import EmbeddedPostgres, EmbeddedPostgresError
-from tests.postgres import connect, fresh_database, query, sessions
+from tests.kit.postgres import connect, fresh_database, query, sessions
 
 QUIET_S = 0.3  # how long to listen to what should say nothing
 

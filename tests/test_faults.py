@@ -16,7 +16,7 @@ import pytest
 from twisted.trial.unittest import SkipTest, SynchronousTestCase, TestCase
 
 from cacheservice.cli.embedded import EmbeddedPostgres
-from tests.faults import (
+from tests.kit.faults import (
     FAULTS,
     QUERY,
     TABLES,
@@ -31,8 +31,8 @@ from tests.faults import (
     possible,
     storm,
 )
-from tests.postgres import fresh_database
-from tests.test_twistd import until
+from tests.kit.postgres import fresh_database
+from tests.kit.waiting import wait_until
 
 SEED = 1
 HOLD_S = 0.3
@@ -98,7 +98,7 @@ class Faults(StormTestCase):
             made.measure()
             made.strike("clients: more than descriptors", 3.0, flood)
             before = dict(made.life.saved_at)
-            until(lambda: all(made.life.saved_at[name] > at for name, at in before.items()), "saves")
+            wait_until(lambda: all(made.life.saved_at[name] > at for name, at in before.items()), "saves")
             made.finish()
         self.assert_unharmed(made)
 
@@ -159,9 +159,9 @@ class Judges(StormTestCase):
             "large": old.format(table="large"),
         }
         with self.storm(queries=lies) as made:
-            until(lambda: made.counts["mixed"] > 1 and made.counts["failed"], "what readers find")
+            wait_until(lambda: made.counts["mixed"] > 1 and made.counts["failed"], "what readers find")
             made.life.told("alone", 10**6, 0)
-            until(lambda: made.counts["back"], "a generation that went back")
+            wait_until(lambda: made.counts["back"], "a generation that went back")
             made.end(signal.SIGKILL)
             for path in made.saved.iterdir():
                 path.unlink()

@@ -24,9 +24,10 @@ from cacheservice.postgres.migrate import migrate
 from cacheservice.postgres.reader import create_reader
 from cacheservice.postgres.watch import unwatch, watch
 from cacheservice.shipped import folder
-from tests.postgres import connect, query
-from tests.resp_peer import encode
-from tests.test_twistd import GIVE_UP_S, Daemon, DaemonTestCase, until
+from tests.kit.daemon import Daemon, DaemonTestCase
+from tests.kit.postgres import connect, query
+from tests.kit.resp import encode
+from tests.kit.waiting import GIVE_UP_S, wait_until
 
 WATCH = 'watch = [{table = "public.things", key = "id"}]'
 NOTIFY = 'notify = "told"'
@@ -86,7 +87,7 @@ class FreshTestCase(DaemonTestCase):
         return daemon
 
     def until_listening(self, daemon: Daemon) -> None:
-        until(lambda: daemon.json()["postgres"]["listening"], "listening")
+        wait_until(lambda: daemon.json()["postgres"]["listening"], "listening")
 
     def until_quiet(self, daemon: Daemon) -> None:
         """Until what was missed before it listened has been looked for."""
@@ -101,7 +102,7 @@ class FreshTestCase(DaemonTestCase):
                 quiet_since = time.monotonic()
             return time.monotonic() - quiet_since > 0.3
 
-        until(quiet, "quiet")
+        wait_until(quiet, "quiet")
 
     def attempts(self, daemon: Daemon, name: str = "") -> list[dict[str, Any]]:
         """The canonical lines of refreshes, of all datasets or of one."""
@@ -112,7 +113,7 @@ class FreshTestCase(DaemonTestCase):
         return [line.get("read", "") for line in self.attempts(daemon)]
 
     def until_read(self, daemon: Daemon, words: str) -> None:
-        until(lambda: any(words in read for read in self.reads(daemon)), f"{words!r} in {self.reads(daemon)}")
+        wait_until(lambda: any(words in read for read in self.reads(daemon)), f"{words!r} in {self.reads(daemon)}")
 
     def resp(self, daemon: Daemon, *words: str) -> Any:
         return self.resp_all(daemon, words)[0]
@@ -143,19 +144,11 @@ class FreshTestCase(DaemonTestCase):
         return {key.decode(): json.loads(value) for key, value in zip(flat[::2], flat[1::2], strict=True)}
 
     def until_n(self, daemon: Daemon, key: object, n: Any, name: str = "things") -> None:
-        until(lambda: self.n(daemon, key, name) == n, f"n = {n} of {key}")
+        wait_until(lambda: self.n(daemon, key, name) == n, f"n = {n} of {key}")
 
     def described(self, daemon: Daemon, name: str = "things") -> dict[str, Any]:
         fields: dict[str, Any] = daemon.json()["datasets"][name]
         return fields
-
-    def admin(self, line: str) -> str:
-        with socket.socket(socket.AF_UNIX) as client:
-            client.settimeout(GIVE_UP_S)
-            client.connect(str(self.directory / "admin"))
-            client.sendall(f"{line}\n".encode())
-            with client.makefile("r", encoding="utf-8") as reply:
-                return reply.read().removesuffix("\n")
 
     def http(self, daemon: Daemon, path: str, **headers: str) -> tuple[int, dict[str, str]]:
         host, _, port = daemon.event("service_started")["http"].rpartition(":")
@@ -195,7 +188,7 @@ class Watching(FreshTestCase):
         before = self.described(daemon)
         count = len(self.attempts(daemon))
         self.sql("UPDATE things SET n = n")
-        until(lambda: len(self.attempts(daemon)) > count, "an attempt")
+        wait_until(lambda: len(self.attempts(daemon)) > count, "an attempt")
         line = self.attempts(daemon)[count]
         self.assertEqual((line["event"], line["read"]), ("refresh_unchanged", "a delta of 10 keys"))
         after = self.described(daemon)
@@ -285,7 +278,7 @@ class Watching(FreshTestCase):
         mover.join()
         self.assertEqual(set(sums), {2000})
         want = dict(self.sql("TABLE savings"))
-        until(lambda: {int(k): row["n"] for k, row in self.rows(daemon, "savings").items()} == want, "the last")
+        wait_until(lambda: {int(k): row["n"] for k, row in self.rows(daemon, "savings").items()} == want, "the last")
         self.assertTrue(all("delta" in read or "nothing" in read for read in self.reads(daemon)[count:]))
 
 
@@ -348,7 +341,7 @@ class Falling(FreshTestCase):
                 "because the changes since the last refresh are not kept any more" in r for r in self.reads(daemon)
             )
 
-        until(told, "the words")
+        wait_until(told, "the words")
 
     def test_without_migrations(self) -> None:
         """Without the migrations, all is read each time, and the log says what to do."""
@@ -382,7 +375,7 @@ class Falling(FreshTestCase):
         daemon = self.service(*declared)
         for name in ("of_numeric", "of_timestamptz"):
             self.sql(f"UPDATE {name} SET n = 1")
-            until(lambda name=name: [row["n"] for row in self.rows(daemon, name).values()] == [1], f"n of {name}")
+            wait_until(lambda name=name: [row["n"] for row in self.rows(daemon, name).values()] == [1], f"n of {name}")
         self.assertTrue(all("is not fit for deltas" in read for read in self.reads(daemon)), self.reads(daemon))
 
     def test_check_finds_what_was_missed(self) -> None:
@@ -401,7 +394,7 @@ class Falling(FreshTestCase):
         self.sql("UPDATE things SET n = 1 WHERE id = 3")
         self.until_n(daemon, 3, 1)
         checks = len([read for read in self.reads(daemon) if "check of the deltas" in read])
-        until(
+        wait_until(
             lambda: len([read for read in self.reads(daemon) if "check of the deltas" in read]) > checks + 1, "checks"
         )
         self.assertNotIn("delta_differences", daemon.output)
@@ -476,7 +469,7 @@ class Notified(FreshTestCase):
                 self.sql(f"UPDATE things SET n = {number}")
                 query(self.server, self.database, "SELECT pg_notify('told', %s)", (payload,))
                 self.until_n(daemon, 7, number)
-        until(lambda: self.described(daemon)["consecutive_failures"] == 0, "no failure")
+        wait_until(lambda: self.described(daemon)["consecutive_failures"] == 0, "no failure")
 
     def test_bursts(self) -> None:
         """10,000 notifications of one transaction cost two refreshes at most; of 10,000 transactions few, how many
@@ -511,7 +504,7 @@ class Probed(FreshTestCase):
         return self.service(text, listening="notify" in text)
 
     def until_attempted(self, daemon: Daemon, count: int) -> dict[str, Any]:
-        until(lambda: len(self.attempts(daemon)) > count, "an attempt")
+        wait_until(lambda: len(self.attempts(daemon)) > count, "an attempt")
         return self.attempts(daemon)[count]
 
     def refresh(self, daemon: Daemon) -> dict[str, Any]:
@@ -594,7 +587,7 @@ class Operated(FreshTestCase):
         self.watched()
         daemon = self.service(self.dataset(WATCH))
         self.sql("DELETE FROM things WHERE id > 2")
-        until(lambda: self.described(daemon)["held"], "the hold")
+        wait_until(lambda: self.described(daemon)["held"], "the hold")
         self.assertEqual((self.described(daemon)["rows"], self.n(daemon, 9)), (10, 0))
         self.admin("accept things")
         self.admin("refresh things")
@@ -610,7 +603,7 @@ class Operated(FreshTestCase):
         for key in (3, 4):
             count = len(self.attempts(daemon))
             self.sql(f"UPDATE things SET n = 1 WHERE id = {key}")
-            until(lambda count=count: len(self.attempts(daemon)) > count, "a candidate")
+            wait_until(lambda count=count: len(self.attempts(daemon)) > count, "a candidate")
         self.assertEqual({line["event"] for line in self.attempts(daemon)[-2:]}, {"refresh_held"})
         self.assertEqual((self.n(daemon, 3), self.n(daemon, 4)), (0, 0))
         self.admin("unpin things")
@@ -625,14 +618,14 @@ class Operated(FreshTestCase):
         for number, setting in enumerate((WATCH, NOTIFY, 'notify = "another"', WATCH), 1):
             (self.directory / "cacheservice.toml").write_text(self.text(self.dataset(setting)))
             daemon.process.send_signal(signal.SIGHUP)
-            until(lambda n=number: str(daemon.output).count('"config_reloaded"') == n, "the reload")
+            wait_until(lambda n=number: str(daemon.output).count('"config_reloaded"') == n, "the reload")
             self.until_listening(daemon)
             self.until_quiet(daemon)
             self.sql(f"UPDATE things SET n = {number}; NOTIFY told; NOTIFY another")
             self.until_n(daemon, 3, number)
         (self.directory / "cacheservice.toml").write_text(self.text(self.dataset()))
         daemon.process.send_signal(signal.SIGHUP)
-        until(lambda: not daemon.json()["postgres"]["listening"], "the end of listening")
+        wait_until(lambda: not daemon.json()["postgres"]["listening"], "the end of listening")
 
     def test_warm_start(self) -> None:
         """After a restart, by SIGKILL too, the first refresh is a delta from what was saved, and right."""
@@ -640,7 +633,7 @@ class Operated(FreshTestCase):
         self.watched()
         daemon = self.service(self.dataset(WATCH))
         generation = self.described(daemon)["generation"]
-        until(lambda: "snapshot_saved" in daemon.output, "a save")
+        wait_until(lambda: "snapshot_saved" in daemon.output, "a save")
         daemon.kill()
         self.sql("UPDATE things SET n = 1 WHERE id = 3; DELETE FROM things WHERE id = 4")
         daemon = self.service(self.dataset(WATCH))
@@ -683,7 +676,7 @@ class NothingLost(FreshTestCase):
             stop.set()
             writer.join()
         want = {str(i): n for i, n in self.sql("TABLE things")}
-        until(lambda: {key: row["n"] for key, row in self.rows(daemon).items()} == want, "all that was written")
+        wait_until(lambda: {key: row["n"] for key, row in self.rows(daemon).items()} == want, "all that was written")
         self.assertGreater(len(want), 50)
         self.assertNotIn("delta_differences", daemon.output)
         return daemon

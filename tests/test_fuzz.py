@@ -17,14 +17,12 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from twisted.internet import reactor
 from twisted.internet.interfaces import IListeningPort
-from twisted.internet.task import Clock, deferLater
 from twisted.internet.threads import deferToThread
 from twisted.logger import LogEvent, globalLogPublisher
 from twisted.trial.unittest import TestCase
@@ -37,8 +35,15 @@ from cacheservice.ports.resp.protocol import RespFactory
 from cacheservice.ports.status import Commands as StatusCommands
 from cacheservice.ports.status import StatusFactory
 from cacheservice.ports.throttle import Throttle
-from tests.fuzz import GIVE_UP_S, Found, Input, Orders, Talk, exchange
-from tests.resp_peer import NoRefreshes, document, encode, filled_cache
+from tests.kit.clocks import started_clock
+from tests.kit.descriptors import open_files
+from tests.kit.fake_refreshes import FakeRefreshes
+from tests.kit.fuzz import Found, Input, Orders, Talk, exchange
+from tests.kit.http import read_to_the_end
+from tests.kit.paths import ROOT
+from tests.kit.resp import encode
+from tests.kit.resp_peer import document, filled_cache
+from tests.kit.waiting import GIVE_UP_S, until
 
 INPUTS = int(os.environ.get("FUZZ_INPUTS", "100000"))
 SEED = os.environ.get("FUZZ_SEED") or "66f4657a"
@@ -56,12 +61,6 @@ EXAMPLES = 300
 nonsense = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-async def until(true: Callable[[], object]) -> None:
-    """Wait for what has to come; trial's own time limit ends a test where it does not."""
-    while not true():
-        await deferLater(reactor, 0.01)
-
-
 def address_space_bytes() -> int:
     with open("/proc/self/statm", "rb") as statm:
         return int(statm.read().split()[0]) * resource.getpagesize()
@@ -71,17 +70,6 @@ def resident_bytes() -> int:
     gc.collect()
     with open("/proc/self/statm", "rb") as statm:
         return int(statm.read().split()[1]) * resource.getpagesize()
-
-
-def descriptors() -> list[str]:
-    """What is open, without the one that lists it."""
-    found = []
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            found.append(os.readlink(f"/proc/self/fd/{name}"))
-        except FileNotFoundError:
-            continue
-    return sorted(found)
 
 
 def delayed_calls() -> list[str]:
@@ -104,8 +92,7 @@ class UnderAttack:
         # Whoever makes a port take gigabytes gets a MemoryError of it, not the machine.
         resource.setrlimit(resource.RLIMIT_AS, (address_space_bytes() + MAX_AT_ONCE_BYTES, hard))
         self.addCleanup(resource.setrlimit, resource.RLIMIT_AS, (soft, hard))
-        self.now = Clock()  # of the datasets' ages only
-        self.now.advance(1000)
+        self.now = started_clock()  # of the datasets' ages only
         self.cache = filled_cache(self.now.seconds, ROWS)
         self.events: list[str] = []
         globalLogPublisher.addObserver(self.observe)
@@ -144,13 +131,13 @@ class UnderAttack:
     async def attacked(self, port: IListeningPort, secret: str, inputs: int) -> Found:
         def run() -> Found:
             ended = subprocess.run(
-                [sys.executable, "-m", "tests.fuzz"],
+                [sys.executable, "-m", "tests.kit.fuzz"],
                 input=json.dumps(asdict(self.orders(port, secret, inputs))),
                 capture_output=True,
                 text=True,
                 check=False,
                 timeout=self.timeout,
-                cwd=Path(__file__).parent.parent,
+                cwd=ROOT,
             )
             assert not ended.returncode, f"seed {SEED}: {ended.stderr}"
             return Found(**json.loads(ended.stdout))
@@ -184,7 +171,7 @@ class UnderAttack:
         # The thread pool and the bodies that are kept are there from the first answers on.
         await self.attacked(port, secret, WARM_UP_INPUTS)
         await until(lambda: not factory.clients)
-        open_before, calls_before = descriptors(), delayed_calls()
+        open_before, calls_before = open_files(), delayed_calls()
         connections, sizes_bytes = 0, []
         for share in (inputs // 5, inputs - inputs // 5):
             found = await self.attacked(port, secret, share)
@@ -195,9 +182,9 @@ class UnderAttack:
             await until(lambda: not factory.clients)
             sizes_bytes.append(resident_bytes())
         self.assert_nothing_logged(where, connections)
-        await until(lambda: len(descriptors()) <= len(open_before))
+        await until(lambda: len(open_files()) <= len(open_before))
         await until(lambda: len(delayed_calls()) <= len(calls_before))
-        self.assertEqual((descriptors(), delayed_calls()), (open_before, calls_before), where)
+        self.assertEqual((open_files(), delayed_calls()), (open_before, calls_before), where)
         # A compressed body is kept, and watches its dataset, until the next generation; which bodies are asked for,
         # and when first, is up to the seed. At most one watch for each dataset, and none once the bodies are dropped.
         # A watch is of two kinds of events.
@@ -285,7 +272,7 @@ class Resp(UnderAttack, TestCase):
     most_events = 1  # that it spoke another protocol
 
     def make_factory(self, secret: str) -> RespFactory:
-        commands = RespCommands(self.cache, Freshness(NoRefreshes(), self.cache.database, reactor), secret)
+        commands = RespCommands(self.cache, Freshness(FakeRefreshes(), self.cache.database, reactor), secret)
         factory = RespFactory(self.cache, commands, MAX_CONNECTIONS, 300, reactor)
         # All of the many wrong passwords come from one address; they are forgiven at once, and so each waits briefly.
         factory.throttle = Throttle(lambda: reactor.seconds() * FORGIVING)
@@ -354,11 +341,11 @@ class Http(UnderAttack, TestCase):
     kind = "http"
 
     def make_factory(self, secret: str) -> HttpFactory:
-        freshness = Freshness(NoRefreshes(), self.cache.database, reactor)
+        freshness = Freshness(FakeRefreshes(), self.cache.database, reactor)
         return HttpFactory(
             cache=self.cache,
             freshness=freshness,
-            refreshes=NoRefreshes(),
+            refreshes=FakeRefreshes(),
             max_connections=MAX_CONNECTIONS,
             idle_timeout_s=300,
             reactor=reactor,
@@ -412,10 +399,3 @@ class Status(UnderAttack, TestCase):
         parts = st.sampled_from(words).map(str.encode)
         lines = st.lists(st.one_of(parts, parts, st.binary(max_size=4)), max_size=12).map(b"".join)
         await self.assert_stands_nonsense(st.lists(lines, min_size=1, max_size=5))
-
-
-def read_to_the_end(client: socket.socket) -> bytes:
-    parts = []
-    while part := client.recv(65_536):
-        parts.append(part)
-    return b"".join(parts)

@@ -17,20 +17,17 @@ from twisted.internet import reactor
 from twisted.internet.defer import DeferredList
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
-from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.cache.cache import Cache
-from cacheservice.config import groups
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.listen import tcp
 from cacheservice.ports.resp.commands import Commands
 from cacheservice.ports.resp.protocol import RespFactory
 from cacheservice.refresh.service import CacheService
-from tests.postgres import connect
-from tests.resp_peer import encode
-from tests.test_guard import until
-from tests.test_refresh_service import ServiceTestCase, declare
-from tests.test_resp_port import Client
+from tests.kit.postgres import connect
+from tests.kit.resp import Client, encode
+from tests.kit.service import ServiceTestCase, declare
+from tests.kit.waiting import until
 
 ACCOUNTS = 40
 START = 100
@@ -42,13 +39,6 @@ LOST = """
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity
 WHERE datname = current_database() AND state = 'active'
   AND pid <> pg_backend_pid()"""
-
-
-class Declared(SynchronousTestCase):
-    def test_groups(self) -> None:
-        """A group's members are together wherever they are declared; a dataset without one is alone."""
-        declared = [declare("a", group="g"), declare("b"), declare("c", group="g"), declare("d", group="b")]
-        self.assertEqual([[each.name for each in group] for group in groups(declared)], [["a", "c"], ["b"], ["d"]])
 
 
 class Together(ServiceTestCase):

@@ -16,7 +16,8 @@ from twisted.internet.task import deferLater
 from cacheservice.errors import DeadlineExceeded
 from cacheservice.postgres.guard import GuardedConnection
 from cacheservice.postgres.target import parse
-from tests.test_guard import LONG_S, GuardTestCase, held, our_timers, until
+from tests.kit.guard import LONG_S, GuardTestCase, held, our_timers
+from tests.kit.waiting import until
 
 ITERATIONS = 1_000_000
 PASSWORD = "correct horse battery staple"

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import gc
 import socket
-from datetime import UTC, datetime
-from typing import Any
 from weakref import ref
 
 from twisted.internet import reactor
-from twisted.internet.task import Clock
-from twisted.trial.unittest import SynchronousTestCase, TestCase
+from twisted.trial.unittest import TestCase
 
 from cacheservice.cache.cache import Cache
-from cacheservice.cache.dataset import Snapshot
-from cacheservice.cache.rows import RowsBuilder
 from cacheservice.config import DatasetSettings
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.held import HeldSnapshots
@@ -22,20 +17,14 @@ from cacheservice.ports.http import HttpFactory
 from cacheservice.ports.listen import tcp
 from cacheservice.ports.resp.commands import Commands
 from cacheservice.ports.resp.protocol import RespFactory
-from tests.resp_peer import NoRefreshes, encode
-from tests.test_status_port import until
+from tests.kit.datasets import rows_of, snapshot_of
+from tests.kit.fake_refreshes import FakeRefreshes
+from tests.kit.logs import Log
+from tests.kit.resp import encode
+from tests.kit.waiting import until
 
-MOMENT = datetime(2026, 1, 2, tzinfo=UTC)
 ROWS = 4000
 DOCUMENT = b'"' + b"x" * 1000 + b'"'
-
-
-class Log:
-    def __init__(self) -> None:
-        self.lines: list[dict[str, Any]] = []
-
-    def warning(self, event: str, **fields: Any) -> None:
-        self.lines.append({"event": event} | fields)
 
 
 def cache_of(*names: str) -> Cache:
@@ -45,80 +34,9 @@ def cache_of(*names: str) -> Cache:
 def publish(cache: Cache, name: str) -> ref[object]:
     """The next generation, of 4 MB; a weak reference to its rows."""
     dataset = cache.dataset(name)
-    builder = RowsBuilder(lambda _: None)
-    builder.add([(b"%d" % number, DOCUMENT) for number in range(ROWS)])
-    rows = builder.finish()
-    dataset.publish(Snapshot(dataset.last_generation + 1, rows, MOMENT, cache.now(), "1:1:"))
+    rows = rows_of((b"%d" % number, DOCUMENT) for number in range(ROWS))
+    dataset.publish(snapshot_of(rows, dataset.last_generation + 1, cache.now()))
     return ref(rows)
-
-
-class Reader:
-    def __init__(self) -> None:
-        self.dropped = False
-
-    def drop_slow(self) -> str:
-        self.dropped = True
-        return "192.0.2.1:1"
-
-
-class Rules(SynchronousTestCase):
-    def setUp(self) -> None:
-        self.clock, self.log = Clock(), Log()
-        self.cache = Cache(
-            [DatasetSettings(name=name, query="SELECT 1", key=("id",)) for name in ("a", "b")], self.clock.seconds
-        )
-        self.held = HeldSnapshots(self.cache, self.clock, self.log, 2, 60.0)
-
-    def publish(self, name: str) -> None:
-        dataset = self.cache.dataset(name)
-        rows = RowsBuilder(lambda _: None).finish()
-        dataset.publish(Snapshot(dataset.last_generation + 1, rows, MOMENT, self.clock.seconds(), "1:1:"))
-
-    def reading(self, *names: str) -> Reader:
-        reader = Reader()
-        datasets = [self.cache.dataset(name) for name in names]
-        self.held.begin(reader, {each.name: each.snapshot for each in datasets if each.snapshot})
-        return reader
-
-    def test_generations(self) -> None:
-        """Of each dataset so many superseded generations are kept; all readers of an older one are ended."""
-        self.publish("b")
-        other = self.reading("b")
-        readers = []
-        for _ in range(5):
-            self.publish("a")
-            readers.append([self.reading("a"), self.reading("a")])
-        self.assertEqual([reader.dropped for each in readers for reader in each], [True] * 4 + [False] * 6)
-        self.assertEqual(sorted(self.held.superseded()), [("a", 3), ("a", 4)])
-        self.assertFalse(other.dropped)
-        self.assertEqual({line["event"] for line in self.log.lines}, {"slow_reader_ended"})
-        self.assertIn("2 newer generations of a are being read", self.log.lines[0]["reason"])
-
-    def test_time(self) -> None:
-        """An answer has its time once its generation is superseded, from its own beginning; never before."""
-        self.publish("a")
-        first, whole = self.reading("a"), self.reading("a", "b")
-        self.clock.advance(50)
-        self.publish("a")
-        self.clock.advance(9)
-        self.assertFalse(first.dropped)
-        self.clock.advance(2)
-        self.assertTrue(first.dropped and whole.dropped)
-        self.assertEqual(self.held.superseded(), {})
-        served = self.reading("a")
-        self.clock.advance(1000)
-        self.assertFalse(served.dropped)
-
-    def test_an_answer_that_ends(self) -> None:
-        """It leaves nothing, no timer either."""
-        self.publish("a")
-        snapshot = self.cache.dataset("a").snapshot
-        assert snapshot is not None
-        hold = self.held.begin(Reader(), {"a": snapshot})
-        self.publish("a")
-        self.held.end(hold)
-        self.held.end(hold)
-        self.assertEqual((self.held.superseded(), self.clock.getDelayedCalls()), ({}, []))
 
 
 class OnThePorts(TestCase):
@@ -127,12 +45,12 @@ class OnThePorts(TestCase):
     def setUp(self) -> None:
         self.cache, self.log = cache_of("a"), Log()
         self.held = HeldSnapshots(self.cache, reactor, self.log, 2, 600.0)
-        freshness = Freshness(NoRefreshes(), self.cache.database, reactor)  # type: ignore[arg-type]
+        freshness = Freshness(FakeRefreshes(), self.cache.database, reactor)  # type: ignore[arg-type]
         self.resp = RespFactory(self.cache, Commands(self.cache, freshness, ""), 100, 60, reactor, held=self.held)
         self.http = HttpFactory(
             cache=self.cache,
             freshness=freshness,
-            refreshes=NoRefreshes(),  # type: ignore[arg-type]
+            refreshes=FakeRefreshes(),  # type: ignore[arg-type]
             max_connections=100,
             idle_timeout_s=60,
             reactor=reactor,

@@ -19,8 +19,8 @@ from cacheservice.postgres.connector import Connector
 from cacheservice.postgres.guard import GuardedConnection
 from cacheservice.postgres.resolve import Resolver
 from cacheservice.postgres.target import parse
-from tests.standby import running_standby
-from tests.test_guard import LONG_S, GuardTestCase, our_timers
+from tests.kit.guard import LONG_S, GuardTestCase, our_timers
+from tests.kit.standby import running_standby
 
 
 class Silent(Factory):

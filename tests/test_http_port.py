@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import gzip
 import io
 import json
 import random
-import re
 import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -21,41 +19,26 @@ from email.utils import format_datetime
 from http.client import HTTPException, HTTPResponse
 from typing import Any
 
-from hypothesis import given
-from hypothesis import strategies as st
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, gatherResults
-from twisted.internet.task import Clock, deferLater
+from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
-from twisted.trial.unittest import SynchronousTestCase, TestCase
+from twisted.trial.unittest import SynchronousTestCase
 
-from cacheservice.cache.cache import Cache
-from cacheservice.cache.dataset import Dataset, Snapshot
-from cacheservice.cache.rows import Rows, RowsBuilder, bulk
-from cacheservice.config import DatasetSettings
+from cacheservice.cache.dataset import Snapshot
+from cacheservice.cache.rows import bulk
 from cacheservice.ports import rejected
-from cacheservice.ports.freshness import Freshness
-from cacheservice.ports.http import HttpFactory
-from cacheservice.ports.http.bodies import PIECE_BYTES, json_lines, json_object
+from cacheservice.ports.http.bodies import PIECE_BYTES
 from cacheservice.ports.http.channel import MAX_HEAD_BYTES, MAX_HEADERS
-from cacheservice.ports.http.conditions import NAMES, Validators, is_not_modified, matches
 from cacheservice.ports.http.guard import Guard
-from cacheservice.ports.http.negotiation import codings, media_type
 from cacheservice.ports.http.problem import Problem
-from cacheservice.ports.listen import tcp
 from cacheservice.ports.throttle import LONG_WAIT_S, SHORT_WAIT_S, Throttle
+from tests.kit.clocks import started_clock
+from tests.kit.datasets import MOMENT_WITH_MS, rows_of
+from tests.kit.http import Answer, ask_on, read_answer, read_to_the_end, statuses
+from tests.kit.http_port import ROWS, PortTestCase, buffered, encoded
+from tests.kit.waiting import GIVE_UP_S, until
 
-MOMENT = datetime(2026, 1, 2, 3, 4, 5, 678000, tzinfo=UTC)
-GIVE_UP_S = 60.0  # a client that waits longer than this for its answer has hung
-
-ROWS = {
-    "1": '{"id":1,"name":"hammer"}',
-    "2": '{"id":2,"name":"Säge"}',
-    "a/b:c d%": '{"id":3}',
-    'quo"te\\\n\x01é': "[1,\n 2]",
-    "": "null",
-    "large": json.dumps({"text": "x" * 3000}),
-}
 PATHS = [
     "/livez",
     "/readyz",
@@ -68,166 +51,6 @@ PATHS = [
     "/v1/datasets/nothing",
     "/nothing",
 ]
-
-
-def declared(name: str, **more: Any) -> DatasetSettings:
-    settings = {"name": name, "query": "SELECT 1 AS id", "key": "id", "interval_s": 60.0, "timeout_s": 30.0}
-    return DatasetSettings.model_validate(settings | more)
-
-
-def rows_of(documents: Iterable[tuple[bytes, bytes]]) -> Rows:
-    builder = RowsBuilder(lambda _: None)
-    builder.add(list(documents))
-    return builder.finish()
-
-
-def encoded(rows: dict[str, str]) -> Rows:
-    return rows_of((key.encode(), document.encode()) for key, document in rows.items())
-
-
-class FakeRefreshes:
-    """Remembers who was asked for."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[str, float]] = []
-
-    def refresh_now(self, name: str) -> bool:
-        raise AssertionError("a read port asks for a moment")
-
-    def refresh_since(self, name: str, moment: float) -> None:
-        self.asked.append((name, moment))
-
-
-class Answer:
-    """What a client got: `status`, `headers` by name in lower case, `body`, and whether the connection was closed."""
-
-    def __init__(self, response: HTTPResponse) -> None:
-        self.status = response.status
-        self.headers = {name.lower(): value for name, value in response.getheaders()}
-        self.body = response.read()
-
-    def json(self) -> Any:
-        return json.loads(self.body)
-
-
-def ask_on(client: socket.socket, path: str, method: str = "GET", **headers: str) -> Answer:
-    """One request, then its answer, on a connection that stays."""
-    lines = [f"{method} {path} HTTP/1.1", "Host: test"]
-    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
-    client.sendall("\r\n".join([*lines, "", ""]).encode())
-    return read_answer(client, method)
-
-
-def read_answer(client: socket.socket, method: str = "GET") -> Answer:
-    with HTTPResponse(client, method=method) as response:
-        response.begin()
-        return Answer(response)
-
-
-def read_to_the_end(client: socket.socket) -> bytes:
-    parts = []
-    while part := client.recv(65_536):
-        parts.append(part)
-    return b"".join(parts)
-
-
-def statuses(text: bytes) -> list[int]:
-    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) [A-Z]", text)]
-
-
-async def until(true: Callable[[], object]) -> None:
-    """Wait for what has to come; trial's own time limit ends a test where it does not."""
-    while not true():
-        await deferLater(reactor, 0.01)
-
-
-class PortTestCase(TestCase):
-    """products: loaded 12.3 s ago. prices: never loaded, its next try is in 15.2 s. Their clock stands still."""
-
-    max_connections = 50
-    idle_timeout_s = 120.0
-    head_timeout_s = 120.0
-    token = ""
-    allow_data = True
-    on_expired = "serve"
-
-    async def setUp(self) -> None:
-        self.clock = Clock()
-        self.clock.advance(1000)
-        settings = [declared("products", on_expired=self.on_expired), declared("prices", on_expired=self.on_expired)]
-        self.cache = Cache(settings, self.clock.seconds)
-        self.products, self.prices = self.cache.dataset("products"), self.cache.dataset("prices")
-        self.publish(encoded(ROWS), 17)
-        self.clock.advance(12.3)
-        self.products.next_refresh_at = 1060.0
-        self.prices.next_refresh_at = self.clock.seconds() + 15.2
-        self.refreshes = FakeRefreshes()
-        self.factory = self.make_factory()
-        self.port = tcp(reactor, "127.0.0.1", 0, self.factory)()
-        self.addCleanup(self.close)
-
-    def make_factory(self) -> HttpFactory:
-        return HttpFactory(
-            cache=self.cache,
-            freshness=Freshness(self.refreshes, self.cache.database, self.clock),
-            refreshes=self.refreshes,
-            max_connections=self.max_connections,
-            idle_timeout_s=self.idle_timeout_s,
-            reactor=reactor,
-            token=self.token,
-            allow_data=self.allow_data,
-            head_timeout_s=self.head_timeout_s,
-        )
-
-    def publish(self, rows: Rows, generation: int, dataset: Dataset | None = None) -> None:
-        (dataset or self.products).publish(Snapshot(generation, rows, MOMENT, self.clock.seconds(), "1:1:"))
-
-    async def close(self) -> None:
-        await self.port.stopListening()
-        self.factory.close_clients()
-        await until(lambda: not self.factory.clients)
-        self.assertEqual(self.clock.getDelayedCalls(), [])
-
-    def connect(self, receive_bytes: int = 0) -> socket.socket:
-        client = socket.socket()
-        client.settimeout(GIVE_UP_S)
-        if receive_bytes:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
-        client.connect(("127.0.0.1", self.port.getHost().port))
-        return client
-
-    def converse(self, conversation: Callable[[socket.socket], Any]) -> Deferred[Any]:
-        def run() -> Any:
-            with closing(self.connect()) as client:
-                return conversation(client)
-
-        return deferToThread(run)
-
-    async def ask(self, path: str, method: str = "GET", **headers: str) -> Answer:
-        answer: Answer = await self.converse(lambda client: ask_on(client, path, method, **headers))
-        return answer
-
-    async def exchange(self, data: bytes, *, half_close: bool = False) -> bytes:
-        """Send, then read until the port closes; a connection that is reset raises."""
-
-        def conversation(client: socket.socket) -> bytes:
-            client.sendall(data)
-            if half_close:
-                client.shutdown(socket.SHUT_WR)
-            return read_to_the_end(client)
-
-        text: bytes = await self.converse(conversation)
-        return text
-
-    async def assert_problem(self, path: str, status: int, detail: str, method: str = "GET", **headers: str) -> Answer:
-        answer = await self.ask(path, method, **headers)
-        self.assertEqual((answer.status, answer.headers["content-type"]), (status, "application/problem+json"))
-        problem = answer.json()
-        self.assertLessEqual({"type", "title", "status", "detail", "instance"}, set(problem))
-        self.assertEqual((problem["status"], problem["instance"]), (status, path.partition("?")[0]))
-        self.assertIn(detail, problem["detail"])
-        self.assertEqual(answer.headers["cache-control"], "no-store")
-        return answer
 
 
 class Routes(PortTestCase):
@@ -486,7 +309,7 @@ class Caching(PortTestCase):
         After a rollback the date goes back; with a comparison by order a client would keep what was taken back.
         """
         path = "/v1/datasets/products/rows/1"
-        at = MOMENT.replace(microsecond=0)
+        at = MOMENT_WITH_MS.replace(microsecond=0)
         same, before = format_datetime(at, usegmt=True), format_datetime(at - timedelta(seconds=1), usegmt=True)
         for header in (
             same,
@@ -505,11 +328,11 @@ class Caching(PortTestCase):
         date = (await self.ask(path)).headers["last-modified"]
         served = self.products.snapshot
         assert served is not None
-        self.products.renew(replace(served, as_of=MOMENT + timedelta(seconds=60), content_since=MOMENT))
+        self.products.renew(replace(served, as_of=MOMENT_WITH_MS + timedelta(seconds=60), content_since=MOMENT_WITH_MS))
         self.assertEqual((await self.ask(path)).headers["last-modified"], date)
         self.assertEqual((await self.ask(path, If_Modified_Since=date)).status, 304)
-        for generation, microsecond in ((18, 700_000), (19, MOMENT.microsecond)):
-            as_of = MOMENT.replace(microsecond=microsecond)
+        for generation, microsecond in ((18, 700_000), (19, MOMENT_WITH_MS.microsecond)):
+            as_of = MOMENT_WITH_MS.replace(microsecond=microsecond)
             snapshot = Snapshot(generation, encoded(ROWS), as_of, self.clock.seconds(), "1:1:")
             self.products.publish(snapshot)
             answer = await self.ask(path, If_Modified_Since=date)
@@ -534,7 +357,7 @@ class Caching(PortTestCase):
         row, whole = "/v1/datasets/products/rows/1", "/v1/datasets/products"
         tag = (await self.ask(row)).headers["etag"]
         weak = (await self.ask(whole)).headers["etag"]
-        date = format_datetime(MOMENT.replace(microsecond=0), usegmt=True)
+        date = format_datetime(MOMENT_WITH_MS.replace(microsecond=0), usegmt=True)
         before = "Thu, 01 Jan 2026 00:00:00 GMT"
         for method in ("GET", "HEAD"):
             for path, status, headers in (
@@ -643,68 +466,6 @@ class Negotiation(PortTestCase):
             self.assertEqual(body.decode(), ROWS[path.rpartition("/")[2]])
         for accept in ("identity;q=0", "*;q=0", "br, identity;q=0, gzip;q=0"):
             await self.assert_problem(large, 406, "plain or as gzip", Accept_Encoding=accept)
-
-
-class NegotiationRules(SynchronousTestCase):
-    def test_the_most_specific_range_decides(self) -> None:
-        """RFC 9110, 12.5.1: whatever the order, the most specific range that fits gives the quality."""
-        offered = (b"a/b", b"a/c")
-        for accept, chosen in {
-            b"a/*;q=0.1, a/c;q=0.2": b"a/c",
-            b"a/c;q=0.2, a/*;q=0.1": b"a/c",
-            b"*/*, a/b;q=0.9": b"a/c",
-            b"A/B;Q=0.9": b"a/b",
-            b'a/c;x="a/b, q=1;q=1";q=0.9, a/b;q=0.1': b"a/c",
-            b"a/b;q=0, a/c;q=0": None,
-            b"x/y": None,
-            b"a/b;q=2": b"a/b",  # malformed, so that nothing is left: no header
-            b", ,": b"a/b",
-        }.items():
-            self.assertEqual(media_type(accept, offered), chosen, accept)
-
-    @given(st.binary(max_size=300) | st.text('a/b*;q=0.1,"\\ ', max_size=300).map(str.encode))
-    def test_any_bytes_are_negotiated(self, value: bytes) -> None:
-        """No header's value, however malformed, makes an error."""
-        self.assertIn(media_type(value, (b"a/b", b"a/c")), (b"a/b", b"a/c", None))
-        codings(value)
-        matches(value, b'"x"')
-        for name in NAMES:
-            with contextlib.suppress(Problem):
-                is_not_modified({name: value}, Validators(b'"x"', modified=MOMENT))
-
-    def test_a_hostile_header_takes_no_time(self) -> None:
-        """The longest head there can be is taken apart in one pass: no pattern goes back over what it took."""
-        for hostile in (b'"' * 16_000, b'"\\' * 8_000, b"," * 16_000, b"a;" * 8_000, b'a"' * 8_000, b'W/"' * 5_000):
-            media_type(hostile, (b"a/b",))
-            codings(hostile)
-            matches(hostile, b'"x"')
-
-    @given(
-        st.lists(st.sampled_from(['"a"', 'W/"a"', '"b,c"', 'W/"d"', '""']), max_size=5), st.sampled_from([", ", ","])
-    )
-    def test_a_list_of_tags(self, tags: list[str], separator: str) -> None:
-        """A tag is found if it is in the list, weak or not, and only then."""
-        names = {tag.removeprefix("W/").encode() for tag in tags}
-        for tag in (b'"a"', b'"b,c"', b'"d"', b'"e"', b'"c"', b'""'):
-            self.assertEqual(matches(separator.join(tags).encode(), tag), tag in names)
-
-
-class Bodies(SynchronousTestCase):
-    @given(
-        st.dictionaries(st.text(max_size=8), st.integers(0, 200) | st.sampled_from([70_000, 200_000]), max_size=40),
-        st.booleans(),
-    )
-    def test_bodies_are_the_rows(self, sizes: dict[str, int], lines: bool) -> None:
-        """Whatever the keys and the sizes, the pieces together are the rows, and none is large."""
-        table = {key: "x" * size for key, size in sizes.items() if not re.search("[\ud800-\udfff]", key)}
-        rows = encoded({key: json.dumps(text) for key, text in table.items()})
-        pieces = list((json_lines if lines else json_object)(rows))
-        self.assertLessEqual(max(map(len, pieces), default=0), 4 * PIECE_BYTES)
-        text = b"".join(pieces)
-        if lines:
-            self.assertEqual({row["key"]: row["value"] for row in map(json.loads, text.splitlines())}, table)
-        else:
-            self.assertEqual(json.loads(text), table)
 
 
 class MaxAge(PortTestCase):
@@ -1040,13 +801,6 @@ class Unclosed:
 
     def close(self) -> None:
         """The next answer comes from it."""
-
-
-def buffered(channel: Any) -> int:
-    """Bytes that wait in memory for a client, or came from it too early."""
-    transport = channel.transport
-    waiting = len(transport.dataBuffer) - transport.offset + transport._tempDataLen
-    return waiting + len(channel._buffer) + sum(map(len, channel._dataBuffer))
 
 
 def unchunked(body: bytes) -> bytes:
@@ -1476,8 +1230,7 @@ class Token(PortTestCase):
 
 class Guesses(SynchronousTestCase):
     def setUp(self) -> None:
-        self.clock = Clock()
-        self.clock.advance(1000)
+        self.clock = started_clock()
         self.guard = Guard("secret", "", rejected.none_yet(), self.clock)
 
     def guess(self, host: str = "192.0.2.1") -> list[Problem]:

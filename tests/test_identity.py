@@ -8,16 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 import psycopg2
-from hypothesis import given
-from hypothesis import strategies as st
 from twisted.internet import reactor
 from twisted.internet.threads import deferToThread
-from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice import shipped
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Snapshot, State
-from cacheservice.cache.identity import ServerIdentity, is_visible, why_another
 from cacheservice.cache.lag import NO_LAG
 from cacheservice.cache.rows import RowsBuilder
 from cacheservice.config import DatasetSettings
@@ -29,62 +25,21 @@ from cacheservice.postgres.target import parse
 from cacheservice.postgres.watch import watch
 from cacheservice.refresh.drain import Drain
 from cacheservice.refresh.service import CacheService
-from tests.postgres import PRIMARY, connect, fresh_database, query
-from tests.standby import Standby, running_standby
-from tests.test_guard import until
-from tests.test_refresh_service import Log, ServiceTestCase, declare
-from tests.test_refresher import AS_OF, RefreshTestCase, World
-
-STANDBY = replace(PRIMARY, in_recovery=True)
-
-
-class Compared(SynchronousTestCase):
-    def test_the_same(self) -> None:
-        """One life of one server, even where a part could be read only once."""
-        self.assertIsNone(why_another(PRIMARY, PRIMARY))
-        for part in ("system_identifier", "timeline", "counted_since_us"):
-            self.assertIsNone(why_another(replace(PRIMARY, **{part: None}), PRIMARY))
-            self.assertIsNone(why_another(PRIMARY, replace(PRIMARY, **{part: None})))
-
-    def test_another(self) -> None:
-        """Each part that differs is a reason of its own."""
-        others: list[tuple[ServerIdentity, ServerIdentity | None]] = [
-            (PRIMARY, replace(PRIMARY, system_identifier="1")),
-            (PRIMARY, replace(PRIMARY, database_oid=16385)),
-            (PRIMARY, replace(PRIMARY, database="staging")),
-            (PRIMARY, replace(PRIMARY, role="other")),
-            (STANDBY, PRIMARY),
-            (PRIMARY, STANDBY),
-            (PRIMARY, replace(PRIMARY, timeline=2)),
-            (PRIMARY, replace(PRIMARY, started_us=3)),
-            (PRIMARY, replace(PRIMARY, counted_since_us=3)),
-            (PRIMARY, None),
-        ]
-        reasons = {why_another(before, now) for before, now in others}
-        self.assertNotIn(None, reasons)
-        self.assertGreaterEqual(len(reasons), 8)
-
-    def test_unknown(self) -> None:
-        """What is not known is never the same."""
-        unknown = replace(PRIMARY, started_us=None)
-        for before, now in ((None, None), (None, PRIMARY), (PRIMARY, None), (unknown, unknown), (unknown, PRIMARY)):
-            self.assertIsNotNone(why_another(before, now))
-
-    @given(st.integers(0, 300))
-    def test_visible(self, xid: int) -> None:
-        """In recovery only what is before xmin, because what is in progress is not listed."""
-        self.assertEqual(is_visible(xid, "100:200:150,160"), xid < 200 and xid not in (150, 160))
-        self.assertEqual(is_visible(xid, "100:200:", in_recovery=True), xid < 100)
+from tests.kit.database import snapshot_of_reading
+from tests.kit.datasets import MOMENT, numbered_rows, rows_builder
+from tests.kit.postgres import PRIMARY, connect, fresh_database, query
+from tests.kit.refreshes import RefreshTestCase, World
+from tests.kit.service import ServiceTestCase, declare
+from tests.kit.standby import Standby, running_standby
+from tests.kit.waiting import until
 
 
 class Elsewhere(RefreshTestCase):
     def saved(self) -> World:
         """A dataset that was restored from a file of another cluster, before the database is reached."""
         world = World()
-        builder = RowsBuilder(lambda _: None)
-        builder.add([(b"%d" % number, b"{}") for number in range(100)])
         server = replace(PRIMARY, system_identifier="1")
-        snapshot = Snapshot(7, builder.finish(), AS_OF, world.clock.seconds(), "1:1:", source="disk", server=server)
+        snapshot = Snapshot(7, numbered_rows(100), MOMENT, world.clock.seconds(), "1:1:", source="disk", server=server)
         world.dataset.restore(snapshot)
         world.service.startService()
         return world
@@ -95,7 +50,7 @@ class Elsewhere(RefreshTestCase):
         self.assertEqual(world.dataset.state(), State.FRESH)
         world.cache.database.seen(PRIMARY, NO_LAG)
         read = world.database.last
-        read.result.callback(Reading(AS_OF, read.began_at, "1:1:", rows=RowsBuilder(lambda _: None), server=PRIMARY))
+        read.result.callback(Reading(MOMENT, read.began_at, "1:1:", rows=rows_builder(), server=PRIMARY))
         assert world.dataset.snapshot is not None
         self.assertEqual((world.dataset.snapshot.rows.count, world.dataset.last_generation), (0, 8))
 
@@ -108,7 +63,7 @@ class Elsewhere(RefreshTestCase):
         world.cache.database.seen(PRIMARY, NO_LAG)
         world.database.last.fail(QueryFailed("there is no such table"))
         self.assertEqual((world.dataset.snapshot, world.dataset.last_generation), (None, 7))
-        self.assertEqual(world.log.events("snapshot_withdrawn"), ["snapshot_withdrawn"])
+        self.assertEqual(world.log.names("snapshot_withdrawn"), ["snapshot_withdrawn"])
 
 
 class OnServers(ServiceTestCase):
@@ -133,26 +88,9 @@ class OnServers(ServiceTestCase):
     async def read(self, database: Database, since: Snapshot | None = None, **more: Any) -> tuple[Reading, Snapshot]:
         """Read `things`, by a delta or a probe if one will do; the snapshot is what the next one may start from."""
         settings = declare("things", **({"watch": [{"table": "public.things", "key": "id"}]} | more))
-        wanted = Wanted(settings, lambda: RowsBuilder(lambda _: None), since=since, most_keys=1000)
+        wanted = Wanted(settings, rows_builder, since=since, most_keys=1000)
         (reading,) = await database.read_together([wanted])
-        if since is not None and reading.kind != "all":
-            rows = since.rows
-        else:
-            assert reading.rows is not None
-            rows = reading.rows.finish()
-        snapshot = Snapshot(
-            1,
-            rows,
-            reading.as_of,
-            reading.read_at,
-            reading.database_snapshot,
-            reading.columns,
-            watch_state=reading.watch_state,
-            probe=reading.probe,
-            server=reading.server,
-            dependencies=reading.dependencies,
-        )
-        return reading, snapshot
+        return reading, snapshot_of_reading(reading, since)
 
     async def standby(self, **settings: str) -> Standby:
         running = running_standby(self.server, settings)
@@ -311,7 +249,7 @@ class OnServers(ServiceTestCase):
     def make_service_of(self, dsn: str, *datasets: DatasetSettings) -> tuple[CacheService, Cache]:
         cache = Cache(datasets, reactor.seconds)
         database = Database(reactor, parse(dsn), 30.0, cache.database)
-        service = CacheService(cache, database, 2, reactor, random.random, Log(self.events), Drain(reactor))
+        service = CacheService(cache, database, 2, reactor, random.random, self.log, Drain(reactor))
         self.addCleanup(database.stop)
         self.addCleanup(lambda: service.stopService() if service.running else None)
         return service, cache

@@ -19,7 +19,7 @@ from pydantic import SecretStr
 from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice import shipped
-from cacheservice.cli.embedded import EmbeddedPostgres, _free_port
+from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.config import DatasetSettings, PostgresSettings
 from cacheservice.errors import InspectionFailed
 from cacheservice.postgres import database as refreshes
@@ -31,13 +31,14 @@ from cacheservice.postgres.migrate import migrate
 from cacheservice.postgres.reader import create_reader
 from cacheservice.postgres.session_settings import Limits, begin_reading
 from cacheservice.postgres.watch import unwatch, watch
-from tests import pgbouncer, pgpool
-from tests.pgbouncer import running_pgbouncer
-from tests.pgpool import running_pgpool
-from tests.postgres import connect, fresh_database, query, sessions
-from tests.standby import running_standby
-from tests.test_status_command import CommandLine
-from tests.test_twistd import GIVE_UP_S, until
+from tests.kit import pgbouncer, pgpool
+from tests.kit.command_line import CommandLine
+from tests.kit.pgbouncer import running_pgbouncer
+from tests.kit.pgpool import running_pgpool
+from tests.kit.ports import free_port
+from tests.kit.postgres import connect, fresh_database, query, sessions
+from tests.kit.standby import running_standby
+from tests.kit.waiting import GIVE_UP_S, wait_until
 
 SHOP = """
 CREATE SCHEMA shop;
@@ -506,7 +507,7 @@ class Servers(Inspecting):
     def test_nobody_there(self) -> None:
         """A database that cannot be reached is one line without a password, with what to do."""
         with self.assertRaises(InspectionFailed) as caught:
-            self.look("SELECT 1 AS id", dsn=f"postgresql://me:hidden-word@127.0.0.1:{_free_port()}/x")
+            self.look("SELECT 1 AS id", dsn=f"postgresql://me:hidden-word@127.0.0.1:{free_port()}/x")
         self.assertRegex(str(caught.exception), r"^PostgreSQL refused the connection: .*; check that PostgreSQL runs")
         self.assertNotIn("hidden-word", str(caught.exception))
         self.assertNotIn("\n", str(caught.exception))
@@ -606,7 +607,7 @@ class Command(CommandLine):
             [sys.executable, "-m", "cacheservice", "check", "--db"],
             cwd=self.directory, env=self.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
-        until(
+        wait_until(
             lambda: any("pg_sleep" in session.query for session in sessions(self.server, self.database)), "its sample"
         )
         checking.send_signal(signal.SIGINT)
@@ -616,7 +617,7 @@ class Command(CommandLine):
 
     def test_a_database_that_is_down(self) -> None:
         """It is one line on standard error, exit code 1, and no password."""
-        dsn = f"postgresql://me:hidden-word@127.0.0.1:{_free_port()}/x"
+        dsn = f"postgresql://me:hidden-word@127.0.0.1:{free_port()}/x"
         (self.directory / "cacheservice.toml").write_text(
             self.configuration('[datasets.a]\nquery = "SELECT 1 AS id"\nkey = "id"', dsn=dsn)
         )

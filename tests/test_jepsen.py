@@ -9,6 +9,8 @@ import tempfile
 import unittest
 from pathlib import Path
 
+from tests.kit.paths import ROOT
+
 LIMIT_S = 900
 """On a machine that is busy; on one that is not it takes less than a minute."""
 FAULTS = ("one session ended, often", "service killed", "primary restarted", "promotion")
@@ -24,7 +26,7 @@ class Money(unittest.TestCase):
             command = [sys.executable, "-m", "benchmarks.jepsen", "--seed", "1", "--report", str(report)]
             run = subprocess.run(
                 [*command, "--strike", *FAULTS],
-                cwd=Path(__file__).parent.parent,
+                cwd=ROOT,
                 capture_output=True,
                 text=True,
                 timeout=LIMIT_S,

@@ -8,40 +8,19 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from hypothesis import given
-from hypothesis import strategies as st
-from twisted.trial.unittest import SkipTest, SynchronousTestCase
+from twisted.trial.unittest import SkipTest
 
 from cacheservice import shipped
 from cacheservice.cache.dataset import Snapshot
-from cacheservice.cache.rows import RowsBuilder
 from cacheservice.config import DatasetSettings
 from cacheservice.errors import BadResult
 from cacheservice.postgres.database import Wanted
-from cacheservice.postgres.keys import KeyForm
 from cacheservice.postgres.migrate import migrate
 from cacheservice.postgres.watch import watch
-from tests.postgres import query
-from tests.test_dependencies import DependenciesTestCase
-from tests.versions import NEEDS_NPM, OlderPostgres
-
-PART = st.text(alphabet="ab:\\|", max_size=4)
-
-
-class Forms(SynchronousTestCase):
-    @given(st.lists(st.tuples(PART, PART), min_size=2, max_size=2, unique=True), st.sampled_from(":|"))
-    def test_escaped_keys_are_different(self, keys: list[tuple[str, str]], separator: str) -> None:
-        """With an escape, different values have different keys."""
-        one, other = (KeyForm(separator, escaped=True).join(key) for key in keys)
-        self.assertNotEqual(one, other)
-
-    @given(st.lists(st.tuples(PART, PART), min_size=2, max_size=2, unique=True), st.sampled_from([":", "|", "::", "a"]))
-    def test_what_is_ambiguous(self, keys: list[tuple[str, str]], separator: str) -> None:
-        """Different values have the same key only where it is known to be ambiguous."""
-        form = KeyForm(separator)
-        if form.join(keys[0]) == form.join(keys[1]):
-            self.assertTrue(form.is_ambiguous(keys[0]))
-            self.assertTrue(form.is_ambiguous(keys[1]))
+from tests.kit.datasets import rows_builder
+from tests.kit.dependencies import DependenciesTestCase
+from tests.kit.postgres import query
+from tests.kit.versions import NEEDS_NPM, OlderPostgres
 
 
 class Keys(DependenciesTestCase):
@@ -118,7 +97,7 @@ class Keys(DependenciesTestCase):
         async def told() -> frozenset[str]:
             return frozenset({r"a:b\:c", "gone:now"})
 
-        wanted = Wanted(dataset, lambda: RowsBuilder(print), since=since, most_keys=100, told=told)
+        wanted = Wanted(dataset, rows_builder, since=since, most_keys=100, told=told)
         (reading,) = await self.database.read_together([wanted])
         self.assertEqual(set(reading.changed), {rb"a:b\:c", b"gone:now"})
         self.assertIsNone(reading.changed[b"gone:now"])
@@ -132,7 +111,7 @@ class Keys(DependenciesTestCase):
         async def notified() -> frozenset[str]:
             return frozenset({"1"})
 
-        wanted = Wanted(dataset, lambda: RowsBuilder(print), since=since, most_keys=100, told=notified)
+        wanted = Wanted(dataset, rows_builder, since=since, most_keys=100, told=notified)
         await self.assertFailure(self.database.read_together([wanted]), BadResult)
 
     async def test_keys_of_a_notification_that_the_query_cannot_hold(self) -> None:
@@ -145,7 +124,7 @@ class Keys(DependenciesTestCase):
             async def notified(key: str = key) -> frozenset[str]:
                 return frozenset({key})
 
-            wanted = Wanted(dataset, lambda: RowsBuilder(print), since=since, most_keys=100, told=notified)
+            wanted = Wanted(dataset, rows_builder, since=since, most_keys=100, told=notified)
             (reading,) = await self.database.read_together([wanted])
             self.assertEqual(reading.kind, "all")
             self.assertIn("do not fit the key of the query", reading.because or "")

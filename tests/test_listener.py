@@ -19,33 +19,21 @@ from twisted.internet import reactor
 from twisted.internet.defer import CancelledError
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
-from twisted.trial.unittest import SynchronousTestCase
 
-from cacheservice.cache.cache import Cache, DatabaseStatus
-from cacheservice.cache.describe import describe
-from cacheservice.config import OWN_CHANNEL, DatasetSettings
+from cacheservice.config import OWN_CHANNEL
 from cacheservice.errors import DatabaseUnavailable, DeadlineExceeded
-from cacheservice.ports.report import listening_sentence, status_table, why
 from cacheservice.postgres.database import Database
 from cacheservice.postgres.guard import GuardedConnection
 from cacheservice.postgres.listener import Listener
 from cacheservice.postgres.target import parse
-from tests import pgbouncer
-from tests.pgbouncer import running_pgbouncer
-from tests.postgres import connect, query, sessions, sessions_left
-from tests.standby import running_standby
-from tests.test_guard import (
-    LONG_S,
-    LONGEST_GAP_S,
-    GuardTestCase,
-    as_awaitable,
-    held,
-    our_timers,
-    rows_builder,
-    settings,
-    until,
-)
-from tests.test_refresh_service import Log
+from tests.kit import pgbouncer
+from tests.kit.datasets import rows_builder
+from tests.kit.guard import LONG_S, LONGEST_GAP_S, GuardTestCase, as_awaitable, held, our_timers, settings
+from tests.kit.listening import Diary
+from tests.kit.pgbouncer import running_pgbouncer
+from tests.kit.postgres import connect, query, sessions, sessions_left
+from tests.kit.standby import running_standby
+from tests.kit.waiting import until
 
 # What is to be found out soon; an answer that takes longer on a busy machine costs a needless reconnect.
 QUICK = {
@@ -59,29 +47,6 @@ QUICK = {
 PATIENT = {**QUICK, "canary_interval_s": 2 * LONG_S, "answer_within_s": LONG_S}
 
 LISTENS = "cacheservice listens"
-
-
-class Diary(list[tuple[Any, ...]]):
-    """What happened, in its order: ("heard", channel, payload), ("missed",), ("listening_lost",) …"""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.log = Log([])
-        self.log.info = self.log.warning = self.log.error = self.logged  # type: ignore[method-assign]
-
-    def logged(self, event: str, **fields: Any) -> None:
-        self.append((event,))
-        self.log.events.append((event, fields))
-
-    def heard(self, channel: str, payload: str) -> None:
-        self.append(("heard", channel, payload))
-
-    def missed(self) -> None:
-        self.append(("missed",))
-
-    @property
-    def payloads(self) -> list[str]:
-        return [entry[2] for entry in self if entry[0] == "heard"]
 
 
 class ListenerTestCase(GuardTestCase):
@@ -884,55 +849,3 @@ class StopTests(ListenerTestCase):
         self.notify("changes", "1")
         await until(lambda: self.diary.payloads)
         await self.check_stops(listener, before)
-
-
-class ToldTests(SynchronousTestCase):
-    """What an operator is told of it."""
-
-    def setUp(self) -> None:
-        self.cache = Cache([DatasetSettings(name="things", query="SELECT 1 AS id", key="id")], lambda: 1000.0)
-
-    def told(self, wanted: bool = True, problem: str | None = None, proven_at: float | None = None) -> DatabaseStatus:
-        status = self.cache.database
-        status.listening_wanted, status.listening_problem = wanted, problem
-        status.listening, status.listening_proven_at = proven_at is not None, proven_at
-        return status
-
-    def head(self) -> str:
-        return status_table(self.cache).splitlines()[0]
-
-    def test_not_wanted(self) -> None:
-        """Where nobody waits for notifications nothing is said of them."""
-        self.assertIsNone(listening_sentence(self.cache, 1000.0))
-        self.assertNotIn("listening", self.head().lower())
-        self.assertIs(describe(self.cache)["postgres"]["listening"], False)
-
-    def test_listening(self) -> None:
-        """It says since when it is proven."""
-        self.told(proven_at=988.0)
-        self.assertEqual(
-            listening_sentence(self.cache, 1000.0),
-            "PostgreSQL tells of changes at once: listening, proven 12 s ago.",
-        )
-        self.assertTrue(self.head().endswith(", listening"), self.head())
-        self.assertIs(describe(self.cache)["postgres"]["listening"], True)
-
-    def test_broken(self) -> None:
-        """It says why, and what happens meanwhile."""
-        self.told(problem="the connection was lost")
-        self.assertEqual(
-            listening_sentence(self.cache, 1000.0),
-            "Listening is broken: the connection was lost; it is refreshed on its interval meanwhile.",
-        )
-        self.assertTrue(self.head().endswith(", NOT listening: the connection was lost"), self.head())
-
-    def test_not_begun(self) -> None:
-        """Before the first proof there is no problem to tell."""
-        self.told()
-        self.assertIn("has not begun yet", listening_sentence(self.cache, 1000.0))
-        self.assertTrue(self.head().endswith(", NOT listening yet"), self.head())
-
-    def test_only_datasets_that_wait_for_notifications_tell_of_them(self) -> None:
-        """`why` of another dataset says nothing of it."""
-        self.told(proven_at=988.0)
-        self.assertNotIn("listening", why(self.cache.dataset("things"), self.cache))

@@ -7,38 +7,20 @@ import json
 import re
 import socket
 import time
-from collections.abc import Iterable
-from contextlib import closing
-from dataclasses import replace
-from datetime import UTC, datetime
-from http.client import HTTPConnection
-from pathlib import Path
-from typing import Any, NamedTuple
 
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from prometheus_client import generate_latest
-from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
-from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 from twisted.internet import reactor
-from twisted.internet.defer import Deferred
-from twisted.internet.task import Clock, deferLater
-from twisted.trial.unittest import SynchronousTestCase, TestCase
+from twisted.internet.task import deferLater
+from twisted.trial.unittest import TestCase
 
-from cacheservice.cache.cache import Cache
-from cacheservice.cache.changes import Change
-from cacheservice.cache.counts import Histogram
-from cacheservice.cache.dataset import Attempt, Dataset, Snapshot
-from cacheservice.cache.rows import Rows, RowsBuilder
-from cacheservice.config import DatasetSettings
-from cacheservice.ops.metrics import Metrics
 from cacheservice.ops.stall import BOUNDS_S, TICK_S, StallWatch
-from cacheservice.ports.rejected import none_yet
-from tests.test_twistd import GIVE_UP_S, PRODUCTS, Daemon, DaemonTestCase, until
+from tests.kit.daemon import PRODUCTS
+from tests.kit.metrics import of_monitor_lines, of_openmetrics, of_text, place
+from tests.kit.paths import ROOT
+from tests.kit.real_service import RealServiceTestCase
+from tests.kit.waiting import GIVE_UP_S, wait_until
 
-PAGE = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text(encoding="utf-8")
-MOMENT = datetime(2026, 1, 2, 3, 4, 5, 678000, tzinfo=UTC)
+PAGE = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
 
 # What the contract names, with the kind and the labels of each. A histogram's buckets have "le" besides.
 CONTRACT = {
@@ -65,287 +47,6 @@ CONTRACT = {
     "process_open_fds": ("gauge", set()),
     "process_start_time_seconds": ("gauge", set()),
 }
-
-Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
-
-
-def series(families: Iterable[Any], *, process: bool = False) -> Series:
-    """Each sample's value by its name and labels; those of the process, which change as one looks, only if wanted."""
-    found: Series = {}
-    for family in families:
-        for sample in family.samples:
-            if process or not sample.name.startswith("process_"):
-                place = sample.name, tuple(sorted(sample.labels.items()))
-                assert place not in found, f"{place} is there twice"
-                found[place] = sample.value
-    return found
-
-
-def of_text(text: bytes) -> Series:
-    return series(parse_text(text.decode()))
-
-
-def of_openmetrics(text: bytes) -> Series:
-    """By the parser of OpenMetrics, which refuses what is out of order."""
-    return series(parse_openmetrics(text.decode()))
-
-
-def of_monitor_lines(text: str) -> Series:
-    """`key<TAB>value` lines, read as the text format once the tab is a space."""
-    assert all(line.count("\t") == 1 for line in text.split("\n"))
-    return series(parse_text(text.replace("\t", " ") + "\n"))
-
-
-def place(name: str, **labels: str) -> tuple[str, tuple[tuple[str, str], ...]]:
-    return name, tuple(sorted(labels.items()))
-
-
-def declared(name: str, **more: Any) -> DatasetSettings:
-    return DatasetSettings.model_validate(
-        {"name": name, "query": "SELECT 1 AS id", "key": "id", "interval_s": 60.0, "timeout_s": 30.0} | more
-    )
-
-
-def rows_of(count: int) -> Rows:
-    builder = RowsBuilder(lambda _: None)
-    builder.add([(b"%d" % number, b'{"id":%d}' % number) for number in range(count)])
-    return builder.finish()
-
-
-class Port(NamedTuple):
-    clients: set[int]
-    max_connections: int
-    rejected: dict[Any, int]
-
-
-class CountingClock(Clock):
-    """Counts the turns of the reactor that somebody waits for."""
-
-    turns = 0
-
-    def callLater(self, *arguments: Any) -> Any:
-        self.turns += 1
-        return super().callLater(*arguments)
-
-
-class World:
-    """Two datasets before a clock that stands still; `do` has something happen to one of them."""
-
-    def __init__(self, *names: str) -> None:
-        self.clock = CountingClock()
-        self.cache = Cache(map(declared, names or ("products", "prices")), self.clock.seconds)
-        self.lateness = Histogram(BOUNDS_S)
-        self.ports = {"resp": Port({1, 2}, 10, none_yet())}
-        self.metrics = Metrics(self.cache, self.lateness, self.ports, self.clock)
-
-    def text(self, *, openmetrics: bool = False) -> bytes:
-        coming = Deferred.fromCoroutine(self.metrics.exposition(openmetrics=openmetrics))
-        self.clock.advance(0)
-        text: bytes = coming.result
-        return text
-
-    def monitor_lines(self) -> str:
-        coming = Deferred.fromCoroutine(self.metrics.monitor_lines())
-        self.clock.advance(0)
-        lines: str = coming.result
-        return lines
-
-    def publish(self, dataset: Dataset, count: int = 3) -> None:
-        change = Change(count, 1, 2)
-        dataset.publish(
-            Snapshot(dataset.next_generation(), rows_of(count), MOMENT, self.clock.seconds(), "1:1:", change=change)
-        )
-
-    def attempt(self, dataset: Dataset, outcome: Any, took_s: float = 0.3) -> None:
-        dataset.attempted(Attempt(outcome, "interval", MOMENT, took_s))
-
-    def do(self, dataset: Dataset, what: str, number: int) -> None:
-        counts = dataset.counts
-        match what:
-            case "publish":
-                self.publish(dataset, number)
-            case "published" | "unchanged" | "held" | "failed":
-                self.attempt(dataset, what, number / 7)
-            case "hold":
-                dataset.hold("has 0 rows", 0, MOMENT)
-            case "renew" if dataset.snapshot is not None:
-                dataset.renew(replace(dataset.snapshot, read_at=self.clock.seconds()))
-            case "pin":
-                dataset.pinned = not dataset.pinned
-            case "age":
-                self.clock.advance(number * 10)
-            case "count":
-                name = ("rows_read", "missed_ticks", "differences", "save_failures")[number % 4]
-                setattr(counts, name, getattr(counts, name) + 1 + number)
-            case "read":
-                reads = counts.resp if number % 2 else counts.http
-                name = ("hits", "misses", "loading", "stale")[number // 2 % 4]
-                setattr(reads, name, getattr(reads, name) + 1 + number)
-            case "declare":
-                dataset.change(declared(dataset.name, max_age_s=100.0 + number, query=f"SELECT {number}"))
-
-
-EVENTS = [
-    "publish",
-    "published",
-    "unchanged",
-    "held",
-    "failed",
-    "hold",
-    "renew",
-    "pin",
-    "age",
-    "count",
-    "read",
-    "declare",
-]
-
-
-class Forms(SynchronousTestCase):
-    def assert_same(self, ours: Series, theirs: Series) -> None:
-        """Shows what differs alone: a diff of all of them takes seconds."""
-        places = ours.keys() | theirs.keys()
-        differing = {at: (ours.get(at), theirs.get(at)) for at in places if ours.get(at) != theirs.get(at)}
-        self.assertEqual(differing, {})
-
-    @settings(max_examples=30, deadline=None)
-    @given(st.lists(st.tuples(st.sampled_from(["products", "prices"]), st.sampled_from(EVENTS), st.integers(0, 50))))
-    def test_all_forms_tell_the_same(self, events: list[tuple[str, str, int]]) -> None:
-        """Whatever happens, and after each of it: the text, OpenMetrics, the lines of mntr, and what prometheus-client
-        makes of `collect`, hold the same series with the same values; both formats' own parsers take them.
-        """
-        world = World()
-        for name, what, number in events:
-            world.do(world.cache.dataset(name), what, number)
-            self.assert_same(of_text(world.text()), of_text(generate_latest(world.metrics)))
-        expected = of_text(generate_latest(world.metrics))
-        self.assert_same(of_text(world.text()), expected)
-        self.assert_same(of_monitor_lines(world.monitor_lines()), expected)
-        openmetrics = of_openmetrics(generate_openmetrics(world.metrics))
-        self.assert_same(of_openmetrics(world.text(openmetrics=True)), openmetrics)
-        self.assert_same(openmetrics, expected)
-        pushed = {place(sample.name, **sample.labels): sample.value for _, sample in world.metrics.samples()}
-        self.assert_same({at: value for at, value in pushed.items() if not at[0].startswith("process_")}, expected)
-
-    def test_help_and_type(self) -> None:
-        """Each family is told once, with a sentence of help and its kind, by both formats, as the library tells it."""
-        world = World()
-        world.publish(world.cache.dataset("products"))
-        for ours, theirs in (
-            (world.text(), generate_latest(world.metrics)),
-            (world.text(openmetrics=True), generate_openmetrics(world.metrics)),
-        ):
-            told, expected = ([line for line in text.splitlines() if line[:1] == b"#"] for text in (ours, theirs))
-            self.assertEqual(told, expected)
-            self.assertEqual(len(set(told)), len(told))
-
-    def test_before_the_first_load(self) -> None:
-        """What is not known yet is not there, rather than 0; what was counted is there from the start, as 0."""
-        world = World()
-        now = of_text(world.text())
-        self.assertNotIn(place("cacheservice_dataset_age_seconds", dataset="products"), now)
-        self.assertNotIn(place("cacheservice_dataset_last_success_timestamp_seconds", dataset="products"), now)
-        self.assertEqual(now[place("cacheservice_dataset_state", dataset="products", state="never_loaded")], 1)
-        self.assertEqual(now[place("cacheservice_refresh_total", dataset="products", outcome="failed")], 0)
-        self.assertEqual(now[place("cacheservice_reads_total", dataset="prices", port="http", result="hit")], 0)
-        self.assertEqual(now[place("cacheservice_rejected_total", port="resp", reason="auth_failed")], 0)
-        self.assertEqual(now[place("cacheservice_ready")], 0)
-
-    def test_the_histogram_of_refreshes(self) -> None:
-        """A bucket counts what took no longer than its bound says, the bound itself included."""
-        world = World()
-        dataset = world.cache.dataset("products")
-        for took_s in (0.01, 0.02, 0.5, 1000.0):
-            world.attempt(dataset, "published", took_s)
-        now = of_text(world.text())
-        for bound, count in (("0.01", 1), ("0.025", 2), ("0.25", 2), ("0.5", 3), ("300.0", 3), ("+Inf", 4)):
-            at = place("cacheservice_refresh_duration_seconds_bucket", dataset="products", le=bound)
-            self.assertEqual(now[at], count, bound)
-        self.assertEqual(now[place("cacheservice_refresh_duration_seconds_count", dataset="products")], 4)
-        self.assertEqual(now[place("cacheservice_refresh_duration_seconds_sum", dataset="products")], 1000.53)
-
-    def test_a_reload(self) -> None:
-        """The series of a dataset that is removed go away; those of one that comes again count on; none goes down."""
-        world = World()
-        products = world.cache.dataset("products")
-        world.publish(products, 5)
-        world.attempt(products, "published")
-        products.counts.resp.hits += 7
-        before = of_text(world.text())
-        world.cache.declare([declared("prices"), declared("flags")])
-        without = of_text(world.text())
-        named = {dict(labels).get("dataset") for _, labels in without}
-        self.assertEqual(named, {None, "prices", "flags"})
-        self.assertNotIn('dataset="products"', world.monitor_lines())
-        world.attempt(products, "failed")  # which was under way when it was removed
-        self.assertEqual(set(world.metrics._lines), {"prices", "flags"})
-        world.cache.declare([declared("prices"), declared("products", max_age_s=7.0)])
-        again = of_text(world.text())
-        counters = [at for at in before if at[0].endswith(("_total", "_bucket", "_count", "_sum"))]
-        self.assertEqual([(at, again[at]) for at in counters if again[at] < before[at]], [])
-        self.assertEqual(again[place("cacheservice_reads_total", dataset="products", port="resp", result="hit")], 7)
-        self.assertEqual(again[place("cacheservice_dataset_generation", dataset="products")], 0)
-        self.assertEqual(again[place("cacheservice_dataset_max_age_seconds", dataset="products")], 7)
-
-    def test_ready_before_they_are_asked_for(self) -> None:
-        """What an attempt changes is rendered when it ends: a scrape after it needs no more turns."""
-        world = World(*(f"d{number}" for number in range(350)))
-        world.text()
-        before = world.clock.turns
-        for dataset in world.cache.datasets.values():
-            world.publish(dataset)
-            world.attempt(dataset, "published")
-        world.text()
-        self.assertEqual(world.clock.turns, before + 1)
-
-    def test_no_turn_is_long(self) -> None:
-        """When all of many datasets have changed, the reactor has its turn after each hundred, and before them all;
-        what is removed and added meanwhile does no harm.
-        """
-        world = World(*(f"d{number}" for number in range(350)))
-        world.text()
-        self.assertEqual(world.clock.turns, 4)
-        world.text()
-        self.assertEqual(world.clock.turns, 5)
-        for dataset in world.cache.datasets.values():
-            world.publish(dataset)
-        coming = Deferred.fromCoroutine(world.metrics.exposition(openmetrics=False))
-        self.assertFalse(coming.called)
-        world.cache.declare([declared("d300"), declared("new")])
-        world.clock.advance(0)
-        self.assertEqual({dict(labels).get("dataset") for _, labels in of_text(coming.result)}, {None, "d300", "new"})
-
-
-class Stalls(SynchronousTestCase):
-    def setUp(self) -> None:
-        self.clock = Clock()
-        self.clock.advance(1000)
-        self.watch = StallWatch(self.clock)
-        self.watch.startService()
-        self.addCleanup(lambda: self.assertEqual(self.clock.getDelayedCalls(), []))
-        self.addCleanup(self.watch.stopService)
-
-    def test_ticks_in_time(self) -> None:
-        """A reactor that is there all the time is never late."""
-        for _ in range(2000):
-            self.clock.advance(TICK_S / 4)
-        self.assertEqual(sum(self.watch.lateness.counts), 500)
-        self.assertEqual(self.watch.lateness.total, 0)
-
-    @given(st.floats(0.001, 100))
-    def test_a_long_turn(self, stall_s: float) -> None:
-        """It is one late tick, later by what the turn took less at most a tick; and those that follow are in time."""
-        clock = Clock()
-        watch = StallWatch(clock)
-        watch.startService()
-        clock.advance(TICK_S)
-        before_s = watch.lateness.total
-        clock.advance(stall_s)
-        late_s = watch.lateness.total - before_s
-        self.assertTrue(stall_s - TICK_S - 1e-9 <= late_s <= stall_s + 1e-9, late_s)
-        self.assertLessEqual(sum(watch.lateness.counts), 2)
-        watch.stopService()
-        self.assertEqual(clock.getDelayedCalls(), [])
 
 
 class RealStalls(TestCase):
@@ -382,39 +83,6 @@ PROMETHEUS_ACCEPT = (
 )
 
 
-class Answer(NamedTuple):
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-
-class RealServiceTestCase(DaemonTestCase):
-    """A service under twistd, on a real PostgreSQL."""
-
-    def port_of(self, daemon: Daemon, name: str) -> int:
-        return int(daemon.event("service_started")[name].rpartition(":")[2])
-
-    def get(self, daemon: Daemon, path: str = "/metrics", method: str = "GET", **headers: str) -> Answer:
-        with closing(HTTPConnection("127.0.0.1", self.port_of(daemon, "http"), timeout=GIVE_UP_S)) as client:
-            client.request(method, path, headers={name.replace("_", "-"): value for name, value in headers.items()})
-            response = client.getresponse()
-            return Answer(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
-
-    def now(self, daemon: Daemon) -> Series:
-        return of_text(self.get(daemon).body)
-
-    def resp(self, daemon: Daemon, *requests: bytes, until_bytes: bytes) -> bytes:
-        """Send them in one go, and read until what is the end of the last answer."""
-        with socket.create_connection(("127.0.0.1", self.port_of(daemon, "resp")), timeout=GIVE_UP_S) as client:
-            client.sendall(b"".join(requests) + b"ECHO the-end\r\n")
-            received = b""
-            while not received.endswith(until_bytes):
-                part = client.recv(1 << 20)
-                assert part, received[-200:]
-                received += part
-            return received
-
-
 class RealService(RealServiceTestCase):
     def test_the_names_of_the_contract(self) -> None:
         """Each is there with its kind and its labels, in the text, in OpenMetrics, and in mntr; all are in the docs."""
@@ -448,8 +116,8 @@ class RealService(RealServiceTestCase):
     def test_what_is_counted(self) -> None:
         """Refreshes and rows of the database, reads of both ports by what they got, and who was turned away."""
         daemon = self.started(self.configuration(STEADY, PRICES, REFUSED, "[limits]\nmax_connections = 50\n"))
-        until(lambda: daemon.json()["datasets"]["refused"]["last_attempt"], "a failure")
-        until(
+        wait_until(lambda: daemon.json()["datasets"]["refused"]["last_attempt"], "a failure")
+        wait_until(
             lambda: daemon.json()["datasets"]["products"]["last_attempt"]["outcome"] == "unchanged", "a second refresh"
         )
         get = b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n"
@@ -494,7 +162,7 @@ class RealService(RealServiceTestCase):
         self.assertEqual(now[place("cacheservice_ready")], 0)
         self.assertEqual(now[place("cacheservice_connections_limit", port="resp")], 50)
         ticks = place("cacheservice_reactor_stall_seconds_count")
-        until(lambda: self.now(daemon)[ticks] > now[ticks], "another measure of the reactor")
+        wait_until(lambda: self.now(daemon)[ticks] > now[ticks], "another measure of the reactor")
 
     def test_what_is_rejected(self) -> None:
         """Too many clients, wrong passwords and tokens, and what is no request, by port and reason."""
@@ -509,7 +177,9 @@ class RealService(RealServiceTestCase):
             with socket.create_connection(("127.0.0.1", resp_port), timeout=GIVE_UP_S) as client:
                 client.sendall(said)
                 self.assertTrue(client.recv(1000).startswith(heard))
-        until(lambda: self.now(daemon)[place("cacheservice_connections", port="resp")] == 0, "the end of the clients")
+        wait_until(
+            lambda: self.now(daemon)[place("cacheservice_connections", port="resp")] == 0, "the end of the clients"
+        )
         crowd = [socket.create_connection(("127.0.0.1", resp_port), timeout=GIVE_UP_S) for _ in range(4)]
         self.assertTrue(crowd[-1].recv(1000).startswith(b"-ERR max number of clients"))
         self.assertEqual(self.get(daemon, "/v1/datasets").status, 401)

@@ -22,7 +22,6 @@ from twisted.trial.unittest import TestCase
 
 from cacheservice import shipped
 from cacheservice.cache.cache import DatabaseStatus
-from cacheservice.cache.rows import RowsBuilder
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.config import DatasetSettings
 from cacheservice.errors import LockTimeout, MigrationFailed, QueryFailed
@@ -32,9 +31,11 @@ from cacheservice.postgres.oldest import too_old
 from cacheservice.postgres.reader import create_reader
 from cacheservice.postgres.target import parse
 from cacheservice.postgres.watch import watch
-from tests import pgbouncer
-from tests.pgbouncer import running_pgbouncer
-from tests.postgres import at_least, connect, fresh_database, query
+from tests.kit import pgbouncer
+from tests.kit.datasets import rows_builder
+from tests.kit.pgbouncer import running_pgbouncer
+from tests.kit.postgres import at_least, connect, fresh_database, query
+from tests.kit.waiting import GIVE_UP_S
 
 READER = "a reader"  # quoted wherever it goes
 FOLDER = shipped.folder("migrations")
@@ -76,7 +77,6 @@ print("begins", flush=True)
 print(" ".join(migrate(dsn, Path(folder))))
 """
 NO_SUCH_USER = 54_321  # has no entry in /etc/passwd
-GIVE_UP_S = 60
 
 
 @pytest.mark.usefixtures("server")
@@ -118,7 +118,7 @@ class Migrations(TestCase):
         target = parse(self.server.dsn(READER, "wörd", self.database))
         database = Database(reactor, target, 5, DatabaseStatus())
         self.addCleanup(database.stop)
-        self.rows = RowsBuilder(lambda _: None)
+        self.rows = rows_builder()
         return database.read(DatasetSettings(name="d", query=sql, key=("id",), timeout_s=timeout_s), lambda: self.rows)
 
     def test_everything_lies_in_a_schema_of_its_own(self) -> None:

@@ -16,7 +16,7 @@ import tempfile
 import time
 import weakref
 import zlib
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -38,7 +38,7 @@ from cacheservice import clock
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset, Snapshot
 from cacheservice.cache.lag import NO_LAG
-from cacheservice.cache.rows import Groups, Rows, RowsBuilder
+from cacheservice.cache.rows import Rows
 from cacheservice.config import DatasetSettings
 from cacheservice.errors import (
     CacheServiceError,
@@ -61,13 +61,15 @@ from cacheservice.persistence.files import (
     read,
 )
 from cacheservice.persistence.store import SnapshotStore
-from tests.persistence_child import killed_after, killed_while_renewing, rows_of_generation
-from tests.postgres import PRIMARY
+from tests.kit.datasets import rows_of
+from tests.kit.logs import Log
+from tests.kit.persistence_child import killed_after, killed_while_renewing, rows_of_generation, saved_dataset
+from tests.kit.postgres import PRIMARY
+from tests.kit.waiting import GIVE_UP_S, until
 
 AS_OF = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 KILLS = int(os.environ.get("CACHESERVICE_TEST_KILLS", "30"))
 KILL_ROWS = 20_000
-GIVE_UP_S = 60.0
 GROUP = ("products", "prices")
 OF_FORMAT_3 = """
 Q1NTTkFQAANIAAABEtasTBootS/9ZCgAJQgA1lA9NWBVmwNAguAFLSMFPKT91sLaWge6KWag3uJO4nfkwkKbJCkl22JKd66mwejJ
@@ -81,16 +83,6 @@ KLUv/SQPeQAAkZLEATHECHsiaWQiOjF94ndPolQAAAAgGqy7uyi1L/0kE5kAAIKkcm93cwGqc2l6ZV9i
 Table = dict[bytes, bytes]
 
 
-def declared(name: str = "products", **more: Any) -> DatasetSettings:
-    return DatasetSettings.model_validate({"name": name, "query": "SELECT * FROM products", "key": "id"} | more)
-
-
-def rows_of(table: Iterable[tuple[bytes | None, bytes]], release: Callable[[Groups], None] = lambda _: None) -> Rows:
-    builder = RowsBuilder(release)
-    builder.add(list(table))
-    return builder.finish()
-
-
 def header_of(rows: Rows, **more: Any) -> Header:
     fields: dict[str, Any] = {
         "dataset": "products",
@@ -100,7 +92,7 @@ def header_of(rows: Rows, **more: Any) -> Header:
         "rows": rows.count,
         "size_bytes": rows.size_bytes,
         "columns": ("id", "Größe"),
-        "fingerprint": fingerprint(declared()),
+        "fingerprint": fingerprint(saved_dataset()),
     }
     return Header(**fields | more)
 
@@ -174,15 +166,15 @@ class Format(Folder):
     def test_a_fingerprint_is_of_query_and_key(self) -> None:
         """Another query or key has another fingerprint, wherever one ends and the other begins."""
         different = [
-            declared(),
-            declared(query="SELECT * FROM products "),
-            declared(key=["id", "sku"]),
-            declared(key=["sku", "id"]),
-            declared(key="id:sku"),
-            declared(key='id","sku'),
+            saved_dataset(),
+            saved_dataset(query="SELECT * FROM products "),
+            saved_dataset(key=["id", "sku"]),
+            saved_dataset(key=["sku", "id"]),
+            saved_dataset(key="id:sku"),
+            saved_dataset(key='id","sku'),
         ]
         self.assertEqual(len(set(map(fingerprint, different))), len(different))
-        self.assertEqual(fingerprint(declared(interval_s=5.0)), fingerprint(declared()))
+        self.assertEqual(fingerprint(saved_dataset(interval_s=5.0)), fingerprint(saved_dataset()))
 
     def test_a_file_of_format_3(self) -> None:
         """A file that a released version wrote is read. Its machine is not known."""
@@ -303,35 +295,9 @@ class Damage(Folder):
         return file.getvalue()
 
 
-class Log:
-    """Remembers events as (event, fields)."""
-
-    def __init__(self) -> None:
-        self.events: list[tuple[str, dict[str, Any]]] = []
-        self._bound: dict[str, Any] = {}
-
-    def bind(self, **fields: Any) -> Log:
-        bound = Log()
-        bound.events, bound._bound = self.events, self._bound | fields
-        return bound
-
-    def info(self, event: str, **fields: Any) -> None:
-        self.events.append((event, self._bound | fields))
-
-    debug = warning = error = info
-
-    def named(self, event: str) -> list[dict[str, Any]]:
-        return [fields for name, fields in self.events if name == event]
-
+class SavingLog(Log):
     def saved(self) -> list[int]:
         return [fields["generation"] for fields in self.named("snapshot_saved")]
-
-
-async def until(what: Callable[[], object]) -> None:
-    give_up_at = time.monotonic() + GIVE_UP_S
-    while not what():
-        assert time.monotonic() < give_up_at, "it never came"
-        await deferLater(reactor, 0.005)
 
 
 @contextmanager
@@ -354,7 +320,7 @@ class Running(TestCase):
         self.parent = Path(tempfile.mkdtemp(prefix="cacheservice-test-"))
         self.addCleanup(shutil.rmtree, self.parent)
         self.directory = self.parent / "snapshots"
-        self.log = Log()
+        self.log = SavingLog()
         self.wall_s = time.time
 
     snapshots: SnapshotStore | None = None
@@ -370,7 +336,7 @@ class Running(TestCase):
         """The first of those datasets, in a new cache with a new store; the previous store unlocks the directory."""
         if self.snapshots is not None:
             self.snapshots.stopService()
-        self.cache = Cache(datasets or [declared()], reactor.seconds)
+        self.cache = Cache(datasets or [saved_dataset()], reactor.seconds)
         self.snapshots = SnapshotStore(
             self.cache, self.directory, interval_s, keep, lambda _: None, reactor, self.log, self.wall_clock_s, host
         )
@@ -461,7 +427,7 @@ class Saving(Running):
     async def test_one_save_at_a_time(self) -> None:
         """However many datasets are published at once, there is one temporary file at a time, and each is saved."""
         names = ["a", "b", "c", "d"]
-        self.store(*map(declared, names))
+        self.store(*map(saved_dataset, names))
         for dataset in self.cache.datasets.values():
             self.publish(dataset, 1, noise(3000, 100))
         most = 0
@@ -474,7 +440,7 @@ class Saving(Running):
 
     async def test_keep_generations(self) -> None:
         """Of each dataset the newest ones are kept, of the others' none is touched."""
-        dataset = self.store(declared(), declared("prices"), keep=2)
+        dataset = self.store(saved_dataset(), saved_dataset("prices"), keep=2)
         await self.save(dataset, 1)
         self.publish(self.cache.dataset("prices"), 1)
         await until(lambda: len(self.log.saved()) == 2)
@@ -609,7 +575,7 @@ class Renewing(Running):
         """What another query gives is saved again under its generation, or the next start would refuse the file."""
         dataset = self.store()
         await self.save(dataset, 1)
-        other = declared(query="SELECT * FROM products -- all of them")
+        other = saved_dataset(query="SELECT * FROM products -- all of them")
         self.cache.declare([other])
         self.renew(dataset, 5)
         await until(lambda: self.log.saved() == [1, 1])
@@ -617,7 +583,7 @@ class Renewing(Running):
 
     async def test_a_group(self) -> None:
         """Where one of a group changes and another does not, both moments can be restored and gone back to."""
-        self.store(*(declared(name, group="g") for name in GROUP))
+        self.store(*(saved_dataset(name, group="g") for name in GROUP))
         products, prices = (self.cache.dataset(name) for name in GROUP)
         for dataset in (products, prices):
             self.publish(dataset, 1)
@@ -627,7 +593,7 @@ class Renewing(Running):
             self.publish(prices, 1 + seconds // 10, as_of=AS_OF + timedelta(seconds=seconds))
             await until(lambda seconds=seconds: 1 + seconds // 10 in self.log.saved())
         self.assertEqual(self.snapshots.saved(GROUP), [(1, 3), (1, 2), (1, 1)])
-        await self.restored(*(declared(name, group="g") for name in GROUP))
+        await self.restored(*(saved_dataset(name, group="g") for name in GROUP))
         snapshots = [dataset.snapshot for dataset in self.cache.datasets.values()]
         self.assertEqual([snapshot and self.generation_of(snapshot) for snapshot in snapshots], [1, 3])
         self.assertEqual({snapshot and snapshot.as_of for snapshot in snapshots}, {AS_OF + timedelta(seconds=20)})
@@ -701,7 +667,7 @@ class Failing(Running):
 
     async def test_each_kind_is_told(self) -> None:
         """Another failure than the last one is told again; of another dataset as well."""
-        dataset = self.store(declared(), declared("prices"))
+        dataset = self.store(saved_dataset(), saved_dataset("prices"))
         self.directory.write_bytes(b"a file where the folder should be")
         self.publish(dataset, 1)
         self.publish(self.cache.dataset("prices"), 1)
@@ -716,7 +682,7 @@ class Failing(Running):
 
     async def test_a_group_is_saved_whole_or_not_at_all(self) -> None:
         """If one of a group cannot be saved, nothing of the others' new moment is left, and what was saved stays."""
-        self.store(*(declared(name, group="g") for name in GROUP))
+        self.store(*(saved_dataset(name, group="g") for name in GROUP))
         for name in GROUP:
             self.publish(self.cache.dataset(name), 1)
         await until(lambda: len(self.log.saved()) == len(GROUP))
@@ -763,7 +729,7 @@ class Restoring(Running):
 
     async def save_group(self, *generations: int) -> list[DatasetSettings]:
         """Each generation is of a moment of its own."""
-        members = [declared(name, group="g") for name in GROUP]
+        members = [saved_dataset(name, group="g") for name in GROUP]
         self.store(*members, keep=5)
         for generation in generations:
             for dataset in self.cache.datasets.values():
@@ -853,18 +819,18 @@ class Restoring(Running):
 
     async def test_another_query(self) -> None:
         """Rows of another query are not served, however old: all of them are moved aside."""
-        message = await self.refused(lambda: None, declared(query="SELECT 1 AS id"), left=None)
+        message = await self.refused(lambda: None, saved_dataset(query="SELECT 1 AS id"), left=None)
         self.assertIn(
             "the query, the key, the probe, watch, settings or search_path of the dataset was changed", message
         )
 
     async def test_another_key(self) -> None:
         """Neither are rows by another key."""
-        self.assertIn("the key", await self.refused(lambda: None, declared(key=["id", "sku"]), left=None))
+        self.assertIn("the key", await self.refused(lambda: None, saved_dataset(key=["id", "sku"]), left=None))
 
     async def test_limits(self) -> None:
         """What a refresh would refuse for its size is not served from the disk."""
-        self.assertIn("max_rows = 9", await self.refused(lambda: None, declared(max_rows=9), left=None))
+        self.assertIn("max_rows = 9", await self.refused(lambda: None, saved_dataset(max_rows=9), left=None))
 
     async def test_what_cannot_be_read_stays(self) -> None:
         """A file that cannot be read now may be good: it stays, and is read when it can be."""
@@ -967,7 +933,7 @@ class Restoring(Running):
             self.assertIsNone(self.snapshot_of(dataset).age_uncertain)
             await self.snapshots.stopService()
             shutil.rmtree(self.directory)
-            self.log.events.clear()
+            self.log.lines.clear()
             self.wall_s = time.time
 
     def snapshot_of(self, dataset: Dataset | Snapshot) -> Snapshot:

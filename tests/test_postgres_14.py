@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.versions import run_database_layer
+from tests.kit.versions import run_database_layer
 
 
 def test_database_layer() -> None:

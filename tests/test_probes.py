@@ -10,10 +10,11 @@ from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from http.client import HTTPConnection, HTTPException
-from typing import Any
 
-from tests.test_metrics import RealServiceTestCase, place
-from tests.test_twistd import GIVE_UP_S, PRODUCTS, SLOW, STOP_LIMIT_S, Daemon, until
+from tests.kit.daemon import PRODUCTS, SLOW, STOP_LIMIT_S, Daemon
+from tests.kit.metrics import place
+from tests.kit.real_service import ProbesTestCase
+from tests.kit.waiting import GIVE_UP_S, wait_until
 
 LARGE = """
 [datasets.large]
@@ -34,35 +35,11 @@ root.services.insert(0, Slow())
 """
 
 
-class ProbesTestCase(RealServiceTestCase):
-    def livez(self, daemon: Daemon) -> tuple[int, Any]:
-        answer = self.get(daemon, "/livez")
-        return answer.status, json.loads(answer.body)
-
-    def readyz(self, daemon: Daemon) -> tuple[int, Any]:
-        answer = self.get(daemon, "/readyz")
-        self.assertEqual(answer.headers["cache-control"], "no-store")
-        return answer.status, json.loads(answer.body)
-
-    def assert_not_ready(self, daemon: Daemon, reasons: dict[str, str]) -> None:
-        """Both ports say so, and neither says that it is not alive."""
-        self.assertEqual(self.readyz(daemon), (503, {"status": "not ready", "not_ready": reasons}))
-        words = " ".join(f"{name}:{state}" for name, state in reasons.items())
-        self.assertEqual(daemon.ask("ready"), f"notready {words}")
-        self.assertEqual((self.livez(daemon), daemon.ask("ruok")), ((200, {"status": "alive"}), "imok"))
-        self.assertEqual(self.now(daemon)[place("cacheservice_ready")], 0)
-
-    def wait_ready(self, daemon: Daemon) -> None:
-        until(lambda: self.readyz(daemon)[0] == 200, "readiness")
-        self.assertEqual(self.readyz(daemon), (200, {"status": "ready"}))
-        self.assertEqual(daemon.ask("ready"), "ready")
-
-
 class Probes(ProbesTestCase):
     def test_before_the_first_load(self) -> None:
         """At the start it is alive, and not ready for as long as a required dataset has not been loaded."""
         daemon = self.started(self.configuration(PRODUCTS, SLOW))
-        until(lambda: daemon.generation() == 1, "the one that is quick")
+        wait_until(lambda: daemon.generation() == 1, "the one that is quick")
         self.assert_not_ready(daemon, {"slow": "never_loaded"})
 
     def test_what_is_not_required(self) -> None:
@@ -80,7 +57,7 @@ class Probes(ProbesTestCase):
         for begin, end in ((freeze, self.server.thaw), (self.server.stop, self.server.start)):
             begin()
             self.addCleanup(end)
-            until(lambda: self.readyz(daemon)[0] == 503, "the end of its age")
+            wait_until(lambda: self.readyz(daemon)[0] == 503, "the end of its age")
             self.assert_not_ready(daemon, {"products": "expired"})
             self.assertEqual(self.now(daemon)[place("cacheservice_postgres_up")], 0)
             end()
@@ -92,7 +69,7 @@ class Probes(ProbesTestCase):
         self.wait_ready(daemon)
         self.server.stop()
         self.addCleanup(self.server.start)
-        until(lambda: daemon.json()["datasets"]["products"]["state"] == "expired", "the end of its age")
+        wait_until(lambda: daemon.json()["datasets"]["products"]["state"] == "expired", "the end of its age")
         self.wait_ready(daemon)
         self.assertEqual(self.now(daemon)[place("cacheservice_ready")], 1)
         self.assertEqual(self.get(daemon, "/v1/datasets/products/rows/1").status, 200)
@@ -106,7 +83,7 @@ class Probes(ProbesTestCase):
         done = threading.Event()
         loads = [Load(daemon, work, done) for work in (self.pipe, self.pipe, self.download, self.download)]
         try:
-            until(lambda: all(load.rounds > 1 for load in loads), "the load")
+            wait_until(lambda: all(load.rounds > 1 for load in loads), "the load")
             for _ in range(100):
                 self.assertEqual(self.livez(daemon)[0], 200)
                 self.assertEqual(self.readyz(daemon), (200, {"status": "ready"}))
@@ -150,7 +127,7 @@ class Stopping(ProbesTestCase):
         daemon = self.started(self.configuration(*tables), tac=self.tac_with(SLOW_STOP))
         daemon.wait_until_ready()
         daemon.process.send_signal(signal.SIGTERM)
-        until(lambda: self.readyz(daemon)[0] == 503, "the stop")
+        wait_until(lambda: self.readyz(daemon)[0] == 503, "the stop")
         return daemon
 
     def test_what_it_says(self) -> None:
@@ -193,7 +170,7 @@ class Stopping(ProbesTestCase):
         self.wait_ready(daemon)
         self.server.stop()
         self.addCleanup(self.server.start)
-        until(lambda: daemon.json()["datasets"]["products"]["state"] == "expired", "the end of its age")
+        wait_until(lambda: daemon.json()["datasets"]["products"]["state"] == "expired", "the end of its age")
         self.wait_ready(daemon)
         self.assertEqual(self.now(daemon)[place("cacheservice_ready")], 1)
         self.assertEqual(self.get(daemon, "/v1/datasets/products/rows/1").status, 200)

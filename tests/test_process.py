@@ -3,53 +3,22 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import urllib.parse
 from pathlib import Path
-from typing import Any
 
-from twisted.trial.unittest import SynchronousTestCase
+from tests.kit import pgbouncer
+from tests.kit.daemon import PRODUCTS, QUICK, DaemonTestCase
+from tests.kit.paths import ROOT
+from tests.kit.pgbouncer import running_pgbouncer
+from tests.kit.ports import free_port
+from tests.kit.postgres import query
+from tests.kit.waiting import GIVE_UP_S, wait_until
 
-from cacheservice import config
-from cacheservice.process import log_file
-from tests import pgbouncer
-from tests.pgbouncer import running_pgbouncer
-from tests.postgres import query
-from tests.test_twistd import GIVE_UP_S, PRODUCTS, DaemonTestCase, until
-
-QUICK = """
-[datasets.products]
-query = "SELECT 1 AS id"
-key = "id"
-interval_s = 0.3
-retry_initial_s = 0.1
-retry_max_s = 0.3
-max_age_s = 600
-"""
 TO_A_FILE = ("sh", "-c", 'exec "$0" "$@" --logfile=service.log')
-
-
-class Arguments(SynchronousTestCase):
-    def test_where_twistd_was_told_to_log(self) -> None:
-        """As twistd's own options say, however they are written; nothing for another program."""
-        here = str(Path("x.log").absolute())
-        for arguments, wanted in (
-            (["/usr/bin/twistd", "-noy", "a.tac", "--pidfile="], None),
-            (["twistd", "-noy", "a.tac", "--logfile", "x.log"], here),
-            (["twistd", "--logfile=x.log", "--nodaemon", "-y", "a.tac"], here),
-            (["twistd3", "-l", "x.log", "-ny", "a.tac"], here),
-            (["twistd", "-noy", "a.tac", "-l", "-"], None),
-            (["twistd", "-oy", "a.tac"], str(Path("twistd.log").absolute())),
-            (["twistd", "--nonsense"], None),
-            (["cacheservice", "run"], None),
-            ([], None),
-        ):
-            self.assertEqual(log_file(arguments), wanted, arguments)
 
 
 class Process(DaemonTestCase):
@@ -59,14 +28,14 @@ class Process(DaemonTestCase):
             [sys.executable, "-m", "cacheservice", *arguments],
             check=False,
             cwd=self.directory,
-            env={**inherited, "PYTHONPATH": str(Path(__file__).parent.parent)},
+            env={**inherited, "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
             timeout=GIVE_UP_S,
         )
 
     def until_logged(self, path: Path, event: str) -> None:
-        until(lambda: path.exists() and f'"{event}"' in path.read_text(), event)
+        wait_until(lambda: path.exists() and f'"{event}"' in path.read_text(), event)
 
     def test_signals_of_users(self) -> None:
         """SIGUSR1 and SIGUSR2 do not end it; a line says why nothing happens."""
@@ -74,15 +43,12 @@ class Process(DaemonTestCase):
         daemon.wait_until_ready()
         for number in (signal.SIGUSR1, signal.SIGUSR2):
             daemon.process.send_signal(number)
-            until(lambda number=number: [x for x in daemon.lines if x.get("signal") == number.name], "the signal")  # type: ignore[misc]
+            wait_until(lambda number=number: [x for x in daemon.lines if x.get("signal") == number.name], "the signal")  # type: ignore[misc]
         self.assertEqual(daemon.ask("ruok"), "imok")
 
     def test_a_log_file(self) -> None:
         """twistd's --logfile gets the log; SIGUSR1 begins it again after a rotation, and no line is lost."""
-        port = socket.create_server(("127.0.0.1", 0))
-        number = port.getsockname()[1]
-        port.close()
-        daemon = self.started(self.configuration(port=number), before=TO_A_FILE)
+        daemon = self.started(self.configuration(port=free_port()), before=TO_A_FILE)
         log, old = self.directory / "service.log", self.directory / "service.log.1"
         self.until_logged(log, "service_started")
         log.rename(old)
@@ -102,8 +68,7 @@ class Process(DaemonTestCase):
 
     def test_health(self) -> None:
         """It asks where the configuration says, be that all addresses, and tells alive from ready and dead."""
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = free_port()
         text = self.configuration(dsn="postgresql://nobody@127.0.0.1:1/x", port=port)
         daemon = self.started(text.replace("[status]\n", '[status]\nhost = "::"\n'))
         daemon.event("service_started")
@@ -118,8 +83,7 @@ class Process(DaemonTestCase):
 
     def test_health_with_a_broken_file(self) -> None:
         """A broken file does not make the service that runs unhealthy; no answer names the file."""
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = free_port()
         daemon = self.started(self.configuration(port=port))
         daemon.event("service_started")
         (self.directory / "cacheservice.toml").write_text("[[[")
@@ -220,12 +184,12 @@ class RotatedSecret(DaemonTestCase):
             f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{role}'",
         )  # fmt: skip
         daemon.event("refresh_failed")
-        until(lambda: daemon.json()["postgres"]["state"] == "down", "the refusal")
+        wait_until(lambda: daemon.json()["postgres"]["state"] == "down", "the refusal")
         self.assertNotIn("dsn_read_again", [line["event"] for line in daemon.lines])
         secret.write_text(self.server.dsn(role, "second", self.database) + "\n")
         daemon.event("dsn_read_again")
-        until(lambda: daemon.json()["postgres"]["state"] == "up", "the new password")
-        until(lambda: daemon.json()["datasets"]["products"]["consecutive_failures"] == 0, "a refresh")
+        wait_until(lambda: daemon.json()["postgres"]["state"] == "up", "the new password")
+        wait_until(lambda: daemon.json()["datasets"]["products"]["consecutive_failures"] == 0, "a refresh")
         for password in ("first", "second"):
             self.assertNotIn(f":{password}@", daemon.output)
 
@@ -259,22 +223,6 @@ class RotatedSecret(DaemonTestCase):
         passwords.write_text(f"127.0.0.1:{self.server.port}:*:{role}:second\n")
         daemon.wait_until_ready()
         daemon.end()
-
-
-class ConfigurationFile(SynchronousTestCase):
-    def test_a_file_without_a_name(self) -> None:
-        """A file that was replaced where it is mounted from has no name any more, and is known by that."""
-        directory = tempfile.mkdtemp()
-        self.addCleanup(shutil.rmtree, directory)
-        path = Path(directory) / "cacheservice.toml"
-        path.write_text("")
-        self.assertFalse(config.config_file({"CACHESERVICE_CONFIG": str(path)}).is_replaced)
-        with path.open() as opened:
-            path.unlink()
-            path.write_text("")  # its successor
-            there: dict[str, Any] = {"CACHESERVICE_CONFIG": f"/proc/self/fd/{opened.fileno()}"}
-            self.assertTrue(config.config_file(there).is_replaced)
-        self.assertIsNone(config.config_file({"CACHESERVICE_CONFIG": "nowhere.toml"}).modified_at)
 
 
 def _umask() -> int:

@@ -19,9 +19,9 @@ import redis
 from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.cli.embedded import EmbeddedPostgres
-from tests.postgres import connect, fresh_database, query
+from tests.kit.paths import ROOT
+from tests.kit.postgres import connect, fresh_database, query
 
-ROOT = Path(__file__).parent.parent
 ROUNDS = 10_000
 WRITERS = 16
 ROWS = 500

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import socket
 from typing import Any
 
@@ -16,6 +14,7 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import TestCase
 
 from cacheservice.ports.listen import tcp
+from tests.kit.descriptors import open_files
 
 
 class Echo(Protocol):
@@ -43,11 +42,7 @@ class Echo(Protocol):
 
 def descriptors() -> int:
     """Open sockets and epoll sets; a reactor keeps some others of its own."""
-    targets = []
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):
-            targets.append(os.readlink(f"/proc/self/fd/{name}"))
-    return sum(target.startswith(("socket:", "anon_inode:[eventpoll]")) for target in targets)
+    return sum(target.startswith(("socket:", "anon_inode:[eventpoll]")) for target in open_files())
 
 
 class ReadersTestCase(TestCase):

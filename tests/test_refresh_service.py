@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import random
 from contextlib import closing
 from typing import Any
@@ -15,97 +14,11 @@ from twisted.internet.threads import deferToThread
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset
 from cacheservice.config import DatasetSettings
-from cacheservice.postgres.database import Database
-from cacheservice.postgres.target import parse
-from cacheservice.refresh.drain import Drain
 from cacheservice.refresh.service import CacheService
-from tests.postgres import connect, query, sessions_left
-from tests.test_guard import LONGEST_GAP_S, ONE_SLOW_ROW, GuardTestCase, held, our_timers, until
-
-ROWS = 200
-THINGS = "TABLE things"
-SLOW_THINGS = "SELECT *, pg_sleep(0.005) FROM things"
-
-
-def declare(name: str, sql: str = THINGS, **settings: Any) -> DatasetSettings:
-    """Refreshed often, retried soon."""
-    quick = {"interval_s": 0.3, "timeout_s": 20.0, "max_age_s": 60.0, "retry_initial_s": 0.1, "retry_max_s": 0.2}
-    return DatasetSettings(name=name, query=sql, key="id", jitter=0.0, **(quick | settings))
-
-
-class Log:
-    """Keeps what it is told."""
-
-    def __init__(self, events: list[tuple[str, dict[str, Any]]], **bound: Any) -> None:
-        self.events = events
-        self.bound = bound
-
-    def bind(self, **more: Any) -> Log:
-        return Log(self.events, **self.bound, **more)
-
-    def info(self, event: str, **fields: Any) -> None:
-        self.events.append((event, self.bound | fields))
-
-    debug = warning = error = info
-
-
-class ServiceTestCase(GuardTestCase):
-    """Services before a table of `ROWS` rows, whose `n` is the same in all of them at any moment."""
-
-    timeout = 90
-
-    async def setUp(self) -> None:
-        await super().setUp()
-        self.addCleanup(self.server.thaw)  # the other cleanups ask the server
-        self.sql(f"CREATE TABLE things AS SELECT i AS id, 0 AS n FROM generate_series(1, {ROWS}) AS i")
-        self.events: list[tuple[str, dict[str, Any]]] = []
-
-    def sql(self, statement: str) -> None:
-        query(self.server, self.database_name, statement)
-
-    def make_service(
-        self, *datasets: DatasetSettings, max_connections: int = 2, connect_timeout_s: float = 30.0
-    ) -> tuple[CacheService, Cache]:
-        """Reads through the faulty network; stopped at the end of the test at the latest."""
-        cache = Cache(datasets, reactor.seconds)
-        target = parse(self.server.dsn(database=self.database_name, port=self.network.port))
-        database = Database(reactor, target, connect_timeout_s, cache.database)
-        service = CacheService(
-            cache, database, max_connections, reactor, random.random, Log(self.events), Drain(reactor)
-        )
-        self.addCleanup(self.check_log)
-        self.addCleanup(database.stop)
-        self.addCleanup(lambda: service.stopService() if service.running else None)
-        return service, cache
-
-    def check_log(self) -> None:
-        """No mistake of ours, and no secret."""
-        self.assertEqual([fields for event, fields in self.events if event == "refresh_broke"], [])
-        self.assertNotIn(self.password, str(self.events))
-        gc.collect()
-        self.assertEqual(self.flushLoggedErrors(), [])
-
-    async def start_and_load(self, service: CacheService, cache: Cache) -> None:
-        service.startService()
-        await until(lambda: all(dataset.snapshot for dataset in cache.datasets.values()))
-
-    async def until_read(self, dataset: Dataset, more: int) -> None:
-        def count() -> int:
-            return dataset.outcomes["published"] + dataset.outcomes["unchanged"]
-
-        wanted = count() + more
-        await until(lambda: count() >= wanted)
-
-    async def until_failed(self, dataset: Dataset, more: int = 1) -> None:
-        wanted = dataset.outcomes["failed"] + more
-        await until(lambda: dataset.outcomes["failed"] >= wanted)
-
-    def n(self, dataset: Dataset) -> int:
-        """The `n` that all rows of the served snapshot have."""
-        documents = dict(dataset.snapshot.rows.items())
-        self.assertEqual(sorted(map(int, documents)), list(range(1, ROWS + 1)))
-        (n,) = {json.loads(document)["n"] for document in documents.values()}
-        return n
+from tests.kit.guard import LONGEST_GAP_S, ONE_SLOW_ROW, held, our_timers
+from tests.kit.postgres import connect, sessions_left
+from tests.kit.service import SLOW_THINGS, THINGS, ServiceTestCase, declare
+from tests.kit.waiting import until
 
 
 class OutageTests(ServiceTestCase):

@@ -1,4 +1,4 @@
-"""Unmodified Redis clients against the RESP port, which runs in a process of its own (tests/resp_peer.py)."""
+"""Unmodified Redis clients against the RESP port, which runs in a process of its own (tests/kit/resp_peer.py)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from twisted.trial.unittest import SynchronousTestCase
 
-from tests.resp_peer import ROWS, document
+from tests.kit.paths import ROOT
+from tests.kit.resp_peer import ROWS, document
 
 GIVE_UP_S = 120.0
 PASSWORD = "open sesame"
@@ -34,11 +35,10 @@ class Peer:
     """The program, and orders to it."""
 
     def __init__(self, *arguments: str) -> None:
-        command = [sys.executable, "-m", "tests.resp_peer", *arguments]
-        root = Path(__file__).parent.parent
+        command = [sys.executable, "-m", "tests.kit.resp_peer", *arguments]
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # `end` closes it
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, cwd=root
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, cwd=ROOT
         )
         self.port = self._answer()
 
@@ -82,7 +82,7 @@ def peer(request: pytest.FixtureRequest) -> Iterator[None]:
     assert request.cls.peer.end() == ""
 
 
-def rows_of(generation: int, count: int = ROWS) -> dict[bytes, bytes]:
+def documents_of(generation: int, count: int = ROWS) -> dict[bytes, bytes]:
     return {b"%d" % number: document(number, generation) for number in range(count)}
 
 
@@ -119,12 +119,12 @@ class RedisPy(ClientTestCase):
             self.assertEqual(client.ttl("strict:nope"), -2)
             self.assertEqual(client.hget("strict", "1"), document(1, 1))
             self.assertEqual(client.hmget("strict", ["1", "x"]), [document(1, 1), None])
-            self.assertEqual(client.hgetall("strict"), rows_of(1, 3))
+            self.assertEqual(client.hgetall("strict"), documents_of(1, 3))
             self.assertEqual(client.hgetall("empty"), {})
             self.assertEqual((client.hexists("strict", "1"), client.hexists("strict", "x")), (True, False))
             self.assertEqual((client.hlen("strict"), client.hstrlen("strict", "1")), (3, len(document(1, 1))))
-            self.assertEqual(set(client.hkeys("strict")), set(rows_of(1, 3)))
-            self.assertEqual(set(client.hvals("strict")), set(rows_of(1, 3).values()))
+            self.assertEqual(set(client.hkeys("strict")), set(documents_of(1, 3)))
+            self.assertEqual(set(client.hvals("strict")), set(documents_of(1, 3).values()))
             self.assertEqual(client.echo("x"), b"x")
 
     def test_errors(self) -> None:
@@ -181,7 +181,7 @@ class RedisPy(ClientTestCase):
         for client in self.both():
             self.assertEqual(sorted(client.scan_iter("strict*", count=7)), sorted(expected))
             self.assertEqual(list(client.scan_iter("strict*", _type="hash")), [b"strict"])
-            self.assertEqual(dict(client.hscan_iter("strict", count=1)), rows_of(1, 3))
+            self.assertEqual(dict(client.hscan_iter("strict", count=1)), documents_of(1, 3))
             everything = list(client.scan_iter(count=100))
             self.assertEqual(len(everything), len(set(everything)))
             self.assertEqual(len(everything), client.dbsize())
@@ -194,7 +194,7 @@ class RedisPy(ClientTestCase):
             found.add(key)
             if number % 100 == 0:
                 self.peer.publish("products", ROWS + number)
-        self.assertLessEqual(set(rows_of(1)), found)
+        self.assertLessEqual(set(documents_of(1)), found)
 
     def test_pipelines(self) -> None:
         """Pipelines with and without a transaction; in one, all is of one generation."""
@@ -300,7 +300,7 @@ class RedisPyAsyncio(ClientTestCase):
                 answers = await asyncio.gather(*(client.get(f"strict:{number % 3}") for number in range(100)))
                 self.assertEqual(answers, [document(number % 3, 1) for number in range(100)])
                 self.assertEqual(len([key async for key in client.scan_iter("products:*", count=100)]), ROWS)
-                self.assertEqual(await client.hgetall("strict"), rows_of(1, 3))
+                self.assertEqual(await client.hgetall("strict"), documents_of(1, 3))
                 async with client.pipeline(transaction=True) as pipeline:
                     self.assertEqual(await pipeline.hlen("strict").get("strict:1").execute(), [3, document(1, 1)])
                 async with client.pubsub(ignore_subscribe_messages=True) as pubsub:
@@ -556,14 +556,14 @@ class Node(ClientTestCase):
 
     def test_the_documented_example(self) -> None:
         """The example of docs/reading.md runs as it stands there, and gives the document."""
-        page = (Path(__file__).parent.parent / "docs" / "reading.md").read_text(encoding="utf-8")
+        page = (ROOT / "docs" / "reading.md").read_text(encoding="utf-8")
         (example,) = re.findall(r"```js\n(.*?)```", page, re.S)
         program = example.replace("6380", "PORT") + "console.log(JSON.stringify(product));"
         self.assertEqual(self.tell(program, "--input-type=module"), [json.loads(document(42, 1))])
 
     def test_the_documented_example_outlives_a_lost_connection(self) -> None:
         """With its listener the process lives when its connection is cut, and reads again."""
-        page = (Path(__file__).parent.parent / "docs" / "reading.md").read_text(encoding="utf-8")
+        page = (ROOT / "docs" / "reading.md").read_text(encoding="utf-8")
         (example,) = re.findall(r"```js\n(.*?)```", page, re.S)
         program = example.replace("6380", str(self.peer.port)).replace(
             "await cache.close();",

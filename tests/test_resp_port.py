@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import resource
@@ -13,14 +12,9 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import closing
-from pathlib import Path
-from random import Random
 from typing import Any
-from weakref import ref
 
 import hiredis
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.task import Clock, deferLater
@@ -29,83 +23,21 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Snapshot
-from cacheservice.cache.rows import RowsBuilder
 from cacheservice.ports import throttle
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.listen import tcp
 from cacheservice.ports.resp.commands import Commands
 from cacheservice.ports.resp.protocol import BYTES_PER_TURN, RespFactory, RespProtocol
-from cacheservice.ports.resp.scan import END_OF_DATASET, SortedShards, numbered, scan_rows
-from tests.postgres import PRIMARY
-from tests.resp_peer import MOMENT, ROWS, declared, document, encode, failed_attempt, filled_cache, publish
+from tests.kit.clocks import started_clock
+from tests.kit.datasets import MOMENT, rows_builder
+from tests.kit.fake_refreshes import FakeRefreshes
+from tests.kit.paths import ROOT
+from tests.kit.postgres import PRIMARY
+from tests.kit.resp import Client, Words, encode
+from tests.kit.resp_peer import ROWS, document, failed_attempt, filled_cache, publish
+from tests.kit.waiting import GIVE_UP_S, until
 
-GIVE_UP_S = 60.0  # a client that waits longer than this for its reply has hung
 MANY_ROWS = 300_000
-ROOT = Path(__file__).resolve().parent.parent
-
-Words = tuple[bytes | str | int, ...]
-
-
-async def until(true: Callable[[], object]) -> None:
-    """Wait for what has to come; trial's own time limit ends a test where it does not."""
-    while not true():
-        await deferLater(reactor, 0.01)
-
-
-class Client:
-    """A blocking client; errors are values."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.socket = connection
-        self._reader = hiredis.Reader(notEnoughData=self)
-
-    def send(self, *words: bytes | str | int) -> None:
-        self.socket.sendall(encode(*words))
-
-    def read(self) -> Any:
-        """The next reply or push.
-
-        :raises EOFError: at the end.
-        """
-        while True:
-            reply = self._reader.gets()
-            if reply is not self:
-                return str(reply) if isinstance(reply, hiredis.ReplyError) else reply
-            part = self.socket.recv(65_536)
-            if not part:
-                raise EOFError
-            self._reader.feed(part)
-
-    def ask(self, *words: bytes | str | int) -> Any:
-        self.send(*words)
-        return self.read()
-
-    def ask_all(self, commands: list[Words]) -> list[Any]:
-        """One write, all their replies."""
-        self.socket.sendall(b"".join(encode(*words) for words in commands))
-        return [self.read() for _ in commands]
-
-    def is_closed(self) -> bool:
-        """Whether the other side ends the connection, all that it still says read."""
-        try:
-            while self.socket.recv(65_536):
-                pass
-        except ConnectionError:
-            return True
-        return True
-
-
-class Refreshes:
-    """Remembers the moments asked for; a refresh publishes what `database_snapshot` is, when told to."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[str, float]] = []
-
-    def refresh_now(self, name: str) -> bool:
-        return True
-
-    def refresh_since(self, name: str, moment: float) -> None:
-        self.asked.append((name, moment))
 
 
 class PortTestCase(TestCase):
@@ -117,10 +49,9 @@ class PortTestCase(TestCase):
     clock: Any = reactor
 
     async def setUp(self) -> None:
-        self.now = Clock()  # of the datasets' ages only
-        self.now.advance(1000)
+        self.now = started_clock()  # of the datasets' ages only
         self.cache = self.make_cache()
-        self.refreshes = Refreshes()
+        self.refreshes = FakeRefreshes()
         commands = Commands(self.cache, Freshness(self.refreshes, self.cache.database, reactor), self.password)
         self.factory = RespFactory(
             self.cache,
@@ -397,8 +328,6 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-key_sets = st.sets(st.integers(0, 60), max_size=50)
-
 SCANNED = """
 import json, sys
 from twisted.internet.task import Clock
@@ -406,12 +335,14 @@ import hiredis
 from cacheservice.cache.cache import Cache
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.resp.commands import Commands
-from tests.test_resp_port import Refreshes, declared, publish
+from tests.kit.datasets import declared
+from tests.kit.fake_refreshes import FakeRefreshes
+from tests.kit.resp_peer import publish
 
 seed = int(sys.argv[1])
 names = ["one", "two", "three"][:: -1 if seed % 2 else 1]
 cache = Cache([declared(name) for name in names], Clock().seconds)
-commands = Commands(cache, Freshness(Refreshes(), cache.database, Clock()), "")
+commands = Commands(cache, Freshness(FakeRefreshes(), cache.database, Clock()), "")
 for name in names:
     publish(cache, name, range(500)[:: -1 if seed % 2 else 1])
 
@@ -444,98 +375,7 @@ def scanned_by_a_process(seed: int) -> list[dict[str, tuple[str, list[str]]]]:
     return found
 
 
-class Scans(SynchronousTestCase):
-    def setUp(self) -> None:
-        clock = Clock()
-        self.cache = Cache([declared(name) for name in ("one", "two", "three")], clock.seconds)
-        self.commands = Commands(self.cache, Freshness(Refreshes(), self.cache.database, clock), "")
-
-    def test_what_is_frozen_ends_with_its_reader(self) -> None:
-        """What a transaction reads is let go when it ends, and not only when the garbage is collected."""
-        gc.disable()
-        self.addCleanup(gc.enable)
-        frozen = ref(self.commands.frozen())
-        self.assertIsNone(frozen())
-
-    def page(self, *words: bytes | str | int) -> tuple[bytes, list[bytes]]:
-        told = [str(word).encode() if not isinstance(word, bytes) else word for word in words]
-        answer = self.commands.by_name[told[0].lower()].run(self.commands, None, told)  # type: ignore[arg-type]  # scans ask nothing of it
-        reader = hiredis.Reader()
-        reader.feed(answer if isinstance(answer, bytes) else b"".join(answer))  # type: ignore[arg-type]
-        cursor, found = reader.gets()
-        assert int(cursor) < 2**53, "some clients keep a cursor in a double"
-        return cursor, found
-
-    @settings(deadline=None)
-    @given(st.lists(key_sets, min_size=1, max_size=12), st.integers(1, 30), st.booleans())
-    def test_what_is_there_all_along(self, generations: list[set[int]], count: int, of_hash: bool) -> None:
-        """SCAN and HSCAN return every element that is there from first to last, whatever is published between pages."""
-        pending = [sorted(keys) for keys in generations]
-        for name in ("one", "two"):
-            publish(self.cache, name, (b"%d" % key for key in pending[0]))
-        all_along = set.intersection(*map(set, generations))
-        cursor, found, pages, left = b"0", [], 0, pending[1:]
-        while True:
-            words: Words = ("HSCAN", "two", cursor) if of_hash else ("SCAN", cursor)
-            cursor, page = self.page(*words, "COUNT", count)
-            found += page[::2] if of_hash else page
-            pages += 1
-            if cursor == b"0":
-                break
-            if left:
-                publish(self.cache, "two", (b"%d" % key for key in left.pop(0)))
-            assert pages < 1000
-        prefix = b"" if of_hash else b"two:"
-        self.assertLessEqual({prefix + b"%d" % key for key in all_along}, set(found))
-        if not of_hash:
-            self.assertLessEqual({b"one:%d" % key for key in pending[0]} | {b"one", b"two"}, set(found))
-        if len(generations) == 1:
-            self.assertEqual(len(found), len(set(found)), "nothing twice while nothing is published")
-
-    @settings(deadline=None)
-    @given(
-        key_sets,
-        st.integers(1, 40),
-        st.sampled_from([None, b"string", b"hash", b"zset"]),
-        st.sampled_from([b"*", b"one*", b"*1*"]),
-    )
-    def test_match_and_type(self, keys: set[int], count: int, kind: bytes | None, pattern: bytes) -> None:
-        """MATCH and TYPE leave out what they do not mean, and nothing else."""
-        publish(self.cache, "one", (b"%d" % key for key in sorted(keys)))
-        cursor, found = b"0", []
-        while True:
-            options: Words = ("TYPE", kind) if kind else ()
-            cursor, page = self.page("SCAN", cursor, "COUNT", count, "MATCH", pattern, *options)
-            found += page
-            if cursor == b"0":
-                break
-        kinds = {b"one": b"hash"} | {b"one:%d" % key: b"string" for key in keys}
-        part = {b"*": b"", b"one*": b"one", b"*1*": b"1"}[pattern]
-        hashes = {name for name, each in self.commands._datasets.items() if each.snapshot}
-        everything = kinds | dict.fromkeys(hashes, b"hash") | {b"two:%d" % k: b"string" for k in self.keys_of("two")}
-        expected = {key for key, each in everything.items() if part in key and kind in (None, each)}
-        self.assertEqual(set(found), expected)
-
-    def keys_of(self, name: str) -> set[int]:
-        snapshot = self.cache.dataset(name).snapshot
-        return {int(key) for key, _ in snapshot.rows.items()} if snapshot else set()
-
-    def test_keys_of_one_hash(self) -> None:
-        """Keys whose place is the same come in one page, and the scan goes on after them."""
-        builder = RowsBuilder(lambda shards: None)
-        builder.add([(b"%d" % number, b"x") for number in range(2000)])
-        rows = builder.finish()
-        sorted_shards = SortedShards()
-
-        def colliding(of: Any, shard: int) -> list[tuple[int, bytes]]:
-            return sorted((place & 1, key) for place, key in sorted_shards(of, shard))
-
-        place, found = 0, []
-        while place != END_OF_DATASET:
-            place, keys = scan_rows(rows, place, 1, colliding)
-            found += keys
-        self.assertEqual(sorted(found), sorted(b"%d" % number for number in range(2000)))
-
+class ScansOfProcesses(SynchronousTestCase):
     def test_a_cursor_of_another_process(self) -> None:
         """Processes page alike, whatever their hash seeds, the order of the datasets and the order of the rows.
 
@@ -552,49 +392,6 @@ class Scans(SynchronousTestCase):
                 found += some
                 page += 1
             self.assertEqual(sorted(found), sorted(wanted))
-
-    def test_a_cursor_outlives_other_datasets(self) -> None:
-        """A cursor in one dataset goes on there, whatever other datasets come, go, or stand before it."""
-        publish(self.cache, "three", range(100))
-        full = self.all_from(b"0")
-        self.assertEqual(len(full), 101)
-        cursor, first = self.page("SCAN", 0, "COUNT", 30)
-        for names in (("three",), ("new", "three", "other", "one"), ("three", "two", "one")):
-            self.cache.declare([declared(name) for name in names])
-            self.assertEqual(sorted(first + self.all_from(cursor)), sorted(full))
-
-    def all_from(self, cursor: bytes) -> list[bytes]:
-        found: list[bytes] = []
-        while True:
-            cursor, page = self.page("SCAN", cursor, "COUNT", 7)
-            found += page
-            if cursor == b"0":
-                return found
-
-    @settings(deadline=None)
-    @given(st.sets(st.binary(min_size=1, max_size=4), max_size=50))
-    def test_numbers_of_datasets(self, names: set[bytes]) -> None:
-        """Each dataset has a number of its own, never 0, in whatever order they are declared."""
-        numbers = numbered(names)
-        self.assertEqual(numbers, numbered(sorted(names, reverse=True)))
-        self.assertEqual({name for _, name in numbers}, names)
-        self.assertEqual(len({number for number, _ in numbers} - {0}), len(names))
-
-    def test_numbers_that_collide(self) -> None:
-        """Of two names with one checksum the later one takes the next number, and the other keeps its own."""
-        by_number: dict[int, list[bytes]] = {}
-        choose = Random(1)
-        for name in (choose.randbytes(8) for _ in range(10_000)):
-            by_number.setdefault(numbered([name])[0][0], []).append(name)
-        number, (first, second, *_) = next((key, each) for key, each in by_number.items() if len(each) > 1)
-        self.assertEqual(numbered([second, first]), [(number, min(first, second)), (number + 1, max(first, second))])
-
-    def test_any_cursor(self) -> None:
-        """A cursor nobody gave is answered with a page or the end, never with an error."""
-        publish(self.cache, "one", range(100))
-        for cursor in (1, 2**40 - 1, 2**40, 2**41 + 5, 2**53, 2**63, 2**64 - 1):
-            self.page("SCAN", cursor)
-            self.page("HSCAN", "one", cursor)
 
 
 class Neighbours(PortTestCase):
@@ -662,7 +459,7 @@ class Neighbours(PortTestCase):
     async def test_large_documents_take_turns(self) -> None:
         """However large the documents of a pipeline are, a turn sends a quarter of a megabyte and one of them."""
         size_bytes = 100_000
-        rows = RowsBuilder(lambda _: None)
+        rows = rows_builder()
         rows.add([(b"1", b"x" * size_bytes)])
         dataset = self.cache.dataset("products")
         dataset.publish(Snapshot(2, rows.finish(), MOMENT, self.now.seconds(), "1:1:"))

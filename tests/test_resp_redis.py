@@ -21,9 +21,12 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.ports.resp.scan import glob
-from tests.resp_peer import document, encode
+from tests.kit.paths import ROOT
+from tests.kit.ports import free_port
+from tests.kit.resp import encode
+from tests.kit.resp_peer import document
+from tests.kit.waiting import GIVE_UP_S
 
-GIVE_UP_S = 60.0
 ROWS = 20
 MARK = b"the-end-of-this-conversation"
 SEED = 20_260_102
@@ -40,11 +43,6 @@ def server_program() -> str:
         assert package.origin is not None
         found = str(Path(package.origin).parent / "bin" / "valkey-server")
     return found
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager
@@ -71,10 +69,9 @@ def real_server(*options: str) -> Iterator[int]:
 
 @contextlib.contextmanager
 def our_server(*arguments: str, log: Any = None) -> Iterator[int]:
-    """tests/resp_peer.py in a process of its own; gives its port."""
-    command = [sys.executable, "-m", "tests.resp_peer", *arguments]
-    root = Path(__file__).parent.parent
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, cwd=root) as process:
+    """tests/kit/resp_peer.py in a process of its own; gives its port."""
+    command = [sys.executable, "-m", "tests.kit.resp_peer", *arguments]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, cwd=ROOT) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         try:

@@ -3,191 +3,17 @@
 from __future__ import annotations
 
 import shutil
-import socket
-import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
-from twisted.internet.defer import Deferred
-from twisted.internet.task import Clock
-from twisted.trial.unittest import SynchronousTestCase
 
-from cacheservice import config
-from cacheservice.ports import rejected
-from cacheservice.ports.http.guard import Guard
-from cacheservice.ports.http.problem import Problem
-from cacheservice.ports.rotation import ClientSecrets, Rotation
-from cacheservice.ports.throttle import LONG_WAIT_S, SHORT_WAIT_S, Throttle
-from tests.test_process import QUICK
-from tests.test_refresh_service import Log
-from tests.test_twistd import GIVE_UP_S, Daemon, DaemonTestCase, until
-
-STARTED = ClientSecrets("old password", "old token", "old admin")
-
-
-class Pool:
-    """Threads that end when the test has them end."""
-
-    def __init__(self) -> None:
-        self.calls: list[Any] = []
-
-    def callInThreadWithCallback(self, ended: Any, call: Any, *arguments: Any, **named: Any) -> None:
-        self.calls.append((ended, lambda: call(*arguments, **named)))
-
-    def run(self) -> None:
-        calls, self.calls = self.calls, []
-        for ended, call in calls:
-            try:
-                result, succeeded = call(), True
-            except Exception as error:
-                result, succeeded = error, False
-            ended(succeeded, result)
-
-
-class Reactor(Clock):
-    def __init__(self) -> None:
-        super().__init__()
-        self.pool = Pool()
-
-    def getThreadPool(self) -> Pool:
-        return self.pool
-
-    def callFromThread(self, call: Any, *arguments: Any) -> None:
-        call(*arguments)
-
-
-class Rotating(SynchronousTestCase):
-    def setUp(self) -> None:
-        self.reactor = Reactor()
-        self.files: dict[str, str] = {}
-        self.reads = 0
-        self.events: list[tuple[str, dict[str, Any]]] = []
-        self.replaced: list[ClientSecrets] = []
-        self.rotation = self.make()
-
-    def make(self, started: ClientSecrets = STARTED, *, has_files: bool = True) -> Rotation:
-        rotation = Rotation(started, self.read, has_files=has_files, reactor=self.reactor, log=Log(self.events))
-        rotation.watch(self.replaced.append)
-        return rotation
-
-    def read(self) -> Mapping[str, str]:
-        self.reads += 1
-        return self.files
-
-    def test_once_a_second(self) -> None:
-        """All who look while it reads wait for that; the next read is a second later."""
-        looking = [self.rotation.look() for _ in range(3)]
-        self.reactor.pool.run()
-        for each in looking:
-            assert each is not None
-            self.assertIsNone(self.successResultOf(each))
-        self.reactor.advance(0.99)
-        self.assertIsNone(self.rotation.look())
-        self.reactor.advance(0.01)
-        self.assertIsNotNone(self.rotation.look())
-        self.reactor.pool.run()
-        self.assertEqual(self.reads, 2)
-
-    def test_without_files(self) -> None:
-        """Nothing is read."""
-        self.assertIsNone(self.make(has_files=False).look())
-        self.assertEqual(self.reactor.pool.calls, [])
-
-    def test_what_is_replaced(self) -> None:
-        """Each secret by its file, once; one that is empty, or was not asked for at the start, changes nothing."""
-        self.files = {"resp.password": "new", "http.token": "", "http.admin_token": "old admin"}
-        self.rotation.look()
-        self.reactor.pool.run()
-        self.assertEqual(self.replaced, [ClientSecrets("new", "old token", "old admin")])
-        self.assertEqual(
-            [(event, fields["keys"]) for event, fields in self.events], [("secrets_read_again", ["resp.password"])]
-        )
-        self.assertNotIn("new", repr(self.replaced))
-        self.reactor.advance(1)
-        self.rotation.look()
-        self.reactor.pool.run()
-        self.assertEqual(len(self.replaced), 1)
-        self.assertEqual(
-            self.make(ClientSecrets("", "t", "")).take({"resp.password": "p", "http.admin_token": "a"}), []
-        )
-
-    def test_one_token_for_both(self) -> None:
-        """A token that would be both is not used, and the log names the keys."""
-        for files in ({"http.token": "old admin"}, {"http.token": "same", "http.admin_token": "same"}):
-            self.assertEqual(self.rotation.take(files | {"resp.password": "old password"}), [])
-        self.assertEqual([event for event, _ in self.events], ["secret_not_used"] * 2)
-        # They may change places.
-        self.assertEqual(
-            self.rotation.take({"http.token": "old admin", "http.admin_token": "old token"}),
-            ["http.token", "http.admin_token"],
-        )
-
-    def test_a_reload_meanwhile(self) -> None:
-        """What was read before it ended is not used."""
-        self.files = {"http.token": "older"}
-        looking = self.rotation.look()
-        self.assertEqual(self.rotation.take({"http.token": "newer"}), ["http.token"])
-        self.reactor.pool.run()
-        assert looking is not None
-        self.successResultOf(looking)
-        self.assertEqual([each.token for each in self.replaced], ["newer"])
-
-    def test_a_bug(self) -> None:
-        """It is logged, and who waits goes on."""
-        self.patch(self, "files", None)
-        self.rotation = Rotation(STARTED, lambda: 1 / 0, has_files=True, reactor=self.reactor, log=Log(self.events))  # type: ignore[arg-type,return-value]
-        looking = self.rotation.look()
-        self.reactor.pool.run()
-        assert looking is not None
-        self.assertIsNone(self.successResultOf(looking))
-        self.assertEqual([event for event, _ in self.events], ["internal_error"])
-        self.reactor.advance(1)
-        self.assertIsNotNone(self.rotation.look())
-
-    def test_guesses(self) -> None:
-        """While the files are read a guess has its place among those that wait, so that no more are looked at."""
-        guard = Guard("old token", "", rejected.none_yet(), self.reactor, look=self.rotation.look)
-        self.rotation.watch(lambda secrets: guard.replace(secrets.token, secrets.admin_token))
-        waiting = [Deferred.fromCoroutine(guard.refuse_wrong("192.0.2.1", lambda: False)) for _ in range(32)]
-        with self.assertRaises(Problem) as refused:
-            guard.admit("192.0.2.1", b"Bearer old token")
-        self.assertEqual(refused.exception.status, 429)
-        self.reactor.pool.run()
-        self.reactor.advance(LONG_WAIT_S)
-        for each in waiting:
-            self.assertEqual(self.failureResultOf(each, Problem).value.status, 401)
-
-    def test_many_right_ones_at_once(self) -> None:
-        """Behind a proxy all clients have one address: those that turn out to be right leave no failure behind."""
-        throttle = Throttle(self.reactor.seconds)
-        for _ in range(100):
-            self.assertEqual(throttle.failed("192.0.2.1"), SHORT_WAIT_S)
-            throttle.withdraw("192.0.2.1")
-        self.assertFalse(throttle.is_full("192.0.2.1"))
-        throttle.withdraw("192.0.2.2")
-
-
-class Files(SynchronousTestCase):
-    def test_which_are_read(self) -> None:
-        """Those that variables name, without the last line end; one that cannot be read is left out."""
-        folder = Path(tempfile.mkdtemp())
-        self.addCleanup(shutil.rmtree, folder)
-        (folder / "password").write_text("hidden word\n\n")
-        (folder / "binary").write_bytes(b"\xff")
-        environ = {
-            "CACHESERVICE_RESP__PASSWORD_FILE": str(folder / "password"),
-            "CACHESERVICE_HTTP__TOKEN_FILE": str(folder / "nothing"),
-            "CACHESERVICE_HTTP__ADMIN_TOKEN_FILE": str(folder / "binary"),
-            "CACHESERVICE_POSTGRES__DSN_FILE": str(folder / "password"),
-        }
-        self.assertEqual(config.client_secrets_in_files(environ), {"resp.password": "hidden word\n"})
-        self.assertEqual(config.client_secret_files({"CACHESERVICE_RESP__PASSWORD": "x"}), {})
+from tests.kit.daemon import QUICK, Daemon, DaemonTestCase
+from tests.kit.waiting import GIVE_UP_S, wait_until
 
 
 class Clients(DaemonTestCase):
@@ -254,7 +80,7 @@ class Clients(DaemonTestCase):
             self.resp(daemon, 2).ping()
         self.rotate(2)
         # The files were read less than a second ago.
-        until(lambda: self.http(daemon, "http-secret-2") == 200, "the new token")
+        wait_until(lambda: self.http(daemon, "http-secret-2") == 200, "the new token")
         told = daemon.event("secrets_read_again")
         self.assertEqual(told["keys"], ["resp.password", "http.token", "http.admin_token"])
         self.assertTrue(self.resp(daemon, 2).ping())
@@ -293,22 +119,13 @@ class Clients(DaemonTestCase):
         """It replaces secrets at once, from whatever source; none is asked for or left out without a restart."""
         daemon = self.begun()
         self.rotate(2)
-        self.assertIn("OK reloaded", self.command("reload"))
+        self.assertIn("OK reloaded", self.admin("reload"))
         self.assertEqual(self.http(daemon, "http-secret-1"), 401)
         self.assertEqual(self.http(daemon, "http-secret-2"), 200)
         self.assertEqual(daemon.event("config_reloaded")["needs_restart"], [])
         (self.mounted / "resp").unlink()
         (self.mounted / "resp").write_text("")
-        self.assertIn("at the next start: resp.password", self.command("reload"))
+        self.assertIn("at the next start: resp.password", self.admin("reload"))
         with self.assertRaises(redis.AuthenticationError):
             redis.Redis(port=self.port(daemon, "resp"), retry=Retry(NoBackoff(), 0)).ping()
         self.assertTrue(self.resp(daemon, 2).ping())
-
-    def command(self, command: str) -> str:
-        with socket.socket(socket.AF_UNIX) as client:
-            client.settimeout(GIVE_UP_S)
-            client.connect(f"{self.directory}/admin")
-            client.sendall(f"{command}\n".encode())
-            client.shutdown(socket.SHUT_WR)
-            with client.makefile("r", encoding="utf-8") as answer:
-                return answer.read()

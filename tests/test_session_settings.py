@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping
 from contextlib import closing
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import psycopg2
 import pytest
 from twisted.internet import reactor
-from twisted.trial.unittest import SynchronousTestCase, TestCase
+from twisted.trial.unittest import TestCase
 
-from cacheservice import config
 from cacheservice.cache.cache import DatabaseStatus
-from cacheservice.cache.rows import RowsBuilder
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.config import DatasetSettings, PostgresSettings
-from cacheservice.errors import ConfigError
-from cacheservice.persistence.files import fingerprint
 from cacheservice.postgres.database import Database
 from cacheservice.postgres.inspect import inspecting
 from cacheservice.postgres.target import parse
-from tests import pgbouncer
-from tests.pgbouncer import running_pgbouncer
-from tests.postgres import fresh_database, query
+from tests.kit import pgbouncer
+from tests.kit.datasets import rows_builder
+from tests.kit.pgbouncer import running_pgbouncer
+from tests.kit.postgres import fresh_database, query
 
 # One column for each setting that is pinned, by its name; the others of the test are PostgreSQL's defaults.
 RENDERED = """
@@ -107,7 +101,7 @@ class SessionSettingsTestCase(TestCase):
         database = Database(reactor, parse(dsn), 60.0, DatabaseStatus())
         self.addCleanup(database.stop)
         settings = {"name": "things", "query": sql, "key": "id", "timeout_s": 60.0, **more}
-        reading = await database.read(DatasetSettings.model_validate(settings), lambda: RowsBuilder(print))
+        reading = await database.read(DatasetSettings.model_validate(settings), rows_builder)
         self.assertGreater(reading.as_of.year, 2024)
         assert reading.rows is not None
         ((_, document),) = reading.rows.finish().items()
@@ -246,80 +240,3 @@ class Paths(SessionSettingsTestCase):
         (problem,) = self.look("SELECT id, upper('a') AS u FROM public.things")
         self.assertIn("function ext.upper(text) is found with it alone", problem)
         self.assertEqual(self.look("SELECT id FROM public.things AS x"), [])
-
-
-class Declared(SynchronousTestCase):
-    def load(self, toml: str) -> config.Settings:
-        with TemporaryDirectory() as directory, contextlib.chdir(directory):
-            Path("cacheservice.toml").write_text(f'[postgres]\ndsn = "host=db"\n{toml}', encoding="utf-8")
-            return config.load({}, lambda _: None)
-
-    def problems(self, toml: str) -> list[str]:
-        with self.assertRaises(ConfigError) as caught:
-            self.load(toml)
-        return [problem.removeprefix("cacheservice.toml: ") for problem in caught.exception.problems]
-
-    DATASET = '[datasets.a]\nquery = "SELECT 1 AS id"\nkey = "id"\n'
-
-    def test_what_a_dataset_takes_from_the_service(self) -> None:
-        """A dataset has the settings of [postgres], then of [defaults], then its own; of search_path the nearest."""
-        general = 'search_path = "a"\nsettings = {TimeZone = "UTC", jit = false, work_mem = 4096}\n'
-        loaded = self.load(f'{general}{self.DATASET}settings = {{timezone = "Asia/Kolkata"}}').datasets["a"]
-        self.assertEqual(loaded.settings, {"jit": "off", "work_mem": "4096", "timezone": "Asia/Kolkata"})
-        self.assertEqual(loaded.search_path, "a, pg_temp")
-        loaded = self.load(f'{general}[defaults]\nsearch_path = "b, pg_temp"\n{self.DATASET}').datasets["a"]
-        self.assertEqual(loaded.search_path, "b, pg_temp")
-        self.assertEqual(self.load(self.DATASET).datasets["a"].search_path, "pg_catalog, public, pg_temp")
-
-    def test_what_is_refused(self) -> None:
-        """What would break the service is refused with the reason, and so is a name or a list that cannot be one."""
-        for name, reason in {
-            "statement_timeout": "the service sets it for each transaction, by timeout_s",
-            "SEARCH_PATH": "it has a key of its own: search_path",
-            "client_encoding": "documents are UTF-8",
-            "role": "log in as that role, in postgres.dsn",
-        }.items():
-            self.assertEqual(
-                self.problems(f"settings = {{{name} = 'x'}}\n{self.DATASET}"),
-                [f"postgres.settings: {name} is not to be chosen here: {reason}"],
-            )
-        self.assertEqual(
-            self.problems(f"{self.DATASET}settings = {{'a; DROP TABLE b' = 'x'}}"),
-            ["datasets.a.settings: 'a; DROP TABLE b' is not the name of a setting of PostgreSQL"],
-        )
-        self.assertEqual(
-            self.problems(f"{self.DATASET}settings = {{jit = 'on', JIT = 'off'}}"),
-            ["datasets.a.settings: jit is chosen twice"],
-        )
-        self.assertEqual(
-            self.problems(f"{self.DATASET}settings = {{jit = []}}"),
-            ["datasets.a.settings: jit must be text, a number, true or false"],
-        )
-        self.assertEqual(
-            self.problems(f"search_path = 'public; DROP TABLE b'\n{self.DATASET}"),
-            ['postgres.search_path: must be schemas as SQL writes them, such as "pg_catalog, public, ext"'],
-        )
-
-    def test_a_group_has_one_transaction(self) -> None:
-        """The datasets of a group have the same settings and search_path."""
-        other = self.DATASET.replace("[datasets.a]", "[datasets.b]")
-        group = 'group = "g"\n'
-        self.assertEqual(
-            self.problems(f'{self.DATASET}{group}{other}{group}search_path = "ext"\nsettings = {{jit = "off"}}'),
-            [
-                f"datasets.b.{key}: must be as that of a, which is in the same group, and is read with it"
-                for key in ("search_path", "settings")
-            ],
-        )
-
-    def test_what_was_saved_is_of_the_same_settings(self) -> None:
-        """A snapshot saved under other settings or another search_path is not restored."""
-        plain = self.load(self.DATASET).datasets["a"]
-        others = [
-            self.load(f"{self.DATASET}{more}").datasets["a"]
-            for more in ('settings = {TimeZone = "Europe/Berlin"}', 'search_path = "ext"')
-        ]
-        self.assertEqual(len({fingerprint(each) for each in [plain, *others]}), 3)
-        self.assertEqual(
-            fingerprint(plain), fingerprint(DatasetSettings(name="a", query="SELECT 1 AS id", key=("id",)))
-        )

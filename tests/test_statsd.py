@@ -5,38 +5,24 @@ from __future__ import annotations
 import gc
 import socket
 from collections import Counter
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 from typing import Any
 
-from hypothesis import given
-from hypothesis import strategies as st
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.protocol import DatagramProtocol
 from twisted.internet.task import Clock, deferLater
-from twisted.trial.unittest import SynchronousTestCase, TestCase
+from twisted.trial.unittest import TestCase
 
 from cacheservice.errors import DatabaseUnavailable
-from cacheservice.ops.statsd import MOST_PACKET_BYTES, StatsD, packets
-from tests.test_metrics import World, declared
-from tests.test_twistd import GIVE_UP_S, DaemonTestCase
-from tests.test_twistd import until as wait_until
+from cacheservice.ops.statsd import MOST_PACKET_BYTES, StatsD
+from tests.kit.daemon import DaemonTestCase
+from tests.kit.datasets import declared
+from tests.kit.logs import Log
+from tests.kit.metrics import World
+from tests.kit.waiting import GIVE_UP_S, until, wait_until
 
 INTERVAL_S = 0.02
-
-
-class Packets(SynchronousTestCase):
-    @given(st.lists(st.integers(1, 700), min_size=3))
-    def test_as_many_lines_as_fit(self, sizes: list[int]) -> None:
-        """All lines arrive, in their order; no packet is too large; none could have held the next one's first line."""
-        lines = [f"é{'x' * size}" for size in sizes]
-        sent = list(packets(lines))
-        self.assertEqual([line for packet in sent for line in packet.decode().split("\n")], lines)
-        self.assertTrue(all(len(packet) <= MOST_PACKET_BYTES for packet in sent))
-        for packet, following in pairwise(sent):
-            first = following.split(b"\n")[0]
-            self.assertGreater(len(packet) + 1 + len(first), MOST_PACKET_BYTES)
 
 
 class Listener(DatagramProtocol):
@@ -59,26 +45,6 @@ class Listener(DatagramProtocol):
             else:
                 assert kind == "c", line
                 self.counters[name] += float(value)  # type: ignore[assignment]
-
-
-class Log:
-    def __init__(self) -> None:
-        self.events: list[tuple[str, dict[str, Any]]] = []
-
-    def info(self, event: str, **fields: Any) -> None:
-        self.events.append((event, fields))
-
-    warning = error = info
-
-    @property
-    def names(self) -> list[str]:
-        return [event for event, _ in self.events]
-
-
-async def until(true: Callable[[], object]) -> None:
-    """Wait for what has to come; trial's own time limit ends a test where it does not."""
-    while not true():
-        await deferLater(reactor, 0.005)
 
 
 class PushTestCase(TestCase):
@@ -174,7 +140,7 @@ class Problems(PushTestCase):
         listener, port = self.listen()
         await listener.transport.stopListening()
         self.start(port)
-        await until(lambda: self.log.names)
+        await until(self.log.names)
         await deferLater(reactor, 10 * INTERVAL_S)
         ((event, fields),) = self.log.events
         self.assertEqual((event, fields["error"]), ("statsd_unreachable", "connection refused"))
@@ -183,7 +149,7 @@ class Problems(PushTestCase):
         await until(lambda: len(self.log.events) > 1)
         listener.packets.clear()
         await until(lambda: len(listener.packets) > 5)
-        self.assertEqual(self.log.names, ["statsd_unreachable", "statsd_recovered"])
+        self.assertEqual(self.log.names(), ["statsd_unreachable", "statsd_recovered"])
 
     async def test_an_unknown_name(self) -> None:
         """A name that cannot be found is told once and looked up again each time, off the reactor; then it is sent."""
@@ -197,7 +163,7 @@ class Problems(PushTestCase):
         self.address = "127.0.0.1"
         await until(lambda: listener.gauges)
         await until(lambda: len(self.log.events) > 1)
-        self.assertEqual(self.log.names, ["statsd_unreachable", "statsd_recovered"])
+        self.assertEqual(self.log.names(), ["statsd_unreachable", "statsd_recovered"])
 
     async def test_a_name_that_moves(self) -> None:
         """Metrics go to the address that the name has now."""
@@ -212,9 +178,9 @@ class Problems(PushTestCase):
     async def test_no_way_there(self) -> None:
         """An address that this machine may not send to is a problem as any other, told once."""
         self.start(8125, "255.255.255.255")
-        await until(lambda: self.log.names)
+        await until(self.log.names)
         await deferLater(reactor, 10 * INTERVAL_S)
-        self.assertEqual(self.log.names, ["statsd_unreachable"])
+        self.assertEqual(self.log.names(), ["statsd_unreachable"])
 
     async def test_over_ipv6(self) -> None:
         """An address of IPv6 works as well."""
@@ -232,7 +198,7 @@ class Problems(PushTestCase):
         await until(lambda: listener.packets)
         broken = self.world.cache.dataset("products")
         counts, broken.counts = broken.counts, None
-        await until(lambda: "internal_error" in self.log.names)
+        await until(lambda: "internal_error" in self.log.names())
         broken.counts = counts
         listener.packets.clear()
         await until(lambda: len(listener.packets) > 3)

@@ -15,69 +15,34 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import closing
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
-from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import IListeningPort
-from twisted.internet.task import Clock, deferLater
-from twisted.internet.testing import StringTransport
+from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
-from twisted.python.failure import Failure
-from twisted.trial.unittest import SynchronousTestCase, TestCase
+from twisted.trial.unittest import TestCase
 
 from cacheservice import __version__
-from cacheservice.cache.cache import Cache
 from cacheservice.cache.counts import Histogram
 from cacheservice.cache.dataset import Attempt, Snapshot
-from cacheservice.cache.rows import RowsBuilder
-from cacheservice.config import DatasetSettings
-from cacheservice.errors import Blocker, PortUnavailable, UnknownDataset
+from cacheservice.errors import PortUnavailable, UnknownDataset
 from cacheservice.ops.metrics import Metrics, ServedPort
 from cacheservice.ops.stall import BOUNDS_S
 from cacheservice.ports.listen import PortService, tcp, unix
 from cacheservice.ports.status import MAX_LINE_BYTES, Commands, StatusFactory, StatusProtocol
-
-MOMENT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
-BLOCKER = Blocker(42, "app", "psql", "AccessExclusiveLock", "public.products", MOMENT, "idle in transaction", "UPDATE")
-GIVE_UP_S = 60.0  # a client that waits longer than this for its reply has hung
+from tests.kit.datasets import MOMENT, declared, rows_builder, rows_of
+from tests.kit.http import read_to_the_end
+from tests.kit.status_port import filled_cache
+from tests.kit.waiting import GIVE_UP_S, until
 
 # What a connected client does with its socket.
 Conversation = Callable[[socket.socket], Any]
 
 
-def declared(name: str) -> DatasetSettings:
-    return DatasetSettings.model_validate({"name": name, "query": "SELECT 1 AS id", "key": "id", "interval_s": 60.0})
-
-
-def filled_cache(more: int = 0) -> Cache:
-    """products: loaded 12 s ago. prices: failed twice, never loaded. `more` that nobody has tried yet."""
-    clock = Clock()
-    clock.advance(1000)
-    names = ["products", "prices", *(f"more_{number}" for number in range(more))]
-    cache = Cache([declared(name) for name in names], clock.seconds)
-    rows = RowsBuilder(lambda _: None)
-    rows.add([(b"1", b'{"id":1}'), (b"2", b'{"id":2}')])
-    products, prices = cache.dataset("products"), cache.dataset("prices")
-    products.attempted(Attempt("failed", "start", MOMENT, 1.0, None, "connection refused", "look"))
-    products.publish(Snapshot(3, rows.finish(), MOMENT, 1000.0, "1:1:"))
-    products.attempted(Attempt("published", "retry", MOMENT, 0.5, 2))
-    products.next_refresh_at = 1060.0
-    for _ in range(2):
-        lock = Attempt("failed", "retry", MOMENT, 27.0, None, "a lock was not granted", "end that session", (BLOCKER,))
-        prices.attempted(lock)
-    prices.next_refresh_at = 1016.0
-    cache.database.failed("connection refused")
-    clock.advance(12.3456)
-    return cache
-
-
-class FakeRefreshes:
+class AdminRefreshes:
     """Remembers who was asked for; `running` are those that one follows."""
 
     def __init__(self) -> None:
@@ -95,11 +60,8 @@ class FakeRefreshes:
         self.accepted.append(name)
 
 
-def read_to_the_end(client: socket.socket) -> str:
-    parts = []
-    while part := client.recv(65_536):
-        parts.append(part)
-    return b"".join(parts).decode()
+def read_text(client: socket.socket) -> str:
+    return read_to_the_end(client).decode()
 
 
 def sending(data: bytes, *, half_close: bool = False) -> Conversation:
@@ -109,15 +71,9 @@ def sending(data: bytes, *, half_close: bool = False) -> Conversation:
         client.sendall(data)
         if half_close:
             client.shutdown(socket.SHUT_WR)
-        return read_to_the_end(client)
+        return read_text(client)
 
     return converse
-
-
-async def until(true: Callable[[], object]) -> None:
-    """Wait for what has to come; trial's own time limit ends a test where it does not."""
-    while not true():
-        await deferLater(reactor, 0.01)
 
 
 class PortTestCase(TestCase):
@@ -172,9 +128,9 @@ class Replies(PortTestCase):
     async def test_ready(self) -> None:
         """ready says ready, or notready with each dataset that is why, and its state."""
         await self.assert_asks("ready", "notready prices:never_loaded")
-        self.cache.dataset("prices").publish(Snapshot(1, RowsBuilder(lambda _: None).finish(), MOMENT, 1000.0, ""))
+        self.cache.dataset("prices").publish(Snapshot(1, rows_of({}), MOMENT, 1000.0, ""))
         await self.assert_asks("ready", "ready")
-        self.cache.dataset("prices").publish(Snapshot(2, RowsBuilder(lambda _: None).finish(), MOMENT, 1.0, ""))
+        self.cache.dataset("prices").publish(Snapshot(2, rows_of({}), MOMENT, 1.0, ""))
         await self.assert_asks("ready", "ready")
         self.cache.dataset("prices").change(declared("prices").model_copy(update={"on_expired": "refuse"}))
         await self.assert_asks("ready", "notready prices:expired")
@@ -207,7 +163,7 @@ class Replies(PortTestCase):
         """The table says who reads, how far, and who waits for a connection."""
         products, prices = self.cache.dataset("products"), self.cache.dataset("prices")
         products.refreshing = prices.refreshing = True
-        products.loading, products.expected_rows = RowsBuilder(lambda _: None), 2000
+        products.loading, products.expected_rows = rows_builder(), 2000
         products.loading.add([(b"%d" % number, b"{}") for number in range(1500)])
         _, reading, waiting = (await self.ask("status")).split("\n")
         self.assertIn("  reading, 1,500 of 2,000 rows  ", reading)
@@ -215,7 +171,7 @@ class Replies(PortTestCase):
 
     async def test_status_is_a_line_a_dataset(self) -> None:
         """Whatever a result's key or an error holds, the table has one line for each dataset."""
-        rows = RowsBuilder(lambda _: None)
+        rows = rows_builder()
         bad = b"a\nb\r\n\x85\xe2\x80\xa8\x1b[2J\t|"
         try:
             rows.add([(bad, b"1"), (bad, b"2")])
@@ -329,7 +285,7 @@ class Replies(PortTestCase):
     async def test_json_while_reading(self) -> None:
         """progress is there while a dataset is read: the rows so far, and those expected if anybody knows."""
         products = self.cache.dataset("products")
-        products.loading = RowsBuilder(lambda _: None)
+        products.loading = rows_builder()
         for expected in (None, 7):
             products.expected_rows = expected
             progress = json.loads(await self.ask("json"))["datasets"]["products"]["progress"]
@@ -544,7 +500,7 @@ class Lines(PortTestCase):
             for byte in b"ruok;version\r\n":
                 client.sendall(bytes([byte]))
                 time.sleep(0.001)
-            return read_to_the_end(client)
+            return read_text(client)
 
         self.assertEqual(await self.converse(converse), f"imok\ncacheservice {__version__}\n")
 
@@ -593,7 +549,7 @@ class Load(PortTestCase):
             data = b"prompt\n" + b"json\n" * lines + b"quit\n"
             client.sendall(data)
             sent.wait()
-            replies = read_to_the_end(client)
+            replies = read_text(client)
             return replies.count("\n\n")
 
         def held_bytes(client: StatusProtocol) -> int:
@@ -616,7 +572,7 @@ class Load(PortTestCase):
         def read_slowly(client: socket.socket) -> str:
             client.sendall(b";".join([b"json"] * 50) + b"\n")
             time.sleep(3)
-            return read_to_the_end(client)
+            return read_text(client)
 
         replies = (await self.converse(read_slowly)).splitlines()
         self.assertEqual([len(json.loads(reply)["datasets"]) for reply in replies], [302] * 50)
@@ -645,16 +601,14 @@ class FewConnections(PortTestCase):
         for client in held:
             self.addCleanup(client.close)
         await until(lambda: len(self.factory.clients) == 2)
-        self.assertEqual(await self.converse(read_to_the_end), "ERROR too many connections, the limit is 2\n")
+        self.assertEqual(await self.converse(read_text), "ERROR too many connections, the limit is 2\n")
         waiting = [await deferToThread(self.connect) for _ in range(50)]
         for client in waiting:
             self.addCleanup(client.close)
         for _ in range(3):
             await self.assert_asks("ruok", "imok")
             await self.assert_asks("ready", "notready prices:never_loaded")
-        self.assertEqual(
-            await deferToThread(read_to_the_end, waiting[0]), "ERROR too many connections, the limit is 2\n"
-        )
+        self.assertEqual(await deferToThread(read_text, waiting[0]), "ERROR too many connections, the limit is 2\n")
         await until(lambda: len(self.factory.clients) <= 2 + 16)
         self.assertGreaterEqual(self.factory.rejected["too_many_connections"], 35)
 
@@ -669,7 +623,7 @@ class ShortPatience(PortTestCase):
             def converse(client: socket.socket) -> bool:
                 client.sendall(first)
                 with contextlib.suppress(ConnectionResetError):
-                    read_to_the_end(client)
+                    read_text(client)
                 return True
 
             return converse
@@ -712,7 +666,7 @@ class ShortPatience(PortTestCase):
 
 class Admin(PortTestCase):
     def make_factory(self, commands: Commands) -> StatusFactory:
-        self.refreshes = FakeRefreshes()
+        self.refreshes = AdminRefreshes()
         return super().make_factory(Commands(self.cache, self.refreshes))
 
     def listen(self) -> IListeningPort:
@@ -885,124 +839,3 @@ class InTheWay(TestCase):
             again.privilegedStartService()
             await again.stopService()
         await until(lambda: not self.factory.clients)
-
-
-class Wire(StringTransport):
-    """A transport that can close either way, as TCP's does."""
-
-    protocol: StatusProtocol
-    open = True
-
-    def loseWriteConnection(self) -> None:
-        self.protocol.writeConnectionLost()
-
-    def loseConnection(self) -> None:
-        self.abortConnection()
-
-    def abortConnection(self) -> None:
-        if self.open:
-            self.open = False
-            self.protocol.connectionLost(Failure(ConnectionDone()))
-
-    @property
-    def reading(self) -> bool:
-        return self.open and self.producerState == "producing"
-
-
-WORDS = [
-    b"prompt",
-    b"quit",
-    b"ruok",
-    b"json",
-    b"show products",
-    b"why prices",
-    b"show ",
-    b";",
-    b"\n",
-    b"\r\n",
-    b" ",
-    b"\0",
-]
-
-
-class AnyBytes(SynchronousTestCase):
-    def setUp(self) -> None:
-        self.clock = Clock()
-        self.factory = StatusFactory(Commands(filled_cache()), 10, 60.0, self.clock)
-        self.addCleanup(lambda: self.assertEqual(self.clock.getDelayedCalls(), []))
-
-    def talk(self, chunks: list[bytes]) -> list[str]:
-        """What the server says to the chunks and the end of input after them, until the connection is closed."""
-        protocol = self.factory.buildProtocol(None)
-        wire = Wire()
-        wire.protocol = protocol
-        protocol.makeConnection(wire)
-        for chunk in chunks:
-            while wire.open and not wire.reading:
-                self.clock.advance(0.001)
-            if wire.open:
-                protocol.dataReceived(chunk)
-        while wire.open and not wire.reading:
-            self.clock.advance(0.001)
-        if wire.open:
-            protocol.readConnectionLost()
-        self.clock.advance(10)
-        self.assertFalse(wire.open)
-        self.assertEqual((self.factory.clients, self.flushLoggedErrors()), (set(), []))
-        return wire.value().decode().split("\n")
-
-    @settings(deadline=None)
-    @given(st.lists(st.binary(max_size=600), max_size=8))
-    def test_garbage(self, chunks: list[bytes]) -> None:
-        """Any bytes get ERROR lines at most, no traceback, and the end of the connection."""
-        for line in self.talk(chunks):
-            self.assertTrue(line == "" or line.startswith("ERROR "), line)
-
-    @settings(deadline=None)
-    @given(st.lists(st.sampled_from(WORDS) | st.binary(max_size=4), max_size=60), st.integers(1, 100))
-    def test_half_sensible(self, words: list[bytes], chunk_bytes: int) -> None:
-        """Commands and garbage mixed, cut anywhere, break nothing, and give the same replies however they are cut."""
-        data = b"".join(words)
-        cut = [data[start : start + chunk_bytes] for start in range(0, len(data), chunk_bytes)]
-        self.assertEqual(self.talk(cut), self.talk([data]))
-
-
-class Timeouts(SynchronousTestCase):
-    def setUp(self) -> None:
-        self.clock = Clock()
-        self.factory = StatusFactory(Commands(filled_cache()), 10, 60.0, self.clock)
-        self.protocol = self.factory.buildProtocol(None)
-        self.wire = Wire()
-        self.wire.protocol = self.protocol
-        self.protocol.makeConnection(self.wire)
-        self.addCleanup(lambda: self.assertEqual(self.clock.getDelayedCalls(), []))
-
-    def test_each_line_counts(self) -> None:
-        """Each line starts the idle timeout anew; the first silence that lasts as long ends the connection."""
-        self.protocol.dataReceived(b"prompt\n")
-        for _ in range(5):
-            self.clock.advance(59)
-            self.protocol.dataReceived(b"ruok\n")
-            self.protocol.dataReceived(b"half a li")
-            self.protocol.dataReceived(b"ne\n")
-            self.clock.advance(0)
-        self.clock.advance(59)
-        self.assertTrue(self.wire.open)
-        self.clock.advance(1)
-        self.assertFalse(self.wire.open)
-
-    def test_a_client_that_does_not_close(self) -> None:
-        """After the last word a client that does not close is dropped soon."""
-        self.protocol.dataReceived(b"ruok\n")
-        self.assertTrue(self.wire.open)
-        self.clock.advance(5)
-        self.assertFalse(self.wire.open)
-
-    def test_a_bug_in_a_command(self) -> None:
-        """A command that raises what nobody expected is an ERROR line and a traceback in the log."""
-        self.factory.commands._questions["ruok"] = lambda: str(1 // 0)
-        self.protocol.dataReceived(b"ruok;version\n")
-        said = f"ERROR an internal error; its traceback is in the log\ncacheservice {__version__}\n"
-        self.assertEqual(self.wire.value().decode(), said)
-        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
-        self.clock.advance(5)

@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from twisted.trial.unittest import SynchronousTestCase
-
-from cacheservice.cli.asking import Address, Answer
-from cacheservice.cli.embedded import _free_port
-from cacheservice.cli.tail import Event, Follower, in_words
-from cacheservice.errors import NoAnswer
-from tests.postgres import query
-from tests.test_status_command import GOOD, ITEMS, CommandLine
-from tests.test_twistd import GIVE_UP_S, until
+from tests.kit.command_line import GOOD, ITEMS, CommandLine
+from tests.kit.ports import free_port
+from tests.kit.postgres import query
+from tests.kit.waiting import GIVE_UP_S, wait_until
 
 # Each NOTIFY makes a generation.
 TOLD = """
@@ -36,14 +26,12 @@ interval_s = 600
 notify = "told"
 """
 PUBLISHES = 30
-module = sys.modules[Follower.__module__]
-"""The package has the command under that name."""
 
 
 class Tail(CommandLine):
     def setUp(self) -> None:
         super().setUp()
-        self.resp_port = _free_port()
+        self.resp_port = free_port()
 
     def configuration(self, *tables: str, **options: Any) -> str:
         return super().configuration(*tables, **options).replace("[resp]\nport = 0", f"[resp]\nport = {self.resp_port}")
@@ -99,7 +87,9 @@ class Tail(CommandLine):
             for _ in range(PUBLISHES):
                 generation = daemon.json()["datasets"]["told"]["generation"]
                 query(self.server, self.database, "NOTIFY told")
-                until(lambda before=generation: daemon.json()["datasets"]["told"]["generation"] > before, "a publish")
+                wait_until(
+                    lambda before=generation: daemon.json()["datasets"]["told"]["generation"] > before, "a publish"
+                )
             last = daemon.json()["datasets"]["told"]["generation"]
             self.assertGreater(last, PUBLISHES)
             while seen[-1] < last:
@@ -112,13 +102,13 @@ class Tail(CommandLine):
         """Where it cannot subscribe it says so once, and tells by the numbers how many publishes it saw no more of."""
         daemon = self.service(TOLD)
         daemon.wait_until_ready()
-        with self.tail("--resp-port", str(_free_port())) as tail:
+        with self.tail("--resp-port", str(free_port())) as tail:
             first = last = self.publish_until_told(tail)
             told = 1
             for _ in range(PUBLISHES):
                 query(self.server, self.database, "NOTIFY told")
             time.sleep(1)
-            until(lambda: not daemon.json()["datasets"]["told"]["refreshing"], "the last refresh")
+            wait_until(lambda: not daemon.json()["datasets"]["told"]["refreshing"], "the last refresh")
             newest = daemon.json()["datasets"]["told"]["generation"]
             while last < newest:
                 event = self.next_event(tail, "refresh_published")
@@ -143,7 +133,7 @@ class Tail(CommandLine):
             self.assertEqual(self.next_event(tail, "service_restarted")["pid"], again.json()["service"]["pid"])
             # What was published while nobody was connected, the numbers tell: all of them are accounted for.
             query(self.server, self.database, "NOTIFY told")
-            until(lambda: again.json()["datasets"]["told"]["generation"] > 1, "a publish")
+            wait_until(lambda: again.json()["datasets"]["told"]["generation"] > 1, "a publish")
             last = again.json()["datasets"]["told"]["generation"]
             told = []
             while not told or told[-1] < last:
@@ -174,7 +164,7 @@ class Tail(CommandLine):
         told = self.command("tail", "goof")
         self.assertEqual((told.returncode, told.stdout), (1, ""))
         self.assertEqual(told.stderr, "cacheservice: unknown dataset 'goof'; 'cacheservice status' shows them all\n")
-        told = self.command("tail", "--port", str(_free_port()))
+        told = self.command("tail", "--port", str(free_port()))
         self.assertRegex(told.stderr, r"^cacheservice: no answer from \S+: .*\n$")
 
 
@@ -186,123 +176,3 @@ connection.autocommit = True
 while not select.select([sys.stdin], [], [], 0.3)[0]:
     connection.cursor().execute("NOTIFY told")
 """
-
-
-def answer(generation: int, pid: int = 1, **fields: Any) -> Answer:
-    dataset = {
-        "generation": generation,
-        "state": "fresh",
-        "as_of": "2026-01-02T03:04:05Z",
-        "age_s": 1.0,
-        "max_age_s": 3.0,
-        "last_change": {"added": 0, "changed": generation, "removed": 0},
-        "last_attempt": None,
-        "consecutive_failures": 0,
-        "next_refresh_in_s": 1.0,
-        **fields,
-    }
-    return Answer(0.0, "", {"service": {"pid": pid}, "datasets": {"a": dataset}}, ())
-
-
-def message(generation: int) -> bytes:
-    change = {"added": 0, "changed": generation, "removed": 0}
-    return json.dumps({"dataset": "a", "generation": generation, "as_of": "2026-01-02T03:04:05Z", **change}).encode()
-
-
-class Passwords(SynchronousTestCase):
-    def test_rotated(self) -> None:
-        """Each connection to the RESP port sends the password that its file holds by then."""
-        folder = Path(tempfile.mkdtemp())
-        self.addCleanup(shutil.rmtree, folder)
-        secret = folder / "password"
-        self.patch(os, "environ", os.environ | {"CACHESERVICE_RESP__PASSWORD_FILE": str(secret)})
-        sent: list[str] = []
-
-        def subscription(_: Address, password: str) -> NoReturn:
-            sent.append(password)
-            raise NoAnswer("there is none")
-
-        self.patch(module, "Subscription", subscription)
-        self.patch(module, "tell", sent.append)
-        answer: Any = None  # not asked before a subscription
-        for password in ("first", "second"):
-            secret.write_text(f"{password}\n")
-            ports = module._Ports(Address("127.0.0.1", 1), Address("127.0.0.1", 2), 1.0)
-            self.assertFalse(ports._subscribe(answer, ["items"]))
-        self.assertEqual([each for each in sent if "publishes" not in each], ["first", "second"])
-
-
-class Following(SynchronousTestCase):
-    """Which events two sources make together, whatever comes first."""
-
-    def setUp(self) -> None:
-        self.follower = Follower()
-        self.assertEqual(self.poll(5), [])
-
-    def poll(self, generation: int, *, subscribed: bool = True, **fields: Any) -> list[Mapping[str, Any]]:
-        polled = answer(generation, **fields)
-        events = [*self.follower.restart(polled), *self.follower.poll(polled, subscribed=subscribed)]
-        return [{"event": event.name, **event.fields} for event in events]
-
-    def messages(self, *generations: int) -> list[int]:
-        return [event.fields["generation"] for each in generations for event in self.follower.message(message(each))]
-
-    def test_a_message_before_the_poll(self) -> None:
-        """What a message has told of, no poll tells again."""
-        self.assertEqual(self.messages(6, 7), [6, 7])
-        self.assertEqual(self.poll(7) + self.poll(7), [])
-
-    def test_a_message_after_the_poll(self) -> None:
-        """A poll waits for the message of what it sees, until the next one."""
-        self.assertEqual(self.poll(6), [])
-        self.assertEqual(self.messages(6), [6])
-        self.assertEqual(self.poll(7), [])
-        self.assertEqual(self.messages(7), [7])
-        self.assertEqual(self.poll(7) + self.poll(7), [])
-
-    def test_a_message_that_never_came(self) -> None:
-        """What no message told of by the next poll, that tells, with their number; a late message is no second."""
-        self.assertEqual(self.poll(8), [])
-        (event,) = self.poll(9)
-        self.assertEqual((event["generation"], event["generations_before_it"]), (8, 2))
-        self.assertNotIn("changed", event)  # what is known of it is of a later one
-        self.assertEqual(self.messages(8, 9), [9])
-
-    def test_a_message_tells_of_those_before_it(self) -> None:
-        """Messages that were lost between two others are counted."""
-        self.assertEqual(self.messages(6), [6])
-        (event,) = self.follower.message(message(9))
-        self.assertEqual(event.fields["generations_before_it"], 2)
-
-    def test_without_messages(self) -> None:
-        """Without a subscription a poll tells at once."""
-        (event,) = self.poll(6, subscribed=False)
-        self.assertEqual((event["generation"], event["changed"]), (6, 6))
-
-    def test_another_process(self) -> None:
-        """After a restart generations begin anew, and are told from the first."""
-        (event,) = self.poll(1, pid=2)
-        self.assertEqual(event["event"], "service_restarted")
-        self.assertEqual([each["generation"] for each in self.poll(1, pid=2)], [1])
-        (event,) = self.poll(0, pid=3)
-        self.assertEqual(event["event"], "service_restarted")
-        self.assertEqual(self.poll(0, pid=3), [])
-        self.assertEqual(self.messages(1), [1])
-        self.assertEqual(self.messages(2), [2])
-
-    def test_an_attempt_is_told_once(self) -> None:
-        """A failure that several polls see is one event, in words that say when it is tried again."""
-        attempt = {"outcome": "failed", "trigger": "retry", "started_at": "2026-01-02T03:04:05Z", "took_s": 0.5}
-        failing = {"last_attempt": attempt | {"rows": None, "error": "no table"}, "consecutive_failures": 2}
-        (event,) = self.poll(5, **failing)
-        self.assertEqual(self.poll(5, **failing), [])
-        self.assertEqual(event["event"], "refresh_failed")
-        words = in_words(Event(datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), "refresh_failed", "a", event)).plain
-        self.assertEqual(words, "03:04:05.000Z  a  failed  no table (after 0.50 s, 2 in a row, next try in 1.00 s)")
-
-    def test_a_publish_without_a_row(self) -> None:
-        """The first load of an empty table has no rows; later, no row differs."""
-        for generation, expected in ((1, "generation 1, no rows"), (2, "generation 2, no row differs")):
-            fields = {"generation": generation, "added": 0, "changed": 0, "removed": 0}
-            event = Event(datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), "refresh_published", "a", fields)
-            self.assertEqual(in_words(event).plain, f"03:04:05.000Z  a  published  {expected}")

@@ -23,7 +23,7 @@ from cacheservice.postgres.guard import GuardedConnection
 from cacheservice.postgres.inspect import inspecting
 from cacheservice.postgres.resolve import Resolver
 from cacheservice.postgres.target import parse, problem
-from tests.versions import OlderPostgres
+from tests.kit.versions import OlderPostgres
 
 TIMEOUT_S = 60.0
 HBA = """\

@@ -9,9 +9,9 @@ from cacheservice.cache.dataset import Dataset
 from cacheservice.config import DatasetSettings
 from cacheservice.ports import report
 from cacheservice.postgres.target import parse
-from tests.postgres import query, sessions
-from tests.test_guard import until
-from tests.test_refresh_service import ServiceTestCase, declare
+from tests.kit.postgres import query, sessions
+from tests.kit.service import ServiceTestCase, declare
+from tests.kit.waiting import until
 
 STARTED = ("refresh_published", "refresh_unchanged", "refresh_held", "refresh_failed")
 
@@ -44,7 +44,7 @@ class TracingTests(ServiceTestCase):
 
     def attempts(self, dataset: str) -> list[tuple[str, str]]:
         """(event, id) of the lines in the log."""
-        return [(e, f["attempt"]) for e, f in self.events if e in STARTED and f["dataset"] == dataset]
+        return [(e, f["attempt"]) for e, f in self.log.events if e in STARTED and f["dataset"] == dataset]
 
     async def test_a_refresh_that_hangs(self) -> None:
         """Whoever sees a statement at the server finds the line of its attempt, and the other way round."""

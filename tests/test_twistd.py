@@ -9,44 +9,20 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
-import pytest
 from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
-from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.process import Signals
-from tests.postgres import fresh_database, query, sessions
-
-REPOSITORY = Path(__file__).parent.parent
-TAC = REPOSITORY / "tac" / "cacheservice.tac"
-TWISTD = Path(sys.executable).with_name("twistd")
-GIVE_UP_S = 60.0  # what has not come by then does not come
-STOP_LIMIT_S = 5.0  # the contract's
-
-# No two reads give the same, so that each refresh is another generation.
-PRODUCTS = """
-[datasets.products]
-query = "SELECT id, 'row ' || id AS name, clock_timestamp() AS read_at FROM generate_series(1, 3) AS id"
-key = "id"
-interval_s = 0.3
-max_age_s = 600
-retry_initial_s = 0.1
-retry_max_s = 0.3
-"""
-SLOW = """
-[datasets.slow]
-query = "SELECT 1 AS id FROM pg_sleep(600)"
-key = "id"
-timeout_s = 600
-"""
+from tests.kit import clock_shim
+from tests.kit.clock_shim import ClockShim
+from tests.kit.daemon import PRODUCTS, SLOW, STOP_LIMIT_S, Daemon, DaemonTestCase
+from tests.kit.ports import free_port
+from tests.kit.postgres import query, sessions
+from tests.kit.waiting import GIVE_UP_S, wait_until
 
 # What a .tac may add: a stop that never ends, and somebody who talks.
 STUCK = """
@@ -70,188 +46,6 @@ class Noisy(Service):
         fail(ZeroDivisionError("left unhandled"))
 Noisy().setServiceParent(application)
 """
-
-# Replaces the C library's clocks, so that a test can turn them at any time. A file holds two numbers of seconds: the
-# offset of the wall clock and, if the file is long enough, the time for which the machine was suspended.
-CLOCK_SHIM = r"""
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <fcntl.h>
-#include <stdlib.h>
-#include <sys/mman.h>
-#include <sys/time.h>
-#include <time.h>
-
-static int (*real_clock_gettime)(clockid_t, struct timespec *);
-static volatile long *offset_s;
-
-__attribute__((constructor)) static void prepare(void) {
-    real_clock_gettime = dlsym(RTLD_NEXT, "clock_gettime");
-    int file = open(getenv("CLOCK_OFFSET_FILE"), O_RDONLY);
-    offset_s = mmap(NULL, 2 * sizeof(long), PROT_READ, MAP_SHARED, file, 0);
-}
-int clock_gettime(clockid_t clock, struct timespec *now) {
-    int result = real_clock_gettime(clock, now);
-    if (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE) now->tv_sec += offset_s[0];
-    if (clock == CLOCK_BOOTTIME) now->tv_sec += offset_s[1];
-    return result;
-}
-int gettimeofday(struct timeval *restrict now, void *restrict zone) {
-    struct timespec precise;
-    clock_gettime(CLOCK_REALTIME, &precise);
-    now->tv_sec = precise.tv_sec;
-    now->tv_usec = precise.tv_nsec / 1000;
-    return 0;
-}
-time_t time(time_t *now) {
-    struct timespec precise;
-    clock_gettime(CLOCK_REALTIME, &precise);
-    if (now) *now = precise.tv_sec;
-    return precise.tv_sec;
-}
-"""
-
-
-def until(true: Callable[[], Any], what: str) -> Any:
-    """Wait for something true, and give it."""
-    limit = time.monotonic() + GIVE_UP_S
-    while not (result := true()):
-        assert time.monotonic() < limit, f"{what} did not come"
-        time.sleep(0.02)
-    return result
-
-
-class Daemon:
-    """One twistd in `directory`, which holds its configuration and gets its output."""
-
-    def __init__(
-        self,
-        directory: Path,
-        configuration: str,
-        *,
-        tac: Path = TAC,
-        before: Sequence[str] = (),
-        environ: Mapping[str, str] | None = None,
-        cwd: Path | None = None,
-        stdout: int | None = None,
-    ) -> None:
-        (directory / "cacheservice.toml").write_text(configuration)
-        self._output, self._errors = directory / "stdout", directory / "stderr"
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("CACHESERVICE_", "PG"))}
-        named = {"CACHESERVICE_CONFIG": str(directory / "cacheservice.toml")} if cwd is not None else {}
-        with self._output.open("wb") as output, self._errors.open("wb") as errors:
-            self.process = subprocess.Popen(
-                [*before, str(TWISTD), "-noy", str(tac), "--pidfile="],
-                cwd=cwd or directory,
-                env={**inherited, "PYTHONPATH": str(REPOSITORY), **named, **(environ or {})},
-                stdin=subprocess.DEVNULL,
-                stdout=output if stdout is None else stdout,
-                stderr=errors,
-            )
-
-    @property
-    def output(self) -> str:
-        return self._output.read_text()
-
-    @property
-    def errors(self) -> str:
-        return self._errors.read_text()
-
-    @property
-    def lines(self) -> list[dict[str, Any]]:
-        """The log, each whole line of which has to be a JSON object."""
-        whole, _, _ = self.output.rpartition("\n")
-        return [json.loads(line) for line in whole.splitlines()]
-
-    def event(self, name: str) -> dict[str, Any]:
-        """Wait for a line of the log."""
-
-        def found() -> dict[str, Any] | None:
-            if self.process.poll() is not None:
-                lines = self.lines
-                assert name in [line["event"] for line in lines], f"it ended: {self.errors}{self.output}"
-            return next((line for line in self.lines if line["event"] == name), None)
-
-        line: dict[str, Any] = until(found, name)
-        return line
-
-    @property
-    def address(self) -> tuple[str, int]:
-        host, _, port = self.event("service_started")["status"].rpartition(":")
-        return host, int(port)
-
-    def ask(self, line: str) -> str:
-        with socket.create_connection(self.address, timeout=GIVE_UP_S) as client:
-            client.sendall(f"{line}\n".encode())
-            with client.makefile("r", encoding="utf-8") as reply:
-                return reply.read().removesuffix("\n")
-
-    def json(self) -> dict[str, Any]:
-        everything: dict[str, Any] = json.loads(self.ask("json"))
-        return everything
-
-    def generation(self) -> int:
-        number: int = self.json()["datasets"]["products"]["generation"]
-        return number
-
-    def wait_until_ready(self) -> None:
-        until(lambda: self.ask("ready") == "ready", "readiness")
-
-    def end(self, number: signal.Signals = signal.SIGTERM, limit_s: float = STOP_LIMIT_S) -> int:
-        """Send a signal; the code it ends with, which has to be soon."""
-        self.process.send_signal(number)
-        return self.process.wait(limit_s)
-
-    def kill(self) -> None:
-        if self.process.poll() is None:
-            for child in psutil.Process(self.process.pid).children(recursive=True):
-                child.kill()
-            self.process.kill()
-            self.process.wait()
-
-
-@pytest.mark.usefixtures("server")
-class DaemonTestCase(SynchronousTestCase):
-    server: EmbeddedPostgres
-
-    def setUp(self) -> None:
-        self.directory = Path(tempfile.mkdtemp(prefix="cacheservice-tests-"))
-        self.addCleanup(shutil.rmtree, self.directory)
-        self.database = fresh_database(self.server, self.addCleanup)
-
-    def configuration(self, *tables: str, dsn: str | None = None, log: str = "", port: int = 0) -> str:
-        dsn = dsn or self.server.dsn(database=self.database)
-        return (
-            f'[postgres]\ndsn = "{dsn}"\n[status]\nport = {port}\n[resp]\nport = 0\n[http]\nport = 0\n[log]\n{log}\n'
-            + "".join(tables or (PRODUCTS,))
-        )
-
-    def started(self, configuration: str | None = None, **options: Any) -> Daemon:
-        daemon = Daemon(self.directory, self.configuration() if configuration is None else configuration, **options)
-        self.addCleanup(daemon.kill)
-        return daemon
-
-    def assert_ended(self, daemon: Daemon, code: int, *, clean: bool = True) -> None:
-        """It ended so, all of its output is log lines, and the last of them tells of the stop."""
-        self.assertEqual(daemon.process.returncode, code, daemon.output + daemon.errors)
-        self.assertEqual(daemon.errors, "")
-        self.assertTrue(daemon.output.endswith("\n"))
-        self.assertNotIn("Traceback", daemon.output)
-        stopped = daemon.lines[-1]
-        self.assertEqual((stopped["event"], stopped["clean"]), ("service_stopped", clean))
-
-    def refused(self, configuration: str, **options: Any) -> list[str]:
-        """What it says on standard error when it refuses to start."""
-        daemon = self.started(configuration, **options)
-        self.assertNotIn(daemon.process.wait(GIVE_UP_S), (0, None))
-        self.assertNotIn("Traceback", daemon.output + daemon.errors)
-        return daemon.errors.splitlines()
-
-    def tac_with(self, source: str) -> Path:
-        """The real .tac with something after it."""
-        tac = self.directory / "more.tac"
-        tac.write_text(f"exec(compile(open({str(TAC)!r}).read(), {str(TAC)!r}, 'exec'))\n{source}")
-        return tac
 
 
 class StartAndStop(DaemonTestCase):
@@ -277,12 +71,12 @@ class StartAndStop(DaemonTestCase):
         """SIGTERM and SIGINT end it in time and in order, by that signal, with a refresh in flight and a client."""
         for number in (signal.SIGTERM, signal.SIGINT):
             daemon = self.started(self.configuration(PRODUCTS, SLOW))
-            until(lambda: "slow" in str(sessions(self.server, self.database)), "the slow read")
+            wait_until(lambda: "slow" in str(sessions(self.server, self.database)), "the slow read")
             with socket.create_connection(daemon.address) as client:
                 client.sendall(b"prompt\n")
                 daemon.end(number)
             self.assert_ended(daemon, -number)
-            until(lambda: not sessions(self.server, self.database), "the end of its sessions")
+            wait_until(lambda: not sessions(self.server, self.database), "the end of its sessions")
 
     def test_a_second_signal(self) -> None:
         """While a stop takes its time, a second signal ends it at once."""
@@ -309,7 +103,7 @@ class StartAndStop(DaemonTestCase):
         for _ in range(3):
             daemon.process.send_signal(signal.SIGHUP)
             generation = daemon.generation()
-            until(lambda: daemon.generation() > generation, "another generation")  # noqa: B023  # called before it changes
+            wait_until(lambda: daemon.generation() > generation, "another generation")  # noqa: B023  # called before it changes
         self.assertEqual(daemon.ask("ruok"), "imok")
         daemon.end()
         self.assert_ended(daemon, -signal.SIGTERM)
@@ -442,7 +236,7 @@ class TheDatabase(DaemonTestCase):
         generation = daemon.generation()
         self.assertEqual(daemon.ask("ready"), "ready")
         self.server.start()
-        until(lambda: daemon.generation() > generation, "another generation")
+        wait_until(lambda: daemon.generation() > generation, "another generation")
         daemon.end()
         self.assert_ended(daemon, -signal.SIGTERM)
 
@@ -458,7 +252,7 @@ class Admin(DaemonTestCase):
             client.connect(str(path))
             client.sendall(b"refresh products\n")
             self.assertEqual(client.recv(1000), b"OK products: refresh started\n")
-        until(lambda: daemon.generation() == 2, "the second generation")
+        wait_until(lambda: daemon.generation() == 2, "the second generation")
         self.assertEqual(daemon.json()["datasets"]["products"]["last_attempt"]["trigger"], "manual")
         daemon.end()
         self.assert_ended(daemon, -signal.SIGTERM)
@@ -469,7 +263,7 @@ class TheLog(DaemonTestCase):
     def test_console(self) -> None:
         """In console format it is a line an event, for a person."""
         daemon = self.started(self.configuration(log='format = "console"'))
-        until(lambda: "refresh_published" in daemon.output, "a refresh")
+        wait_until(lambda: "refresh_published" in daemon.output, "a refresh")
         daemon.end()
         self.assertEqual((daemon.process.returncode, daemon.errors), (-signal.SIGTERM, ""))
         lines = daemon.output.splitlines()
@@ -494,8 +288,7 @@ class TheLog(DaemonTestCase):
 
     def test_nobody_reads_it(self) -> None:
         """When nobody reads its log it goes on as ever: it answers, refreshes, and ends in time."""
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = free_port()
         read_end, write_end = os.pipe()
         self.addCleanup(os.close, read_end)
         fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, 4096)
@@ -514,33 +307,23 @@ class TheLog(DaemonTestCase):
                 return 0
 
         # Each generation is a line of more than 200 bytes, so this is many times what the pipe holds.
-        until(lambda: generation() > 100, "a hundred generations")
+        wait_until(lambda: generation() > 100, "a hundred generations")
         self.assertEqual(daemon.end(), -signal.SIGTERM)
         self.assertEqual(daemon.errors, "")
 
 
 class Time(DaemonTestCase):
     def setUp(self) -> None:
-        self.compiler = shutil.which("gcc") or shutil.which("cc")
-        if self.compiler is None:
-            raise SkipTest("needs a C compiler to turn the clock: apt-get install gcc libc6-dev")
+        if clock_shim.COMPILER is None:
+            raise SkipTest(clock_shim.NEEDED)
         super().setUp()
 
     def with_clocks(self, configuration: str) -> tuple[Daemon, Callable[..., None]]:
         """Start a service; return it with a function that sets its wall clock's offset and its suspended seconds."""
-        assert self.compiler is not None
-        source, shim, offsets = (self.directory / name for name in ("shim.c", "shim.so", "offset"))
-        source.write_text(CLOCK_SHIM)
-        subprocess.run([self.compiler, "-shared", "-fPIC", "-o", shim, source, "-ldl"], check=True)
-        offsets.write_bytes(bytes(16))
-        daemon = self.started(configuration, environ={"LD_PRELOAD": str(shim), "CLOCK_OFFSET_FILE": str(offsets)})
+        clocks = ClockShim(self.directory)
+        daemon = self.started(configuration, environ=clocks.environ)
         daemon.wait_until_ready()
-
-        def turn(*seconds: int) -> None:
-            with offsets.open("r+b") as file:
-                file.write(b"".join(each.to_bytes(8, sys.byteorder, signed=True) for each in seconds))
-
-        return daemon, turn
+        return daemon, clocks.turn
 
     def test_a_suspended_machine(self) -> None:
         """Ages include the time for which the machine was suspended, and a refresh that is due starts at once."""
@@ -552,7 +335,7 @@ class Time(DaemonTestCase):
         self.assertGreater(daemon.json()["datasets"]["products"]["age_s"], 1000)
         self.assertEqual(daemon.generation(), 1)
         turn(4000, 4000)
-        until(lambda: daemon.generation() > 1, "the refresh that was due")
+        wait_until(lambda: daemon.generation() > 1, "the refresh that was due")
         self.assertLess(daemon.json()["datasets"]["products"]["age_s"], GIVE_UP_S)
         self.assertEqual(daemon.end(), -signal.SIGTERM)
 
@@ -563,7 +346,7 @@ class Time(DaemonTestCase):
         for offset_s in (-3600, 7200):
             turn(offset_s, 0)
             generation = daemon.generation()
-            until(lambda: daemon.generation() > generation + 3, "three more generations")  # noqa: B023
+            wait_until(lambda: daemon.generation() > generation + 3, "three more generations")  # noqa: B023
             products = daemon.json()["datasets"]["products"]
             self.assertEqual((daemon.ask("ready"), products["state"]), ("ready", "fresh"))
             self.assertLess(products["age_s"], GIVE_UP_S)

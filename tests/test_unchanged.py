@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 from twisted.internet import reactor
@@ -16,12 +15,11 @@ from cacheservice.postgres.inspect.watching import HOLDING_PROBE, misses_changes
 from cacheservice.postgres.migrate import migrate
 from cacheservice.postgres.watch import watch
 from cacheservice.refresh.service import CacheService
-from tests.postgres import connect, query
-from tests.test_guard import until
-from tests.test_refresh_service import ServiceTestCase, declare
-from tests.test_refresher import RefreshTestCase
+from tests.kit.paths import ROOT
+from tests.kit.postgres import connect, query
+from tests.kit.service import ServiceTestCase, declare
+from tests.kit.waiting import until
 
-REPOSITORY = Path(__file__).parent.parent
 TABLE = "CREATE TABLE products (id int PRIMARY KEY, n int, updated_at timestamptz DEFAULT now())"
 PROBE = f"SELECT {HOLDING_PROBE} FROM products"
 GREATEST = "SELECT max(updated_at) FROM products"
@@ -85,7 +83,7 @@ class Probes(UnchangedTestCase):
         self.sql("UPDATE products SET n = 7 WHERE id = 7")
         await until(lambda: self.served(dataset) == self.held())
         self.assertEqual(dataset.differences, 1)
-        (told,) = [fields for event, fields in self.events if event == "delta_differences"]
+        (told,) = [fields for event, fields in self.log.events if event == "delta_differences"]
         self.assertEqual(told["keys"], ["7"])
         self.assertIn("although the probe's value did not", told["error"])
 
@@ -108,7 +106,7 @@ class Probes(UnchangedTestCase):
 
     def test_the_documentation_shows_it(self) -> None:
         """Probes in the documentation are such as hold, but for those that it warns of."""
-        text = (REPOSITORY / "docs" / "freshness.md").read_text()
+        text = (ROOT / "docs" / "freshness.md").read_text()
         self.assertIn(PROBE, text)
         self.assertFalse(misses_changes(PROBE))
         for probe in (GREATEST, "SELECT updated_at FROM products ORDER BY 1 DESC LIMIT 1", "SELECT last_value FROM s"):
@@ -184,20 +182,3 @@ class Texts(UnchangedTestCase):
         logged = self.server.log_path.read_text()[before:]
         self.assertIn("LIMIT 801", logged)
         self.assertNotIn("DECLARE", logged)
-
-
-class Manual(RefreshTestCase):
-    def test_a_refresh_that_fails(self) -> None:
-        """What an operator asked for is read whole by the retry, by whatever begins first, and once."""
-        world = self.started(probe="SELECT 1")
-        world.database.last.complete()
-        world.advance(5)
-        world.service.refresh_now("products")
-        self.assertIsNone(world.database.last.since)
-        for _ in range(3):
-            world.database.last.fail()
-            world.advance(60)
-            self.assertIsNone(world.database.last.since, "a retry, or the next interval")
-        world.database.last.complete()
-        world.advance(60)
-        self.assertIsNotNone(world.database.last.since)

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from cacheservice.persistence.files import SnapshotWriter, read
-from tests.postgres import fresh_database, query
-from tests.test_twistd import GIVE_UP_S, Daemon, DaemonTestCase, until
+from tests.kit.daemon import Daemon, DaemonTestCase
+from tests.kit.postgres import fresh_database, query
+from tests.kit.waiting import GIVE_UP_S, wait_until
 
 NOWHERE = "postgresql://nobody@127.0.0.1:1/nothing"
 THINGS = '[datasets.things]\nquery = "TABLE things"\nkey = "id"\ninterval_s = 3600\nmax_age_s = 7200\nretry_max_s = 1\n'
@@ -39,14 +40,6 @@ class WarmStartTestCase(DaemonTestCase):
             )
         )
 
-    def admin(self, line: str) -> str:
-        with socket.socket(socket.AF_UNIX) as client:
-            client.settimeout(GIVE_UP_S)
-            client.connect(str(self.directory / "admin"))
-            client.sendall(f"{line}\n".encode())
-            with client.makefile("r", encoding="utf-8") as reply:
-                return reply.read().removesuffix("\n")
-
     def things(self, daemon: Daemon) -> dict[str, Any]:
         described: dict[str, Any] = daemon.json()["datasets"]["things"]
         return described
@@ -56,11 +49,11 @@ class WarmStartTestCase(DaemonTestCase):
         before = self.things(daemon)["generation"]
         self.sql(f"UPDATE things SET n = {n}")
         self.admin("refresh things")
-        until(lambda: self.things(daemon)["generation"] > before, "a publish")
+        wait_until(lambda: self.things(daemon)["generation"] > before, "a publish")
         self.until_saved(daemon, before + 1)
 
     def until_saved(self, daemon: Daemon, generation: int) -> None:
-        until(
+        wait_until(
             lambda: [
                 line for line in daemon.lines if line["event"] == "snapshot_saved" and line["generation"] >= generation
             ],
@@ -130,7 +123,7 @@ class WarmStart(WarmStartTestCase):
         self.assertIn(sentence, second.ask("why things"))
         second.end()
         third = self.service()
-        until(lambda: self.things(third)["source"] == "postgres", "the refresh")
+        wait_until(lambda: self.things(third)["source"] == "postgres", "the refresh")
         self.assertIsNone(self.things(third)["age_uncertain"])
         self.assertNotIn("uncertain", third.ask("status") + third.ask("why things"))
         third.end()
@@ -165,7 +158,7 @@ class WarmStart(WarmStartTestCase):
         self.assertIn("another process saves there", self.things(second)["save_problem"])
         self.assertEqual({path.name: path.read_bytes() for path in self.saved.iterdir()}, before)
         self.assertTrue(self.admin("rollback things").startswith("OK"))
-        until(lambda: self.things(first)["pinned"], "the rollback")
+        wait_until(lambda: self.things(first)["pinned"], "the rollback")
         self.assertEqual(self.n(first), 1)
 
     def test_generations_go_on(self) -> None:
@@ -177,7 +170,7 @@ class WarmStart(WarmStartTestCase):
         first.end()
         self.sql("UPDATE things SET n = 3 WHERE id <= 5")
         second = self.service()
-        until(lambda: self.things(second)["generation"] == 3, "the refresh")
+        wait_until(lambda: self.things(second)["generation"] == 3, "the refresh")
         things = self.things(second)
         self.assertEqual(things["source"], "postgres")
         self.assertEqual(things["last_change"], {"added": 0, "changed": 5, "removed": 0})
@@ -191,12 +184,12 @@ class WarmStart(WarmStartTestCase):
         self.until_saved(first, 1)
         first.end()
         second = self.service(THINGS.replace("7200", "0.5").replace("3600", "0.2"), dsn=NOWHERE)
-        until(lambda: self.things(second)["state"] == "expired", "the expired snapshot")
+        wait_until(lambda: self.things(second)["state"] == "expired", "the expired snapshot")
         self.assertEqual((second.ask("ready"), self.n(second)), ("ready", 1))
         second.end()
         old = THINGS.replace("7200", '0.5\non_expired = "refuse"').replace("3600", "0.2")
         third = self.service(old, dsn=NOWHERE)
-        until(lambda: self.things(third)["state"] == "expired", "the expired snapshot")
+        wait_until(lambda: self.things(third)["state"] == "expired", "the expired snapshot")
         self.assertEqual(third.ask("ready"), "notready things:expired")
         third.end()
 
@@ -254,12 +247,12 @@ class Rollback(WarmStartTestCase):
         self.refreshed(daemon, 3)
         said = self.admin("rollback things")
         self.assertIn("OK things: going back to saved generation 2", said)
-        until(lambda: self.things(daemon)["generation"] == 4, "the rollback")
+        wait_until(lambda: self.things(daemon)["generation"] == 4, "the rollback")
         things = self.things(daemon)
         self.assertEqual((self.n(daemon), things["pinned"], things["source"]), (2, True, "disk"))
         self.assertIn("rolled back to what was saved as generation 2", daemon.ask("why things"))
         self.admin("rollback things")
-        until(lambda: self.things(daemon)["generation"] == 5, "the second rollback")
+        wait_until(lambda: self.things(daemon)["generation"] == 5, "the second rollback")
         self.assertEqual(self.n(daemon), 1)
         self.assertEqual(self.admin("rollback things"), "ERROR no generation of things before 1 is saved")
         self.assertEqual(self.admin("unpin things"), "OK things: not pinned, generation 6 is served")
@@ -273,10 +266,10 @@ class Rollback(WarmStartTestCase):
         self.until_saved(daemon, 1)
         self.refreshed(daemon, 2)
         self.admin("rollback things")
-        until(lambda: self.things(daemon)["pinned"], "the rollback")
+        wait_until(lambda: self.things(daemon)["pinned"], "the rollback")
         self.sql("UPDATE things SET n = 7")
         self.admin("refresh things")
-        until(lambda: self.things(daemon)["last_attempt"]["outcome"] == "held", "the candidate")
+        wait_until(lambda: self.things(daemon)["last_attempt"]["outcome"] == "held", "the candidate")
         self.assertEqual(self.n(daemon), 1)
         self.admin("unpin things")
         self.assertEqual(self.n(daemon), 7)
@@ -292,7 +285,7 @@ class Rollback(WarmStartTestCase):
         said = self.admin("rollback others")
         self.assertIn("OK things: going back to saved generation 1", said)
         self.assertIn("OK others: going back to saved generation 1", said)
-        until(lambda: self.things(daemon)["generation"] == 3, "the rollback")
+        wait_until(lambda: self.things(daemon)["generation"] == 3, "the rollback")
         both = daemon.json()["datasets"].values()
         self.assertEqual(
             [(each["generation"], each["pinned"], each["source"]) for each in both], [(3, True, "disk")] * 2

@@ -1,0 +1,55 @@
+"""Declared datasets, and the rows and snapshots that they may have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from cacheservice.cache.dataset import Snapshot
+from cacheservice.cache.rows import Groups, Rows, RowsBuilder
+from cacheservice.config import DatasetSettings
+
+MOMENT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+MOMENT_WITH_MS = MOMENT.replace(microsecond=678_000)
+MANY = 500
+"""More datasets than anybody has."""
+
+Table = dict[bytes, bytes]
+"""Documents by their keys."""
+
+
+def declared(name: str = "products", **keys: Any) -> DatasetSettings:
+    """Declare a dataset that is refreshed every minute, the rest by default."""
+    fields = {"name": name, "query": "SELECT 1 AS id", "key": "id", "interval_s": 60.0} | keys
+    return DatasetSettings.model_validate(fields)
+
+
+def rows_builder() -> RowsBuilder:
+    """Return a builder of rows that nobody waits for to be freed."""
+    return RowsBuilder(lambda _: None)
+
+
+def rows_of(
+    table: Mapping[bytes, bytes] | Iterable[tuple[bytes | None, bytes]],
+    release: Callable[[Groups], object] = lambda _: None,
+) -> Rows:
+    """Build rows from their keys and documents."""
+    builder = RowsBuilder(release)
+    builder.add(list(table.items() if isinstance(table, Mapping) else table))
+    return builder.finish()
+
+
+def numbered_rows(count: int) -> Rows:
+    """Build so many rows, whose keys and ids are the numbers from 0."""
+    return rows_of((b"%d" % number, b'{"id":%d}' % number) for number in range(count))
+
+
+def snapshot_of(rows: Rows, generation: int = 1, read_at: float = 0.0, **fields: Any) -> Snapshot:
+    """Make a snapshot of rows that were read from no server in particular."""
+    return Snapshot(generation, rows, MOMENT, read_at, "1:1:", **fields)
+
+
+def table_of(rows: Rows) -> Table:
+    """Return rows as the table that they are made of."""
+    return dict(rows.items())

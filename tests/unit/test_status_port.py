@@ -1,0 +1,136 @@
+"""Laws of the status port over a transport in memory: any bytes, and its timeouts."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from twisted.internet.error import ConnectionDone
+from twisted.internet.task import Clock
+from twisted.internet.testing import StringTransport
+from twisted.python.failure import Failure
+from twisted.trial.unittest import SynchronousTestCase
+
+from cacheservice import __version__
+from cacheservice.ports.status import Commands, StatusFactory, StatusProtocol
+from tests.kit.status_port import filled_cache
+
+
+class Wire(StringTransport):
+    """A transport that can close either way, as TCP's does."""
+
+    protocol: StatusProtocol
+    open = True
+
+    def loseWriteConnection(self) -> None:
+        self.protocol.writeConnectionLost()
+
+    def loseConnection(self) -> None:
+        self.abortConnection()
+
+    def abortConnection(self) -> None:
+        if self.open:
+            self.open = False
+            self.protocol.connectionLost(Failure(ConnectionDone()))
+
+    @property
+    def reading(self) -> bool:
+        return self.open and self.producerState == "producing"
+
+
+WORDS = [
+    b"prompt",
+    b"quit",
+    b"ruok",
+    b"json",
+    b"show products",
+    b"why prices",
+    b"show ",
+    b";",
+    b"\n",
+    b"\r\n",
+    b" ",
+    b"\0",
+]
+
+
+class AnyBytes(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.clock = Clock()
+        self.factory = StatusFactory(Commands(filled_cache()), 10, 60.0, self.clock)
+        self.addCleanup(lambda: self.assertEqual(self.clock.getDelayedCalls(), []))
+
+    def talk(self, chunks: list[bytes]) -> list[str]:
+        """What the server says to the chunks and the end of input after them, until the connection is closed."""
+        protocol = self.factory.buildProtocol(None)
+        wire = Wire()
+        wire.protocol = protocol
+        protocol.makeConnection(wire)
+        for chunk in chunks:
+            while wire.open and not wire.reading:
+                self.clock.advance(0.001)
+            if wire.open:
+                protocol.dataReceived(chunk)
+        while wire.open and not wire.reading:
+            self.clock.advance(0.001)
+        if wire.open:
+            protocol.readConnectionLost()
+        self.clock.advance(10)
+        self.assertFalse(wire.open)
+        self.assertEqual((self.factory.clients, self.flushLoggedErrors()), (set(), []))
+        return wire.value().decode().split("\n")
+
+    @settings(deadline=None)
+    @given(st.lists(st.binary(max_size=600), max_size=8))
+    def test_garbage(self, chunks: list[bytes]) -> None:
+        """Any bytes get ERROR lines at most, no traceback, and the end of the connection."""
+        for line in self.talk(chunks):
+            self.assertTrue(line == "" or line.startswith("ERROR "), line)
+
+    @settings(deadline=None)
+    @given(st.lists(st.sampled_from(WORDS) | st.binary(max_size=4), max_size=60), st.integers(1, 100))
+    def test_half_sensible(self, words: list[bytes], chunk_bytes: int) -> None:
+        """Commands and garbage mixed, cut anywhere, break nothing, and give the same replies however they are cut."""
+        data = b"".join(words)
+        cut = [data[start : start + chunk_bytes] for start in range(0, len(data), chunk_bytes)]
+        self.assertEqual(self.talk(cut), self.talk([data]))
+
+
+class Timeouts(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.clock = Clock()
+        self.factory = StatusFactory(Commands(filled_cache()), 10, 60.0, self.clock)
+        self.protocol = self.factory.buildProtocol(None)
+        self.wire = Wire()
+        self.wire.protocol = self.protocol
+        self.protocol.makeConnection(self.wire)
+        self.addCleanup(lambda: self.assertEqual(self.clock.getDelayedCalls(), []))
+
+    def test_each_line_counts(self) -> None:
+        """Each line starts the idle timeout anew; the first silence that lasts as long ends the connection."""
+        self.protocol.dataReceived(b"prompt\n")
+        for _ in range(5):
+            self.clock.advance(59)
+            self.protocol.dataReceived(b"ruok\n")
+            self.protocol.dataReceived(b"half a li")
+            self.protocol.dataReceived(b"ne\n")
+            self.clock.advance(0)
+        self.clock.advance(59)
+        self.assertTrue(self.wire.open)
+        self.clock.advance(1)
+        self.assertFalse(self.wire.open)
+
+    def test_a_client_that_does_not_close(self) -> None:
+        """After the last word a client that does not close is dropped soon."""
+        self.protocol.dataReceived(b"ruok\n")
+        self.assertTrue(self.wire.open)
+        self.clock.advance(5)
+        self.assertFalse(self.wire.open)
+
+    def test_a_bug_in_a_command(self) -> None:
+        """A command that raises what nobody expected is an ERROR line and a traceback in the log."""
+        self.factory.commands._questions["ruok"] = lambda: str(1 // 0)
+        self.protocol.dataReceived(b"ruok;version\n")
+        said = f"ERROR an internal error; its traceback is in the log\ncacheservice {__version__}\n"
+        self.assertEqual(self.wire.value().decode(), said)
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+        self.clock.advance(5)
