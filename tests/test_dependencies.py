@@ -676,7 +676,7 @@ class Changes(DependenciesTestCase):
         sql = "SELECT id, f() AS f FROM t CROSS JOIN (SELECT pg_advisory_xact_lock_shared(7)) AS held"
         dataset = self.dataset(sql, search_path="later, public")
         for change, now in ((create, "later"), (f"REVOKE USAGE ON SCHEMA later FROM {self.reader}", "public")):
-            reading = await self.while_it_reads(Wanted(dataset, lambda: RowsBuilder(lambda _: None)), [change])
+            reading = await self.while_it_reads(Wanted(dataset, rows_builder), [change])
             assert reading.rows is not None
             since = Snapshot(
                 1,
