@@ -95,6 +95,14 @@ def test_every_page_is_in_the_index() -> None:
     assert [page.name for page in PAGES[1:] if page.name != "index.md" and f"]({page.name})" not in index] == []
 
 
+def test_files_that_contributors_are_sent_to() -> None:
+    """Each file and folder that CONTRIBUTING.md names is there."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:cacheservice|tests|benchmarks|docs|deploy|migrations)/[\w/.]*)`", text)
+    assert len(named) > 30
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
 @each_page
 def test_names_are_there(page: Path) -> None:
     """Each setting, event, metric and function that a page names in code type is in the code, or of a library."""
