@@ -58,7 +58,7 @@ class PostgresSettings(Table):
     search_path: SearchPath = Field(
         default=session_rules.DEFAULT_SEARCH_PATH,
         min_length=1,
-        description="schemas in which names without one are found, as SQL writes them",
+        description="schemas that are searched for unqualified names, as SQL writes them",
     )
     settings: SessionSettings = Field(
         default={}, description='settings of PostgreSQL for all queries, such as {TimeZone = "Europe/Berlin"}'
@@ -103,11 +103,11 @@ class HttpSettings(Table):
     port: int = Field(default=8080, ge=0, le=65535, description="TCP port of HTTP; 0 = any free one")
     token: SecretStr = Field(
         default=SecretStr(""),
-        description='when set, /v1, / and /events want "Authorization: Bearer" with it; probes and metrics never do',
+        description='when set, /v1, / and /events require "Authorization: Bearer" with it; probes and metrics never do',
     )
     admin_token: SecretStr = Field(
         default=SecretStr(""),
-        description="when set, whoever sends it may also refresh, accept, pin and roll back; else HTTP only reads",
+        description="when set, clients that send it may also refresh, accept, pin and roll back; else HTTP is read-only",
     )
 
 
@@ -119,13 +119,13 @@ class LimitsSettings(Table):
     )
     idle_timeout_s: TimerSeconds = Field(
         default=300.0,
-        description="seconds of silence after which a client is dropped; on RESP, one within a request or an answer",
+        description="seconds of silence after which a client is dropped; on RESP, only within a request or an answer",
     )
     max_old_generations: int = Field(
         default=4, ge=1, description="generations of a dataset, besides the served one, that slow readers may keep"
     )
     max_answer_s: TimerSeconds = Field(
-        default=600.0, description="seconds that one answer may take once newer data are served"
+        default=600.0, description="seconds that an answer may take once newer data are served"
     )
     allow_anonymous: bool = Field(
         default=False, description="whether other machines may read data without a password or a token"
@@ -145,9 +145,7 @@ class PersistenceSettings(Table):
     directory: str = Field(
         default="", description="folder in which snapshots are saved for a warm start, made with mode 700; empty = off"
     )
-    min_save_interval_s: float = Field(
-        default=60.0, ge=0, description="seconds that pass at least from one save of a dataset to its next"
-    )
+    min_save_interval_s: float = Field(default=60.0, ge=0, description="minimum seconds between two saves of a dataset")
     keep_generations: int = Field(
         default=3, ge=1, description="saved generations of a dataset that are kept, for `rollback`"
     )
@@ -157,7 +155,7 @@ class StatsdSettings(Table):
     host: str = Field(default="", description="name or address of the StatsD server that metrics go to; empty = off")
     port: int = Field(default=8125, ge=1, le=65535, description="its UDP port")
     prefix: Annotated[str, AfterValidator(statsd_prefix)] = Field(
-        default="cacheservice", description="what the names of its metrics begin with, before a dot"
+        default="cacheservice", description="prefix of the metric names, before a dot"
     )
 
 
@@ -172,7 +170,7 @@ class DefaultsSettings(Table):
     """The keys that every dataset takes from ``[defaults]`` unless it sets them itself."""
 
     interval_s: TimerSeconds = Field(
-        default=600.0, description="seconds from the start of one refresh to that of the next"
+        default=600.0, description="seconds from the start of one refresh to the start of the next"
     )
     timeout_s: TimerSeconds = Field(
         default=30.0, description="deadline of a whole refresh in seconds, connecting included"
@@ -202,7 +200,7 @@ class DefaultsSettings(Table):
         default=0.5, ge=0, le=1, description="a result that loses more than this share of the rows is held"
     )
     on_column_removed: Literal["hold", "publish"] = Field(
-        default="hold", description="what becomes of a result that lacks a column which the one before had"
+        default="hold", description="what to do with a result that lacks a column of the previous result"
     )
     max_rows: int = Field(default=0, ge=0, description="rows past which a refresh fails; 0 = no limit")
     max_bytes: int = Field(default=0, ge=0, description="bytes of result past which a refresh fails; 0 = no limit")
@@ -211,18 +209,21 @@ class DefaultsSettings(Table):
         description="LISTEN channel: a NOTIFY starts a refresh at once; a JSON list of keys limits it to them",
     )
     probe: Sql = Field(
-        default="", description="SQL that gives one value; while it is unchanged, there is nothing to fetch"
+        default="", description="SQL that returns one value; while the value is unchanged, nothing is fetched"
     )
     group: str = Field(
         default="",
         max_length=63,
-        description="datasets of one group are read in one transaction and published together, or none of them",
+        description="datasets of a group are read in one transaction, and published together or not at all",
     )
     watch: Annotated[tuple[WatchSettings, ...], BeforeValidator(tables_of_watch)] = Field(
         default=(), description="tables, each with its key, whose changed rows are read alone; see Deltas"
     )
     max_delta: float = Field(
-        default=0.1, ge=0, le=1, description="share of the rows past which a refresh reads all instead of what changed"
+        default=0.1,
+        ge=0,
+        le=1,
+        description="share of the rows past which a refresh reads all rows instead of the changed ones",
     )
     full_interval_s: TimerSeconds = Field(
         default=3600.0,
@@ -236,7 +237,7 @@ class DefaultsSettings(Table):
         default=":",
         min_length=1,
         max_length=8,
-        description="what stands between the values of a key of several columns",
+        description="separator between the values of a key of several columns",
     )
     key_escape: bool = Field(
         default=False, description="whether a separator or a backslash within such a value gets a backslash before it"
