@@ -107,7 +107,7 @@ class HttpSettings(Table):
     )
     admin_token: SecretStr = Field(
         default=SecretStr(""),
-        description="when set, clients that send it may also refresh, accept, pin and roll back; else HTTP is read-only",
+        description="when set, clients with it may also refresh, accept, pin and roll back; else HTTP is read-only",
     )
 
 
