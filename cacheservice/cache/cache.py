@@ -1,4 +1,4 @@
-"""All datasets, and what is known of the database behind them."""
+"""All datasets, and the state of the database behind them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from cacheservice.errors import UnknownDataset
 
 
 class DatabaseStatus:
-    """What the last attempts learned of PostgreSQL; `connections` are open now, `queued` refreshes wait for one.
+    """What the last attempts found out about PostgreSQL.
 
-    `listening_wanted` says whether any dataset waits for notifications; `listening` whether they arrive, as it was
-    last proven at `listening_proven_at` on the monotonic clock; `listening_problem` why they do not. `server` is the
-    one that was read last, None before the first read; `lag` how far it was behind its primary, if it is a standby.
-    `recorded_changes` are those that the triggers have recorded and nobody has deleted, and `oldest_change_s` is the
-    age of the oldest, 0 without any; None if that is not known. `prune_problem` is why old ones are still there.
+    - `connections`: open sessions. `queued`: returns the number of refreshes that wait for a session.
+    - `listening_wanted`: whether any dataset needs notifications. `listening`: whether they arrive, last proven at
+      `listening_proven_at` on the monotonic clock. `listening_problem`: why they do not.
+    - `server`: the server that was read last, None before the first read. `lag`: how far it was behind its primary.
+    - `recorded_changes`: the number of changes that triggers have recorded and that are not deleted yet.
+      `oldest_change_s`: the age of the oldest, 0 if there is none. None if that is not known.
+    - `prune_problem`: why old recorded changes are not deleted.
     """
 
     def __init__(self) -> None:
@@ -42,14 +44,14 @@ class DatabaseStatus:
         self.prune_problem: str | None = None
 
     def pruned(self, problem: str | None, kept: int | None, oldest_s: float | None) -> None:
-        """Old recorded changes were deleted, or not because of `problem`; None stands for an unknown count or age."""
+        """Note that old recorded changes were deleted, or why not; None stands for an unknown count or age."""
         self.prune_problem, self.recorded_changes, self.oldest_change_s = problem, kept, oldest_s
 
     def answered(self) -> None:
         self.state, self.error = "up", None
 
     def seen(self, server: ServerIdentity | None, lag: Lag) -> None:
-        """A transaction runs on `server`, or what was read from it is to be published."""
+        """Note the server on which a transaction runs, or whose result is about to be published."""
         self.server = server
         self.lag = lag
 
@@ -59,19 +61,19 @@ class DatabaseStatus:
             self._login_refused()
 
     def watch_refused_logins(self, refused: Callable[[], None]) -> None:
-        """Call `refused` each time that the server refuses the role or its password. It must not raise."""
+        """Call `refused` each time the server refuses the role or its password. It must not raise."""
         self._login_refused = refused
 
 
 class Rejection(NamedTuple):
-    """Why a changed configuration does not take effect, each problem a line; and since when (`now` of the cache)."""
+    """The problems of a refused configuration, one a line, and when it was refused on the cache's clock."""
 
     problems: tuple[str, ...]
     at: float
 
 
 class ConnectionCap(NamedTuple):
-    """That a port takes fewer clients than configured, because the process may open only so many files."""
+    """The limit of open files allows a port fewer clients than configured."""
 
     limit: int
     configured: int
@@ -79,7 +81,7 @@ class ConnectionCap(NamedTuple):
 
 
 class Declared(NamedTuple):
-    """The names of the datasets by what became of them."""
+    """The names of the datasets by what a changed configuration did to them."""
 
     added: list[str]
     changed: list[str]
@@ -88,7 +90,7 @@ class Declared(NamedTuple):
 
 
 class Reloaded(NamedTuple):
-    """What a changed configuration did: to the datasets; the keys that take effect only at the next start; its file."""
+    """The effect of a changed configuration: the datasets, the keys that need a restart, and its file."""
 
     datasets: Declared
     needs_restart: list[str]
@@ -98,8 +100,7 @@ class Reloaded(NamedTuple):
 class Cache:
     """The datasets by name, in the order of the configuration.
 
-    `rejection` tells of a configuration that was refused after this one; `stopping` whether the service has begun to
-    stop.
+    `rejection` describes a newer configuration that was refused. `stopping` is set once the service begins to stop.
 
     :param now: the monotonic clock, in seconds.
     """
@@ -130,7 +131,7 @@ class Cache:
             raise UnknownDataset(f"unknown dataset '{name}'") from None
 
     def declare(self, declared: Iterable[DatasetSettings]) -> Declared:
-        """Have these datasets and no others, in this order; those that were there stay what they are."""
+        """Replace the declared datasets. Datasets that were declared before keep their state."""
         wanted = {settings.name: settings for settings in declared}
         before = self._datasets
         self._datasets = {
@@ -153,25 +154,25 @@ class Cache:
                 told.unchanged.append(name)
         told.removed.extend(name for name in before if name not in wanted)
         for name in told.removed:
-            # A generation that readers have seen never comes again, not even of a dataset that does.
+            # A generation that readers have seen is never used again, not even if the dataset is declared again.
             self._last_generations[name] = before[name].last_generation
             self._counts[name] = before[name].counts
             before[name].end()
         return told
 
     def configured_by(self, file: ConfigFile) -> None:
-        """Note which file is in effect, for the status."""
+        """Note the configuration file that is in effect, for the status."""
         self.config_file = file
 
     def cap_connections(self, cap: ConnectionCap) -> None:
-        """Note it, for the status."""
+        """Note that clients are capped, for the status."""
         self.connection_cap = cap
 
     @property
     def is_starting(self) -> bool:
-        """Whether the first attempts of the service's start are still under way.
+        """Whether the first attempts after the start are still running.
 
-        They are those of the required datasets, or of all if none is required; what was restored counts as tried.
+        Only required datasets count, or all of them if none is required. A restored dataset counts as tried.
         """
         if self._untried:
             any_required = any(dataset.settings.required for dataset in self._datasets.values())
@@ -184,65 +185,65 @@ class Cache:
 
     @property
     def is_ready(self) -> bool:
-        """Whether clients should be sent here: every required dataset can be read, and nothing stops."""
+        """Whether clients should be sent here: every required dataset can be read, and the service is not stopping."""
         return not self.stopping and not self.not_ready()
 
     def not_ready(self) -> dict[str, State]:
-        """The required datasets that readers get nothing from, with their state.
+        """Return the required datasets that cannot be read, with their states.
 
-        An outage of the database expires the datasets of every replica in the same second. If unready, none would be
-        left to serve what may still be served.
+        An outage of the database expires the datasets of every replica in the same second. If expired replicas were
+        unready, none would be left to serve data that may still be served.
         """
         required = {name: dataset for name, dataset in self._datasets.items() if dataset.settings.required}
         return {name: d.state() for name, d in required.items() if not is_readable(d.state(), d.settings.on_expired)}
 
 
 def is_readable(state: State, on_expired: Literal["serve", "refuse"]) -> bool:
-    """Whether a dataset in `state` answers reads. Data that may be served however old they are always do."""
+    """Return whether a dataset in `state` can be read. With `on_expired = "serve"` the age does not matter."""
     return state is not State.NEVER_LOADED and not (state is State.EXPIRED and on_expired == "refuse")
 
 
 class Refreshes(Protocol):
-    """All that a port may ask of what refreshes."""
+    """What a port may request of the refreshes."""
 
     def refresh_now(self, name: str) -> bool:
-        """Start a refresh that begins after this call; False if one is running, which it then follows.
+        """Start a refresh that begins after this call; return False if it follows a running one.
 
         :raises UnknownDataset: if none has that name.
         """
 
     def accept_next(self, name: str) -> None:
-        """Let the next result through although a gate would hold it, once.
+        """Let the next result pass the gates, once.
 
         :raises UnknownDataset: if none has that name.
         """
 
     def pin(self, name: str) -> list[str]:
-        """Serve what is served until `unpin`, of the whole group; gives the names of whose.
+        """Keep serving the same snapshots of the whole group until `unpin`; return the names.
 
         :raises UnknownDataset: if none has that name.
-        :raises NothingToPin: if one of them has not been loaded.
+        :raises NothingToPin: if a dataset of the group has not been loaded.
         """
 
     def unpin(self, name: str) -> list[str]:
-        """Serve the newest results again, of the whole group; gives the names of whose.
+        """Serve the newest results of the whole group again; return the names.
 
         :raises UnknownDataset: if none has that name.
         """
 
     def roll_back(self, name: str) -> dict[str, int]:
-        """Begin to serve the saved generation before the one that is served, pinned, of the whole group.
+        """Begin to serve the saved generation before the served one, pinned, of the whole group.
 
-        Gives the saved generation of each by name.
+        Returns the saved generations by name.
 
         :raises UnknownDataset: if none has that name.
-        :raises NothingToRollBackTo: if there is none.
+        :raises NothingToRollBackTo: if no such generation is saved.
         """
 
     def refresh_since(self, name: str, moment: float) -> None:
-        """See to it that a refresh begins at or after `moment`, unless one that did is running already.
+        """Ensure that a refresh begins at or after `moment`, unless such a refresh is already running.
 
-        However many ask, one refresh serves them all.
+        One refresh serves all callers.
 
         :param moment: on the monotonic clock, in seconds.
         :raises UnknownDataset: if none has that name.

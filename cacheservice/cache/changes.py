@@ -1,4 +1,4 @@
-"""What differs between two results, counted little by little."""
+"""Counts the differences between two results in small steps."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from cacheservice.cache.rows import Rows
 
 _SLICE_ROWS = 250
 _STEP_ROWS = 4000
-"""So many rows are compared in half a millisecond."""
+"""The number of rows that are compared in half a millisecond."""
 _ROW_BY_ROW = 4
-"""How much longer a row takes on its own than among those of a shard that did not change."""
+"""How many times longer a single row takes than a row of an unchanged shard."""
 _DIGESTED = 12
-"""How much longer the digests of a row that differs take than to compare it with others."""
+"""How many times longer the digests of a changed row take than its comparison."""
 _MOST_DIGESTED_SHARE = 0.05
 _MOST_DIGESTED_ROWS = 1000
-"""Of more rows that differ it costs less to compute the digest of all if it is needed again, which it may never be."""
+"""If more rows differ, computing the digest of all rows costs less, and it may never be needed."""
 _NAMED = 10
 
 
@@ -31,13 +31,13 @@ class Change(NamedTuple):
 
 
 class ChangeCount:
-    """The difference of two results; iterate over it to its end, a turn of the reactor for each step, then ask it.
+    """The difference of two results: iterate to the end, one step in each turn of the reactor, then read it.
 
-    A step takes less than a millisecond. `digest` is that of the new rows, if that of the old ones is known and few
-    rows differ; None otherwise.
+    A step takes less than a millisecond. `digest` is the digest of the new rows if that of the old rows is known and
+    few rows differ; None otherwise.
 
-    :param expected: the keys whose rows may differ; with it, `unexpected` gets those that differ all the same, up to
-        ten of them, and `unexpected_count` how many they are.
+    :param expected: the keys whose rows may differ. `unexpected` lists up to ten other keys whose rows differ, and
+        `unexpected_count` counts them.
     """
 
     def __init__(self, old: Rows, new: Rows, expected: Set[bytes] | None = None) -> None:
@@ -55,7 +55,7 @@ class ChangeCount:
         work = 0
         alike = self._old.mask == self._new.mask
         for place, new in enumerate(self._new.shards()):
-            # Most often nothing has changed, and the dicts themselves tell that at C speed.
+            # Most often nothing has changed, and comparing the dicts finds that at C speed.
             if alike and len(new) <= _STEP_ROWS and self._old.shard(place) == new:
                 work += len(new)
             else:
@@ -79,7 +79,7 @@ class ChangeCount:
         return None if self._digest is None else reduced(self._digest)
 
     def _digest_removed(self, old: dict[bytes, bytes], new: dict[bytes, bytes]) -> int:
-        """Take the rows that are gone out of the digest; gives how many they are."""
+        """Remove the deleted rows from the digest; return their number."""
         gone = old.keys() - new.keys()
         self._digest_those([(key, old[key]) for key in gone], [])
         return len(gone)
@@ -92,7 +92,7 @@ class ChangeCount:
             self._digest += sum(row_digest(*row) for row in come) - sum(row_digest(*row) for row in gone)
 
     def _count(self, some: list[tuple[bytes, bytes]]) -> int:
-        """Count those that differ; gives how many they are."""
+        """Count the rows that differ; return their number."""
         old = self._old.bulk
         differing = self._added + self._changed
         gone, come = [], []

@@ -1,4 +1,4 @@
-"""One dataset as its readers and operators know it: its snapshot, its attempts, its state."""
+"""One dataset: its snapshot, its attempts and its state, as readers and operators see them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KEPT_ATTEMPTS = 10
 
 
 class State(enum.StrEnum):
-    """How old the served snapshot is against its limits (the contract's words)."""
+    """The age of the served snapshot compared with its limits, in the words of docs/status-port.md."""
 
     NEVER_LOADED = "never_loaded"
     FRESH = "fresh"
@@ -38,16 +38,19 @@ class State(enum.StrEnum):
 class Snapshot:
     """One complete, immutable result of a dataset's query.
 
-    `as_of` is the database clock at the start of the transaction that read it; `read_at` this
-    machine's monotonic clock, seconds, just before that transaction began; `database_snapshot`
-    what `pg_current_snapshot()` gave in it; `columns` the names of the query's columns; `change` what its
-    publish changed, None if it came from elsewhere; `content_since` the `as_of` of the first read that gave these very
-    rows, None if that is this one; `rolled_back_to` the saved generation that a rollback published
-    anew as this one. `watch_state` is what `cacheservice.changes` told of the watched tables, empty if deltas cannot
-    start from here; `probe` what the probe gave, None if there was none. `server` is the one that it was read from,
-    `dependencies` what the form of its documents depends on, None if that is not known. `as_of` and `read_at` are
-    earlier by the `lag` of a standby. `age_uncertain` is the reason if `read_at` is uncertain, which only that of saved
-    rows can be.
+    :param as_of: the database clock at the start of the transaction that read it, minus `lag`.
+    :param read_at: this machine's monotonic clock in seconds just before that transaction began, minus `lag`.
+    :param database_snapshot: the result of `pg_current_snapshot()` in that transaction.
+    :param columns: the names of the query's columns.
+    :param change: what its publish changed; None if it was not read from the database.
+    :param rolled_back_to: the saved generation that a rollback published again as this one.
+    :param watch_state: the state of the watched tables by `cacheservice.changes`; empty if deltas cannot start here.
+    :param probe: the value of the probe; None without a probe.
+    :param server: the server that it was read from.
+    :param lag: how far that server was behind its primary.
+    :param content_since: `as_of` of the first read with the same content; None if this read was the first.
+    :param dependencies: what the form of its documents depends on; None if that is not known.
+    :param age_uncertain: why `read_at` is uncertain, which is possible only for saved rows; None if it is certain.
     """
 
     generation: int
@@ -69,16 +72,16 @@ class Snapshot:
 
     @property
     def began_at(self) -> float:
-        """The monotonic clock just before its transaction began."""
+        """The monotonic clock in seconds just before its transaction began."""
         return self.read_at + self.lag.seconds
 
     @property
     def modified_as_of(self) -> datetime:
-        """When the database first gave these rows, as far as it was asked."""
+        """The database clock at the first read that returned this content."""
         return self.content_since or self.as_of
 
     def includes(self, transaction_id: int, present: ServerIdentity | None) -> bool:
-        """Whether it shows what a committed transaction of the server `present` did."""
+        """Return whether it includes a committed transaction of the server `present`."""
         if self.server is None or why_another(self.server, present) is not None:
             return False
         return is_visible(transaction_id, self.database_snapshot, in_recovery=self.server.in_recovery)
@@ -86,7 +89,7 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """The newest result, which a gate refused: why, since when (this machine's wall clock), how many rows it had."""
+    """A result that a gate refused: the reason, the time of the first refusal by the wall clock, and its rows."""
 
     reason: str
     since: datetime
@@ -95,9 +98,10 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One try to refresh, ended. Times in seconds; `started_at` by this machine's wall clock, for display only.
+    """An attempt to refresh that has ended. Times are in seconds.
 
-    `id` is in the log, and at the server in the application_name of the session.
+    `started_at` is of this machine's wall clock, for display only. `id` is in the log, and at the server in the
+    application_name of the session.
     """
 
     outcome: Outcome
@@ -110,16 +114,16 @@ class Attempt:
     blockers: tuple[Blocker, ...] = ()
     id: str = ""
     how: str = ""
-    """How it was read, in words: "a delta of 12 keys", "all rows, because products was truncated"."""
+    """How the rows were read, in words: "a delta of 12 keys", "all rows, because products was truncated"."""
 
 
 class Dataset:
-    """What is known of one dataset. `refresh` writes it, the ports read it, all in the reactor's thread.
+    """The state of one dataset. `refresh` writes it and the ports read it, all in the reactor's thread.
 
     :param now: the monotonic clock, in seconds.
-    :param generation_before: that of the last snapshot of a dataset of this name that was removed.
-    :param counts: those of a dataset of this name that was removed, to count on from.
-    :param events: notifies observers of what happens to it.
+    :param generation_before: the last generation of a removed dataset with this name.
+    :param counts: the counts of a removed dataset with this name, which continue.
+    :param events: notifies observers of the dataset's events.
     """
 
     def __init__(
@@ -166,7 +170,7 @@ class Dataset:
 
     @property
     def outcomes(self) -> Counter[str]:
-        """How attempts have ended; see `Counts` for this and the next ones."""
+        """The number of attempts by outcome; see `Counts`."""
         return self.counts.outcomes
 
     @property
@@ -178,7 +182,7 @@ class Dataset:
         return self.counts.differences
 
     def publish(self, snapshot: Snapshot) -> None:
-        """Serve `snapshot` from now on. One assignment: nobody reads half of it."""
+        """Serve `snapshot` from now on. One assignment, so that no reader sees half of it."""
         previous = self.last_generation
         assert snapshot.generation > previous, "a generation never goes down"
         self._note_age()
@@ -202,52 +206,52 @@ class Dataset:
 
     @property
     def redefined(self) -> bool:
-        """Whether what is served is the result of another query or key than the dataset has now."""
+        """Whether the served snapshot is the result of another query or key than the dataset has now."""
         return self.snapshot is not None and self._served_definition != self.settings.definition
 
     def change(self, settings: DatasetSettings) -> None:
-        """Be declared so from now on; what is served is served until the next publish, whatever has changed."""
+        """Apply changed settings. The served snapshot stays until the next publish, whatever has changed."""
         if settings.definition != self.settings.definition:
-            # They are of what it was, and so are its failures.
+            # The candidate, the held result and the failures belong to the old definition.
             self.candidate = self.held = None
             self.consecutive_failures = 0
         if settings.reading != self.settings.reading:
-            self._begin_anew()
+            self._start_from_nothing()
         self.settings = settings
 
     def forget_transactions(self) -> None:
-        """The database is another one now: what was read from the one before includes no transaction of it."""
-        self._begin_anew()
+        """Note that the database is another one now, and that the snapshots include none of its transactions."""
+        self._start_from_nothing()
         if self.snapshot is not None:
             self.snapshot = replace(self.snapshot, server=None)
         if self.candidate is not None:
             self.candidate = replace(self.candidate, server=None)
 
-    def _begin_anew(self) -> None:
-        """Let the next read start from nothing: what was told before is not to be compared with what is told now."""
+    def _start_from_nothing(self) -> None:
+        """Make the next read a full one, because states of before and after cannot be compared."""
         if self.snapshot is not None:
             self.snapshot = replace(self.snapshot, watch_state="", probe=None, dependencies=None)
         if self.candidate is not None:
             self.candidate = replace(self.candidate, watch_state="", probe=None, dependencies=None)
 
     def end(self) -> None:
-        """Serve nothing any more: it is not declared. Nobody waits for a publish in vain."""
+        """Serve nothing any more, because the dataset is not declared; observers stop waiting for a publish."""
         self._generation_before = self.last_generation
         self.removed = True
         self.snapshot = self.candidate = self.held = None
         self._events.notify(Ended(self.name, self.last_generation))
 
     def withdraw(self) -> None:
-        """Serve nothing until the next publish: what is served is of another database."""
+        """Serve nothing until the next publish, because the served snapshot is of another database."""
         self._generation_before = self.last_generation
         self.snapshot = self.candidate = None
 
     def restore(self, saved: Snapshot) -> None:
-        """Serve `saved` under its own generation, or the next one if that has been used since it was saved."""
+        """Serve `saved` under its own generation, or under the next one if its own has been used since."""
         self.publish(replace(saved, generation=max(saved.generation, self.next_generation())))
 
     def renew(self, snapshot: Snapshot) -> None:
-        """Serve the same rows and generation as of a later moment, because nothing has changed until then.
+        """Serve the same content and generation as of a later moment, because nothing has changed.
 
         The rows may be another object with the same content.
         """
@@ -261,7 +265,7 @@ class Dataset:
         self._events.notify(Renewed(self.name))
 
     def note_deltas(self, problem: str | None) -> None:
-        """Remember why the last read could not be a delta, and since when that is so; None if it could."""
+        """Note why the last read could not be a delta, and since when; None if it could."""
         self.whole_because = problem
         if problem is None:
             self.whole_since = None
@@ -269,33 +273,38 @@ class Dataset:
             self.whole_since = self._now()
 
     def whole_for_s(self) -> float | None:
-        """How long all rows have been read although only changed ones should be; None if the dataset has no `watch`."""
+        """Return for how many seconds deltas have not worked; None if the dataset has no `watch`."""
         if not self.settings.watch:
             return None
         return 0.0 if self.whole_since is None else self._now() - self.whole_since
 
     def newest(self) -> Snapshot | None:
-        """What the next result is to follow: what is served, or what waits behind a pin; None if that is of another
-        definition."""
+        """Return the snapshot that the next result follows: the served one, or the candidate of a pinned dataset.
+
+        None if it is of another definition.
+        """
         if self.redefined:
             return None
         return self.candidate if self.pinned and self.candidate is not None else self.snapshot
 
     def keep(self, candidate: Snapshot) -> None:
-        """Remember the newest result of a pinned dataset, until `unpin`."""
+        """Keep the newest result of a pinned dataset until `unpin`."""
         assert self.pinned, "only a pinned dataset keeps a candidate"
         self.candidate = candidate
         self.held = None
 
     def roll_back(self, saved: Snapshot) -> None:
-        """Serve `saved` under the next generation, pinned; what was served becomes the candidate if there is none."""
+        """Serve `saved` under the next generation and pin it.
+
+        The snapshot that was served becomes the candidate if there is none.
+        """
         newest = self.candidate or (None if self.redefined else self.snapshot)
         self.publish(replace(saved, generation=self.next_generation(), change=None, rolled_back_to=saved.generation))
         self.pinned = True
         self.candidate = None if newest is None else replace(newest, change=None)
 
     def unpin(self) -> None:
-        """Serve the newest result again, and each one that follows it."""
+        """Serve the newest result again, and each result that follows it."""
         self.pinned = False
         candidate, self.candidate = self.candidate, None
         if candidate is None:
@@ -309,15 +318,15 @@ class Dataset:
         return self.last_generation + 1
 
     def hold(self, reason: str, rows: int, on: datetime) -> None:
-        """Go on with what is served, because the newest result was refused; it is held since the first one was."""
+        """Keep serving the same snapshot, because a gate refused the newest result."""
         self.held = Held(reason, self.held.since if self.held else on, rows)
 
     def subscribe(self, observer: Observer, *kinds: type[Event]) -> Callable[[], None]:
-        """Have `observer` called for its events of these kinds; return the function that ends that."""
+        """Call `observer` for its events of these kinds; return a function that ends the subscription."""
         return self._events.subscribe(observer, *kinds, of=self.name)
 
     def attempted(self, attempt: Attempt) -> None:
-        """Remember how an attempt ended."""
+        """Record an attempt that has ended."""
         self.attempts.append(attempt)
         self.counts.outcomes[attempt.outcome] += 1
         self.counts.durations.observe(attempt.took_s)
@@ -329,17 +338,17 @@ class Dataset:
         self._events.notify(AttemptEnded(self.name))
 
     def _note_age(self) -> None:
-        """An age is greatest just before a younger snapshot takes over."""
+        """Record the age, which is greatest just before a younger snapshot replaces the served one."""
         age_s = self.age_s()
         if age_s is not None:
             self._greatest_age_s = max(age_s, self._greatest_age_s or 0.0)
 
     def age_s(self) -> float | None:
-        """Seconds since just before the served snapshot's transaction began; None if never loaded."""
+        """Return the age of the served snapshot in seconds; None if the dataset was never loaded."""
         return None if self.snapshot is None else max(0.0, self._now() - self.snapshot.read_at)
 
     def state(self) -> State:
-        """The state by the contract's limits; the worse one where limits cross."""
+        """Return the state by the limits; the worse one if the limits cross."""
         age_s = self.age_s()
         if age_s is None:
             return State.NEVER_LOADED
@@ -350,20 +359,20 @@ class Dataset:
         return State.FRESH
 
     def next_refresh_in_s(self) -> float | None:
-        """Seconds until the next attempt is planned to start, never negative; None if none is planned."""
+        """Return the seconds until the next planned attempt, at least 0; None if none is planned."""
         return None if self.next_refresh_at is None else max(0.0, self.next_refresh_at - self._now())
 
     def behind_s(self) -> float | None:
-        """Seconds since the refresh that postgres.max_load puts off was due; None if none is put off."""
+        """Return for how many seconds postgres.max_load has delayed a refresh; None if it delays none."""
         return self._now() - self.due_at if self.put_off and self.due_at is not None else None
 
     def need(self) -> float:
-        """How much it needs a refresh: its age as a share of max_age_s, without end if never loaded."""
+        """Return how urgently it needs a refresh: its age divided by max_age_s, infinite if never loaded."""
         age_s = self.age_s()
         return float("inf") if age_s is None else age_s / self.settings.max_age_s
 
 
 def rows_builder(settings: DatasetSettings, release: Callable[[Groups], None]) -> RowsBuilder:
-    """For the rows of a dataset; `release` gets their groups in the end."""
+    """Return a builder for the rows of a dataset; `release` takes over their groups in the end."""
     patched = bool(settings.watch or settings.notify)
     return RowsBuilder(release, max_rows=settings.max_rows, max_bytes=settings.max_bytes, patched=patched)

@@ -1,13 +1,13 @@
-"""The rows of one snapshot: key -> JSON document, both bytes, never changed once built.
+"""The rows of one snapshot: an immutable mapping of keys to JSON documents, both bytes.
 
-They lie in 256 dicts by the CRC-32 of their keys, because one dict of a million entries holds the reactor for 29 ms
-each time it grows, and as long again when it is freed (measured). Python's own hash differs from process to process,
-and the cursors of SCAN, which follow these dicts, must not; a CRC takes no longer (measured). Rows that are to be
-patched lie in more of them, and these in groups: what a patch does not touch is shared with the rows before it, and
-what it touches is copied, a group and one of its dicts for each key.
+The rows are spread over 256 dicts by the CRC-32 of their keys, because a single dict of a million entries holds the
+reactor for 29 ms each time it grows, and again when it is freed (measured). Python's own hash differs from process to
+process, but the cursors of SCAN, which follow these dicts, must not; a CRC takes no longer (measured). Rows that are
+patched are spread over more dicts, and these are gathered in groups. A patch shares the groups and dicts that it does
+not change with the rows before it, and copies the others: a group and one of its dicts for each key.
 
-A document is kept as most clients want it sent: a bulk string of the Redis protocol. Framing it for each read again
-took a fifth of a pipelined GET; taking the frame off for the others is one slice.
+A document is stored in the form that most clients receive: a bulk string of the Redis protocol. Framing it again for
+each read took a fifth of a pipelined GET; removing the frame for other clients is one slice.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ Groups = list[Shards]
 """All of the same length, a power of two."""
 
 SHARD_COUNT = 256
-"""Of ordinary rows, and the least of others: always a power of two."""
+"""The number of shards of ordinary rows, and the minimum for others: always a power of two."""
 _MOST_SHARDS = 65_536
 _PATCHED_SHARD_ROWS = 32
-"""What a copy takes are the reference counts of its entries, each in a line of memory that no cache holds."""
+"""A copy spends its time on the reference counts of the entries, each in a cache line that is not cached."""
 PATCHED_GROUP_BITS = 5
 PATCHED_GROUP_MASK = (1 << PATCHED_GROUP_BITS) - 1
 _PLAIN_GROUP_BITS = SHARD_COUNT.bit_length() - 1
 MAX_KEY_BYTES = 64 * 1024
 _SHOWN_KEY_BYTES = 100
 _DIGESTED_ROWS = 512
-"""In a third of a millisecond, if they are short."""
+"""Takes a third of a millisecond, if the documents are short."""
 _DIGESTED_BYTES = 256 * 1024
 
 _PREPARED = 4096
@@ -45,17 +45,17 @@ _HEADERS = tuple(b"$%d\r\n" % length for length in range(_PREPARED))
 
 
 def bulk(document: bytes) -> bytes:
-    """`document` as a bulk string, ready to send (redis.io/docs/latest/develop/reference/protocol-spec)."""
+    """Return `document` as a bulk string (redis.io/docs/latest/develop/reference/protocol-spec)."""
     length = len(document)
     return (_HEADERS[length] if length < _PREPARED else b"$%d\r\n" % length) + document + b"\r\n"
 
 
 STARTS = {len(header) + length + 2: len(header) for length, header in enumerate(_HEADERS)}
-"""Where the document begins in a bulk string of so many bytes."""
+"""The index of the first byte of the document, by the length of the bulk string."""
 
 
 def unframed(ready: bytes) -> bytes:
-    """The document of a bulk string."""
+    """Return the document of a bulk string."""
     return ready[STARTS.get(len(ready)) or ready.index(b"\n") + 1 : -2]
 
 
@@ -63,13 +63,13 @@ class Rows:
     """An immutable mapping of `count` keys to documents, `size_bytes` long in all (keys and documents).
 
     With `place = crc32(key) & mask`, `groups[place >> bits]` holds `key`, in its shard of the number that the last
-    `bits` bits of `place` give; ordinary rows have one group. That is for the one place that cannot afford the call of
-    `bulk`. Whoever takes them must let them go in the turn in which this object is replaced, because they are emptied
-    after it.
+    `bits` bits of `place` give; ordinary rows have one group. That is for the hot path that cannot afford a call of
+    `bulk`. A holder of the groups must drop them in the turn in which this object is replaced, because they are emptied
+    afterwards.
 
-    When the last reference goes, `release` gets the groups, so that their owner can free them slice by slice.
+    When the last reference is dropped, `release` takes over the groups and frees them slice by slice.
 
-    `digest` is that of the content (see `cacheservice.cache.digest`), None until somebody needs it.
+    `digest` is the digest of the content (see `cacheservice.cache.digest`), None until it is needed.
     """
 
     __slots__ = ("__weakref__", "bits", "count", "digest", "groups", "mask", "release", "size_bytes")
@@ -96,38 +96,38 @@ class Rows:
         return self.count
 
     def get(self, key: bytes) -> bytes | None:
-        """The document of `key`, or None."""
+        """Return the document of `key`, or None."""
         ready = self.shard(crc32(key) & self.mask).get(key)
         return None if ready is None else unframed(ready)
 
     def bulk(self, key: bytes) -> bytes | None:
-        """The document of `key` as a bulk string, or None."""
+        """Return the document of `key` as a bulk string, or None."""
         return self.shard(crc32(key) & self.mask).get(key)
 
     def __contains__(self, key: bytes) -> bool:
         return key in self.shard(crc32(key) & self.mask)
 
     def shard(self, place: int) -> dict[bytes, bytes]:
-        """The one at that place, from 0 to `mask`."""
+        """Return the shard at a place from 0 to `mask`."""
         return self.groups[place >> self.bits][place & ((1 << self.bits) - 1)]
 
     def shards(self) -> Iterator[dict[bytes, bytes]]:
-        """All of them, in the order of their places."""
+        """Return all shards in the order of their places."""
         return chain.from_iterable(self.groups)
 
     def keys_by_checksum(self, low_bits: int) -> Iterator[bytes]:
-        """The keys whose CRC-32 ends in that number, which is less than SHARD_COUNT."""
+        """Return the keys whose CRC-32 ends in `low_bits`, a number less than SHARD_COUNT."""
         return chain.from_iterable(map(self.shard, range(low_bits, self.mask + 1, SHARD_COUNT)))
 
     def slices(self, most: int) -> Iterator[tuple[list[bytes], list[bytes]]]:
-        """Keys and their bulk strings, at most `most` at a time, for whoever must not take them all in one turn."""
+        """Yield keys and their bulk strings, at most `most` at a time, so that no turn takes them all."""
         keys = chain.from_iterable(self.shards())
         documents = chain.from_iterable(map(dict.values, self.shards()))
         while some := list(islice(keys, most)):
             yield some, list(islice(documents, most))
 
     def digesting(self) -> Iterator[None]:
-        """Compute `digest`, which is known when this has ended; a step takes a third of a millisecond."""
+        """Compute `digest` in steps of a third of a millisecond; it is known when the iterator ends."""
         total = 0
         for keys, documents in self.slices(_DIGESTED_ROWS):
             size_bytes = 0
@@ -144,26 +144,26 @@ class Rows:
         self.digest = reduced(total)
 
     def note_digest(self, digest: int | None) -> None:
-        """Take the digest, computed elsewhere, of exactly these rows."""
+        """Take the digest of exactly these rows, which was computed elsewhere."""
         self.digest = digest
 
     def is_laid_out_as(self, other: Rows) -> bool:
-        """Whether both are in as many shards and groups, so that a patch of either costs the same."""
+        """Return whether both have the same number of shards and groups, so that patches cost the same."""
         return (self.mask, self.bits) == (other.mask, other.bits)
 
     def items(self) -> Iterator[tuple[bytes, bytes]]:
-        """Every key with its document, in an order that stays as long as this object lives."""
+        """Yield every key with its document, in an order that never changes for this object."""
         for shard in self.shards():
             for key, ready in shard.items():
                 yield key, unframed(ready)
 
 
 class RowsBuilder:
-    """Collects the rows of one read; `finish` makes them a `Rows`.
+    """Collects the rows of one read; `finish` turns them into a `Rows`.
 
     :param max_rows: the most rows it takes, 0 for no limit.
     :param max_bytes: the most bytes of keys and documents it takes, 0 for no limit.
-    :param patched: whether the rows are to be patched.
+    :param patched: whether the rows will be patched.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class RowsBuilder:
         self._release = release
 
     def expect(self, rows: int) -> None:
-        """About so many are to come; said before the first."""
+        """Expect about this many rows; call it before the first."""
         if self._patched:
             count = 1 << (max(0, rows - 1) // _PATCHED_SHARD_ROWS).bit_length()
             self._shard_count = min(max(count, SHARD_COUNT), _MOST_SHARDS)
@@ -187,10 +187,10 @@ class RowsBuilder:
     def add(self, chunk: Sequence[tuple[bytes | None, bytes]]) -> None:
         """Take the next rows.
 
-        :raises BadResult: for a NULL key, a key that came before, a key over 64 KiB; the message names it.
+        :raises BadResult: for a NULL key, a repeated key, or a key over 64 KiB; the message names it.
         :raises ResultTooLarge: past `max_rows` or `max_bytes`.
         """
-        # A million times in a refresh, and so written out: `bulk`, and `max`, whose call costs more than all it does.
+        # Runs a million times in a refresh, so `bulk` and `max` are written out: the calls cost more than the work.
         shards, headers, checksum = self._shards or self._begun(), _HEADERS, crc32
         mask = len(shards) - 1
         size_bytes = longest = 0
@@ -225,19 +225,19 @@ class RowsBuilder:
         return [shards[first : first + size] for first in range(0, len(shards), size)]
 
     def finish(self) -> Rows:
-        """The rows taken so far; this builder is empty afterwards."""
+        """Return the rows taken so far; the builder is empty afterwards."""
         return Rows(self._grouped(), self.count, self.size_bytes, self._release)
 
     def discard(self) -> None:
-        """Free what was taken, slice by slice, after a read that failed."""
+        """Free the rows taken so far slice by slice, after a read that failed."""
         if self._shards:
             self._release(self._grouped())
 
 
 class RowsPatch:
-    """New rows made of old ones and what changed: `put` and `remove`, then `finish`.
+    """Builds new rows from old ones and changes: `put` and `remove`, then `finish`.
 
-    It holds the old rows whole; what is not touched will be shared. Each key takes a microsecond or two.
+    It keeps the old rows, and shares the unchanged parts with the new ones. Each key takes a microsecond or two.
     """
 
     def __init__(self, old: Rows, *, max_rows: int = 0, max_bytes: int = 0) -> None:
@@ -250,7 +250,7 @@ class RowsPatch:
         self._copied: dict[int, dict[bytes, bytes]] = {}
 
     def put(self, key: bytes, document: bytes) -> None:
-        """The row `key` is `document` now.
+        """Set the row `key` to `document`.
 
         :raises BadResult: for a key over 64 KiB.
         """
@@ -274,7 +274,7 @@ class RowsPatch:
         own[key] = ready
 
     def remove(self, key: bytes) -> None:
-        """There is no row `key` any more, if there was one."""
+        """Remove the row `key` if it exists."""
         place = crc32(key) & self.old.mask
         own = self._copied.get(place)
         before = (self.old.shard(place) if own is None else own).get(key)
@@ -293,7 +293,7 @@ class RowsPatch:
         return self.old.count + self.added - self.removed
 
     def finish(self) -> Rows:
-        """The new rows.
+        """Return the new rows.
 
         :raises ResultTooLarge: past `max_rows` or `max_bytes`.
         """
@@ -321,5 +321,5 @@ def _shown(key: bytes) -> str:
 
 
 def _printable(character: str) -> str:
-    # A key may hold anything, and an error is one line on a terminal.
+    # A key may contain any character, and an error is one line on a terminal.
     return character if character.isprintable() else character.encode("unicode_escape").decode()
