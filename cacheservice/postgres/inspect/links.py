@@ -196,7 +196,8 @@ class Links:
     def _join_partitions(self, texts: str) -> bool:
         """Join the columns of a table with those of its partitions: o_1 and o_2 are scanned, and o.id is read.
 
-        A table that is read twice is o and o_1, or o and o_3, and the partitions of both have numbers in that order.
+        A table that is read twice is o and o_1, or o and o_3, and the partitions of both have numbers in that order. A
+        reading whose columns are compared only in its partitions has no name in the plan.
 
         :returns: whether it is known which partitions belong to which.
         """
@@ -213,10 +214,16 @@ class Links:
         is_known = True
         for name, aliases in parents.items():
             of_name = readings.get(name, [])
-            if of_name and len(of_name) != len(aliases):
+            first = min((_numbered(part)[1] for parts in of_name for part in parts.values()), default=0)
+            if of_name and first == len(of_name):
+                # Tables come before partitions, so that the number of a table is that of its reading.
+                pairs = [(parent, of_name[_numbered(parent)[1]]) for parent in aliases if _numbered(parent)[1] < first]
+            elif of_name and len(of_name) != len(aliases):
                 is_known = False
                 continue
-            for parent, parts in zip(aliases, of_name, strict=False):
+            else:
+                pairs = list(zip(aliases, of_name, strict=False))
+            for parent, parts in pairs:
                 self._parents.update(dict.fromkeys(parts.values(), parent))
                 for alias, column in columns:
                     if alias == parent:
