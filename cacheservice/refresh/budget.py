@@ -1,4 +1,4 @@
-"""How much of the database's time refreshes may use: a share of one connection's, over a sliding minute."""
+"""Limits the database time of refreshes to a share of one connection's time over a sliding minute."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 WINDOW_S = 60.0
 _TOLERANCE_S = 1e-6
-"""Sums of times that slide out of the window are not exact."""
+"""Tolerance for sums of times that slide out of the window."""
 
 
 class Use:
-    """A session of a refresh: since when, until when, and how long it was expected to take."""
+    """The use of a session by a refresh: its start, its end, and its expected duration."""
 
     __slots__ = ("began_at", "ended_at", "expected_s")
 
@@ -23,10 +23,10 @@ class Use:
 
 
 class Budget:
-    """What was used in the last minute, and whether more fits.
+    """The time used in the last minute, and whether more fits.
 
-    What runs counts as what it was expected to take, or as what it has taken if that is more. Who expects to take more
-    than there is begins when nothing was used for a minute, so that it runs as well.
+    A running use counts with its expected duration, or with its actual one if that is longer. A use that expects more
+    than the whole budget begins when nothing was used for a minute, so that it is not blocked for ever.
 
     :param share: of one connection's time; 0 for no limit.
     :param clock: `IReactorTime`, monotonic.
@@ -39,7 +39,7 @@ class Budget:
         self._running: set[Use] = set()
 
     def begin(self, expected_s: float) -> Use:
-        """Count from now on; whoever begins says `end` with what this gives."""
+        """Count a use from now on; the caller passes the result to `end`."""
         use = Use(self.clock.seconds(), expected_s)
         self._running.add(use)
         return use
@@ -51,18 +51,18 @@ class Budget:
         self._forget_old()
 
     def used_s(self) -> float:
-        """Of the last minute, what runs included."""
+        """Return the seconds used in the last minute, running uses included."""
         now: float = self.clock.seconds()
         start = now - WINDOW_S
         ended_s = sum(max(0.0, use.ended_at - max(use.began_at, start)) for use in self._ended)
         return ended_s + sum(max(now - max(use.began_at, start), use.expected_s) for use in self._running)
 
     def fits(self, expected_s: float) -> bool:
-        """Whether who will probably take that long may begin now."""
+        """Return whether a use of that expected duration may begin now."""
         return not self.share or self._excess_s(expected_s) <= _TOLERANCE_S
 
     def fits_in_s(self, expected_s: float) -> float:
-        """Seconds until enough of what has ended is more than a minute ago; without end if that never suffices."""
+        """Return the seconds until it fits because ended uses leave the window; infinite if that never suffices."""
         excess_s, start = self._excess_s(expected_s), self._window_start()
         edges = sorted(
             edge

@@ -1,11 +1,13 @@
-"""Frees the rows of dropped snapshots slice by slice; all at once would hold the reactor for 30 ms a million rows.
+"""Frees the rows of dropped snapshots slice by slice.
 
-The rows of each shard lie all over the memory, so nothing goes back to the system until the last rows around it are
-freed. Whole shards are freed first, which takes a third of the time that their rows take one by one; the last few of
-them row by row, in the order in which the rows lie there, because to free the last shard whole would give everything
-back at once and hold the reactor for 20 ms (all measured).
+Freeing a million rows at once would hold the reactor for 30 ms.
 
-Rows that were patched share most of their shards with those that followed. What somebody else holds is only let go.
+The rows of each shard are scattered over the memory, so the system gets nothing back until the last neighbours of a
+page are freed. Whole shards are freed first, which takes a third of the time of freeing their rows one by one. The last
+few shards are freed row by row, in the order of their addresses, because freeing the last shard whole would return all
+memory at once and hold the reactor for 20 ms (all measured).
+
+Patched rows share most of their shards with the rows that follow them. Shards with other holders are only released.
 """
 
 from __future__ import annotations
@@ -21,17 +23,17 @@ from cacheservice.cache.rows import Groups, Shards
 
 _SLICE_ROWS = 256
 _MOST_SHARD_ROWS = 5000
-"""Freed at once, in less than half a millisecond."""
+"""A shard of this size is freed at once, in less than half a millisecond."""
 _ROW_BY_ROW = 16
-"""Shards."""
+"""The number of last shards that are freed row by row."""
 _SAMPLE = 64
-"""Shards that are looked at to tell whether nearly all are shared."""
+"""The number of shards that are sampled to find out whether nearly all are shared."""
 _OURS = 2
-"""References to a group or a shard that nobody else holds: the list's, and the argument of `getrefcount`."""
+"""The references to an unshared group or shard: the list's, and the argument of `getrefcount`."""
 
 
 class Drain:
-    """Frees one shard of ordinary size, or some hundred rows, per turn of the reactor.
+    """Frees one shard of ordinary size, or some hundred rows, in each turn of the reactor.
 
     :param clock: `IReactorTime`.
     """
@@ -44,18 +46,18 @@ class Drain:
         self._stopped = False
 
     def add(self, groups: Groups) -> None:
-        """Take over `groups`, of which the caller keeps no reference; nothing is freed in this turn."""
+        """Take over `groups`; the caller keeps no reference, and nothing is freed in this turn."""
         if not self._stopped:
             self._cooperator.cooperate(_emptied(groups))
 
     def stop(self) -> None:
-        """Free slice by slice no more."""
+        """Stop freeing slice by slice."""
         self._stopped = True
         self._cooperator.stop()
 
 
 def _nearly_all_are_shared(shards: Shards) -> bool:
-    """Whether letting them go frees a few of them at most, as it does after a patch."""
+    """Return whether releasing the shards frees few of them, as after a patch."""
     sample = range(0, len(shards), max(1, len(shards) // _SAMPLE))
     own = sum(getrefcount(shards[place]) == _OURS for place in sample)
     return own * 16 <= len(sample)
@@ -80,7 +82,7 @@ def _emptied(groups: Groups) -> Iterator[None]:
             yield
         else:
             del shards[-1]
-            freed += rows + 1  # of an empty one there is a little to free as well
+            freed += rows + 1  # an empty shard has a little to free as well
     if freed:
         yield
     shards[:] = [shards[place] for place in range(len(shards)) if getrefcount(shards[place]) == _OURS]

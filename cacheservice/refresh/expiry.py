@@ -1,4 +1,4 @@
-"""Tells once when a dataset expires, and once when it is replaced after that."""
+"""Logs once that a dataset has expired, and once that it has recovered."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cacheservice.cache.describe import seconds
 _MARGIN_S = 0.001
 """A dataset is expired when its age is greater than its limit, not equal to it."""
 _LONGEST_TIMER_S = 2_000_000.0
-"""epoll takes no more than 2**31 ms."""
+"""epoll accepts at most 2**31 ms."""
 
 
 class ExpiryWatch:
@@ -30,13 +30,13 @@ class ExpiryWatch:
             self._timer.cancel()
 
     def published(self) -> None:
-        """A new snapshot is served, or the limit is another."""
+        """Note that another snapshot is served, or that the limit has changed."""
         self.stop()
         if self._dataset.snapshot is None:
             return
         if self._dataset.told_expired:
             if self._dataset.state() is State.EXPIRED:
-                return  # it took longer to read than it may be old
+                return  # reading took longer than max_age_s
             self._dataset.told_expired = False
             self._log.info("dataset_recovered")
         age_s = self._dataset.age_s() or 0.0

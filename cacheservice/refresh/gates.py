@@ -1,4 +1,4 @@
-"""What stands between a finished read and its publish: results that look wrong are held back."""
+"""Decides whether a result may be published: results that look wrong are held."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from cacheservice.config import DatasetSettings
 
 
 def refusal(served: Snapshot | None, count: int, columns: Sequence[str], settings: DatasetSettings) -> str | None:
-    """Why a result of `count` rows with these columns is not to replace what is served, in words; None if it may.
+    """Return why a result must not replace the served snapshot, in words; None if it may.
 
-    A first load has nothing to shrink from; `min_rows` holds for it as well. `served` is None also where what is
-    served is of another query.
+    A first load cannot shrink, but `min_rows` applies to it as well.
+
+    :param served: None also if the served snapshot is of another query.
+    :param count: the rows of the result.
+    :param columns: the columns of the result.
     """
     if count < settings.min_rows:
         return f"has {count:,} rows, min_rows is {settings.min_rows:,}"

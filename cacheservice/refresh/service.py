@@ -1,4 +1,4 @@
-"""The main job: every dataset refreshed on its interval, a failing one without harm to the others."""
+"""The main service: refreshes every dataset on its interval; a failing dataset does not harm the others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cacheservice.refresh.refresher import Means, Reads, Refresher
 from cacheservice.refresh.slots import Slots
 
 _BURST = 100
-"""Notifications in a row that are no coincidence: a transaction that sends thousands."""
+"""This many notifications in a row are a burst: a transaction that sends thousands."""
 _BURST_PAUSE_S = 0.005
 _LONGEST_BURST_S = 0.1
 _PRUNE_INTERVAL_S = 60.0
@@ -33,28 +33,32 @@ _PRUNE_TIMEOUT_S = 10.0
 
 
 class History(Protocol):
-    """What was saved: ``cacheservice.persistence.store.SnapshotStore``."""
+    """The saved snapshots: ``cacheservice.persistence.store.SnapshotStore``."""
 
     async def restore(self) -> None:
         """Publish the newest saved snapshot of each dataset that has none. Never raises."""
 
     def saved(self, names: Sequence[str]) -> list[tuple[int, ...]]:
-        """The saved generations of a dataset, or those of a group that are of one moment, newest first."""
+        """Return the saved generations of a dataset or, of one moment each, of a group, newest first."""
 
     async def load(self, name: str, generation: int) -> Snapshot:
-        """:raises CacheServiceError: if it cannot be had."""
+        """Load a saved generation.
+
+        :raises CacheServiceError: if it cannot be loaded.
+        """
 
 
 class CacheService(Service):
-    """Refreshes the datasets of `cache` from `database`: a LoopingCall for each or for each group, at most
-    `max_connections` at once.
+    """Refreshes the datasets of `cache` from `database`.
+
+    Each dataset or group has a LoopingCall. At most `max_connections` refreshes run at once.
 
     :param clock: `IReactorTime`, monotonic.
-    :param random: a number from 0 to 1.
-    :param drain: gets what is dropped; it is stopped with this service.
-    :param history: what is served before the first refresh, and what can be rolled back to.
+    :param random: returns a number from 0 to 1.
+    :param drain: frees dropped rows; it is stopped with this service.
+    :param history: the saved snapshots, for a warm start and for rollbacks.
     :param max_load: share of one connection's time that refreshes may use; 0 for no limit.
-    :param heard_all: waits until every notification that was sent before has come to `heard`; False if nobody knows.
+    :param heard_all: waits until `heard` got every notification sent before the call; False if that is not known.
     """
 
     name = "refresh"
@@ -97,7 +101,7 @@ class CacheService(Service):
     def _add(self, members: Sequence[Dataset]) -> Refresher:
         refresher = Refresher(members, self._means)
         if any(dataset.pinned for dataset in members):
-            for dataset in members:  # it came to a group: a pin is of all of it
+            for dataset in members:  # one of them joined a group, and a pin is of the whole group
                 dataset.pinned = dataset.snapshot is not None
         self._refreshers |= {dataset.name: refresher for dataset in members}
         return refresher
@@ -108,7 +112,7 @@ class CacheService(Service):
         self._start(self._each_once())
 
     def _start(self, refreshers: Iterable[Refresher]) -> None:
-        """Start them: who has nothing to serve, after what is saved has been restored."""
+        """Start refreshers; those that serve nothing yet start after the saved snapshots have been restored."""
         cold = []
         for refresher in refreshers:
             if self._history is None or all(dataset.snapshot for dataset in refresher.datasets):
@@ -119,19 +123,19 @@ class CacheService(Service):
             self._run(self._start_warm(self._history, cold))
 
     async def _start_warm(self, history: History, refreshers: Sequence[Refresher]) -> None:
-        # What was saved first: the database is asked for nothing before readers have what there is.
+        # Saved snapshots come first, so that readers have them before the database is asked.
         await history.restore()
         for refresher in self._still_there(refreshers):
             refresher.start()
 
     def channels(self) -> set[str]:
-        """On which datasets are notified of; the service's own among them where a table is watched."""
+        """Return the LISTEN channels of the datasets, and the service's own channel if a table is watched."""
         declared = [dataset.settings for dataset in self._cache.datasets.values()]
         named = {settings.notify for settings in declared if settings.notify}
         return named | {OWN_CHANNEL} if any(settings.watch for settings in declared) else named
 
     def heard(self, channel: str, payload: str) -> None:
-        """A notification came."""
+        """Note a notification."""
         for name, dataset in self._cache.datasets.items():
             if channel == OWN_CHANNEL and dataset.settings.watch and self._is_watched(dataset, payload):
                 self._changed(name, ())  # the triggers have recorded which rows
@@ -139,7 +143,7 @@ class CacheService(Service):
                 self._changed(name, _keys_of(payload))
 
     def _changed(self, name: str, keys: Sequence[str] | None) -> None:
-        """Begin when the burst that this notification may be of is over: each attempt would see but a part of it."""
+        """Refresh once the burst of notifications is over, because an attempt within it would see only a part."""
         refresher = self._refreshers[name]
         refresher.note_changed(name, keys)
         if not self._told:
@@ -160,7 +164,7 @@ class CacheService(Service):
                 refresher.notified()
 
     def missed(self) -> None:
-        """Notifications may have been missed: what they would have told of is looked for."""
+        """Look for changes whose notifications may have been missed."""
         for name, dataset in self._cache.datasets.items():
             if dataset.settings.watch or dataset.settings.notify:
                 self._refreshers[name].note_changed(name, None if dataset.settings.notify else ())
@@ -169,17 +173,17 @@ class CacheService(Service):
                 refresher.notified(at_once=True)
 
     def _is_watched(self, dataset: Dataset, payload: str) -> bool:
-        """Whether "changed 7" is of a table that the dataset watches; of which it is not known, it may be."""
+        """Return whether the payload "changed 7" may be of a table that the dataset watches."""
         newest = dataset.newest()
         word, _, number = payload.partition(" ")
         if word != "changed" or not number.isdecimal() or newest is None or not newest.watch_state:
             return True
         known = watched_ids(newest.watch_state)
-        # Of a watch with a problem the state says nothing: it may be that one.
+        # The state does not contain watches with a problem, and the payload may be of one of these.
         return int(number) in known or len(known) < len(dataset.settings.watch)
 
     async def _prune(self) -> None:
-        """Delete recorded changes that nobody will ask for any more; whatever comes of it, the loop goes on."""
+        """Delete recorded changes that are not needed any more. A failure does not end the loop."""
         if not any(dataset.settings.watch for dataset in self._cache.datasets.values()):
             return
         database = self._cache.database
@@ -211,13 +215,13 @@ class CacheService(Service):
             getattr(self._log, level)("changes_not_pruned", error=problem, kept=count, oldest_s=oldest_s)
 
     def redeclare(self, declared: Sequence[DatasetSettings], *, moved: bool = False) -> Declared:
-        """Have these datasets from this turn of the reactor on; those that stay what they are notice nothing.
+        """Replace the declared datasets; unchanged datasets are not disturbed.
 
-        One that is new, or whose query, key or group has changed, is loaded at once, and until then goes on serving
-        what it serves. Of one that is gone, the refresh that runs is ended.
+        A dataset that is new, or whose query, key or group has changed, is loaded at once, and serves its old snapshot
+        until then. The running refresh of a removed dataset is ended.
 
-        :param moved: the database is another one, so that all are loaded anew.
-        :raises Stopped: if the service does not run.
+        :param moved: the database is another one, so that all datasets are loaded again.
+        :raises Stopped: if the service is not running.
         """
         if not self.running:
             raise Stopped("the service is stopping")
@@ -248,19 +252,19 @@ class CacheService(Service):
         return told
 
     async def _replace(self, ended: Sequence[Refresher], begun: Sequence[Refresher]) -> None:
-        """Start the ones when no attempt of the others runs any more: a dataset's refreshes never overlap."""
+        """Start new refreshers once no attempt of the old ones runs, because refreshes never overlap."""
         self._ending.update(ended)
         await DeferredList([refresher.stop() for refresher in list(self._ending)])
         self._ending.difference_update(ended)
         self._start(self._still_there(begun))
 
     def _still_there(self, refreshers: Iterable[Refresher]) -> list[Refresher]:
-        """Those that have not been replaced since."""
+        """Return the refreshers that have not been replaced since."""
         current = set(self._refreshers.values())
         return [refresher for refresher in refreshers if refresher in current]
 
     def _run(self, work: Coroutine[Any, Any, None]) -> Deferred[None]:
-        """See `work` to its end, or to the stop of the service."""
+        """Run `work` until it ends or the service stops."""
         running = Deferred.fromCoroutine(work)
         self._under_way.add(running)
         return running.addBoth(self._ran, running)
@@ -271,7 +275,7 @@ class CacheService(Service):
             self._log.error("internal_error", error=result.getErrorMessage(), traceback=result.getTraceback())
 
     def stopService(self) -> Deferred[Any]:
-        """Start nothing more, end what runs; fires when no session is left."""
+        """Start nothing more and end running attempts; fires when no session is left."""
         super().stopService()
         self._stopping = True
         if self._pruning.running:
@@ -313,7 +317,7 @@ class CacheService(Service):
                 raise NothingToRollBackTo(f"{dataset.name} has not been loaded yet")
             current.append(served.rolled_back_to or served.generation)
         for saved in self._history.saved(names):
-            # A member whose content did not change has the same generation at both moments.
+            # A dataset whose content did not change has the same generation at both moments.
             if list(saved) != current and all(was <= now for was, now in zip(saved, current, strict=True)):
                 self._run(self._roll_back(self._history, refresher, saved))
                 return dict(zip(names, saved, strict=True))
@@ -352,7 +356,7 @@ class CacheService(Service):
 
 
 def _keys_of(payload: str) -> list[str] | None:
-    """The keys that a payload names if it is a JSON list of keys; None, for any row, if it is something else."""
+    """Return the keys of a payload that is a JSON list of keys; None, which means any row, for other payloads."""
     try:
         keys = json.loads(payload)
     except (ValueError, RecursionError):

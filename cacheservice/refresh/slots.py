@@ -1,4 +1,4 @@
-"""At most so many refreshes at once, and so much of their time; who needs it most goes first."""
+"""Limits concurrent refreshes and the database time they use. The most urgent dataset goes first."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cacheservice.refresh.budget import Budget, Use
 T = TypeVar("T")
 
 MOST_PASSED_OVER = 20
-"""How many others go before one that fails; a single failure must not keep a dataset from a busy database for good."""
+"""How many others go before a failing use; one failure must not keep a dataset from a busy database for good."""
 
 
 @dataclass(eq=False, slots=True)
@@ -27,19 +27,18 @@ class _Waiting:
     put_off: Callable[[], None]
     granted: Deferred[None] = field(default_factory=Deferred)
     passed_over: int = 0
-    """How often another one was granted a slot meanwhile."""
+    """How many others were granted a slot while this one waited."""
     took_turn_failing: bool = False
 
 
 class Slots:
     """Like `DeferredSemaphore`, but a free slot goes to the greatest need at that moment.
 
-    What fails again and again must not delay what works: it goes after it, and never takes the last
-    slot as long as `any_healthy` says that something works. After `MOST_PASSED_OVER` others it has a turn like
-    them, one failing use at a time.
+    Failing uses must not delay working ones: they go last, and never take the last slot while `any_healthy` returns
+    True. After `MOST_PASSED_OVER` others a failing use has a turn like them, one failing use at a time.
 
-    What does not fit the budget waits, and all that need it less behind it: a slow dataset would never have its turn if
-    quick ones used up what is left. What is urgent is counted, but waits for a slot only.
+    A use that does not fit the budget waits, and so does every use with less need behind it: otherwise quick datasets
+    would use up the rest, and a slow one would never have its turn. An urgent use counts, but only waits for a slot.
     """
 
     def __init__(self, limit: int, any_healthy: Callable[[], bool], budget: Budget) -> None:
@@ -54,7 +53,7 @@ class Slots:
         self._timer: Any = None
 
     def set_limit(self, limit: int) -> None:
-        """At most `limit` from now on; what runs beyond it runs to its end."""
+        """Allow `limit` uses at once from now on; running uses beyond it run to their end."""
         self._free += limit - self._limit
         self._limit = limit
         self.grant()
@@ -73,13 +72,13 @@ class Slots:
         expected_s: Callable[[], float] = lambda: 0.0,
         put_off: Callable[[], None] = lambda: None,
     ) -> Deferred[T]:
-        """Wait for a slot, call `use`, give the slot back when its Deferred has fired.
+        """Wait for a slot, call `use`, and free the slot when its Deferred has fired.
 
-        Cancelling gives the place in the queue back, or cancels `use`'s Deferred.
+        Cancelling leaves the queue, or cancels the Deferred of `use`.
 
-        :param urgent: whether the budget does not hold it back.
-        :param expected_s: how long it will probably take.
-        :param put_off: called, perhaps often, where there is a slot and only the budget holds it back.
+        :param urgent: returns whether the budget does not apply.
+        :param expected_s: returns how long the use will probably take.
+        :param put_off: is called, perhaps often, while a slot is free and only the budget delays the use.
         :raises Stopped: if `stop` was called.
         """
         if self._stopped:
@@ -91,7 +90,7 @@ class Slots:
         return d.addBoth(self._forget_and_passthrough, waiting)
 
     def stop(self) -> None:
-        """Send everybody in the queue away with `Stopped`."""
+        """Fail everything in the queue with `Stopped`."""
         self._stopped = True
         self._forget_timer()
         queue, self._waiting = self._waiting, []
@@ -116,9 +115,9 @@ class Slots:
         return result
 
     def grant(self) -> None:
-        """Give out what is free, now that something has changed."""
+        """Grant free slots, because something has changed."""
         if self._granting:
-            return  # a use that ended at once; the loop below goes on, where a call each would exhaust the stack
+            return  # a use ended at once: the loop below continues, because nested calls would exhaust the stack
         self._granting = True
         self._forget_timer()
         try:
@@ -144,7 +143,7 @@ class Slots:
             for waiting in candidates:
                 waiting.put_off()
             in_s = self.budget.fits_in_s(first.expected_s())
-            if in_s < math.inf:  # else what runs has to end, which asks again
+            if in_s < math.inf:  # otherwise the end of a running use grants again
                 self._timer = self.budget.clock.callLater(in_s, self.grant)
         return urgent
 
