@@ -1,4 +1,4 @@
-"""What is counted of a dataset, for the metrics: numbers that only go up as long as the process lives."""
+"""Counters of a dataset for the metrics: numbers that only increase while the process lives."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections import Counter
 from collections.abc import Sequence
 
 REFRESH_BOUNDS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
-"""From a delta of a few rows to a read of millions."""
+"""The bounds range from a delta of a few rows to a read of millions."""
 
 
 class Histogram:
-    """Values, counted by bucket: `counts[i]` are those greater than `bounds[i - 1]` and at most `bounds[i]`, the last
-    one those greater than all bounds. `total` is the sum of the values.
+    """A histogram of values.
+
+    `counts[i]` is the number of values greater than `bounds[i - 1]` and at most `bounds[i]`; the last one is the number
+    of values greater than all bounds. `total` is the sum of the values.
 
     :param bounds: ascending.
     """
@@ -30,10 +32,12 @@ class Histogram:
 
 
 class Reads:
-    """Documents, or whole datasets, that clients of one port asked for, by what they got.
+    """Reads of documents or whole datasets by the clients of one port.
 
-    `hits` were there; `misses` are no row of the dataset; `loading` was refused because nothing was loaded yet, and
-    `stale` because what was loaded was too old.
+    - `hits`: the document was found.
+    - `misses`: the dataset has no such row.
+    - `loading`: refused, because the dataset has not been loaded.
+    - `stale`: refused, because the dataset is too old.
     """
 
     __slots__ = ("hits", "loading", "misses", "stale")
@@ -43,11 +47,12 @@ class Reads:
 
 
 class Counts:
-    """Of one dataset, from the first time that its name was declared.
+    """The counters of one dataset, since its name was first declared.
 
-    `rows_read` came from the database, in whatever became of them; `added`, `changed` and `removed` are those of
-    publishes. `missed_ticks` are starts of an interval that were skipped, because a refresh was running;
-    `differences` rows that a full read found to differ from what deltas had made of them: there must be none.
+    - `rows_read`: rows that came from the database, whether they were published or not.
+    - `added`, `changed`, `removed`: rows of publishes.
+    - `missed_ticks`: starts of an interval that were skipped because a refresh was running.
+    - `differences`: rows for which a full read disagreed with the deltas before it. It must stay 0.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The contract's `json` object, made from the cache alone."""
+"""Makes the `json` object of docs/status-port.md from the cache alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cacheservice.errors import Blocker
 
 
 def describe(cache: Cache) -> dict[str, Any]:
-    """Everything, in the shape of the contract; ages and durations in seconds, sizes in bytes."""
+    """Return the whole object; ages and durations are in seconds, sizes in bytes."""
     return {
         "service": describe_service(cache),
         "postgres": describe_database(cache.database),
@@ -25,7 +25,7 @@ def describe(cache: Cache) -> dict[str, Any]:
 
 
 def describe_service(cache: Cache) -> dict[str, Any]:
-    """The service's part of `json`."""
+    """Return the service's part of `json`."""
     not_ready = cache.not_ready()
     return {
         "version": __version__,
@@ -38,7 +38,7 @@ def describe_service(cache: Cache) -> dict[str, Any]:
 
 
 def describe_database(database: DatabaseStatus) -> dict[str, Any]:
-    """The database's part of `json`."""
+    """Return the database's part of `json`."""
     return {
         "state": database.state,
         "error": database.error,
@@ -54,7 +54,7 @@ def describe_database(database: DatabaseStatus) -> dict[str, Any]:
 
 
 def describe_dataset(dataset: Dataset) -> dict[str, Any]:
-    """One dataset's part of `json`."""
+    """Return a dataset's part of `json`."""
     snapshot, settings = dataset.snapshot, dataset.settings
     return {
         "state": str(dataset.state()),
@@ -93,7 +93,7 @@ def _held(held: Held | None) -> dict[str, Any] | None:
 
 
 def describe_attempt(attempt: Attempt) -> dict[str, Any]:
-    """One attempt's part of `json`."""
+    """Return an attempt's part of `json`."""
     return {
         "outcome": attempt.outcome,
         "trigger": attempt.trigger,
@@ -105,7 +105,7 @@ def describe_attempt(attempt: Attempt) -> dict[str, Any]:
 
 
 def describe_point(point: Point, now: float) -> dict[str, Any]:
-    """A point of the last hour as an object; times in seconds."""
+    """Return a point of the last hour as an object; times are in seconds."""
     return {
         "slot": point.slot,
         "ago_s": seconds(now - point.ended_at),
@@ -116,13 +116,13 @@ def describe_point(point: Point, now: float) -> dict[str, Any]:
 
 
 def describe_hour(points: list[Point], now: float) -> dict[str, list[Any]]:
-    """Points of the last hour, a list for each of their fields."""
+    """Return the points of the last hour as one list for each field."""
     described = [describe_point(point, now) for point in points]
     return {field: [each[field] for each in described] for field in ("slot", "ago_s", "took_s", "age_s", "outcome")}
 
 
 def describe_blocker(blocker: Blocker) -> str:
-    """A session that blocks a refresh, in words; what the role may not see is left out."""
+    """Describe a session that blocks a refresh, without the parts that the role may not see."""
     words = f"session {blocker.pid}"
     if blocker.user:
         words += f" of {blocker.user}"
@@ -145,18 +145,18 @@ def describe_blocker(blocker: Blocker) -> str:
 
 
 def in_short(problems: Sequence[str]) -> str:
-    """The first problem of a configuration, and how many more there are."""
+    """Return the first problem of a configuration, and the number of the others."""
     first, *others = problems
     return f"{first} (and {len(others)} more)" if others else first
 
 
 def seconds(value: float) -> float:
-    """A duration to the millisecond, never negative."""
+    """Return a duration to the millisecond, at least 0."""
     return max(0.0, round(value, 3))
 
 
 def iso(moment: datetime) -> str:
-    """ISO 8601 in UTC, with a Z."""
+    """Return a time in ISO 8601, in UTC with a Z."""
     return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 

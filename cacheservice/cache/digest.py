@@ -1,4 +1,4 @@
-"""What a dataset's rows are in 128 bits, the same in whatever order they come and in whatever process.
+"""A digest of a dataset's rows in 128 bits, equal for equal rows in any order and in any process.
 
 The digest is the sum of one digest of each row, so that a delta adjusts it by the rows that it changes.
 """
@@ -15,7 +15,7 @@ _begun: Callable[[], blake2b] = blake2b(digest_size=DIGEST_BYTES).copy
 
 
 def row_digest(key: bytes, ready: bytes) -> int:
-    """Of one row; `ready` is its document as a bulk string, whose header keeps it apart from the key."""
+    """Return the digest of a row; `ready` is its document as a bulk string, whose header separates it from the key."""
     digest = _begun()
     digest.update(ready)
     digest.update(key)
@@ -23,12 +23,12 @@ def row_digest(key: bytes, ready: bytes) -> int:
 
 
 def document_digest(document: bytes) -> bytes:
-    """Of one document alone, in hexadecimal."""
+    """Return the digest of a single document, in hexadecimal."""
     digest = _begun()
     digest.update(document)
     return digest.hexdigest().encode()
 
 
 def reduced(total: int) -> int:
-    """A sum of digests of rows as a digest."""
+    """Return the digest for a sum of row digests."""
     return total % _MODULUS

@@ -1,4 +1,4 @@
-"""What a dataset's refreshes were like in the last hour, in bounded memory."""
+"""The refreshes of a dataset in the last hour, in bounded memory."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _BEST_FIRST: tuple[Outcome, ...] = ("unchanged", "published", "held", "failed")
 
 
 class Point(NamedTuple):
-    """The attempts that ended within one slot of 10 s, as one.
+    """The attempts that ended within one slot of 10 s, combined.
 
-    `slot` numbers the slots of the monotonic clock, which `ended_at` is of: when the last of them ended. Of the
-    attempts, `took_s` is the longest time and `outcome` the worst. `age_s` is the greatest age that readers were
-    given since the point before; None while nothing was loaded.
+    `slot` is the number of the slot on the monotonic clock. `ended_at` is the time on that clock at which the last
+    attempt ended, `took_s` the longest duration, and `outcome` the worst outcome. `age_s` is the greatest age that was
+    served since the previous point; None while nothing was loaded.
     """
 
     slot: int
@@ -31,7 +31,7 @@ class Point(NamedTuple):
 
 
 class LastHour:
-    """At most 360 points of one dataset, whatever its interval; 12 KiB then.
+    """At most 360 points of one dataset, for any interval; 360 points take 12 KiB.
 
     Columns of numbers, because 360 tuples of floats would take six times as much.
     """
@@ -44,7 +44,7 @@ class LastHour:
         self._outcomes = array("b")
 
     def add(self, ended_at: float, took_s: float, age_s: float | None, outcome: Outcome) -> None:
-        """Remember an attempt that has ended, no earlier than the one before; times in seconds."""
+        """Record an attempt, which must not have ended before the previous one; times in seconds."""
         slot, age, rank = (
             math.floor(ended_at / SLOT_S),
             math.nan if age_s is None else age_s,
@@ -66,16 +66,16 @@ class LastHour:
         self._outcomes.append(rank)
 
     def points(self, now: float) -> list[Point]:
-        """Those of the hour before `now`, the oldest first."""
+        """Return the points of the hour before `now`, the oldest first."""
         first = self._first_after(math.floor(now / SLOT_S))
         return [self._point(index) for index in range(first, len(self._slots))]
 
     def newest(self) -> Point | None:
-        """The last point, however old; None before the first attempt has ended."""
+        """Return the last point, of any age; None before the first attempt has ended."""
         return self._point(len(self._slots) - 1) if self._slots else None
 
     def _first_after(self, slot: int) -> int:
-        """The index of the first point that is still of the hour in `slot`."""
+        """Return the index of the first point within the hour before `slot`."""
         return next((i for i, each in enumerate(self._slots) if each > slot - MOST_POINTS), len(self._slots))
 
     def _point(self, index: int) -> Point:

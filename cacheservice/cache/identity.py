@@ -1,4 +1,4 @@
-"""Which server a snapshot was read from, and whether it is the one that answers now.
+"""Identifies the server that a snapshot was read from, and compares it with the present server.
 
 Transaction numbers, probes and recorded changes mean something only on the server that they came from: a restart, a
 crash or a failover may lose transactions whose numbers are then assigned again, and another database may have a probe
@@ -32,10 +32,10 @@ class ServerIdentity:
 
 
 def why_another(before: ServerIdentity | None, now: ServerIdentity | None) -> str | None:
-    """Why a snapshot that was read from `before` proves nothing about `now`; None if both are the same.
+    """Return why a snapshot read from `before` proves nothing about `now`; None if both are the same.
 
     Such a snapshot includes no transaction, satisfies no probe and is the base of no delta. The start of the postmaster
-    tells lives apart, so an unknown start is never equal. The other parts are compared where both are known: of one
+    distinguishes lives, so an unknown start is never equal. The other parts are compared if both are known: within one
     life, a part that only one read could see has not changed.
     """
     if before is None or now is None:
@@ -60,9 +60,9 @@ def why_another(before: ServerIdentity | None, now: ServerIdentity | None) -> st
 
 
 def why_elsewhere(before: ServerIdentity | None, now: ServerIdentity | None) -> str | None:
-    """Why a snapshot is of another database, or for another role, and not to be served here; None if it may be.
+    """Return why a snapshot must not be served here; None if it may be.
 
-    A restart, a promotion or a failover to a standby leaves it the same.
+    It must be of the same database and role. A restart, a promotion or a failover to a standby does not change these.
     """
     if before is None or now is None:
         return None
@@ -83,10 +83,10 @@ def _differ(before: str | int | None, now: str | int | None) -> bool:
 
 
 def is_visible(transaction_id: int, database_snapshot: str, *, in_recovery: bool = False) -> bool:
-    """Whether a snapshot, as `pg_current_snapshot()` shows it (xmin:xmax:xip,…), sees a committed transaction's work.
+    """Return whether a snapshot (xmin:xmax:xip,…) includes a committed transaction.
 
-    PostgreSQL manual, 9.28.2: everything before xmin has ended, nothing from xmax on has, of those between the listed
-    ones have not. In recovery none are listed, so that only those before xmin are known to have ended.
+    PostgreSQL manual, 9.28.2: every transaction before xmin has ended, none from xmax on has, and between them the
+    listed ones have not. In recovery none are listed, so that only transactions before xmin are known to have ended.
     """
     xmin, xmax, in_progress = database_snapshot.split(":")
     if transaction_id < int(xmin):

@@ -1,4 +1,4 @@
-"""How far a standby is behind its primary: decided from what the standby itself reports.
+"""Decides how far a standby is behind its primary, from the reports of the standby itself.
 
 A standby is up to date while it has replayed all that its primary has reported and still hears from it. Otherwise the
 lag is an upper bound: the time since it was last known to be up to date, or since the last commit that it replayed.
@@ -9,18 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _ANSWER_S = 5.0
-"""What an answer to the receiver's question may take, and the rounds of its loop."""
+"""How long an answer to the receiver's question may take, the rounds of its loop included."""
 _IN_FLIGHT_S = 1.0
-"""Less than this is what a busy primary always has under way, and is not reported as a problem."""
+"""A busy primary always has this much in flight, so less is not reported as a problem."""
 GRANT = "GRANT pg_read_all_stats TO {role}"
 
 
 @dataclass(frozen=True, slots=True)
 class Lag:
-    """By how much rows may be older than the transaction that read them.
+    """How much older than their transaction the rows may be.
 
-    `seconds` is an upper bound. `problem` says why the standby is not up to date, empty if it is; `known` is False
-    where an idle primary cannot be told from one that is not followed.
+    `seconds` is an upper bound. `problem` is the reason why the standby is not up to date, empty if it is. `known` is
+    False if an idle primary cannot be distinguished from one that is not followed.
     """
 
     seconds: float = 0.0
@@ -33,19 +33,19 @@ NO_LAG = Lag()
 
 @dataclass(frozen=True, slots=True)
 class Receiver:
-    """The process that receives WAL, in seconds of the standby's clock; `status` None: this role may not see it."""
+    """The WAL receiver, in seconds of the standby's clock; `status` is None if the role may not see it."""
 
     status: str | None
     heard_s: float | None
     clock_ahead_s: float
-    """Of the sender; it never is less than 0, because a message that was held up looks like a clock that is behind."""
+    """The sender's clock minus ours, at least 0: a delayed message looks like a clock that is behind."""
     sender_at: int | None
     """The position in the WAL that the sender last reported."""
 
 
 @dataclass(frozen=True, slots=True)
 class StandbyFacts:
-    """What a standby reports of itself; moments in seconds of its own clock, positions in bytes of WAL."""
+    """The report of a standby about itself: times in seconds of its own clock, positions in bytes of WAL."""
 
     role: str
     started_us: int | None
@@ -58,14 +58,15 @@ class StandbyFacts:
     receiver_timeout_s: float
     delay_s: float
     receiver: Receiver | None
-    """None: none is running."""
+    """None if no receiver is running."""
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """Earlier findings about the same standby, in seconds ago; None: never.
+    """Earlier findings about the same standby, in seconds ago; None for never.
 
-    `current_s` since it had replayed all, `heard_s` since its primary proved that, which an idle one does now and then.
+    `current_s`: since it had replayed everything. `heard_s`: since its primary confirmed that, as even an idle primary
+    does from time to time.
     """
 
     current_s: float | None = None
@@ -76,7 +77,7 @@ _NEVER = Seen()
 
 
 def lag_of(facts: StandbyFacts, seen: Seen = _NEVER) -> Lag:
-    """The lag by what the standby reports, and reported before."""
+    """Return the lag by the present report of the standby and its earlier ones."""
     receiver = facts.receiver
     sent_at = max(facts.received_at or 0, (receiver.sender_at or 0) if receiver else 0)
     if (facts.replayed_at or 0) < sent_at and receiver is not None:
@@ -91,7 +92,7 @@ def lag_of(facts: StandbyFacts, seen: Seen = _NEVER) -> Lag:
     if receiver.status != "streaming" or receiver.heard_s is None:
         return Lag(bound_s, False, f"the standby's receiver is {receiver.status}, not streaming")
     silent_s = max(0.0, facts.now_s - receiver.heard_s)
-    # A receiver that hears nothing asks after half of its timeout; without one an idle primary stays silent for ever.
+    # A silent receiver asks after half its timeout. Without a timeout an idle primary stays silent for ever.
     if silent_s <= facts.receiver_timeout_s / 2 + _ANSWER_S:
         return NO_LAG
     silent = f"the standby has heard nothing from its primary for {silent_s:.0f} s"

@@ -15,7 +15,7 @@ Place = tuple[str, ...]
 
 
 def keys_of(table: str) -> dict[str, FieldInfo]:
-    """The keys that a table may hold, in the order of the file; none for an unknown table."""
+    """Return the keys that a table may contain, in the order of the file; none for an unknown table."""
     if table == "datasets":
         fields = DatasetSettings.model_fields
         return {key: fields[key] for key in ("query", "key", *DefaultsSettings.model_fields)}
@@ -24,22 +24,22 @@ def keys_of(table: str) -> dict[str, FieldInfo]:
 
 
 def keys_at(place: Place) -> dict[str, FieldInfo]:
-    """The keys that stand beside the one at `place`."""
+    """Return the keys of the table that contains `place`."""
     # …, "watch", its number, the key; a dataset may be called "watch" as well.
     in_watch = len(place) > 3 and place[-3] == "watch"
     return WatchSettings.model_fields if in_watch else keys_of(place[0])
 
 
 def dotted(place: Place) -> str:
-    """The place as TOML writes it, on one line whatever is in a name."""
+    """Return the place as TOML writes it, on one line whatever characters a name contains."""
     return ".".join(name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name) for name in place)
 
 
 def reference() -> list[tuple[str, str, str]]:
-    """Each key once, in the order of the file, as (path, default as TOML, description).
+    """Return each key once, in the order of the file, as (path, default as TOML, description).
 
-    The default is ``required`` for a key that has none, and empty where the description tells it.
-    A key of ``[defaults]`` is one of ``datasets.NAME`` but query and key, so it is not listed again.
+    The default is ``required`` for a key without one, and empty if the description states it. The keys of
+    ``[defaults]`` are those of ``datasets.NAME`` without query and key, and are not listed again.
     """
 
     def default(field: FieldInfo) -> str:

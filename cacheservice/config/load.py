@@ -1,4 +1,4 @@
-"""Loads the configuration as a whole, or as much of it as a client of a running service needs."""
+"""Loads the whole configuration, or the part that a client of a running service needs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ from cacheservice.errors import ConfigError
 
 
 def load(environ: Mapping[str, str], dsn_problem: Callable[[str], str | None]) -> Settings:
-    """Read the file that CACHESERVICE_CONFIG names, else cacheservice.toml here, and the environment over it.
+    """Load the file and the environment, which overrides it.
 
-    `dsn_problem` says in one line, without the DSN in it, what is wrong with a DSN, or None.
-    Raises ConfigError with every problem, in the order of the file's tables.
+    The file is the one that CACHESERVICE_CONFIG names, or cacheservice.toml in the working directory.
+
+    :param dsn_problem: returns the problem of a DSN in one line without the DSN, or None.
+    :raises ConfigError: with every problem, in the order of the file's tables.
     """
     named = environ.get("CACHESERVICE_CONFIG")
     file = named or DEFAULT_FILE
@@ -38,14 +40,14 @@ def load(environ: Mapping[str, str], dsn_problem: Callable[[str], str | None]) -
     except ValidationError as refused:
         problems = refusals(refused, declared) | problems
     for name, dataset in as_table(declared["datasets"]).items():
-        if "name" in as_table(dataset):  # a field of ours, which the table's header sets
+        if "name" in as_table(dataset):  # an internal field, which the table's header sets
             problems["datasets", name, "name"] = unknown_name("key", "name", keys_of("datasets"))
     if settings is not None:
         problems = rules.problems(settings) | problems
     dsn = as_table(declared["postgres"]).get("dsn")
     if isinstance(dsn, str) and dsn and (wrong := dsn_problem(dsn)) is not None:
         problems.setdefault(("postgres", "dsn"), wrong)
-    # A service may do without a file. One that declares a dataset in the environment is meant to.
+    # A service may have no file. If the environment declares a dataset, that is intended.
     file_is_missed = file_problem is not None or (absent and not declared["datasets"])
     if rules.is_open_to_all(declared) and not file_is_missed:
         problems.setdefault(
@@ -53,7 +55,7 @@ def load(environ: Mapping[str, str], dsn_problem: Callable[[str], str | None]) -
         )
 
     if file_is_missed:
-        # What the file would have held is not known, so nothing that seems to be missing is reported.
+        # The content of the file is not known, so keys that seem to be missing are not reported.
         problems = {place: problem for place, problem in problems.items() if place in variables}
     if file_problem is not None:
         problems[()] = file_problem
