@@ -1,1 +1,1 @@
-"""Snapshots on disk: for a start that answers before PostgreSQL does, and for a way back."""
+"""Snapshots on disk, to answer before PostgreSQL does after a start, and to roll back."""
