@@ -103,13 +103,13 @@ Row = tuple[bytes, bytes]
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """Describes a file: its dataset, generation, query, and `Snapshot` without the rows.
+    """Describes a file: its dataset, generation and query, and its `Snapshot`.
 
-    `as_of` is kept to the microsecond. `size_bytes` counts all keys and documents. `watch_state`, `probe` and
-    `dependencies` are the starting point of a delta, and empty if a delta is not possible. `server` is the server that
-    was read; `read_on` is the time of the read by the clocks of the machine that read it. Both are None in files of
-    format 2. `content_since` is the `as_of` of the first read that returned these rows, None if that is this read.
-    `digest` is the digest of the rows, None if it was not known.
+    The rows are not included. `as_of` is kept to the microsecond. `size_bytes` counts all keys and documents.
+    `watch_state`, `probe` and `dependencies` are the starting point of a delta, and empty if a delta is not possible.
+    `server` is the server that was read; `read_on` is the time of the read by the clocks of the machine that read it.
+    Both are None in files of format 2. `content_since` is the `as_of` of the first read that returned these rows, None
+    if that is this read. `digest` is the digest of the rows, None if it was not known.
     """
 
     dataset: str
@@ -130,7 +130,7 @@ class Header:
 
     @property
     def modified_as_of(self) -> datetime:
-        """See `Snapshot`."""
+        """Return the `as_of` of the first read that returned these rows; see `Snapshot`."""
         return self.content_since or self.as_of
 
     def age(self, wall_s: float, boot_s: float, host: Host) -> Age:

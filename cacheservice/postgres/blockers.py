@@ -1,4 +1,4 @@
-"""Finds the sessions that keep another session waiting for a lock."""
+"""Finds the sessions that block another session, which waits for a lock."""
 
 from __future__ import annotations
 

@@ -598,7 +598,7 @@ class Database:
     ) -> Reading:
         """Read the rows of the recorded keys.
 
-        :param served: the same keys in their served form, without those that have a NULL.
+        :param served: the same keys in their served form, except keys that have a NULL.
         """
         dataset = wanted.dataset
         if not keys:
@@ -777,7 +777,7 @@ class Database:
         )
 
         def none_told(failure: Any) -> tuple[Blocker, ...]:
-            # The failure of the refresh itself is what matters; a failure to find blockers is not a second one.
+            # Only the failure of the refresh is reported; a failure to find blockers is not a second one.
             failure.trap(CacheServiceError, CancelledError)
             return ()
 

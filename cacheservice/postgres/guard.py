@@ -303,7 +303,10 @@ class GuardedConnection:
             pending.errback(self._ended)
 
     def close_and_passthrough(self, result: T) -> T:
-        """End the session; for `addBoth`. Its result is no longer awaited, so a running statement is abandoned."""
+        """End the session; for `addBoth`.
+
+        The result of a running statement is no longer awaited, so the statement is abandoned.
+        """
         self._pending = None
         self.abort(DatabaseUnavailable("the session was closed"))
         return result

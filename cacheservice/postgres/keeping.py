@@ -17,7 +17,7 @@ SPARE_CONNECTIONS = 2
 
 
 class Window(NamedTuple):
-    """The time span in which a purpose will use a session again, on the reactor's clock."""
+    """The time in which a purpose will use a session again, on the reactor's clock."""
 
     opens_at: float
     ends_at: float

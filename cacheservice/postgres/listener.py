@@ -367,7 +367,10 @@ class Listener(Service):
         return self._retry_slowly_s
 
     def _tell(self, event: str, problem: str) -> bool:
-        """Return whether the state changed, because the log has a line per change, not per try."""
+        """Return whether the state changed.
+
+        The log has a line for each change, not for each try.
+        """
         before, self._told = self._told, (event, problem)
         return before != self._told
 

@@ -25,7 +25,9 @@ _APPLICATION_NAME = "cacheservice blockers"
 
 
 class LockWatch:
-    """Asks the server while it is entered, and keeps the last answer that named a session.
+    """Asks the server while it is entered.
+
+    It keeps the last answer that named a session.
 
     :param arguments: the driver's arguments for the session to ask over.
     :param pid: the server process of the command's session.

@@ -89,7 +89,7 @@ DELETE FROM cacheservice._yoyo_migration WHERE migration_id >= '0002';
 
 
 def migrate(dsn: str, directory: Path, owner: str | None = None, dsn_source: str = "postgres.dsn") -> list[str]:
-    """Apply the migrations that have not been applied yet; return their names in order.
+    """Apply the pending migrations; return their names in order.
 
     :param owner: the role that shall own the schema and everything in it. Without it, that is the role that already
         owns the tables, or the session's role.
@@ -161,10 +161,11 @@ def _give_all_to(session: Session, owner: str) -> None:
 
 
 def repair(session: Session, owner: str | None) -> None:
-    """Repair damage to the tables for changes, which would make writers or `watch` fail.
+    """Repair damage to the tables for changes.
 
-    If one of the tables is missing, the others are useless. The tables are then created again, and the triggers, whose
-    functions would not find their table, are removed; `watch` puts them back.
+    The damage would make writers or `watch` fail. If one of the tables is missing, the others are useless. The tables
+    are then created again, and the triggers, whose functions would not find their table, are removed; `watch` puts them
+    back.
     """
     if not session.value("SELECT count(*) FROM pg_namespace WHERE nspname = %s", (SCHEMA,)):
         return

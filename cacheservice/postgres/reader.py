@@ -68,7 +68,7 @@ def create_reader(
     password: str | None = None,
     dsn_source: str = "postgres.dsn",
 ) -> Reader:
-    """Create the role `name`, or change it so that it can only log in and read `tables`.
+    """Create or change the role `name`, so that it can only log in and read `tables`.
 
     Only differences are changed: ALTER ROLE needs rights over the role (PostgreSQL 16: ADMIN OPTION), and only a
     superuser may even repeat NOSUPERUSER.

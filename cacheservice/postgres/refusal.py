@@ -27,7 +27,7 @@ _PREFIX = re.compile(r"^connection to server (at|on socket) .* failed: ")
 """libpq repeats the address, which already stands before the cause."""
 _NOT_SHOWN = re.compile(r"^LOCATION: |^\s*Is the server running (on that host|locally)")
 _OTHER_SERVERS_MAY_DIFFER = re.compile("08...|53...|57P0.|XX...|")
-"""libpq tries no other host after a refused login. We also leave a server that is starting, stopping or full."""
+"""After a refused login no other host is tried, as in libpq. A server that is starting, stopping or full is skipped."""
 
 
 NO_ANSWER = "PostgreSQL did not answer"
