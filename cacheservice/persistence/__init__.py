@@ -1,1 +1,1 @@
-"""Snapshots on disk, to answer before PostgreSQL does after a start, and to roll back."""
+"""Snapshots on disk, for a fast start without PostgreSQL, and for rollbacks."""

@@ -1,4 +1,7 @@
-"""The age of saved rows, by the clocks of the reading and the loading machine. No I/O."""
+"""The age of saved rows, by the clocks of two machines. No I/O.
+
+The machine that read the rows and the machine that loads them may differ.
+"""
 
 from __future__ import annotations
 

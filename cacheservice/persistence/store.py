@@ -1,4 +1,4 @@
-"""Saves snapshots from PostgreSQL, loads them at the start, and keeps some generations to roll back to.
+"""Saves snapshots from PostgreSQL, and loads them at the start and for rollbacks.
 
 The datasets of a group are saved together and rolled back together, so that all served rows of a group are of one
 moment. The reactor packs and unpacks rows slice by slice, because clients wait meanwhile and only the reactor may use
@@ -789,7 +789,8 @@ def _commit(parts: Sequence[_Part]) -> None:
     """Rename all files to their final names, or none of them.
 
     A crash in between leaves some files of a group, which are useless without the others; the files that they replace
-    are still there."""
+    are still there.
+    """
     try:
         for part in parts:
             part.temporary.replace(part.path)

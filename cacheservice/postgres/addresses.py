@@ -1,6 +1,6 @@
-"""The order in which the addresses of a connection string are tried, and the time for each.
+"""Decides in which order addresses are tried, and how long each may take.
 
-Pure decisions, and the memory of failures.
+The addresses are those of a connection string. Pure decisions, and the memory of failures.
 """
 
 from __future__ import annotations

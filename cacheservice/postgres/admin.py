@@ -1,4 +1,7 @@
-"""Blocking sessions for the commands that change the database, and their errors in one line."""
+"""Blocking sessions for the commands that change the database.
+
+Their errors have one line.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Finds the row whose bytes cannot be converted to UTF-8, after a refresh failed with them.
+"""Finds the row whose bytes cannot be converted to UTF-8.
 
-The server converts rows while it sends them, and its error names neither row nor column. Therefore the rows are read
-once more without a conversion, and decoded here.
+A refresh has failed with them. The server converts rows while it sends them, and its error names neither row nor
+column. Therefore the rows are read once more without a conversion, and decoded here.
 """
 
 from __future__ import annotations

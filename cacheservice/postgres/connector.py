@@ -23,8 +23,7 @@ from cacheservice.postgres.refusal import Tried, ends_the_search, not_connected,
 from cacheservice.postgres.target import Resolve, Target, is_address, is_name
 
 _PARTS_PER_TURN = 3
-"""libpq takes 16 KiB at a time. A turn of the reactor for each took a fifth of a refresh; many in one turn would delay
-clients.
+"""libpq takes 16 KiB at a time. One turn of the reactor each took a fifth of a refresh; clients wait for a longer turn.
 """
 _NOTHING_TO_READ = bytes(4)
 

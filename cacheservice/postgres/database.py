@@ -98,8 +98,7 @@ _ASK_TIMEOUT_S = 5.0
 _MOST_READS = 4
 """Reads per attempt, plus one for each further dataset. A read is repeated only if the previous one was unusable."""
 _MOST_BEGINS = 5
-"""A standby is asked for its lag before the transaction. A first transaction, or one on another server, begins again.
-"""
+"""A standby is asked for its lag before the transaction, so a first one, or one on another server, begins again."""
 
 _MOST_CHUNK_ROWS = 1000
 _CHUNK_BYTES = 256 * 1024
@@ -805,8 +804,8 @@ def _next_chunk_rows(last: int, taken: RowsBuilder | deltas.ChangedRows) -> int:
 def _rounded(number: float) -> int:
     """Round a number for the text of a statement down, to 64 steps per octave.
 
-    It is at least 1, because 0 would mean "no limit". The server counts each text as another statement
-    (pg_stat_statements).
+    The server counts each text as another statement (pg_stat_statements), so few values are used. The result is at
+    least 1, because 0 would mean "no limit".
     """
     whole = max(1, int(number))
     step = 1 << max(0, whole.bit_length() - _SIGNIFICANT_BITS)

@@ -26,8 +26,7 @@ CAN_TELL = """
     SELECT FROM pg_proc AS p JOIN pg_namespace AS n ON n.oid = p.pronamespace
     WHERE n.nspname = 'cacheservice' AND p.proname = 'changes'
       AND has_schema_privilege(n.oid, 'USAGE') AND has_function_privilege(p.oid, 'EXECUTE')))"""
-"""An expression that is true if this role may call the function; a call without that right would end the transaction.
-"""
+"""True if this role may call the function; a call without that right would end the transaction."""
 CANNOT_TELL = (
     "the database does not know cacheservice.changes, or this role may not call it; "
     "say: cacheservice migrate --reader NAME"
@@ -155,8 +154,7 @@ LEFT JOIN pg_collation AS c ON c.oid = b.collation_oid ORDER BY b.name, b.place"
 
 
 KeyType = tuple[int, bytes | str, int, bool, bool]
-"""The place in the key; the table, empty for the query; the type; whether it is an enum; whether it compares by bytes.
-"""
+"""The place in the key; the table, empty for the query; the type; whether it is an enum; whether it compares bytes."""
 
 
 def unfit_key(types: Sequence[KeyType], dataset: DatasetSettings) -> str | None:

@@ -68,7 +68,7 @@ OWN_SETTINGS = """(
 
 
 def with_session(objects: Mapping[str, Any], dataset: DatasetSettings) -> str:
-    """Return the found objects, and a hash of the read settings, as text.
+    """Return the found objects, and a hash of the settings of the read, as text.
 
     The other functions take this text.
     """
@@ -87,7 +87,7 @@ def _hashed(query: str, probe: str, search_path: str, settings: tuple[tuple[str,
 
 
 def problem(since: Snapshot, dataset: DatasetSettings) -> str | None:
-    """Return why everything has to be read, without a query.
+    """Return the reason for a full read that is known without asking the database.
 
     None if the digest has to be asked for.
     """

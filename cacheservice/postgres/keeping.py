@@ -10,7 +10,8 @@ IDLE_LIMIT_S = 60.0
 NEAR_S = 30.0
 """If the next use is further away, an idle session on the server is not worthwhile."""
 LIFETIME_S = 120.0
-"""A change of name look-ups, a failover to a preferred host or new settings of the role take effect after this time."""
+"""New results of name look-ups, a failover to a preferred host and new settings of the role are used within this time.
+"""
 SPARE_CONNECTIONS = 2
 """Connections of a limited role that stay free; otherwise its other sessions, perhaps of other services, would starve.
 """

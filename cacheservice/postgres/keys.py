@@ -1,9 +1,9 @@
-"""The served key of a row: made by PostgreSQL for full reads, and here for recorded keys.
+"""The served key of a row, as SQL and for recorded keys.
 
-Both must agree for every row. Values of several columns are joined with a separator. Unless they are escaped, two rows
-may have the same key: ("a:b", "c") and ("a", "b:c"). A full read refuses such rows, so a delta has to detect them, too.
-Therefore, if a key can be split in several ways, the delta asks for all rows with the joined key, not only for the
-recorded one.
+PostgreSQL makes the keys of full reads, and this module those of recorded rows. Both must agree for every row. Values
+of several columns are joined with a separator. Unless they are escaped, two rows may have the same key: ("a:b", "c")
+and ("a", "b:c"). A full read refuses such rows, so a delta has to detect them, too. Therefore, if a key can be split in
+several ways, the delta asks for all rows with the joined key, not only for the recorded one.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Receives NOTIFYs over one session for all datasets, and proves at an interval that they arrive.
+"""Receives NOTIFYs over one session for all datasets.
 
-Two sessions seem to listen and do not (measured). A session whose peer is gone stays silent for hours. LISTEN through a
-proxy that pools transactions succeeds, but on a server session that the next client gets. There even our own
-notification comes back, with the answer to the statement that sent it (PgBouncer 1.18), and no other notification does.
-Therefore another session sends the first proof of each session; the session itself sends the following ones.
+Proofs at an interval show that they arrive. Two sessions seem to listen and do not (measured). A session whose peer is
+gone stays silent for hours. LISTEN through a proxy that pools transactions succeeds, but on a server session that the
+next client gets. There even our own notification comes back, with the answer to the statement that sent it (PgBouncer
+1.18), and no other notification does. Therefore another session sends the first proof of each session; the session
+itself sends the following ones.
 """
 
 from __future__ import annotations
@@ -29,13 +30,11 @@ ANSWER_WITHIN_S = 5.0
 RETRY_INITIAL_S = 1.0
 RETRY_MAX_S = 30.0
 RETRY_SLOWLY_S = 60.0
-"""The retry interval while LISTEN cannot work: a standby may be promoted, a connection string corrected, or a proxy
-removed.
-"""
+"""The retry interval while LISTEN cannot work, until a promotion, a new connection string or a direct connection."""
 
 _CANARY = "canary "
 _SILENT_SESSIONS = 2
-"""After so many sessions in a row that listened and received nothing, the cause is not chance."""
+"""After this many sessions in a row that listened and received nothing, the cause is not chance."""
 _READ_ONLY = "25006"
 """The SQLSTATE of LISTEN during recovery."""
 _STANDBY = "the server is a standby, where LISTEN cannot work"
@@ -49,7 +48,7 @@ _POOLED = (
 _STAY_SQL = "SELECT CASE WHEN pg_backend_pid() = {pid} THEN set_config('idle_session_timeout', '0', false) END"
 
 # The commit of a notification writes to the WAL. If it waited there for a synchronous standby that is gone, it would
-# wait forever, even after this session ended, and keep every other NOTIFY waiting.
+# wait forever, even if the client no longer listens, and keep every other NOTIFY waiting.
 _CANARY_SQL = "SELECT set_config('synchronous_commit', 'off', true), pg_notify('{channel}', '{payload}')"
 
 # KEEPALIVES for the server's end. If the peer of a server session is gone, the session would wait in a write for hours,
@@ -115,8 +114,8 @@ class Listener(Service):
         self._retry_max_s = retry_max_s
         self._retry_slowly_s = retry_slowly_s
 
-        # The token identifies our own canaries, because several services may share a database. Canaries use a channel
-        # of their own; other programs that listen to the datasets' channels would receive them otherwise.
+        # The token identifies our own canaries, because several services may share a database. Canaries use our own
+        # channel, because other programs that listen to the datasets' channels would receive them, too.
         self._token = f"{_CANARY}{secrets.token_hex(8)}"
         self._canaries = 0
         self._returned = 0  # the number of the newest canary that was received
@@ -170,9 +169,9 @@ class Listener(Service):
         return bool(guards)
 
     def heard_all(self) -> Deferred[bool]:
-        """Fires once all earlier notifications have been received.
+        """Wait until all earlier notifications have been received.
 
-        It fires with False if that cannot be known. A listening session receives notifications in the order of the
+        Fires with False if that cannot be known. A listening session receives notifications in the order of the
         commits, so a canary arrives after all of them.
         """
         if self._session is None or not self._proven:

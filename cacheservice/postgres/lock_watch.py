@@ -1,7 +1,7 @@
-"""Finds the sessions that keep a command waiting for a lock, over a session of its own.
+"""Finds the sessions that keep a command waiting for a lock.
 
-It blocks a thread, so it is for the command line and never for the service. The server forgets the blockers when a wait
-ends, so it is asked during the wait.
+It asks over a session of its own. It blocks a thread, so it is for the command line and never for the service. The
+server forgets the blockers when a wait ends, so it is asked during the wait.
 """
 
 from __future__ import annotations

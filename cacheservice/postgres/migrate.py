@@ -1,9 +1,9 @@
-"""Applies the files in `migrations/`, and records them in the schema `cacheservice`.
+"""Applies the files in `migrations/` to the schema `cacheservice`.
 
-Each file is applied in one transaction. The records have the format of yoyo-migrations, which applied them before, so a
-database that it has migrated can be migrated further. Each transaction waits for its own advisory lock, which ends with
-the transaction. Therefore a killed command leaves nothing behind, and two concurrent commands do not disturb each
-other. A lock row left by yoyo is ignored.
+Each file is applied and recorded in one transaction. The records have the format of yoyo-migrations, which applied them
+before, so a database that it has migrated can be migrated further. Each transaction waits for its own advisory lock,
+which ends with the transaction. Therefore a killed command leaves nothing behind, and two concurrent commands do not
+disturb each other. A lock row left by yoyo is ignored.
 """
 
 from __future__ import annotations
@@ -184,12 +184,12 @@ def repair(session: Session, owner: str | None) -> None:
     if missing:
         session.cursor.execute(_REMOVE_CHANGES)
     elif session.value("SELECT to_regprocedure('cacheservice.note_deleted()') IS NOT NULL"):
-        # This call resets records from a dump of another cluster. No change is 100 years old, so it deletes nothing.
+        # This call resets records from a dump of another cluster. No change is that old, so it deletes nothing.
         session.cursor.execute("SELECT cacheservice.prune('100 years')")
 
 
 def _renew_watches(session: Session, owner: str | None) -> None:
-    # Without the column `form` the migration folder is older, or a migration was rolled back.
+    # Without the column `form` the directory has fewer migrations, or one was rolled back.
     if session.value(
         "SELECT count(*) FROM pg_attribute WHERE attrelid = to_regclass('cacheservice.watched') AND attname = 'form'"
     ):

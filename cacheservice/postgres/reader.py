@@ -1,4 +1,7 @@
-"""Creates the role that the service reads as: it can log in and read granted tables only."""
+"""Creates the role that the service reads as.
+
+It can log in and read granted tables only.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ _DEFAULTS = {
 
 
 class Reader(NamedTuple):
-    """The rights that a reader lacks.
+    """The password and the rights that a reader may lack.
 
     :param name: quoted for SQL.
     :param has_password: None if the session may not see it.

@@ -21,7 +21,7 @@ _FEW_DESCRIPTORS = 4
 _TOO_MANY_CONNECTIONS = "53300"
 _INVALID_LOGIN = "28"
 _INVALID_LOGIN_WORDS = re.compile("(password|SASL) authentication failed|no password supplied")
-"""PgBouncer refuses a login with SQLSTATE 08P01; libpq refuses a login without a password without any SQLSTATE."""
+"""PgBouncer refuses a login with SQLSTATE 08P01; libpq reports a missing password without an SQLSTATE."""
 _SQLSTATE = re.compile(r"(?<=:  )([0-9A-Z]{5}): ")
 _PREFIX = re.compile(r"^connection to server (at|on socket) .* failed: ")
 """libpq repeats the address, which already stands before the cause."""

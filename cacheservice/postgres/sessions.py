@@ -1,4 +1,4 @@
-"""The sessions for reads: opened when needed, and kept while their next use is near.
+"""Opens sessions for reads, and keeps them while their next use is near.
 
 A kept session is used again if nothing has arrived on it meanwhile (its end, or the reason why the server ended it), if
 it is not too old, and if its last use succeeded: after a failure its state is unknown. `commit` resets session state

@@ -1,7 +1,7 @@
-"""Asks a standby how far it is behind its primary, before a transaction takes its snapshot.
+"""Asks a standby how far it is behind its primary.
 
-A standby may catch up a moment after the snapshot. A transaction that asked only then would take the snapshot for up to
-date.
+It asks before a transaction takes its snapshot, because a standby may catch up a moment after the snapshot. A
+transaction that asked only then would take the snapshot for up to date.
 """
 
 from __future__ import annotations

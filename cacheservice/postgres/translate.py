@@ -1,4 +1,4 @@
-"""Translates the driver's exceptions to ours, without passwords and data in the message."""
+"""Translates the driver's exceptions to ours, without passwords or data."""
 
 from __future__ import annotations
 

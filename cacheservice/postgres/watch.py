@@ -1,4 +1,4 @@
-"""`cacheservice watch` and `unwatch`: triggers that record the keys of changed rows.
+"""`cacheservice watch` and `unwatch`: triggers that record changed keys.
 
 They block, so they are for the command line and never for the service.
 """

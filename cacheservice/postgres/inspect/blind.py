@@ -1,4 +1,7 @@
-"""Finds changes that the triggers of a watch cannot see, from the query's plan and the catalog."""
+"""Finds changes that the triggers of a watch cannot see.
+
+The evidence is the query's plan and the catalog.
+"""
 
 from __future__ import annotations
 

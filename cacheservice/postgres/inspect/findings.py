@@ -10,7 +10,8 @@ class Finding(NamedTuple):
     """A finding about a dataset or the server.
 
     A problem would make a refresh fail, or make it differ from the configuration. `todo` is the next step, empty if
-    there is none or if the text contains it."""
+    there is none or if the text contains it.
+    """
 
     level: Literal["problem", "hint"]
     text: str

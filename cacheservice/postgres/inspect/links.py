@@ -1,8 +1,9 @@
-"""Decides which rows of a table belong to a key, by the equalities in the query's plan.
+"""Decides which rows of a table belong to a key of the query.
 
-Pure functions of EXPLAIN's JSON. A column is linked to the key if the plan compares the two with =, directly or through
-others, if both are the same column of an Append's members, or if one is the output of a sub-select under its own name.
-Names of tables are the aliases of the plan, which are unique within it.
+The evidence is the equalities in the query's plan; these are pure functions of EXPLAIN's JSON. A column is linked to
+the key if the plan compares the two with =, directly or through others, if both are the same column of an Append's
+members, or if one is the output of a sub-select under its own name. Names of tables are the aliases of the plan, which
+are unique within it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Settings of ALTER ROLE and ALTER DATABASE that render values differently from refreshes."""
+"""Settings of the role that render values differently from refreshes.
+
+They come from ALTER ROLE and ALTER DATABASE.
+"""
 
 from __future__ import annotations
 
