@@ -1,1 +1,1 @@
-"""Snapshots on disk: for a start that answers before PostgreSQL does, and for a way back."""
+"""Snapshots on disk, for a fast start without PostgreSQL, and for rollbacks."""

@@ -1,4 +1,7 @@
-"""The age of saved rows, by the clocks of the machine that read them and of the one that loads them. No I/O."""
+"""The age of saved rows, by the clocks of two machines. No I/O.
+
+The machine that read the rows and the machine that loads them may differ.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,17 @@ from cacheservice.clock import Host
 
 
 class Age(NamedTuple):
-    """The age of saved rows, and why that is uncertain; None if it is not."""
+    """The age of saved rows, and the reason if it is uncertain; None if it is certain."""
 
     seconds: float
     uncertain: str | None = None
 
 
 class ReadOn(NamedTuple):
-    """When rows were read, by the clocks of the machine that read them.
+    """The moment rows were read, by the clocks of the machine that read them.
 
-    `wall_us` since 1970 by its wall clock; `boot_us` since it was started, in the run of its kernel named `boot`;
-    `machine` identifies it. Both names are empty if they were not known.
+    `wall_us` counts from 1970 by its wall clock; `boot_us` counts from its start, in the run of its kernel named
+    `boot`; `machine` identifies it. Both names are empty if they were not known.
     """
 
     wall_us: int
@@ -28,12 +31,12 @@ class ReadOn(NamedTuple):
     machine: str = ""
 
     def age(self, as_of: datetime, wall_s: float, boot_s: float, host: Host) -> Age:
-        """Return the age at these moments of the clocks of the machine `host`.
+        """Return the age at these clock readings of the machine `host`.
 
-        Exact within one run of the kernel. On the same machine after a restart of it by its wall clock, and if that
-        was set back, at least the time since the start: the rows were read before. That time means nothing for rows
-        that were read elsewhere: their age is the greater one of those by the clock of the other machine and by that
-        of the database, `as_of`.
+        Within one run of the kernel the age is exact. After a restart of the same machine it is counted by the wall
+        clock. If that clock was set back, the age is at least the time since the start, because the rows were read
+        before the start. The time since the start means nothing for rows from another machine: their age is the greater
+        of the ages by the other machine's clock and by the database's clock, `as_of`.
         """
         if host.boot and host.boot == self.boot:
             return Age(max(0.0, boot_s - self.boot_us / 1e6))

@@ -1,20 +1,22 @@
-"""The format of a saved snapshot, on binary files; whoever reads or writes one does so in a thread.
+"""The format of a saved snapshot, on binary files.
+
+Reads and writes block, so callers use a thread.
 
 A file is ``CSSNAP``, the format's number (two bytes, big-endian) and then parts:
 
-- the header, a msgpack map of what the file is (see `Header`);
-- the rows, a msgpack stream of arrays of ``[key, document]``, cut into blocks of 256 KiB wherever that falls, so that
-  no part is larger than another however large a document is;
+- the header, a msgpack map that describes the file (see `Header`);
+- the rows, a msgpack stream of arrays of ``[key, document]``. The stream is cut into blocks of 256 KiB at any byte, so
+  that every part has the same limit however large a document is;
 - the trailer, a msgpack map that repeats the number of rows and their bytes.
 
-A part is its kind (one byte), the length of what is kept of it, a CRC-32, and that: a zstd frame with its content's
-size and checksum. zstd's checksum is of the content alone, and a damaged frame may well give the right content; so the
-CRC is of the part as it lies there and of every part before it, which also finds one that is missing or from another
-file. Nothing in a file depends on the process that wrote it: its hashes are not in it, and its machine only in the
-fields from which the age is counted.
+A part is its kind (one byte), the length of its stored content, a CRC-32, and the stored content: a zstd frame with the
+size and the checksum of its plain content. zstd's checksum covers only the plain content, and a damaged frame can still
+decompress to the right content. Therefore the CRC covers the stored bytes of the part and of every part before it,
+which also detects a part that is missing or from another file. A file does not depend on the process that wrote it: it
+holds no hashes of the process, and its machine only in the fields from which the age is counted.
 
-A file without rows parts beside it is its renewal: the header that it would have by now, because a later read gave the
-same rows. It is written instead of the rows, and counts for nothing if it is damaged or of other rows.
+A file without rows parts beside the saved file is its renewal: the same header, updated because a later read returned
+the same rows. It is written instead of the rows, and is ignored if it is damaged or belongs to other rows.
 """
 
 from __future__ import annotations
@@ -50,17 +52,17 @@ _READABLE = frozenset({2, 3, FORMAT})
 and the clocks of the machine."""
 BLOCK_BYTES = 256 * 1024
 SLICE_ROWS = 512
-"""Packed or unpacked in one turn of the reactor, in two thirds of a millisecond."""
+"""Rows packed or unpacked in one turn of the reactor, which takes two thirds of a millisecond."""
 _SLICE_BYTES = 128 * 1024
-"""More than this is split, down to single rows."""
+"""Larger slices are split, down to single rows."""
 
 _START = struct.Struct(">6sH")
 _PART = struct.Struct(">cII")
 _HEADER, _ROWS, _TRAILER = b"H", b"R", b"T"
 _MOST_KEPT_BYTES = BLOCK_BYTES + BLOCK_BYTES // 128
-"""zstd adds at most a 256th to what it cannot compress, and a frame's header."""
+"""zstd adds at most 1/256 to content that it cannot compress, and a frame header."""
 _LEVEL = 1
-"""As fast to unpack as any other, the fastest to pack, and no larger than level 3 for rows of JSON (measured)."""
+"""The fastest level to pack, as fast to unpack as any other, and no larger than level 3 for rows of JSON (measured)."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 _FIELDS_OF_2 = {
@@ -101,13 +103,13 @@ Row = tuple[bytes, bytes]
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file is: its dataset, its generation, its `Snapshot` but for the rows, and of which query it is.
+    """Describes a file: its dataset, generation and query, and its `Snapshot`.
 
-        `as_of` is kept to the microsecond. `size_bytes` are those of all keys and documents. `watch_state`, `probe` and
-    `dependencies` are what a delta starts from, empty if it cannot. `server` is the one that was read and `read_on`
-    when, by the clocks of the machine that read it; both None in files of format 2.
-    `content_since` is the `as_of` of the first read that gave these rows, None if that is this one; `digest` that of
-        the rows, None if it was not known.
+    The rows are not included. `as_of` is kept to the microsecond. `size_bytes` counts all keys and documents.
+    `watch_state`, `probe` and `dependencies` are the starting point of a delta, and empty if a delta is not possible.
+    `server` is the server that was read; `read_on` is the time of the read by the clocks of the machine that read it.
+    Both are None in files of format 2. `content_since` is the `as_of` of the first read that returned these rows, None
+    if that is this read. `digest` is the digest of the rows, None if it was not known.
     """
 
     dataset: str
@@ -128,7 +130,7 @@ class Header:
 
     @property
     def modified_as_of(self) -> datetime:
-        """See `Snapshot`."""
+        """Return the `as_of` of the first read that returned these rows; see `Snapshot`."""
         return self.content_since or self.as_of
 
     def age(self, wall_s: float, boot_s: float, host: Host) -> Age:
@@ -139,9 +141,9 @@ class Header:
         return self.read_on.age(self.as_of, wall_s, boot_s, host)
 
     def renews(self, saved: Header) -> bool:
-        """Whether this is of the same rows as the file with the header `saved`.
+        """Return whether these are the rows of the file with the header `saved`.
 
-        Its moment may be an earlier one, if a standby lags more than it did.
+        Its moment may be earlier, if a standby lags more than it did.
         """
         return self._content() == saved._content()
 
@@ -157,7 +159,11 @@ class Header:
         )
 
     def check(self, settings: DatasetSettings, generation: int, name: str) -> None:
-        """:raises SnapshotRejected: if the file `name` is not of that generation, or not of the dataset as it is."""
+        """Check that the file `name` fits the generation and the dataset.
+
+        :raises SnapshotRejected: if the file belongs to another dataset or generation, or if the dataset's definition
+            changed.
+        """
         if self.dataset != settings.name:
             raise SnapshotRejected(f"{name}: it is of another dataset, {self.dataset!r}")
         if self.generation != generation:
@@ -170,7 +176,10 @@ class Header:
 
 
 def fingerprint(settings: DatasetSettings) -> str:
-    """Of what decides which rows a dataset has, what they are called, and what a delta starts from; 32 hex digits."""
+    """Return 32 hex digits that change with the definition of the rows.
+
+    The definition decides which rows a dataset has, their keys, and the starting point of a delta.
+    """
     watched = [[watch.table, list(watch.key)] for watch in settings.watch]
     definition: list[object] = [settings.query, list(settings.key), settings.probe, watched]
     if settings.settings or settings.search_path not in ("", DEFAULT_SEARCH_PATH):
@@ -181,9 +190,10 @@ def fingerprint(settings: DatasetSettings) -> str:
 
 
 def packed(rows: Rows) -> Generator[bytes]:
-    """All rows in pieces of a msgpack stream, each packed in a third of a millisecond unless one row is large.
+    """Yield all rows in pieces of a msgpack stream.
 
-    It holds the rows until it has ended or is closed.
+    Each piece is packed in a third of a millisecond, unless a row is large. The generator holds the rows until it has
+    ended or is closed.
     """
     for keys, documents in rows.slices(SLICE_ROWS):
         yield from _packed_slice(keys, documents)
@@ -196,15 +206,17 @@ def _packed_slice(keys: list[bytes], documents: list[bytes]) -> Iterator[bytes]:
         yield from _packed_slice(keys[middle:], documents[middle:])
         return
     start = STARTS.get
-    # `unframed` written out. Documents are kept without their frame, because that is what `RowsBuilder` takes.
+    # `unframed`, inlined. Documents are kept without their frame, because `RowsBuilder` takes them so.
     plain = [ready[start(len(ready)) or ready.index(b"\n") + 1 : -2] for ready in documents]
     yield msgpack.packb(list(zip(keys, plain, strict=True)))
 
 
 class SnapshotWriter:
-    """Writes one file: the header now, the rows as they are packed, the trailer with `finish`.
+    """Writes one file.
 
-    :raises OSError: from each method, as the file does.
+    The constructor writes the header, `write` the rows as they are packed, and `finish` the trailer.
+
+    :raises OSError: from each method, if the file raises it.
     """
 
     def __init__(self, file: BinaryIO, header: Header) -> None:
@@ -238,7 +250,7 @@ class SnapshotWriter:
         self._write_part(_HEADER, msgpack.packb(fields))
 
     def write(self, piece: bytes) -> None:
-        """Take the next piece of `packed`."""
+        """Write the next piece of `packed`."""
         self._waiting += piece
         if len(self._waiting) >= BLOCK_BYTES:
             whole = len(self._waiting) // BLOCK_BYTES * BLOCK_BYTES
@@ -247,7 +259,7 @@ class SnapshotWriter:
             del self._waiting[:whole]
 
     def finish(self) -> None:
-        """Write what is left; the file is not flushed."""
+        """Write the remaining rows and the trailer; the file is not flushed."""
         if self._waiting:
             self._write_part(_ROWS, bytes(self._waiting))
         trailer = {"rows": self._header.rows, "size_bytes": self._header.size_bytes}
@@ -260,12 +272,13 @@ class SnapshotWriter:
 
 
 def read(path: Path) -> tuple[Header, Generator[bytes]]:
-    """The header, and the blocks of rows one by one; close the generator to close the file earlier.
+    """Return the header, and a generator of the blocks of rows.
 
-    Only when all blocks were read is the file known to be whole: nothing of it may be used before.
+    Close the generator to close the file earlier. The file is known to be whole only once all blocks were read; use
+    nothing of it before.
 
-    :raises SnapshotRejected: if something is wrong with the file; the generator as well.
-    :raises OSError: if it cannot be read; the generator as well.
+    :raises SnapshotRejected: if something is wrong with the file; also raised by the generator.
+    :raises OSError: if the file cannot be read; also raised by the generator.
     """
     parts = _parts(path)
     try:
@@ -280,7 +293,9 @@ def read(path: Path) -> tuple[Header, Generator[bytes]]:
 
 
 def read_whole_header(path: Path) -> Header:
-    """The header of a file that has no rows, such as a renewal, once all of it is known to be whole.
+    """Return the header of a file without rows, such as a renewal.
+
+    The whole file is checked first.
 
     :raises SnapshotRejected: if something is wrong with the file.
     :raises OSError: if it cannot be read.
@@ -306,7 +321,7 @@ def _blocks(parts: Generator[tuple[bytes, bytes]], header: Header, name: str) ->
 
 
 def _parts(path: Path) -> Generator[tuple[bytes, bytes]]:
-    """Kind and content of each part up to the trailer, which is the last one."""
+    """Yield kind and content of each part up to the trailer, which is the last part."""
     name = path.name
     decompressor = zstandard.ZstdDecompressor()
     with path.open("rb") as file:
@@ -325,7 +340,7 @@ def _parts(path: Path) -> Generator[tuple[bytes, bytes]]:
             if len(head) < _PART.size:
                 raise _truncated(name, file.tell())
             kind, length, expected_crc = _PART.unpack(head)
-            # Looked at before anything of that length is read.
+            # Check the length before reading, because a damaged length can be huge.
             if length > _MOST_KEPT_BYTES or kind not in (_HEADER, _ROWS, _TRAILER):
                 raise _damaged(name, f"no part begins at byte {file.tell() - _PART.size}")
             kept = file.read(length)
@@ -341,7 +356,7 @@ def _parts(path: Path) -> Generator[tuple[bytes, bytes]]:
 
 def _content(decompressor: zstandard.ZstdDecompressor, kept: bytes, name: str) -> bytes:
     try:
-        # What the frame announces is allocated at once, whatever `max_output_size` is.
+        # zstd allocates the announced size at once, whatever `max_output_size` is.
         announced = zstandard.get_frame_parameters(kept)
         if announced.content_size > BLOCK_BYTES or not announced.has_checksum:
             raise _damaged(name, "a zstd frame is not as we write them")
@@ -404,15 +419,15 @@ def _unpacked(content: bytes, name: str) -> Any:
 
 
 class RowsUnpacker:
-    """The rows out of the blocks, in the slices in which they were packed.
+    """Unpacks the rows from the blocks, in the slices in which they were packed.
 
-    :param name: of the file, for the errors.
+    :param name: the file's name, for the errors.
     """
 
     def __init__(self, header: Header, name: str) -> None:
         self._name = name
-        # A length that is announced allocates an array's places and nothing else; no array of ours is longer than
-        # this, and what is kept until a document is whole cannot pass what the blocks hold.
+        # An announced length allocates only the places of an array, and our arrays are never longer than this limit.
+        # The bytes of an incomplete document cannot exceed the content of the blocks.
         self._unpacker = msgpack.Unpacker(
             use_list=False,
             max_buffer_size=min(2**32 - 1, 2 * BLOCK_BYTES + header.size_bytes + 16 * (SLICE_ROWS + 1)),
@@ -423,9 +438,11 @@ class RowsUnpacker:
         )
 
     def slices(self, block: bytes) -> Iterator[Sequence[Row]]:
-        """The rows that are whole with this block; a part of one waits for the next.
+        """Yield the rows that this block completes.
 
-        :raises SnapshotRejected: if that are no rows.
+        An incomplete row waits for the next block.
+
+        :raises SnapshotRejected: if the content is not rows.
         """
         unpacker = self._unpacker
         try:

@@ -1,7 +1,7 @@
-"""Keeps a directory of saved snapshots to one process: a second one would delete the files of the first.
+"""Reserves a directory of saved snapshots for one process.
 
-The lock is the kernel's and on the directory itself, so that nothing is left behind and it ends with its process,
-however that ends.
+A second process would delete the files of the first. The lock is a kernel lock on the directory itself. It leaves no
+file behind, and ends with its process, however the process ends.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cacheservice.errors import CacheServiceError
 class DirectoryTaken(CacheServiceError):
     """Another process saves in the directory: two services need two directories.
 
-    The first one goes on. The other restores and saves nothing, and takes over when the first has ended.
+    The first process goes on. The other restores and saves nothing, and takes over when the first has ended.
     """
 
 
@@ -30,10 +30,12 @@ class DirectoryLock:
         self._mutex = threading.Lock()
 
     def take(self) -> None:
-        """Lock the directory until `release`. A directory that was put in its place is locked in its turn.
+        """Lock the directory until `release`.
 
-        :raises DirectoryTaken: if another process has it.
-        :raises OSError: if there is no such directory, or its file system has no locks.
+        If another directory was put in its place, the next call locks that one.
+
+        :raises DirectoryTaken: if another process holds the lock.
+        :raises OSError: if the directory does not exist, or its file system has no locks.
         """
         with self._mutex:
             descriptor = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -1,8 +1,8 @@
-"""Saves what PostgreSQL gave, loads it again at the start, and keeps some generations for a way back.
+"""Saves snapshots from PostgreSQL, and loads them at the start and for rollbacks.
 
-The datasets of a group are saved together and go back together: all that is served of them is of one moment.
-Rows are packed and unpacked slice by slice in the reactor, because readers wait behind it and its dicts are its own;
-files are read, written, compressed and checked in a thread.
+The datasets of a group are saved together and rolled back together, so that all served rows of a group are of one
+moment. The reactor packs and unpacks rows slice by slice, because clients wait meanwhile and only the reactor may use
+its dicts. A thread reads, writes, compresses and checks files.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from cacheservice.persistence.lock import DirectoryLock, DirectoryTaken
 
 _LEAST_RETRY_S = 1.0
 _AHEAD_BYTES = 1024 * 1024
-"""Read by the thread while the reactor unpacks as much."""
+"""Bytes that the thread reads ahead while the reactor unpacks as many."""
 _SAVED = re.compile(r"([a-z][a-z0-9_]{0,62})\.(?!0{12})([0-9]{12})\.snapshot")
 _RENEWAL = re.compile(r"[a-z][a-z0-9_]{0,62}\.[0-9]{12}\.renewal")
 _TEMPORARY = re.compile(r"\.[a-z][a-z0-9_]{0,62}\.[0-9]{12}\.[0-9]+\.tmp")
@@ -63,16 +63,17 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 _Names = tuple[str, ...]
-"""Of the datasets of one group, or of one that is alone."""
+"""The names of the datasets of one group, or the name of a single dataset."""
 _Saved = dict[int, Header | None]
-"""The generations of a dataset on disk, newest first, with their headers, renewed ones if they were; None where it
-cannot be read."""
+"""The generations of a dataset on disk, newest first, with their headers after renewals; None if the header cannot be
+read."""
 
 
 class _Part(NamedTuple):
-    """One dataset's share of a save: its header, its rows in pieces, and where they are written before they last.
+    """One dataset's share of a save.
 
-    There are no rows if the file is only to be renewed.
+    It has the header, the rows in pieces, the file, and the temporary file that becomes it. A part that only renews a
+    file has no rows.
     """
 
     header: Header
@@ -84,20 +85,20 @@ class _Part(NamedTuple):
 
 
 class SnapshotStore(Service):
-    """Keeps snapshots of the datasets of `cache` in `directory`, one file for each generation.
+    """Keeps snapshots of the datasets of `cache`, one file for each generation.
 
-    `problems` tells, for each dataset whose last save failed, why in one line.
+    `problems` holds, for each dataset whose last save failed, the cause in one line.
 
-    A content that comes again is not saved again. Its file is renewed, by a small one beside it, so that after a
-    restart its age counts from the last read that gave it.
+    If a refresh reads the same rows, they are not saved again. A small file beside the saved one renews it, so that
+    after a restart the age counts from the last read that returned these rows.
 
-    :param min_save_interval_s: the least time from the start of one save of a dataset to that of its next, and from one
-        renewal to the next.
+    :param min_save_interval_s: the minimum time from the start of one save of a dataset to the start of its next save,
+        and from one renewal to the next.
     :param keep_generations: files kept of a dataset, at least 1.
-    :param release: gets the groups of loaded rows when nobody reads them any more.
+    :param release: called with the groups of loaded rows once they have no readers left.
     :param reactor: `IReactorTime`, whose `seconds` are monotonic, and `IReactorThreads`.
-    :param wall_s: the wall clock, in seconds since 1970: the age of files that were written before the machine was
-        started, or on another one, is counted by it.
+    :param wall_s: the wall clock, in seconds since 1970. It counts the age of files that were written before the
+        machine was started, or on another machine.
     :param host: this machine and the run of its kernel.
     """
 
@@ -146,7 +147,10 @@ class SnapshotStore(Service):
         self._unsubscribe = self._cache.events.subscribe(self._happened, Published, Renewed, Ended)
 
     def stopService(self) -> Deferred[None]:
-        """Save nothing more and abandon what is half saved or half loaded; fires when no thread works for it."""
+        """Stop saving, and abandon unfinished saves and loads.
+
+        The Deferred fires when no thread works for the store.
+        """
         super().stopService()
         self._stopping = True
         if self._unsubscribe is not None:
@@ -164,9 +168,10 @@ class SnapshotStore(Service):
         return stopped
 
     def saved(self, names: Sequence[str]) -> list[tuple[int, ...]]:
-        """The generations on disk of a dataset, or of those of a group that are of one moment, newest first.
+        """Return the generations on disk that can be restored, newest first.
 
-        As `restore` found them, and as saves changed them since.
+        For a group these are the combinations of generations of one moment. The list is as `restore` found it, updated
+        by the saves since then.
         """
         first, *others = [self._saved.get(name, {}) for name in names]
         if not others:
@@ -176,9 +181,9 @@ class SnapshotStore(Service):
     # Loading
 
     async def restore(self) -> None:
-        """Publish the newest saved snapshot of each dataset that has none yet. Never raises.
+        """Publish the newest saved snapshot of each dataset that has none yet.
 
-        A file that is refused is logged and moved aside, and the one before it is tried.
+        Never raises. A file that is refused is logged and moved aside, and the previous file is tried.
         """
         await _shielded(Deferred.fromCoroutine(self._restore()))
 
@@ -187,7 +192,8 @@ class SnapshotStore(Service):
             with self._work():
                 with suppress(OSError):  # without a directory, or on a file system without locks
                     await self._in_thread(self._lock.take)
-                # What is known stays: our saves have kept it true. What is new may be of datasets that are.
+                # Known entries win: our own saves have kept them current. New entries may belong to datasets that were
+                # added.
                 self._saved = await self._in_thread(_scan, self._directory, self._temporaries) | self._saved
                 datasets = self._cache.datasets
                 for group in groups(dataset.settings for dataset in datasets.values()):
@@ -202,7 +208,7 @@ class SnapshotStore(Service):
             self._log.warning("snapshot_restore_failed", error=_problem(self._directory, error))
 
     async def _restore_together(self, datasets: Sequence[Dataset]) -> None:
-        """The newest saved snapshot that is not refused, of one dataset or of all of a group."""
+        """Publish the newest acceptable snapshot of one dataset, or of all of a group."""
         names = tuple(dataset.name for dataset in datasets)
         began_at = self._reactor.seconds()
         settings = [dataset.settings for dataset in datasets]
@@ -213,11 +219,11 @@ class SnapshotStore(Service):
             found = await self._load_unless_refused(datasets, generations)
             if len(found) == len(datasets):
                 break
-        # A refresh may have been quicker; what it read is newer.
+        # A refresh may have finished first; its rows are newer.
         if any(dataset.snapshot is not None for dataset in datasets):
             return
         if any(dataset.removed for dataset in datasets) or settings != [dataset.settings for dataset in datasets]:
-            return  # another configuration has come meanwhile
+            return  # the configuration was reloaded meanwhile
         if len(found) < len(datasets):
             if len(datasets) > 1 and any(self._saved.get(name) for name in names):
                 error = f"nothing that is saved of {', '.join(names)} is of one moment"
@@ -236,13 +242,19 @@ class SnapshotStore(Service):
             )
 
     async def _refuse_those_of_no_moment(self, datasets: Sequence[Dataset]) -> None:
-        """A file with a damaged header belongs to no moment, and would never be tried; it is refused all the same."""
+        """Refuse files with a damaged header, which would otherwise never be tried.
+
+        They do not belong to any moment.
+        """
         for dataset in datasets:
             for generation in [each for each, header in self._saved.get(dataset.name, {}).items() if header is None]:
                 await self._load_unless_refused([dataset], [generation])
 
     async def _load_unless_refused(self, datasets: Sequence[Dataset], generations: Sequence[int]) -> list[Snapshot]:
-        """The snapshots of those files up to the first that is refused, which is told."""
+        """Return the snapshots of these files, up to the first that is refused.
+
+        The refusal is logged.
+        """
         found: list[Snapshot] = []
         for dataset, generation in zip(datasets, generations, strict=True):
             if dataset.snapshot is not None:
@@ -252,7 +264,7 @@ class SnapshotStore(Service):
             except Stopped:
                 raise
             except Exception as error:
-                # Whatever it is, a mistake of ours too, it must not keep the service from starting.
+                # No failure, not even a bug of ours, may keep the service from starting.
                 ours = not isinstance(error, CacheServiceError)
                 self._log.warning(
                     "snapshot_rejected",
@@ -265,11 +277,13 @@ class SnapshotStore(Service):
         return found
 
     async def load(self, name: str, generation: int) -> Snapshot:
-        """One saved generation, for a rollback: whoever publishes it gives it a new number.
+        """Load one saved generation for a rollback.
 
-        :raises UnknownDataset: if none has that name.
+        The caller publishes it under a new number.
+
+        :raises UnknownDataset: if there is no dataset of that name.
         :raises UnknownGeneration: if that generation is not on disk.
-        :raises SnapshotRejected: if its file is refused; it was moved aside, unless it only could not be read.
+        :raises SnapshotRejected: if its file is refused. The file was moved aside, unless it only could not be read.
         :raises Stopped: if the service stops meanwhile.
         """
         settings = self._cache.dataset(name).settings
@@ -283,7 +297,7 @@ class SnapshotStore(Service):
             try:
                 header, rows = await self._read(path, settings, generation)
             except OfAnotherDatabase:
-                raise  # it is somebody's: it stays
+                raise  # the file belongs to another database: keep it
             except SnapshotRejected:
                 await self._in_thread(_move_aside, path)
                 self._forget(settings.name, generation)
@@ -292,7 +306,7 @@ class SnapshotStore(Service):
                 self._forget(settings.name, generation)
                 raise self._unknown(settings.name, generation) from None
             except OSError as error:
-                # Nothing says that the file is bad: it stays where it is.
+                # An unreadable file is not proven bad, so it stays.
                 raise SnapshotRejected(f"{path.name}: it cannot be read: {file_errors.reason(error)}") from error
         self._saved_rows.setdefault(settings.name, {})[generation] = ref(rows)
         age = header.age(self._wall_s(), clock.seconds(), self._host)
@@ -322,7 +336,7 @@ class SnapshotStore(Service):
                 raise OfAnotherDatabase(f"{path.name}: {elsewhere}")
             builder.expect(header.rows)
             await self._unpack(header, blocks, builder, path.name)
-            # The trailer says the same as the header, and here are that many.
+            # The trailer repeats the header; the unpacked rows must match both.
             if (builder.count, builder.size_bytes) != (header.rows, header.size_bytes):
                 raise SnapshotRejected(f"{path.name}: it is damaged: its rows are not as many as its header says")
             rows = builder.finish()
@@ -347,7 +361,7 @@ class SnapshotStore(Service):
                         await deferLater(self._reactor, 0)
                         self._go_on()
         finally:
-            # The thread must have let the file go before it is closed here. What it failed with does not matter then.
+            # The thread must have finished with the file before it is closed here. Its failure no longer matters.
             if ahead is not None:
                 await ahead.addErrback(lambda _: None)
             blocks.close()
@@ -385,7 +399,10 @@ class SnapshotStore(Service):
         return tuple(name for name, each in self._cache.datasets.items() if each.settings.group == group)
 
     def _plan(self) -> None:
-        """Wait for the first save that is due, at least for the next turn: all of a group is published by then."""
+        """Start the timer for the first save that is due.
+
+        It fires in the next turn at the earliest. By then all datasets of a group are published.
+        """
         self._forget_timer()
         if self._saving is not None or self._stopping:
             return
@@ -412,8 +429,8 @@ class SnapshotStore(Service):
             self._timer.cancel()
 
     async def _save(self, names: _Names) -> None:
-        """One save, whatever comes of it: it never raises."""
-        # The newest, which may not be those that were published when this was planned.
+        """Save one dataset or group, and record the outcome. Never raises."""
+        # Save the newest snapshots, which may be newer than those published when this save was planned.
         snapshots = self._newest(names)
         if not snapshots:
             return
@@ -436,7 +453,7 @@ class SnapshotStore(Service):
                     for path in (self._path(name, generation), self._renewal_path(name, generation))
                 ]
                 # A failure's traceback holds the frames it passed, and the thread that failed holds the failure until
-                # its next work: no frame of these may hold the rows then.
+                # its next work. Therefore none of these frames may hold the rows.
                 parts = [self._part(*each) for each in zip(headers, snapshots, strict=True)]
                 del snapshots
                 try:
@@ -454,7 +471,11 @@ class SnapshotStore(Service):
             self._succeed(part, kept[part.header.dataset], size_bytes, took_s)
 
     def _newest(self, names: _Names) -> list[Snapshot]:
-        """What is served, unless it was rolled back, is of another query or not of one moment."""
+        """Return the served snapshots, or an empty list if they cannot be saved.
+
+        A snapshot that was rolled back, or belongs to an older query, is not saved; the snapshots of a group must be of
+        one moment.
+        """
         datasets = [dataset for name in names if (dataset := self._cache.datasets.get(name))]
         served = [dataset.snapshot for dataset in datasets if not dataset.redefined]
         snapshots = [snapshot for snapshot in served if snapshot is not None and snapshot.source == "postgres"]
@@ -462,10 +483,13 @@ class SnapshotStore(Service):
         return snapshots if one_moment and len(snapshots) == len(names) else []
 
     def _kept(self, names: _Names, snapshots: Sequence[Snapshot]) -> dict[str, set[int]]:
-        """Which generations of each are on disk once these are, the newest; of the same rows only the newest."""
+        """Return the generations of each dataset to keep on disk after this save.
+
+        Of several files with the same rows only the newest is kept.
+        """
         generations = tuple(snapshot.generation for snapshot in snapshots)
-        # Generations only rise, so that a higher number is of an earlier life, from before what was restored.
-        # Left there it would pass for the newest.
+        # Generations only rise, so a higher number on disk is from before the restored snapshot. If it stayed, it would
+        # be restored as the newest.
         older = [
             each
             for each in self.saved(names)
@@ -477,7 +501,10 @@ class SnapshotStore(Service):
         return {name: set(each) for name, each in zip(names, zip(*moments, strict=True), strict=True)}
 
     def _has_rows(self, name: str, generation: int, snapshot: Snapshot) -> bool:
-        """Whether that generation holds the very rows of `snapshot`, to which a rollback was undone."""
+        """Return whether that generation holds the very rows of `snapshot`.
+
+        That happens when a rollback was undone.
+        """
         saved = self._saved_rows.get(name, {}).get(generation)
         return saved is not None and saved() is snapshot.rows
 
@@ -537,7 +564,10 @@ class SnapshotStore(Service):
             self._wanted.add(names)
 
     async def _write(self, parts: Sequence[_Part], dropped: Sequence[Path]) -> list[int]:
-        """The bytes of each file; all are complete and lasting now, or nothing is left of them."""
+        """Write all files and return the bytes of each.
+
+        Either all files are complete and durable, or none is left.
+        """
         await self._in_thread(_prepare, self._directory, self._lock)
         self._temporaries = frozenset(part.temporary for part in parts)
         try:
@@ -553,11 +583,11 @@ class SnapshotStore(Service):
         return sizes
 
     async def _write_part(self, part: _Part) -> int:
-        """Write one file that is not known by its name yet, and make it last."""
+        """Write one file under its temporary name, and make it durable."""
         file = await self._in_thread(_create, part.temporary)
         try:
             writer = await self._in_thread(SnapshotWriter, file, part.header)
-            # The thread takes one piece after the other, and between them the reactor does all else.
+            # The thread takes one piece at a time; between two pieces the reactor runs everything else.
             for piece in part.pieces:
                 await self._in_thread(writer.write, piece)
                 self._go_on()
@@ -567,7 +597,7 @@ class SnapshotStore(Service):
             raise
         return writer.size_bytes
 
-    # Both
+    # Saving and loading
 
     def _path(self, name: str, generation: int) -> Path:
         return self._directory / f"{name}.{generation:012}.snapshot"
@@ -584,7 +614,7 @@ class SnapshotStore(Service):
 
     @contextmanager
     def _work(self) -> Iterator[None]:
-        """Around what a stop has to wait for."""
+        """Count the enclosed work, which a stop has to wait for."""
         self._go_on()
         self._working += 1
         try:
@@ -598,7 +628,10 @@ class SnapshotStore(Service):
 
 
 def _shielded(running: Deferred[_T]) -> Deferred[_T]:
-    """The result of `running`, which runs on if whoever waits for it gives up: a thread cannot be cancelled."""
+    """Return the result of `running`, which continues if the wait is cancelled.
+
+    A thread cannot be cancelled.
+    """
     waiting: Deferred[_T] = Deferred()
 
     def ended(result: Any) -> None:
@@ -630,10 +663,10 @@ def _header(settings: DatasetSettings, snapshot: Snapshot, read_on: ReadOn) -> H
 
 
 def _of_one_moment(saved: Sequence[_Saved]) -> list[tuple[int, ...]]:
-    """The generations of a group that were all served at one moment, newest first.
+    """Return the combinations of a group's generations of one moment, newest first.
 
-    A generation was served from its first read to its last renewal; the members of a group are read together, so that
-    where these spans overlap is a moment of all of them.
+    A generation was served from its first read to its last renewal. The members of a group are read together, so
+    wherever these spans overlap there is a moment at which all of them were served.
     """
     known = [[(number, header) for number, header in each.items() if header is not None] for each in saved]
     return [tuple(number for number, _ in combined) for combined in _overlapping(known)]
@@ -656,11 +689,14 @@ def _renewal_of(path: Path) -> Path:
     return path.with_suffix(".renewal")
 
 
-# What follows runs in a thread.
+# The functions below run in a thread.
 
 
 def _scan(directory: Path, busy: Collection[Path]) -> dict[str, _Saved]:
-    """What there is, by dataset. What a killed process left half written is removed."""
+    """Return the saved files by dataset.
+
+    The unfinished files of a killed process are removed.
+    """
     found: dict[str, _Saved] = {}
     try:
         entries = sorted(directory.iterdir(), reverse=True)
@@ -673,7 +709,7 @@ def _scan(directory: Path, busy: Collection[Path]) -> dict[str, _Saved]:
         elif (named := _SAVED.fullmatch(path.name)) and path.is_file():
             found.setdefault(named[1], {})[int(named[2])] = _saved_header(path)
         elif _RENEWAL.fullmatch(path.name) and not path.with_suffix(".snapshot").exists():
-            _remove([path])  # killed between the two
+            _remove([path])  # a killed process left it without its snapshot
     return found
 
 
@@ -681,13 +717,16 @@ def _saved_header(path: Path) -> Header | None:
     try:
         header, blocks = read(path)
     except (SnapshotRejected, OSError):
-        return None  # told when it is loaded
+        return None  # logged when it is loaded
     blocks.close()
     return _renewed(header, path)
 
 
 def _renewed(header: Header, path: Path) -> Header:
-    """The header that the file has by its renewal; its own without one, or with one that is bad or of other rows."""
+    """Return the header after its renewal.
+
+    The file's own header is returned if there is no renewal, or if the renewal is damaged or belongs to other rows.
+    """
     try:
         renewed = read_whole_header(_renewal_of(path))
     except (SnapshotRejected, OSError):
@@ -706,7 +745,7 @@ def _open(path: Path, settings: DatasetSettings, generation: int) -> tuple[Heade
 
 
 def _some(blocks: Iterator[bytes]) -> list[bytes]:
-    """The next blocks, about 1 MiB of them; none after the last."""
+    """Return the next blocks, about 1 MiB; an empty list after the last."""
     some: list[bytes] = []
     size_bytes = 0
     for block in blocks:
@@ -734,7 +773,7 @@ def _prepare(directory: Path, lock: DirectoryLock) -> None:
 
 def _create(temporary: Path) -> Any:
     temporary.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # One of a killed process with our number, which a container's first process always has.
+    # Left by a killed process with our process id; the first process of a container always has the same id.
     temporary.unlink(missing_ok=True)
     return open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb")
 
@@ -747,8 +786,11 @@ def _finish(writer: SnapshotWriter, file: Any) -> None:
 
 
 def _commit(parts: Sequence[_Part]) -> None:
-    """Give each file its name, or none of them. A crash within leaves some of a group's, which are of no use without
-    the others; what they are to replace is still there."""
+    """Rename all files to their final names, or none of them.
+
+    A crash in between leaves some files of a group, which are useless without the others; the files that they replace
+    are still there.
+    """
     try:
         for part in parts:
             part.temporary.replace(part.path)
@@ -774,7 +816,10 @@ def _remove(paths: Sequence[Path]) -> None:
 
 
 def _problem(directory: Path, error: Exception) -> str:
-    """Return the problem of a save or a restore, in words that stay the same if the same thing fails again."""
+    """Return the problem of a save or a restore.
+
+    The text is the same each time the same problem occurs.
+    """
     if isinstance(error, OSError):
         return file_errors.of_folder("persistence.directory", directory, error)
     return f"{directory}: an internal error, {type(error).__name__}; its traceback is in the log"

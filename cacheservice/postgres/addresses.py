@@ -1,4 +1,7 @@
-"""Which addresses of a connection string to try, in which order and for how long: pure decisions and their memory."""
+"""Decides in which order addresses are tried, and how long each may take.
+
+The addresses are those of a connection string. Pure decisions, and the memory of failures.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,14 @@ from typing import NamedTuple
 DEMOTED_S = 30.0
 DEMOTED_MAX_S = 300.0
 TRIAL_S = 1.0
-"""An address that did not answer gets this long when it is its turn again; one that works logs in faster."""
+"""An address that did not answer gets this long at its next turn; a working address logs in faster."""
 
 
 class Address(NamedTuple):
-    """A host as the connection string names it, its address (empty for a unix socket), and the port."""
+    """A host as in the connection string, its address, and the port.
+
+    The address is empty for a unix socket.
+    """
 
     host: str
     address: str
@@ -30,17 +36,23 @@ class _Bad(NamedTuple):
 
 
 class Memory:
-    """Addresses that failed lately. They are tried after the others for a while, which doubles with each failure."""
+    """Addresses that failed recently.
+
+    They are tried after the others for a while; the time doubles with each failure.
+    """
 
     def __init__(self) -> None:
         self._bad: dict[Address, _Bad] = {}
 
     def ordered(self, addresses: Iterable[Address], now: float) -> list[Address]:
-        """`addresses` in their order, those that failed lately behind the others."""
+        """Return `addresses` in their order, with those that failed recently last."""
         return sorted(addresses, key=lambda address: address in self._bad and self._bad[address].until > now)
 
     def failed(self, address: Address, now: float, *, silent: bool) -> None:
-        """`silent` if it did not answer at all."""
+        """Demote an address.
+
+        :param silent: whether it did not answer at all.
+        """
         self._bad = {each: bad for each, bad in self._bad.items() if bad.until > now - DEMOTED_MAX_S}
         before = self._bad.get(address)
         demoted_s = DEMOTED_S if before is None else before.demoted_s
@@ -52,16 +64,19 @@ class Memory:
         self._bad.pop(address, None)
 
     def trial_s(self, address: Address, now: float) -> float | None:
-        """A limit for an address that is first again after it did not answer; None for all others."""
+        """Return a time limit for an address that is due again after it did not answer.
+
+        None for all others.
+        """
         bad = self._bad.get(address)
         return TRIAL_S if bad is not None and bad.silent and bad.until <= now else None
 
 
 def share_s(left_s: float, candidates: int, limit_s: float | None, trial_s: float | None) -> float:
-    """Seconds for the first of `candidates` addresses that have `left_s` together.
+    """Return the seconds for the first of `candidates` addresses that share `left_s`.
 
     :param limit_s: connect_timeout of the connection string, which libpq applies to each address.
-    :param trial_s: from `Memory.trial_s`; the last candidate gets all there is.
+    :param trial_s: from `Memory.trial_s`; not applied to the last candidate, which gets all remaining time.
     """
     limits = [left_s / candidates]
     if limit_s is not None:
@@ -72,5 +87,8 @@ def share_s(left_s: float, candidates: int, limit_s: float | None, trial_s: floa
 
 
 def passes(session_attrs: str) -> Sequence[str]:
-    """The values of target_session_attrs to go through the addresses with, as libpq does (manual, 34.1.2)."""
+    """Return the values of target_session_attrs for each pass over the addresses.
+
+    libpq makes the same passes (manual, 34.1.2).
+    """
     return ("standby", "any") if session_attrs == "prefer-standby" else (session_attrs,)

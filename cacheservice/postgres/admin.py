@@ -1,4 +1,7 @@
-"""Sessions of the commands that change the database, and their errors in one line. For the command line: they block."""
+"""Blocking sessions for the commands that change the database.
+
+Their errors have one line.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,12 @@ from cacheservice.postgres.target import parse
 
 SCHEMA = "cacheservice"
 LOCK_TIMEOUT_MS = 5000
-"""How long a command waits for a table: all writers of that table wait behind it."""
+"""The time limit for a table lock, because all writers of the table queue behind a waiting command."""
 _CONNECT_TIMEOUT_S = 10
 _LOCK_NOT_AVAILABLE = "55P03"
 
-# LOCAL, as in all our transactions: a proxy that pools transactions would leave it to other clients otherwise.
+# SET LOCAL, as in all our transactions: a proxy that pools transactions would otherwise pass the setting to other
+# clients.
 BEGIN = f"""\
 BEGIN READ WRITE;
 SET LOCAL search_path = pg_catalog, pg_temp;
@@ -30,7 +34,7 @@ SET LOCAL client_connection_check_interval = 1000;
 SET LOCAL client_min_messages = warning;"""
 
 
-# Only if it lacks something: to repeat a GRANT makes a new version of the table, and the next delta a full read.
+# Only if a right is missing: a repeated GRANT makes a new version of the table, and the next delta a full read.
 _RESTORE_RIGHTS = """
 DO $$
 DECLARE
@@ -56,7 +60,10 @@ END $$;
 
 
 class Refused(Exception):
-    """A command cannot go on; the message is one line with the cause and the next step, without a password."""
+    """A command cannot continue.
+
+    The message is one line with the cause and the next step, without a password.
+    """
 
 
 class Session:
@@ -68,7 +75,7 @@ class Session:
         self.cursor = cursor
         self.role = role
         self.database = database
-        """Both as SQL writes them."""
+        """The role and the database, quoted for SQL."""
 
     def rows(self, statement: str, parameters: tuple[Any, ...] | None = None) -> list[tuple[Any, ...]]:
         self.cursor.execute(statement, parameters)
@@ -76,15 +83,15 @@ class Session:
         return found
 
     def value(self, statement: str, parameters: tuple[Any, ...] | None = None) -> Any:
-        """The one value of the one row."""
+        """Return the only value of the only row."""
         ((found,),) = self.rows(statement, parameters)
         return found
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All or nothing, whenever the command or the server ends.
+        """Run the enclosed statements in one transaction, rolled back on any error.
 
-        :raises Refused: if a lock could not be had, with the table and the session that held it.
+        :raises Refused: if a lock was not granted, with the table and the session that held it.
         """
         self.cursor.execute(BEGIN)
         try:
@@ -105,7 +112,7 @@ def _connect_arguments(dsn: str) -> dict[str, Any]:
 
 @contextmanager
 def session(dsn: str, application_name: str, dsn_source: str = "postgres.dsn") -> Iterator[Session]:
-    """A session in which a command works.
+    """Open a session for a command.
 
     :param dsn_source: the setting, the variable or the option that holds the DSN, for advice.
     :raises Refused: if the server cannot be reached, is too old, is a standby, or refuses a statement.
@@ -134,7 +141,7 @@ def session(dsn: str, application_name: str, dsn_source: str = "postgres.dsn") -
 
 
 def told_by(dsn: str, error: psycopg2.Error) -> str:
-    """The server's message, in one line without a password."""
+    """Return the server's message in one line without a password."""
     message = (error.diag.message_primary if error.diag else None) or str(error)
     return f"PostgreSQL: {parse(dsn).redact(message)}"
 
@@ -156,7 +163,9 @@ _NEXT_STEPS = (
 
 
 def next_step(message: str, role: str, database: str) -> str:
-    """The statement that gives a role what it lacks, by the server's message; empty if that is not known.
+    """Return the statement that grants the missing right, by the server's message.
+
+    Empty if it is not known.
 
     :param role: quoted, as `database` is.
     """
@@ -167,14 +176,14 @@ def next_step(message: str, role: str, database: str) -> str:
 
 
 def explained(dsn: str, error: psycopg2.Error, role: str, database: str) -> str:
-    """The server's message, and the next step where it is known."""
+    """Return the server's message, with the next step if it is known."""
     told = told_by(dsn, error)
     advice = next_step(told, role, database) if error.pgcode == "42501" else ""
     return f"{told}; {advice}" if advice else told
 
 
 def _locked(watch: LockWatch) -> str:
-    """The error for a lock that was waited for in vain."""
+    """Return the error for a lock that was not granted in time."""
     what = f"{watch.relation} is in use" if watch.relation else "another session is in the way"
     waited = f"the lock was not granted within {LOCK_TIMEOUT_MS // 1000} s"
     error = f"{what}: {waited}, and writers should not wait longer behind it"
@@ -184,5 +193,8 @@ def _locked(watch: LockWatch) -> str:
 
 
 def restore_rights(session: Session) -> None:
-    """Give the owners of our tables back what somebody has revoked from them; their triggers record with it."""
+    """Grant the owners of our tables any right on them that was revoked.
+
+    Their triggers record changes with these rights.
+    """
     session.cursor.execute(_RESTORE_RIGHTS)

@@ -1,4 +1,7 @@
-"""What to do about an error of the server, of TLS or of libpq: chosen by SQLSTATE, and by words where there is none."""
+"""Advice about errors of the server, of TLS and of libpq.
+
+It is chosen by SQLSTATE, and by the words of the message if there is no SQLSTATE.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ _BY_SQLSTATE = {
 }
 
 _REFUSED = (
-    # More exact than the SQLSTATE, and so looked for first. The words are those of PostgreSQL, libpq and OpenSSL.
+    # More exact than the SQLSTATE, so checked first. The words are those of PostgreSQL, libpq and OpenSSL.
     (
         r'too many connections for role "(?P<name>[^"]*)"',
         "raise the limit of the role (ALTER ROLE {name} CONNECTION LIMIT …), or end other sessions of the role",
@@ -89,13 +92,17 @@ _NO_SQLSTATE = (
 
 
 def for_query(sqlstate: str) -> str | None:
-    """Advice about an error of a statement; None if there is nothing better than that of the error's class."""
+    """Return advice about the error of a statement.
+
+    Advice for the error's class is the fallback; None if there is no advice.
+    """
     return _BY_SQLSTATE.get(sqlstate) or _BY_SQLSTATE.get(sqlstate[:2])
 
 
 def for_login(sqlstate: str, message: str, dsn_source: str = "postgres.dsn") -> str | None:
-    """Advice about a session that did not open. `message` is unchanged, as the driver shows it.
+    """Return advice about a session that did not open.
 
+    :param message: the unchanged message of the driver.
     :param dsn_source: the setting, the variable or the option that holds the DSN.
     """
     advice = _for_login(sqlstate, message)

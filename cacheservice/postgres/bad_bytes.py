@@ -1,7 +1,7 @@
-"""Which row holds bytes that have no form in UTF-8: asked for once a refresh has failed with them.
+"""Finds the row whose bytes cannot be converted to UTF-8.
 
-The server converts rows while it sends them, and its error names neither row nor column. So the rows are read once more
-without a conversion, and decoded here.
+A refresh has failed with them. The server converts rows while it sends them, and its error names neither row nor
+column. Therefore the rows are read once more without a conversion, and decoded here.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ def is_about_bytes(error: QueryFailed) -> bool:
 async def name_row(
     reactor: Any, guard: GuardedConnection, begin: str, rows_sql: str, name: str, error: QueryFailed
 ) -> QueryFailed | None:
-    """`error` with the dataset, the key of its first bad row and the database's encoding; None if all rows are good.
+    """Return `error` with the dataset, its first bad row's key and the encoding.
 
-    :param guard: the session of the refresh that failed, whose deadline goes on.
+    None if all rows are good. The encoding is the database's.
+
+    :param guard: the session of the refresh that failed; its deadline still applies.
     :param begin: the statements that begin a reading transaction.
-    :param rows_sql: gives (key, document) of each row of the dataset.
+    :param rows_sql: returns (key, document) of each row of the dataset.
     """
     encoding = guard.parameter("server_encoding")
     decode = _decoder(encoding)
@@ -51,7 +53,7 @@ async def name_row(
                 return None
             await deferLater(reactor, 0)
     except RefreshFailed:
-        return None  # the error of the refresh is what matters
+        return None  # the error of the refresh matters more
 
 
 def _named(name: str, encoding: str, key: str, error: QueryFailed) -> QueryFailed:
@@ -66,7 +68,7 @@ def _named(name: str, encoding: str, key: str, error: QueryFailed) -> QueryFaile
 
 
 def _decoder(encoding: str) -> Callable[[bytes], bool]:
-    """Whether bytes as the server keeps them can become UTF-8."""
+    """Return a function that checks whether stored bytes can become UTF-8."""
     codec = "utf-8" if encoding == _UNCONVERTED else extensions.encodings.get(encoding, "utf-8")
 
     def decodes(data: bytes) -> bool:

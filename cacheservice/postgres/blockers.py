@@ -1,4 +1,4 @@
-"""Who keeps a session waiting for a lock."""
+"""Finds the sessions that block another session, which waits for a lock."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 from cacheservice.errors import Blocker, QueryFailed
 from cacheservice.postgres.guard import GuardedConnection
 
-# The migrations' function may see what our role may not; without it we tell what we can see.
+# The function from the migrations may see sessions that our role may not. Without it, only the sessions visible to our
+# role are reported.
 _WITH_FUNCTION = "SELECT {columns} FROM cacheservice.blocking_sessions({pid})"
 _COLUMNS = (
     "pid, user_name::text, application_name::text, lock_mode::text, relation::text, "
@@ -36,7 +37,7 @@ NO_FUNCTION = ("42883", "3F000", "42501")
 
 
 def by_function(pid: int) -> str:
-    """Return the statement that asks the function of the migrations."""
+    """Return the statement that calls the function from the migrations."""
     return _WITH_FUNCTION.format(columns=_COLUMNS, pid=pid)
 
 
@@ -46,7 +47,10 @@ def by_catalogs(pid: int) -> str:
 
 
 async def find_blockers(guard: GuardedConnection, pid: int) -> tuple[Blocker, ...]:
-    """The sessions that keep the server process `pid` waiting, asked over `guard`, another session."""
+    """Return the sessions that block the server process `pid`.
+
+    They are asked for over `guard`, another session.
+    """
     try:
         cursor = await guard.execute(by_function(pid))
     except QueryFailed as error:
@@ -57,7 +61,7 @@ async def find_blockers(guard: GuardedConnection, pid: int) -> tuple[Blocker, ..
 
 
 def blocker(pid: int, *columns: Any) -> Blocker:
-    """Return the blocker of a row of either statement, with text or bytes."""
+    """Return the blocker from a row of either statement, with text or bytes."""
     user, application, mode, relation, since, state, kind = columns
     text = [
         value.decode() if isinstance(value, bytes) else value

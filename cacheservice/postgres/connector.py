@@ -1,4 +1,7 @@
-"""Opens sessions of the driver: looks names up, tries one address after the other, and remembers which ones answer."""
+"""Opens sessions of the driver.
+
+It looks names up, tries one address after the other, and remembers which addresses answer.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +23,16 @@ from cacheservice.postgres.refusal import Tried, ends_the_search, not_connected,
 from cacheservice.postgres.target import Resolve, Target, is_address, is_name
 
 _PARTS_PER_TURN = 3
-"""libpq takes 16 KiB at a time; a turn of the reactor for each took a fifth of a refresh, and readers wait for many."""
+"""libpq takes 16 KiB at a time. One turn of the reactor each took a fifth of a refresh; clients wait for a longer turn.
+"""
 _NOTHING_TO_READ = bytes(4)
 
 
 class Session(extensions.connection):  # type: ignore[misc]  # psycopg2 has no types
-    """The driver's session."""
+    """The driver's session, with a limit on the work of one `poll`."""
 
     def poll(self) -> Any:
-        """Go on with what is under way, as far as what has arrived allows, but not for more than three parts."""
+        """Continue the operation with the data that has arrived, for at most three parts."""
         state = super().poll()
         parts = 1
         while (
@@ -43,10 +47,12 @@ class Session(extensions.connection):  # type: ignore[misc]  # psycopg2 has no t
 
 
 class Connector:
-    """One for all sessions to a database, so that each of them profits from what the others learned.
+    """Opens all sessions to a database.
+
+    There is one for all, so that each session benefits from the failures of the others.
 
     :param resolve: ``cacheservice.postgres.resolve.Resolver.resolve``.
-    :param shuffle: of `random`; for load_balance_hosts=random.
+    :param shuffle: as in `random`; used for load_balance_hosts=random.
     """
 
     def __init__(self, reactor: Any, resolve: Resolve, shuffle: Callable[[list[Any]], None] = random.shuffle) -> None:
@@ -57,10 +63,12 @@ class Connector:
         self._slow_names: set[str] = set()
 
     def open(self, target: Target, purpose: str, by: float, defaults: Mapping[str, Any]) -> Deferred[Session]:
-        """Log in at the first address that will do. Cancelling the Deferred ends the attempt.
+        """Log in at the first suitable address.
+
+        Cancelling the Deferred ends the attempt.
 
         :param by: on the reactor's clock; each address gets its share of the time until then.
-        :param defaults: libpq's parameters for where the connection string does not set them.
+        :param defaults: libpq's parameters that apply if the connection string does not set them.
         :raises DatabaseUnavailable: with each address and its cause, in one line.
         """
         return Deferred.fromCoroutine(self._open(target, purpose, by, defaults))
@@ -120,9 +128,12 @@ class _SilentError(Exception):
 
 
 class _LookUps:
-    """The look-ups of one connection string, all begun at once, so that a name that hangs keeps no other from use.
+    """The look-ups of one connection string, started together.
 
-    :param slow: names that hung lately; waited for only if no other one is known. Kept up to date.
+    A name that hangs does not delay the use of the others.
+
+    :param slow: names that hung recently. They are waited for only if no other name is known. This class updates the
+        set.
     """
 
     def __init__(self, reactor: Any, resolve: Resolve, target: Target, slow: set[str]) -> None:
@@ -135,7 +146,7 @@ class _LookUps:
         self._changed: Deferred[None] | None = None
 
     async def addresses(self, by: float) -> tuple[list[Address], list[Tried]]:
-        """Every address that is known, in the order of the hosts, and why the others are not."""
+        """Return the known addresses in the order of the hosts, and the failed look-ups."""
         for name in self._names:
             ensureDeferred(self._look_up(name)).addBoth(partial(self._looked_up, name))
         now = self._reactor.seconds()

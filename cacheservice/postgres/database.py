@@ -1,4 +1,7 @@
-"""Reads datasets in one transaction: the whole of a query, what has changed of it, or only whether anything has."""
+"""Reads datasets in one transaction.
+
+A read returns all rows of a query, the changed rows, or only whether any row has changed.
+"""
 
 from __future__ import annotations
 
@@ -58,8 +61,8 @@ from cacheservice.postgres.statements import (
 )
 from cacheservice.postgres.target import Resolve, Target
 
-# What differs from one attempt to the next stands in a SELECT: of other statements the server would count each text as
-# a new one (pg_stat_statements of PostgreSQL 17 and older).
+# Values that differ between attempts stand in a SELECT: the server would count each text of any other statement as a
+# new statement (pg_stat_statements of PostgreSQL 17 and older).
 _BEGIN = """\
 {begin}
 {no_transaction_timeout}
@@ -71,9 +74,9 @@ SELECT set_config('application_name', {attempt_name}, true);
 _ASK = """\
 SELECT {pinning}, extract(epoch FROM now()), pg_current_snapshot()::text, pg_backend_pid(), {can_tell},
        concat_ws(' ', {digests}), {own_settings}, {path}::text, {life}"""
-"""The pinned settings come first, because a digest is of those that are in effect."""
+"""The pinned settings come first, because a digest is of the settings in effect."""
 _BEGIN_SEARCH = "SAVEPOINT search; SET LOCAL lock_timeout = 500"
-"""What the search waits for may be a lock on a table that the query does not read."""
+"""The search may wait for a lock on a table that the query does not read; this limits the wait."""
 _END_SEARCH = "ROLLBACK TO SAVEPOINT search"
 _PRUNE = """
 BEGIN READ WRITE;
@@ -87,41 +90,42 @@ PRUNED_A_CALL = 10_000
 """The default of `cacheservice.prune`."""
 
 _STATEMENT_SHARE = 0.95
-"""The server's own timeouts come a little before our deadline, because its error tells more than our silence."""
+"""The server's own timeouts come a little before our deadline, because its errors are more specific than silence."""
 _LOCK_SHARE = 0.9
 _ASK_SHARE = 0.75
-"""Who holds the lock is asked for before the wait for it ends: afterwards the server no longer knows."""
+"""Blockers are asked for before the wait for a lock ends; afterwards the server no longer knows them."""
 _ASK_TIMEOUT_S = 5.0
 _MOST_READS = 4
-"""Of one attempt, and one more for each further dataset: each because the one before was of no use."""
+"""Reads per attempt, plus one for each further dataset. A read is repeated only if the previous one was unusable."""
 _MOST_BEGINS = 5
-"""A standby is asked for its lag before a transaction: the first, and one on another server, begins again for that."""
+"""A standby is asked for its lag before the transaction, so a first one, or one on another server, begins again."""
 
 _MOST_CHUNK_ROWS = 1000
 _CHUNK_BYTES = 256 * 1024
-"""1000 rows or 256 KiB are asked for at a time; fewer would leave the server waiting."""
+"""1000 rows or 256 KiB are fetched at a time; with fewer the server would wait for us."""
 _SMALL_ROWS = FEW_ROWS // 2
 _SMALL_BYTES = 256 * 1024
-"""The size up to which the last result makes the next read try a single answer. The rows may double until then."""
+"""If the last result was smaller than this, the next read tries a single answer. The rows may double until then."""
 _MOST_ANSWER_BYTES = 4 * 1024 * 1024
-"""Of documents in a single answer, which is in memory twice until it is unpacked."""
+"""The limit for the documents in a single answer, which is in memory twice until it is unpacked."""
 _SIGNIFICANT_BITS = 7
 _DATA_EXCEPTION = "22"
-"""The class of the SQLSTATEs of values that a type cannot hold."""
+"""The SQLSTATE class for values that do not fit a type."""
 _SLICE_ROWS = 64
-"""What is unpacked in one turn of the reactor, in a fifth of a millisecond: readers wait behind it."""
+"""Rows unpacked in one turn of the reactor, which takes a fifth of a millisecond; clients wait meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Of which moment the rows are, by the database's clock and snapshot, and by our monotonic clock just before it.
+    """The result of a read, and its moment.
 
-    `columns` are the names of the query's columns, in their order. `kind` tells what was read: all rows, which are in
-    `rows`; a delta, which is in `changed` (None for a row that is gone); or that nothing is to be read. `because`
-    says why it was all rows although there was something to start from; `no_delta` why the changed rows are not known,
-    whatever there was. `may_differ` are the keys that had changed by what the triggers recorded, None if that is not
-    known; no other row may differ from what there was. `server` is the one that was read. `as_of` and `read_at` are
-    earlier by the `lag` of a standby.
+    The moment is known by the database's clock and snapshot, and by our monotonic clock just before it. `columns` are
+    the names of the query's columns, in their order. `kind` is "all", with all rows in `rows`; "delta", with the
+    changed rows in `changed` (None for a removed row); or "unchanged". `because` is the reason for a full read although
+    there was a snapshot to start from; `no_delta` is the reason why the changed rows are not known, with or without
+    such a snapshot. `may_differ` holds the keys that the triggers recorded as changed, None if that is not known; no
+    other row may differ from the snapshot. `server` is the server that was read. `as_of` and `read_at` are earlier by
+    the `lag` of a standby.
     """
 
     as_of: datetime
@@ -142,24 +146,24 @@ class Reading:
 
     @property
     def began_at(self) -> float:
-        """The monotonic clock just before the transaction began."""
+        """Return the monotonic clock just before the transaction began."""
         return self.read_at + self.lag.seconds
 
 
 class Wanted(NamedTuple):
     """A dataset to read.
 
-    :param build: makes an empty builder as each transaction begins. A builder never outlives its transaction, so
-        that the rows of two moments cannot meet in one.
-    :param expect: gets the planner's estimate of their number before they come, if anybody.
+    :param build: makes an empty builder as each transaction begins. A builder never outlives its transaction, so that
+        one builder never holds rows of two moments.
+    :param expect: called with the planner's estimate of the number of rows before they arrive, if there is an estimate.
     :param last: the rows of the last result. Its size decides whether a full read needs a cursor.
-    :param since: what there is of it; None if nothing, or if all is to be read without a question.
-    :param check: read all although a delta might do, and tell which rows may differ.
-    :param most_keys: of a delta; if more have changed, all is read.
-    :param told: the keys that were notified of up to now, once that is known; None for all. Only they are read then.
-    :param trust_probe: whether the probe's value, if it has not changed, says that nothing has.
-    :param attempt: the id of the attempt, by which the server's views and logs name what is run for it.
-    :param because: why all is read although there is something to start from, if that is known beforehand.
+    :param since: the snapshot to start from; None if there is none, or if all rows are to be read unconditionally.
+    :param check: read all rows although a delta is possible, and report the rows that may differ.
+    :param most_keys: of a delta; if more have changed, all rows are read.
+    :param told: returns the notified keys so far once they are known; None for all. Only these rows are read then.
+    :param trust_probe: whether an unchanged value of the probe means that no row has changed.
+    :param attempt: the id of the attempt, by which the server's views and logs name its statements.
+    :param because: the reason for a full read although there is a snapshot to start from, if it is known beforehand.
     """
 
     dataset: DatasetSettings
@@ -176,9 +180,9 @@ class Wanted(NamedTuple):
 
 
 class _ReadAllAgain(Exception):
-    """What was read of some datasets is of no use: read all of them, in another transaction.
+    """Some datasets' results are unusable: read all their rows in another transaction.
 
-    :param because: why, by the names of the datasets.
+    :param because: the reasons, by the names of the datasets.
     """
 
     def __init__(self, because: Mapping[str, str]) -> None:
@@ -187,7 +191,7 @@ class _ReadAllAgain(Exception):
 
 
 class _SettingsAltered(Exception):
-    """Settings that a session takes when it begins have changed, so that this one has old ones."""
+    """This session has outdated settings, because they changed after it began."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -195,9 +199,10 @@ class _SettingsAltered(Exception):
 
 
 class _Moment(NamedTuple):
-    """A transaction that was begun: its session, its deadline, and the readings of it without what was read.
+    """An open transaction: its session, its deadline, and an empty `Reading` to fill.
 
-    `digests` are of what the datasets' earlier results depend on, by name. `path` has the schemas that were searched.
+    `digests` holds the digests of the dependencies of the datasets' earlier results, by name. `path` holds the searched
+    schemas.
     """
 
     guard: GuardedConnection
@@ -210,10 +215,10 @@ class _Moment(NamedTuple):
 
 
 class Database:
-    """The one way to the database: reads over the sessions of a pool.
+    """Reads from the database over the sessions of a pool. All reads pass through it.
 
     :param connect_timeout_s: for one session to open, name look-ups included.
-    :param status: gets the number of sessions that are open, and which server answers.
+    :param status: receives the number of open sessions, and the server in use.
     """
 
     def __init__(self, reactor: Any, target: Target, connect_timeout_s: float, status: DatabaseStatus) -> None:
@@ -224,34 +229,43 @@ class Database:
         self._sessions = Sessions(reactor, target, connect_timeout_s, status)
         self._prepared = Prepared()
         self._own_settings: WeakKeyDictionary[GuardedConnection, bytes] = WeakKeyDictionary()
-        self._outgrown: set[str] = set()  # datasets that were not as small as expected, until a cursor has read them
+        self._outgrown: set[str] = set()  # datasets that were larger than expected, until a cursor has read them
 
     @property
     def resolve(self) -> Resolve:
-        """Name look-ups for other parts of the service."""
+        """Return the name look-ups, for other parts of the service."""
         return self._sessions.resolve
 
     @property
     def connector(self) -> Connector:
-        """For sessions that are opened elsewhere: it knows which addresses answer."""
+        """Return the connector, for sessions opened elsewhere.
+
+        It knows the addresses that answer.
+        """
         return self._sessions.connector
 
     def configure(self, target: Target, connect_timeout_s: float) -> None:
-        """Open sessions so from now on."""
+        """Open sessions with these settings from now on."""
         self._servers.forget()
         self._standbys.forget()
         self._sessions.configure(target, connect_timeout_s)
 
     def make_room_by(self, make_room: Callable[[], bool]) -> None:
-        """Call `make_room` where the server has no connection left; it returns whether it gave one up."""
+        """Call `make_room` if the server has no connection left.
+
+        It returns whether it gave up a connection.
+        """
         self._sessions.make_room_by(make_room)
 
     def end_kept(self) -> None:
-        """End the kept sessions: nothing will be read for a while."""
+        """End the kept sessions, because no read will follow for a while."""
         self._sessions.end_kept()
 
     def stop(self) -> None:
-        """Let the name look-ups and the kept sessions go; the others end with the reads that hold them."""
+        """End the name look-ups and the kept sessions.
+
+        The other sessions end with the reads that hold them.
+        """
         self._sessions.stop()
 
     def read(
@@ -261,9 +275,10 @@ class Database:
         return self.read_together([Wanted(dataset, build, expect)]).addCallback(itemgetter(0))
 
     def read_together(self, wanted: Sequence[Wanted]) -> Deferred[list[Reading]]:
-        """Read all rows of the datasets' queries as (key, JSON document), in one transaction: of one moment.
+        """Read the datasets' queries as (key, JSON document) in one transaction.
 
-        All of it within the `timeout_s` of the first; there is a reading for each, in their order.
+        All rows are of one moment. The limit for the whole read is the `timeout_s` of the first dataset. There is a
+        reading for each dataset, in their order.
 
         :raises RefreshFailed: one of its subclasses. Cancelling the Deferred ends the session at once.
         """
@@ -282,7 +297,7 @@ class Database:
                     raise
                 raise named from error
 
-        # A notification may come at any moment, and then to open a session takes longer than the delta.
+        # A notification may arrive at any moment, and opening a session then takes longer than the delta.
         notified = any(each.dataset.watch or each.dataset.notify for each in wanted)
         again_in_s = 0.0 if notified else first.interval_s
         try:
@@ -301,10 +316,12 @@ class Database:
             name, reason = next(iter(because.items()))
             raise QueryFailed(f"{name} was read {most} times, and in the end {reason}")
         finally:
-            wanted = ()  # an error keeps `use`, and with it the snapshots to start from
+            wanted = ()  # an error keeps `use`, and through it the old snapshots
 
     def prune(self, keep_s: float, timeout_s: float) -> Deferred[int]:
-        """Delete recorded changes that are older than `keep_s`, at most `PRUNED_A_CALL` of each watch; return how many.
+        """Delete recorded changes older than `keep_s`; return the number deleted.
+
+        It is at most `PRUNED_A_CALL` for each watch.
 
         :raises RefreshFailed: one of its subclasses.
         """
@@ -320,7 +337,9 @@ class Database:
         return self._sessions.use("prunes", deadline_at, use)
 
     def recorded(self, timeout_s: float) -> Deferred[Recorded]:
-        """Ask for the recorded changes that the database keeps; a standby answers, too.
+        """Ask for the recorded changes that the database keeps.
+
+        A standby answers, too.
 
         :raises RefreshFailed: one of its subclasses.
         """
@@ -352,12 +371,12 @@ class Database:
         return readings
 
     async def _commit(self, moment: _Moment, wanted: Sequence[Wanted], readings: Sequence[Reading]) -> None:
-        """End the transaction, and refuse what it read if definitions have changed since it took its snapshot.
+        """End the transaction, and refuse its rows if definitions changed during it.
 
-        The server looks definitions up as they are, not as the snapshot has them, so that rows of one read might have
-        forms, or come from partitions, of two moments.
+        The server looks up definitions as they are now, not as in the snapshot. Therefore rows of one read might have
+        the forms of two moments, or come from the partitions of two moments.
 
-        :raises _ReadAllAgain: they changed.
+        :raises _ReadAllAgain: if definitions changed.
         """
         recorded = {
             each.dataset.name: reading.dependencies
@@ -374,12 +393,12 @@ class Database:
             raise _ReadAllAgain(dict.fromkeys(changed, "definitions that it depends on changed during the read"))
 
     async def _check_not_promoted(self, moment: _Moment) -> None:
-        """Refuse a transaction that a promotion has split in two.
+        """Refuse a transaction during which the standby was promoted.
 
-        `cacheservice.changes()` compares snapshots of a standby in another way than those of a primary, and it asks
-        the server which of the two it is now.
+        `cacheservice.changes()` compares snapshots of a standby differently from snapshots of a primary, and it asks
+        the server for its current role.
 
-        :raises DatabaseUnavailable: the standby was promoted after the transaction had begun.
+        :raises DatabaseUnavailable: if the standby was promoted after the transaction had begun.
         """
         assert moment.reading.server is not None, "each transaction identifies its server"
         if not moment.reading.server.in_recovery:
@@ -391,7 +410,7 @@ class Database:
     async def _naming_row(
         self, guard: GuardedConnection, wanted: Sequence[Wanted], error: QueryFailed
     ) -> QueryFailed | None:
-        """`error` with the row that it is about; None if no row is found."""
+        """Return `error` with the row that caused it; None if no row is found."""
         for dataset in (each.dataset for each in wanted):
             begin = begin_reading(dataset, _limits(guard.remaining_s()))
             rows_sql = rows_query(dataset.query, dataset.key, KeyForm.of(dataset))
@@ -411,17 +430,20 @@ class Database:
     async def _begin_once(
         self, guard: GuardedConnection, wanted: Sequence[Wanted], deadline_at: float
     ) -> _Moment | None:
-        """None if the server is a standby that was not asked for its lag before, or was promoted since it was asked."""
+        """Begin a transaction and read its moment.
+
+        None if the server is a standby that was not asked for its lag before, or was promoted since then.
+        """
         read_at = self._reactor.seconds()
         facts = await self._standbys.ask(guard)
         datasets, attempt = [each.dataset for each in wanted], wanted[0].attempt
-        first = datasets[0]  # a group has in common what decides how it is read
+        first = datasets[0]  # the datasets of a group share the settings that matter here
         purpose = first.group or first.name
         lock = deltas.lock_sql(datasets)
         limits = _limits(guard.remaining_s())
         keeps = self._prepared.can_keep(guard)
         asked = [each for each in wanted if each.since and not dependencies.problem(each.since, each.dataset)]
-        # What there is of a dataset tells with which settings it was read; what is read first has only the session's.
+        # A snapshot records the settings of its read; a first read has only those of the session.
         asks_settings = guard not in self._own_settings or any(each.since is None for each in wanted)
         ask = _ASK.format(
             pinning=pinning_expression(first.settings) if keeps else "''",
@@ -456,7 +478,10 @@ class Database:
         return _Moment(guard, deadline_at, pid, can_tell, reading, digests, path)
 
     async def _altered(self, moment: _Moment, wanted: Wanted) -> str | None:
-        """Why documents may have another form than those that there are; None if they have the same."""
+        """Return why documents may have another form than in the snapshot.
+
+        None if they have the same form.
+        """
         since = wanted.since
         if since is None:
             return None
@@ -472,14 +497,20 @@ class Database:
         return difference.reason
 
     def _end_with_old_settings(self, reason: str) -> NoReturn:
-        """End the kept sessions, which have the old settings; the one in use ends with the error."""
+        """End the kept sessions, which have outdated settings.
+
+        The session in use ends with the error.
+        """
         self._sessions.end_kept()
         raise _SettingsAltered(reason)
 
     async def _dependencies(
         self, moment: _Moment, dataset: DatasetSettings, type_oids: Sequence[int]
     ) -> Dependencies | None:
-        """What the rows that were just read depend on; None where this role may not find out."""
+        """Return the dependencies of the rows that were just read.
+
+        None if this role may not query them.
+        """
         guard = moment.guard
         await guard.execute(_BEGIN_SEARCH)
         try:
@@ -499,7 +530,7 @@ class Database:
         found = dependencies.with_versions(found, cursor.fetchall())
         cursor = await guard.execute(f"SELECT {dependencies.digest_sql(found)}, {dependencies.PATH}::text")
         digest, path = cursor.fetchone()
-        # Else names of the query may have been found in other schemas than those of the digest.
+        # Otherwise names of the query may have been found in other schemas than those of the digest.
         return Dependencies(found, digest.decode()) if path == moment.path else None
 
     async def _read_one(self, moment: _Moment, wanted: Wanted, builder: RowsBuilder) -> Reading:
@@ -518,7 +549,7 @@ class Database:
             reading = replace(reading, probe=deltas.value_of(cursor.fetchone()[0]))
             same = since is not None and altered is None and since.probe == reading.probe
             if since is not None and same and not (dataset.watch and moment.can_tell):
-                # Where changes are recorded, a probe does not hide them.
+                # If changes are recorded, an unchanged probe does not hide them.
                 if wanted.trust_probe and not wanted.check:
                     return replace(reading, kind="unchanged", watch_state=since.watch_state)
                 if wanted.check and not dataset.watch:
@@ -541,7 +572,7 @@ class Database:
         elif since is not None and altered is None and wanted.told is not None:
             told_keys = await wanted.told()
             if told_keys is not None and len(told_keys) <= wanted.most_keys:
-                # A probe that has changed may stand for other rows, too: the next attempt has to see that it did.
+                # A changed probe may concern other rows, too: the next attempt must still see that it changed.
                 with _keys_fit(dataset):
                     return await self._read_told(moment, wanted, replace(reading, probe=since.probe), told_keys)
         return await self._read_all(moment, wanted, builder, replace(reading, because=because))
@@ -564,16 +595,16 @@ class Database:
         keys: Sequence[Key],
         served: Mapping[bytes, None],
     ) -> Reading:
-        """Read the rows of the keys that were recorded.
+        """Read the rows of the recorded keys.
 
-        :param served: the same keys as they are served, but for those with a NULL.
+        :param served: the same keys in their served form, except keys that have a NULL.
         """
         dataset = wanted.dataset
         if not keys:
             return replace(reading, kind="unchanged")
         columns = [f"q.{quoted(column)}" for column in dataset.key]
         if any(None in key for key in keys):
-            # A row of a watched table without a key may be one of the query, too, and must not pass unnoticed.
+            # A row of a watched table without a key may also be a row of the query, and must be detected.
             nulls = " OR ".join(f"{column} IS NULL" for column in columns)
             sql = first_rows(f"{whole_query(dataset.query)} WHERE {nulls}", 1)
             if (await self._execute_asking_in(moment, sql, dataset.name)).rowcount:
@@ -583,7 +614,7 @@ class Database:
         return replace(reading, kind="delta", changed={**served, **found.rows})
 
     async def _read_told(self, moment: _Moment, wanted: Wanted, reading: Reading, keys: frozenset[str]) -> Reading:
-        """The rows of the keys that were notified of."""
+        """Read the rows of the notified keys."""
         dataset = wanted.dataset
         if not keys:
             return replace(reading, kind="unchanged")
@@ -604,7 +635,7 @@ class Database:
         sql = f"{rows_query(dataset.query, dataset.key, form)} WHERE {predicate}"
         average_bytes = last.size_bytes // last.count if last is not None and last.count else 0
         is_small = most <= FEW_ROWS or most * average_bytes <= _MOST_ANSWER_BYTES
-        # More rows than keys: one of them occurs twice, and either way finds that.
+        # More rows than keys means that a key occurs twice; both ways detect that.
         if not is_small or not await self._read_at_once(moment, sql, dataset.name, found, most):
             await self._execute_asking_in(moment, f"DECLARE rows NO SCROLL CURSOR FOR {sql}", dataset.name)
             await self._fetch_all(moment.guard, found)
@@ -616,7 +647,7 @@ class Database:
     ) -> bool:
         """Read rows in one answer, without a cursor.
 
-        :returns: False if there are more than `most`, or more than `_MOST_ANSWER_BYTES`; `into` is as it was then.
+        :returns: False if there are more than `most` rows or `_MOST_ANSWER_BYTES` bytes; `into` is then unchanged.
         """
         answer = small_answer(sql, most, _MOST_ANSWER_BYTES)
         cursor = await self._execute_asking_in(moment, answer, name)
@@ -631,7 +662,7 @@ class Database:
                 cursor.scroll(0, mode="absolute")
             await self._unpack(cursor, into)
         except psycopg2.InterfaceError:
-            await moment.guard.execute("SELECT 1")  # raises why the session ended, and with it what was to be read
+            await moment.guard.execute("SELECT 1")  # raises why the session ended before all rows were unpacked
             raise
         return True
 
@@ -655,7 +686,10 @@ class Database:
         return reading if unfit is None else replace(reading, watch_state="", because=unfit, no_delta=unfit)
 
     async def _is_small(self, moment: _Moment, wanted: Wanted, rows_sql: str, builder: RowsBuilder) -> bool:
-        """Whether one answer is expected to hold all rows: by the last result, at first by the planner's estimate."""
+        """Return whether one answer is expected to hold all rows.
+
+        The size of the last result decides, or the planner's estimate before the first result.
+        """
         name, last = wanted.dataset.name, wanted.last
         if last is None:
             cursor = await self._execute_asking_in(moment, f"EXPLAIN (FORMAT JSON) {rows_sql}", name)
@@ -673,7 +707,7 @@ class Database:
         name = dataset.name
         if await self._read_at_once(moment, rows_sql, name, builder, FEW_ROWS):
             return True
-        # If the deadline does not last for the query to run twice, the next attempt must not try that again.
+        # If the time does not suffice to run the query twice, the next attempt must not try one answer again.
         self._outgrown.add(name)
         return False
 
@@ -694,18 +728,18 @@ class Database:
         return described
 
     async def _fetch_all(self, guard: GuardedConnection, into: RowsBuilder | deltas.ChangedRows) -> None:
-        # The first chunks are small, because nobody knows yet how large a row is.
+        # The first chunks are small, because the size of a row is not known yet.
         chunk_rows = 1
         cursor = await guard.execute(_fetch(chunk_rows))
         while cursor.rowcount:
-            # Asked for before the last chunk is unpacked, so that the server renders while we unpack.
+            # The next chunk is requested before the last one is unpacked, so that the server renders meanwhile.
             chunk_rows = _next_chunk_rows(chunk_rows, into)
             pending = guard.execute(_fetch(chunk_rows))
             try:
                 await self._unpack(cursor, into)
             except psycopg2.InterfaceError:
-                await pending  # raises: the session was found lost, and with it what the cursor held
-                await guard.execute("SELECT 1")  # raises, if it ended at its deadline after the next rows had come
+                await pending  # raises if the session was found lost, and the cursor's rows with it
+                await guard.execute("SELECT 1")  # raises if it ended at its deadline, after the next rows had arrived
                 raise
             cursor = await pending
 
@@ -719,7 +753,7 @@ class Database:
         return self._execute_asking(moment.guard, sql, name, moment.pid, moment.deadline_at)
 
     async def _execute_asking(self, guard: GuardedConnection, sql: str, name: str, pid: int, deadline_at: float) -> Any:
-        """Execute what takes locks; ask meanwhile who keeps us from them."""
+        """Execute a statement that takes locks; meanwhile ask which sessions block it."""
         asked: list[Deferred[tuple[Blocker, ...]]] = []
         ask_timer = self._reactor.callLater(
             guard.remaining_s() * _ASK_SHARE, lambda: asked.append(self._ask(name, pid, deadline_at))
@@ -742,7 +776,7 @@ class Database:
         )
 
         def none_told(failure: Any) -> tuple[Blocker, ...]:
-            # The refresh's own failure is what matters; that nobody told more is no second one.
+            # Only the failure of the refresh is reported; a failure to find blockers is not a second one.
             failure.trap(CacheServiceError, CancelledError)
             return ()
 
@@ -768,9 +802,10 @@ def _next_chunk_rows(last: int, taken: RowsBuilder | deltas.ChangedRows) -> int:
 
 
 def _rounded(number: float) -> int:
-    """A number for the text of a statement, down to 64 steps an octave and not below 1.
+    """Round a number for the text of a statement down, to 64 steps per octave.
 
-    The server counts each text as another statement (pg_stat_statements), and 0 would mean "no limit".
+    The server counts each text as another statement (pg_stat_statements), so few values are used. The result is at
+    least 1, because 0 would mean "no limit".
     """
     whole = max(1, int(number))
     step = 1 << max(0, whole.bit_length() - _SIGNIFICANT_BITS)
@@ -779,7 +814,10 @@ def _rounded(number: float) -> int:
 
 @contextmanager
 def _keys_fit(dataset: DatasetSettings) -> Iterator[None]:
-    """:raises _ReadAllAgain: for a data exception: a key that the type of the query's column cannot hold, perhaps."""
+    """Read all rows again if a key does not fit the type of the query's column.
+
+    :raises _ReadAllAgain: for any data exception; a recorded key that does not fit is its likely cause.
+    """
     try:
         yield
     except QueryFailed as error:

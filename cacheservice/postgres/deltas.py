@@ -1,7 +1,7 @@
-"""What a refresh asks to read no more than what has changed: SQL, and what its answers mean.
+"""SQL for a delta, and the interpretation of its answers.
 
-Which keys changed is what `migrations/0002_changes.sql` records and finds. They are then read out of the dataset's
-own query, with a predicate on its key that PostgreSQL pushes down as far as the query allows.
+`migrations/0002_changes.sql` records and finds the keys that changed. Their rows are then read from the dataset's own
+query, with a predicate on its key that PostgreSQL pushes down as far as the query allows.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from cacheservice.config import DatasetSettings
 from cacheservice.errors import BadResult
 from cacheservice.postgres.keys import Key, literal
 
-# OIDs of pg_type.dat, which never change. The text of values of these types is the same exactly if they are equal,
-# whatever the settings of the session that renders them. It is not of numeric (1.0 and 1.00), citext, floats, or dates.
+# OIDs of pg_type.dat, which never change. Values of these types have the same text exactly if they are equal, whatever
+# the settings of the session that renders them. That is not true of numeric (1.0 and 1.00), citext, floats, or dates.
 _INTEGERS = frozenset({20, 21, 23, 26})
 _TEXTS = frozenset({18, 19, 25, 1043})
 _OTHERS = frozenset({16, 2950})
@@ -26,7 +26,7 @@ CAN_TELL = """
     SELECT FROM pg_proc AS p JOIN pg_namespace AS n ON n.oid = p.pronamespace
     WHERE n.nspname = 'cacheservice' AND p.proname = 'changes'
       AND has_schema_privilege(n.oid, 'USAGE') AND has_function_privilege(p.oid, 'EXECUTE')))"""
-"""Whether this role may ask what has changed; to ask without that would end the transaction."""
+"""True if this role may call the function; a call without that right would end the transaction."""
 CANNOT_TELL = (
     "the database does not know cacheservice.changes, or this role may not call it; "
     "say: cacheservice migrate --reader NAME"
@@ -34,7 +34,10 @@ CANNOT_TELL = (
 
 
 class Changes(NamedTuple):
-    """What was told of the watched tables: their state, why a delta is not possible, or the keys that changed."""
+    """The answer of `cacheservice.changes`.
+
+    It has the state of the watched tables, the reason if a delta is not possible, and the changed keys.
+    """
 
     state: str
     problem: str | None
@@ -42,7 +45,7 @@ class Changes(NamedTuple):
 
 
 class ChangedRows:
-    """Takes the rows that were found of some keys, as a `RowsBuilder` does."""
+    """Collects the rows found for some keys, as a `RowsBuilder` does."""
 
     def __init__(self) -> None:
         self.rows: dict[bytes, bytes | None] = {}
@@ -50,7 +53,10 @@ class ChangedRows:
         self.size_bytes = 0
 
     def add(self, chunk: Sequence[tuple[bytes | None, bytes]]) -> None:
-        """:raises BadResult: for a key that came before."""
+        """Add a chunk of rows.
+
+        :raises BadResult: for a key that was added before.
+        """
         for key, document in chunk:
             assert key is not None, "NULL is equal to no key"
             if key in self.rows:
@@ -61,16 +67,20 @@ class ChangedRows:
 
 
 def lock_sql(datasets: Iterable[DatasetSettings]) -> str:
-    """Keeps TRUNCATE away from the watched tables, to be said before the transaction takes its snapshot.
+    """Return the statement that keeps TRUNCATE away from the watched tables.
 
-    A TRUNCATE that commits after the snapshot was taken would empty the table for it (PostgreSQL manual, 13.6).
+    It must run before the transaction takes its snapshot: a TRUNCATE that commits after the snapshot was taken would
+    make the table look empty to it (PostgreSQL manual, 13.6).
     """
     tables = dict.fromkeys(watch.table for dataset in datasets for watch in dataset.watch)
     return f"LOCK TABLE {', '.join(tables)} IN ACCESS SHARE MODE;" if tables else ""
 
 
 def changes_sql(dataset: DatasetSettings, since: Snapshot | None, most_keys: int) -> str:
-    """The call of `cacheservice.changes` for a dataset; `since` is what there is, None to ask for the state alone."""
+    """Return the call of `cacheservice.changes` for a dataset.
+
+    :param since: the snapshot that the delta starts from; None to ask for the state alone.
+    """
     watches = ", ".join(
         f"jsonb_build_object('table', {literal(watch.table)}, 'relation', to_regclass({literal(watch.table)})::oid, "
         f"'key', {literal(json.dumps(watch.key))}::jsonb)"
@@ -81,7 +91,7 @@ def changes_sql(dataset: DatasetSettings, since: Snapshot | None, most_keys: int
 
 
 def changes(answer: Sequence[tuple[bytes | None, ...]], dataset: DatasetSettings, since: Snapshot | None) -> Changes:
-    """What the answer to `changes_sql` means for a delta from `since`."""
+    """Return the meaning of the answer to `changes_sql` for a delta from `since`."""
     (state_text, problem, _), *found = answer
     assert state_text is not None, "the first row has the state"
     state = state_text.decode()
@@ -97,7 +107,10 @@ def changes(answer: Sequence[tuple[bytes | None, ...]], dataset: DatasetSettings
 
 
 def _moved(before: str, now: str) -> str | None:
-    """Why changes are not known although all are recorded: what they were recorded on is another."""
+    """Return why changes are not known although all are recorded.
+
+    That is the case if they were recorded on another table, or on a table that was rewritten.
+    """
     if not before:
         return "it is the first read of the watched tables"
     old, new = json.loads(before), json.loads(now)
@@ -115,7 +128,9 @@ def _moved(before: str, now: str) -> str | None:
 
 
 def key_types_sql(dataset: DatasetSettings, type_oids: Sequence[int]) -> str:
-    """The question for the types of the key, and of the keys of the watched tables, each down to what a domain is of.
+    """Return the query for the types of the key and of the watched tables' keys.
+
+    Domains are resolved to their base types.
 
     :param type_oids: the types of the query's key columns, as the server describes them.
     """
@@ -139,11 +154,13 @@ LEFT JOIN pg_collation AS c ON c.oid = b.collation_oid ORDER BY b.name, b.place"
 
 
 KeyType = tuple[int, bytes | str, int, bool, bool]
-"""The place in the key; the table, empty for the query; the type, whether it is an enum, and compares by its bytes."""
+"""The place in the key; the table, empty for the query; the type; whether it is an enum; whether it compares bytes."""
 
 
 def unfit_key(types: Sequence[KeyType], dataset: DatasetSettings) -> str | None:
-    """Why equal keys of the dataset and its watched tables might look different, so that deltas would miss some.
+    """Return why equal keys of the query and its watched tables might look different.
+
+    Deltas would then miss changes.
 
     :param types: the answer to `key_types_sql`.
     """
@@ -165,25 +182,31 @@ def unfit_key(types: Sequence[KeyType], dataset: DatasetSettings) -> str | None:
 
 
 def is_fit(type_oid: int, *, is_enum: bool) -> bool:
-    """Whether deltas can go by keys of that type: equal values have the same text, whatever the session's settings."""
+    """Return whether deltas can use keys of that type.
+
+    Equal values must have the same text, whatever the session's settings.
+    """
     return is_enum or type_oid in _INTEGERS | _TEXTS | _OTHERS
 
 
 def may_hold_text(type_oid: int) -> bool:
-    """Whether values of that type may hold a separator of keys."""
+    """Return whether values of that type may hold a separator of keys."""
     return type_oid not in _INTEGERS | _OTHERS
 
 
 def watched_ids(state: str) -> frozenset[int]:
-    """The numbers that the notifications of its triggers name."""
+    """Return the ids of the watched tables in the notifications of their triggers."""
     return frozenset(table["watched"] for table in json.loads(state)["tables"].values()) if state else frozenset()
 
 
 def notifies(state: str) -> bool:
-    """Whether each change is told at once, or some only at the next interval."""
+    """Return whether all changes are notified at once.
+
+    If not, some are only found at the next interval.
+    """
     return all(table["notifies"] for table in json.loads(state)["tables"].values()) if state else False
 
 
 def value_of(probe: Any) -> str:
-    """What a probe gave, as it is compared and kept; NULL is a value, too."""
+    """Return the result of a probe as it is compared and kept; NULL is a value, too."""
     return "NULL" if probe is None else f"={probe.decode()}"

@@ -1,10 +1,11 @@
-"""What a query depends on beside the rows of its tables: whether its documents still have the form that they had.
+"""Tracks the objects that a query depends on beside the rows of its tables.
 
-A full read finds the views, functions, types, policies and roles that the query uses (`dependency_search`), and keeps
-that list. Each later attempt asks in its own transaction for a digest of the versions of their catalog rows (`xmin`, or
-the columns that matter where ANALYZE, CREATE INDEX and the like write to a row, too), by index, and reads everything if
-it differs. What a statement reads of the catalog is newer than its transaction's snapshot, so the digest is asked for
-once more when rows have been read and the transaction has ended.
+They decide whether the documents still have the same form. A full read finds the views, functions, types, policies and
+roles that the query uses (`dependency_search`), and keeps that list. Each later attempt asks in its own transaction for
+a digest of the versions of their catalog rows, by index, and reads everything if the digest differs. A version is
+`xmin`, or the relevant columns if ANALYZE, CREATE INDEX and the like also write to the row. A statement sees the
+catalog as it is now, which may be newer than its transaction's snapshot. Therefore the digest is asked for once more
+when rows have been read and the transaction has ended.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from cacheservice.postgres.keys import array, literal
 from cacheservice.postgres.session_settings import pinned_sql
 
 _MOST_REMEMBERED = 256
-"""Datasets whose questions are not made again for each attempt."""
+"""Datasets whose queries for the digest are cached between attempts."""
 
 UNKNOWN = "what the query depends on is not known yet"
 OTHER_SETTINGS = "settings or search_path changed"
@@ -53,11 +54,11 @@ _REASONS: Mapping[str, str] = {
     "collations": "a collation was created, altered or dropped",
     "casts": "a cast was created, altered or dropped",
 }
-"""What to say of each kind of difference, the most telling first."""
+"""The message for each kind of difference, the most specific first."""
 _BY_NAME = frozenset({"function", "setting", "name", "type_name"})
 """Kinds whose id is the name of the object."""
 PATH = "array(SELECT s FROM unnest(current_schemas(true)) AS s WHERE s NOT LIKE 'pg\\_temp%')"
-"""Schemas that the role may not use, or that do not exist yet, are not in it."""
+"""Schemas that the role may not use, or that do not exist yet, are not included."""
 ALTERED = _REASONS["altered"]
 OWN_SETTINGS = """(
     SELECT concat(sum(hashint8extended(s.xmin::text::bigint, s.setrole::bigint))) FROM pg_db_role_setting AS s
@@ -67,12 +68,15 @@ OWN_SETTINGS = """(
 
 
 def with_session(objects: Mapping[str, Any], dataset: DatasetSettings) -> str:
-    """What was found, and with what settings it was read, as text: what the other functions take."""
+    """Return the found objects, and a hash of the settings of the read, as text.
+
+    The other functions take this text.
+    """
     return json.dumps({"schemas": {}, **objects, "session": _session(dataset)}, sort_keys=True)
 
 
 def _session(dataset: DatasetSettings) -> str:
-    """Of how a query is read: another one renders other documents."""
+    """Return a hash of the way a query is read; with another one documents may differ."""
     return _hashed(dataset.query, dataset.probe, dataset.search_path, tuple(dataset.settings.items()))
 
 
@@ -83,7 +87,10 @@ def _hashed(query: str, probe: str, search_path: str, settings: tuple[tuple[str,
 
 
 def problem(since: Snapshot, dataset: DatasetSettings) -> str | None:
-    """Why everything has to be read, without a question; None if the digest has to be asked for."""
+    """Return the reason for a full read that is known without asking the database.
+
+    None if the digest has to be asked for.
+    """
     if since.dependencies is None:
         return UNKNOWN
     return None if _recorded_session(since.dependencies.found) == _session(dataset) else OTHER_SETTINGS
@@ -96,7 +103,7 @@ def _recorded_session(found: str) -> str:
 
 
 def digest_of(since: Snapshot | None) -> str:
-    """`digest_sql` for a snapshot that has no `problem`."""
+    """Return `digest_sql` for a snapshot that has no `problem`."""
     assert since is not None
     assert since.dependencies is not None
     return digest_sql(since.dependencies.found)
@@ -104,32 +111,36 @@ def digest_of(since: Snapshot | None) -> str:
 
 @lru_cache(_MOST_REMEMBERED)
 def digest_sql(found: str) -> str:
-    """A scalar expression: the digest of the catalog as in `catalog_digest_sql`, and one of the session's state.
+    """Return a scalar expression for the digests of the catalog and of the session.
 
-    It holds no white space.
+    The first is that of `catalog_digest_sql`. The value holds no white space.
     """
-    # A NULL has to differ from nothing, and from what stands beside it.
+    # A NULL has to differ from an empty text and from its neighbours.
     state = ", ".join(f"coalesce(({value})::text, '<NULL>')" for _, _, value in _session_state(json.loads(found)))
     return f"concat({catalog_digest_sql(found)}, '/', hashtextextended(concat_ws(E'\\x01', {state}), 0))"
 
 
 @lru_cache(_MOST_REMEMBERED)
 def catalog_digest_sql(found: str) -> str:
-    """A scalar expression: the digest of the versions of the objects' catalog rows.
+    """Return a scalar expression for the digest of the objects' catalog rows.
 
-    The transaction's settings do not matter for it, so it can be asked again once that transaction has ended.
+    It covers their versions. It does not depend on the transaction's settings, so it can be asked for again once that
+    transaction has ended.
     """
     parts = "\nUNION ALL\n".join(_catalog(json.loads(found), detailed=False))
     return f"(SELECT coalesce(sum(v.version), 0)::text FROM (\n{parts}\n) AS v (version))"  # noqa: S608  # catalogs
 
 
 def catalog_part(digest: str) -> str:
-    """The part of a digest that `catalog_digest_sql` gives."""
+    """Return the part of a digest that comes from `catalog_digest_sql`."""
     return digest.partition("/")[0]
 
 
 def versions_sql(found: str) -> str:
-    """The versions of the objects as (kind, id, hash), one row or more for each, to find out which one differs."""
+    """Return a query for the versions of the objects as (kind, id, hash).
+
+    It returns one row or more for each object, and shows which one differs.
+    """
     objects = json.loads(found)
     state = (
         f"SELECT {literal(kind)}::text, {literal(name)}::text, hashtextextended(concat({value}), {place})"
@@ -139,7 +150,7 @@ def versions_sql(found: str) -> str:
 
 
 def _session_state(objects: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """What the digest has beside the catalog, as kind, name and expression."""
+    """Return the digest's parts beside the catalog, as kind, name and expression."""
     return [
         ("session", "", "concat_ws(' ', current_user, session_user)"),
         ("path", "", PATH),
@@ -150,12 +161,12 @@ def _session_state(objects: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 _VERSION = "hashint8extended(xmin::text::bigint, oid::bigint)"
 _MAPPING = "hashoidextended(mapdict, (mapcfg::bigint << 32) + (maptokentype << 16) + mapseqno)"
-"""There are hundreds of PostgreSQL's own, and `xmin` takes longer to hash."""
+"""PostgreSQL itself has hundreds of these rows, and `xmin` takes longer to hash."""
 _GRANTED = (
     "(SELECT string_agg(concat_ws(' ', a.grantee, a.privilege_type), ',' ORDER BY a.grantee, a.privilege_type) "
     "FROM aclexplode({acl}) AS a WHERE a.grantee = ANY (@members::oid[]))"
 )
-"""Rights of others, which some create and drop every few minutes, make no difference."""
+"""Rights of other roles do not count, because some applications create and drop them every few minutes."""
 _RIGHTS = f"concat_ws(' ', c.relowner, has_any_column_privilege(c.oid, 'SELECT'), {_GRANTED.format(acl='c.relacl')})"
 _SCHEMA = f"hashtextextended(concat_ws(' ', nspname, nspowner, {_GRANTED.format(acl='nspacl')}), oid::bigint)"
 _SECURITY = "concat(c.relrowsecurity, c.relforcerowsecurity, row_security_active(c.oid))"
@@ -163,7 +174,10 @@ _RELATION = "concat_ws(' ', c.relname, c.relnamespace, c.relkind, CASE WHEN c.re
 
 
 def _catalog(objects: Mapping[str, Any], *, detailed: bool) -> list[str]:
-    """A SELECT for each catalog that holds something of the objects; without details one of fewer and of fewer rows."""
+    """Return a SELECT for each catalog that holds rows of the objects.
+
+    Without details they have fewer columns and fewer rows.
+    """
 
     def part(kind: str, name: str, version: str, source: str) -> str:
         columns = f"'{kind}'::text, {name}::text, {version}" if detailed else version
@@ -181,13 +195,13 @@ def _catalog(objects: Mapping[str, Any], *, detailed: bool) -> list[str]:
             "hashint8extended(xmin::text::bigint, setrole::bigint)",
             f"pg_db_role_setting WHERE {settings}",
         ),
-        # There are few that are not PostgreSQL's own, and their oids are the end of an index.
+        # Few of these rows are not PostgreSQL's own, and their oids are at the end of an index.
         part("operators", "''", _VERSION, "pg_operator WHERE oid >= 16384"),
         part("collations", "''", _VERSION, "pg_collation WHERE oid >= 16384"),
         part("casts", "''", _VERSION, "pg_cast WHERE oid >= 16384"),
         part("schema", "oid", _SCHEMA.replace("@members", members), f"pg_namespace WHERE oid {in_schemas}"),
         part("text search", "''", _VERSION, "pg_ts_config WHERE oid >= 16384"),
-        # PostgreSQL's own can be altered, too.
+        # PostgreSQL's own rows can be altered, too.
         part("text search", "''", _VERSION, "pg_ts_dict"),
         part("text search", "''", _MAPPING, "pg_ts_config_map"),
     ]
@@ -240,7 +254,7 @@ def _catalog(objects: Mapping[str, Any], *, detailed: bool) -> list[str]:
     ):
         if ids:
             parts.append(part(kind, name, version, f"{table} WHERE {name} = ANY ({array(ids)}::oid[])"))
-    # Objects that a name may stand for: also those that came later, in a schema that is searched.
+    # Objects that a name may refer to, including objects created later in a searched schema.
     for kind, name, version, table, schema, names in (
         ("function", "proname", _VERSION, "pg_proc", "pronamespace", objects.get("functions", ())),
         ("type_name", "typname", _VERSION, "pg_type", "typnamespace", objects.get("type_names", ())),
@@ -253,11 +267,11 @@ def _catalog(objects: Mapping[str, Any], *, detailed: bool) -> list[str]:
 
 
 Version = tuple[bytes, bytes, int]
-"""What `versions_sql` gives: the kind, the id, a hash."""
+"""A row of `versions_sql`: the kind, the id, a hash."""
 
 
 def with_versions(objects: str, versions: Iterable[Version]) -> str:
-    """What `Dependencies.found` holds: the objects, and their versions as they were then."""
+    """Return the content of `Dependencies.found`: the objects and their versions."""
     return json.dumps(json.loads(objects) | {"versions": [[*key, total] for key, total in _sums(versions).items()]})
 
 
@@ -272,7 +286,7 @@ class Difference(NamedTuple):
 
 
 def difference(found: str, now: Iterable[Version]) -> Difference:
-    """Compare what was found with what there is now.
+    """Compare the recorded versions with the current ones.
 
     :param now: the answer to `versions_sql`.
     """

@@ -1,7 +1,7 @@
 """Finds the objects that a query depends on beside the rows of its tables.
 
-The search errs on the side of more: it takes relations that the transaction has locked, everything that words and
-operators of the query may name, and so on through views, types, and the bodies of functions.
+The search prefers too many objects to too few. It takes relations that the transaction has locked, and every object
+that a word or an operator of the query may name. From these it follows views, types, and the bodies of functions.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _OPERATOR = re.compile(r"[-+*/<>=~!@#%^&|`?]+")
 _SETTING = re.compile(r"current_setting\s*\(\s*'([^']+)'", re.I)
 _ASCII_LOWER = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 _MOST_CHARACTERS = 255
-"""Text between quotation marks that is longer is not a name: PostgreSQL keeps 63 bytes of one."""
+"""Longer text between quotation marks is not a name: PostgreSQL keeps 63 bytes of a name."""
 _LONGEST_OPERATOR = 8
 _SPELT_OTHERWISE = ("=", "<>", "<", "<=", ">", ">=", "~", "~~", "!~~", "~~*", "!~~*")
 """Operators behind IN, BETWEEN, LIKE, CASE, DISTINCT and the like."""
 _MOST_ROUNDS = 20
-"""Each round follows the names in the bodies that the last one found."""
+"""Each round follows the names in the bodies that the previous round found."""
 
 _FIND = r"""
 WITH RECURSIVE words AS MATERIALIZED (
@@ -177,11 +177,11 @@ SELECT jsonb_build_object(
 
 
 async def find(guard: GuardedConnection, dataset: DatasetSettings, type_oids: Iterable[int]) -> dict[str, Any] | None:
-    """Find what `dataset` depends on, in the transaction that has read it.
+    """Find the dependencies of `dataset`, in the transaction that has read it.
 
     :param type_oids: the types of the query's columns.
-    :returns: names and object identifiers by kind; None if functions call each other more deeply than is followed.
-    :raises QueryFailed: this role may not read a catalog.
+    :returns: names and object identifiers by kind; None if functions call each other too deeply to follow.
+    :raises QueryFailed: if this role may not read a catalog.
     """
     types = array(map(str, dict.fromkeys(type_oids)))
     texts = dict.fromkeys((dataset.query, dataset.probe))
@@ -206,24 +206,27 @@ async def find(guard: GuardedConnection, dataset: DatasetSettings, type_oids: It
 
 
 def words_of(text: str) -> Iterator[str]:
-    """Everything in `text` that may be a name, as the catalog may spell it."""
+    """Yield every part of `text` that may be a name, as the catalog may spell it."""
     for plain in _PLAIN.findall(text):
-        # A server whose encoding has one byte for each character folds all letters, others those of ASCII alone.
+        # A server with a single-byte encoding folds all letters; other servers fold only ASCII letters.
         yield plain.translate(_ASCII_LOWER)
         yield plain.lower()
-    # Any two quotation marks: a string may hold one of its own before the name.
+    # Between any two quotation marks, because a string before the name may hold a quotation mark of its own.
     yield from (part for part in text.split('"')[1:-1] if 0 < len(part) <= _MOST_CHARACTERS)
     yield from (name.replace('""', '"') for name in _WITH_QUOTES_INSIDE.findall(text) if '""' in name)
 
 
 def _called_in(text: str) -> Iterator[str]:
-    """Everything in `text` that stands before a parenthesis."""
+    """Yield every name in `text` that stands before a parenthesis."""
     for name in _CALLED.findall(text):
         yield from words_of(name)
 
 
 def operators_of(text: str) -> Iterator[str]:
-    """Everything in `text` that may be an operator: `=-` may be two of them."""
+    """Yield every part of `text` that may be an operator.
+
+    `=-` may be two of them.
+    """
     yield from _SPELT_OTHERWISE
     for run in _OPERATOR.findall(text):
         for start in range(len(run)):

@@ -1,9 +1,9 @@
-"""One PostgreSQL session under one deadline, which never blocks and leaves nothing behind.
+"""One PostgreSQL session with one deadline, which never blocks and leaks nothing.
 
-Why not txpostgres alone (measured, all of it): cancelling a query there ends in libpq's synchronous
-cancel, which has no time limit; a connect that hangs cannot be timed out; a broken connection keeps its
-descriptor. So this never cancels, it aborts: take the descriptors out of the reactor, close, and answer
-whoever waits at once. The server notices within a second (client_connection_check_interval).
+txpostgres alone is not enough (all measured): cancelling a query there ends in libpq's synchronous cancel, which has no
+time limit; a connect that hangs cannot be timed out; a broken connection keeps its descriptor. Therefore this module
+never cancels. It aborts: it removes the descriptors from the reactor, closes them, and fails every wait at once. The
+server notices within a second (client_connection_check_interval).
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from cacheservice.postgres.translate import translate
 T = TypeVar("T")
 
 _OTHER_TEXT = extensions.new_type((18, 19, 1042, 1043), "OTHER_TEXT", extensions.UNICODE)
-"""char, name, bpchar, varchar. BYTES itself is of them and of text. A type made of it with `new_type` would decode each
-value first, which costs as much again and fails for bytes that are not UTF-8."""
+"""char, name, bpchar, varchar. BYTES itself covers these and text. A type made from BYTES with `new_type` would decode
+each value first, which costs as much again and fails for bytes that are not UTF-8."""
 
 
 _NOTIFICATIONS_PER_TURN = 1000
 
-# A path that goes silent without a FIN is noticed while nothing is sent (keepalives) and while something is.
+# A connection that dies without a FIN is detected while idle (keepalives) and while sending (tcp_user_timeout).
 KEEPALIVES: Mapping[str, Any] = MappingProxyType(
     {
         "keepalives": 1,
@@ -48,27 +48,27 @@ KEEPALIVES: Mapping[str, Any] = MappingProxyType(
 )
 _LAST_SHARE = 0.05
 _LAST_MOST_S = 0.25
-"""Before its own limit the search for an address ends, so that its error can name all that was tried."""
+"""The search for an address ends this long before its own limit, so that its error can name every address tried."""
 
 
 class _Cursor(txpostgres.Cursor):  # type: ignore[misc]  # txpostgres has no types
     def _handleCancellation(self, failure: Failure) -> Failure:
-        return failure  # the stock one replaces the server's message by a bare CancelledError
+        return failure  # the stock class replaces the server's message by a bare CancelledError
 
 
 class _Connection(txpostgres.Connection):  # type: ignore[misc]
     """Is in the reactor only while libpq waits.
 
-    libpq may close its socket in any call: a descriptor still in the reactor then would be taken
-    for that of whoever opens the next socket, a client of ours perhaps. The stock class stays in the
-    reactor between statements, to hear notifications, and while it connects. Here whoever is lost between
-    two statements is told so by the next one.
+    libpq may close its socket in any call. A descriptor that is still in the reactor then would be taken for the next
+    socket that is opened with the same number, perhaps a client's. The stock class stays in the reactor between
+    statements, for notifications, and while it connects. Here the loss of a session between two statements is reported
+    by the next statement.
     """
 
     cursorFactory = _Cursor
 
     def connectionFactory(self, session: Session, **_: Any) -> Session:
-        """The session that has logged in already: see `Handshake`."""
+        """Return the session, which `Handshake` has already logged in."""
         return session
 
     def continuePolling(self, swallowErrors: bool = False) -> None:
@@ -83,10 +83,10 @@ class _Connection(txpostgres.Connection):  # type: ignore[misc]
 
 @implementer(IReadDescriptor)
 class _Ear:
-    """One wait for notifications, between two statements of a session: until some are there, or until a moment.
+    """One wait for notifications between two statements, until some arrive or a time.
 
-    In the reactor only while libpq's socket is surely open, as `_Connection` is. `heard` fires in a turn of the
-    reactor of its own, so that whoever floods us with notifications never holds it.
+    It is in the reactor only while libpq's socket is certainly open, as `_Connection` is. `heard` fires in a turn of
+    the reactor of its own, so that a flood of notifications cannot monopolize the reactor.
     """
 
     def __init__(self, reactor: Any, session: Session, until: float) -> None:
@@ -95,7 +95,7 @@ class _Ear:
         self._session = session
         self._lost: Failure | None = None
         self._timer = reactor.callLater(max(0.0, until - reactor.seconds()), self._end)
-        # What came with the last answer is in libpq's memory; no event of the socket would tell of it.
+        # Notifications that came with the last answer are in libpq's memory; the socket has no event for them.
         self.doRead()
 
     def doRead(self) -> None:
@@ -110,7 +110,7 @@ class _Ear:
             self._reactor.addReader(self)
 
     def wake(self) -> None:
-        """Let the wait end now."""
+        """End the wait now."""
         if self._timer.active():
             self._timer.reset(0)
 
@@ -134,7 +134,7 @@ class _Ear:
         return -1 if self._session.closed else self._session.fileno()
 
     def connectionLost(self, reason: Failure) -> None:
-        """The reactor saw the socket's end before libpq did."""
+        """Let libpq find the end of the socket, which the reactor saw first."""
         if self._timer.active() and self._lost is None:
             self.doRead()
 
@@ -143,9 +143,9 @@ class _Ear:
 
 
 class GuardedConnection:
-    """A session that ends at its deadline, when it is closed, or when a wait for it is cancelled.
+    """A session that ends at its deadline, when closed, or when a wait is cancelled.
 
-    Whoever creates one closes it: ``d.addBoth(guard.close_and_passthrough)``.
+    The creator closes it: ``d.addBoth(guard.close_and_passthrough)``.
 
     :param reactor: its clock must be monotonic.
     :param deadline_at: on the reactor's clock, in seconds.
@@ -167,12 +167,15 @@ class GuardedConnection:
         self._timer = reactor.callLater(max(0.0, deadline_at - self._began_at), self._expire)
 
     def remaining_s(self) -> float:
-        """Seconds to the deadline, never negative."""
+        """Return the seconds to the deadline, never negative."""
         now: float = self._reactor.seconds()
         return max(0.0, self._deadline_at - now)
 
     def renew(self, deadline_at: float) -> None:
-        """From now on the session ends at this moment, on the reactor's clock; one that has ended stays so."""
+        """Set another deadline, on the reactor's clock.
+
+        A session that has ended stays ended.
+        """
         self._on_end = None
         self._deadline_at = deadline_at
         self._began_at = self._reactor.seconds()
@@ -186,10 +189,10 @@ class GuardedConnection:
         timeout_s: float,
         defaults: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """Open the session, name look-ups included, within `timeout_s` and the deadline.
+        """Open the session within `timeout_s` and the deadline, name look-ups included.
 
-        :param defaults: libpq's parameters for where the connection string does not set them.
-        :raises DatabaseUnavailable: if there is none to be had, or its server is too old.
+        :param defaults: libpq's parameters that apply if the connection string does not set them.
+        :raises DatabaseUnavailable: if no session can be opened, or its server is too old.
         """
         limit_s = min(timeout_s, self.remaining_s())
         self._timer.reset(limit_s)
@@ -216,29 +219,36 @@ class GuardedConnection:
         self._timer.reset(self.remaining_s())
 
     def on_end(self, ended: Callable[[], None]) -> None:
-        """Call `ended` if the session comes to its deadline while nobody waits for it; until the next `renew`."""
+        """Call `ended` if the session reaches its deadline while idle.
+
+        That applies until the next `renew`.
+        """
         self._on_end = ended
 
     @property
     def pid(self) -> int:
-        """Of the server process, as the server told when the session opened."""
+        """Return the id of the server process, as reported when the session opened."""
         number: int = self._connection.pollable().get_backend_pid()
         return number
 
     @property
     def server_version(self) -> int:
-        """As the server told when the session opened, e.g. 170004."""
+        """Return the server's version as reported when the session opened, e.g. 170004."""
         number: int = self._connection.pollable().server_version
         return number
 
     def parameter(self, name: str) -> str:
-        """What the server reports of itself, e.g. its server_encoding; empty if it does not."""
+        """Return a parameter that the server reports, e.g. its server_encoding.
+
+        Empty if it does not report the parameter.
+        """
         return self._connection.pollable().get_parameter_status(name) or ""
 
     def is_quiet(self) -> bool:
-        """Whether the session is open and nothing has arrived since its last answer: asks the kernel, not the server.
+        """Return whether the session is open and silent since its last answer.
 
-        What arrives between two statements is its end, or why the server ended it.
+        The kernel is asked, not the server. Data that arrives between two statements is the end of the session, or the
+        reason why the server ended it.
         """
         if self._ended is not None or self._connection.pollable().closed:
             return False
@@ -247,11 +257,11 @@ class GuardedConnection:
         return not socket_state.poll(0)
 
     def execute(self, sql: str) -> Deferred[Any]:
-        """Send one statement; fires with its cursor once the whole answer is here. One at a time.
+        """Send one statement; fires with its cursor once the whole answer has arrived.
 
-        text columns come as bytes.
+        Only one statement may run at a time. text columns come as bytes.
 
-        :raises RefreshFailed: one of its subclasses, for whatever the server or the network did.
+        :raises RefreshFailed: one of its subclasses, for any failure of the server or the network.
         """
 
         def start() -> Deferred[Any]:
@@ -261,9 +271,10 @@ class GuardedConnection:
         return self._wait(start)
 
     def notifications(self, until: float) -> Deferred[list[Any]]:
-        """Wait for notifications; fires with up to 1000 in their order, each with its `channel` and its `payload`.
+        """Wait for notifications; fires with up to 1000 in their order.
 
-        With none at the moment `until` on the reactor's clock, or after `wake`. The session's deadline goes on.
+        Each has its `channel` and its `payload`. The list is empty at the moment `until` on the reactor's clock, or
+        after `wake`. The session's deadline still applies.
 
         :raises DatabaseUnavailable: when the session is lost.
         """
@@ -280,7 +291,10 @@ class GuardedConnection:
             self._ear.wake()
 
     def abort(self, reason: Exception) -> None:
-        """End the session now; whoever waits gets `reason`, and so does whoever asks later."""
+        """End the session now.
+
+        The current wait and all later ones fail with `reason`.
+        """
         if self._ended is None:
             self._ended = reason
         pending, self._pending = self._pending, None
@@ -289,13 +303,16 @@ class GuardedConnection:
             pending.errback(self._ended)
 
     def close_and_passthrough(self, result: T) -> T:
-        """End the session; for `addBoth`. Nobody waits by now, so a statement still under way is abandoned."""
+        """End the session; for `addBoth`.
+
+        The result of a running statement is no longer awaited, so the statement is abandoned.
+        """
         self._pending = None
         self.abort(DatabaseUnavailable("the session was closed"))
         return result
 
     def _wait(self, start: Callable[[], Deferred[T]], *, connecting: bool = False) -> Deferred[T]:
-        """What `start` gives, or why the session was ended, whichever comes first."""
+        """Return the result of `start`, or the end of the session if that comes first."""
         if self._ended is not None:
             return fail(self._ended)
         assert self._pending is None, "one statement at a time"
@@ -304,7 +321,7 @@ class GuardedConnection:
 
         def settle(result: T | Failure) -> None:
             if self._pending is not pending:
-                return  # ended meanwhile, and whoever waited has been told
+                return  # ended meanwhile, and the wait has already failed
             self._pending = None
             if not isinstance(result, Failure):
                 pending.callback(result)
@@ -318,7 +335,7 @@ class GuardedConnection:
         try:
             started = start()
         except Exception:
-            # psycopg2 raises here when the session is already known to be lost.
+            # psycopg2 raises here if it already knows that the session is lost.
             started = fail()
         started.addBoth(settle)
         return pending
@@ -331,7 +348,10 @@ class GuardedConnection:
         self.abort(DeadlineExceeded(f"PostgreSQL {self._phase} within {waited_s:.3g} s"))
 
     def _release(self) -> None:
-        """Give back the timer, the reactor's readers and writers, and the descriptor. May be called twice."""
+        """Release the timer, the reactor's readers and writers, and the descriptor.
+
+        May be called twice.
+        """
         if self._timer.active():
             self._timer.cancel()
         opening, self._opening = self._opening, None
@@ -346,5 +366,5 @@ class GuardedConnection:
             if selectable is not None:
                 self._reactor.removeReader(selectable)
                 self._reactor.removeWriter(selectable)
-        # The raw close, too, ends a connection that is broken (closed == 2); the stock one leaks it.
+        # Only the raw close ends a broken connection (closed == 2); the stock one leaks it.
         raw.close()

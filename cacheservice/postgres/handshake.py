@@ -1,11 +1,11 @@
 """One login to one address, computed beside the reactor.
 
 psycopg2 calls PQconnectPoll with the GIL held, and SCRAM with a million iterations computes there for seconds. ctypes
-releases the GIL around the same function. So each step of libpq runs in a thread of its own, and the reactor waits for
-the socket between two steps. Afterwards psycopg2 finds the session open.
+releases the GIL around the same function. Therefore each step of libpq runs in a thread of its own, and the reactor
+waits for the socket between two steps. Afterwards psycopg2 finds the session open.
 
-States: WAITING for the socket, in the reactor; COMPUTING in a thread, which alone may touch the session; LEFT while a
-thread still computes for a login that nobody wants, and which is closed when the thread returns; OVER.
+States: WAITING for the socket, in the reactor; COMPUTING in a thread, and only that thread may touch the session; LEFT
+while a thread still computes for an abandoned login, which is closed when the thread returns; OVER.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from twisted.internet.interfaces import IReadWriteDescriptor
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-_libpq = ctypes.CDLL(psycopg2._psycopg.__file__)  # the driver's own, found through what it is linked with
+_libpq = ctypes.CDLL(psycopg2._psycopg.__file__)  # the driver's own libpq, found through the driver's library
 _libpq.PQconnectPoll.argtypes = [ctypes.c_void_p]
 _libpq.PQconnectPoll.restype = ctypes.c_int
 _libpq.PQerrorMessage.argtypes = [ctypes.c_void_p]
@@ -34,7 +34,7 @@ _libpq.PQsetErrorVerbosity.restype = ctypes.c_int
 _FAILED, _READING, _WRITING = 0, 1, 2
 """PostgresPollingStatusType of libpq-fe.h."""
 _DEFAULT, _VERBOSE = 1, 2
-"""PGVerbosity of libpq-fe.h. A verbose error names its SQLSTATE, which the driver does not keep for a refused login."""
+"""PGVerbosity of libpq-fe.h. A verbose error contains its SQLSTATE, which the driver drops for a refused login."""
 
 
 class _State(Enum):
@@ -46,7 +46,9 @@ class _State(Enum):
 
 @implementer(IReadWriteDescriptor)
 class Handshake:
-    """`opened` fires with the driver's session, logged in, or with a `psycopg2.Error`. Cancelling it ends the login.
+    """Runs one login; `opened` fires with the driver's session or a `psycopg2.Error`.
+
+    Cancelling `opened` ends the login.
 
     :param connect: makes an asynchronous session of the driver that has begun to connect.
     """
@@ -67,7 +69,7 @@ class Handshake:
         self._compute()
 
     def connectionLost(self, reason: Failure) -> None:
-        """The reactor saw the socket's end before libpq did, which knows the cause."""
+        """Let libpq find the cause of the socket's end, which the reactor saw first."""
         if self._state is _State.WAITING:
             self._compute()
 
@@ -83,7 +85,7 @@ class Handshake:
         Thread(target=self._step, name="login", daemon=True).start()
 
     def _step(self) -> None:
-        """In the thread."""
+        """Run one step of libpq, in the thread."""
         state = _libpq.PQconnectPoll(self._pgconn)
         self._reactor.callFromThread(self._stepped, state)
 
@@ -113,7 +115,7 @@ class Handshake:
 
     def _abandon(self) -> None:
         if self._state is _State.COMPUTING:
-            self._state = _State.LEFT  # closed by `_stepped`: the thread is inside of it
+            self._state = _State.LEFT  # closed by `_stepped`, because the thread is still using it
         elif self._state is _State.WAITING:
             self._state = _State.OVER
             self._leave_reactor()
@@ -121,5 +123,8 @@ class Handshake:
 
 
 def asynchronous(factory: type[extensions.connection], arguments: dict[str, Any]) -> Callable[[], Any]:
-    """For `Handshake`: begins to connect with the driver's `arguments`; nothing of it waits or computes."""
+    """Return the `connect` of a `Handshake`.
+
+    It begins to connect with the driver's `arguments`, and neither waits nor computes.
+    """
     return lambda: psycopg2.connect(connection_factory=factory, async_=True, **arguments)

@@ -1,4 +1,4 @@
-"""Whether a session is kept for its next use: pure decisions."""
+"""Decides whether a session is kept for its next use. Pure decisions."""
 
 from __future__ import annotations
 
@@ -6,24 +6,29 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 IDLE_LIMIT_S = 60.0
-"""Longest time between two uses. Of two kept sessions the one used last is used next, so that a surplus ends."""
+"""The maximum time between two uses. The kept session used last is used next, so that surplus sessions expire."""
 NEAR_S = 30.0
-"""A next use that is further away is not worth an idle session on the server."""
+"""If the next use is further away, an idle session on the server is not worthwhile."""
 LIFETIME_S = 120.0
-"""A new name look-up, a failover to a preferred host and a role's new settings are seen after this at the latest."""
+"""New results of name look-ups, a failover to a preferred host and new settings of the role are used within this time.
+"""
 SPARE_CONNECTIONS = 2
-"""Connections of a limited role that stay free; else its other sessions, of other services perhaps, would starve."""
+"""Connections of a limited role that stay free; otherwise its other sessions, perhaps of other services, would starve.
+"""
 
 
 class Window(NamedTuple):
-    """When a purpose will use a session again, on the reactor's clock."""
+    """The time in which a purpose will use a session again, on the reactor's clock."""
 
     opens_at: float
     ends_at: float
 
 
 def planned(now: float, again_in_s: float) -> Window:
-    """The next use of a purpose whose use begins now; 0 for one that may come at any moment."""
+    """Return the window for the next use of a purpose whose use begins now.
+
+    :param again_in_s: 0 if the next use may come at any moment.
+    """
     return Window(now + again_in_s, now + again_in_s + IDLE_LIMIT_S)
 
 
@@ -32,5 +37,9 @@ def is_next_use_near(now: float, windows: Iterable[Window]) -> bool:
 
 
 def has_room(connection_limit: int, used: int) -> bool:
-    """Whether a role may hold an idle session. `connection_limit` is negative without a limit; `used` has this one."""
+    """Return whether a role may hold an idle session.
+
+    :param connection_limit: negative without a limit.
+    :param used: the role's sessions, including this one.
+    """
     return connection_limit < 0 or connection_limit - used >= SPARE_CONNECTIONS

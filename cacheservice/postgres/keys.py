@@ -1,8 +1,9 @@
-"""The key of a row as it is served: made by PostgreSQL for whole results, here for the keys that were recorded.
+"""The served key of a row, as SQL and for recorded keys.
 
-Both have to agree for every row. Values of several columns are joined with a separator, and unless they are escaped,
-two rows may have the same key: ("a:b", "c") and ("a", "b:c"). A full read refuses that, so a delta has to see it, too:
-of a key that can be taken apart in several ways it asks for all rows that have it, not only for the one recorded.
+PostgreSQL makes the keys of full reads, and this module those of recorded rows. Both must agree for every row. Values
+of several columns are joined with a separator. Unless they are escaped, two rows may have the same key: ("a:b", "c")
+and ("a", "b:c"). A full read refuses such rows, so a delta has to detect them, too. Therefore, if a key can be split in
+several ways, the delta asks for all rows with the joined key, not only for the recorded one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ ESCAPE = "\\"
 
 @dataclass(frozen=True, slots=True)
 class KeyForm:
-    """How the values of the key's columns become one text."""
+    """How the values of the key's columns are joined to one text."""
 
     separator: str = ":"
     escaped: bool = False
@@ -28,7 +29,7 @@ class KeyForm:
         return cls(dataset.key_separator, dataset.key_escape and len(dataset.key) > 1)
 
     def join(self, key: Key) -> bytes:
-        """The key as it is served."""
+        """Return the key as it is served."""
         if len(key) == 1 and not self.escaped:
             return str(key[0]).encode()
         return self.separator.join(self._part(str(value)) for value in key).encode()
@@ -39,7 +40,7 @@ class KeyForm:
         return value.replace(ESCAPE, ESCAPE * 2).replace(self.separator, ESCAPE + self.separator)
 
     def sql(self, columns: Sequence[str]) -> str:
-        """The same as an expression.
+        """Return the SQL expression for the key as it is served.
 
         :param columns: quoted, as q.column.
         """
@@ -52,7 +53,7 @@ class KeyForm:
         return f"replace({doubled}, {literal(self.separator)}, {literal(ESCAPE + self.separator)})"
 
     def is_ambiguous(self, key: Key) -> bool:
-        """Whether other values could have the same key."""
+        """Return whether other values could have the same key."""
         if self.escaped or len(key) == 1:
             return False
         text, found, place = self.join(key).decode(), 0, -1
@@ -61,29 +62,29 @@ class KeyForm:
         return found >= len(key)
 
     def predicate(self, columns: Sequence[str], keys: Iterable[Key]) -> str:
-        """A condition that exactly the rows whose served key is one of `keys` meet.
+        """Return a condition that matches exactly the rows whose served key is in `keys`.
 
-        The literals have no type, so that each takes that of its column, and an index on it can be used.
+        The literals have no type, so each takes the type of its column, and an index on the column can be used.
         """
         known = [key for key in keys if None not in key]
         if len(columns) == 1:
             return f"{columns[0]} = ANY ({array(key[0] for key in known)})"
         plain = [key for key in known if not self.is_ambiguous(key)]
         ambiguous = [self.join(key).decode() for key in known if self.is_ambiguous(key)]
-        # Each column by itself, for its index; the combinations that nobody asked for fall through the last condition.
+        # A condition for each column, for its index; the last condition removes combinations that are not in `keys`.
         single = [f"{column} = ANY ({array(key[place] for key in plain)})" for place, column in enumerate(columns)]
         whole = self.joined_predicate(columns, (self.join(key).decode() for key in plain))
         conditions = " AND ".join([*single, whole])
         return f"({conditions}) OR {self.joined_predicate(columns, ambiguous)}" if ambiguous else conditions
 
     def joined_predicate(self, columns: Sequence[str], keys: Iterable[str]) -> str:
-        """The same for keys as they are served."""
-        # "C": a nondeterministic collation would take one key for another.
+        """Return the same condition for keys as they are served."""
+        # "C", because a nondeterministic collation could match a different key.
         return f'({self.sql(columns)}) COLLATE "C" = ANY ({array(keys)})'
 
 
 def array(values: Iterable[object]) -> str:
-    """A literal of an array of `values`, each once."""
+    """Return a literal of an array of `values` without duplicates."""
     texts = [str(value) for value in dict.fromkeys(values)]
     if any('"' in text or "\\" in text for text in texts):
         texts = [text.replace("\\", "\\\\").replace('"', '\\"') for text in texts]
@@ -91,6 +92,6 @@ def array(values: Iterable[object]) -> str:
 
 
 def literal(text: str) -> str:
-    """`text` as SQL writes it, whatever standard_conforming_strings is."""
+    """Return `text` as an SQL literal, valid for any standard_conforming_strings."""
     quoted = text.replace("'", "''")
     return f"'{quoted}'" if "\\" not in quoted else " E'" + quoted.replace("\\", "\\\\") + "'"

@@ -1,9 +1,10 @@
-"""Hears NOTIFYs over one session for all datasets, and proves at an interval that they arrive.
+"""Receives NOTIFYs over one session for all datasets.
 
-What passes for listening and is not (measured): a session whose other end is gone, which stays silent for hours; and
-LISTEN through a proxy that pools transactions, which succeeds, on a server session that the next client gets. There
-even our own notification comes back, with the answer to the statement that sent it (PgBouncer 1.18), and nobody
-else's does. So the first proof of each session is sent by another session; the following ones by itself.
+Proofs at an interval show that they arrive. Two sessions seem to listen and do not (measured). A session whose peer is
+gone stays silent for hours. LISTEN through a proxy that pools transactions succeeds, but on a server session that the
+next client gets. There even our own notification comes back, with the answer to the statement that sent it (PgBouncer
+1.18), and no other notification does. Therefore another session sends the first proof of each session; the session
+itself sends the following ones.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ ANSWER_WITHIN_S = 5.0
 RETRY_INITIAL_S = 1.0
 RETRY_MAX_S = 30.0
 RETRY_SLOWLY_S = 60.0
-"""Where LISTEN cannot work: a standby may be promoted, a connection string corrected, a proxy taken away."""
+"""The retry interval while LISTEN cannot work, until a promotion, a new connection string or a direct connection."""
 
 _CANARY = "canary "
 _SILENT_SESSIONS = 2
-"""Sessions in a row that listen and do not hear, after which it is no accident."""
+"""After this many sessions in a row that listened and received nothing, the cause is not chance."""
 _READ_ONLY = "25006"
 """The SQLSTATE of LISTEN during recovery."""
 _STANDBY = "the server is a standby, where LISTEN cannot work"
@@ -43,15 +44,16 @@ _POOLED = (
     "name a direct connection in postgres.dsn"
 )
 
-# A role's idle_session_timeout would end the session. Behind a proxy the setting would be that of another client.
+# A role's idle_session_timeout would end the session. Behind a proxy the setting would apply to another client.
 _STAY_SQL = "SELECT CASE WHEN pg_backend_pid() = {pid} THEN set_config('idle_session_timeout', '0', false) END"
 
-# A notification's commit writes to the log. One that waited there for a synchronous standby that is gone would do so
-# for good, whether we listen or not, and keep every other NOTIFY waiting.
+# The commit of a notification writes to the WAL. If it waited there for a synchronous standby that is gone, it would
+# wait forever, even if the client no longer listens, and keep every other NOTIFY waiting.
 _CANARY_SQL = "SELECT set_config('synchronous_commit', 'off', true), pg_notify('{channel}', '{payload}')"
 
-# KEEPALIVES for the server's end. One that nobody reads any more would wait in a write for hours, and the notifications
-# of the whole server would pile up behind it. Sent once the session is proven: behind a pool it would be another's.
+# KEEPALIVES for the server's end. If the peer of a server session is gone, the session would wait in a write for hours,
+# and the notifications of the whole server would pile up behind it. Sent only to a proven session, because behind a
+# pool the server session would belong to another client.
 _SERVER_KEEPALIVES = """
 SET tcp_keepalives_idle = 10;
 SET tcp_keepalives_interval = 5;
@@ -61,18 +63,18 @@ SET tcp_user_timeout = 15000
 
 
 class Listener(Service):
-    """One session that listens to all channels, opened again whenever it is lost, and none where there is no channel.
+    """Listens to all channels in one session, which is reopened when it is lost.
 
-    `heard` and `missed` are called in the reactor's thread, and must be quick.
+    Without a channel there is no session. `heard` and `missed` are called in the reactor's thread, and must be quick.
 
     :param connector: ``cacheservice.postgres.database.Database.connector``.
     :param connect_timeout_s: for one session to open, name look-ups included.
-    :param heard: gets the channel and the payload of each notification.
-    :param missed: called when notifications may have been missed: after each proof that a new session listens, the
-        first one too, and when channels were added.
-    :param status: is told whether notifications arrive.
+    :param heard: called with the channel and the payload of each notification.
+    :param missed: called when notifications may have been missed: after each proof that a new session listens,
+        including the first, and when channels were added.
+    :param status: records whether notifications arrive.
     :param reactor: its clock must be monotonic.
-    :param random: a number from 0 to 1.
+    :param random: returns a number from 0 to 1.
     """
 
     name = "listener"
@@ -112,33 +114,33 @@ class Listener(Service):
         self._retry_max_s = retry_max_s
         self._retry_slowly_s = retry_slowly_s
 
-        # Several services may share a database: each knows its own canaries. They go to our own channel: other programs
-        # that listen to those of datasets would hear them too.
+        # The token identifies our own canaries, because several services may share a database. Canaries use our own
+        # channel, because other programs that listen to the datasets' channels would receive them, too.
         self._token = f"{_CANARY}{secrets.token_hex(8)}"
         self._canaries = 0
-        self._returned = 0  # the number of the newest canary that came back
+        self._returned = 0  # the number of the newest canary that was received
         self._loop: Deferred[None] | None = None
         self._session: GuardedConnection | None = None
-        self._guards: list[GuardedConnection] = []  # of all sessions, from the start of their login
-        self._proven = False  # this session has heard a canary
-        self._failures = 0  # in a row, since a session was proven
-        self._silent = 0  # of these, the newest ones that listened and heard nothing
+        self._guards: list[GuardedConnection] = []  # all sessions, from the start of their login
+        self._proven = False  # whether this session has received a canary
+        self._failures = 0  # failures in a row since a session was last proven
+        self._silent = 0  # the newest of these failures in a row whose sessions listened and received nothing
         self._told: tuple[str, str] | None = None
         self._calling = False
-        self._asking: list[Deferred[bool]] = []  # who waits for a canary that is not sent yet
-        self._asked: list[Deferred[bool]] = []  # who waits for the newest one
+        self._asking: list[Deferred[bool]] = []  # waits for a canary that is not sent yet
+        self._asked: list[Deferred[bool]] = []  # waits for the newest canary
 
     def startService(self) -> None:
         super().startService()
         self._begin()
 
     def stopService(self) -> Deferred[None]:
-        """Fires when no session is left."""
+        """Stop listening; fires when no session is left."""
         super().stopService()
         return self._end()
 
     def listen_to(self, channels: Iterable[str]) -> None:
-        """Listen to these channels from now on, in the session there is, and to no others."""
+        """Listen to these channels only, from now on, in the existing session."""
         self._channels = frozenset(channels)
         if self._session is not None:
             self._session.wake()
@@ -149,7 +151,7 @@ class Listener(Service):
                 self._end()
 
     def configure(self, target: Target, connect_timeout_s: float) -> None:
-        """Open sessions so from now on; one that is open to another database is ended."""
+        """Open sessions with these settings; end the session if the database changed."""
         moved, self._target, self._connect_timeout_s = target != self._target, target, connect_timeout_s
         if moved and self._session is not None:
             self._session.abort(DatabaseUnavailable("postgres.dsn was changed"))
@@ -167,9 +169,10 @@ class Listener(Service):
         return bool(guards)
 
     def heard_all(self) -> Deferred[bool]:
-        """Fires once all that was notified before this call has been heard; with False if that is not to be known.
+        """Wait until all earlier notifications have been received.
 
-        What listens hears everything in the order of the commits, and so a canary after all of it.
+        Fires with False if that cannot be known. A listening session receives notifications in the order of the
+        commits, so a canary arrives after all of them.
         """
         if self._session is None or not self._proven:
             return succeed(False)
@@ -197,7 +200,7 @@ class Listener(Service):
         ended: Deferred[None] = Deferred()
         loop.addBoth(lambda _: ended.callback(None))
         if self._calling:
-            self._reactor.callLater(0, loop.cancel)  # asked for by `heard` or `missed`: the loop waits for nothing now
+            self._reactor.callLater(0, loop.cancel)  # called by `heard` or `missed`: the loop waits for nothing now
         else:
             loop.cancel()
         return ended
@@ -212,7 +215,7 @@ class Listener(Service):
         if isinstance(result, Failure) and not result.check(CancelledError):
             self._log_internal_error(result)
         if self.running:
-            self._begin()  # channels were named again while it ended
+            self._begin()  # channels were added again while it ended
 
     async def _keep_listening(self) -> None:
         """Open one session after the other, until cancelled."""
@@ -244,7 +247,7 @@ class Listener(Service):
     async def _listen(self, guard: GuardedConnection) -> None:
         """Listen for as long as the session works.
 
-        :raises RefreshFailed: in the end, always.
+        :raises RefreshFailed: always, when listening ends.
         """
         self._session, self._proven = guard, False
         in_force: frozenset[str] = frozenset()
@@ -279,8 +282,8 @@ class Listener(Service):
         try:
             await self._canary_back(guard, self._reactor.seconds() + self._answer_within_s)
         except NotHeard:
-            # If this is not answered either, the session is lost, and LISTEN not to blame. Behind a pool it is well
-            # advised anyway: the next client of that server session would hear what was meant for us.
+            # If this is not answered either, the session is lost, and LISTEN is not to blame. Behind a pool UNLISTEN is
+            # needed in any case: the next client of that server session would receive our notifications.
             await self._execute(guard, "UNLISTEN *")
             raise
         await self._execute(guard, _SERVER_KEEPALIVES)
@@ -302,7 +305,10 @@ class Listener(Service):
         return _CANARY_SQL.format(channel=OWN_CHANNEL, payload=f"{self._token} {self._canaries}")
 
     async def _canary_back(self, guard: GuardedConnection, by: float) -> None:
-        """:raises NotHeard: if the newest canary is not heard by the moment `by`."""
+        """Wait until the newest canary is received.
+
+        :raises NotHeard: if it is not received by the moment `by`.
+        """
         while self._returned != self._canaries:
             if self._reactor.seconds() >= by:
                 raise NotHeard(f"its own notification did not come back within {self._answer_within_s:.3g} s")
@@ -332,7 +338,7 @@ class Listener(Service):
             self._calling = False
 
     def _failed(self, error: RefreshFailed) -> float:
-        """Tell why there is no session now; gives the seconds to the next one."""
+        """Record and log why there is no session; return the seconds to the next try."""
         heard_nothing = isinstance(error, NotHeard) and not self._proven
         self._silent = self._silent + 1 if heard_nothing else 0
         if isinstance(error, QueryFailed) and error.sqlstate == _READ_ONLY:
@@ -344,7 +350,7 @@ class Listener(Service):
         return self._lost(str(error))
 
     def _lost(self, problem: str) -> float:
-        # Full jitter, as refreshes have it.
+        # Full jitter, as for refreshes.
         bound_s = min(self._retry_initial_s * 2.0 ** min(self._failures, 30), self._retry_max_s)
         retry_in_s = bound_s * self._random()
         self._failures += 1
@@ -360,7 +366,10 @@ class Listener(Service):
         return self._retry_slowly_s
 
     def _tell(self, event: str, problem: str) -> bool:
-        """Whether that is news: the log gets a line for each change, not one for each try."""
+        """Return whether the state changed.
+
+        The log has a line for each change, not for each try.
+        """
         before, self._told = self._told, (event, problem)
         return before != self._told
 
@@ -369,7 +378,10 @@ class Listener(Service):
 
 
 def _listen_sql(in_force: frozenset[str], wanted: frozenset[str]) -> str:
-    """All of it in one transaction: what listens, the canary's channel included, begins and ends to listen together."""
+    """Return the statements that change the channels, in one transaction.
+
+    That way LISTEN takes effect together for all channels, including the canary's.
+    """
     statements = [f"UNLISTEN {_quoted(channel)}" for channel in sorted(in_force - wanted)]
     statements += [f"LISTEN {_quoted(channel)}" for channel in sorted(wanted - in_force)]
     return "; ".join(["BEGIN", *statements, "COMMIT"])

@@ -1,7 +1,7 @@
-"""Finds the sessions that keep a command waiting for a lock, from a session of its own beside it. It blocks a thread:
-for the command line, never for the service.
+"""Finds the sessions that keep a command waiting for a lock.
 
-The server forgets who was in the way as soon as a wait has ended, so it is asked during the wait.
+It asks over a session of its own. It blocks a thread, so it is for the command line and never for the service. The
+server forgets the blockers when a wait ends, so it is asked during the wait.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ from cacheservice.errors import Blocker
 from cacheservice.postgres import blockers
 
 _AFTER_S = 0.3
-"""A command that waits for nothing is over by then, and needs no second session."""
+"""A command that does not wait has finished by then, and needs no second session."""
 _INTERVAL_S = 0.3
 _APPLICATION_NAME = "cacheservice blockers"
 
 
 class LockWatch:
-    """Asks while it is entered, and keeps the last answer that named a session.
+    """Asks the server while it is entered.
 
-    :param arguments: those of the driver for the session to ask over.
+    It keeps the last answer that named a session.
+
+    :param arguments: the driver's arguments for the session to ask over.
     :param pid: the server process of the command's session.
     """
 
@@ -36,7 +38,7 @@ class LockWatch:
         self._pid = pid
         self._found: tuple[Blocker, ...] = ()
         self._ended = threading.Event()
-        # A daemon, so that a server that does not answer cannot keep the command from ending.
+        # A daemon thread, so that a server that does not answer cannot keep the command from ending.
         self._thread = threading.Thread(target=self._run, name="lock watch", daemon=True)
 
     def __enter__(self) -> LockWatch:
@@ -49,12 +51,12 @@ class LockWatch:
 
     @property
     def relation(self) -> str | None:
-        """The table whose lock the command waited for, as SQL writes it."""
+        """Return the quoted name of the table whose lock the command waited for."""
         return next((blocker.relation for blocker in self._found if blocker.relation), None)
 
     @property
     def sessions(self) -> str:
-        """The sessions that were in the way, in words; empty if none is known."""
+        """Return a description of the blocking sessions; empty if none is known."""
         return "; ".join(describe_blocker(blocker) for blocker in self._found)
 
     def _run(self) -> None:

@@ -1,8 +1,9 @@
-"""Applies the files in `migrations/`, each in one transaction, and records them in the schema `cacheservice`.
+"""Applies the files in `migrations/` to the schema `cacheservice`.
 
-The records are those of yoyo-migrations, which applied them before: a database that it has migrated goes on from there.
-A transaction waits for an advisory lock of its own kind, which ends with it, so that nothing is left behind by a
-command that is killed and two at once do not disturb each other. A lock row that yoyo left means nothing here.
+Each file is applied and recorded in one transaction. The records have the format of yoyo-migrations, which applied them
+before, so a database that it has migrated can be migrated further. Each transaction waits for its own advisory lock,
+which ends with the transaction. Therefore a killed command leaves nothing behind, and two concurrent commands do not
+disturb each other. A lock row left by yoyo is ignored.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ UNION ALL
 SELECT format('FUNCTION %s', p.oid::regprocedure), pg_get_userbyid(p.proowner)
 FROM pg_proc AS p WHERE p.pronamespace = 'cacheservice'::regnamespace
 """
-"""What is in the schema, itself first, and the role that owns it."""
+"""The objects in the schema, the schema itself first, and the role that owns each."""
 
 
 _REMOVE_CHANGES = r"""
@@ -88,11 +89,11 @@ DELETE FROM cacheservice._yoyo_migration WHERE migration_id >= '0002';
 
 
 def migrate(dsn: str, directory: Path, owner: str | None = None, dsn_source: str = "postgres.dsn") -> list[str]:
-    """Apply the migrations that have not been applied yet; return their names, in order.
+    """Apply the pending migrations; return their names in order.
 
-    :param owner: the role that shall own the schema and everything in it; without it, the role that owns the tables
-        already, or the session's.
-    :param dsn_source: as that of `admin.session`.
+    :param owner: the role that shall own the schema and everything in it. Without it, that is the role that already
+        owns the tables, or the session's role.
+    :param dsn_source: as for `admin.session`.
     :raises MigrationFailed: if the database cannot be reached or refuses.
     """
     applied = []
@@ -115,12 +116,12 @@ def migrate(dsn: str, directory: Path, owner: str | None = None, dsn_source: str
 
 
 def migration_files(directory: Path) -> list[Path]:
-    """In the order in which they are applied."""
+    """Return the migration files in the order of application."""
     return sorted(path for path in directory.glob("*.sql") if not path.name.endswith(".rollback.sql"))
 
 
 def _apply(session: Session, file: Path, owner: str | None) -> bool:
-    """Apply one migration in the transaction that runs; return whether there was anything to apply."""
+    """Apply one migration in the current transaction; return whether it was pending."""
     _prepare(session, owner)
     name = file.stem
     record = {
@@ -139,7 +140,10 @@ def _apply(session: Session, file: Path, owner: str | None) -> bool:
 
 
 def _prepare(session: Session, owner: str | None) -> None:
-    """Bring the schema and its records to their owner, and act as that from here to the end of the transaction."""
+    """Create the schema and its records if needed, and transfer them to their owner.
+
+    The session then acts as the owner until the end of the transaction.
+    """
     if not session.value("SELECT count(*) FROM pg_namespace WHERE nspname = %s", (SCHEMA,)):
         authorization = sql.SQL(" AUTHORIZATION {}").format(sql.Identifier(owner)) if owner else sql.SQL("")
         session.cursor.execute(sql.SQL("CREATE SCHEMA {}{}").format(sql.Identifier(SCHEMA), authorization))
@@ -157,10 +161,11 @@ def _give_all_to(session: Session, owner: str) -> None:
 
 
 def repair(session: Session, owner: str | None) -> None:
-    """Undo what others did to the tables for changes, so that neither writers nor `watch` stumble over it.
+    """Repair damage to the tables for changes.
 
-    If one of the tables is gone, so is what the others meant: what belongs to them is made again, and the triggers,
-    whose functions would find no table, are taken away; `watch` puts them back.
+    The damage would make writers or `watch` fail. If one of the tables is missing, the others are useless. The tables
+    are then created again, and the triggers, whose functions would not find their table, are removed; `watch` puts them
+    back.
     """
     if not session.value("SELECT count(*) FROM pg_namespace WHERE nspname = %s", (SCHEMA,)):
         return
@@ -179,12 +184,12 @@ def repair(session: Session, owner: str | None) -> None:
     if missing:
         session.cursor.execute(_REMOVE_CHANGES)
     elif session.value("SELECT to_regprocedure('cacheservice.note_deleted()') IS NOT NULL"):
-        # It resets what came with a dump of another cluster. Nothing is as old as that.
+        # This call resets records from a dump of another cluster. No change is that old, so it deletes nothing.
         session.cursor.execute("SELECT cacheservice.prune('100 years')")
 
 
 def _renew_watches(session: Session, owner: str | None) -> None:
-    # A folder of fewer migrations, or one that was taken back.
+    # Without the column `form` the directory has fewer migrations, or one was rolled back.
     if session.value(
         "SELECT count(*) FROM pg_attribute WHERE attrelid = to_regclass('cacheservice.watched') AND attname = 'form'"
     ):
@@ -193,10 +198,12 @@ def _renew_watches(session: Session, owner: str | None) -> None:
 
 
 def act_as_owner(session: Session, owner: str | None = None) -> None:
-    """Take the role that owns our tables until the end of the transaction, so that what is made belongs to it too.
+    """Act as the owner of our tables until the end of the transaction.
 
-    :raises Refused: if nobody asked for that role and the session may not take it. The advice is no GRANT then: the
-        session may be the reader's by mistake, which must not get the rights of the owner.
+    New objects then belong to that role, too.
+
+    :raises Refused: if the role was not requested and the session may not act as it. The advice then omits a GRANT: the
+        session may be the reader's by mistake, and a reader must not get the rights of the owner.
     """
     owners = [
         name
@@ -221,7 +228,10 @@ def act_as_owner(session: Session, owner: str | None = None) -> None:
 
 
 def acting_role(wanted: str | None, current: str, owners: list[str]) -> str:
-    """The role to act as: the wanted one, else the one that owns all our tables, else the session's own."""
+    """Return the role to act as.
+
+    It is the requested role, else the only role that owns our tables, else the session's own.
+    """
     if wanted is not None:
         return wanted
     return owners[0] if len(owners) == 1 else current

@@ -1,4 +1,4 @@
-"""Statements that a session keeps by name, so that they are parsed and planned once."""
+"""Prepared statements of each session, so that they are parsed and planned once."""
 
 from __future__ import annotations
 
@@ -8,29 +8,33 @@ from weakref import WeakKeyDictionary
 from cacheservice.postgres.guard import GuardedConnection
 
 _MOST_KEPT = 200
-"""More than that come from datasets that were changed; then all are forgotten."""
+"""More statements than this can only come from changed datasets; all are then deallocated."""
 
 
 class Prepared:
-    """Which statements each session has. Behind a pooler none can be kept: the next transaction has another session.
+    """Remembers the prepared statements of each session.
 
-    A session that failed is never used again, so what was sent is what it has.
+    Behind a pooler no statement can be kept, because the next transaction has another session. A session that failed is
+    never used again, so the statements that were sent are the statements that it has.
     """
 
     def __init__(self) -> None:
         self._kept: WeakKeyDictionary[GuardedConnection, set[str]] = WeakKeyDictionary()
 
     def began(self, guard: GuardedConnection, pid: int) -> None:
-        """The session works, with the server's process `pid`; a pooler shows its clients other numbers."""
+        """Record that the session works, with the server's process `pid`.
+
+        A pooler reports other process ids to its clients.
+        """
         if guard.pid == pid:
             self._kept.setdefault(guard, set())
 
     def can_keep(self, guard: GuardedConnection) -> bool:
-        """Whether the session is known to be one of the server itself."""
+        """Return whether the session is known to be direct, without a pooler."""
         return guard in self._kept
 
     def sql(self, guard: GuardedConnection, select: str) -> str:
-        """The statements that run `select` in the session, by its name where it can be kept."""
+        """Return the SQL that runs `select`, as a prepared statement if possible."""
         kept = self._kept.get(guard)
         if kept is None:
             return f"{select};"

@@ -1,4 +1,7 @@
-"""The role that the service reads as: it may log in, read what it is granted, and nothing else."""
+"""Creates the role that the service reads as.
+
+It can log in and read granted tables only.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ _FUNCTIONS = (
     "prune(interval, integer)",
     "wal_receiver()",
 )
-"""What a reader may call."""
+"""The functions that a reader may call."""
 
 _SEES_RECEIVER = """
 SELECT pg_has_role(%s::name, 'pg_read_all_stats', 'USAGE')
@@ -38,7 +41,7 @@ _ATTRIBUTES = {
     "rolconnlimit": (20, "CONNECTION LIMIT 20"),
 }
 
-# Defaults, which a session can unset: the grants are the boundary, these are for mistakes.
+# Defaults only, which a session can change: the grants are the boundary, and these limits catch mistakes.
 _DEFAULTS = {
     "default_transaction_read_only": "on",
     "statement_timeout": "60s",
@@ -49,11 +52,11 @@ _DEFAULTS = {
 
 
 class Reader(NamedTuple):
-    """What a reader lacks.
+    """The password and the rights that a reader may lack.
 
-    :param name: as SQL writes it.
+    :param name: quoted for SQL.
     :param has_password: None if the session may not see it.
-    :param grant: the GRANT without which it cannot see how far a standby is behind; None if it can.
+    :param grant: the GRANT that lets it see how far a standby is behind; None if it already can.
     """
 
     name: str
@@ -68,14 +71,15 @@ def create_reader(
     password: str | None = None,
     dsn_source: str = "postgres.dsn",
 ) -> Reader:
-    """Make the role `name`, or bring it to this state: it may log in and read `tables`, nothing else.
+    """Create or change the role `name`, so that it can only log in and read `tables`.
 
-    Only what differs is changed: to alter a role takes rights over it (PostgreSQL 16: ADMIN OPTION), and nobody but a
-    superuser may so much as repeat NOSUPERUSER.
+    Only differences are changed: ALTER ROLE needs rights over the role (PostgreSQL 16: ADMIN OPTION), and only a
+    superuser may even repeat NOSUPERUSER.
 
-    :param tables: as schema.table; without one nothing is granted but the service's own functions.
-    :param password: sent as its SCRAM verifier, so that it is in no log of the server; None leaves it as it is.
-    :param dsn_source: as that of `admin.session`.
+    :param tables: as schema.table; if empty, only the service's own functions are granted.
+    :param password: sent as its SCRAM verifier, so that it does not appear in the server's logs; None leaves it
+        unchanged.
+    :param dsn_source: as for `admin.session`.
     :raises MigrationFailed: if the database cannot be reached or refuses.
     """
     try:
@@ -97,7 +101,7 @@ def create_reader(
 
 
 def _has_password(session: Session, name: str) -> bool | None:
-    """Whether a role has one; None if only a superuser may see that."""
+    """Return whether a role has a password; None if only a superuser may see that."""
     if not session.value("SELECT has_table_privilege('pg_authid', 'SELECT')"):
         return None
     found: bool = session.value("SELECT rolpassword IS NOT NULL FROM pg_authid WHERE rolname = %s", (name,))
@@ -105,7 +109,7 @@ def _has_password(session: Session, name: str) -> bool | None:
 
 
 def _make_role(session: Session, name: str, password: str | None) -> bool:
-    """Return whether it is a new one."""
+    """Create or alter the role; return whether it is new."""
     role = sql.Identifier(name)
     present = session.rows(f"SELECT {', '.join(_ATTRIBUTES)} FROM pg_roles WHERE rolname = %s", (name,))  # noqa: S608  # constants
     words = list(attributes_to_set(dict(zip(_ATTRIBUTES, present[0], strict=True)) if present else None))
@@ -123,7 +127,7 @@ def _make_role(session: Session, name: str, password: str | None) -> bool:
             session.cursor.execute(sql.SQL("ALTER ROLE {} PASSWORD {}").format(role, sql.Literal(verifier)))
         for setting, value in _DEFAULTS.items():
             if (f"{setting}={value}",) not in settings:
-                # search_path takes a list, which must not be quoted as one.
+                # search_path takes a list, which must not be quoted as one value.
                 values = sql.SQL(", ").join(map(sql.Literal, value.split(", ")))
                 session.cursor.execute(
                     sql.SQL("ALTER ROLE {} SET {} = {}").format(role, sql.Identifier(setting), values)
@@ -141,7 +145,7 @@ def _make_role(session: Session, name: str, password: str | None) -> bool:
 
 
 def attributes_to_set(present: Mapping[str, object] | None) -> Iterator[str]:
-    """The words for CREATE ROLE, or those for ALTER ROLE that change something.
+    """Yield the words for CREATE ROLE, or those of ALTER ROLE that change something.
 
     :param present: the role's columns of pg_roles; None if there is no such role.
     """
@@ -159,13 +163,13 @@ def _grant_ours(session: Session, role: sql.Identifier) -> None:
 
 
 def _grant_select(session: Session, table: str, role: sql.Identifier) -> None:
-    # The server splits, folds and finds the name by its own rules, and by the session's own search_path.
+    # The server splits, folds and resolves the name by its own rules, and with the session's own search_path.
     session.cursor.execute("SET LOCAL search_path TO DEFAULT")
     ((schema, relation),) = session.rows(
         "SELECT relnamespace::regnamespace::text, oid::regclass::text FROM pg_class WHERE oid = %s::regclass", (table,)
     )
     reader = role.as_string(session.cursor)
-    # Both came back quoted where they need it.
+    # The server returned both names quoted where necessary.
     for what, name, kind, right in (("SCHEMA ", schema, "schema", "USAGE"), ("", relation, "table", "SELECT")):
         may = f"SELECT has_{kind}_privilege(%s::regrole, %s::{'regnamespace' if kind == 'schema' else 'regclass'}, %s)"
         session.cursor.execute("SAVEPOINT granting")
@@ -173,7 +177,8 @@ def _grant_select(session: Session, table: str, role: sql.Identifier) -> None:
             session.cursor.execute(sql.SQL(f"GRANT {right} ON {what}{{}} TO {{}}").format(sql.SQL(name), role))
         except psycopg2.errors.InsufficientPrivilege:
             session.cursor.execute("ROLLBACK TO SAVEPOINT granting")
-        # Where the session's role may not pass the right on, the server refuses or only warns. The reader may have it.
+        # If the session's role may not pass the right on, the server refuses or only warns. The reader may have the
+        # right already.
         if not session.value(may, (reader, name, right)):
             raise Refused(
                 f"{session.role} may not grant {right} on {what.lower()}{name}; run it as the owner of {name}, or have "

@@ -1,4 +1,7 @@
-"""Asks how many recorded changes the database keeps, since when, and what keeps the oldest from being deleted."""
+"""Asks for the recorded changes that the database keeps.
+
+The answer has their number, the age of the oldest, and the transaction that keeps the oldest from being deleted.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from typing import NamedTuple
 
 from cacheservice.postgres.guard import GuardedConnection
 
-# Statistics are not replicated; what the last VACUUM or ANALYZE counted is.
+# Statistics are not replicated; the counts of the last VACUUM or ANALYZE are.
 _BEGIN = """
 BEGIN READ ONLY;
 SET LOCAL statement_timeout = {statement_ms};
@@ -23,7 +26,8 @@ _OLDEST = """
 SELECT extract(epoch FROM clock_timestamp() - o.changed_at)::float8, o.xid >= pg_snapshot_xmin(pg_current_snapshot())
 FROM cacheservice.oldest_change() AS o
 """
-# Every role sees these columns of both views. A snapshot's xmin is the oldest transaction that writes, in any database.
+# Every role sees these columns of both views. The xmin of a snapshot is the oldest transaction that writes, in any
+# database.
 _HOLDER = """
 SELECT format('session %s of %s (%s%s) has had a transaction open since before they were recorded; let it end, or run '
               'SELECT pg_terminate_backend(%s)',
@@ -41,9 +45,9 @@ LIMIT 1
 class Recorded(NamedTuple):
     """The recorded changes that the database keeps.
 
-    :param kept: how many, by the server's statistics; None if it has none.
+    :param kept: their number by the server's statistics; None if it has no statistics.
     :param may_ask: whether this role may call the function that finds the oldest.
-    :param oldest_s: the age of the oldest; None if there is none, or it may not be asked for.
+    :param oldest_s: the age of the oldest; None if there is none, or the role may not ask for it.
     :param in_the_way: the transaction that keeps the oldest from being deleted; None if there is none.
     """
 
@@ -55,7 +59,7 @@ class Recorded(NamedTuple):
 
 
 async def ask(guard: GuardedConnection, statement_ms: int) -> Recorded:
-    """Return what is recorded; not within a transaction."""
+    """Return the recorded changes; must not be called within a transaction."""
     ((in_recovery, kept, may_ask),) = (await guard.execute(_BEGIN.format(statement_ms=statement_ms))).fetchall()
     recorded = Recorded(in_recovery, None if kept is None else int(kept), may_ask)
     if may_ask:

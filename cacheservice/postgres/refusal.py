@@ -1,4 +1,7 @@
-"""Why no session opened: each address with its own cause, in one line, and what to do about the most telling one."""
+"""Explains in one line why no session opened.
+
+The error names each address with its own cause, and advice about the most specific cause.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,13 @@ _FEW_DESCRIPTORS = 4
 _TOO_MANY_CONNECTIONS = "53300"
 _INVALID_LOGIN = "28"
 _INVALID_LOGIN_WORDS = re.compile("(password|SASL) authentication failed|no password supplied")
-"""PgBouncer refuses a login with the SQLSTATE 08P01, and libpq one that lacks a password without any."""
+"""PgBouncer refuses a login with SQLSTATE 08P01; libpq reports a missing password without an SQLSTATE."""
 _SQLSTATE = re.compile(r"(?<=:  )([0-9A-Z]{5}): ")
 _PREFIX = re.compile(r"^connection to server (at|on socket) .* failed: ")
-"""libpq names the address, which stands before the cause already."""
+"""libpq repeats the address, which already stands before the cause."""
 _NOT_SHOWN = re.compile(r"^LOCATION: |^\s*Is the server running (on that host|locally)")
 _OTHER_SERVERS_MAY_DIFFER = re.compile("08...|53...|57P0.|XX...|")
-"""libpq tries no other host after a refused login. A server that is starting, stopping or full is left, too."""
+"""After a refused login no other host is tried, as in libpq. A server that is starting, stopping or full is skipped."""
 
 
 NO_ANSWER = "PostgreSQL did not answer"
@@ -35,7 +38,7 @@ _NOT_REACHED = re.compile(
 
 
 class Tried(NamedTuple):
-    """An address, or a host without one, that gave no session. `cause` is not redacted."""
+    """A failed address, or a host without an address. `cause` is not redacted."""
 
     where: str
     cause: str
@@ -44,7 +47,7 @@ class Tried(NamedTuple):
 
 
 def tried(where: str, error: psycopg2.Error) -> Tried:
-    """What libpq's message, a verbose one, says of one address."""
+    """Return the failure at one address, from a verbose message of libpq."""
     message = str(error)
     sqlstate = _SQLSTATE.search(message)
     lines = [line for line in _SQLSTATE.sub("", message).splitlines() if not _NOT_SHOWN.match(line)]
@@ -54,7 +57,10 @@ def tried(where: str, error: psycopg2.Error) -> Tried:
 
 
 def lead(causes: Sequence[str]) -> str:
-    """Return what happened in a few words: only a server, or a host, that answered has refused something."""
+    """Return a summary of the causes in a few words.
+
+    A refusal is only reported if a server or a host answered.
+    """
     for pattern, words in ((_SILENCE, NO_ANSWER), (_NOT_REACHED, "PostgreSQL could not be reached")):
         if causes and all(pattern.search(cause) for cause in causes):
             return words
@@ -67,12 +73,15 @@ def lead_of(message: str) -> str:
 
 
 def ends_the_search(failed: Tried) -> bool:
-    """Whether the server refused the login itself, which no other address is asked to overrule."""
+    """Return whether the server refused the login itself.
+
+    No other address is tried then.
+    """
     return _OTHER_SERVERS_MAY_DIFFER.fullmatch(failed.sqlstate) is None
 
 
 def not_connected(failed: Sequence[Tried], target: Target, waited_s: float) -> DatabaseUnavailable:
-    """The error for a session that did not open anywhere."""
+    """Return the error for a session that could not be opened at any address."""
     for each in failed:
         if (spent := no_descriptor_left(each.cause)) is not None:
             return spent
@@ -80,7 +89,7 @@ def not_connected(failed: Sequence[Tried], target: Target, waited_s: float) -> D
     if all(each.silent for each in failed):
         return DeadlineExceeded(f"PostgreSQL did not accept a session within {waited_s:.3g} s ({told})")
     error = _kind(failed)(f"{lead([cause for _, cause, *_ in failed])}: {told}")
-    by_weight = sorted(failed, key=lambda each: not each.sqlstate)  # a server that answered knows most
+    by_weight = sorted(failed, key=lambda each: not each.sqlstate)  # the server that answered has the best explanation
     best = next(filter(None, (advice.for_login(each.sqlstate, each.cause) for each in by_weight)), None)
     if best is not None:
         error.advice = target.redact(best)
@@ -97,10 +106,13 @@ def _kind(failed: Sequence[Tried]) -> type[DatabaseUnavailable]:
 
 
 def no_descriptor_left(message: str) -> DatabaseUnavailable | None:
-    """The error for a connection that no socket could be made for; None if that is not the cause."""
+    """Return the error if the process has no descriptor left for a socket.
+
+    None if that is not the cause.
+    """
     if message and "Too many open files" not in message:
         return None
-    open_files = _spent_open_files()  # asynchronous libpq fails without a word then
+    open_files = _spent_open_files()  # asynchronous libpq then fails without a message
     if not open_files:
         return None
     spent = DatabaseUnavailable(f"no connection could be opened: all {open_files} open files of the process are used")
@@ -109,7 +121,7 @@ def no_descriptor_left(message: str) -> DatabaseUnavailable | None:
 
 
 def _spent_open_files() -> int:
-    """The limit of open files if nearly all are used, else 0."""
+    """Return the limit of open files if nearly all are used, else 0."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         used = len(os.listdir("/proc/self/fd"))

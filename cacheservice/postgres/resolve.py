@@ -1,7 +1,7 @@
-"""Name look-ups that can hang without anybody noticing.
+"""Name look-ups that cannot block the reactor or the stop of the service.
 
-getaddrinfo cannot be cancelled, and Twisted's own pool joins its threads at exit, so that one
-dead name server would hold the whole stop. These threads are daemons and are never joined.
+getaddrinfo cannot be cancelled, and Twisted's own pool joins its threads at exit, so that one dead name server would
+delay the whole stop. These threads are daemons and are never joined.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cacheservice.errors import DatabaseUnavailable
 
 _MOST_THREADS = 16
 _SHARED_FOR_S = 10.0
-"""A younger look-up of the same name is shared: one that hangs must not take every thread."""
+"""A look-up of the same name that is younger than this is shared, so that a hanging name cannot occupy every thread."""
 
 
 @implementer(IResolutionReceiver)
@@ -41,7 +41,7 @@ class _Addresses:
 
     def resolutionComplete(self) -> None:
         if self._done.called:
-            return  # given up meanwhile
+            return  # abandoned meanwhile
         if self._found:
             self._done.callback(list(dict.fromkeys(self._found)))
         else:
@@ -49,9 +49,9 @@ class _Addresses:
 
 
 class Resolver:
-    """Looks names up in a few threads of its own; `stop` lets them go.
+    """Looks names up in a few threads of its own, which `stop` abandons.
 
-    :param reactor: gets the results; its clock must be monotonic.
+    :param reactor: receives the results; its clock must be monotonic.
     """
 
     def __init__(self, reactor: Any, getaddrinfo: Callable[..., Any] = socket.getaddrinfo) -> None:
@@ -62,7 +62,7 @@ class Resolver:
         self._resolver = GAIResolver(reactor, lambda: self._pool, getaddrinfo=partial(_look_up, getaddrinfo))
 
     async def resolve(self, name: str) -> Sequence[str]:
-        """The addresses of `name`, in the order of the system's preference.
+        """Return the addresses of `name`, in the order of the system's preference.
 
         :raises DatabaseUnavailable: if it has none.
         """
@@ -91,7 +91,10 @@ class Resolver:
                 each.callback(result)
 
     def stop(self) -> None:
-        """End the idle threads; one that is stuck in a look-up ends with it or with the process."""
+        """End the idle threads.
+
+        A thread that is stuck in a look-up ends with the look-up or with the process.
+        """
         if self._pool.started:
             self._pool.adjustPoolsize(0, 0)
 
@@ -100,5 +103,5 @@ def _look_up(getaddrinfo: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return getaddrinfo(*arguments)
     except ValueError as error:
-        # A name that cannot be one, such as "db..example"; GAIResolver would never complete.
+        # An impossible name, such as "db..example"; GAIResolver would never complete.
         raise socket.gaierror(socket.EAI_NONAME, "not a host name") from error

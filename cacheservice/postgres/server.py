@@ -1,4 +1,7 @@
-"""Asks a server which one it is: what changes within its life with each read, the rest once."""
+"""Identifies a server.
+
+Values that change while it runs are read with each transaction, the others once.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,13 @@ LIFE = """
 pg_is_in_recovery(), (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint,
 (CASE WHEN {crashes} OR current_setting('server_version_num')::int >= 150000
       THEN extract(epoch FROM pg_stat_get_bgwriter_stat_reset_time()) * 1000000 END)::bigint"""
-"""In the SELECT of each reading transaction.
+"""Columns for the SELECT of each reading transaction.
 
-PostgreSQL 14 reads a file for the statistics, which takes 10 ms and more: it is asked only for the sake of deltas and
-probes (`crashes`).
+PostgreSQL 14 reads a file for the statistics, which takes 10 ms and more. They are asked for only if a delta or a probe
+needs them (`crashes`).
 """
-# A function that the role may not call ends the transaction even in a branch that is not taken (its rights are checked
-# when the statement starts), so that the rights are asked for by a statement of their own.
+# A function that the role may not call ends the transaction even in a branch that is not taken, because its rights are
+# checked when the statement starts. Therefore a separate statement asks for the rights first.
 _RIGHTS = """
 SELECT current_database()::text, (SELECT d.oid::bigint FROM pg_database AS d WHERE d.datname = current_database()),
        session_user::text, has_function_privilege('pg_control_system()', 'EXECUTE'),
@@ -39,9 +42,9 @@ class Life(NamedTuple):
 
 
 class Servers:
-    """Remembers of each server's life what does not change while it lasts.
+    """Remembers the values that do not change while a server runs.
 
-    :param lives: the number remembered, more than the servers behind one balancer.
+    :param lives: the number of server runs remembered, more than the servers behind one balancer.
     """
 
     def __init__(self, lives: int = 16) -> None:
@@ -49,11 +52,14 @@ class Servers:
         self._known: dict[tuple[bool, int | None], ServerIdentity] = {}
 
     def forget(self) -> None:
-        """Ask again, because sessions are opened elsewhere now."""
+        """Forget all servers, because sessions are now opened elsewhere."""
         self._known.clear()
 
     async def identify(self, guard: GuardedConnection, life: Life) -> ServerIdentity:
-        """The server of a transaction that answered `LIFE`; the first time it takes two more statements."""
+        """Return the server of a transaction that answered `LIFE`.
+
+        The first time takes two more statements.
+        """
         key = (life.in_recovery, life.started_us)
         known = self._known.get(key)
         if known is None:

@@ -1,8 +1,9 @@
-"""The settings of a reading transaction: its bounds, where names are found, and how values are read and rendered.
+"""The settings of a reading transaction.
 
-A document is text that the server renders, so every setting that takes part in that belongs to the query. All are set
-LOCAL and after BEGIN: a transaction-pooling proxy would leak them to other clients otherwise, as it leaks to us what
-those clients set.
+They limit the transaction, decide where names are found, and how values are read and rendered. A document is text that
+the server renders, so every setting that affects rendering belongs to the query. All are set LOCAL and after BEGIN:
+otherwise a transaction-pooling proxy would leak them to other clients, just as it leaks the settings of those clients
+to us.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ RENDERING: Mapping[str, str] = MappingProxyType(
         "quote_all_identifiers": "off",
     }
 )
-"""How values become text. "C" is the one locale that every server has."""
+"""The settings that render values as text. "C" is the only locale that every server has."""
 MEANING: Mapping[str, str] = MappingProxyType(
     {
         "standard_conforming_strings": "on",
@@ -41,16 +42,20 @@ MEANING: Mapping[str, str] = MappingProxyType(
         "gin_fuzzy_search_limit": "0",
     }
 )
-"""What a query means, at PostgreSQL's own defaults."""
+"""The settings that change the meaning of a query, at PostgreSQL's own defaults."""
 OF_THE_ROLE = ("DateStyle", "default_text_search_config", "timezone_abbreviations", "role")
-"""What a query means, where initdb or the role chose it: their choice stays, another client's SET does not.
+"""The settings that change the meaning of a query, and that initdb or the role chose.
 
-Of DateStyle that is the order of day and month in what is read; what is rendered is ISO.
+Their choice stays; another client's SET does not. For DateStyle this is the order of day and month in input; output is
+ISO.
 """
 
 
 class Limits(NamedTuple):
-    """The bounds of a reading transaction, in milliseconds; none is 0, which would mean "no limit"."""
+    """The limits of a reading transaction, in milliseconds.
+
+    None is 0, which would mean "no limit".
+    """
 
     statement_ms: int
     lock_ms: int
@@ -61,16 +66,20 @@ _TRANSACTION_TIMEOUT_SINCE = 170_000
 
 
 def without_transaction_timeout(server_version: int) -> str:
-    """The statement that lifts a transaction_timeout of the role: it would end the session, and we have bounds."""
+    """Return the statement that lifts the role's transaction_timeout.
+
+    That timeout would end the session, and we have limits of our own.
+    """
     return "SET LOCAL transaction_timeout = 0;" if server_version >= _TRANSACTION_TIMEOUT_SINCE else ""
 
 
 def begin_reading(dataset: DatasetSettings, limits: Limits, *, pinned: bool = True) -> str:
-    """The statements that begin a transaction in which `dataset` is read. None of them takes the snapshot.
+    """Return the statements that begin a transaction in which `dataset` is read.
+
+    None of them takes the snapshot. The grants of a session limit its rights; these settings limit the damage of
+    mistakes.
 
     :param pinned: False if `pinning_expression` is to follow.
-
-    What a session may do is bounded by its grants; this bounds what it may do by mistake.
     """
     return f"""
 BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;
@@ -85,7 +94,7 @@ SET LOCAL cursor_tuple_fraction = 1;
 
 
 def pinned_sql(chosen: Mapping[str, str]) -> str:
-    """The statements that set what renders values and what gives a query its meaning; `chosen` goes over it."""
+    """Return the statements that pin rendering and meaning; `chosen` takes precedence."""
     return "\n".join(
         f"SET LOCAL {_quoted(name)} TO {'DEFAULT' if value is None else literal(value)};"
         for name, value in _pinned(chosen)
@@ -93,7 +102,10 @@ def pinned_sql(chosen: Mapping[str, str]) -> str:
 
 
 def pinning_expression(chosen: Mapping[str, str]) -> str:
-    """The same as an expression for a SELECT, which takes the snapshot; it costs a third where it is prepared."""
+    """Return the same as an expression for a SELECT, which takes the snapshot.
+
+    It costs a third if it is prepared.
+    """
     return _pinning_expression(tuple(chosen.items()))
 
 
@@ -107,7 +119,7 @@ def _pinning_expression(chosen: tuple[tuple[str, str], ...]) -> str:
 
 
 def _pinned(chosen: Mapping[str, str]) -> Iterator[tuple[str, str | None]]:
-    """Names and values in their order; None is the role's or the server's own."""
+    """Yield names and values in their order; None is the role's or the server's own."""
     known = {name.lower() for name in chosen}
     for name in OF_THE_ROLE:
         if name.lower() not in known:
@@ -121,5 +133,8 @@ def _pinned(chosen: Mapping[str, str]) -> Iterator[tuple[str, str | None]]:
 
 
 def _quoted(name: str) -> str:
-    """A setting's name; config lets no quote into it. One of an extension has a dot between its parts."""
+    """Return a setting's quoted name.
+
+    The configuration does not allow quotes in it. The name of an extension's setting has a dot between its parts.
+    """
     return ".".join(f'"{part}"' for part in name.split("."))

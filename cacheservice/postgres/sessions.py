@@ -1,8 +1,8 @@
-"""The sessions that reads use: opened when needed, and kept while their next use is near.
+"""Opens sessions for reads, and keeps them while their next use is near.
 
-A kept session is used again if nothing has arrived on it meanwhile (an end, or why the server ended it), if it is not
-too old, and if its last use succeeded: after a failure nobody knows what was left behind. `commit` resets what a query
-may have changed for the whole session, which our own statements never do.
+A kept session is used again if nothing has arrived on it meanwhile (its end, or the reason why the server ended it), if
+it is not too old, and if its last use succeeded: after a failure its state is unknown. `commit` resets session state
+that a query may have changed; our own statements never change it.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ _ROOM_COMES_WITHIN_S = 3.0
 _ROOM_POLL_S = 0.05
 """The server frees the connection of a session shortly after its end; a busy server may need seconds."""
 _COLLISION_WAITS_S = (0.1, 0.2, 0.4)
-"""The server counts logins as sessions, so that two at a time may both be refused although there is room for one."""
+"""The server counts logins as sessions, so two concurrent logins may both be refused although there is room for one."""
 
-# idle_session_timeout of the role would end a kept session. All of it is the session's own: never sent through a proxy.
+# The role's idle_session_timeout would end a kept session. These settings are for the session, so they are never sent
+# through a proxy.
 _RESET = """
 COMMIT;
 RESET SESSION AUTHORIZATION;
@@ -47,23 +48,23 @@ FROM pg_catalog.pg_roles AS r WHERE r.rolname = session_user
 
 
 class _Pooled:
-    """A session of the pool, and what the pool knows of it.
+    """A session of the pool.
 
-    :param target: where it was opened.
+    :param target: the target where it was opened.
     """
 
     def __init__(self, guard: GuardedConnection, target: Target, opened_at: float) -> None:
         self.guard = guard
         self.target = target
         self.opened_at = opened_at
-        self.has_room: bool | None = None  # whether the role may hold it idle; None until it was asked for
+        self.has_room: bool | None = None  # whether the role may hold it idle; None until asked
 
 
 class Sessions:
     """Opens sessions, and keeps them between reads.
 
     :param connect_timeout_s: for one session to open, name look-ups included.
-    :param status: counts the sessions that are open.
+    :param status: counts the open sessions.
     """
 
     def __init__(self, reactor: Any, target: Target, connect_timeout_s: float, status: DatabaseStatus) -> None:
@@ -73,53 +74,65 @@ class Sessions:
         self._resolver = Resolver(reactor)
         self._connector = Connector(reactor, self._resolver.resolve)
         self._status = status
-        self._idle: list[_Pooled] = []  # the one used last is last
+        self._idle: list[_Pooled] = []  # the session used last is last
         self._busy: dict[GuardedConnection, _Pooled] = {}
-        self._opening = 0  # logins that are under way
+        self._opening = 0  # the number of logins in progress
         self._windows: dict[str, Window] = {}
-        self._returned: list[Deferred[bool]] = []  # who waits for a session of ours to come back
+        self._returned: list[Deferred[bool]] = []  # waits for a session of ours to be returned
         self._make_room: Callable[[], bool] = lambda: False
         self._stopped = False
 
     @property
     def target(self) -> Target:
-        """Where sessions are opened now."""
+        """Return the target where sessions are opened now."""
         return self._target
 
     @property
     def resolve(self) -> Resolve:
-        """Name look-ups for other parts of the service."""
+        """Return the name look-ups, for other parts of the service."""
         return self._resolver.resolve
 
     @property
     def connector(self) -> Connector:
-        """For sessions that are opened elsewhere: it knows which addresses answer."""
+        """Return the connector, for sessions opened elsewhere.
+
+        It knows the addresses that answer.
+        """
         return self._connector
 
     def make_room_by(self, make_room: Callable[[], bool]) -> None:
-        """Call `make_room` where the server has no connection left; it returns whether it gave one up."""
+        """Call `make_room` if the server has no connection left.
+
+        It returns whether it gave up a connection.
+        """
         self._make_room = make_room
 
     def configure(self, target: Target, connect_timeout_s: float) -> None:
-        """Open sessions so from now on. Those of another target end now, or with their present use."""
+        """Open sessions with these settings from now on.
+
+        Sessions of another target end now, or after their current use.
+        """
         if target != self._target:
             self.end_kept()
         self._target = target
         self._connect_timeout_s = connect_timeout_s
 
     def stop(self) -> None:
-        """Let the name look-ups and the kept sessions go; the others end with the reads that hold them."""
+        """End the name look-ups and the kept sessions.
+
+        The other sessions end with the reads that hold them.
+        """
         self._stopped = True
         self.end_kept()
         self._resolver.stop()
 
     def use(self, purpose: str, deadline_at: float, use: Use[T], *, again_in_s: float | None = None) -> Deferred[T]:
-        """`use` a session, a kept one if there is one, and keep it if the next use is near.
+        """Call `use` with a session, and keep the session if its next use is near.
 
-        A kept session that turns out to be lost is not a failure: all of `use` is repeated in a new one, so nothing
-        that it has read may be left when it is called again.
+        A kept session is used if there is one. If it turns out to be lost, that is not a failure: `use` is called again
+        with a new session, so it must not keep results of its first call.
 
-        :param again_in_s: when `purpose` will use one again, counted from now; 0 for any moment, None for never.
+        :param again_in_s: seconds until `purpose` will use a session again; 0 for any moment, None for never.
         """
         now = self._reactor.seconds()
         if again_in_s is not None:
@@ -133,17 +146,17 @@ class Sessions:
         return d
 
     async def commit(self, guard: GuardedConnection, backend_pid: int, ask: str = "") -> Any:
-        """End the transaction, and make the session fit for its next use.
+        """End the transaction, and prepare the session for its next use.
 
-        :param backend_pid: the server process of the transaction. Another one than the session's own is that of a
-            proxy, whose server session belongs to its next client and must not be touched.
-        :param ask: what to ask the server afterwards, as the role of the transaction.
-        :returns: the answer; None if nothing is asked.
+        :param backend_pid: the server process of the transaction. If it differs from the session's own, it belongs to a
+            proxy, whose server session goes to its next client and must not be changed.
+        :param ask: a query to run afterwards, as the role of the transaction.
+        :returns: its answer; None without a query.
         """
         pooled = self._busy[guard]
         if backend_pid != guard.pid:
-            pooled.has_room = True  # the proxy's limits, not the role's
-            # Both are of one transaction of their own: another client may have left another role.
+            pooled.has_room = True  # the proxy's limits apply, not the role's
+            # Both statements are one transaction of their own: another client may have left another role.
             answer = await guard.execute(f"COMMIT; SET LOCAL role TO DEFAULT; {ask}" if ask else "COMMIT")
         elif pooled.has_room is not None:
             answer = await guard.execute(f"{_RESET}; {ask}" if ask else _RESET)
@@ -165,7 +178,7 @@ class Sessions:
         return d
 
     async def _opened(self, purpose: str, deadline_at: float) -> _Pooled:
-        """A new session. Where no connection is left, one of ours is used as soon as it comes back."""
+        """Return a new session, or a returned one if no connection is left."""
         room_by, may_wait_for_logins, waits_s = -math.inf, True, iter(_COLLISION_WAITS_S)
         while True:
             try:
@@ -182,7 +195,7 @@ class Sessions:
                 elif self._make_room():
                     room_by = now + _ROOM_COMES_WITHIN_S
                 elif self._opening and may_wait_for_logins:
-                    # One of ours may have the last connection, and not be in use yet.
+                    # A login of ours may have the last connection, before its session is in use.
                     room_by, may_wait_for_logins = now + _ROOM_COMES_WITHIN_S, False
                 elif (wait_s := next(waits_s, math.inf)) < deadline_at - now:
                     await deferLater(self._reactor, wait_s)
@@ -208,7 +221,10 @@ class Sessions:
         return _Pooled(guard, target, self._reactor.seconds())
 
     async def _one_comes_back(self, until: float) -> bool:
-        """Wait until a session of ours is returned; False if none is in use, or none comes back in time."""
+        """Wait until a session of ours is returned.
+
+        False if no session is in use, or none is returned in time.
+        """
         if not self._busy:
             return False
         returned: Deferred[bool] = Deferred()
@@ -227,7 +243,7 @@ class Sessions:
         returned.callback(comes_back)
 
     def _take(self) -> _Pooled | None:
-        """A kept session that is as good as a new one."""
+        """Return a kept session that is as good as a new one."""
         while self._idle:
             pooled = self._idle.pop()
             if self._is_young(pooled) and pooled.guard.is_quiet():
@@ -250,7 +266,7 @@ class Sessions:
     def _is_wanted(self, pooled: _Pooled) -> bool:
         if self._stopped or pooled.target != self._target or not self._is_young(pooled):
             return False
-        # Somebody waits for it, or the role has room for an idle one and somebody will come.
+        # A use waits for the session, or the role has room for an idle session and a use is near.
         if self._returned:
             return True
         return bool(pooled.has_room) and is_next_use_near(self._reactor.seconds(), self._windows.values())
@@ -259,12 +275,12 @@ class Sessions:
         return bool(self._reactor.seconds() < pooled.opened_at + LIFETIME_S)
 
     def _forget(self, pooled: _Pooled) -> None:
-        """The kept session came to its deadline."""
+        """Remove a kept session that reached its deadline."""
         self._idle.remove(pooled)
         self._status.connections -= 1
 
     def end_kept(self) -> None:
-        """End the kept sessions; until the next use of one, none is kept."""
+        """End the kept sessions; none is kept until the next use."""
         self._windows.clear()
         idle, self._idle = self._idle, []
         for pooled in idle:

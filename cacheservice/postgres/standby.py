@@ -1,6 +1,7 @@
-"""Asks a standby how far it has followed its primary, before a transaction takes its snapshot there.
+"""Asks a standby how far it is behind its primary.
 
-A transaction that asked only after its snapshot could take a standby for up to date that became so a moment later.
+It asks before a transaction takes its snapshot, because a standby may catch up a moment after the snapshot. A
+transaction that asked only then would take the snapshot for up to date.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ _FUNCTION_SEES = """EXISTS (
     WHERE n.nspname = 'cacheservice' AND p.proname = 'wal_receiver'
       AND has_schema_privilege(n.oid, 'USAGE') AND has_function_privilege(p.oid, 'EXECUTE')
       AND pg_has_role(p.proowner, 'pg_read_all_stats', 'USAGE'))"""
-"""The function sees what its owner may see: no use if that is a role like any other."""
+"""The function has the rights of its owner, and does not help if the owner has no more rights than other roles."""
 SEES_RECEIVER = f"({_OWN_RIGHT} OR {_FUNCTION_SEES})"
-"""An SQL expression: whether this role can find out whether a standby hears from its primary."""
+"""An SQL expression: whether this role can find out whether a standby receives from its primary."""
 _RIGHTS = f"""
 SELECT has_function_privilege('pg_control_checkpoint()', 'EXECUTE'),
        NOT {_OWN_RIGHT} AND {_FUNCTION_SEES}"""
@@ -38,7 +39,10 @@ _MOST_STANDBYS = 16
 
 
 class Standbys:
-    """Knows whether the last session was one of a standby, and when each standby was last found up to date."""
+    """Knows whether to expect a standby, and when each standby was last up to date.
+
+    A standby is expected if the last session was on a standby.
+    """
 
     def __init__(self) -> None:
         self._expected = False
@@ -46,17 +50,20 @@ class Standbys:
         self._seen_at: dict[int | None, tuple[float, float]] = {}
 
     def forget(self) -> None:
-        """Sessions are opened elsewhere now."""
+        """Forget all standbys, because sessions are now opened elsewhere."""
         self._expected = False
         self._rights = None
         self._seen_at.clear()
 
     def expect(self, expected: bool) -> None:
-        """Whether the next session is likely one of a standby."""
+        """Set whether the next session is likely to be on a standby."""
         self._expected = expected
 
     async def ask(self, guard: GuardedConnection) -> StandbyFacts | None:
-        """What the standby reports; None if none is expected or it has become a primary. Not within a transaction."""
+        """Return the facts that the standby reports.
+
+        None if no standby is expected, or if it has become a primary. Must not be called within a transaction.
+        """
         if not self._expected:
             return None
         if self._rights is None:
@@ -67,7 +74,7 @@ class Standbys:
             checkpoint=_CHECKPOINT if may_checkpoint else "NULL::numeric",
             receiver="cacheservice.wal_receiver()" if needs_function else "pg_stat_wal_receiver",
         )
-        self._rights = None  # until the answer has shown that they hold
+        self._rights = None  # until the answer has proven them
         (row,) = (await guard.execute(facts_sql)).fetchall()
         facts = _facts(row)
         if facts is not None and (facts.receiver is None or facts.receiver.status is not None):
@@ -75,7 +82,10 @@ class Standbys:
         return facts
 
     def lag(self, facts: StandbyFacts | None, asked_at: float) -> Lag:
-        """The lag of a transaction that began after `facts` were asked for at `asked_at`, on the monotonic clock."""
+        """Return the lag of a transaction that began after `facts` were asked for.
+
+        :param asked_at: the time of asking, on the monotonic clock.
+        """
         if facts is None:
             return NO_LAG
         current_at, heard_at = self._seen_at.get(facts.started_us, (None, None))

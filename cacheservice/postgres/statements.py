@@ -1,4 +1,4 @@
-"""The SQL around a dataset's query and probe, whose text stays as it is."""
+"""The SQL around a dataset's query and probe, whose text is not changed."""
 
 from __future__ import annotations
 
@@ -9,31 +9,34 @@ from cacheservice.query_text import without_semicolon
 
 _PLAIN = KeyForm()
 FEW_ROWS = 500
-"""The most rows that are read in one answer. More need a cursor: three more statements, and no parallel plan."""
+"""The most rows that are read in one answer. More rows need a cursor: three more statements, and no parallel plan."""
 
 
 def rows_query(query: str, key: Sequence[str], form: KeyForm = _PLAIN) -> str:
-    """The SQL that gives (key, document) of each row: PostgreSQL renders both, so types look as it shows them."""
+    """Return the SQL for (key, document) of each row.
+
+    PostgreSQL renders both, so values look as it shows them.
+    """
     columns = form.sql([f"q.{quoted(column)}" for column in key])
-    # q.* is the whole row even where a column is named q.
+    # q.* is the whole row even if a column is named q.
     return f"SELECT {columns}, row_to_json(q.*)::text FROM (\n{without_semicolon(query)}\n) AS q"  # noqa: S608  # the operator's own query
 
 
 def first_rows(select: str, most: int) -> str:
-    """The SQL that gives at most `most` rows of a SELECT, by the plan that is best for all of them.
+    """Return the SQL for at most `most` rows, with the best plan for all rows.
 
-    A LIMIT of the SELECT itself makes the planner look for the plan that has a first row soonest, and to find no more
-    with that may take longer than all rows by another.
+    With a LIMIT in the SELECT itself, the planner prefers a plan that finds the first row soonest. If there are no
+    further rows, that plan may take longer than another plan takes for all rows.
     """
     return f"WITH r AS MATERIALIZED (\n{select}\n) SELECT * FROM r LIMIT {most}"  # noqa: S608  # made here
 
 
 def small_answer(rows: str, most: int, most_bytes: int) -> str:
-    """The SQL that gives (key, document) of at most one row more than `most`, planned as that of `first_rows`.
+    """Return the SQL for (key, document) of at most `most` + 1 rows.
 
-    Where documents have more than `most_bytes` in all, the last ones are NULL.
+    It is planned as in `first_rows`. If the documents exceed `most_bytes` in all, the last ones are NULL.
 
-    :param rows: what `rows_query` gives, perhaps with a condition.
+    :param rows: the SQL of `rows_query`, perhaps with a condition.
     """
     total = "sum(octet_length(document)) OVER (ROWS UNBOUNDED PRECEDING)"
     return (
@@ -43,20 +46,23 @@ def small_answer(rows: str, most: int, most_bytes: int) -> str:
 
 
 def columns_query(query: str) -> str:
-    """The SQL whose result has the query's columns and no row; PostgreSQL plans it and runs nothing."""
+    """Return the SQL whose result has the query's columns and no rows.
+
+    PostgreSQL plans the query and does not run it.
+    """
     return f"{whole_query(query)} LIMIT 0"
 
 
 def whole_query(query: str) -> str:
-    """The SQL that gives the query's rows with its columns."""
+    """Return the SQL for the query's rows with its columns."""
     return f"SELECT * FROM (\n{without_semicolon(query)}\n) AS q"  # noqa: S608  # the operator's own query
 
 
 def probe_query(probe: str) -> str:
-    """The SQL whose one value is the probe's, as text."""
+    """Return the SQL whose only value is the probe's, as text."""
     return f"SELECT (\n{without_semicolon(probe)}\n)::text"
 
 
 def quoted(identifier: str) -> str:
-    """`identifier` as SQL writes it, whatever characters it has."""
+    """Return `identifier` quoted for SQL, whatever characters it has."""
     return '"' + identifier.replace('"', '""') + '"'

@@ -1,4 +1,4 @@
-"""Where to connect: a libpq connection string, read once and kept out of every message."""
+"""A libpq connection string, read once and kept out of every message."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _NOT_SUPPORTED = {
     "hostaddr": "give the address as host",
 }
 _IDENTIFIER_BYTES = 63
-"""PostgreSQL cuts application_name at this length."""
+"""PostgreSQL truncates application_name at this length."""
 
 _OF_THE_CHOICE = ("connect_timeout", "load_balance_hosts")
-"""Parameters for the choice between several addresses, which is ours."""
+"""Parameters for choosing between several addresses, which the connector does instead of libpq."""
 
 _SYSTEM_BUNDLES = (
     "/etc/ssl/certs/ca-certificates.crt",  # Debian, Ubuntu, Alpine
@@ -42,12 +42,12 @@ Resolve = Callable[[str], Awaitable[Sequence[str]]]
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A parsed connection string. Its repr shows nothing of it."""
+    """A parsed connection string. Its repr shows none of it."""
 
     _parameters: Mapping[str, str] = field(repr=False)
 
     def hosts(self) -> list[tuple[str, str]]:
-        """The hosts to try, each with its port, in the order of the connection string."""
+        """Return the hosts and ports to try, in the order of the connection string."""
         hosts = self._value("host", "PGHOST").split(",")
         ports = (self._value("port", "PGPORT") or _DEFAULT_PORT).split(",")
         if len(ports) == 1:
@@ -56,17 +56,20 @@ class Target:
 
     @property
     def session_attrs(self) -> str:
-        """target_session_attrs: which of the hosts will do."""
+        """Return target_session_attrs: the kind of session that is acceptable."""
         return self._value("target_session_attrs", "PGTARGETSESSIONATTRS") or "any"
 
     @property
     def random_order(self) -> bool:
-        """load_balance_hosts: whether hosts and their addresses are tried in a random order."""
+        """Return load_balance_hosts: whether addresses are tried in random order."""
         return self._value("load_balance_hosts", "PGLOADBALANCEHOSTS") == "random"
 
     @property
     def connect_timeout_s(self) -> float | None:
-        """connect_timeout, which libpq applies to each address; None without a limit."""
+        """Return connect_timeout, the limit for each address; None without a limit.
+
+        libpq applies it to each address, too.
+        """
         try:
             seconds = int(self._value("connect_timeout", "PGCONNECT_TIMEOUT") or "0")
         except ValueError:
@@ -74,11 +77,11 @@ class Target:
         return float(seconds) if seconds > 0 else None
 
     def connect_arguments(self, address: Address, session_attrs: str, purpose: str) -> dict[str, Any]:
-        """Arguments for `psycopg2.connect` to one address.
+        """Return the arguments of `psycopg2.connect` for one address.
 
-        libpq resolves names with a blocking call, so `hostaddr` holds the address; `host` stays for the verification
-        of certificates (libpq manual, 34.1.2). Between several addresses its asynchronous mode waits for the first
-        without a limit, so it gets one.
+        libpq resolves names with a blocking call, so `hostaddr` holds the address; `host` stays for the verification of
+        certificates (libpq manual, 34.1.2). In asynchronous mode libpq would wait for the first of several addresses
+        without a limit, so it gets one address.
 
         :param purpose: shown in `application_name`, so that pg_stat_activity names it.
         """
@@ -91,10 +94,10 @@ class Target:
         return parameters | {"gssencmode": "disable", "client_encoding": "UTF8"}
 
     def blocking_arguments(self) -> dict[str, Any]:
-        """Arguments for a `psycopg2.connect` that may block: the connection string, which libpq then follows itself.
+        """Return the arguments for a blocking `psycopg2.connect`.
 
-        sslrootcert=system becomes the system's bundle, because the OpenSSL of the driver's wheel looks for it in a
-        folder of the machine that it was built on.
+        They are the connection string, and libpq chooses between the addresses itself. sslrootcert=system becomes the
+        system's bundle, because the OpenSSL in the driver's wheel looks in a directory of its build machine.
         """
         parameters: dict[str, Any] = dict(self._parameters)
         if self._value("sslrootcert", "PGSSLROOTCERT") == "system":
@@ -104,7 +107,10 @@ class Target:
         return parameters
 
     def application_name(self, purpose: str, attempt: str = "") -> str:
-        """What pg_stat_activity shows of a session, and while it works for an attempt, the id of that at the end."""
+        """Return the application_name of a session, as pg_stat_activity shows it.
+
+        While the session works for an attempt, the name ends with the attempt's id.
+        """
         ending = f" {attempt}" if attempt else ""
         name = f"{self._parameters.get('application_name', 'cacheservice')} {purpose}"
         return name[: _IDENTIFIER_BYTES - len(ending)] + ending
@@ -117,9 +123,10 @@ class Target:
         return "password" in self._parameters
 
     def redact(self, text: str) -> str:
-        """`text` in one line and without the password.
+        """Return `text` in one line and without the password.
 
-        A short password is taken out only where one may stand, because its letters are part of other words, too.
+        A short password is removed only from places where a password may stand, because its letters are also part of
+        other words.
         """
         for name in _SECRET:
             password = self._parameters.get(name)
@@ -140,11 +147,14 @@ def _secret_places(password: str) -> re.Pattern[str]:
 
 
 def parse(dsn: str) -> Target:
-    """:raises ValueError: with one line that does not show the DSN."""
+    """Parse a DSN.
+
+    :raises ValueError: with one line that does not show the DSN.
+    """
     try:
         parameters = extensions.parse_dsn(dsn)
     except (psycopg2.Error, TypeError, ValueError):
-        # libpq's own message quotes the string, and with it the password.
+        # libpq's own message quotes the string, and the password with it.
         raise ValueError(
             "not a libpq connection string; write postgresql://USER@HOST:5432/DATABASE or host=… dbname=… user=…"
         ) from None
@@ -162,7 +172,7 @@ def parse(dsn: str) -> Target:
 
 
 def problem(dsn: str) -> str | None:
-    """What is wrong with a DSN, in a line that does not show it; None if nothing is."""
+    """Return the problem of a DSN in a line without the DSN; None if it is valid."""
     try:
         parse(dsn)
     except ValueError as error:
@@ -179,5 +189,5 @@ def is_address(host: str) -> bool:
 
 
 def is_name(host: str) -> bool:
-    # libpq: empty is the default unix socket, a path or @abstract names one.
+    # libpq: an empty host is the default unix socket; a path or @abstract names a socket.
     return bool(host) and not host.startswith(("/", "@")) and not is_address(host)

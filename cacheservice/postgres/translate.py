@@ -1,4 +1,4 @@
-"""The driver's exceptions, made ours: what happened, in words that show no password and no data."""
+"""Translates the driver's exceptions to ours, without passwords or data."""
 
 from __future__ import annotations
 
@@ -31,22 +31,25 @@ _SHOWS_DATA = re.compile("2[23]...")
 """Data exceptions and integrity violations quote the offending value in their message."""
 _OF_RECOVERY = re.compile("conflict with recovery")
 _RECOVERY_FUNCTION = re.compile("RecoveryConflict")
-"""The function of the server that raises it, because a message may be translated."""
+"""The server function that raises the error; the message itself may be translated."""
 _OF_ENCODINGS = ("22021", "22P05")
-"""These quote names of encodings, and show the bytes."""
+"""The messages quote names of encodings, and show the bytes."""
 _BYTES = re.compile(r"0x[0-9a-f]{2}( 0x[0-9a-f]{2})*")
 _QUOTED = re.compile(r'"[^"]*"')
 
 
 def translate(error: psycopg2.Error, target: Target, *, connecting: bool = False) -> RefreshFailed:
-    """Ours for any exception of the driver. The caller raises it `from` the driver's."""
+    """Return our exception for any exception of the driver.
+
+    The caller raises it `from` the driver's.
+    """
     sqlstate: str = getattr(error, "pgcode", None) or ""
     diagnostics = getattr(error, "diag", None)
     told = (diagnostics and diagnostics.message_primary) or str(error)
     if connecting and (spent := no_descriptor_left(told)) is not None:
         return spent
     told = told or f"{type(error).__name__} without a reason"
-    # Before the password is taken out: a short one may be part of the words that the advice goes by.
+    # Before the password is removed: a short password may be part of the words that decide the advice.
     todo = advice.for_login(sqlstate, told) if connecting else advice.for_query(sqlstate)
     message = target.redact(told)
     if sqlstate in (_SERIALIZATION_FAILURE, _DEADLOCK_DETECTED) and not connecting:
@@ -69,10 +72,10 @@ def translate(error: psycopg2.Error, target: Target, *, connecting: bool = False
 
 
 def _try_again(sqlstate: str, message: str, diagnostics: Any) -> QueryFailed:
-    """What another try may not meet again.
+    """Return the error for a conflict that another try may avoid.
 
-    A standby says with the same codes that replay came first (PostgreSQL manual, 26.4.2). Between two statements it
-    ends the session instead, and all that the driver then tells is that the session is lost.
+    A standby uses the same codes if replay took precedence (PostgreSQL manual, 26.4.2). Between two statements it ends
+    the session instead, and then the driver only reports that the session is lost.
     """
     of_recovery = _OF_RECOVERY.search(message) or _RECOVERY_FUNCTION.search(diagnostics.source_function or "")
     if of_recovery:

@@ -1,11 +1,12 @@
 """The triggers that record the keys of changed rows, and their functions, as SQL.
 
-A trigger for each kind of statement, with static SQL in a function of its own, so that its plan is cached; one row with
-an array of keys for each statement (one row a key by dynamic SQL cost three times as much).
+There is a trigger for each kind of statement, with static SQL in a function of its own, so that its plan is cached.
+Each statement records one row with an array of keys (a row for each key by dynamic SQL cost three times as much).
 
-The functions run as whoever made them, since writers have no rights in our schema. So that nobody makes them run
-anything else, every name in them is qualified (as safe as a search_path of their own, which costs 1 to 3 µs a
-statement), and nobody else may put them on a table: on one with a column whose cast to text is its maker's.
+The functions run with the rights of their creator, because writers have no rights in our schema. To keep other users
+from running code with these rights, every name in the functions is qualified (as safe as a search_path of their own,
+which costs 1 to 3 µs a statement), and only their owner may use them in a trigger: otherwise a user could attach one to
+a table with a column whose cast to text is the user's own function.
 """
 
 from __future__ import annotations
@@ -19,31 +20,34 @@ from cacheservice.config import OWN_CHANNEL
 
 EVENTS = ("insert", "update", "delete", "truncate")
 ROW = "row"
-"""The event of the trigger for rows, which fires only where a replication applies changes."""
+"""The event of the row trigger, which fires only when replication applies changes."""
 _NO_COLUMN = "cacheservice: no such column"
 """Stands for the key in a statement on a table whose key column is gone."""
 _MOST_ROWS = 1_000_000
 _MOST_BYTES = 100_000_000
 """A statement that changes more rows, or rows with more bytes of keys, is recorded without keys, as a TRUNCATE is: an
-array holds at most 1 GB, and the statement would fail."""
+array holds at most 1 GB, and the statement would fail otherwise."""
 
 
 class Table(NamedTuple):
-    """A table as the database knows it; names are quoted where they need it."""
+    """A table as the database knows it; names are quoted where necessary."""
 
     name: str
     oid: int
     family: tuple[str, ...]
-    """Itself, its partitions and its children: a statement that names one of them fires the triggers of that alone."""
+    """The table itself, its partitions and its children.
+
+    A statement that names one of them fires only that one's triggers.
+    """
     holding_rows: tuple[str, ...]
-    """Those of the family that hold rows themselves."""
+    """The members of the family that hold rows themselves."""
     is_partitioned: bool
 
 
-# A writer's statement fails for no reason of ours. An exception handler would cost each statement a subtransaction, and
-# with it a number of a transaction; instead it is seen before whether the table of changes is there and may be written
-# to, which `cacheservice.changes()` notices, too. The key of a column that is gone becomes `_NO_COLUMN`: see `_ARRAY`.
-# Only the trigger for rows has a handler, which writes nothing and so takes no number: see `_ROW_KEYS`.
+# Our code must not make a writer's statement fail. An exception handler would cost each statement a subtransaction, and
+# thereby a transaction id. Instead the function checks beforehand whether the table of changes exists and may be
+# written to; `cacheservice.changes()` detects that, too. The key of a column that is gone becomes `_NO_COLUMN`: see
+# `_ARRAY`. Only the row trigger has a handler, which writes nothing and so takes no transaction id: see `_ROW_KEYS`.
 _FUNCTION = """\
 {create} FUNCTION cacheservice.{function}() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER
@@ -60,20 +64,21 @@ BEGIN
 END
 {quote};
 REVOKE ALL ON FUNCTION cacheservice.{function}() FROM PUBLIC;"""
-# PostgreSQL drops a notification that its transaction has sent already.
+# PostgreSQL drops a notification that its transaction has already sent.
 _NOTIFY = """
     IF FOUND THEN
         PERFORM pg_catalog.pg_notify({channel}, {payload});
     END IF;"""
 # A MERGE that moves a row to another partition fires the triggers for UPDATE, and PostgreSQL shows them neither the old
-# row nor the new one. So an update of a partitioned table is recorded without keys if its statement may be a MERGE. The
-# trigger decides by texts alone:
+# row nor the new one. Therefore an update of a partitioned table is recorded without keys if its statement may be a
+# MERGE. The trigger decides that by texts alone:
 #
-# - The stack. Its first line is this function's. If it has no other, the client's statement fired the trigger. That is
-#   not a MERGE if it has the word UPDATE or DELETE (of a foreign key with ON DELETE SET NULL), and no word that may
-#   stand for a MERGE: EXECUTE runs a prepared statement, FETCH and MOVE run the statement of a cursor.
-# - Otherwise a function ran the statement, and the second line quotes it. It does not if the function is in SQL or
-#   reads a cursor: that may be a MERGE. lc_messages may translate the words around the quotation, so they are ignored.
+# - The stack. Its first line is this function's. If there is no other line, the client's statement fired the trigger.
+#   The statement is not a MERGE if it has the word UPDATE or DELETE (of a foreign key with ON DELETE SET NULL), and no
+#   word that may stand for a MERGE: EXECUTE runs a prepared statement, FETCH and MOVE run the statement of a cursor.
+# - Otherwise a function ran the statement, and the second line quotes it. It is not quoted if the function is in SQL or
+#   reads a cursor: then it may be a MERGE. lc_messages may translate the words around the quotation, so those words are
+#   ignored.
 #
 # E'' and COLLATE "C": no setting of the writer's session or the database changes a pattern. The limit of 1 MB bounds
 # the time, to 3 ms. Measured on short statements: 3 to 4 µs.
@@ -101,10 +106,10 @@ _IF_MERGE = f"""
             RETURN NULL;
         END IF;
     END IF;"""  # noqa: S608  # constants
-# OFFSET 0: each sub-select is run once, however often it is named.
-# The key's columns are named without their table, so that one that is gone is found in `_NONE`, a level above, instead.
-# The bytes are summed a level above the columns: an aggregate of nothing but `_NONE`'s would belong to that level.
-# Measured: 1.4 µs a statement for each array. Toasted keys are not read for it.
+# OFFSET 0: each sub-select runs once, however often it is named. The key's columns are named without their table, so
+# that a missing column is found in `_NONE`, a level above, instead. The bytes are summed a level above the columns: an
+# aggregate of only `_NONE`'s columns would belong to that level. Measured: 1.4 µs a statement for each array. Toasted
+# keys are not read for it.
 _ARRAY = """CASE WHEN (SELECT {bytes} FROM (SELECT {lengths} FROM {rows} AS r) AS l) OPERATOR(pg_catalog.>) {most_bytes}
                  THEN NULL ELSE ARRAY(SELECT {key} FROM {rows} AS r LIMIT {one_too_many}) END"""
 _NONE = "(SELECT {none}) AS none"
@@ -119,8 +124,8 @@ _ONE_ARRAY = (
 _KEYS = {
     "insert": _ONE_ARRAY.replace("{array}", _ARRAY.replace("{rows}", "new_rows")),
     "delete": _ONE_ARRAY.replace("{array}", _ARRAY.replace("{rows}", "old_rows")),
-    # Both arrays are in the order in which the rows were updated, so they are alike unless a key was changed. One is
-    # longer when a row was to move to another partition and a trigger of that refused it.
+    # Both arrays are in the order in which the rows were updated, so they are equal unless a key was changed. One is
+    # longer if a row was to move to another partition and a trigger of that partition refused it.
     "update": (
         "SELECT {number}, CASE\n"
         "        WHEN {unknown_before} OR {unknown_later} OR a.before IS NULL OR a.later IS NULL THEN NULL\n"
@@ -139,9 +144,9 @@ _KEYS = {
     ROW: "VALUES ({number}, recorded)",
 }
 # A session keeps the plan of this statement. PostgreSQL replaces it when columns of a transition table change, but not
-# when those of NEW and OLD do, and then each execution fails. A constant of the type regclass makes a plan depend on a
-# table. It does not cover a child whose own columns change, or the OIDs of a restored dump: then
-# the handler leaves the keys unknown, and all rows are read.
+# when the columns of NEW and OLD do, and then each execution fails. A constant of the type regclass makes a plan depend
+# on a table. It does not cover a child whose own columns change, or the OIDs of a restored dump: then the handler
+# leaves the keys unknown, and all rows are read.
 _ROW_VARIABLES = "\nDECLARE\n    recorded pg_catalog.text[];"
 _ROW_KEYS = (
     """
@@ -178,11 +183,11 @@ def recording(
     partitioned: bool,
     replace: bool = False,
 ) -> list[str]:
-    """Return the statements that create the functions of the triggers, or replace them.
+    """Return the statements that create or replace the functions of the triggers.
 
     :param relation: the OID of the watched table.
     """
-    # "C": a nondeterministic collation of the column would take a key for another.
+    # "C", because a nondeterministic collation of the column would treat different keys as equal.
     value = sql.SQL('{}::pg_catalog.text COLLATE pg_catalog."C"')
     columns = [sql.Identifier(column) for column in key]
     values = [value.format(column) for column in columns]
@@ -238,7 +243,10 @@ def recording(
 
 
 def _unknown(array: str, width: int) -> sql.Composable:
-    """Whether the first key of an array is of a column that is gone; all are then."""
+    """Return the condition that the first key of an array is of a column that is gone.
+
+    All keys of the array are then.
+    """
     places = [f"[1][{place}]" for place in range(1, width + 1)] if width > 1 else ["[1]"]
     firsts = [
         sql.SQL(f"a.{array}{place} OPERATOR(pg_catalog.=) {{}}").format(sql.Literal(_NO_COLUMN)) for place in places
@@ -247,8 +255,8 @@ def _unknown(array: str, width: int) -> sql.Composable:
 
 
 def triggers(cursor: Any, number: int, table: Table) -> list[str]:
-    # ALWAYS: for replicated sessions (session_replication_role) too; and whoever disables triggers for a while and
-    # enables them again leaves them without it, which the next refresh notices.
+    # ALWAYS: the triggers also fire in replicated sessions (session_replication_role). A user who disables and enables
+    # triggers removes ALWAYS, which the next refresh detects.
     statements = [
         text(
             cursor,
@@ -264,8 +272,8 @@ def triggers(cursor: Any, number: int, table: Table) -> list[str]:
         for member in table.family
         for event in EVENTS
     ]
-    # What applies a replication (a subscription's worker, pglogical) fires triggers for rows alone. REPLICA: nobody
-    # else does, so that it costs ordinary writers nothing.
+    # A process that applies replicated changes (a subscription's worker, pglogical) fires only row triggers. REPLICA:
+    # no other session fires them, so ordinary writers pay nothing.
     rows = [
         text(
             cursor,

@@ -1,5 +1,6 @@
-"""Triggers that record the keys of changed rows: what `cacheservice watch` and `unwatch` do. It blocks: for the command
-line, never for the service.
+"""`cacheservice watch` and `unwatch`: triggers that record changed keys.
+
+They block, so they are for the command line and never for the service.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from cacheservice.postgres.admin import LOCK_TIMEOUT_MS, SCHEMA, Refused, Sessio
 from cacheservice.postgres.triggers import EVENTS, ROW, Table, recording, text, trigger, triggers
 
 _TABLE_KINDS = "rp"
-"""Ordinary and partitioned tables: what has triggers with transition tables."""
+"""Ordinary and partitioned tables: the kinds that have triggers with transition tables."""
 _ONE_AT_A_TIME = "LOCK TABLE cacheservice.watched IN SHARE ROW EXCLUSIVE MODE"
 _FORM = 3
-"""What the functions of a new watch can do: see the comment on the column `form` of cacheservice.watched."""
+"""The version of a new watch's functions: see the comment on the column `form` of cacheservice.watched."""
 _BEGIN = f"BEGIN;\nSET LOCAL lock_timeout = {LOCK_TIMEOUT_MS};"
 
 
@@ -32,14 +33,15 @@ def watch(
     say: Callable[[str], None],
     dsn_source: str = "postgres.dsn",
 ) -> list[str]:
-    """Record the keys of all rows of `table` that change from now on; gives the names of the tables it is done for.
+    """Record the keys of all rows of `table` that change from now on.
 
-    Again for one that is watched, it makes its triggers anew.
+    For a table that is already watched, the triggers are created again.
 
-    :param key: the columns whose values name a row.
-    :param dry_run: only say the SQL.
-    :param dsn_source: as that of `admin.session`.
-    :raises WatchFailed: if the database cannot be reached or refuses, with what to do.
+    :param key: the columns whose values identify a row.
+    :param dry_run: only print the SQL.
+    :param dsn_source: as for `admin.session`.
+    :returns: the names of the watched tables.
+    :raises WatchFailed: if the database cannot be reached or refuses, with the next step.
     """
     with _transaction(dsn, dsn_source, restore=not dry_run) as session:
         cursor = session.cursor
@@ -73,9 +75,11 @@ def unwatch(
     say: Callable[[str], None],
     dsn_source: str = "postgres.dsn",
 ) -> list[str]:
-    """Undo `watch`; without a key, every watch of that table. It needs none of our tables, and not even the table.
+    """Undo `watch`; without a key, undo every watch of the table.
 
-    :raises WatchFailed: if it is not watched so, or the database refuses.
+    Neither our tables nor the watched table need to exist.
+
+    :raises WatchFailed: if there is no such watch, or the database refuses.
     """
     with _transaction(dsn, dsn_source, restore=not dry_run) as session:
         cursor = session.cursor
@@ -97,7 +101,7 @@ def unwatch(
             )
             numbers = [number for (number,) in chosen]
         if not key:
-            # Its triggers say so as well, if the record of them is gone.
+            # Its triggers also name the watches, if the record is gone.
             numbers += [number for number in _numbers_of_triggers(session, oid) if number not in numbers]
         if not numbers:
             raise WatchFailed(f"{name} is not watched{' by ' + ', '.join(key) if key else ''}")
@@ -136,7 +140,10 @@ def renew(session: Session) -> None:
 
 @contextmanager
 def _transaction(dsn: str, dsn_source: str, *, restore: bool) -> Iterator[Session]:
-    """A session in a transaction that is committed at the end; errors become ours."""
+    """Open a session in a transaction that is committed at the end.
+
+    The driver's errors become ours.
+    """
     try:
         with admin.session(dsn, "cacheservice watch", dsn_source) as session, session.transaction():
             session.cursor.execute("SET LOCAL search_path = pg_catalog, public, pg_temp")
@@ -158,7 +165,7 @@ def _has(session: Session, table: str) -> bool:
 
 
 def _named(cursor: Any, table: str) -> tuple[int, str, str]:
-    """The OID, the full name and the kind of a relation ("t": temporary)."""
+    """Return the OID, the full name and the kind of a relation ("t": temporary)."""
     # The server splits and folds the name by its own rules.
     cursor.execute(
         "SELECT c.oid, n.nspname, c.relname, CASE c.relpersistence WHEN 't' THEN 't' ELSE c.relkind END::text "
@@ -187,7 +194,7 @@ def _find(cursor: Any, table: str, key: Sequence[str]) -> Table:
                 f"{name}: the column {column} is generated and not stored, so that no trigger sees its value; "
                 "watch a stored column"
             )
-    # A statement that names the parent changes its rows and fires none of its triggers.
+    # A statement that names the parent changes the child's rows and fires none of the child's triggers.
     cursor.execute("SELECT inhparent::regclass::text FROM pg_inherits WHERE inhrelid = %s ORDER BY inhseqno", (oid,))
     if parent := cursor.fetchone():
         raise WatchFailed(f"{name} is a partition or a child of {parent[0]}; watch that, and it is watched with it")
@@ -237,7 +244,7 @@ def _other_parent(cursor: Any, oid: int) -> tuple[str, str] | None:
 
 
 def _family(cursor: Any, oid: int) -> list[tuple[str, str]]:
-    """The names and kinds of a table and all below it, itself first."""
+    """Return the names and kinds of a table and its descendants, the table first."""
     cursor.execute(
         f"""{_FAMILY}
         SELECT n.nspname, c.relname, c.relkind::text FROM family AS f JOIN pg_class AS c ON c.oid = f.oid
@@ -271,18 +278,24 @@ def _registering(cursor: Any, number: int, table: Table, key: Sequence[str], not
 
 
 def _owning(session: Session, number: int) -> list[str]:
-    """Give the functions to the owner of the table that they fill, who cannot lose the right by a REVOKE of others."""
+    """Return statements that give the functions to the owner of the table they fill.
+
+    The owner cannot lose its right to the table by another role's REVOKE.
+    """
     owner = session.value("SELECT relowner::regrole::text FROM pg_class WHERE oid = 'cacheservice.changes'::regclass")
     if owner == session.role:
         return []
     return [
-        f"ALTER FUNCTION cacheservice.record_{number}_{event}() OWNER TO {owner};"  # it comes quoted
+        f"ALTER FUNCTION cacheservice.record_{number}_{event}() OWNER TO {owner};"  # already quoted
         for event in (*EVENTS, ROW)
     ]
 
 
 def _tidying(session: Session, oid: int | None) -> list[str]:
-    """What takes away the watches of tables that are gone, and of `oid` those by columns that are gone."""
+    """Return the statements that remove orphaned watches.
+
+    These are the watches of tables that are gone, and the watches of `oid` by columns that are gone.
+    """
     found = session.rows(
         """
         SELECT w.id FROM cacheservice.watched AS w
@@ -319,12 +332,12 @@ def _removing(session: Session, number: int, family: Sequence[str]) -> list[str]
             for event in (*EVENTS, ROW)
         ),
         *(
-            # CASCADE: a trigger of a partition that has been detached since.
+            # CASCADE: a partition that was detached since may still have a trigger.
             text(cursor, "DROP FUNCTION cacheservice.{}() CASCADE;", sql.Identifier(function))
             for function in functions
             if (function,) in present
         ),
-        # In this order: what is deleted of no watch does not count as pruned.
+        # In this order, because rows deleted without a watch do not count as pruned.
         *(
             text(
                 cursor,
@@ -340,7 +353,7 @@ def _removing(session: Session, number: int, family: Sequence[str]) -> list[str]
 
 def _run(cursor: Any, statements: Sequence[str], dry_run: bool, say: Callable[[str], None]) -> None:
     if dry_run:
-        # In one transaction as here: since_xid is the one that puts the triggers there.
+        # One transaction, as in a real run: since_xid is the transaction that creates the triggers.
         say("\n".join([_BEGIN, *statements, "COMMIT;"]))
         return
     for statement in statements:

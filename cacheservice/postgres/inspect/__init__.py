@@ -1,9 +1,9 @@
-"""What PostgreSQL says of the declared queries before the service runs: `cacheservice check --db`. It blocks: for the
-command line, never for the service.
+"""`cacheservice check --db`: inspects the declared queries.
 
-Each dataset is looked at in a transaction of its own, read only and with the settings of a real refresh, so that what
-is found here is what a refresh finds. No query is run whole: the columns come from a result without rows, the figures
-from the planner, and what the planner does not know from a sample with a statement timeout.
+It runs before the service does, and blocks, so it is for the command line and never for the service. Each dataset is
+inspected in a transaction of its own, read only and with the settings of a real refresh, so that a refresh finds the
+same. No query is run as a whole: the columns come from a result without rows, the figures from the planner, and the
+rest from a sample with a statement timeout.
 """
 
 from __future__ import annotations

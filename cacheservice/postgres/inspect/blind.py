@@ -1,4 +1,7 @@
-"""What the triggers of a watch cannot see, by the plan of the query and the catalog."""
+"""Finds changes that the triggers of a watch cannot see.
+
+The evidence is the query's plan and the catalog.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ _PICKS = {
     "WindowAgg": "a window function computes a row from other rows",
     "Unique": "which row DISTINCT ON takes depends on other rows",
 }
-"""Nodes that are harmless if they see no rows but those of one key."""
+"""Nodes that are harmless if they see only the rows of one key."""
 _NODES = {
     "Recursive Union": "a recursive query computes a row from other rows",
     "Sample Scan": "TABLESAMPLE takes other rows each time",
@@ -69,11 +72,13 @@ def look_for_blind_spots(
     *,
     looks_fine: bool,
 ) -> None:
-    """Add a problem for each reason why a delta would miss changes; only for datasets with `watch`.
+    """Add a problem for each reason why a delta would miss changes.
 
-    :param places: where the columns of the key stand in the query's output.
+    Only datasets with `watch` are checked.
+
+    :param places: the places of the key's columns in the query's output.
     :param origins: the table and the number of the column of each part of the key, as the server describes them.
-    :param looks_fine: whether nothing is known against the watches yet; else what may follow from that is left out.
+    :param looks_fine: whether no problem of the watches is known yet; if not, possible consequences of it are left out.
     """
     if not look.dataset.watch:
         return
@@ -118,7 +123,10 @@ def _hint(look: Look, why: str, todo: str) -> None:
 
 
 def _look_at_tables(look: Look, scans: Sequence[Scan]) -> dict[tuple[str, str], list[int]]:
-    """Add the tables that are not watched; return the others, with the numbers of the watches that hold them."""
+    """Add a problem for each table that is not watched; return the watched tables.
+
+    :returns: the numbers of the watches that hold each table.
+    """
     scanned = sorted({(scan.schema, scan.table) for scan in scans})
     watched: dict[tuple[str, str], list[int]] = {}
     for schema, name, table, kind, watches in _relations(look, scanned):
@@ -137,7 +145,10 @@ def _add_unwatched(look: Look, table: str, kind: str, why: str) -> None:
 
 
 def _relations(look: Look, names: Collection[tuple[str, str]]) -> list[tuple[str, str, str, str, list[int]]]:
-    """The schema, name, quoted name and kind of each, and which watches hold it or a table above it."""
+    """Return the schema, name, quoted name, kind and watches of each relation.
+
+    A watch is included if it holds the relation or a table above it.
+    """
     look.cursor.execute(
         """
         WITH RECURSIVE named AS (
@@ -169,7 +180,10 @@ def _relations(look: Look, names: Collection[tuple[str, str]]) -> list[tuple[str
 def _look_at_links(
     look: Look, links: Links, watched: Mapping[tuple[str, str], Sequence[int]], key: Sequence[Value | None]
 ) -> None:
-    """Add each scan of a watched table whose rows belong to other keys than those that its triggers record."""
+    """Add each scan of a watched table that may change documents of unrecorded keys.
+
+    Its rows then belong to other keys than the keys that its triggers record.
+    """
     if not all(key):
         _add(
             look,
@@ -206,7 +220,7 @@ def _look_at_links(
 
 
 def _is_unique(look: Look, table: str, columns: Sequence[str]) -> bool:
-    """Whether no two rows of the table have the same values of `columns`."""
+    """Return whether `columns` are unique in the table."""
     look.cursor.execute(
         """
         SELECT EXISTS (
@@ -273,7 +287,7 @@ def _look_at_functions(look: Look, plan: Mapping[str, Any]) -> None:
             f"a function named {' or '.join(unsure)} is VOLATILE, so its value may change by itself",
             "declare the function IMMUTABLE or STABLE if its value depends on its arguments and watched rows alone",
         )
-    # PostgreSQL puts the moment of planning in their place, so that the plan shows a constant.
+    # PostgreSQL replaces these words by the time of planning, so the plan shows a constant.
     if moments := sorted({word.lower() for word in _MOMENTS.findall(without_comments(look.dataset.query))}):
         words = " and ".join(f"'{word}'" for word in moments)
         _hint(
@@ -292,7 +306,7 @@ def _expressions(plan: Mapping[str, Any]) -> Iterator[str]:
 
 def _key_column(plan: Mapping[str, Any], links: Links, place: int, *, of_sets: bool) -> Value | None:
     if of_sets:
-        # A member may cast its column to the type that all have in common, or have a constant in its place.
+        # A member may cast its column to the common type of all members, or have a constant instead.
         for value in map(value_of, sources_of(plan, place)):
             if value is not None and value[0]:
                 return value
@@ -301,7 +315,10 @@ def _key_column(plan: Mapping[str, Any], links: Links, place: int, *, of_sets: b
 
 
 def _holds_columns(plan: Mapping[str, Any], place: int) -> bool:
-    """Whether a column of the output is one of a table in each member of a UNION, or seems so."""
+    """Return whether an output column is a table's column in each member of a UNION.
+
+    True also if it only seems so.
+    """
     output = output_of(plan)
     expressions = [*output[place : place + 1], *sources_of(plan, place)]
     return not any(map(is_expression, expressions))
@@ -310,7 +327,10 @@ def _holds_columns(plan: Mapping[str, Any], place: int) -> bool:
 def _look_at_key(
     look: Look, computed: Sequence[str], origins: Sequence[tuple[int | None, int | None]], *, looks_fine: bool
 ) -> None:
-    """:param computed: the columns of the key that are expressions."""
+    """Add the problems of the key itself.
+
+    :param computed: the columns of the key that are expressions.
+    """
     if computed:
         if looks_fine:
             _add(

@@ -1,4 +1,7 @@
-"""What the plan of a query does not show: tables that its functions read, and the definitions of its views."""
+"""Finds the parts of a query that its plan does not show.
+
+These are the tables that its functions read, and the definitions of its views.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +30,14 @@ class Call(NamedTuple):
 
     @property
     def is_builtin(self) -> bool:
-        """Whether it may be a function of PostgreSQL."""
+        """Return whether the function may be PostgreSQL's own."""
         return self.schema in (None, "pg_catalog")
 
 
 class Reading(NamedTuple):
-    """A function that the query calls, also through others, and a table that its body names.
+    """A function that the query calls, also indirectly, and a table in its body.
 
-    :param certain: whether that function and no other is called, and the table's name follows FROM or JOIN.
+    :param certain: whether only that function can be meant, and the table's name follows FROM or JOIN.
     """
 
     function: str
@@ -51,7 +54,7 @@ class _Body(NamedTuple):
 
 
 def calls_in(text: str) -> set[Call]:
-    """Names in `text` that an opening parenthesis follows, beside those in strings."""
+    """Return the names in `text` before an opening parenthesis, except in strings."""
     found = set()
     for match in _CALL.finditer(text := without_strings(text)):
         schema, name = match[1] and _folded(match[1]), _folded(match[2])
@@ -63,7 +66,7 @@ def calls_in(text: str) -> set[Call]:
 
 
 def tables_of_functions(look: Look, called: Iterable[Call]) -> list[Reading]:
-    """Return the tables that functions read, those that they read through views included.
+    """Return the tables that functions read, also through views.
 
     :param called: the functions in the plan.
     """
@@ -76,9 +79,9 @@ def tables_of_functions(look: Look, called: Iterable[Call]) -> list[Reading]:
 
 
 def _reach(look: Look, called: set[Call], *, certainly: bool) -> dict[int, _Body]:
-    """The functions behind `called`, also through others.
+    """Return the functions behind `called`, including indirect calls.
 
-    :param certainly: leave out overloads, because the plan does not name the one it calls, and calls inside strings.
+    :param certainly: leave out overloads, because the plan does not show which is called, and calls inside strings.
     """
     bodies: dict[int, _Body] = {}
     calls: dict[Call, set[str]] = {call: set() for call in called}
@@ -119,9 +122,10 @@ def definitions_of_views(look: Look) -> list[str]:
 
 
 def volatile(look: Look, called: Iterable[Call]) -> tuple[list[str], list[str]]:
-    """Return the names of called functions that are certainly volatile, and of those that may be.
+    """Return the certainly and the possibly volatile functions among `called`.
 
-    A function of the database is volatile unless its author wrote otherwise, and so may be one that is not.
+    A function in the database is volatile unless its author declared otherwise, so a function that is not volatile may
+    lack the declaration.
     """
     calls = sorted({(call.schema or "", call.name) for call in called})
     look.cursor.execute(
@@ -140,7 +144,10 @@ def volatile(look: Look, called: Iterable[Call]) -> tuple[list[str], list[str]]:
 
 
 def _functions(look: Look, calls: Mapping[Call, Collection[str]], *, certainly: bool) -> dict[int, _Body]:
-    """:param calls: each with the names of schemas where it may be found beside those of search_path."""
+    """Return the functions that match `calls`.
+
+    :param calls: each with the names of schemas in which to look beside search_path.
+    """
     places = sorted({(call.schema or "", call.name, "") for call in calls}) + sorted(
         {("", call.name, word) for call, words in calls.items() if call.schema is None for word in words}
     )
@@ -206,7 +213,10 @@ def _tables(look: Look, body: _Body, *, certain: bool) -> Iterator[Reading]:
 
 
 def _without_other_from(text: str) -> str:
-    """Take out the FROM that no table follows: of IS DISTINCT FROM, extract(… FROM …) and the like."""
+    """Remove each FROM that is not followed by a table.
+
+    Examples are IS DISTINCT FROM and extract(… FROM …).
+    """
     text = _DISTINCT_FROM.sub("distinct ", text)
     for match in reversed(list(_FROM_AS_ARGUMENT.finditer(text))):
         end = closes_at(text, match.end())

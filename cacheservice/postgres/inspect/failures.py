@@ -1,4 +1,4 @@
-"""What an error of the server means for the dataset that is looked at, and what to do about it."""
+"""Explains a server error for the inspected dataset, with the next step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from cacheservice.postgres.translate import translate
 
 @contextmanager
 def step(look: Look, what: str) -> Iterator[None]:
-    """A part that may fail on its own: the rest goes on, and the reason becomes a finding."""
+    """Run a check that may fail without stopping the others.
+
+    The cause of its failure becomes a finding.
+    """
     look.cursor.execute("SAVEPOINT step")
     try:
         yield
@@ -44,14 +47,14 @@ def finding(look: Look, what: str, error: psycopg2.Error) -> Finding:
         case "57014":
             return Finding("problem", f"{what}: not answered within {STATEMENT_TIMEOUT_MS // 1000} s", "try again")
     if error.diag.statement_position and what == "the query":
-        # Before it stands what makes a subquery of it.
+        # The position counts the text that makes the query a subquery.
         characters = int(error.diag.statement_position) - 1 - whole_query("").index("\n") - 1
         told += f", line {look.dataset.query[: max(0, characters)].count(chr(10)) + 1} of the query"
     return Finding("problem", f"{what}: {told}", error.diag.message_hint or translated.advice)
 
 
 def _grants(look: Look, told: str) -> str:
-    """The GRANTs that the role lacks for the tables that the query names: all, not only the first."""
+    """Return all missing GRANTs for the tables that the query names."""
     if found := re.search(r"permission denied for (function|procedure) (\S+)", told):
         return f"GRANT EXECUTE ON {found[1].upper()} {found[2]} TO {look.server.role};"
     look.cursor.execute(
@@ -75,7 +78,10 @@ def _grants(look: Look, told: str) -> str:
 
 
 def _elsewhere(look: Look, told: str) -> str:
-    """Where what was not found may be meant, because search_path is pinned."""
+    """Return other places of an object that was not found.
+
+    It may be in another schema, because search_path is pinned.
+    """
     found = re.search(r'(?:relation|function|schema) "?([^"( ]+)', told)
     wanted = found[1].split(".")[-1] if found else ""
     catalog, name, kind = (
@@ -94,14 +100,14 @@ def _elsewhere(look: Look, told: str) -> str:
 
 
 def _schemas(look: Look) -> list[str]:
-    """Where names are looked for that have no schema."""
+    """Return the schemas in which unqualified names are looked up."""
     look.cursor.execute("SELECT current_schemas(true)::text[]")
     (schemas,) = look.cursor.fetchone()
     return list(schemas)
 
 
 def _words(look: Look) -> list[str]:
-    """Everything in the query that may be a name, as the catalog spells it."""
+    """Return every part of the query that may be a name, as the catalog spells it."""
     text = " ".join([look.dataset.query, look.dataset.probe, *(watch.table for watch in look.dataset.watch)])
     quoted = [name.replace('""', '"') for name in re.findall(r'"((?:[^"]|"")+)"', text)]
     return [*quoted, *(word.lower() for word in re.findall(r"[^\W\d][\w$]*", text))]

@@ -1,4 +1,4 @@
-"""What an inspection says: records without behaviour."""
+"""The results of an inspection: records without behaviour."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from typing import Literal, NamedTuple
 
 
 class Finding(NamedTuple):
-    """Something to know about a dataset or the server; a problem is what would keep a refresh from succeeding, or
-    from doing what the configuration says. `todo` is what to do about it, empty if nothing or if the text says it."""
+    """A finding about a dataset or the server.
+
+    A problem would make a refresh fail, or make it differ from the configuration. `todo` is the next step, empty if
+    there is none or if the text contains it.
+    """
 
     level: Literal["problem", "hint"]
     text: str
@@ -21,7 +24,10 @@ class Column(NamedTuple):
 
 
 class Key(NamedTuple):
-    """`unique` is None where nobody knows; `how` says how it is known. `fit` is whether deltas can go by it."""
+    """The key of a dataset.
+
+    `unique` is None if it is unknown; `how` is the evidence. `fit` is whether deltas can use the key.
+    """
 
     columns: tuple[Column, ...]
     unique: bool | None
@@ -30,7 +36,10 @@ class Key(NamedTuple):
 
 
 class Size(NamedTuple):
-    """Estimates of the planner; `document_bytes` is the average of a sample, None if it could not be taken."""
+    """Estimates of the planner.
+
+    `document_bytes` is the average of a sample, None if no sample could be taken.
+    """
 
     rows: int
     row_bytes: int
@@ -43,7 +52,10 @@ class Size(NamedTuple):
 
 
 class Node(NamedTuple):
-    """A node of the plan, named as EXPLAIN does, and its share of the whole cost without its children, 0 to 1."""
+    """A node of the plan, named as in EXPLAIN.
+
+    `share` is its share of the whole cost without its children, 0 to 1.
+    """
 
     name: str
     share: float
@@ -51,7 +63,10 @@ class Node(NamedTuple):
 
 @dataclass(slots=True)
 class Inspection:
-    """What was found of one dataset; what could not be found out is None or empty, and a finding says why."""
+    """The results for one dataset.
+
+    A result that could not be determined is None or empty, and a finding has the reason.
+    """
 
     name: str
     columns: tuple[Column, ...] = ()
@@ -68,7 +83,7 @@ class Inspection:
 
 @dataclass(slots=True)
 class Server:
-    """Whom we are connected to, and as whom: `role` is quoted where SQL needs it."""
+    """The server and the role of the session; `role` is quoted for SQL if necessary."""
 
     version: str
     database: str

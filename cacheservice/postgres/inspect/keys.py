@@ -1,4 +1,4 @@
-"""The dataset's key: where it stands, whether it is unique, and what size the rows are."""
+"""Checks the dataset's key: its place and uniqueness, and the size of the rows."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Index(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """Of up to `SAMPLE_ROWS` rows."""
+    """Statistics of up to `SAMPLE_ROWS` rows."""
 
     rows: int
     distinct: int
@@ -65,7 +65,7 @@ def warn_of_same_names(look: Look) -> None:
 
 
 def key_places(look: Look) -> list[int] | None:
-    """Where the key's columns stand; None if one is not there."""
+    """Return the places of the key's columns; None if a column is missing."""
     names = [column.name for column in look.found.columns]
     missing = [column for column in look.dataset.key if column not in names]
     for column in missing:
@@ -76,7 +76,10 @@ def key_places(look: Look) -> list[int] | None:
 
 
 def unique_index(look: Look, plan: Mapping[str, Any], origins: Sequence[tuple[int | None, int | None]]) -> Index | None:
-    """The unique index that makes the key unique, where each row of the query is one of a single table."""
+    """Return the unique index that makes the key unique.
+
+    That is only known if each row of the query is a row of a single table.
+    """
     table_oid = origins[0][0]
     if not table_oid or any(oid != table_oid for oid, _ in origins):
         return None
@@ -108,7 +111,10 @@ def unique_index(look: Look, plan: Mapping[str, Any], origins: Sequence[tuple[in
 
 
 def take_sample(look: Look) -> Sample | None:
-    """What some rows of the query say; None, and a hint, if they were not to be had in time."""
+    """Return statistics of some rows of the query.
+
+    None, and a hint, if they could not be read in time.
+    """
     look.cursor.execute("SAVEPOINT sample")
     try:
         look.cursor.execute(f"SET LOCAL statement_timeout = {_SAMPLE_TIMEOUT_MS}")
@@ -135,7 +141,7 @@ def take_sample(look: Look) -> Sample | None:
 
 
 def _separated(look: Look) -> str:
-    """How many rows have a key that could be taken apart in several ways."""
+    """Return the SQL for the number of keys that could be split in several ways."""
     form = KeyForm.of(look.dataset)
     if form.escaped or len(look.dataset.key) == 1:
         return "0"
@@ -144,9 +150,13 @@ def _separated(look: Look) -> str:
 
 
 def warn_of_collisions(look: Look, types: Sequence[KeyType], sample: Sample | None) -> None:
-    """Whether two rows may have the same key because the separator is within their values."""
+    """Add a hint if two rows may have the same key because of the separator.
+
+    That is possible if their values contain it.
+    """
     able = [column for column, kind in zip(look.dataset.key, types, strict=True) if deltas.may_hold_text(kind.oid)]
-    if sample is None or not sample.separated or len(able) < 2:  # with one, there is only one way to take it apart
+    # If only one column may hold the separator, a joined key can be split in only one way.
+    if sample is None or not sample.separated or len(able) < 2:
         return
     separator = look.dataset.key_separator
     look.add(

@@ -1,8 +1,9 @@
-"""Which rows of a table belong to a key of the query, by the equalities in its plan; pure functions of EXPLAIN's JSON.
+"""Decides which rows of a table belong to a key of the query.
 
-A column is linked to the key if the plan compares the two with =, directly or through others, if both are the same
-column of an Append's members, or if one is the output of a sub-select under its own name. Names of tables are the
-aliases of the plan, which are unique within it.
+The evidence is the equalities in the query's plan; these are pure functions of EXPLAIN's JSON. A column is linked to
+the key if the plan compares the two with =, directly or through others, if both are the same column of an Append's
+members, or if one is the output of a sub-select under its own name. Names of tables are the aliases of the plan, which
+are unique within it.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from cacheservice.postgres.inspect.texts import inside, split
 _NAME = r'(?:"(?:[^"]|"")+"|[^\W\d][\w$]*)'
 _COLUMN = re.compile(rf"({_NAME})\.({_NAME})")
 _CAST = re.compile(rf"\(({_NAME}\.{_NAME})\)::(?:text|character varying|bigint|integer|smallint)(?![\w(])")
-"""To a type in which different values stay different."""
+"""A cast to a type in which different values stay different."""
 _CONSTANT = re.compile(r"-?\d+|'(?:[^']|'')*'(?:::[a-z][\w.]*(?: [a-z]+)*)?|\$\d+")
 _NUMBER = re.compile(r"'(-?\d+)'::(?:bigint|integer|smallint)")
 _COALESCE = re.compile(r"COALESCE\((.*)\)", re.DOTALL)
 _ANY = re.compile(r"(.+) = ANY \(ARRAY\[(.*)\]\)", re.DOTALL)
 _SAME = re.compile(r"NOT \((.+?)( IS DISTINCT FROM )(.+)\)")
 _SUB_SELECT = re.compile(r"\b(?:SubPlan|InitPlan) \d|\$\d")
-"""The value of a sub-select; PostgreSQL before 17 writes $0 for that of an InitPlan."""
+"""The value of a sub-select; PostgreSQL before 17 writes $0 for the value of an InitPlan."""
 _CONDITIONS = ("Hash Cond", "Merge Cond", "Index Cond", "Recheck Cond", "Join Filter", "Filter", "TID Cond")
 _WHOLE = "q"
-"""What statements.whole_query() calls the query in `SELECT * FROM (…) AS q`."""
+"""The alias of the query in `SELECT * FROM (…) AS q` of statements.whole_query()."""
 _BY_NAME = ("Subquery Scan", "CTE Scan")
 
 Value = tuple[str, str]
@@ -35,17 +36,20 @@ Value = tuple[str, str]
 
 
 class Scan(NamedTuple):
-    """One scan of a table; several are one table's partitions, or the table is read several times."""
+    """One scan of a table.
+
+    Several scans are the partitions of one table, or the table is read several times.
+    """
 
     schema: str
     table: str
     alias: str
     looked_up: bool
-    """Whether it is the whole list that IN or NOT IN looks its values up in, with a hash."""
+    """Whether the scan is the whole list of an IN or NOT IN, looked up with a hash."""
 
 
 class Links:
-    """Which values are equal wherever rows of the plan are put together."""
+    """The values that are equal in all combined rows of the plan."""
 
     def __init__(self, plan: Mapping[str, Any]) -> None:
         self._above: dict[Value, Value] = {}
@@ -59,7 +63,7 @@ class Links:
         ]
         self._aliases = {str(node["Alias"]) for node in found if "Alias" in node}
         self.is_certain = self._join_partitions(texts) and not any(node["Node Type"] in _BY_NAME for node in found)
-        """Whether each column in the plan is one of a table that it scans."""
+        """Whether each column in the plan is a column of a table that it scans."""
         named = {str(node["Subplan Name"]): node for node in found if "Subplan Name" in node}
         for node in found:
             for left, right in _equalities(node):
@@ -72,7 +76,7 @@ class Links:
                 self._join_by_name(node, sources_below(node)[0], in_order=node is plan and node["Alias"] == _WHOLE)
             elif node["Node Type"] == "CTE Scan" and (below := named.get(f"CTE {node['CTE Name']}")) is not None:
                 self._join_by_name(node, below, in_order=False)
-        # From below, because each FULL JOIN … USING compares the COALESCE of the one below it.
+        # Bottom up, because each FULL JOIN … USING compares the COALESCE of the one below it.
         for node in reversed(found):
             for sides in _compared(node):
                 columns = [value for value in map(self.column_behind, sides) if value is not None]
@@ -80,7 +84,10 @@ class Links:
                     self._join(*columns)
 
     def column_behind(self, text: str) -> Value | None:
-        """The column whose values `text` has, also if it is cast, or COALESCE of columns that are linked."""
+        """Return the column whose values `text` has.
+
+        It may be cast, or a COALESCE of linked columns.
+        """
         if (coalesce := _COALESCE.fullmatch(inside(text))) is None:
             value = value_of(text)
             return value if value is not None and value[0] else None
@@ -90,7 +97,10 @@ class Links:
         return first
 
     def may_be_missing(self, value: Value, node: Mapping[str, Any]) -> bool:
-        """Whether a join at or below `node` puts NULL in place of `value` where it finds no row."""
+        """Return whether a join at or below `node` may replace `value` by NULL.
+
+        An outer join does so for a missing row.
+        """
         return any(
             value[0] in (alias := str(each.get("Alias")), self._parents.get(alias))
             for join in nodes(node)
@@ -99,23 +109,32 @@ class Links:
         )
 
     def is_of_table(self, value: Value) -> bool:
-        """Whether it is the column of a table, not one of a sub-select, which may have computed it."""
+        """Return whether the value is a table's column.
+
+        A column of a sub-select may be computed.
+        """
         return any(value[0] in (scan.alias, self._parents.get(scan.alias)) for scan in self.scans)
 
     def linked(self, one: Value, other: Value) -> bool:
         return self._root(one) == self._root(other)
 
     def within_key(self, node: Mapping[str, Any], key: Sequence[Value | None]) -> bool:
-        """Whether each table that is scanned below `node` is compared there with a key that comes from outside."""
+        """Return whether each table scanned below `node` is compared with an outside key."""
         tied = self._tied(node, key)
         return bool(tied) and all(map(all, tied))
 
     def partly_within_key(self, node: Mapping[str, Any], key: Sequence[Value | None]) -> bool:
-        """Whether a table below is compared with the key, so that the others may have its rows alone as well."""
+        """Return whether a table below is compared with the key.
+
+        The other tables may then be limited to its rows as well.
+        """
         return any(map(any, self._tied(node, key)))
 
     def _tied(self, node: Mapping[str, Any], key: Sequence[Value | None]) -> list[list[bool]]:
-        """For each scan below `node`, whether it is compared there with each column of a key from outside."""
+        """Return for each scan below `node` which key columns it is compared with there.
+
+        The key comes from outside of `node`.
+        """
         below = Links(node)
         outside = [value for value in below._above if value[0] not in below._aliases]
 
@@ -131,14 +150,19 @@ class Links:
         return any(not each[0] for each in self.same_as(value))
 
     def may_be_another(self, value: Value) -> bool:
-        """Whether `value` may be equal to further columns, because a sub-select gives it another name."""
+        """Return whether `value` may be equal to further columns.
+
+        A sub-select may give it another name.
+        """
         return any(each in self._renamed for each in (value, *self.same_as(value)))
 
     def same_as(self, value: Value) -> list[Value]:
         return [each for each in self._above if self.linked(each, value)]
 
     def ties_by_one_or_another(self, scan: Scan, watched: Sequence[Sequence[str]], key: Sequence[Value]) -> bool:
-        """Whether a row of `scan` has the key in one place or another, as in `ON k.id IN (a.one, a.other)`.
+        """Return whether a row of `scan` has the key in one of several columns.
+
+        An example is `ON k.id IN (a.one, a.other)`.
 
         :param watched: the columns of each watch of the table, in the order of `key`.
         """
@@ -166,9 +190,11 @@ class Links:
         return any(map(ties, self._comparisons))
 
     def compares_others_alone(self, scan: Scan, columns: Sequence[str], key: Sequence[Value]) -> bool:
-        """Whether the rows of `scan` are found by other columns than `columns`, which may hold the key all the same.
+        """Return whether the rows of `scan` are found by columns other than `columns`.
 
-        :param columns: what the table is watched by, in the order of `key`.
+        `columns` may hold the key nevertheless.
+
+        :param columns: the columns by which the table is watched, in the order of `key`.
         """
         aliases = {scan.alias, self._parents.get(scan.alias, scan.alias)}
         open_parts = [
@@ -194,12 +220,13 @@ class Links:
         self._above[self._root(one)] = self._above[root] = root
 
     def _join_partitions(self, texts: str) -> bool:
-        """Join the columns of a table with those of its partitions: o_1 and o_2 are scanned, and o.id is read.
+        """Join the columns of a table with the columns of its partitions.
 
-        A table that is read twice is o and o_1, or o and o_3, and the partitions of both have numbers in that order. A
-        reading whose columns are compared only in its partitions has no name in the plan.
+        For example, o_1 and o_2 are scanned, and o.id is read. A table that is read twice is o and o_1, or o and o_3,
+        and the partitions of both have numbers in that order. A reading whose columns are compared only in its
+        partitions has no name in the plan.
 
-        :returns: whether it is known which partitions belong to which.
+        :returns: whether it is known which partitions belong to which table.
         """
         columns = {(_plain(alias), _plain(column)) for alias, column in _COLUMN.findall(texts)}
         parents: dict[str, list[str]] = {}
@@ -259,18 +286,18 @@ class Links:
 
 
 def sources_below(node: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The nodes whose rows `node` reads, without those of sub-selects in its expressions."""
+    """Return the nodes whose rows `node` reads, except sub-selects in its expressions."""
     return [each for each in node.get("Plans", ()) if each.get("Parent Relationship") not in ("InitPlan", "SubPlan")]
 
 
 def _sides_without_rows(node: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The sides of an outer join that rows of the result may be without."""
+    """Return the sides of an outer join whose rows may be missing in the result."""
     sides = {"Left": ("Inner",), "Right": ("Outer",), "Full": ("Inner", "Outer")}.get(str(node.get("Join Type")), ())
     return [each for each in sources_below(node) if each.get("Parent Relationship") in sides]
 
 
 def members_of(node: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The nodes whose rows a set operation, or the scan of a partitioned table, puts together."""
+    """Return the nodes whose rows a set operation or a partitioned scan combines."""
     below = sources_below(node)
     if node["Node Type"] in ("Append", "Merge Append") or (node["Node Type"] == "SetOp" and len(below) > 1):
         return below
@@ -278,7 +305,10 @@ def members_of(node: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def sources_of(node: Mapping[str, Any], place: int) -> list[str]:
-    """The expressions that a column of `node` comes from: several if members are put together below."""
+    """Return the expressions that a column of `node` comes from.
+
+    There are several if members are combined below.
+    """
     if members := members_of(node):
         return [source for member in members for source in sources_of(member, place)]
     output = output_of(node)
@@ -293,7 +323,10 @@ def sources_of(node: Mapping[str, Any], place: int) -> list[str]:
 
 
 def output_of(node: Mapping[str, Any]) -> Sequence[str]:
-    """The expressions of the rows of `node`; the plan shows those of an Append, or the like, at its first member."""
+    """Return the expressions of the rows of `node`.
+
+    The plan shows the expressions of an Append, or the like, at its first member.
+    """
     while "Output" not in node and (below := sources_below(node)):
         node = below[0]
     output: Sequence[str] = node.get("Output", ())
@@ -301,12 +334,12 @@ def output_of(node: Mapping[str, Any]) -> Sequence[str]:
 
 
 def is_expression(text: str) -> bool:
-    """Whether `text` of a plan is neither a column nor a constant, be it cast."""
+    """Return whether `text` of a plan is neither a column nor a constant, cast or not."""
     return bool(text) and value_of(text) is None
 
 
 def column_of(text: str) -> Value | None:
-    """The alias and the column, if `text` of a plan is a column and not an expression."""
+    """Return the alias and the column, if `text` of a plan is a plain column."""
     match = _COLUMN.fullmatch(text)
     return None if match is None else (_plain(match[1]), _plain(match[2]))
 
@@ -333,7 +366,7 @@ def _equalities(node: Mapping[str, Any]) -> Iterator[tuple[Value, Value]]:
 
 
 def _compared(node: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The two sides of each equality that holds for the rows of `node`."""
+    """Yield the two sides of each equality that holds for the rows of `node`."""
     for field in _CONDITIONS:
         yield from _equal_sides(str(node.get(field, "")))
 
@@ -347,7 +380,10 @@ def _equal_sides(condition: str) -> Iterator[tuple[str, str]]:
 
 
 def value_of(text: str) -> Value | None:
-    """The column or constant that `text` of a plan is, also below a cast that keeps its values apart."""
+    """Return the column or constant in `text` of a plan.
+
+    It may be below a cast that keeps its values distinct.
+    """
     return _value(_CAST.sub(r"\1", text))
 
 
@@ -359,7 +395,7 @@ def _value(text: str) -> Value | None:
 
 
 def _conjuncts(text: str) -> Iterator[str]:
-    """The conditions that all hold where `text` holds."""
+    """Yield the conditions that all hold if `text` holds."""
     inner = inside(text)
     parts = list(split(inner, " AND "))
     if len(parts) > 1:
@@ -370,7 +406,7 @@ def _conjuncts(text: str) -> Iterator[str]:
 
 
 def _alternatives(condition: str) -> list[str]:
-    """The conditions of which one holds where `condition` holds."""
+    """Return conditions, at least one of which holds if `condition` holds."""
     inner = inside(condition)
     if (one_of := _ANY.fullmatch(inner)) is not None:
         return [f"{one_of[1]} = {each}" for each in split(one_of[2], ", ")]
@@ -378,7 +414,7 @@ def _alternatives(condition: str) -> list[str]:
 
 
 def _numbered(alias: str) -> tuple[str, int]:
-    """What EXPLAIN makes of a name that occurs more than once, taken apart: o is ("o", 0), and o_3 is ("o", 3)."""
+    """Split an alias that EXPLAIN made unique: o is ("o", 0), and o_3 is ("o", 3)."""
     name, _, number = alias.rpartition("_")
     return (name, int(number)) if name and number.isdecimal() else (alias, 0)
 

@@ -1,4 +1,4 @@
-"""What every check of one dataset works with."""
+"""The state that every check of one dataset works with."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ LOCK_TIMEOUT_MS = 3000
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """One look at one dataset, in a transaction of its own; checks add to `found`.
+    """The inspection of one dataset in a transaction of its own.
 
-    `cursor` and `connection` are the driver's.
+    Checks add to `found`. `cursor` and `connection` are the driver's.
     """
 
     connection: Any

@@ -1,4 +1,7 @@
-"""Settings of ALTER ROLE and ALTER DATABASE that render values differently from refreshes."""
+"""Settings of the role that render values differently from refreshes.
+
+They come from ALTER ROLE and ALTER DATABASE.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,14 @@ WHERE s.setdatabase IN (0, (SELECT d.oid FROM pg_database AS d WHERE d.datname =
   AND s.setrole IN (0, (SELECT r.oid FROM pg_roles AS r WHERE r.rolname = current_user))
 ORDER BY lower(split_part(c.setting, '=', 1)), s.setrole = 0, s.setdatabase = 0
 """
-"""Settings of a new session of this role. The more specific one wins (PostgreSQL manual, ALTER ROLE)."""
+"""Settings of a new session of this role. The more specific setting wins (PostgreSQL manual, ALTER ROLE)."""
 
 
 def own_settings(cursor: Any, datasets: Sequence[DatasetSettings]) -> list[Finding]:
-    """Return a hint for each setting of the role that differs from the pinned one of a dataset."""
+    """Return a hint for each setting of the role that differs from a dataset's own.
+
+    The dataset's setting is the pinned one.
+    """
     cursor.execute(_CHOSEN)
     chosen = {name.lower(): value for name, value in cursor.fetchall()}
     findings = []

@@ -1,4 +1,7 @@
-"""Whether the query means the same with the role's own search_path, with which somebody has tried it in psql."""
+"""Checks whether the query means the same with the role's own search_path.
+
+That is the path with which its author tried it in psql.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +23,20 @@ _MOST_NAMED = 5
 
 
 class _Meaning(NamedTuple):
-    """How a query is understood with one path: its plan, and the objects of others that its words may name."""
+    """The interpretation of a query with one path.
+
+    It has the plan, and the users' objects that words of the query may name.
+    """
 
     plan: str
     objects: frozenset[str]
 
 
 def compare_paths(look: Look) -> None:
-    """Add a problem if the query has other operators, functions, types or tables with the role's own path."""
+    """Add a problem if the role's own path changes the meaning of the query.
+
+    The query may then use other operators, functions, types or tables.
+    """
     with step(look, "search_path"):
         look.cursor.execute("SELECT reset_val FROM pg_settings WHERE name = 'search_path'")
         (own_path,) = look.cursor.fetchone()
@@ -43,9 +52,9 @@ def compare_paths(look: Look) -> None:
 
 
 def difference(ours: _Meaning, theirs: _Meaning) -> str | None:
-    """What is different, in words; None if it makes none."""
+    """Return the difference in words; None if it does not matter."""
     gained, lost = theirs.objects - ours.objects, ours.objects - theirs.objects
-    # One that takes the place of another with the same arguments does not show in a plan, which names no schema.
+    # A replacement with the same arguments does not show in a plan, which names no schema.
     instead = {_without_schema(each) for each in gained} & {_without_schema(each) for each in lost}
     if ours.plan == theirs.plan and not instead:
         return None
@@ -60,7 +69,7 @@ def _without_schema(named: str) -> str:
 
 
 def _meaning_with(look: Look, path: str) -> _Meaning | None:
-    """None if the query cannot be planned with that path."""
+    """Return the meaning with that path; None if the query cannot be planned with it."""
     look.cursor.execute("SAVEPOINT own_path")
     try:
         look.cursor.execute("SELECT set_config('search_path', %s, true)", (path,))
@@ -78,7 +87,7 @@ def _meaning(look: Look) -> _Meaning:
     query = look.dataset.query
     look.cursor.execute(f"EXPLAIN (VERBOSE, COSTS OFF) {whole_query(query)}")
     plan = "\n".join(line for (line,) in look.cursor.fetchall())
-    # What a path makes visible is shown without its schema, which makes no difference.
+    # Objects that a path makes visible are shown without their schema, and that is not a difference.
     plan = _OF_TYPES_AND_FUNCTIONS.sub("", _OF_OPERATORS.sub(r"\1", plan))
     named = (words_of(query), called_in(query), operators_of(query))
     look.cursor.execute(_OBJECTS, [list(dict.fromkeys(names)) for names in named])
@@ -100,5 +109,5 @@ WHERE o.oprname = ANY (%s::name[]) AND o.oid >= 16384 AND pg_operator_is_visible
 
 
 def called_in(query: str) -> Sequence[str]:
-    """The names before a parenthesis."""
+    """Return the names before a parenthesis."""
     return [name.lower() for name in re.findall(r"([^\W\d][\w$]*)\s*\(", query)]

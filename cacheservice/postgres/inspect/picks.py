@@ -1,4 +1,7 @@
-"""Whether nodes that choose or number rows (LIMIT, windows, DISTINCT ON) see the rows of one key alone."""
+"""Checks whether nodes that choose or number rows see the rows of only one key.
+
+Examples are LIMIT, windows and DISTINCT ON.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ _KEEP_ORDER = {
 
 
 class Picks:
-    """What the nodes of a plan do to rows of other keys."""
+    """The nodes of a plan that may combine rows of several keys."""
 
     def __init__(
         self,
@@ -32,8 +35,10 @@ class Picks:
         texts: Sequence[str],
         names: Sequence[set[str]],
     ) -> None:
-        """:param texts: the query and the definitions of its views, without strings and comments.
-        :param names: how DISTINCT ON may write each column of the key, beside the names of equal columns.
+        """Prepare the search.
+
+        :param texts: the query and the definitions of its views, without strings and comments.
+        :param names: the spellings of each column of the key in DISTINCT ON, beside the names of equal columns.
         """
         self._plan, self._links, self._key = plan, links, key
         self._has_windows = any(map(_OVER.search, texts))
@@ -45,7 +50,10 @@ class Picks:
         ]
 
     def faults(self, kind: str) -> list[bool]:
-        """For each node of this kind that may see rows of several keys, whether it certainly does."""
+        """Return, for each node that may see several keys, whether it certainly does.
+
+        :param kind: the type of the nodes.
+        """
         found = [self._fault(node) for node in nodes(self._plan) if node["Node Type"] == kind]
         return [fault for fault in found if fault is not None]
 
@@ -65,10 +73,14 @@ class Picks:
         return self._group_fault(node, self._partitions, certain=certain)
 
     def _group_fault(self, node: Mapping[str, Any], clauses: Sequence[Sequence[str]], *, certain: bool) -> bool | None:
-        """A group has the first columns of the rows' order; `clauses` has how many, which may differ between nodes."""
+        """Return the fault of a node that groups rows by the first columns of their order.
+
+        `clauses` shows how many columns, which may differ between nodes.
+        """
         if (order := _order_below(node)) is not None:
             most = max(map(len, clauses), default=0)
-            written = bool(clauses) or self._has_windows  # Else they stand in a function that the planner inlined.
+            # If the texts have no such clauses, they are in a function that the planner inlined.
+            written = bool(clauses) or self._has_windows
             return self._columns_fault(node, order[:most] if written else order, certain=certain and written)
         held = bool(clauses) and all(
             all(names & {_name(column) for column in clause} for names in self._names) for clause in clauses
@@ -76,7 +88,7 @@ class Picks:
         return None if held else certain and not clauses and self._has_windows
 
     def _columns_fault(self, node: Mapping[str, Any], columns: Sequence[str], *, certain: bool) -> bool | None:
-        """Whether groups of the rows of `node` that have `columns` in common hold several keys."""
+        """Return whether groups of rows with equal `columns` hold several keys."""
         values = [value for value in map(self._links.column_behind, columns) if value is not None]
         unsure = False
         for part in self._key:
@@ -86,15 +98,18 @@ class Picks:
                 continue
             linked = [value for value in values if self._links.linked(value, part)]
             if not linked:
-                # A sub-select may have renamed a column, so that it is the key all the same.
+                # A sub-select may have renamed a column, so it may be the key nevertheless.
                 return certain and (not columns or not self._links.may_be_another(part))
-            # The rows without a partner are one group, whatever their keys.
+            # Rows without a partner are one group, whatever their keys.
             unsure |= all(value != part and self._links.may_be_missing(value, node) for value in linked)
         return False if unsure else None
 
 
 def _order_below(node: Mapping[str, Any]) -> list[str] | None:
-    """The columns by which the rows that `node` reads are sorted; None if the plan does not show them."""
+    """Return the sort columns of the rows that `node` reads.
+
+    None if the plan does not show them.
+    """
     while below := sources_below(node):
         node = below[0]
         if "Sort Key" in node:

@@ -1,4 +1,4 @@
-"""What the planner's answer to EXPLAIN says; pure functions of its JSON."""
+"""Reads the planner's answer to EXPLAIN; pure functions of its JSON."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from cacheservice.postgres.inspect.findings import Node
 
 
 def worst_node(plan: Mapping[str, Any]) -> Node:
-    """The node of the highest cost of its own."""
+    """Return the node with the highest cost of its own."""
     total = max(float(plan["Total Cost"]), 1e-9)
     own_cost, node = max(_own_costs(plan, 1.0), key=lambda found: found[0])
     return Node(_node_name(node), min(1.0, own_cost / total))
 
 
 def _own_costs(node: Mapping[str, Any], times: float) -> Iterator[tuple[float, Mapping[str, Any]]]:
-    """Of each node below and this one, as often as it runs; what the planner adds up on the way is taken off again.
+    """Yield the own cost of this node and each node below, over all its runs.
 
-    :param times: how often the planner thinks this one runs: the inner side of a nested loop, for each outer row.
+    The planner adds the costs of the children to each node; they are subtracted again.
+
+    :param times: the planner's number of runs of this node: the inner side of a nested loop runs once for each outer
+        row.
     """
     children = list(node.get("Plans", ()))
     own = float(node["Total Cost"])
@@ -26,7 +29,8 @@ def _own_costs(node: Mapping[str, Any], times: float) -> Iterator[tuple[float, M
         runs = 1.0
         cost = float(child["Total Cost"])
         if node["Node Type"] == "Nested Loop" and child.get("Parent Relationship") == "Inner" and cost > 0:
-            # Not more than is left of the loop's own total: a cheaper second run (Memoize, a cache) is in it already.
+            # At most the rest of the loop's own total, which already allows for cheaper repeated runs (Memoize, a
+            # cache).
             runs = max(1.0, min(float(children[0]["Plan Rows"]), (own / cost)))
         own -= cost * runs
         yield from _own_costs(child, times * runs)
@@ -34,7 +38,10 @@ def _own_costs(node: Mapping[str, Any], times: float) -> Iterator[tuple[float, M
 
 
 def _node_name(node: Mapping[str, Any]) -> str:
-    """As EXPLAIN names it: "Seq Scan on public.products", "Index Scan using products_pkey on public.products"."""
+    """Return the name as in EXPLAIN.
+
+    Examples are "Seq Scan on public.products" and "Index Scan using products_pkey on public.products".
+    """
     name = str(node["Node Type"])
     if "Join Type" in node and node["Join Type"] != "Inner":
         name = f"{name} ({node['Join Type']})"
@@ -56,7 +63,7 @@ def nodes(node: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def scanned_table(node: Mapping[str, Any]) -> tuple[str, str]:
-    """The schema and the name of the table that a node scans."""
+    """Return the schema and the name of the table that a node scans."""
     return str(node["Schema"]), str(node["Relation Name"])
 
 
@@ -65,17 +72,20 @@ _ROW_BY_ROW = {
     "Sort", "Incremental Sort", "Limit", "Gather", "Gather Merge", "Subquery Scan", "Unique", "Materialize",
     "BitmapAnd", "BitmapOr", "Result",
 }  # fmt: skip
-"""Nodes that give no row more than once."""
+"""Nodes that return each row at most once."""
 
 
 def only_table(plan: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Schema and name of the table, if the plan gives rows of one table, each at most once."""
+    """Return the schema and name of the table, if the plan reads only one.
+
+    Each of its rows must occur at most once.
+    """
     tables: list[tuple[str, str]] = []
 
     def walk(node: Mapping[str, Any]) -> bool:
         if "Relation Name" in node:
             tables.append(scanned_table(node))
-        # What a sub-select looks up adds no row; it hangs below as SubPlan or InitPlan.
+        # A sub-select adds no rows; it hangs below as SubPlan or InitPlan.
         below = [
             child for child in node.get("Plans", ()) if child["Parent Relationship"] not in ("InitPlan", "SubPlan")
         ]

@@ -1,4 +1,4 @@
-"""The session in which `cacheservice check --db` looks at the datasets, and the order of its checks."""
+"""The session of `cacheservice check --db`, and the order of its checks."""
 
 from __future__ import annotations
 
@@ -36,27 +36,30 @@ _OF_SETTINGS = "correct postgres.settings, or the settings of the dataset"
 
 
 class Inspector:
-    """A session to look at datasets with; `inspecting` opens and closes it."""
+    """A session to inspect datasets with; `inspecting` opens and closes it."""
 
     def __init__(
         self, connection: Any, arguments: Mapping[str, Any], dsn: str, datasets: Sequence[DatasetSettings]
     ) -> None:
-        """:param arguments: those that the connection was opened with."""
+        """Read the server's facts.
+
+        :param arguments: the arguments with which the connection was opened.
+        """
         self._connection = connection
         self._arguments = arguments
         self._dsn = dsn
         self.server = _server(connection, datasets)
 
     def inspect(self, dataset: DatasetSettings) -> Inspection:
-        """What there is to know about one; its problems are findings, not errors.
+        """Inspect one dataset; its problems are findings, not errors.
 
-        In a transaction of its own, which leaves nothing behind.
+        The inspection has a transaction of its own, which leaves nothing behind.
         """
         found = Inspection(dataset.name)
         with self._connection.cursor() as cursor:
             try:
-                # By itself: pgpool sends several statements at once to the primary alone, and a savepoint then to a
-                # standby that is not in the transaction, upon which it ends the session.
+                # A statement of its own: pgpool sends several statements at once to the primary only, and a later
+                # savepoint to a standby that is not in the transaction; then it ends the session.
                 cursor.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
                 cursor.execute(begin_reading(dataset, _LIMITS))
                 cursor.execute(without_transaction_timeout(self._connection.server_version) or "SELECT")
@@ -65,7 +68,7 @@ class Inspector:
                 with LockWatch(self._arguments, pid) as watch:
                     _look_at_all(Look(self._connection, cursor, self._dsn, self.server, dataset, found, watch))
             except (psycopg2.errors.InvalidParameterValue, psycopg2.errors.UndefinedObject) as error:
-                # Of the transaction's settings: what a query does wrong is a finding by then.
+                # Only the transaction's settings can fail here; errors of a query are findings by then.
                 found.findings.append(Finding("problem", f"settings: {error.diag.message_primary}", _OF_SETTINGS))
             finally:
                 if not self._connection.closed:
@@ -75,16 +78,16 @@ class Inspector:
 
 @contextmanager
 def inspecting(postgres: PostgresSettings, datasets: Sequence[DatasetSettings]) -> Iterator[Inspector]:
-    """A session in the database that the datasets are to be read from.
+    """Open a session in the datasets' database.
 
-    :raises InspectionFailed: if the database cannot be reached, is too old, or is lost on the way.
+    :raises InspectionFailed: if the database cannot be reached, is too old, or is lost meanwhile.
     """
     dsn = postgres.dsn.get_secret_value()
     target = parse(dsn)
     is_open = False
     try:
         arguments = target.blocking_arguments() | {
-            "connect_timeout": max(2, round(postgres.connect_timeout_s)),  # libpq takes no less
+            "connect_timeout": max(2, round(postgres.connect_timeout_s)),  # libpq does not accept less
             "application_name": target.application_name("check"),
             "client_encoding": "UTF8",
         }
@@ -96,7 +99,7 @@ def inspecting(postgres: PostgresSettings, datasets: Sequence[DatasetSettings]) 
                 raise InspectionFailed(refusal)
             yield Inspector(connection, arguments, dsn, datasets)
     except psycopg2.Error as error:
-        # A session that opened and failed can only have been lost: what a query does wrong is a finding.
+        # If an open session fails here it was lost, because errors of a query are findings.
         translated = translate(error, target, connecting=not is_open)
         advice = translated.advice
         if not is_open and lead_of(str(error)) == NO_ANSWER:
@@ -144,7 +147,8 @@ def _server(connection: Any, datasets: Sequence[DatasetSettings]) -> Server:
         version, database, role, standby, pid, migrated, sees_receiver = cursor.fetchone()
         hints = own_settings(cursor, datasets)
         pgpool = _is_pgpool(cursor)
-    # PgBouncer gives its clients process ids of its own, to cancel by. Through pgpool a standby may have answered.
+    # PgBouncer reports process ids of its own to its clients, for cancel requests. Through pgpool a standby may have
+    # answered.
     pooled = not pgpool and connection.info.backend_pid != pid
     server = Server(version, database, role, standby, pooled, migrated, hints)
     heard = [dataset.name for dataset in datasets if dataset.watch or dataset.notify]

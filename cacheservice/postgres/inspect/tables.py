@@ -1,4 +1,4 @@
-"""The plan of the query, and what it shows of the tables that it reads."""
+"""The plan of the query, and its facts about the tables that it reads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def explain(look: Look) -> Mapping[str, Any] | None:
         query = whole_query(look.dataset.query)
         plan = _plan(look, query)
         if int(plan["Plan Rows"]) > FEW_ROWS:
-            # A refresh reads so many rows through a cursor, for which the planner makes no parallel plan.
+            # A refresh reads that many rows through a cursor, for which the planner makes no parallel plan.
             plan = _plan(look, f"DECLARE rows NO SCROLL CURSOR FOR {query}")
         look.found.worst = worst_node(plan)
         _warn_of_tables(look, plan)
@@ -33,9 +33,12 @@ def _plan(look: Look, statement: str) -> Mapping[str, Any]:
 
 
 def _warn_of_tables(look: Look, plan: Mapping[str, Any]) -> None:
-    """What a person would not see in the result: rows that are hidden, estimates that are guesses."""
+    """Add hints about tables that the result does not show.
+
+    These are rows that are hidden, and estimates that are guesses.
+    """
     scanned = sorted({scanned_table(node) for node in nodes(plan) if "Relation Name" in node})
-    # By name, not to_regclass: behind a view there may be a schema that the role must not use.
+    # By name, not to_regclass: behind a view there may be a schema that the role may not use.
     look.cursor.execute(
         """
         SELECT format('%%I.%%I', n.nspname, c.relname), row_security_active(c.oid), c.reltuples < 0

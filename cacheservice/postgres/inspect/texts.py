@@ -1,4 +1,4 @@
-"""Parts of SQL, as EXPLAIN and the catalog show it; pure functions of texts."""
+"""Takes SQL of EXPLAIN and the catalog apart; pure functions of texts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ _COMMENTS = re.compile(rf"{_QUOTED_NAME}|{_STRING}|--[^\n]*|/\*.*?\*/", re.DOTAL
 
 
 def without_strings(text: str) -> str:
-    """Return `text` with empty strings in place of its literals; names in quotation marks stay."""
+    """Return `text` with empty strings for its string literals.
+
+    Names in quotation marks stay.
+    """
     return _STRINGS.sub(lambda match: match[0] if match[0].startswith('"') else "''", text)
 
 
@@ -22,7 +25,7 @@ def without_comments(text: str) -> str:
 
 
 def split(text: str, separator: str) -> Iterator[str]:
-    """The parts of `text` between the separators that stand in no parentheses."""
+    """Yield the parts of `text` between separators outside parentheses."""
     begin = place = 0
     while place < len(text):
         if text[place] == "(":
@@ -37,7 +40,10 @@ def split(text: str, separator: str) -> Iterator[str]:
 
 
 def closes_at(text: str, place: int) -> int:
-    """Where the parenthesis closes that opens at `place`; the end of the text if it does not."""
+    """Return the place of the parenthesis that closes the one at `place`.
+
+    It is the end of the text if none does.
+    """
     depth = 0
     while place < len(text):
         if text[place] in "'\"":
@@ -51,7 +57,7 @@ def closes_at(text: str, place: int) -> int:
 
 
 def inside(text: str) -> str:
-    """Return what the parentheses around all of `text` hold, or `text` if there are none."""
+    """Return the text inside parentheses around all of `text`, or `text` without any."""
     while text.startswith("(") and text.endswith(")") and closes_at(text, 0) == len(text) - 1:
         text = text[1:-1]
     return text

@@ -1,4 +1,4 @@
-"""Whether what is to tell of changes can: watch, notify and probe."""
+"""Checks that watch, notify and probe can detect changes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cacheservice.postgres.statements import probe_query
 
 
 def describe_deltas(look: Look, key_oids: Sequence[int], origins: Sequence[tuple[int | None, int | None]]) -> None:
-    """Whether what is watched can be, or what it would take where nothing is."""
+    """Describe the watched tables, or the requirements of a watch if there is none."""
     dataset, key = look.dataset, look.found.key
     assert key is not None
     if not dataset.watch:
@@ -26,7 +26,7 @@ def describe_deltas(look: Look, key_oids: Sequence[int], origins: Sequence[tuple
 
 
 def look_at_watches(look: Look, key_oids: Sequence[int]) -> None:
-    """What is in the way of the deltas that are configured.
+    """Add the problems that prevent the configured deltas.
 
     :param key_oids: the types of the key; empty if they are not known.
     """
@@ -48,7 +48,7 @@ def look_at_watches(look: Look, key_oids: Sequence[int]) -> None:
 
 
 def _possible(look: Look, origins: Sequence[tuple[int | None, int | None]]) -> str:
-    """How to get deltas of a query whose rows are those of one table."""
+    """Return how to get deltas of a query whose rows are rows of one table."""
     if not origins:
         return "possible for tables whose columns hold the key; see `watch`"
     table_oid, numbers = origins[0][0], [number for _, number in origins]
@@ -95,7 +95,10 @@ def _probe_findings(dataset: DatasetSettings) -> list[Finding]:
 
 
 def misses_changes(probe: str) -> bool:
-    """Whether a probe looks for the greatest value only, such as `SELECT max(updated_at) FROM products`."""
+    """Return whether a probe looks only for the greatest value.
+
+    An example is `SELECT max(updated_at) FROM products`.
+    """
     greatest = re.search(r"\b(max|last_value)\b|\bDESC\b.*\bLIMIT\b", probe, re.IGNORECASE | re.DOTALL)
     return greatest is not None and not re.search(r"\bxmin\b|\bsum\b|pg_current_snapshot|_agg\b", probe, re.IGNORECASE)
 
@@ -108,6 +111,9 @@ def look_at_channel(look: Look) -> None:
 
 
 def _no_deltas(why: str) -> Finding:
-    """:param why: what is in the way, and mostly what to do about it behind a semicolon."""
+    """Return the problem that deltas are not possible.
+
+    :param why: the obstacle, usually followed by a semicolon and the next step.
+    """
     text, _, todo = why.partition("; ")
     return Finding("problem", f"watch: {text}; all rows are read instead", todo)
