@@ -16,14 +16,14 @@ from cacheservice.config.models import Settings
 
 
 def refusals(refused: ValidationError, declared: Mapping[str, Any]) -> dict[Place, str]:
-    """What the models refused, by the place where the refused value stands."""
+    """Return the problems that the models reported, by the places of the refused values."""
     inherited = defaults_in(declared)
     problems: dict[Place, str] = {}
     for error in refused.errors(include_url=False):
         place = tuple(map(str, error["loc"]))
         if error["type"] == "default_factory_not_called":  # it follows from another error, which is reported
             continue
-        if place[-1] == "[key]" and error["type"] != "extra_forbidden":  # how pydantic says: the dataset's name
+        if place[-1] == "[key]" and error["type"] != "extra_forbidden":  # pydantic's place for the name of a dataset
             problems[place[:-1]] = "a dataset's name is a letter, then letters, digits or _, all lower case, at most 63"
             continue
         message = problem_of(error, place)
@@ -56,7 +56,7 @@ _MESSAGES: Mapping[str, str] = MappingProxyType(
 
 
 def problem_of(error: ErrorDetails, place: Place) -> str:
-    """The problem in a few plain words that say how to mend it. Never the value, which may be a secret."""
+    """Return the problem in a few plain words, with its fix and without the value, which may be a secret."""
     if error["type"] == "missing":
         return f"required; {keys_at(place)[place[-1]].description}"
     if error["type"] == "extra_forbidden":

@@ -13,11 +13,11 @@ from cacheservice.config.models import DatasetSettings, Settings
 _OF_A_TRANSACTION = ("search_path", "settings")
 """Keys of the transaction in which a group is read."""
 _OF_A_GROUP = ("interval_s", "timeout_s", "retry_initial_s", "retry_max_s", "jitter")
-"""Keys that say when a refresh happens, which a group has in common."""
+"""The keys that decide when a refresh happens. All datasets of a group have the same values."""
 
 
 def timing(dataset: DatasetSettings) -> tuple[float, ...]:
-    """What says when a dataset is refreshed."""
+    """Return the values that decide when a dataset is refreshed."""
     return tuple(getattr(dataset, key) for key in _OF_A_GROUP)
 
 
@@ -57,7 +57,7 @@ def _watch_problems(settings: Settings) -> dict[Place, str]:
 
 
 def _token_problems(settings: Settings) -> dict[Place, str]:
-    """Where whoever may read could also change something."""
+    """Return where a token for reading would also allow changes."""
     token, admin_token = settings.http.token, settings.http.admin_token
     if not token.get_secret_value() or token != admin_token:
         return {}

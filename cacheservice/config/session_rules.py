@@ -1,4 +1,4 @@
-"""What the configuration may say of a reading transaction: `search_path`, and `settings` of PostgreSQL."""
+"""Checks the settings of a reading transaction: `search_path`, and `settings` of PostgreSQL."""
 
 from __future__ import annotations
 

@@ -406,7 +406,7 @@ def _conjuncts(text: str) -> Iterator[str]:
 
 
 def _alternatives(condition: str) -> list[str]:
-    """Return conditions, at least one of which holds if `condition` holds."""
+    """Return the alternatives of `condition`: if it holds, at least one of them holds."""
     inner = inside(condition)
     if (one_of := _ANY.fullmatch(inner)) is not None:
         return [f"{one_of[1]} = {each}" for each in split(one_of[2], ", ")]

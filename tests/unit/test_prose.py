@@ -1,0 +1,71 @@
+"""The words that make our prose hard to read are kept out of pages, docstrings and comments.
+
+docs/glossary.md has the words to use; CONTRIBUTING.md has the rules.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.kit.paths import ROOT
+
+BANNED = re.compile(
+    r"\b(tells?|told|telling|says?|said|anew|mend(?:s|ed|ing)?|whoever|whatever becomes|of which|of whose)\b",
+    re.IGNORECASE,
+)
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = ("cache", "config", "persistence", "postgres", "refresh")
+"""Of cacheservice/: those whose docstrings and comments follow the rules already."""
+MODULES = sorted(path for name in FOLDERS for path in (ROOT / "cacheservice" / name).rglob("*.py"))
+
+
+def prose_of(module: str) -> Iterator[tuple[int, str]]:
+    """Yield the docstrings and the comments of a module, each with its line."""
+    for node in ast.walk(ast.parse(module)):
+        for each in getattr(node, "body", ()) if isinstance(getattr(node, "body", ()), list) else ():
+            if (
+                isinstance(each, ast.Expr)
+                and isinstance(each.value, ast.Constant)
+                and isinstance(each.value.value, str)
+            ):
+                yield each.lineno, each.value.value
+    for token in tokenize.generate_tokens(io.StringIO(module).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.start[0], token.string
+
+
+def without_code(page: str) -> str:
+    """Return a page without its blocks and pieces of code, which quote the program."""
+    page = re.sub(r"^ *```.*?^ *```", "", page, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"`[^`]*`", "", page)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages(page: Path) -> None:
+    """No page has a banned word outside of code."""
+    assert BANNED.findall(without_code(page.read_text(encoding="utf-8"))) == []
+
+
+def test_modules() -> None:
+    """No docstring and no comment of a module that was rewritten has one."""
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {match[0]}"
+        for path in MODULES
+        for line, text in prose_of(path.read_text(encoding="utf-8"))
+        for match in BANNED.finditer(re.sub(r":param \w+:", "", text))
+    ]
+    assert found == []
+
+
+def test_a_banned_word_is_found() -> None:
+    """The check finds words in docstrings and comments, and not in code."""
+    module = 'def tell():\n    """It is told\n    anew."""\n    # whoever\n    return "says"\n'
+    assert [BANNED.findall(text) for _, text in prose_of(module)] == [["told", "anew"], ["whoever"]]
+    assert BANNED.findall(without_code("It says `told`.\n```sh\nmend it\n```\n")) == ["says"]
