@@ -196,6 +196,7 @@ class Replies(PortTestCase):
                     "ready": False,
                     "not_ready": {"prices": "never_loaded"},
                     "connection_cap": None,
+                    "configuration_rejected": None,
                 },
                 "postgres": {
                     "state": "down",

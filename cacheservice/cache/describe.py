@@ -34,6 +34,9 @@ def describe_service(cache: Cache) -> dict[str, Any]:
         "ready": cache.is_ready,
         "not_ready": {name: str(state) for name, state in not_ready.items()},
         "connection_cap": cache.connection_cap._asdict() if cache.connection_cap else None,
+        "configuration_rejected": None
+        if (rejection := cache.rejection) is None
+        else {"problem": in_short(rejection.problems), "rejected_s": seconds(cache.now() - rejection.at)},
     }
 
 

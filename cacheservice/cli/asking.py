@@ -128,16 +128,11 @@ def ask_once(address: Address, question: str, timeout_s: float) -> str:
 
 
 class Answer(NamedTuple):
-    """What the port's `json` said, as text and as the contract's object, and notes of its `status` head line.
-
-    `taken_at` is on this machine's monotonic clock. `notes` hold what `json` has no place for: that the newest
-    configuration was refused.
-    """
+    """The port's `json`, as text and as an object; `taken_at` is on this machine's monotonic clock."""
 
     taken_at: float
     line: str
     facts: Mapping[str, Any]
-    notes: tuple[str, ...]
 
     @property
     def datasets(self) -> Mapping[str, Mapping[str, Any]]:
@@ -148,7 +143,6 @@ class Answer(NamedTuple):
 def ask_for_all(connection: Connection) -> Answer:
     """:raises NoAnswer: if it does not come in time, or from something else than a cacheservice."""
     line = connection.ask("json")
-    head = connection.ask("status").partition("\n")[0]
     taken_at = time.monotonic()
     try:
         facts = json.loads(line)
@@ -156,18 +150,7 @@ def ask_for_all(connection: Connection) -> Answer:
             raise ValueError
     except (ValueError, TypeError, KeyError, AttributeError):
         raise NoAnswer(f"the server at {connection.address} is not a cacheservice; see --host and --port") from None
-    return Answer(taken_at, line, facts, tuple(_notes(head, facts["postgres"])))
-
-
-def _notes(head: str, postgres: Mapping[str, Any]) -> Iterator[str]:
-    """What the head line of `status` has after its first three facts, and `json` does not."""
-    rejected_at = head.find(", configuration rejected ")
-    if rejected_at >= 0:
-        yield f"the newest {head[rejected_at + 2 :]}"
-        head = head[:rejected_at]
-    _, found, problem = head.partition(", NOT listening")
-    if found and "listening_problem" not in postgres:  # a service of an older version
-        yield f"notifications do not arrive, NOT listening{problem}"
+    return Answer(taken_at, line, facts)
 
 
 def status_address(host: str | None, port: int | None, *, guess: bool = False) -> Address:

@@ -60,7 +60,7 @@ def _of_service(answer: Answer) -> Iterator[Problem]:
     postgres = answer.facts["postgres"]
     if postgres["state"] == "down":
         yield Problem(Severity.WARNING, None, f"PostgreSQL is down: {postgres['error'] or 'no reason was told'}")
-    # A service of an older version reports neither the cap nor the listening in its `json`.
+    # A service of an older version does not report the cap, the listening or a refused configuration in its `json`.
     if cap := answer.facts["service"].get("connection_cap"):
         todo = "raise the limit of open files, or lower limits.max_connections; then restart"
         yield Problem(Severity.WARNING, None, f"{capped(ConnectionCap(**cap))}: {todo}")
@@ -70,8 +70,9 @@ def _of_service(answer: Answer) -> Iterator[Problem]:
             yield Problem(Severity.WARNING, None, f"notifications do not arrive, NOT listening: {problem}")
         if problem := postgres.get("prune_problem"):
             yield Problem(Severity.WARNING, None, f"old recorded changes are not deleted: {problem}")
-    for note in answer.notes:
-        yield Problem(Severity.WARNING, None, note)
+    if rejected := answer.facts["service"].get("configuration_rejected"):
+        what = f"the newest configuration rejected {duration(rejected['rejected_s'])} ago: {rejected['problem']}"
+        yield Problem(Severity.WARNING, None, what)
 
 
 def standby_words(answer: Answer) -> str:

@@ -14,10 +14,10 @@ from cacheservice.cache.cache import Cache, Rejection
 from cacheservice.cache.identity import ServerIdentity
 from cacheservice.cache.lag import Lag
 from cacheservice.cli import picture, plugin
-from cacheservice.cli.asking import Address, Answer, _notes
+from cacheservice.cli.asking import Address, Answer
 from cacheservice.cli.problems import problems
 from cacheservice.config import DatasetSettings
-from cacheservice.ports.report import json_line, status_table
+from cacheservice.ports.report import json_line
 
 
 class Judgement(SynchronousTestCase):
@@ -28,8 +28,7 @@ class Judgement(SynchronousTestCase):
         cache = Cache([DatasetSettings(name=name, query="SELECT 1", key=("id",)) for name in ("a", "b")], clock.seconds)
         for name, value in changes.items():
             setattr(cache.database, name, value) if name != "rejection" else setattr(cache, name, value)
-        facts = json.loads(json_line(cache))
-        return Answer(0.0, "", facts, tuple(_notes(status_table(cache).partition("\n")[0], facts["postgres"])))
+        return Answer(0.0, "", json.loads(json_line(cache)))
 
     def fresh(self, answer: Answer, **more: Any) -> Answer:
         """The answer with one dataset, which is fresh."""
@@ -44,7 +43,7 @@ class Judgement(SynchronousTestCase):
         one["as_of"] = "2026-01-01T00:00:00+00:00"
         one["last_attempt"] = {"error": "a reason that goes on " * 20, "started_at": one["as_of"], "took_s": 3.0}
         datasets = {f"dataset_with_a_rather_long_name_{number}": one for number in range(100)}
-        level, line = plugin.verdict(Answer(0.0, "", {**facts, "datasets": datasets}, ()))
+        level, line = plugin.verdict(Answer(0.0, "", {**facts, "datasets": datasets}))
         self.assertEqual(level, 2)
         self.assertLess(len(line.encode()), 1024)
         self.assertIn("and 95 more", line)
@@ -56,7 +55,7 @@ class Judgement(SynchronousTestCase):
         fresh["last_attempt"] = {"outcome": "published", "error": None, "started_at": fresh["as_of"], "took_s": 0.1}
         for problem, expected in (("/saved: No space left on device", 1), (None, 0)):
             datasets = {"a": fresh | {"save_problem": problem}}
-            level, line = plugin.verdict(Answer(0.0, "", {**facts, "datasets": datasets}, ()))
+            level, line = plugin.verdict(Answer(0.0, "", {**facts, "datasets": datasets}))
             self.assertEqual(level, expected)
             self.assertEqual(
                 "a not saved, 1.00 s old" in line and "saving fails: /saved: No space left on device" in line,
@@ -64,7 +63,7 @@ class Judgement(SynchronousTestCase):
             )
             self.assertEqual(line.count("not saved"), int(bool(problem)))
         del datasets["a"]["save_problem"]
-        self.assertEqual(plugin.verdict(Answer(0.0, "", {**facts, "datasets": datasets}, ()))[0], 0)
+        self.assertEqual(plugin.verdict(Answer(0.0, "", {**facts, "datasets": datasets}))[0], 0)
 
     def test_a_dataset_of_uncertain_age(self) -> None:
         """It is a WARNING with the reason, although it seems fresh. Older services do not report it."""
@@ -72,12 +71,12 @@ class Judgement(SynchronousTestCase):
         fresh = facts["datasets"]["a"] | {"state": "fresh", "age_s": 1.0, "as_of": "2026-01-01T00:00:00+00:00"}
         for uncertain, expected in (("it was saved on another machine", 1), (None, 0)):
             datasets = {"a": fresh | {"age_uncertain": uncertain}}
-            level, line = plugin.verdict(Answer(0.0, "", {**facts, "datasets": datasets}, ()))
+            level, line = plugin.verdict(Answer(0.0, "", {**facts, "datasets": datasets}))
             self.assertEqual(level, expected)
             reason = f"the age is uncertain until the next refresh: {uncertain}"
             self.assertEqual("a of uncertain age, 1.00 s old" in line and reason in line, bool(uncertain))
         del datasets["a"]["age_uncertain"]
-        self.assertEqual(plugin.verdict(Answer(0.0, "", {**facts, "datasets": datasets}, ()))[0], 0)
+        self.assertEqual(plugin.verdict(Answer(0.0, "", {**facts, "datasets": datasets}))[0], 0)
 
     def test_a_publish_without_a_row(self) -> None:
         """The first load of an empty table is "no rows"; with other columns alone, no row differs."""
@@ -86,7 +85,7 @@ class Judgement(SynchronousTestCase):
         one["last_attempt"] = {"outcome": "published", "error": None, "started_at": one["as_of"], "took_s": 0.1}
         one["last_change"] = {"added": 0, "changed": 0, "removed": 0}
         for rows, expected in ((0, "published in 0.10 s (no rows)"), (3, "published in 0.10 s (no row differs)")):
-            answer = Answer(0.0, "", {**facts, "datasets": {"a": one | {"rows": rows}}}, ())
+            answer = Answer(0.0, "", {**facts, "datasets": {"a": one | {"rows": rows}}})
             console = Console(width=200)
             with console.capture() as capture:
                 console.print(picture.render(picture.Picture(Address("h", 1), answer, {}), 200, bars=False))
@@ -96,27 +95,25 @@ class Judgement(SynchronousTestCase):
         """The guidelines allow digits and a point."""
         facts = self.answer().facts
         one = facts["datasets"]["a"] | {"age_s": 12345678.5, "max_age_s": 1e7, "interval_s": 1e6, "timeout_s": 0.25}
-        answer = Answer(0.0, "", {**facts, "datasets": {"a": one}}, ())
+        answer = Answer(0.0, "", {**facts, "datasets": {"a": one}})
         _, line = plugin.verdict(answer, ("a",), "all")
         self.assertIn("a_age=12345678.5s;1000000.25;10000000;0", line)
         self.assertIn("age_of_limit=123.457%", plugin.verdict(answer)[1])
 
-    def test_notes_of_the_head_line(self) -> None:
-        """What `json` has no place for is taken from the head line of `status`, whatever else stands in it."""
-        self.assertEqual(self.answer().notes, ())
-        self.assertEqual(self.answer(listening_wanted=True, listening=True, listening_proven_at=0.0).notes, ())
+    def test_listening_and_a_refused_configuration(self) -> None:
+        """Both are warnings, with the reason; a service of an older version reports neither."""
+        self.assertEqual(problems(self.fresh(self.answer(listening_wanted=True, listening=True))), [])
         broken = {"listening_wanted": True, "listening_problem": "refused, configuration of pg_hba"}
         deaf = "notifications do not arrive, NOT listening: refused, configuration of pg_hba"
         rejection = Rejection(("x.toml: a, NOT listening: b",), 0.0)
         rejected = "the newest configuration rejected 0.00 s ago: x.toml: a, NOT listening: b"
         answer = self.answer(**broken, rejection=rejection)
-        self.assertEqual(answer.notes, (rejected,))
         self.assertEqual(
             [(each.severity, each.what) for each in problems(self.fresh(answer))], [(1, deaf), (1, rejected)]
         )
-        older = {name: value for name, value in answer.facts["postgres"].items() if name != "listening_problem"}
-        head = f"cacheservice 0: ready, up 1 s, {deaf.partition(', ')[2]}, configuration rejected 1 s ago: x"
-        self.assertEqual(tuple(_notes(head, older)), ("the newest configuration rejected 1 s ago: x", deaf))
+        older = self.fresh(answer)
+        del older.facts["postgres"]["listening_problem"], older.facts["service"]["configuration_rejected"]
+        self.assertEqual(problems(older), [])
 
     def test_a_standby(self) -> None:
         """It cannot listen or prune, which is no warning; how far it is behind, and why, is shown everywhere."""
@@ -165,7 +162,7 @@ class Judgement(SynchronousTestCase):
         written out on half of it; the number of the others is told."""
         clock = Clock()
         cache = Cache([DatasetSettings(name=f"d{n}", query="SELECT 1", key=("id",)) for n in range(500)], clock.seconds)
-        answer = Answer(0.0, "", json.loads(json_line(cache)), ())
+        answer = Answer(0.0, "", json.loads(json_line(cache)))
         drawn = picture.render(picture.Picture(Address("h", 1), answer, {}), 80, bars=True, height=24)
         console = Console(width=80)
         with console.capture() as capture:

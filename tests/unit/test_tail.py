@@ -35,7 +35,7 @@ def answer(generation: int, pid: int = 1, **fields: Any) -> Answer:
         "next_refresh_in_s": 1.0,
         **fields,
     }
-    return Answer(0.0, "", {"service": {"pid": pid}, "datasets": {"a": dataset}}, ())
+    return Answer(0.0, "", {"service": {"pid": pid}, "datasets": {"a": dataset}})
 
 
 def message(generation: int) -> bytes:
