@@ -27,7 +27,7 @@ def log_file(arguments: Sequence[str]) -> str | None:
     """
     if not arguments or not Path(arguments[0]).name.startswith("twistd"):
         return None
-    known: Any = twistd.ServerOptions()  # the platform selects the class, so it is not declared
+    known: Any = twistd.ServerOptions()  # type: ignore[attr-defined]  # its class depends on the platform
     try:
         # twistd's own parser would install the reactor a second time.
         given = dict(getopt.getopt(list(arguments[1:]), known.shortOpt, known.longOpt)[0])

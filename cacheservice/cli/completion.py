@@ -1,4 +1,4 @@
-"""`cacheservice completion`: what makes a shell complete commands, options and the names of datasets."""
+"""`cacheservice completion`: prints the script with which a shell completes commands, options and datasets."""
 
 from __future__ import annotations
 

@@ -416,7 +416,7 @@ class StatusFactory(ServerFactory):
         self.clients: set[StatusProtocol] = set()
         self.rejected = rejected.none_yet()
 
-    def buildProtocol(self, addr: object) -> StatusProtocol:  # its `factory` has another type
+    def buildProtocol(self, addr: object) -> StatusProtocol:  # type: ignore[override]  # its `factory` has another type
         return StatusProtocol(self)
 
     def close_clients(self) -> None:

@@ -49,7 +49,7 @@ _ASSETS = b"/assets/"
 _PROBES = frozenset({b"/livez", b"/readyz", b"/metrics"})
 """The paths of monitors. They need no token, and are served over the limit of connections."""
 _READ_METHODS = (b"GET", b"HEAD")
-_ADMIN_TOKEN = "http.admin_token"  # the name of the setting
+_ADMIN_TOKEN = "http.admin_token"  # noqa: S105  # the name of the setting
 _HTML, _PROBLEM, _EVENTS, _TEXT = b"text/html", b"application/problem+json", b"text/event-stream", b"text/plain"
 
 _GZIP_FROM_BYTES = 1024

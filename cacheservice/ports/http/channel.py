@@ -132,7 +132,7 @@ class _Stream:
 class HttpChannel(HTTPChannel):
     """The connection of one client."""
 
-    requestFactory = HttpRequest  # it has only the methods that HTTPChannel calls
+    requestFactory = HttpRequest  # type: ignore[assignment]  # it has only the methods that HTTPChannel calls
     totalHeadersSize = MAX_HEAD_BYTES
     requests: list[HttpRequest]
     transport: Any
@@ -657,7 +657,7 @@ class HttpFactory(ServerFactory):
         )
         self.streams = Cooperator(_turn, partial(reactor.callLater, 0))
 
-    def buildProtocol(self, addr: object) -> HttpChannel:  # its `factory` has another type
+    def buildProtocol(self, addr: object) -> HttpChannel:  # type: ignore[override]  # its `factory` has another type
         return HttpChannel(self)
 
     def replace_tokens(self, token: str, admin_token: str) -> None:

@@ -17,7 +17,7 @@ from cacheservice.ports.rotation import Look, no_files
 from cacheservice.ports.throttle import LONG_WAIT_S, Throttle
 
 _CHALLENGE = b'WWW-Authenticate: Bearer realm="cacheservice"'
-_ADMIN_TOKEN = "http.admin_token"  # the name of the setting
+_ADMIN_TOKEN = "http.admin_token"  # noqa: S105  # the name of the setting
 CHALLENGE = _CHALLENGE + b"\r\n"
 
 

@@ -231,13 +231,13 @@ class Commands:
         reads: Reads
         try:
             for word, key in batch:
-                if word != b"GET" and word != b"get":  # a set would be hashed each time
+                if word != b"GET" and word != b"get":  # noqa: PLR1714  # a set would be hashed each time
                     break
                 name, _, row = key.partition(b":")
                 if name != last:
                     if answers:
                         number = len(answers)
-                        reads.hits += number - counted  # bound with the first answer
+                        reads.hits += number - counted  # noqa: F821  # bound with the first answer
                         counted = number
                     (shards, groups, mask, reads), last = self._served[name], name
                 if shards:

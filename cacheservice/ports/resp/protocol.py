@@ -55,7 +55,7 @@ _NOT_QUEUED = (b"exec", b"discard", b"multi", b"quit", b"reset")
 _NOAUTH = reply.error("NOAUTH Authentication required.")
 _INTERNAL_ERROR = reply.error("ERR internal error; its traceback is in the log")
 _WRONGPASS = reply.error("WRONGPASS invalid username-password pair or user is disabled.")
-_PASSWORD = "resp.password"  # the name of the setting
+_PASSWORD = "resp.password"  # noqa: S105  # the name of the setting
 _UNREAD_PASS = reply.error("WRONGPASS too many wrong passwords from this address, so this one was not looked at")
 
 
@@ -838,7 +838,7 @@ class RespFactory(ServerFactory):
         # Subscriptions survive the removal of their dataset, and clients are notified again once it returns.
         cache.events.subscribe(self._published, Published)
 
-    def buildProtocol(self, addr: object) -> RespProtocol:  # its `factory` has another type
+    def buildProtocol(self, addr: object) -> RespProtocol:  # type: ignore[override]  # its `factory` has another type
         return RespProtocol(self, next(self._numbers))
 
     def flush_at_end_of_turn(self, client: RespProtocol) -> None:
