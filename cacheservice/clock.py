@@ -1,4 +1,7 @@
-"""The clock of all ages and timers. It ignores changes of the wall clock and continues while a machine is suspended."""
+"""The clock of all ages and timers.
+
+It ignores changes of the wall clock and continues while a machine is suspended.
+"""
 
 from __future__ import annotations
 

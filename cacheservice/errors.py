@@ -1,7 +1,8 @@
-"""The errors that cross module boundaries, as one tree, and a helper that frees an error's frames.
+"""The errors that cross module boundaries, and `let_go`, which frees their frames.
 
-Modules define errors of their own where only their callers need them. A message names the event, the dataset or the
-setting, and the next step. It never holds a password, a DSN or a row. Programs can distinguish errors by class.
+The errors form one tree. Modules define errors of their own where only their callers need them. A message names the
+event, the dataset or the setting, and the next step. It never holds a password, a DSN or a row. Programs can
+distinguish errors by class.
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ class NothingToRollBackTo(CacheServiceError):
 
 
 class Stopped(CacheServiceError):
-    """The service is stopping, so the request was dropped. Repeat it after the restart."""
+    """The service is stopping, so the request was dropped.
+
+    Repeat it after the restart.
+    """
 
 
 class RefreshFailed(CacheServiceError):
@@ -178,7 +182,10 @@ class StandbyConflict(QueryFailed):
 
 
 class SerializationFailed(QueryFailed):
-    """PostgreSQL could not isolate the query from concurrent changes. It must be retried."""
+    """PostgreSQL could not isolate the query from concurrent changes.
+
+    It must be retried.
+    """
 
     advice = "nothing to do unless it repeats: the database asks for a retry, which comes by itself"
 
@@ -212,14 +219,18 @@ class ResultTooLarge(BadResult):
 
 
 class SnapshotRejected(CacheServiceError):
-    """A saved snapshot is damaged, unknown in format, or of another dataset, query or key.
+    """A saved snapshot is damaged, or does not fit the dataset.
 
-    No part of it is served. Its file is moved aside: delete it, or keep it for an investigation.
+    Its format may be unknown, or it may be of another dataset, query or key. No part of it is served. Its file is moved
+    aside: delete it, or keep it for an investigation.
     """
 
 
 class OfAnotherDatabase(SnapshotRejected):
-    """A saved snapshot was read from another database or as another role. It is not served, and stays on disk."""
+    """A saved snapshot was read from another database or as another role.
+
+    It is not served, and stays on disk.
+    """
 
 
 class UnknownGeneration(CacheServiceError):
@@ -234,25 +245,38 @@ class MigrationFailed(CacheServiceError):
 
 
 class WatchFailed(CacheServiceError):
-    """`cacheservice watch` or `unwatch` could not reach the database or was refused. The message names the next
-    step."""
+    """`cacheservice watch` or `unwatch` could not reach the database or was refused.
+
+    The message names the next step.
+    """
 
 
 class NoAnswer(CacheServiceError):
-    """The service did not answer on its status port. Check that it runs, and check --host and --port."""
+    """The service did not answer on its status port.
+
+    Check that it runs, and check --host and --port.
+    """
 
 
 class AddressUnknown(CacheServiceError):
-    """The configuration does not lead to the service. The message names the problem and an option to use instead."""
+    """The configuration does not lead to the service.
+
+    The message names the problem, and an option to use instead.
+    """
 
 
 class Refused(CacheServiceError):
-    """The service answered a command on its status port with an error, which the message repeats."""
+    """The service answered a command on its status port with an error.
+
+    The message repeats the error.
+    """
 
 
 class InspectionFailed(CacheServiceError):
-    """`cacheservice check --db` could not reach the database. Fix the problem that the message names and run it
-    again."""
+    """`cacheservice check --db` could not reach the database.
+
+    Fix the problem that the message names and run it again.
+    """
 
 
 class DemoFailed(CacheServiceError):

@@ -1,4 +1,7 @@
-"""Formats file-system errors as one line: the setting, the path, the cause and the next step."""
+"""Formats file-system errors as one line.
+
+The line names the setting, the path, the cause and the next step.
+"""
 
 from __future__ import annotations
 

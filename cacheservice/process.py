@@ -1,4 +1,7 @@
-"""The process's interface to its supervisor: signals, and twistd's arguments about the log."""
+"""The process's interface to its supervisor.
+
+It consists of the signals, and of twistd's arguments about the log.
+"""
 
 from __future__ import annotations
 
@@ -41,11 +44,12 @@ def log_file(arguments: Sequence[str]) -> str | None:
 
 
 class Signals(Service):
-    """Handles SIGTERM and SIGINT (first: stop in order; second: exit at once) and SIGHUP (reload the configuration).
+    """Handles SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2.
 
-    Twisted ignores a second SIGTERM, so that only SIGKILL would end a stop that hangs. SIGUSR1 reopens the log file, as
-    with twistd's own. SIGUSR2, and SIGUSR1 without a log file, are logged and ignored, because their default action is
-    to end the process.
+    The first SIGTERM or SIGINT stops the service in order, a second one ends it at once. SIGHUP reloads the
+    configuration. Twisted ignores a second SIGTERM, so that only SIGKILL would end a stop that hangs. SIGUSR1 reopens
+    the log file, as with twistd's own. SIGUSR2, and SIGUSR1 without a log file, are logged and ignored, because their
+    default action is to end the process.
 
     :param reopen_log: reopens the log file and returns its path; None without a log file.
     """

@@ -1,9 +1,10 @@
-"""Finds the end of a query's text: comments, quotes and semicolons, by the rules of PostgreSQL's own scanner.
+"""Finds the end of a query's text by the rules of PostgreSQL's own scanner.
 
-The service puts queries into subqueries, where a final semicolon is a syntax error, and changes nothing else in them.
-To find that semicolon, this module recognizes all tokens that may contain one (PostgreSQL's src/backend/parser/scan.l):
-`--` and nested `/* */`, '…' and E'…' with its continuations, "…", and $tag$…$tag$. No other text is a comment: `#` is
-the operator XOR. `standard_conforming_strings` is on, because the reading transaction sets it.
+It knows comments, quotes and semicolons. The service puts queries into subqueries, where a final semicolon is a syntax
+error, and changes nothing else in them. To find that semicolon, this module recognizes all tokens that may contain one
+(PostgreSQL's src/backend/parser/scan.l): `--` and nested `/* */`, '…' and E'…' with its continuations, "…", and
+$tag$…$tag$. No other text is a comment: `#` is the operator XOR. `standard_conforming_strings` is on, because the
+reading transaction sets it.
 """
 
 from __future__ import annotations

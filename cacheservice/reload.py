@@ -1,5 +1,7 @@
-"""Applies a changed configuration while the service runs: every key that can change, or nothing if any key is
-invalid."""
+"""Applies a changed configuration while the service runs.
+
+It applies every key that can change, or nothing if any key is invalid.
+"""
 
 from __future__ import annotations
 

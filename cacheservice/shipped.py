@@ -1,4 +1,7 @@
-"""Finds files that come with the package: a wheel contains them, a checkout has them at its top level."""
+"""Finds files that come with the package.
+
+A wheel contains them; a checkout has them at its top level.
+"""
 
 from __future__ import annotations
 

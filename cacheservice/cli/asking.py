@@ -24,7 +24,9 @@ _IS_IT_RUNNING = "is the service running?"
 
 
 class Address(NamedTuple):
-    """The address of a port. As text it is HOST:PORT, with brackets around an IPv6 address.
+    """The address of a port.
+
+    As text it is HOST:PORT, with brackets around an IPv6 address.
 
     :param hint: the next step if the port does not answer.
     """
@@ -38,7 +40,7 @@ class Address(NamedTuple):
 
 
 class Connection:
-    """A connection to a status port that stays open (`prompt`) for one question after the other."""
+    """A connection to a status port that stays open (`prompt`) between questions."""
 
     def __init__(self, address: Address, timeout_s: float = ANSWER_TIMEOUT_S, *, deadline_at: float = math.inf) -> None:
         """Connect, and keep the connection open.
@@ -130,10 +132,11 @@ def ask_once(address: Address, question: str, timeout_s: float) -> str:
 
 
 class Answer(NamedTuple):
-    """The reply to `json`, as text and as an object (docs/status-port.md), with notes from the head line of `status`.
+    """The status of a service, as text and as an object, with notes.
 
-    `taken_at` is on this machine's monotonic clock. `notes` contain facts that `json` lacks, such as that the newest
-    configuration was rejected.
+    The object is that of `json` (docs/status-port.md); the notes are from the head line of `status`. `taken_at` is on
+    this machine's monotonic clock. `notes` contain facts that `json` lacks, such as that the newest configuration was
+    rejected.
     """
 
     taken_at: float
@@ -179,7 +182,7 @@ def _notes(head: str, postgres: Mapping[str, Any]) -> Iterator[str]:
 
 
 def status_address(host: str | None, port: int | None, *, guess: bool = False) -> Address:
-    """Return the address of the options, of the configuration, or 127.0.0.1:8000.
+    """Return the first known address: options, configuration, 127.0.0.1:8000.
 
     The service may run with an older configuration than the file on disk. If that cannot be read, the default port is
     probably wrong, and a missing answer does not mean that the service is down.

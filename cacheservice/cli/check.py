@@ -1,4 +1,4 @@
-"""`cacheservice check`: checks the configuration and, with --db, its datasets in the database."""
+"""`cacheservice check`: checks the configuration, and with --db the database."""
 
 from __future__ import annotations
 

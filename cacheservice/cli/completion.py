@@ -1,4 +1,4 @@
-"""`cacheservice completion`: prints the script with which a shell completes commands, options and datasets."""
+"""`cacheservice completion`: prints a shell's completion script."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""The demo: an embedded PostgreSQL, a small shop with constant changes, and the real service in front of it.
+"""The demo: an embedded PostgreSQL with a small shop, and the service.
 
-This process only starts the others, restarts the database, and ends the processes that it started, by their IDs.
+The shop changes all the time. This process only starts the others, restarts the database, and ends the processes that
+it started, by their IDs.
 """
 
 from __future__ import annotations

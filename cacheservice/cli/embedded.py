@@ -50,15 +50,19 @@ host  all,replication all 127.0.0.1/32 scram-sha-256
 
 
 class EmbeddedPostgresError(CacheServiceError):
-    """The embedded PostgreSQL could not be found, created, started or queried. The message has its output."""
+    """The embedded PostgreSQL could not be found, created, started or queried.
+
+    The message has its output.
+    """
 
 
 class EmbeddedPostgres:
-    """One PostgreSQL server in `directory`, which its caller creates for it alone and removes afterwards.
+    """One PostgreSQL server in `directory`.
 
-    All methods block: use them before the reactor runs, or in a thread. The TCP port, on 127.0.0.1, stays the same over
-    restarts. The superuser `postgres` has a new random password for each instance of this class; the unix socket needs
-    none. `settings` override `DEFAULT_SETTINGS` and are read at each start.
+    The caller creates the directory for it alone, and removes it afterwards. All methods block: use them before the
+    reactor runs, or in a thread. The TCP port, on 127.0.0.1, stays the same over restarts. The superuser `postgres` has
+    a new random password for each instance of this class; the unix socket needs none. `settings` override
+    `DEFAULT_SETTINGS` and are read at each start.
     """
 
     def __init__(self, directory: Path, *, settings: Mapping[str, str] = MappingProxyType({})) -> None:

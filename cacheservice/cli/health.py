@@ -1,4 +1,7 @@
-"""`cacheservice health`: a probe for containers, at the address in the configuration."""
+"""`cacheservice health`: a probe for containers.
+
+It uses the address in the configuration.
+"""
 
 from __future__ import annotations
 

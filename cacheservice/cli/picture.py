@@ -1,4 +1,7 @@
-"""Renders the output of `cacheservice status` with rich: first the problems in full, then all datasets."""
+"""Renders the output of `cacheservice status` with rich.
+
+The problems come first and in full, then all datasets.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`cacheservice status --check`: one line for Nagios and other systems that run its plugins.
+"""`cacheservice status --check`: one line for Nagios and compatible systems.
 
 The format follows the Monitoring Plugins Development Guidelines: 2.6 (performance data), 2.4 (exit codes). A dead
 service is CRITICAL, as in check_tcp; UNKNOWN is for wrong usage and bugs.

@@ -1,4 +1,4 @@
-"""`cacheservice migrate`, `watch` and `unwatch`: prepare the database for the service."""
+"""`cacheservice migrate`, `watch` and `unwatch`: prepare the database."""
 
 from __future__ import annotations
 

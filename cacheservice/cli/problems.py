@@ -1,4 +1,7 @@
-"""Finds the problems in a service's status; the table and the plugin share this judgement."""
+"""Finds the problems in a service's status.
+
+The table and the plugin share this judgement.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ from cacheservice.ports.report import behind, capped, duration, times
 
 
 class Severity(IntEnum):
-    """The severity of a problem; its number is the exit code of a monitoring plugin (guidelines, 2.4)."""
+    """The severity of a problem.
+
+    Its number is the exit code of a monitoring plugin (Monitoring Plugins guidelines, 2.4).
+    """
 
     OK = 0
     WARNING = 1

@@ -1,4 +1,7 @@
-"""Ends every command with a one-line error that names the next step, and with the right exit code."""
+"""Ends every command with a one-line error and the right exit code.
+
+The error names the next step.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,19 @@ _USAGE = 2
 
 
 class Listed(NamedTuple):
-    """An entry in the list of commands: its place, as MODULE:NAME in this package, and its short description."""
+    """An entry in the list of commands.
+
+    It has the command's place, as MODULE:NAME in this package, and a short description.
+    """
 
     where: str
     what: str
 
 
 class Program(click.Group):
-    """The group of all commands. Its help has sections, and each error is one line without a traceback.
+    """The group of all commands.
+
+    Its help has sections, and each error is one line without a traceback.
 
     :param sections: the commands by name, by the title of their section in the help.
     """

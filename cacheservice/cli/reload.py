@@ -1,4 +1,7 @@
-"""`cacheservice reload`: reloads the configuration and reports the result, for service managers."""
+"""`cacheservice reload`: reloads the configuration and reports the result.
+
+It is meant for service managers.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`cacheservice status` and `cacheservice why`: show the status of a running service."""
+"""`cacheservice status` and `cacheservice why`: show a service's status."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ _REDRAWS_PER_S = 4
 
 
 class _StatusCommand(click.Command):
-    """The command `status`. With --check, wrong usage is UNKNOWN (Monitoring Plugins guidelines, 2.4)."""
+    """The command `status`.
+
+    With --check, wrong usage is UNKNOWN (Monitoring Plugins guidelines, 2.4).
+    """
 
     def make_context(self, *args: Any, **settings: Any) -> click.Context:
         with _usage_is_unknown():
@@ -219,7 +222,10 @@ def _print_json(answer: Answer) -> None:
 
 
 class _Watch:
-    """The last status of a service that may stop and return, and why it does not answer now."""
+    """The last status of a service that may stop and return.
+
+    `absence` has the reason if it does not answer now.
+    """
 
     def __init__(self, address: Address, names: Sequence[str], timeout_s: float) -> None:
         self._address = address

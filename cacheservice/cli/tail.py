@@ -1,4 +1,4 @@
-"""`cacheservice tail`: prints a line for each publish, failure and change of state of a service.
+"""`cacheservice tail`: prints the publishes, failures and changes of state.
 
 It uses two sources, because neither is complete. The RESP port notifies its subscribers of each publish, so that none
 is missed while the connection lasts. The status port is always available. Polled twice a second, it shows failed and

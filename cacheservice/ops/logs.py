@@ -1,4 +1,7 @@
-"""The log: lines of JSON or for a console on standard output, including Twisted's own events."""
+"""The log: one line for each event, including Twisted's own, on standard output.
+
+The lines are JSON, or are formatted for a console.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +32,11 @@ _LEVEL_OF_TWISTED: Mapping[LogLevel, str] = {
 
 
 class LineWriter:
-    """Writes lines to a descriptor in a thread, because a stalled pipe would block the reactor.
+    """Writes lines to a descriptor in a thread.
 
-    With `path` the descriptor is that of a file, which `reopen` opens again. While no process reads the pipe, up to
-    10,000 lines wait. Further lines are dropped, and a line with their number is logged as soon as there is a reader
-    again.
+    On the reactor's thread, a stalled pipe would block the service. With `path` the descriptor is that of a file, which
+    `reopen` opens again. While no process reads the pipe, up to 10,000 lines wait. Further lines are dropped, and a
+    line with their number is logged as soon as there is a reader again.
     """
 
     def __init__(self, descriptor: int, lost_line: Callable[[int], str], path: str | None = None) -> None:
@@ -158,7 +161,10 @@ class _Lines:
 
 @implementer(ILogObserver)
 class TwistedEvents:
-    """Logs Twisted's events, including Python's warnings, with tracebacks within their line."""
+    """Logs Twisted's events, including Python's warnings.
+
+    Tracebacks stay within their line.
+    """
 
     def __init__(self, log: Any) -> None:
         self._log = log

@@ -59,7 +59,10 @@ class ServedPort(Protocol):
 
 
 class _Lines:
-    """The rendered lines of one dataset by family, and the stamps by group with which they were rendered."""
+    """The rendered lines of one dataset.
+
+    `families` has the lines by family, `_stamps` the stamps by group with which they were rendered.
+    """
 
     __slots__ = ("_stamps", "_templates", "families")
 
@@ -204,7 +207,10 @@ class _Service:
         self._ports = ports
 
     def describe(self) -> Sequence[Metric]:
-        """Return nothing, so that registration checks nothing: the ports are not there yet."""
+        """Return nothing, so that registration checks nothing.
+
+        The ports do not exist yet at that time.
+        """
         return ()
 
     def collect(self) -> Iterator[Metric]:

@@ -36,10 +36,10 @@ _OF_NO_USE = ("_bucket", "_info")
 
 
 class StatsD(Service):
-    """Sends all metrics each `interval_s` while it runs, whether or not a server receives them.
+    """Sends all metrics each `interval_s` while it runs.
 
-    Gauges are sent as they are, counters as their increase since the last push. Count and sum of a histogram are
-    counters; its buckets are not sent, because StatsD has no such type.
+    It does so whether or not a server receives them. Gauges are sent as they are, counters as their increase since the
+    last push. Count and sum of a histogram are counters; its buckets are not sent, because StatsD has no such type.
 
     :param resolve: returns the addresses of a name, without blocking the reactor; its failure is a `CacheServiceError`.
     :param reactor: `IReactorTime` and `IReactorUDP`.
@@ -177,7 +177,10 @@ def packets(lines: Iterable[str]) -> Iterator[bytes]:
 
 
 class _Sender(DatagramProtocol):
-    """The socket of one push. A refusal arrives as ICMP, after the packet that is refused."""
+    """The socket of one push.
+
+    A refusal arrives as ICMP, after the packet that is refused.
+    """
 
     transport: Any
     noisy = False

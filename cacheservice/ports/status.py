@@ -232,8 +232,7 @@ class StatusProtocol(LineReceiver, TimeoutMixin):
 
     def connectionMade(self) -> None:
         self.factory.clients.add(self)
-        # The transport then pauses this producer while its buffer is full, so a client that never reads costs one
-        # reply.
+        # The transport pauses this producer while its buffer is full: a client that never reads costs one reply.
         self.transport.registerProducer(self, True)
         # Over the limit, a client has the same commands but is closed first: monitors use this port.
         self._in_reserve = not self.factory.door.admit(self, self.factory.max_connections)

@@ -45,7 +45,9 @@ class _Failures:
 
 
 class Throttle:
-    """Counts failures by network. It has no timer: the refused connection runs its own.
+    """Counts failures by network.
+
+    It has no timer: the refused connection runs its own.
 
     :param now: the monotonic clock, in seconds.
     """

@@ -81,7 +81,10 @@ Later = Coroutine[Any, Any, Reply] | Deferred[Reply]
 
 
 class Request:
-    """The head of a request: `target` as it was received, and `headers` by their names in lower case."""
+    """The head of a request.
+
+    `target` is as received; `headers` are by their names in lower case.
+    """
 
     __slots__ = ("headers", "method", "target")
 

@@ -1,8 +1,8 @@
-"""Renders whole datasets as bodies, in pieces from one snapshot, plain or compressed.
+"""Renders whole datasets as bodies, plain or compressed.
 
-JSON is one object, ``{key: document}``, with one row per line. NDJSON, too, has one row per line, each an object:
-``{"key": …, "value": document}``, because a document need not contain its key. Documents are sent as PostgreSQL
-rendered them.
+A body is in pieces from one snapshot. JSON is one object, ``{key: document}``, with one row per line. NDJSON, too, has
+one row per line, each an object: ``{"key": …, "value": document}``, because a document need not contain its key.
+Documents are sent as PostgreSQL rendered them.
 """
 
 from __future__ import annotations
@@ -139,7 +139,10 @@ def _on_one_line(document: bytes) -> bytes:
 
 
 class GzipBody:
-    """A compressed body that grows while it is compressed; any number of clients can follow it."""
+    """A compressed body that grows while it is compressed.
+
+    Any number of clients can follow it.
+    """
 
     def __init__(self) -> None:
         self._pieces: list[bytes] = []
@@ -196,9 +199,10 @@ class _Kept:
 
 
 class GzipBodies:
-    """Compresses each body once per generation, in a thread, and keeps it until the next generation.
+    """Compresses each body once per generation.
 
-    A superseded body lives as long as clients follow it. After the last of them its compression stops.
+    This happens in a thread, and the body is kept until the next generation. A superseded body lives as long as clients
+    follow it. After the last of them its compression stops.
 
     :param reactor: `IReactorThreads`; in its threads zlib works without the interpreter's lock.
     """

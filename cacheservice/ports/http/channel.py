@@ -1,8 +1,8 @@
-"""The connections of the HTTP port: `twisted.web`'s channel, stricter, bounded and faster.
+"""The connections of the HTTP port.
 
-`HTTPChannel` provides lines, request lines, folded headers, and one request at a time even if they were pipelined. Its
-`Request` is not used: a read has no body, form or cookie, and a response is one write. In addition to the checks of
-twisted.web (RFC 9112 by section):
+They are `twisted.web`'s channel, but stricter, bounded and faster. `HTTPChannel` provides lines, request lines, folded
+headers, and one request at a time even if they were pipelined. Its `Request` is not used: a read has no body, form or
+cookie, and a response is one write. In addition to the checks of twisted.web (RFC 9112 by section):
 
 - 3.2: a request without exactly one valid Host is refused.
 - 6: a body is refused before it is read, and so are two lengths or an invalid length.
@@ -100,7 +100,10 @@ class HttpRequest(Request):
 
 @implementer(IPushProducer)
 class _Stream:
-    """The rest of a body, sent in turns with the other streams while the transport accepts data."""
+    """The rest of a body, sent in turns with the other streams.
+
+    It pauses while the transport does not accept data.
+    """
 
     def __init__(
         self, task: CooperativeTask[Any], pieces: Generator[Any, None, None], chunked: bool, endless: bool
@@ -229,7 +232,10 @@ class HttpChannel(HTTPChannel):
         self._refuse_long_head()
 
     def _respondToBadRequestAndDisconnect(self) -> None:
-        """Replace HTTPChannel's refusals of invalid request lines and of heads that are too long."""
+        """Replace HTTPChannel's own refusals.
+
+        They are for invalid request lines and for heads that are too long.
+        """
         if self._receivedHeaderSize > self.totalHeadersSize:
             self._refuse_long_head()
         else:

@@ -1,4 +1,7 @@
-"""The commands of the admin socket that clients with http.admin_token can send over HTTP."""
+"""The commands of the admin socket over HTTP.
+
+They need http.admin_token.
+"""
 
 from __future__ import annotations
 

@@ -16,10 +16,10 @@ _ENTITY_TAG = re.compile(rb'(W/)?("[\x21\x23-\x7e\x80-\xff]*")')
 
 
 class Validators(NamedTuple):
-    """The validators of a representation: its quoted opaque tag, whether that is weak, and its time of modification.
+    """The validators of a representation.
 
-    `modified` is None if it is unknown, or if another content of this resource had the same second: then equal dates do
-    not prove equal contents.
+    They are its quoted opaque tag, whether that is weak, and its time of modification. `modified` is None if it is
+    unknown, or if another content of this resource had the same second: then equal dates do not prove equal contents.
     """
 
     tag: bytes | None = None

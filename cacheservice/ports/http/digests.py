@@ -1,4 +1,7 @@
-"""Derives entity tags from content, so that they are equal at all replicas and after a restart."""
+"""Derives entity tags from content.
+
+So they are equal at all replicas and after a restart.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,9 @@ def whole_tag(rows: Rows, form: Representation) -> bytes:
 
 
 class Digests:
-    """Computes digests of whole datasets in slices, each once for any number of waiting clients.
+    """Computes digests of whole datasets in slices.
+
+    Each is computed once for any number of waiting clients.
 
     :param clock: `IReactorTime`, for turns of the reactor.
     """

@@ -1,8 +1,8 @@
-"""The server-sent events of the dashboard: first the whole state, then its changes.
+"""The server-sent events of the dashboard.
 
-The data of an event are the `json` object of docs/status-port.md with more fields for each dataset, but only for the
-datasets that have changed. `names` lists all datasets in order, and is present if it has changed. Ages are as of
-`told_at_s`, on the clock of `service.uptime_s`.
+The first event has the whole state, later ones its changes. The data of an event are the `json` object of
+docs/status-port.md with more fields for each dataset, but only for the datasets that have changed. `names` lists all
+datasets in order, and is present if it has changed. Ages are as of `told_at_s`, on the clock of `service.uptime_s`.
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ TURN_S = 0.002
 
 
 class _Told(NamedTuple):
-    """The last description of one dataset: its version of the state, the traits it was made from, and its JSON
-    member."""
+    """The last description of one dataset.
+
+    It has the version of the state, the traits that it was made from, and the JSON member.
+    """
 
     version: int
     traits: tuple[object, ...]
@@ -46,11 +48,10 @@ class _Told(NamedTuple):
 
 
 class Feed:
-    """Sends all listeners the same bytes, rendered once. A slow listener gets all changes since its last event in one
-    event.
+    """Sends all listeners the same bytes, rendered once.
 
-    The feed scans the datasets once a second while it has listeners, a few in each turn of the reactor. It needs no
-    notification of changes.
+    A slow listener gets all changes since its last event in one event. The feed scans the datasets once a second while
+    it has listeners, a few in each turn of the reactor. It needs no notification of changes.
 
     :param clock: `IReactorTime`, monotonic.
     :param turn_s: how long a scan may block the reactor before it continues in the next turn.

@@ -1,6 +1,7 @@
-"""The heads of responses: status line and header lines, rendered once and sent many times.
+"""The heads of responses, rendered once and sent many times.
 
-A head excludes the lines that frame its body (Content-Length, Transfer-Encoding, Connection), which the channel adds.
+A head has the status line and the header lines, except those that frame its body (Content-Length, Transfer-Encoding,
+Connection): the channel adds these.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from cacheservice.config import DatasetSettings
 
 
 class Representation(NamedTuple):
-    """One form of a dataset or a row. Each form has its own entity tag (RFC 9110, 8.8.3)."""
+    """One form of a dataset or a row.
+
+    Each form has its own entity tag (RFC 9110, 8.8.3).
+    """
 
     content_type: bytes
     tag_suffix: bytes
@@ -69,11 +73,12 @@ class Dates:
 
 
 class SnapshotHeads:
-    """The heads of all responses from one snapshot, without their tags; valid until `until_s` on the clock of `now_s`.
+    """The heads of all responses from one snapshot, without their tags.
 
-    ``max-age`` is the interval, and ``stale-if-error`` is the rest of max_age_s after it. A cache subtracts Age from
-    the first (RFC 9111, 4.2.3) and counts the second from the end of the first (RFC 5861, 4). So it reuses the response
-    until the next refresh is due, and in case of errors until the snapshot expires.
+    They are valid until `until_s` on the clock of `now_s`. ``max-age`` is the interval, and ``stale-if-error`` is the
+    rest of max_age_s after it. A cache subtracts Age from the first (RFC 9111, 4.2.3) and counts the second from the
+    end of the first (RFC 5861, 4). So it reuses the response until the next refresh is due, and in case of errors until
+    the snapshot expires.
 
     A response to ``?max_age=`` may be stored for the rest of that age, as counted by a cache that does not subtract
     Age. It must not be reused for longer, whether or not the database is down.

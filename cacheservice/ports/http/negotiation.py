@@ -1,6 +1,7 @@
-"""Negotiates the media type and the coding, by pure functions of the headers' values.
+"""Negotiates the media type and the coding.
 
-A malformed part is skipped. A header without valid parts counts as absent (RFC 9110, 2.4 allows it).
+The functions depend only on the headers' values. A malformed part is skipped. A header without valid parts
+counts as absent (RFC 9110, 2.4 allows it).
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ _QUALITY = re.compile(rb"0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?")
 
 
 class Codings(NamedTuple):
-    """The content codings that a client accepts. `gzip`: requested by name, and with at least the weight of
-    identity."""
+    """The content codings that a client accepts.
+
+    `gzip` is true if it is requested by name, and with at least the weight of identity.
+    """
 
     gzip: bool
     gzip_allowed: bool

@@ -63,7 +63,10 @@ _MAX_WAIT_MS = 86_400_000
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A command: its function, and the least and greatest number of its words, including its name."""
+    """A command: its function, and the limits for the number of its words.
+
+    Its own name counts as a word.
+    """
 
     name: str
     run: Callable[[Commands, RespProtocol, Words], Reply]
@@ -95,7 +98,7 @@ class Commands:
         self.by_word: Mapping[bytes, Command] = self.by_name | {
             name.upper(): each for name, each in self.by_name.items()
         }
-        # The datasets that `get` may answer without a check: loaded, and served at any age.
+        # The datasets that `hits` may answer without a check: loaded, and served at any age.
         self._served: dict[bytes, _Served] = {}
         cache.events.subscribe(self._declared, Added, Changed)
         cache.events.subscribe(self._ended, Ended)
@@ -137,7 +140,10 @@ class Commands:
         return {dataset.name: dataset.snapshot for dataset in self._datasets.values() if dataset.snapshot is not None}
 
     def _keeping(self, answer: bytes | Iterator[bytes], names: Iterable[bytes]) -> Reply:
-        """Return the answer; if it is in pieces, with the snapshots of `names` that it uses."""
+        """Return the answer, with the snapshots that it uses if it is in pieces.
+
+        :param names: the datasets of the answer.
+        """
         if isinstance(answer, bytes):
             return answer
         datasets = [self._datasets[name] for name in names]

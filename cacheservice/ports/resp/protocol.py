@@ -65,7 +65,7 @@ class RespProtocol(Protocol):
 
     Replies are written directly to the socket while it accepts them, because the transport's own path costs a turn of
     the reactor and two calls of epoll for each reply. The replies of all clients are written at the end of a turn, as
-    in Redis: a client that each reply woke would usually find nothing more to do.
+    in Redis: if each reply woke its client at once, most wake-ups would be in vain.
 
     Data that the socket does not accept is queued. Until the queue is empty, no more of this client's commands are read
     or run. So a client that does not read costs the replies of one turn, and is dropped after the idle time. A client

@@ -22,7 +22,10 @@ CHUNK_ROWS = 256
 
 
 class CommandError(Exception):
-    """A command cannot be answered. The message is sent unchanged; its first word is the error's code."""
+    """A command cannot be answered.
+
+    The message is sent unchanged; its first word is the error's code.
+    """
 
 
 class Status(str):

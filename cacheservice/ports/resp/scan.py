@@ -70,7 +70,10 @@ def scan_rows(
 
 
 class SortedShards:
-    """Caches the shard sorted last, which a scan needs many times. It does not keep a generation in memory."""
+    """Caches the shard sorted last, which a scan needs many times.
+
+    It does not keep a generation in memory.
+    """
 
     def __init__(self) -> None:
         self._rows: weakref.ref[Rows] | None = None
