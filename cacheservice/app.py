@@ -100,8 +100,7 @@ class CacheServiceRoot(MultiService):
             raise SystemExit(1) from None
 
     def startService(self) -> None:
-        # Modules that are imported stay for good. The first full collection over them would block the reactor for 40
-        # ms.
+        # Imported modules stay for good. The first full collection over them would block the reactor for 40 ms.
         gc.collect()
         gc.freeze()
         self._writer.start()
@@ -307,9 +306,9 @@ def _load_with_file() -> tuple[Settings, ConfigFile]:
 
 
 def _make_room(settings: Settings, cache: Cache, log: Any) -> Room:
-    """Return the descriptors that the ports may use. Log if they are too few.
+    """Return the descriptors that the ports may use.
 
-    The limit of open files may allow fewer connections than the configuration.
+    Log a warning if the limit of open files allows fewer connections than the configuration.
     """
     ports = 2 + bool(settings.admin.socket) + settings.resp.enabled + settings.http.enabled
     room = Room(admission.plan(_raise_descriptor_limit(), settings.postgres.max_connections, ports))

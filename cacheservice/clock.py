@@ -20,8 +20,7 @@ _PID_NAMESPACE = Path("/proc/self/ns/pid")
 _FIRST_PID_NAMESPACE = "pid:[4026531836]"
 """The inode of the PID namespace of the machine itself (PROC_PID_INIT_INO of Linux). Containers have others."""
 _APPLICATION = bytes.fromhex("7f2b8d0c94e64c0fa1d35b6e0a9c4d21")
-"""A fixed application ID: machine-id(5) asks applications to publish the machine ID only as a hash keyed with such an
-ID."""
+"""A fixed application ID: machine-id(5) asks applications to publish only a hash of the machine ID, keyed with it."""
 CLOCK: int = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 """Systems without CLOCK_BOOTTIME use CLOCK_MONOTONIC, which stops, with every age, while a machine is suspended."""
 

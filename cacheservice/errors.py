@@ -1,8 +1,9 @@
-"""The errors that cross module boundaries, and `let_go`, which frees their frames.
+"""The base class of the package's errors, and the errors that modules share.
 
-The errors form one tree. Modules define errors of their own where only their callers need them. A message names the
-event, the dataset or the setting, and the next step. It never holds a password, a DSN or a row. Programs can
-distinguish errors by class.
+An error of a single module is defined in it, for example `persistence.lock.DirectoryTaken`,
+`ports.http.problem.Problem` and `ports.resp.reply.CommandError`; not all of these derive from the base class.
+Programs can distinguish errors by class. A message names the event, the dataset or the setting, and the next step; it
+never contains a password, a DSN or a row. `let_go` frees the frames that an error keeps in memory.
 """
 
 from __future__ import annotations
@@ -158,8 +159,7 @@ class Blocker:
 class LockTimeout(QueryFailed):
     """The query waited for a lock until its deadline.
 
-    `blockers` are the sessions that held the lock, queried while the refresh was still waiting. End them, or wait for
-    them.
+    `blockers` are the sessions that held the lock, queried while the refresh was waiting. End them or wait.
     """
 
     advice = "end the session that holds the lock, or wait for it"

@@ -224,8 +224,7 @@ def _change(dataset: Mapping[str, Any]) -> str:
         return ""
     signs = (("+", "added"), ("~", "changed"), ("-", "removed"))
     counts = " ".join(f"{sign}{change[what]:,}" for sign, what in signs if change[what])
-    # A full read of the same content does not publish. So without counts either the columns differ or there are no
-    # rows.
+    # A full read of the same content does not publish: without counts, the columns differ or there are no rows.
     return f" ({counts or ('no row differs' if dataset['rows'] else 'no rows')})"
 
 

@@ -70,8 +70,7 @@ def _of_service(answer: Answer) -> Iterator[Problem]:
     if cap := answer.facts["service"].get("connection_cap"):
         todo = "raise the limit of open files, or lower limits.max_connections; then restart"
         yield Problem(Severity.WARNING, None, f"{capped(ConnectionCap(**cap))}: {todo}")
-    # Neither is possible on a standby. Its deltas are read at the interval, and cron on the primary deletes the
-    # changes.
+    # Neither is possible on a standby. It reads deltas at the interval; cron on the primary deletes the changes.
     if not postgres.get("standby"):
         if not postgres["listening"] and (problem := postgres.get("listening_problem")):
             yield Problem(Severity.WARNING, None, f"notifications do not arrive, NOT listening: {problem}")

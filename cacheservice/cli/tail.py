@@ -51,8 +51,7 @@ _DEFAULT_RESP_PORT = 6380
 class Event(NamedTuple):
     """An event of the service.
 
-    :param at: its time, in UTC; by the service's clock for failed and held refreshes, otherwise by this machine's
-        clock.
+    :param at: its time, in UTC; by the service's clock for failed and held refreshes, else by this machine's clock.
     :param name: as in the service's log, which users know: refresh_published, refresh_failed …
     :param fields: its details; JSON values.
     """
@@ -320,7 +319,7 @@ class _Ports:
         return events
 
     def wait(self, seconds: float, follower: Follower) -> Iterator[Event]:
-        """Yield publishes as they arrive, for some seconds."""
+        """Yield publishes as they arrive, for `seconds`."""
         until = time.monotonic() + seconds
         while (left_s := until - time.monotonic()) > 0:
             if self._subscription is None:

@@ -115,8 +115,7 @@ class Metrics:
         ProcessCollector(registry=self._of_service)
         self._lines: dict[str, _Lines] = {}
         cache.events.subscribe(lambda event: self._lines.pop(event.dataset, None), Ended)
-        # Lines are rendered when an attempt ends, so that a scrape after many refreshes takes no longer than after
-        # none.
+        # Lines are rendered when an attempt ends, so that refreshes do not make the next scrape slower.
         cache.events.subscribe(self._attempt_ended, AttemptEnded)
 
     def _attempt_ended(self, event: Event) -> None:

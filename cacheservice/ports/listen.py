@@ -112,7 +112,7 @@ def unix(reactor: Any, path: str, factory: ServerFactory) -> Callable[[], IListe
 
     def listen() -> IListeningPort:
         _remove_stale(path)
-        # # listenUNIX applies its mode argument after the bind, so other users could connect in between.
+        # listenUNIX applies its mode argument after the bind, so other users could connect in between.
         mask = os.umask(_SOCKET_UMASK)
         try:
             return reactor.listenUNIX(path, factory, backlog=BACKLOG, mode=0o600)  # type: ignore[no-any-return]

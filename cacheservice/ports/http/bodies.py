@@ -23,7 +23,7 @@ from cacheservice.cache.events import Ended, Published
 from cacheservice.cache.rows import STARTS, Rows, unframed
 
 PIECE_BYTES = 64 * 1024
-"""A transport asks its producer to pause when this much is buffered. A piece takes 0.33 ms to build."""
+"""A transport asks its producer to pause when this much is buffered. A piece takes a third of a millisecond."""
 _BETWEEN = b",\n"
 _PIECE_ROWS = 512
 """The rows of one piece, unless they are too large."""

@@ -57,8 +57,7 @@ input, it would send a reset that overtakes the response (RFC 9112, 9.6)."""
 _PIPELINE_TURN_S = 0.001
 """The time for which the pipelined requests of one client may block the reactor."""
 _STREAMS_TURN_S = 0.001
-"""The time for which all streams together may block the reactor. With the step that the last of them has begun, it is 2
-ms."""
+"""The time for which all streams together may block the reactor; with the last step in progress it is 2 ms."""
 
 _REASONS: Mapping[int, rejected.Reason] = MappingProxyType({408: "slow_client"})
 """The reason of a refusal by its status; every other status is a protocol error."""
@@ -127,7 +126,7 @@ class _Stream:
     def stopProducing(self) -> None:
         with suppress(TaskFinished):
             self._task.stop()
-        # the maker of the body may have to be notified, and the Deferred of the task may fire late
+        # The maker of the body may have to be notified, and the Deferred of the task may fire late.
         self._pieces.close()
 
 

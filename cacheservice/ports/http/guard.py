@@ -69,9 +69,9 @@ class Guard:
         return bool(found)
 
     def admit(self, host: str, authorization: bytes) -> None:
-        """Return if the header may be checked.
+        """Raise unless the header may be checked.
 
-        It may not if too many wrong tokens from its address are waiting for their answers, unless it has a token that
+        It must not be checked if too many wrong tokens from its address are waiting for their answers, unless it has a token that
         the address has sent before.
 
         :raises Problem: 429.

@@ -91,8 +91,7 @@ class Commands:
         catalogue = resources.files(__package__).joinpath("catalogue.json").read_text("utf-8")
         self.catalogue = json.loads(catalogue, object_hook=_flags_as_statuses)
         self.writes = frozenset(name.encode() for name in self.catalogue["writes"])
-        # Functions, not bound methods: `frozen` copies this object, and bound methods would make each copy a reference
-        # cycle.
+        # Functions, not bound methods, which would make each copy by `frozen` a reference cycle.
         self.by_name: Mapping[bytes, Command] = {each.name.encode(): each for each in _commands()}
         # In the spellings that clients use, so that most commands need one look-up.
         self.by_word: Mapping[bytes, Command] = self.by_name | {

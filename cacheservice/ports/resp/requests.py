@@ -22,8 +22,7 @@ MAX_REQUEST_BYTES = 64 * 1024 * 1024
 MAX_ARGUMENTS_BEFORE_AUTH = 10
 MAX_ARGUMENT_BYTES_BEFORE_AUTH = 16 * 1024
 
-# hiredis allocates memory for the count in a header, and frees it element by element, so it gets no count of a million
-# or more.
+# hiredis allocates memory for the count in a header, and frees it by element: it must not get a count of a million.
 _HUGE_ARRAY = re.compile(rb"\*[0-9]{7}")
 _HUGE_AGGREGATE = re.compile(rb"[>~|%][0-9]{7}")
 
@@ -59,14 +58,12 @@ class RequestParser:
         self.exhausted = True  # the rest is incomplete: more must be fed before more can be taken
         self._fast = hiredis.Reader()
         self._single: list[bytes] | None = None
-        # The bytes that hiredis was fed, until it has returned all of their commands, and the number of commands
-        # returned.
+        # The bytes fed to hiredis, until it has returned all of their commands, and the number that it has returned.
         self._batch = b""
         self._given = 0
         self._doubtful = False
         self._verified_bytes = 0
-        # The bytes after them. This class parses them while `_here` is set: all of them, or only to the end of one
-        # request.
+        # The bytes after them. While `_here` is set, this class parses them: all, or to the end of one request.
         self._buffer = bytearray()
         self._here = self._here_to_the_end = False
         self._wanted_arguments = 0
@@ -164,8 +161,7 @@ class RequestParser:
         self._buffer[:0] = self._batch[start:]
         self._fast = hiredis.Reader()
         self._batch, self._given = b"", -taken
-        # Input that hiredis cannot parse seldom comes alone; to alternate between the two parsers would take quadratic
-        # time.
+        # Input that hiredis cannot parse seldom comes alone, and to alternate between the parsers is quadratic.
         self._here, self._here_to_the_end = True, not incomplete
 
     def _take_here(self, commands: list[list[bytes]], most: int) -> None:
