@@ -71,8 +71,8 @@ class Guard:
     def admit(self, host: str, authorization: bytes) -> None:
         """Raise unless the header may be checked.
 
-        It must not be checked if too many wrong tokens from its address are waiting for their answers, unless it has a token that
-        the address has sent before.
+        It must not be checked if too many wrong tokens from its address are waiting for their answers, unless it has a
+        token that the address has sent before.
 
         :raises Problem: 429.
         """
