@@ -1,3 +1,3 @@
-"""The results of declared SQL queries, hot in memory, with the age of every answer known."""
+"""Serves the results of declared SQL queries from memory, with their age."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""The only place where the parts are put together."""
+"""The composition root: builds the parts of the service and connects them."""
 
 from __future__ import annotations
 
@@ -45,20 +45,26 @@ from cacheservice.refresh.service import CacheService
 from cacheservice.reload import Reload
 
 _STOP_TIMEOUT_S = 4.0
-"""The contract allows 5 s for a clean stop, the last lines of the log included."""
+"""docs/deployment.md promises that a clean stop, including the last lines of the log, takes at most 5 s."""
 _MANY_DESCRIPTORS = 1 << 20
-"""For a limit of open files that is none."""
+"""The number of descriptors to plan for if the process has no limit of open files."""
 _STOPPED_LAST = frozenset({"status", "http"})
-"""The ports that probes ask."""
+"""Ports that serve probes. They close last, so that probes can see that the service is stopping."""
 
 
 def load_settings(environ: Mapping[str, str]) -> Settings:
-    """:raises ConfigError: with every problem of the configuration."""
+    """Load the configuration of this environment.
+
+    :raises ConfigError: with every problem of the configuration.
+    """
     return config.load(environ, target.problem)
 
 
 def load_settings_or_exit(environ: Mapping[str, str]) -> Settings:
-    """For a program's start: the problems on standard error, one a line, then exit code 1."""
+    """Load the configuration, or print its problems and exit with code 1.
+
+    Each problem is one line on standard error. Used at the start of a program.
+    """
     try:
         return load_settings(environ)
     except ConfigError as error:
@@ -67,10 +73,11 @@ def load_settings_or_exit(environ: Mapping[str, str]) -> Settings:
 
 
 class CacheServiceRoot(MultiService):
-    """Everything that runs. Its children start in order and stop one after the other in the reverse order.
+    """Runs all parts: starts them in order and stops them one by one in reverse order.
 
-    `MultiService` would stop them all at once; here ports close before the refreshes that they may ask for, but for
-    those that answer probes: until all else has stopped, they say that it is stopping.
+    `MultiService` would stop all children at the same time. Here ports close before the refreshes that they may
+    request. The ports that serve probes are an exception: they report that the service is stopping until everything
+    else has stopped.
     """
 
     def __init__(self, cache: Cache, reactor: Any, writer: logs.LineWriter, log: Any) -> None:
@@ -82,7 +89,10 @@ class CacheServiceRoot(MultiService):
         self._started_at = reactor.seconds()
 
     def privilegedStartService(self) -> None:
-        """Bind the ports. twistd shows a raise as a traceback; a taken port deserves one clear line."""
+        """Bind the ports, or print one line about a port in use and exit.
+
+        twistd would show the exception with a traceback.
+        """
         try:
             super().privilegedStartService()
         except PortUnavailable as error:
@@ -90,7 +100,7 @@ class CacheServiceRoot(MultiService):
             raise SystemExit(1) from None
 
     def startService(self) -> None:
-        # What was imported stays for good. The first full collection over it would hold the reactor for 40 ms.
+        # Imported modules stay for good. The first full collection over them would block the reactor for 40 ms.
         gc.collect()
         gc.freeze()
         self._writer.start()
@@ -104,7 +114,7 @@ class CacheServiceRoot(MultiService):
         super().startService()
 
     def stopService(self) -> Deferred[Any]:
-        """Fires when all have stopped, or after 4 s."""
+        """Stop all children. The Deferred fires when all have stopped, or after 4 s."""
         Service.stopService(self)
         self._cache.stopping = True
         self._log.info("service_stopping")
@@ -119,7 +129,7 @@ class CacheServiceRoot(MultiService):
             while children:
                 await maybeDeferred(children.pop(0).stopService)
         finally:
-            for child in children:  # there is no time left to wait for any
+            for child in children:  # the time is up: stop the remaining children without waiting for them
                 maybeDeferred(child.stopService).addErrback(self._tell_broken)
 
     def _tell_broken(self, failure: Failure) -> None:
@@ -131,13 +141,13 @@ class CacheServiceRoot(MultiService):
 
 
 class DatabaseService(Service):
-    """Ends what the database layer keeps between reads."""
+    """Closes the sessions that the database layer keeps between reads."""
 
     name = "postgres"
 
     def __init__(self, database: Database, listener: Listener) -> None:
         self._database = database
-        self._database.make_room_by(listener.give_up_session)  # refreshes go first where connections are few
+        self._database.make_room_by(listener.give_up_session)  # with few connections, refreshes have priority
 
     def stopService(self) -> None:
         super().stopService()
@@ -147,9 +157,10 @@ class DatabaseService(Service):
 def make_service(
     settings: Settings, reactor: Any, writer: logs.LineWriter, threshold: logs.Threshold, log: Any
 ) -> CacheServiceRoot:
-    """The whole service, not started yet.
+    """Return the whole service, not yet started.
 
-    :param reactor: its `seconds` must be monotonic: set back an hour, the wall clock would hold every timer an hour.
+    :param reactor: its `seconds` must be monotonic. If the wall clock were set back by an hour, every timer would be an
+        hour late.
     """
     cache = Cache(settings.datasets.values(), reactor.seconds)
     cache.configured_by(config.config_file(os.environ))
@@ -286,16 +297,19 @@ def make_service(
 
 
 def _load_with_file() -> tuple[Settings, ConfigFile]:
-    """The settings as they are now, and the file that they were read from.
+    """Return the current settings and the file that they were read from.
 
     :raises ConfigError: with every problem of the configuration.
     """
-    file = config.config_file(os.environ)  # first: one that is written meanwhile must not pass for what was read
+    file = config.config_file(os.environ)  # first: a version that is written during the load must not count as read
     return load_settings(os.environ), file
 
 
 def _make_room(settings: Settings, cache: Cache, log: Any) -> Room:
-    """What the ports may have of the process's descriptors; say so if that is less than configured."""
+    """Return the descriptors that the ports may use.
+
+    Log a warning if the limit of open files allows fewer connections than the configuration.
+    """
     ports = 2 + bool(settings.admin.socket) + settings.resp.enabled + settings.http.enabled
     room = Room(admission.plan(_raise_descriptor_limit(), settings.postgres.max_connections, ports))
     configured, open_files = settings.limits.max_connections, room.plan.descriptors
@@ -316,9 +330,9 @@ def _store(settings: PersistenceSettings, cache: Cache, drain: Drain, reactor: A
 
 
 def make_log(settings: Settings, arguments: Sequence[str] = ()) -> tuple[logs.LineWriter, logs.Threshold, Any]:
-    """The writer of log lines, to be started; what is logged; and the logger that fills the writer.
+    """Return the log writer (not started), the log threshold and the logger.
 
-    :param arguments: those of twistd, which may name a file; without them the log goes to standard output.
+    :param arguments: those of twistd, which may name a log file. Without one the log goes to standard output.
     """
     path = process.log_file(arguments)
     try:
@@ -346,7 +360,10 @@ def _address(address: Any) -> str:
 
 
 def _raise_descriptor_limit() -> int:
-    """Ten thousand clients need more descriptors than the usual soft limit of 1024; the hard one is ours to use."""
+    """Raise the soft limit of open files to the hard limit, and return it.
+
+    Ten thousand clients need more descriptors than the usual soft limit of 1024.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -354,5 +371,5 @@ def _raise_descriptor_limit() -> int:
 
 
 def _tell(text: str) -> None:
-    # twistd puts a logging file in the place of sys.stderr.
-    print(text, file=sys.__stderr__, flush=True)  # to a person at a terminal, before there is a log
+    # twistd replaces sys.stderr by an object that logs.
+    print(text, file=sys.__stderr__, flush=True)  # for a person at a terminal, before there is a log

@@ -1,4 +1,7 @@
-"""The clock of all ages and timers: no setting of the wall clock moves it, and a suspended machine does not stop it."""
+"""The clock of all ages and timers.
+
+It ignores changes of the wall clock and continues while a machine is suspended.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +18,22 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _MACHINE_ID = Path("/etc/machine-id")
 _PID_NAMESPACE = Path("/proc/self/ns/pid")
 _FIRST_PID_NAMESPACE = "pid:[4026531836]"
-"""That of a machine itself, PROC_PID_INIT_INO of Linux; containers have others."""
+"""The inode of the PID namespace of the machine itself (PROC_PID_INIT_INO of Linux). Containers have others."""
 _APPLICATION = bytes.fromhex("7f2b8d0c94e64c0fa1d35b6e0a9c4d21")
-"""Fixed: machine-id(5) asks applications to publish only a hash that is keyed with an id of their own."""
+"""A fixed application ID: machine-id(5) asks applications to publish only a hash of the machine ID, keyed with it."""
 CLOCK: int = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-"""CLOCK_MONOTONIC, for systems without the other, stands still while a machine is suspended, and with it every age."""
+"""Systems without CLOCK_BOOTTIME use CLOCK_MONOTONIC, which stops, with every age, while a machine is suspended."""
 
 
 seconds: Callable[[], float] = partial(time.clock_gettime, CLOCK)
-"""Seconds since the machine was started, the time for which it was suspended included.
+"""Seconds since the machine was started, including time when it was suspended.
 
-The reactor asks several times a turn; a function of our own would take twice as long.
+This is a C function because the reactor calls it several times a turn. A Python function would take twice as long.
 """
 
 
 class Host(NamedTuple):
-    """Identifies the machine and the present run of its kernel. Each is empty if it is not known."""
+    """Identifies a machine and the current run of its kernel. An unknown ID is empty."""
 
     boot: str
     machine: str
@@ -41,7 +44,10 @@ class Host(NamedTuple):
 
 
 def boot_id() -> str:
-    """The present run of the machine's kernel, which `seconds` is of; empty if it is not known."""
+    """Return the ID of the current run of the kernel; empty if unknown.
+
+    The values of `seconds` are comparable only within one run.
+    """
     try:
         return _BOOT_ID.read_text(encoding="ascii").strip()
     except (OSError, ValueError):
@@ -49,10 +55,10 @@ def boot_id() -> str:
 
 
 def machine_id() -> str:
-    """Return a hash that identifies this machine across restarts; empty if it is not known.
+    """Return a hash that identifies this machine across restarts; empty if unknown.
 
-    It is of /etc/machine-id and the host name. Copies of a disk image may share the first, and rarely both. In a
-    container it is empty, although the file may be there: it is that of the image, which runs on many machines.
+    It covers /etc/machine-id and the host name. Copies of a disk image may share the first, but rarely share both. In a
+    container the hash is empty even if the file exists: the file belongs to the image, which runs on many machines.
     """
     try:
         namespace = os.readlink(_PID_NAMESPACE)

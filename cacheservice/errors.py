@@ -1,7 +1,9 @@
-"""Every error this package raises on purpose, as one small tree.
+"""The base class of the package's errors, and the errors that modules share.
 
-A message says what happened, to which dataset or setting, and what to do; it never
-holds a password, a DSN or a row. The class tells a program what kind of thing it was.
+An error of a single module is defined in it, for example `persistence.lock.DirectoryTaken`,
+`ports.http.problem.Problem` and `ports.resp.reply.CommandError`; not all of these derive from the base class.
+Programs can distinguish errors by class. A message names the event, the dataset or the setting, and the next step; it
+never contains a password, a DSN or a row. `let_go` frees the frames that an error keeps in memory.
 """
 
 from __future__ import annotations
@@ -13,13 +15,13 @@ from datetime import datetime
 
 
 class CacheServiceError(Exception):
-    """The base of the tree; never raised itself."""
+    """The base class of the tree. It is never raised itself."""
 
 
 class ConfigError(CacheServiceError):
-    """The configuration has problems. Mend each line of `problems`, then start again.
+    """The configuration has problems. Fix each line of `problems`, then start again.
 
-    `problems` are whole lines such as
+    `problems` are complete lines such as
     ``cacheservice.toml: datasets.products.interval_s: must be greater than 0``.
     """
 
@@ -29,7 +31,7 @@ class ConfigError(CacheServiceError):
 
 
 class PortUnavailable(CacheServiceError):
-    """A port cannot be listened on at start. Free it, or set another in the configuration."""
+    """A port cannot be opened at start. Free it, or configure another one."""
 
 
 class UnknownDataset(CacheServiceError):
@@ -37,79 +39,84 @@ class UnknownDataset(CacheServiceError):
 
 
 class NothingToPin(CacheServiceError):
-    """An operator wanted to pin a dataset that has not been loaded. Wait for its first load."""
+    """An operator tried to pin a dataset without a snapshot. Wait for its first load."""
 
 
 class NothingToRollBackTo(CacheServiceError):
-    """There is no saved generation to go back to. Set persistence.directory and let some be saved."""
+    """No saved generation precedes the served one. Saving needs persistence.directory."""
 
 
 class Stopped(CacheServiceError):
-    """The service is stopping; what was asked for will not happen. Ask again when it runs."""
+    """The service is stopping, so the request was dropped.
+
+    Repeat it after the restart.
+    """
 
 
 class RefreshFailed(CacheServiceError):
-    """One attempt to refresh a dataset failed; what readers see did not change.
+    """A refresh of a dataset failed. Readers keep the previous snapshot.
 
-    The refresh is tried again by itself. `advice` says what an operator can do.
+    The service retries without intervention. `advice` is the next step for an operator.
     """
 
     advice = "nothing to do: it is tried again by itself"
 
 
 class DatabaseUnavailable(RefreshFailed):
-    """PostgreSQL cannot be reached, refuses the session, or the session broke.
+    """PostgreSQL is unreachable, refuses the session, or the session broke.
 
-    Look at the server and the network between; the service reconnects by itself.
+    Check the server and the network path to it. The service reconnects without intervention.
     """
 
     advice = "check that PostgreSQL runs and can be reached from here"
 
 
 class DeadlineExceeded(DatabaseUnavailable):
-    """PostgreSQL did not answer before the deadline and the session was abandoned.
+    """PostgreSQL did not answer before the deadline; the session was aborted.
 
-    Look for a frozen or overloaded server, a lost network path, or raise timeout_s.
+    Look for a frozen or overloaded server or a lost network path, or raise timeout_s.
     """
 
     advice = "look for a frozen or overloaded server or a lost network path; or raise timeout_s"
 
 
 class NoSessionLeft(DatabaseUnavailable):
-    """PostgreSQL has no connection left for the role, for the database or at all (SQLSTATE 53300).
+    """PostgreSQL has no free connection (SQLSTATE 53300).
 
-    Raise the limit that the message names, or end other sessions.
+    The limit may be that of the role, of the database or of the server. Raise the limit that the message names, or end
+    other sessions.
     """
 
     advice = "raise the limit that the message names, or end other sessions"
 
 
 class LoginRefused(DatabaseUnavailable):
-    """PostgreSQL, or a pooler in front of it, refused the role or its password (SQLSTATE 28P01, 28000).
+    """PostgreSQL or a pooler refused the role or its password (SQLSTATE 28P01, 28000).
 
-    Check the user, its password and pg_hba.conf. A secret that was rotated in its file is read again by itself.
+    Check the user, its password and pg_hba.conf. If the secret was rotated in its file, the service reads it again
+    without intervention.
     """
 
     advice = "check the user, its password and pg_hba.conf"
 
 
 class ServerTooOld(DatabaseUnavailable):
-    """The server is older than PostgreSQL 14. The session is ended before anything is sent to it."""
+    """The server is older than PostgreSQL 14. Its session is closed before any query."""
 
     advice = "upgrade the server, or read from another"
 
 
 class NotHeard(DatabaseUnavailable):
-    """A session listens, and a notification that was sent to prove it did not arrive; the session was abandoned.
+    """A listening session did not receive its own test notification and was aborted.
 
-    Nothing to do if it ends by itself; else look at what is between here and the server.
+    If it does not recover, look for a proxy between the service and the server that pools transactions.
     """
 
     advice = "connect to the server itself, not through a proxy that pools transactions"
 
 
 class QueryFailed(RefreshFailed):
-    """PostgreSQL answered the dataset's query with an error. Mend the query, the rights or the schema.
+    """PostgreSQL answered the query with an error. Fix the query, rights or schema.
 
     `sqlstate` is the five-character code of the PostgreSQL manual, appendix A.
     """
@@ -124,7 +131,7 @@ class QueryFailed(RefreshFailed):
 
 
 class QueryTimeout(QueryFailed):
-    """PostgreSQL ended the query because it took longer than the deadline left to it.
+    """PostgreSQL ended the query because it exceeded the rest of its deadline.
 
     Make the query cheaper, or raise timeout_s.
     """
@@ -134,9 +141,9 @@ class QueryTimeout(QueryFailed):
 
 @dataclass(frozen=True, slots=True)
 class Blocker:
-    """A session that kept a refresh waiting for a lock, as the database told it at that time.
+    """A session that held a lock which a refresh was waiting for, at that time.
 
-    What the role may not see is None.
+    Fields that the role may not read are None.
     """
 
     pid: int
@@ -150,9 +157,9 @@ class Blocker:
 
 
 class LockTimeout(QueryFailed):
-    """The query waited for a lock for as long as its deadline allowed.
+    """The query waited for a lock until its deadline.
 
-    `blockers` are the sessions that held it, asked for while it still waited; end or wait for them.
+    `blockers` are the sessions that held the lock, queried while the refresh was waiting. End them or wait.
     """
 
     advice = "end the session that holds the lock, or wait for it"
@@ -163,9 +170,9 @@ class LockTimeout(QueryFailed):
 
 
 class StandbyConflict(QueryFailed):
-    """A standby ended the query, because what it read stood in the way of changes that the primary had sent.
+    """A standby ended the query because it conflicted with changes from the primary.
 
-    Set hot_standby_feedback on the standby, or let it wait longer with max_standby_streaming_delay.
+    Set hot_standby_feedback on the standby, or raise its max_standby_streaming_delay.
     """
 
     advice = (
@@ -175,15 +182,19 @@ class StandbyConflict(QueryFailed):
 
 
 class SerializationFailed(QueryFailed):
-    """PostgreSQL could not give the query a view of its own beside concurrent changes. Only a new try helps."""
+    """PostgreSQL could not isolate the query from concurrent changes.
+
+    It must be retried.
+    """
 
     advice = "nothing to do unless it repeats: the database asks for a retry, which comes by itself"
 
 
 class Deadlock(QueryFailed):
-    """The query and another session waited for each other's locks, and PostgreSQL ended the query.
+    """PostgreSQL ended the query because of a deadlock with another session.
 
-    A plain SELECT hardly does: look for a function that locks, and for what locks the same in another order.
+    A plain SELECT hardly ever deadlocks: look for a function that takes locks, and for a session that takes the same
+    locks in another order.
     """
 
     advice = (
@@ -193,70 +204,90 @@ class Deadlock(QueryFailed):
 
 
 class BadResult(RefreshFailed):
-    """The query ran, but its result cannot be a snapshot: a NULL key, a key twice, a key too long.
+    """The result cannot become a snapshot: a NULL, duplicate or overlong key.
 
-    Mend the query or the key setting; the message names the key.
+    Fix the query or the key setting. The message names the key.
     """
 
     advice = "correct the query or its key"
 
 
 class ResultTooLarge(BadResult):
-    """The result passed max_rows or max_bytes. Raise the limit, or select less."""
+    """The result exceeded max_rows or max_bytes. Raise the limit, or select less."""
 
     advice = "select less, or raise the limit"
 
 
 class SnapshotRejected(CacheServiceError):
-    """A saved snapshot is damaged, of an unknown format, or of another dataset, query or key.
+    """A saved snapshot is damaged, or does not fit the dataset.
 
-    Nothing of it is served. Its file is moved aside; delete it, or keep it to find out what happened to it.
+    Its format may be unknown, or it may be of another dataset, query or key. No part of it is served. Its file is moved
+    aside: delete it, or keep it for an investigation.
     """
 
 
 class OfAnotherDatabase(SnapshotRejected):
-    """A saved snapshot was read from another database, or by another role. It is not served here, and stays on disk."""
+    """A saved snapshot was read from another database or as another role.
+
+    It is not served, and stays on disk.
+    """
 
 
 class UnknownGeneration(CacheServiceError):
-    """That generation of the dataset is not on disk. The ones that are, are told beside it."""
+    """The requested generation is not on disk. The error lists the saved generations."""
 
 
 class MigrationFailed(CacheServiceError):
-    """`cacheservice migrate` could not reach the database or was refused. Mend what the message says
-    and run it again.
+    """`cacheservice migrate` could not reach the database or was refused.
+
+    Fix the problem that the message names, then run the command again.
     """
 
 
 class WatchFailed(CacheServiceError):
-    """`cacheservice watch` or `unwatch` could not reach the database, or was refused. The message says what to do."""
+    """`cacheservice watch` or `unwatch` could not reach the database or was refused.
+
+    The message names the next step.
+    """
 
 
 class NoAnswer(CacheServiceError):
-    """A service was asked over its status port and did not answer. See that it runs, and --host and --port."""
+    """The service did not answer on its status port.
+
+    Check that it runs, and check --host and --port.
+    """
 
 
 class AddressUnknown(CacheServiceError):
-    """A command cannot find the service, because of the configuration. The message names the problem and an option."""
+    """The configuration does not lead to the service.
+
+    The message names the problem, and an option to use instead.
+    """
 
 
 class Refused(CacheServiceError):
-    """A service answered a question over its status port with an error, which the message repeats."""
+    """The service answered a command on its status port with an error.
+
+    The message repeats the error.
+    """
 
 
 class InspectionFailed(CacheServiceError):
-    """`cacheservice check --db` could not reach the database. Mend what the message says and run it again."""
+    """`cacheservice check --db` could not reach the database.
+
+    Fix the problem that the message names and run it again.
+    """
 
 
 class DemoFailed(CacheServiceError):
-    """The demo could not start. The message says what is in its way."""
+    """The demo could not start. The message names the obstacle."""
 
 
 def let_go(error: BaseException | None) -> None:
-    """Free what the calls that raised `error` still hold.
+    """Clear the frames of the traceback of `error` and its causes.
 
-    Errors of sessions and Deferreds stand in cycles with those calls: without this, the snapshot that a failed read
-    began from stays in memory after it was replaced, until the garbage collector comes by.
+    Errors of sessions and Deferreds form reference cycles with these frames. Without this function, the snapshot that a
+    failed read started from would stay in memory after its replacement until the next garbage collection.
     """
     seen: set[int] = set()
     left: list[BaseException | None] = [error]

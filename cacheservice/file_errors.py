@@ -1,4 +1,7 @@
-"""Errors of the file system with the setting that names the path, the cause and the next step, in one line."""
+"""Formats file-system errors as one line.
+
+The line names the setting, the path, the cause and the next step.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,11 @@ import os
 
 
 def of_folder(setting: str, path: object, error: OSError, *, user: str = "the service's user") -> str:
-    """Return a line for a folder that cannot be made, or not be written to.
+    """Return a line for a folder that cannot be created or written to.
 
-    The line is the same each time that the same thing fails: it does not name the file that was to be written.
+    The line is the same for each repetition of an error, so it does not name the file that was being written.
 
-    :param user: the user of this process, in words.
+    :param user: a description of this process's user.
     """
     cause, step = _of_folder(error, f"{user} (ID {os.geteuid()})")
     return f"{setting}: {path}: {cause}; {step}"
@@ -40,7 +43,7 @@ def _of_folder(error: OSError, user: str) -> tuple[str, str]:
 
 
 def of_socket(path: str, error: OSError) -> str:
-    """Return the cause and the next step, for a unix socket that cannot be made."""
+    """Return the cause and the next step for a unix socket that cannot be created."""
     steps = {
         errno.EADDRINUSE: "end the process that uses it, remove the file if there is no such process, or set another",
         errno.ENOENT: f"make the folder {os.path.dirname(path) or '.'}, or set another",
@@ -55,7 +58,7 @@ def of_socket(path: str, error: OSError) -> str:
 
 
 def of_tcp(error: OSError) -> str:
-    """Return the cause and the next step, for a TCP port that cannot be listened on."""
+    """Return the cause and the next step for a TCP port that cannot be opened."""
     steps = {
         errno.EADDRINUSE: "end what uses it, or set another",
         errno.EACCES: "set a port from 1024 on, or give the service the capability CAP_NET_BIND_SERVICE",
@@ -65,5 +68,5 @@ def of_tcp(error: OSError) -> str:
 
 
 def reason(error: OSError) -> str:
-    """Return the system's words for an error, without a path."""
+    """Return the system's description of an error, without a path."""
     return (error.strerror or str(error) or type(error).__name__).lower()

@@ -1,4 +1,7 @@
-"""What the process owes to who started it: signals, and twistd's arguments about the log."""
+"""The process's interface to its supervisor.
+
+It consists of the signals, and of twistd's arguments about the log.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +20,19 @@ from twisted.scripts import twistd
 from cacheservice.errors import CacheServiceError
 
 _TWISTD_LOG = "twistd.log"
-"""Where twistd logs by default if it is a daemon."""
+"""The file that twistd logs to by default as a daemon."""
 
 
 def log_file(arguments: Sequence[str]) -> str | None:
-    """Return the file that `twistd` was told to log to; None for standard output.
+    """Return the log file in the arguments of `twistd`; None for standard output.
 
-    :param arguments: of the command line, the program's name first.
+    :param arguments: those of the command line, starting with the name of the program.
     """
     if not arguments or not Path(arguments[0]).name.startswith("twistd"):
         return None
-    known: Any = twistd.ServerOptions()  # type: ignore[attr-defined]  # chosen by platform, and so not declared
+    known: Any = twistd.ServerOptions()  # type: ignore[attr-defined]  # its class depends on the platform
     try:
-        # Its own parser would install the reactor a second time.
+        # twistd's own parser would install the reactor a second time.
         given = dict(getopt.getopt(list(arguments[1:]), known.shortOpt, known.longOpt)[0])
     except getopt.GetoptError:
         return None
@@ -41,13 +44,14 @@ def log_file(arguments: Sequence[str]) -> str | None:
 
 
 class Signals(Service):
-    """SIGTERM and SIGINT once: stop in order. Twice: end at once. SIGHUP: reload the configuration.
+    """Handles SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2.
 
-    Twisted itself ignores a second SIGTERM, so that only SIGKILL would end a stop that hangs. SIGUSR1 opens the log
-    file again, as with twistd's own; SIGUSR2 and, without a log file, SIGUSR1 are ignored with a line in the log,
-    because by default they end a process.
+    The first SIGTERM or SIGINT stops the service in order, a second one ends it at once. SIGHUP reloads the
+    configuration. Twisted ignores a second SIGTERM, so that only SIGKILL would end a stop that hangs. SIGUSR1 reopens
+    the log file, as with twistd's own. SIGUSR2, and SIGUSR1 without a log file, are logged and ignored, because their
+    default action is to end the process.
 
-    :param reopen_log: returns the path, None if there is no log file.
+    :param reopen_log: reopens the log file and returns its path; None without a log file.
     """
 
     name = "signals"
@@ -67,11 +71,11 @@ class Signals(Service):
         for number in (signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, self._user_signal)
         signal.signal(signal.SIGTERM, self._remember)
-        # Twisted installs its own handlers of these when the reactor starts to run, after this.
+        # Twisted installs its own handlers of these signals later, when the reactor starts to run.
         self._reactor.callWhenRunning(self._install)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        """Nothing could stop in order yet."""
+        """Record a signal that arrives before an ordered stop is possible."""
         if self._came_early:
             _end_at_once(number, frame)
         self._came_early = True
@@ -111,7 +115,7 @@ class Signals(Service):
             self._log.info("log_reopened", file=path)
 
     def _reload_now(self) -> None:
-        # A refusal has been told, in the log and in the status.
+        # The refusal has been logged and is in the status.
         self._reload().addErrback(lambda failure: failure.trap(CacheServiceError))
 
 

@@ -1,9 +1,10 @@
-"""Where the text of a query ends: comments, quotes and semicolons, by the rules of PostgreSQL's own scanner.
+"""Finds the end of a query's text by the rules of PostgreSQL's own scanner.
 
-The service puts queries into subqueries and changes nothing in them but a last semicolon, which has no place there. To
-find it takes all that may hold a semicolon that does not end the query (PostgreSQL's src/backend/parser/scan.l):
-`--` and nested `/* */`, '…' and E'…' with its continuations, "…", and $tag$…$tag$. Nothing else is a comment: `#` is
-the operator XOR. `standard_conforming_strings` is on, as the reading transaction sets it.
+It knows comments, quotes and semicolons. The service puts queries into subqueries, where a final semicolon is a syntax
+error, and changes nothing else in them. To find that semicolon, this module recognizes all tokens that may contain one
+(PostgreSQL's src/backend/parser/scan.l): `--` and nested `/* */`, '…' and E'…' with its continuations, "…", and
+$tag$…$tag$. No other text is a comment: `#` is the operator XOR. `standard_conforming_strings` is on, because the
+reading transaction sets it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _ENDS = {
     "double": re.compile(r'(?:[^"]|"")*+"'),
 }
 _CONTINUED = re.compile(r"[ \t\f\v]*(?:--[^\n\r]*)?[\n\r](?:[ \t\n\r\f\v]|--[^\n\r]*[\n\r])*+'")
-"""From the end of a string to its continuation in another line, in which backslashes mean what they meant before."""
+"""From the end of a string to its continuation on another line, where backslashes keep their meaning."""
 _COMMENT_MARK = re.compile(r"/\*|\*/")
 
 
@@ -53,7 +54,10 @@ class _Unclosed(ValueError):
 
 @lru_cache(maxsize=1024)
 def without_semicolon(query: str) -> str:
-    """`query` without the semicolons after its last word, so that it can stand in parentheses; all else as it is."""
+    """Return `query` without its final semicolons, so that it fits in parentheses.
+
+    All other text stays unchanged.
+    """
     last: list[int] = []
     for token in _tokens(query):
         if token.kind == "semicolon":
@@ -66,9 +70,10 @@ def without_semicolon(query: str) -> str:
 
 
 def closed(query: str) -> str:
-    """`query`, if what follows it cannot become a part of it, nor it a part of what surrounds it.
+    """Return `query` if it is closed: text around it cannot change its meaning.
 
-    :raises ValueError: if a comment, a quote or a parenthesis is left open, or one is closed that it did not open.
+    :raises ValueError: if a comment, a quote or a parenthesis is left open, or if a parenthesis is closed that the
+        query did not open.
     """
     opened: list[int] = []
     try:
@@ -94,7 +99,10 @@ def _line(query: str, place: int) -> int:
 
 
 def _tokens(query: str) -> Iterator[_Token]:
-    """:raises _Unclosed: for a comment or quote without an end."""
+    """Yield the tokens of `query`.
+
+    :raises _Unclosed: for a comment or quote without an end.
+    """
     place = 0
     while found := _TOKEN.match(query, place):
         kind = found.lastgroup or ""

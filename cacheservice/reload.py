@@ -1,4 +1,7 @@
-"""Takes over a changed configuration while the service runs: all of it that can be, or nothing."""
+"""Applies a changed configuration while the service runs.
+
+It applies every key that can change, or nothing if any key is invalid.
+"""
 
 from __future__ import annotations
 
@@ -37,28 +40,28 @@ _AT_ONCE = frozenset(
         "log.level",
     }
 )
-"""Keys beside the datasets' that take effect without a restart."""
+"""Keys outside `datasets` that take effect without a restart."""
 _AT_ONCE_IF_SET = frozenset(config.CLIENT_SECRETS)
-"""Keys that take effect without a restart if they replace a secret by another one."""
+"""Keys that take effect without a restart if a new secret replaces an old one."""
 _SECRET_INTERVAL_S = 5.0
 _OF_DATASETS = frozenset({"defaults", "datasets"})
 
 
 class Limited(Protocol):
-    """The factory of a port."""
+    """The limits of a port's factory that a reload changes."""
 
     max_connections: int
     idle_timeout_s: float
 
 
 class Reload:
-    """Re-reads the configuration, one time after the other, whoever asks how often.
+    """Reads the configuration again on request, one read at a time.
 
-    :param started: the settings that the service was started with.
-    :param load: reads the configuration, blocking, and returns its file too; raises `ConfigError`.
-    :param ports: the factories, which get new limits.
-    :param room: what there is for clients, whatever the limits are.
-    :param rotation: takes the secrets of the ports.
+    :param started: the settings with which the service was started.
+    :param load: reads the configuration (it blocks) and returns its file too; raises `ConfigError`.
+    :param ports: the factories, which get the new limits.
+    :param room: the descriptors for clients, whatever the configured limits are.
+    :param rotation: gets the new secrets of the ports.
     :param reactor: `IReactorThreads`.
     """
 
@@ -96,11 +99,11 @@ class Reload:
         self._secret_read_at = -math.inf
 
     def reload(self) -> Deferred[Reloaded]:
-        """Read it in a thread, then apply it in one turn of the reactor; fires when it is in effect.
+        """Read the configuration in a thread, then apply it in one turn of the reactor.
 
-        All who ask while one is being read share the next one.
+        The Deferred fires when it is in effect. Requests that arrive during a read share the next one.
 
-        :raises ConfigError: with every problem; nothing has changed then.
+        :raises ConfigError: with every problem; in this case nothing has changed.
         :raises Stopped: if the service is stopping.
         """
         asked: Deferred[Reloaded] = Deferred()
@@ -109,7 +112,10 @@ class Reload:
         return asked
 
     def login_refused(self) -> None:
-        """Look whether the secret has been rotated: its file is read again, at most every 5 s, without a reload."""
+        """Read the file of the secret again, at most every 5 s, without a reload.
+
+        The secret may have been rotated.
+        """
         now = self._reactor.seconds()
         if self._running or now - self._secret_read_at < _SECRET_INTERVAL_S:
             return
@@ -128,7 +134,7 @@ class Reload:
         parsed = target.parse(dsn.get_secret_value())
         self._database.configure(parsed, self._connect_timeout_s)
         self._listener.configure(parsed, self._connect_timeout_s)
-        # As after a reload that changed it: all is read at once.
+        # All datasets are read at once, as after a reload that changes the DSN.
         self._refresh.redeclare([dataset.settings for dataset in self._cache.datasets.values()], moved=True)
 
     def _not_used(self, failure: Failure) -> None:
@@ -158,7 +164,7 @@ class Reload:
 
     def _apply(self, settings: Settings, file: ConfigFile) -> Reloaded:
         postgres, dsn = settings.postgres, settings.postgres.dsn
-        # Before the datasets: what is refreshed at once goes by it.
+        # Before the datasets, because refreshes that start at once use it.
         parsed = target.parse(dsn.get_secret_value())
         self._database.configure(parsed, postgres.connect_timeout_s)
         self._listener.configure(parsed, postgres.connect_timeout_s)
@@ -187,7 +193,7 @@ class Reload:
 
 
 def _needs_restart(started: Settings, settings: Settings) -> list[str]:
-    """The keys that differ from those that the service was started with, and go on as they were."""
+    """Return the changed keys that need a restart; they keep their old values."""
     return [
         f"{table}.{key}"
         for table in Settings.model_fields

@@ -1,4 +1,7 @@
-"""Files that come with the package: in a wheel they lie inside it, in a checkout at its top."""
+"""Finds files that come with the package.
+
+A wheel contains them; a checkout has them at its top level.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,6 @@ _PACKAGE = Path(__file__).parent
 
 
 def folder(name: str) -> Path:
-    """The folder `migrations` or `tac`."""
+    """Return the path of the folder `migrations` or `tac`."""
     inside = _PACKAGE / "_shipped" / name
     return inside if inside.is_dir() else _PACKAGE.parent / name

@@ -1,4 +1,4 @@
-"""Asks a running service over its status port. It blocks, for at most the time that it is given."""
+"""A blocking client of the status port; every call has a timeout."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ _IS_IT_RUNNING = "is the service running?"
 
 
 class Address(NamedTuple):
-    """Where a port listens. As text it is HOST:PORT, with brackets around an IPv6 address.
+    """The address of a port.
 
-    :param hint: the next step if nobody answers there.
+    As text it is HOST:PORT, with brackets around an IPv6 address.
+
+    :param hint: the next step if the port does not answer.
     """
 
     host: str
@@ -38,14 +40,14 @@ class Address(NamedTuple):
 
 
 class Connection:
-    """A connection to a status port that stays open (`prompt`): a question, its answer, the next question."""
+    """A connection to a status port that stays open (`prompt`) between questions."""
 
     def __init__(self, address: Address, timeout_s: float = ANSWER_TIMEOUT_S, *, deadline_at: float = math.inf) -> None:
         """Connect, and keep the connection open.
 
-        :param timeout_s: of each answer.
-        :param deadline_at: of all of them together, on this machine's monotonic clock.
-        :raises NoAnswer: if nobody listens, or does not answer in time.
+        :param timeout_s: for each answer.
+        :param deadline_at: for all answers together, on this machine's monotonic clock.
+        :raises NoAnswer: if the port is closed, or does not answer in time.
         """
         self.address = address
         self._timeout_s = timeout_s
@@ -69,21 +71,21 @@ class Connection:
         self.close()
 
     def ask(self, question: str) -> str:
-        """The reply without its ending.
+        """Return the reply without its ending.
 
-        :raises NoAnswer: if it does not come in time; the connection is of no use any more.
+        :raises NoAnswer: if it does not arrive in time; the connection must not be used any more.
         :raises Refused: if it begins with ERROR.
         """
         deadline_at = min(time.monotonic() + self._timeout_s, self._deadline_at)
         with self._no_answer():
             self._socket.settimeout(max(0.001, deadline_at - time.monotonic()))
             self._socket.sendall(f"{question}\n".encode())
-            # An empty reply is the empty line alone.
+            # An empty reply is only the empty line.
             while not self._received.startswith(b"\n") and _REPLY_END not in self._received:
                 self._socket.settimeout(max(0.001, deadline_at - time.monotonic()))
                 received = self._socket.recv(65536)
                 if not received:
-                    if self._received.startswith(b"ERROR"):  # too many connections: it says so, and closes
+                    if self._received.startswith(b"ERROR"):  # too many connections: the service sends this and closes
                         raise Refused(_without_error(self._received.decode("utf-8", "replace")))
                     raise ConnectionResetError("the connection was closed")
                 self._received += received
@@ -102,7 +104,7 @@ class Connection:
 
 @contextmanager
 def no_answer_from(address: Address) -> Iterator[None]:
-    """Makes what a socket raises a `NoAnswer` that says what to do."""
+    """Turn errors of a socket into a `NoAnswer` that names the next step."""
     try:
         yield
     except OSError as error:
@@ -112,9 +114,11 @@ def no_answer_from(address: Address) -> Iterator[None]:
 
 
 def ask_once(address: Address, question: str, timeout_s: float) -> str:
-    """The reply to a line of questions, errors included, as a person with `nc` gets it.
+    """Return the reply to a line of questions as `nc` would print it.
 
-    :raises NoAnswer: if it does not come in time.
+    This includes errors.
+
+    :raises NoAnswer: if it does not arrive in time.
     """
     deadline_at = time.monotonic() + timeout_s
     reply = bytearray()
@@ -141,7 +145,10 @@ class Answer(NamedTuple):
 
 
 def ask_for_all(connection: Connection) -> Answer:
-    """:raises NoAnswer: if it does not come in time, or from something else than a cacheservice."""
+    """Ask for the whole status.
+
+    :raises NoAnswer: if it does not arrive in time, or if the server is not a cacheservice.
+    """
     line = connection.ask("json")
     taken_at = time.monotonic()
     try:
@@ -154,13 +161,13 @@ def ask_for_all(connection: Connection) -> Answer:
 
 
 def status_address(host: str | None, port: int | None, *, guess: bool = False) -> Address:
-    """Return the address of the options, else that of the configuration, else 127.0.0.1:8000.
+    """Return the first known address: options, configuration, 127.0.0.1:8000.
 
     The service may run with an older configuration than the file on disk. If that cannot be read, the default port is
-    most likely the wrong one, and no answer there does not mean that the service is down.
+    probably wrong, and a missing answer does not mean that the service is down.
 
-    :param guess: whether the default will do even then.
-    :raises AddressUnknown: if the port is neither given nor in a configuration that can be read.
+    :param guess: whether to use the default even then.
+    :raises AddressUnknown: if the port is neither given nor in a readable configuration.
     """
     seen = config.glance(os.environ)
     problem = None if port else seen.problem("status", "port")
@@ -183,9 +190,10 @@ def status_address(host: str | None, port: int | None, *, guess: bool = False) -
 
 
 def reachable(host: str) -> str:
-    """Where on this machine a port is reached that listens on `host`: "all addresses" is none to connect to.
+    """Return the address on this machine of a port that listens on `host`.
 
-    All IPv6 addresses are all IPv4 ones as well; see `cacheservice.ports.listen.tcp`.
+    A client cannot connect to "all addresses". All IPv6 addresses include all IPv4 ones; see
+    `cacheservice.ports.listen.tcp`.
     """
     try:
         wildcard = ipaddress.ip_address(host).is_unspecified
@@ -195,7 +203,7 @@ def reachable(host: str) -> str:
 
 
 def comma_hint(name: str) -> str:
-    """Return what to add to the error for an unknown dataset, if it is a list."""
+    """Return an addition to the error for an unknown dataset that is a list."""
     return "; separate names by spaces" if "," in name else ""
 
 

@@ -1,4 +1,4 @@
-"""`cacheservice check`: whether the configuration is right and, with --db, what the database says of its datasets."""
+"""`cacheservice check`: checks the configuration, and with --db the database."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def check(with_database: bool, as_json: bool) -> None:
     settings = config.load(os.environ, target.problem)
     datasets = list(settings.datasets.values())
     count = f"{len(datasets)} dataset{'s' if len(datasets) != 1 else ''}"
-    # libpq's calls do not return for a handler of Python's: Ctrl-C would wait for a server that does not answer.
+    # While libpq runs, Python's handlers do not, so Ctrl-C would wait for a server that does not answer.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     valid = f"the configuration is valid: {count}"
     console = console_of_output()
@@ -75,7 +75,7 @@ def check(with_database: bool, as_json: bool) -> None:
 
 
 def _print_json(with_database: bool) -> None:
-    """One object: the configuration's problems, and with a database what it says."""
+    """Print one object: the problems of the configuration and the database's findings."""
     answer: dict[str, Any] = {"problems": [], "server": None, "datasets": {}}
     try:
         settings = config.load(os.environ, target.problem)
@@ -102,7 +102,7 @@ def _print_json(with_database: bool) -> None:
 
 
 def _as_object(found: Server | Inspection) -> dict[str, Any]:
-    """Its fields by their names; named tuples become objects as well."""
+    """Return the fields by their names; named tuples become objects as well."""
 
     def plain(value: Any) -> Any:
         if hasattr(value, "_asdict"):

@@ -1,4 +1,4 @@
-"""`cacheservice completion`: what makes a shell complete commands, options and the names of datasets."""
+"""`cacheservice completion`: prints a shell's completion script."""
 
 from __future__ import annotations
 

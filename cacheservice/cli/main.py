@@ -1,5 +1,7 @@
-"""The command line: `cacheservice COMMAND`. Each command is imported when it is wanted, because importing all of them
-takes three times as long as asking a service how it is."""
+"""The command line: `cacheservice COMMAND`.
+
+Each command is imported on demand, because importing all of them takes three times as long as a status query.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options that several commands have, and what a shell completes for them."""
+"""Options that several commands share, and their shell completions."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ QUESTIONS = ("ruok", "ready", "status", "json", "mntr", "show", "why", "version"
 
 
 def dataset_names(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
-    """For a shell: those of the configuration file."""
+    """Complete the names of datasets from the configuration file."""
     return [name for name in config.glance(os.environ).datasets if name.startswith(incomplete)]
 
 
 def questions_or_names(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
-    """For a shell: what may follow `cacheservice status`."""
+    """Complete the arguments of `cacheservice status`."""
     said = context.params.get("question") or ()
     names = dataset_names(context, parameter, incomplete)
     if said or any(context.params.get(each) for each in ("check", "watch", "as_json")):
@@ -28,7 +28,7 @@ def questions_or_names(context: click.Context, parameter: click.Parameter, incom
 
 
 def where(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--host, --port and --timeout of a status port."""
+    """Add --host, --port and --timeout of a status port to a command."""
     for option in reversed(
         (
             click.option(

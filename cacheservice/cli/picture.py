@@ -1,4 +1,7 @@
-"""What `cacheservice status` shows, as things that rich prints: problems first and written out, then all datasets."""
+"""Renders the output of `cacheservice status` with rich.
+
+The problems come first and in full, then all datasets.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,11 @@ from cacheservice.cli.problems import Problem, Severity, next_attempt, problems,
 from cacheservice.ports.report import duration, times
 
 MOST_WRITTEN_OUT = 8
-"""More problems than these are counted; the table below them has them all."""
+"""Further problems are only counted; the table below lists them all."""
 
 _LINES_OF_A_PROBLEM = 6
 _OTHER_LINES = 8
-"""The head, two problems of the service, the table's head, and the empty lines between."""
+"""The head, two problems of the service, the table's head, and the empty lines between them."""
 
 _BLOCKED = "It was blocked: "
 _TO_DO = "What to do: "
@@ -32,7 +35,7 @@ _SEVERITY_STYLES = {Severity.WARNING: "yellow", Severity.CRITICAL: "bold red"}
 
 
 class Picture(NamedTuple):
-    """An answer, and for datasets that have a problem what `why` says of them, sentence by sentence."""
+    """An answer, and for datasets with a problem the sentences of `why`."""
 
     address: Address
     answer: Answer
@@ -41,14 +44,16 @@ class Picture(NamedTuple):
 
     @property
     def shown(self) -> dict[str, Mapping[str, Any]]:
-        """Its datasets, or those of them that were asked for."""
+        """The datasets of the answer, or the requested ones."""
         return {name: dataset for name, dataset in self.answer.datasets.items() if not self.names or name in self.names}
 
 
 def render(picture: Picture, width: int, *, bars: bool, height: int | None = None) -> RenderableType:
-    """:param width: of the terminal, in columns.
+    """Render the status.
+
+    :param width: of the terminal, in columns.
     :param bars: whether it can show bars; a pipe cannot.
-    :param height: of the screen, in lines, if it is drawn again and again: what does not fit is left out.
+    :param height: of the screen, in lines, if it is redrawn continuously: content that does not fit is omitted.
     """
     found = problems(picture.answer, picture.names)
     parts: list[RenderableType] = [_head(picture)]
@@ -56,7 +61,7 @@ def render(picture: Picture, width: int, *, bars: bool, height: int | None = Non
     if found:
         most = MOST_WRITTEN_OUT
         if height is not None:
-            # What the table leaves; half of a screen that the table would fill.
+            # The lines that the table leaves, or half of the screen if the table would fill it.
             left = height - len(picture.shown) - loading.row_count - _OTHER_LINES
             lines = left if left >= _LINES_OF_A_PROBLEM else height // 2
             most = max(1, min(most, lines // _LINES_OF_A_PROBLEM))
@@ -84,13 +89,13 @@ def _head(picture: Picture) -> Text:
 def _written_out(
     found: Collection[Problem], advice: Mapping[str, tuple[str, ...]], most: int
 ) -> Iterator[RenderableType]:
-    """Those of the whole service, and of the datasets at most `most`."""
+    """Yield all problems of the service, and at most `most` problems of datasets."""
     of_datasets = [problem for problem in found if problem.dataset]
     for problem in [*(problem for problem in found if not problem.dataset), *of_datasets[:most]]:
         line = Text()
         if problem.dataset:
             line.append(f"{problem.dataset} ", "bold")
-            # The word for what it is, then the figures.
+            # The word for the problem, then the figures.
             word, _, rest = problem.what.partition(",")
             line.append(word, _SEVERITY_STYLES[problem.severity])
             line.append(f",{rest}" if rest else "")
@@ -120,7 +125,10 @@ def _after(beginning: str, sentences: Collection[str]) -> list[str]:
 
 
 def _loading(picture: Picture, *, bars: bool) -> Table:
-    """A bar for each dataset that is being read; one that moves where nobody knows how many rows will come."""
+    """Return a progress bar for each dataset that is being read.
+
+    The bar only moves back and forth if the number of rows is unknown.
+    """
     grid = Table.grid(padding=(0, 1))
     grid.add_column(no_wrap=True)
     if bars:
@@ -143,11 +151,14 @@ class _Column(NamedTuple):
     cell: Callable[[str, Mapping[str, Any]], str | Text]
     right: bool = False
     least_width: int = 0
-    """If it may be cut off: how much of it is worth showing."""
+    """The least useful width of a column that may be truncated; 0 if it must not be."""
 
 
 def _table(picture: Picture, found: Collection[Problem], width: int, height: int | None) -> Table:
-    """Each dataset on a line, those with problems first; of the columns, those that fit."""
+    """Return a line for each dataset, those with problems first.
+
+    Columns that do not fit are omitted.
+    """
     shown = picture.shown
     names = list(dict.fromkeys([problem.dataset for problem in found if problem.dataset in shown] + list(shown)))
     if height is not None:
@@ -166,7 +177,7 @@ def _table(picture: Picture, found: Collection[Problem], width: int, height: int
         table.add_column(
             column.title,
             justify="right" if column.right else "left",
-            # The name of a dataset is the last to be cut off, and then not at all: it goes on in the next line.
+            # The column of names is never truncated: a long name continues on the next line.
             max_width=column_width if column.least_width else None,
             no_wrap=column is not _COLUMNS[0],
             overflow="fold" if column is _COLUMNS[0] else "ellipsis",
@@ -213,7 +224,7 @@ def _change(dataset: Mapping[str, Any]) -> str:
         return ""
     signs = (("+", "added"), ("~", "changed"), ("-", "removed"))
     counts = " ".join(f"{sign}{change[what]:,}" for sign, what in signs if change[what])
-    # A full read of the same content is no publish, so without counts the columns differ, or there is no row.
+    # A full read of the same content does not publish: without counts, the columns differ or there are no rows.
     return f" ({counts or ('no row differs' if dataset['rows'] else 'no rows')})"
 
 
@@ -238,7 +249,7 @@ _GAP = "  "
 
 
 def size(count: int) -> str:
-    """Bytes for a person, in powers of 1024 as `du -h` has them: 512 B, 1.9 MiB."""
+    """Format bytes in powers of 1024, as `du -h` does: 512 B, 1.9 MiB."""
     value = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if value < 1024 or unit == "GiB":

@@ -1,7 +1,7 @@
-"""`cacheservice status --check`: one line for Nagios and those that run its plugins.
+"""`cacheservice status --check`: one line for Nagios and compatible systems.
 
-The form is that of the Monitoring Plugins Development Guidelines: 2.6 (performance data), 2.4 (exit codes). A service
-that is dead is CRITICAL, as in check_tcp; UNKNOWN is for wrong usage and bugs.
+The format follows the Monitoring Plugins Development Guidelines: 2.6 (performance data), 2.4 (exit codes). A dead
+service is CRITICAL, as in check_tcp; UNKNOWN is for wrong usage and bugs.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from cacheservice.cli.asking import Answer
 from cacheservice.cli.problems import Problem, Severity, problems, severity, standby_words
 
 Detail = Literal["none", "summary", "all"]
-"""Of the performance data: none; the service as a whole; four figures of each dataset, too."""
+"""The performance data: none; the service as a whole; also four figures of each dataset."""
 
 UNKNOWN = 3
 _MOST_TOLD = 5
 _MOST_TOLD_CHARACTERS = 600
-"""Of all problems. With the summary a line stays below 1,024 bytes, where agents such as NRPE may cut it."""
+"""The most problems in the line. With the summary, the line stays below 1,024 bytes, where agents such as NRPE may
+truncate it."""
 _STATES = ("fresh", "stale", "expired", "never_loaded")
 
 
 def verdict(answer: Answer, names: Collection[str] = (), detail: Detail = "summary") -> tuple[Severity, str]:
-    """Return the exit code and the line; with `names`, of these datasets alone."""
+    """Return the exit code and the line; with `names`, for these datasets only."""
     found = problems(answer, names)
     level = severity(found)
     figures = " ".join(_figures(answer, names, detail))
@@ -34,12 +35,15 @@ def verdict(answer: Answer, names: Collection[str] = (), detail: Detail = "summa
 
 
 def no_answer(why: object) -> tuple[Severity, str]:
-    """Return the exit code and the line for a service that is dead, hangs or refuses."""
+    """Return the exit code and the line for a service that does not answer.
+
+    It is down, hangs or refuses.
+    """
     return Severity.CRITICAL, f"CACHESERVICE CRITICAL - {_plain(str(why))}"
 
 
 def unknown(why: object) -> str:
-    """Return the line of exit code 3: wrong usage, or a bug."""
+    """Return the line for exit code 3: wrong usage, or a bug."""
     return f"CACHESERVICE UNKNOWN - {_plain(str(why))}"
 
 
@@ -63,7 +67,7 @@ def _sentence(problem: Problem) -> str:
 
 
 def _plain(text: str) -> str:
-    """On one line; what follows a bar is performance data."""
+    """Return a text on one line without bars, which start performance data."""
     return " ".join(text.replace("|", "/").split())
 
 
@@ -72,7 +76,7 @@ def _shortened(text: str, most_characters: int) -> str:
 
 
 def _figures(answer: Answer, names: Collection[str], detail: Detail) -> Iterator[str]:
-    """'label'=value[unit];warn;crit;min;max, in the order of importance."""
+    """Yield 'label'=value[unit];warn;crit;min;max in order of importance."""
     if detail == "none":
         return
     if not names:
@@ -86,7 +90,7 @@ def _figures(answer: Answer, names: Collection[str], detail: Detail) -> Iterator
 
 
 def _counts(datasets: Collection[Mapping[str, Any]]) -> Iterator[str]:
-    """How many datasets are in which state, and how near the oldest is to its limit."""
+    """Yield the datasets in each state, and the oldest age relative to its limit."""
     states = Counter(dataset["state"] for dataset in datasets)
     for state in _STATES:
         yield f"{state}={states[state]};;;0;{len(datasets)}"
@@ -99,7 +103,10 @@ def _counts(datasets: Collection[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _measures(name: str, dataset: Mapping[str, Any]) -> Iterator[str]:
-    """The age warns once the dataset is stale, and is critical once it is expired."""
+    """Yield the figures of one dataset.
+
+    Its age is WARNING once the dataset is stale, and CRITICAL once it is expired.
+    """
     stale_s = min(dataset["interval_s"] + dataset["timeout_s"], dataset["max_age_s"])
     age = "U" if dataset["age_s"] is None else f"{_number(dataset['age_s'])}s"
     yield f"{_label(name, 'age')}={age};{_number(stale_s)};{_number(dataset['max_age_s'])};0"
@@ -109,7 +116,10 @@ def _measures(name: str, dataset: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _number(value: float) -> str:
-    """Without an exponent, which the guidelines do not allow (2.6: a value is of the class [-0-9.])."""
+    """Format a number without an exponent.
+
+    The guidelines do not allow exponents (2.6: a value is of the class [-0-9.]).
+    """
     return f"{value:.3f}".rstrip("0").removesuffix(".")
 
 

@@ -1,4 +1,4 @@
-"""`cacheservice migrate`, `watch` and `unwatch`: what the service needs in the database."""
+"""`cacheservice migrate`, `watch` and `unwatch`: prepare the database."""
 
 from __future__ import annotations
 
@@ -122,7 +122,10 @@ def unwatch(table: str, key: tuple[str, ...], dry_run: bool, dsn: str | None) ->
 
 
 def _checked(dsn: str | None) -> tuple[str, str]:
-    """Return the connection string to use, without a password in sight, and the name of where it stands."""
+    """Return the connection string to use and the name of its source.
+
+    Connection strings with a password in the arguments are refused.
+    """
     if dsn is None:
         try:
             dsn = config.load(os.environ, target.problem).postgres.dsn.get_secret_value()
@@ -161,7 +164,7 @@ def _reader_password() -> str | None:
         try:
             password = Path(path).read_text(encoding="utf-8").removesuffix("\n")
         except (OSError, ValueError) as error:
-            # Not its path: somebody may have put the password itself there.
+            # Without the path: the variable may contain the password itself by mistake.
             why = config.why_unreadable(error)
             raise click.UsageError(f"{variable}: the file that it names cannot be read: {why}") from None
     if password == "":

@@ -1,4 +1,7 @@
-"""What is wrong with a service, by what its status port says: the one judgement behind the table and the plugin."""
+"""Finds the problems in a service's status.
+
+The table and the plugin share this judgement.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ from cacheservice.ports.report import behind, capped, duration, times
 
 
 class Severity(IntEnum):
-    """How bad it is; the numbers are the exit codes of a monitoring plugin (Monitoring Plugins guidelines, 2.4)."""
+    """The severity of a problem.
+
+    Its number is the exit code of a monitoring plugin (Monitoring Plugins guidelines, 2.4).
+    """
 
     OK = 0
     WARNING = 1
@@ -21,13 +27,13 @@ class Severity(IntEnum):
 
 
 class Problem(NamedTuple):
-    """Something that an operator should know.
+    """A fact that an operator should know.
 
-    :param dataset: None if it is of the service as a whole.
+    :param dataset: None for the service as a whole.
     :param what: the fact, in words that follow the dataset's name: "expired, 5 min old, limit 3 min".
-    :param since: since when, in words; empty if that is in the fact, or not known.
-    :param reasons: why it is so.
-    :param next: when it tries again; empty if that is not known.
+    :param since: its start, in words; empty if that is in the fact, or unknown.
+    :param reasons: its causes.
+    :param next: the time of the next attempt; empty if unknown.
     """
 
     severity: Severity
@@ -39,7 +45,7 @@ class Problem(NamedTuple):
 
 
 def problems(answer: Answer, names: Collection[str] = ()) -> list[Problem]:
-    """What is wrong, the worst first; with `names`, with these datasets alone."""
+    """Return the problems, the worst first; with `names`, of these datasets only."""
     chosen = {name: dataset for name, dataset in answer.datasets.items() if not names or name in names}
     of_service = [] if names else list(_of_service(answer))
     required = answer.facts["service"].get("not_ready", {})
@@ -48,7 +54,7 @@ def problems(answer: Answer, names: Collection[str] = ()) -> list[Problem]:
         for name, dataset in chosen.items()
         if (problem := _of_dataset(name, dataset, required=name in required)) is not None
     ]
-    # The whole before its parts, because it is most often their reason; sorted() keeps the order of declaration.
+    # The service before its datasets, because it is usually their cause; sorted() keeps the order of declaration.
     return [*of_service, *sorted(of_datasets, key=lambda problem: -problem.severity)]
 
 
@@ -64,7 +70,7 @@ def _of_service(answer: Answer) -> Iterator[Problem]:
     if cap := answer.facts["service"].get("connection_cap"):
         todo = "raise the limit of open files, or lower limits.max_connections; then restart"
         yield Problem(Severity.WARNING, None, f"{capped(ConnectionCap(**cap))}: {todo}")
-    # On a standby neither is possible. Its deltas come with the interval, and cron on the primary deletes the changes.
+    # Neither is possible on a standby. It reads deltas at the interval; cron on the primary deletes the changes.
     if not postgres.get("standby"):
         if not postgres["listening"] and (problem := postgres.get("listening_problem")):
             yield Problem(Severity.WARNING, None, f"notifications do not arrive, NOT listening: {problem}")
@@ -76,7 +82,7 @@ def _of_service(answer: Answer) -> Iterator[Problem]:
 
 
 def standby_words(answer: Answer) -> str:
-    """That the last read was one of a standby, and how far that is behind; empty if it was not."""
+    """Describe the standby of the last read; empty if it was not a standby."""
     standby = answer.facts["postgres"].get("standby")
     if not standby:
         return ""
@@ -111,7 +117,7 @@ def _of_dataset(name: str, dataset: Mapping[str, Any], *, required: bool) -> Pro
 def _reasons(dataset: Mapping[str, Any]) -> Iterator[str]:
     failures, held, last = dataset["consecutive_failures"], dataset["held"], dataset["last_attempt"]
     if failures:
-        # An attempt of a group that failed with another's may have no words of its own.
+        # A group's attempt that failed because of another dataset may have no error of its own.
         error = (last or {}).get("error") or "no reason was told"
         yield f"failed {times(failures)}{ago(last)}: {error}"
     if standby := dataset.get("standby"):
@@ -133,14 +139,14 @@ def _behind(standby: Mapping[str, Any]) -> str:
 
 
 def ago(attempt: Mapping[str, Any] | None) -> str:
-    """How long ago an attempt ended, by the two machines' wall clocks."""
+    """Describe how long ago an attempt ended, by the two machines' wall clocks."""
     if attempt is None:
         return ""
     return f", {duration(_elapsed_s(attempt['started_at']) - attempt['took_s'])} ago"
 
 
 def next_attempt(dataset: Mapping[str, Any]) -> str:
-    """What it does now, or when it tries next."""
+    """Describe the current attempt, or the time of the next one."""
     progress, in_s = dataset["progress"], dataset["next_refresh_in_s"]
     if progress:
         expected = progress["expected_rows"]
@@ -151,7 +157,7 @@ def next_attempt(dataset: Mapping[str, Any]) -> str:
 
 
 def shown_time(iso: str | None) -> str:
-    """A moment of the contract's `json`, to the second."""
+    """Format a time of the status port's `json`, to the second."""
     return "an unknown time" if iso is None else f"{_moment(iso):%Y-%m-%d %H:%M:%S} UTC"
 
 

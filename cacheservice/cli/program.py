@@ -1,4 +1,7 @@
-"""How every command ends: in one line that says what to do, with the exit code that belongs to it."""
+"""Ends every command with a one-line error and the right exit code.
+
+The error names the next step.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +22,21 @@ _USAGE = 2
 
 
 class Listed(NamedTuple):
-    """A command in the list of all: where it is, as MODULE:NAME in this package, and what it is in short."""
+    """An entry in the list of commands.
+
+    It has the command's place, as MODULE:NAME in this package, and a short description.
+    """
 
     where: str
     what: str
 
 
 class Program(click.Group):
-    """The group of all commands: its help shows them in sections, its errors are one line each, never a traceback.
+    """The group of all commands.
 
-    :param sections: the commands by name, by the title that they stand under in the help.
+    Its help has sections, and each error is one line without a traceback.
+
+    :param sections: the commands by name, by the title of their section in the help.
     """
 
     def __init__(self, *args: Any, sections: Mapping[str, Mapping[str, Listed]], **settings: Any) -> None:
@@ -50,7 +58,10 @@ class Program(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As click's, which does not know the names of what has not been imported."""
+        """Resolve a command by name.
+
+        click suggests similar names only among imported commands; this method knows all.
+        """
         name = args[0]
         if name not in self._listed and not ctx.resilient_parsing:
             near = difflib.get_close_matches(name, self._listed, 1)
@@ -59,10 +70,13 @@ class Program(click.Group):
         return super().resolve_command(ctx, args)
 
     def main(self, *args: Any, **settings: Any) -> Any:
-        """Run, and exit as a shell expects: 0, the command's own code, 1 for what failed, 2 for wrong usage, 130 for
-        Ctrl-C, 141 for a reader that has gone."""
+        """Run a command, and exit with the code that a shell expects.
+
+        The codes are 0, the command's own code, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C, and 141 for a
+        closed pipe.
+        """
         for stream in (sys.stdout, sys.stderr):
-            # What the terminal cannot show is a question mark, not the end of the program.
+            # Characters that the terminal cannot show become question marks instead of an error.
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")
         settings |= {"standalone_mode": False, "prog_name": settings.get("prog_name") or "cacheservice"}
@@ -83,7 +97,7 @@ class Program(click.Group):
             tell(str(error))  # each problem names its place itself
             sys.exit(1)
         except AddressUnknown as error:
-            tell(str(error))  # as that of ConfigError
+            tell(str(error))  # as for ConfigError
             sys.exit(_USAGE)
         except CacheServiceError as error:
             tell(f"cacheservice: {error}")
@@ -103,7 +117,7 @@ class Program(click.Group):
             return super().invoke(ctx)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Click's own list, in sections."""
+        """Write the list of commands in sections."""
         for title, section in self._sections.items():
             with formatter.section(title):
                 formatter.write_dl([(name, listed.what) for name, listed in section.items()])
@@ -111,25 +125,25 @@ class Program(click.Group):
 
 @contextmanager
 def _while_somebody_reads() -> Iterator[None]:
-    """A reader that has gone, such as `head`, ends the command without a word."""
+    """End the command silently if its reader has gone, such as `head`."""
     try:
         try:
             yield
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        # Python would flush what is left at its end, and complain.
+        # Python would flush the rest at exit, and print an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise click.exceptions.Exit(128 + signal.SIGPIPE) from None
 
 
 def tell(line: str) -> None:
-    """On standard error."""
+    """Print a line to standard error."""
     click.echo(line, err=True)
 
 
 def in_one_line(error: click.UsageError) -> str:
-    """Which command it was, what is wrong, and where to read on."""
+    """Return the command, the error and a pointer to the help, in one line."""
     command = error.ctx.command_path if error.ctx else "cacheservice"
     message = error.format_message()
     ending = "" if message.endswith((".", "?")) else "."

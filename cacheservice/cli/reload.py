@@ -1,4 +1,7 @@
-"""`cacheservice reload`: a reload that says whether it worked, for service managers."""
+"""`cacheservice reload`: reloads the configuration and reports the result.
+
+It is meant for service managers.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,10 @@ def reload(path: str | None, timeout_s: float) -> None:
 
 
 def _configured_socket() -> str:
-    """:raises AddressUnknown: if the configuration cannot be read, and so may name a socket."""
+    """Return the admin socket of the configuration.
+
+    :raises AddressUnknown: if the configuration cannot be read, and so may name a socket.
+    """
     seen = config.glance(os.environ)
     if (problem := seen.problem("admin", "socket")) is not None:
         raise AddressUnknown(f"{problem}; nothing was sent: correct this first, or name the admin socket with --socket")

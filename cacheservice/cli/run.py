@@ -1,4 +1,4 @@
-"""`cacheservice run`: the service, without twistd's flags."""
+"""`cacheservice run`: runs the service without twistd's options."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ def run() -> None:
       cacheservice run
       CACHESERVICE_CONFIG=/etc/cacheservice.toml CACHESERVICE_POSTGRES__DSN_FILE=/run/secrets/dsn cacheservice run
     """
-    options = twistd.ServerOptions()  # type: ignore[attr-defined]  # chosen by platform, and so not declared
+    options = twistd.ServerOptions()  # type: ignore[attr-defined]  # its class depends on the platform
     options.parseOptions(["-noy", str(shipped.folder("tac") / "cacheservice.tac"), "--pidfile="])
     twistd.runApp(options)

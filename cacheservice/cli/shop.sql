@@ -51,13 +51,13 @@ FROM shop.customers AS c
 CROSS JOIN (VALUES ('read'), ('order'), ('refund'), ('export')) AS p (permission)
 WHERE (c.id + length(p.permission)) % 3 <> 0;
 
--- What happens in a shop within two seconds.
+-- The changes of a shop within two seconds.
 CREATE FUNCTION shop.breathe() RETURNS void LANGUAGE sql AS $$
     UPDATE shop.products SET stock = (stock + 99) % 100, updated_at = now()
     WHERE id IN (SELECT 1 + (random() * 19999)::integer FROM generate_series(1, 3));
     UPDATE shop.prices SET amount = round(amount * (0.98 + random() * 0.04)::numeric, 2)
     WHERE product_id = 1 + (random() * 19999)::integer;
-    -- An application may tell by itself what it has changed.
+    -- An application may send its own notification of a change.
     WITH changed AS (
         UPDATE shop.feature_flags SET rollout_percent = (rollout_percent + 1) % 101
         WHERE random() < 0.2 AND name = 'flag_' || (1 + (random() * 39)::integer)

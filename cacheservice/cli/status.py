@@ -1,4 +1,4 @@
-"""`cacheservice status` and `cacheservice why`: what a running service says of itself, over its status port."""
+"""`cacheservice status` and `cacheservice why`: show a service's status."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ _REDRAWS_PER_S = 4
 
 
 class _StatusCommand(click.Command):
-    """With --check, wrong usage is an answer of the plugin as well (Monitoring Plugins guidelines, 2.4: UNKNOWN)."""
+    """The command `status`.
+
+    With --check, wrong usage is UNKNOWN (Monitoring Plugins guidelines, 2.4).
+    """
 
     def make_context(self, *args: Any, **settings: Any) -> click.Context:
         with _usage_is_unknown():
@@ -163,14 +166,14 @@ def _check(host: str | None, port: int | None, names: Sequence[str], timeout_s: 
         code, line = _judge(status_address(host, port), names, timeout_s, detail)
     except AddressUnknown as error:
         code, line = plugin.UNKNOWN, plugin.unknown(error)
-    except Exception as error:  # a traceback would end as WARNING, with exit code 1
+    except Exception as error:  # a traceback would exit with code 1, a WARNING
         code, line = plugin.UNKNOWN, plugin.unknown(f"a bug: {type(error).__name__}: {error}")
     click.echo(line)
     raise click.exceptions.Exit(code)
 
 
 def _judge(address: Address, names: Sequence[str], timeout_s: float, detail: plugin.Detail) -> tuple[int, str]:
-    """Ask within `timeout_s` in all: schedulers of plugins count the whole run."""
+    """Ask within `timeout_s` in total: schedulers of plugins limit the whole run."""
     try:
         with Connection(address, timeout_s, deadline_at=time.monotonic() + timeout_s) as connection:
             answer = ask_for_all(connection)
@@ -183,9 +186,9 @@ def _judge(address: Address, names: Sequence[str], timeout_s: float, detail: plu
 
 
 def _chosen(answer: Answer, names: Sequence[str]) -> Answer:
-    """Of the datasets that were named, if any were.
+    """Return the answer, limited to the named datasets if any are named.
 
-    :raises UnknownDataset: if there is none of that name.
+    :raises UnknownDataset: if a name is unknown.
     """
     for name in names:
         if name not in answer.datasets:
@@ -198,7 +201,7 @@ def _chosen(answer: Answer, names: Sequence[str]) -> Answer:
 
 
 def _look(connection: Connection, names: Sequence[str]) -> Picture:
-    """Ask for everything, and for advice where there are problems."""
+    """Ask for the status, and for advice about problems."""
     answer = _chosen(ask_for_all(connection), names)
     advice: dict[str, tuple[str, ...]] = {}
     for problem in problems(answer)[: picture.MOST_WRITTEN_OUT]:
@@ -219,7 +222,10 @@ def _print_json(answer: Answer) -> None:
 
 
 class _Watch:
-    """What was last seen of a service that may come and go, and why it does not answer now, if so."""
+    """The last status of a service that may stop and return.
+
+    `absence` has the reason if it does not answer now.
+    """
 
     def __init__(self, address: Address, names: Sequence[str], timeout_s: float) -> None:
         self._address = address
@@ -235,9 +241,9 @@ class _Watch:
             self._connection = None
 
     def look(self) -> bool:
-        """Ask again; return whether there was an answer. `seen` stays as it was if not.
+        """Ask again; return True if the service answered. If not, keep `seen`.
 
-        :raises UnknownDataset: if the first answer has no dataset of a name that was asked for.
+        :raises UnknownDataset: if the first answer lacks a requested dataset.
         """
         try:
             if self._connection is None:
@@ -253,7 +259,7 @@ class _Watch:
         return True
 
     def render(self, console: Console) -> RenderableType:
-        """Return the picture; if nobody answers, with the reason and its age."""
+        """Return the picture; without an answer, the old one with the reason and its age."""
         if self.seen is None:
             return Text(f"{self.absence}\nIt is asked again each second." if self.absence else "Asking …", "bold red")
         height = console.height if console.is_terminal else None
@@ -266,7 +272,7 @@ class _Watch:
 
 
 def _watch(address: Address, names: Sequence[str], as_json: bool, timeout_s: float) -> None:
-    # A service that does not answer must not hold the picture: its age has to be seen to rise.
+    # A service that does not answer must not stop the redraw: users must see its age increase.
     watch = _Watch(address, names, min(timeout_s, 5.0))
     try:
         if as_json or not sys.stdout.isatty():
@@ -279,11 +285,11 @@ def _watch(address: Address, names: Sequence[str], as_json: bool, timeout_s: flo
 
 def _draw_on_and_on(watch: _Watch) -> None:
     console = console_of_output()
-    # Ended in whatever way, it leaves the terminal as it was.
+    # The terminal is restored after every kind of end.
     signal.signal(signal.SIGTERM, _exit)
     try:
         with Live(
-            # In a thread of rich's: it only reads what was seen last.
+            # rich calls this in a thread; it only reads the last status.
             get_renderable=lambda: watch.render(console),
             console=console,
             screen=True,
@@ -292,7 +298,7 @@ def _draw_on_and_on(watch: _Watch) -> None:
             for _ in _each_interval():
                 watch.look()
     except KeyboardInterrupt:
-        # The other screen is gone by now, and with it what stood there.
+        # The alternate screen, and its content, have been left by now.
         console.print(watch.render(console))
         raise
 
@@ -324,7 +330,10 @@ def _each_interval() -> Iterator[None]:
 
 
 def _one_word(name: str) -> str:
-    """:raises Refused: for what would be more than a name on the port's line."""
+    """Return a name that is one word on the port's line.
+
+    :raises Refused: for any other name.
+    """
     if not re.fullmatch(r"[^\s;,]{1,200}", name):
         raise Refused(f"unknown dataset {name!r}; 'cacheservice status' shows them all{comma_hint(name)}")
     return name

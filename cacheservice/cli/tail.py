@@ -1,8 +1,8 @@
-"""`cacheservice tail`: follows a service, a line for each publish, each failure and each change of state.
+"""`cacheservice tail`: prints the publishes, failures and changes of state.
 
-Two sources, because neither has all of it. The RESP port tells its subscribers of each publish, so none is missed
-while the connection lasts. The status port is always there: asked twice a second, it tells what failed or was held,
-which datasets are expired, and the generations, by whose numbers a publish shows that nobody was told of.
+It uses two sources, because neither is complete. The RESP port notifies its subscribers of each publish, so that none
+is missed while the connection lasts. The status port is always available. Polled twice a second, it shows failed and
+held refreshes, expired datasets, and the generations, whose numbers reveal publishes without a notification.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ _DEFAULT_RESP_PORT = 6380
 
 
 class Event(NamedTuple):
-    """Something that happened.
+    """An event of the service.
 
-    :param at: when, in UTC; by the service's clock for a failure and what is held, else by that of this machine.
-    :param name: as in the service's log, of which a user knows it: refresh_published, refresh_failed …
-    :param fields: what there is to say of it; JSON values.
+    :param at: its time, in UTC; by the service's clock for failed and held refreshes, else by this machine's clock.
+    :param name: as in the service's log, which users know: refresh_published, refresh_failed …
+    :param fields: its details; JSON values.
     """
 
     at: datetime
@@ -63,18 +63,18 @@ class Event(NamedTuple):
 
 
 class Follower:
-    """Makes events of what the two ports say, each only once.
+    """Derives events from the two ports, each only once.
 
-    :param names: the datasets to follow; empty for all there are, those that come later included.
+    :param names: the datasets to follow; empty for all, including those that are added later.
     """
 
     def __init__(self, names: Collection[str] = ()) -> None:
         self._names = names
         self._pid: int | None = None
         self._told: dict[str, int] = {}
-        """The greatest generation of each dataset that an event was made for."""
+        """The latest generation of each dataset for which an event was created."""
         self._due: dict[str, int] = {}
-        """The generation that the last poll saw and no message has told of; it may be on its way."""
+        """The generation that the last poll found without a message, which may still be on its way."""
         self._attempts: dict[str, str] = {}
         self._states: dict[str, str] = {}
 
@@ -82,7 +82,7 @@ class Follower:
         return not self._names or name in self._names
 
     def message(self, text: bytes) -> Iterator[Event]:
-        """Of a publish, as a subscriber of ``cache:NAME`` gets it."""
+        """Yield the event of a publish from a message of ``cache:NAME``."""
         fields = json.loads(text)
         name, generation = fields.pop("dataset"), fields["generation"]
         told = self._told.get(name, _before(generation))
@@ -91,23 +91,26 @@ class Follower:
             yield Event(datetime.now(UTC), "refresh_published", name, fields | _untold(told, generation))
 
     def restart(self, answer: Answer) -> Iterator[Event]:
-        """To be asked before any message of a new connection: whether another process answers than before."""
+        """Yield an event if another process answers than before.
+
+        Call it before processing messages of a new connection.
+        """
         pid = answer.facts["service"]["pid"]
         if self._pid is not None and self._pid != pid:
-            # Generations begin anew, or where a warm start left them; what is served now is told of.
+            # Generations restart, or continue after a warm start; the generations served now are reported.
             self._told = {name: _before(dataset["generation"]) for name, dataset in answer.datasets.items()}
             self._due.clear()
             self._pid = pid
             yield Event(datetime.now(UTC), "service_restarted", None, {"pid": pid})
 
     def knows(self, name: str) -> bool:
-        """Whether there is a dataset of that name, by the last answer."""
+        """Return True if the last answer had a dataset with this name."""
         return name in self._told
 
     def poll(self, answer: Answer, *, subscribed: bool) -> Iterator[Event]:
-        """Of what the status port says.
+        """Yield the events in a status of the service.
 
-        :param subscribed: whether messages tell of publishes; else what they would tell is made of the answer.
+        :param subscribed: whether messages report publishes; otherwise they are derived from the answer.
         """
         first = self._pid is None
         self._pid = answer.facts["service"]["pid"]
@@ -127,11 +130,11 @@ class Follower:
             self._due.pop(name, None)
             return
         if subscribed and name not in self._due:
-            # Its message was sent before this answer, over another connection: by the next poll it is here.
+            # Its message was sent before this answer, over another connection, and will have arrived at the next poll.
             self._due[name] = generation
             return
         if subscribed:
-            # What came after the last poll may still be on its way.
+            # Messages of publishes after the last poll may still be on their way.
             generation = self._due.pop(name)
             if generation <= told:
                 return
@@ -170,20 +173,23 @@ class Follower:
 
 
 def _before(generation: int) -> int:
-    """The one before; 0 if nothing has been published yet."""
+    """Return the previous generation; 0 before the first publish."""
     return max(0, generation - 1)
 
 
 def _untold(told: int, generation: int) -> dict[str, int]:
-    """How many generations there were between the one that was told of last and this one."""
+    """Return the number of unreported generations before this one, as a field."""
     return {"generations_before_it": generation - told - 1} if generation - told > 1 else {}
 
 
 class Subscription:
-    """A connection to the RESP port that is told of publishes."""
+    """A connection to the RESP port that subscribes to publishes."""
 
     def __init__(self, address: Address, password: str) -> None:
-        """:raises NoAnswer: if nobody listens."""
+        """Connect to the port.
+
+        :raises NoAnswer: if the port is closed.
+        """
         self.address = address
         self._names: set[str] = set()
         self._reader = hiredis.Reader()
@@ -201,14 +207,14 @@ class Subscription:
         self.socket.close()
 
     def pid(self) -> int | None:
-        """Of the service behind the port."""
+        """Return the process ID of the service behind the port."""
         found = re.search(rb"process_id:(\d+)", self._command("INFO", "server"))
         return int(found[1]) if found else None
 
     def subscribe(self, names: Collection[str]) -> bool:
-        """To the publishes of these datasets, beside those of before; whether there is one that is new.
+        """Subscribe to further datasets; return True if any of them is new.
 
-        :raises CacheServiceError: if the port refuses, or has gone.
+        :raises CacheServiceError: if the port refuses, or the connection is closed.
         """
         new = [name for name in names if name not in self._names]
         if new:
@@ -219,7 +225,7 @@ class Subscription:
         return bool(new)
 
     def messages(self) -> list[bytes]:
-        """What has come, without waiting.
+        """Return the messages that have arrived, without waiting.
 
         :raises NoAnswer: if the connection has ended.
         """
@@ -240,7 +246,7 @@ class Subscription:
             self.socket.sendall(hiredis.pack_command(words))  # type: ignore[arg-type]  # declared for one word
 
     def _reply(self) -> Any:
-        """The next reply that is no message."""
+        """Return the next reply that is not a message."""
         while True:
             while (reply := self._next()) is False:
                 with no_answer_from(self.address):
@@ -251,7 +257,7 @@ class Subscription:
                 return reply
 
     def _next(self) -> Any:
-        """What has come whole; False if nothing has."""
+        """Return the next complete reply; False if there is none."""
         try:
             return self._reader.gets()
         except hiredis.ProtocolError as error:
@@ -264,7 +270,7 @@ class Subscription:
         self._reader.feed(received)
 
     def _take(self, reply: object) -> bool:
-        """Whether it was a message, which is kept."""
+        """Keep a reply if it is a message; return whether it is."""
         if isinstance(reply, list) and len(reply) == 3 and reply[0] == b"message":
             self._messages.append(reply[2])
             return True
@@ -272,7 +278,7 @@ class Subscription:
 
 
 class _Ports:
-    """The connections to one service, opened anew when it has been away."""
+    """The connections to one service, opened again after it was down."""
 
     def __init__(self, status: Address, resp: Address | None, timeout_s: float) -> None:
         self._status_address = status
@@ -282,7 +288,7 @@ class _Ports:
         self._subscription: Subscription | None = None
         self._complaint = ""
         self._subscribe_at = 0.0
-        """When to try the RESP port next, on the monotonic clock."""
+        """When to try the RESP port again, on the monotonic clock."""
 
     def close(self) -> None:
         for connection in (self._status, self._subscription):
@@ -292,9 +298,9 @@ class _Ports:
         self._subscribe_at = 0.0
 
     def poll(self, follower: Follower) -> list[Event]:
-        """Everything that is new.
+        """Return all new events.
 
-        :raises NoAnswer: if the service is away; the connections are closed then.
+        :raises NoAnswer: if the service is down; the connections are then closed.
         """
         events: list[Event] = []
         try:
@@ -303,7 +309,7 @@ class _Ports:
             answer = ask_for_all(self._status)
             events += follower.restart(answer)
             if self._subscribe(answer, [name for name in answer.datasets if follower.follows(name)]):
-                # The numbers are looked at again after it: what is published from here on comes as a message.
+                # The status is read again after the subscription: every later publish arrives as a message.
                 answer = ask_for_all(self._status)
             events += self._published(follower)
             events += follower.poll(answer, subscribed=self._subscription is not None)
@@ -313,7 +319,7 @@ class _Ports:
         return events
 
     def wait(self, seconds: float, follower: Follower) -> Iterator[Event]:
-        """What is published meanwhile, as soon as it is."""
+        """Yield publishes as they arrive, for `seconds`."""
         until = time.monotonic() + seconds
         while (left_s := until - time.monotonic()) > 0:
             if self._subscription is None:
@@ -328,12 +334,15 @@ class _Ports:
         try:
             return [event for message in self._subscription.messages() for event in follower.message(message)]
         except CacheServiceError:
-            # The next poll tells whether the service has gone, and what was published meanwhile.
+            # The next poll shows whether the service has stopped, and any publishes meanwhile.
             self._unsubscribe()
             return []
 
     def _subscribe(self, answer: Answer, names: Sequence[str]) -> bool:
-        """To these datasets, if there is a RESP port of this very service; whether there is one that is new."""
+        """Subscribe to datasets; return True if any of them is new.
+
+        It needs a RESP port of the same service.
+        """
         if self._resp_address is None or time.monotonic() < self._subscribe_at:
             return False
         try:
@@ -344,7 +353,7 @@ class _Ports:
             new = self._subscription.subscribe(names)
         except CacheServiceError as error:
             self._unsubscribe()
-            # A port that refuses will go on to, and takes its time for each wrong password.
+            # A port that refuses will continue to refuse, and delays its answer to each wrong password.
             refused = isinstance(error, Refused)
             self._subscribe_at = math.inf if refused else time.monotonic() + _SUBSCRIBE_INTERVAL_S
             self._complain(f"{self._resp_address}: {error}" if refused else str(error))
@@ -358,7 +367,7 @@ class _Ports:
             self._subscription = None
 
     def _complain(self, complaint: str) -> None:
-        """Once, however often it happens."""
+        """Report a problem once, however often it occurs."""
         if complaint != self._complaint:
             self._complaint = complaint
             _report_unseen(complaint)
@@ -411,7 +420,11 @@ def tail(
 
 
 def _first_events(ports: _Ports, follower: Follower, names: Sequence[str]) -> list[Event]:
-    """:raises CacheServiceError: if nobody answers, or there is no such dataset: then it is most likely a slip."""
+    """Return the first events.
+
+    :raises CacheServiceError: if the service does not answer, or if a named dataset is unknown, which is probably a
+        typing error.
+    """
     events = ports.poll(follower)
     for name in names:
         if not follower.knows(name):
@@ -429,7 +442,10 @@ def _wait_for_return(ports: _Ports, follower: Follower) -> list[Event]:
 
 
 def _resp_address(host: str | None, port: int | None) -> tuple[Address | None, str]:
-    """Return the address of the RESP port, if publishes are notified, and why it is not known, if so."""
+    """Return the address of the RESP port, or why it is not known.
+
+    Both are empty if the port is off.
+    """
     seen = config.glance(os.environ)
     if port == 0:
         return None, ""
@@ -443,12 +459,12 @@ def _resp_address(host: str | None, port: int | None) -> tuple[Address | None, s
 
 
 def _resp_password() -> str:
-    """Return the password as it is now: its file may have been rotated while this runs."""
+    """Return the current password: its file may be rotated while this command runs."""
     return config.glance(os.environ).resp.password.get_secret_value()
 
 
 class _Out:
-    """Prints events as they come."""
+    """Prints events as they arrive."""
 
     def __init__(self, as_json: bool) -> None:
         self._as_json = as_json
@@ -477,7 +493,7 @@ _STYLES = {
 
 
 def in_words(event: Event) -> Text:
-    """One line: when, of which dataset, what, and the figures."""
+    """Return one line: the time, the dataset, the event and its figures."""
     what = event.name.removeprefix("refresh_").removeprefix("dataset_").replace("_", " ")
     text = Text()
     text.append(f"{event.at.astimezone(UTC):%H:%M:%S.%f}"[:-3] + "Z  ", "dim")
@@ -496,7 +512,7 @@ def _details(event: Event) -> str:
         words = [f"generation {fields['generation']}", f"{before} more before it" if before else ""]
         if fields.get("added") is not None:
             counts = [f"{fields[what]:,} {what}" for what in ("added", "changed", "removed") if fields[what]]
-            # The first one replaces nothing, so that it is empty if it adds nothing.
+            # The first publish replaces nothing, so it is empty if it adds nothing.
             words += counts or ["no rows" if fields["generation"] == 1 else "no row differs"]
         return ", ".join(filter(None, words))
     if event.name in ("refresh_failed", "refresh_held"):

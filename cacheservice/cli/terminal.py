@@ -1,4 +1,4 @@
-"""Where output goes: a terminal of some width, or a pipe, whose lines are for grep."""
+"""The output: a terminal with a width, or a pipe, whose lines are for grep."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ _PIPE_COLUMNS = 200
 
 
 def console_of_output() -> Console:
-    """Of the terminal's width; where there is none, of COLUMNS or wide, so that no line is broken without need."""
+    """Return a console with the terminal's width.
+
+    Without a terminal the width is COLUMNS, or so large that no line is broken.
+    """
     if sys.stdout.isatty():
         return Console(highlight=False)
     columns = os.environ.get("COLUMNS", "")
@@ -20,7 +23,7 @@ def console_of_output() -> Console:
 
 
 def show(console: Console, drawn: RenderableType) -> None:
-    """Print it; in a pipe without the blanks that fill up the lines of a table."""
+    """Print to a terminal, or to a pipe without trailing blanks."""
     if console.is_terminal:
         console.print(drawn)
         return

@@ -1,6 +1,6 @@
-"""The metrics of each dataset: what they are called, what they mean, and how their values are found.
+"""The metrics of each dataset: their names, their meaning and their values.
 
-Every form in which metrics are asked for is made of `GROUPS`.
+All formats of the metrics are derived from `GROUPS`.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from cacheservice.cache.counts import REFRESH_BOUNDS_S, Histogram
 from cacheservice.cache.dataset import Dataset, State
 
 _DATASET = "@"
-"""Stands for the dataset's name in a line that is not of one yet; no name holds it."""
+"""A placeholder for the dataset's name in a template; no name contains it."""
 
 Kind = Literal["gauge", "counter", "histogram"]
 Labels = Mapping[str, str]
 Values = tuple[float, ...]
-"""One for each series of a family, or none at all where there is nothing to tell yet."""
+"""One value for each series of a family; empty if no value exists yet."""
 
 
 class Sample(NamedTuple):
-    """One number: `name` is that of its series, `labels` all that it has."""
+    """One number: `name` is the name of its series, `labels` are all labels."""
 
     name: str
     labels: Labels
@@ -32,11 +32,11 @@ class Sample(NamedTuple):
 
 
 class Family:
-    """Series of one name that every dataset has.
+    """Series with one name that every dataset has.
 
-    :param name: as it is in a query; a counter's ends in `_total`.
-    :param series: what follows the name (of a histogram), and the labels beside the dataset's, of each.
-    :param form: how a value is written, as `%` takes it; a histogram's sum is written in full.
+    :param name: as in a query; that of a counter ends in `_total`.
+    :param series: for each series, the suffix of the name (of a histogram) and the labels other than the dataset's.
+    :param form: the `%` format of a value; the sum of a histogram is written in full precision.
     :param unit: seconds or bytes, if the name ends in it.
     """
 
@@ -61,7 +61,7 @@ class Family:
         )
 
     def template(self, dataset: str) -> bytes:
-        """A line for each series of a dataset, without the values: `template % values` has them."""
+        """Return a line for each series of a dataset: `template % values` fills it."""
         return self._template.replace(_DATASET, dataset).encode()
 
     def samples(self, dataset: str, values: Values) -> Iterator[Sample]:
@@ -70,7 +70,7 @@ class Family:
                 yield Sample(self.name + suffix, {"dataset": dataset, **labels}, value)
 
     def metric(self, samples: Iterable[Sample]) -> Metric:
-        """The same for prometheus-client, which calls a counter by its name without the ending."""
+        """Return the samples for prometheus-client, which names counters without `_total`."""
         metric = Metric(self.name.removesuffix("_total"), self.documentation, self.kind, self.unit)
         for name, labels, value in samples:
             metric.add_sample(name, dict(labels), value)
@@ -78,15 +78,15 @@ class Family:
 
 
 def _in_braces(labels: Labels) -> str:
-    # As prometheus-client sorts them. None of the values holds what would have to be escaped.
+    # In the order of prometheus-client. No label value needs an escape.
     return ",".join(f'{label}="{value}"' for label, value in sorted({"dataset": _DATASET, **labels}.items()))
 
 
 class Group(NamedTuple):
     """Families whose values change together.
 
-    `stamp` gives what the values are made of: as long as it is the same, so are they. `values` gives those of each
-    family, one for each of its series, from the dataset and its stamp of now.
+    `stamp` returns the inputs of the values: while they are equal, the values are too. `values` returns the values of
+    each family, one for each of its series, from the dataset and its current stamp.
     """
 
     families: tuple[Family, ...]
@@ -103,7 +103,10 @@ def bucket_names(bounds: Sequence[float]) -> list[str]:
 
 
 def histogram_values(histogram: Histogram) -> Values:
-    """The values of its series: of each bucket all that are not greater than its bound, their count, their sum."""
+    """Return the values of a histogram's series.
+
+    They are the cumulative count of each bucket, the total count, and the sum.
+    """
     *lower, count = accumulate(histogram.counts)
     return *lower, count, count, round(histogram.total, 6)
 
@@ -128,7 +131,7 @@ def _refreshes_stamp(dataset: Dataset) -> tuple[Any, ...]:
         dataset.held is None,
         dataset.pinned,
         dataset.settings.max_age_s,
-        # Not the snapshot itself: it would be kept from being freed.
+        # Not the snapshot: the reference would keep it in memory.
         snapshot and (snapshot.generation, snapshot.read_at),
     )
 
@@ -165,7 +168,7 @@ AGE = Family(
     form="%.3f",
     unit="seconds",
 )
-"""Alone, because it is never what it was."""
+"""A group of its own, because it changes all the time."""
 
 _WITHOUT_DELTAS = Family(
     "cacheservice_dataset_without_deltas_seconds",

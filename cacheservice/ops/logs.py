@@ -1,4 +1,7 @@
-"""The log: JSON lines (or a console's) on standard output, Twisted's own events in the same pipe."""
+"""The log: one line for each event, including Twisted's own, on standard output.
+
+The lines are JSON, or are formatted for a console.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +32,11 @@ _LEVEL_OF_TWISTED: Mapping[LogLevel, str] = {
 
 
 class LineWriter:
-    """Writes lines to a descriptor in a thread of its own, because a stalled pipe would stall the reactor.
+    """Writes lines to a descriptor in a thread.
 
-    With `path` the descriptor is that of a file, which `reopen` begins again.
-
-    When nobody takes the lines, up to 10,000 wait; those past that are dropped, and their number is
-    told by a line of its own as soon as somebody reads again.
+    On the reactor's thread, a stalled pipe would block the service. With `path` the descriptor is that of a file, which
+    `reopen` opens again. While no process reads the pipe, up to 10,000 lines wait. Further lines are dropped, and a
+    line with their number is logged as soon as there is a reader again.
     """
 
     def __init__(self, descriptor: int, lost_line: Callable[[int], str], path: str | None = None) -> None:
@@ -43,25 +45,25 @@ class LineWriter:
         self._lost_line = lost_line
         self._lines: queue.Queue[str | None] = queue.Queue(_MOST_WAITING_LINES)
         self._lost = 0
-        # A daemon: a pipe that nobody reads must not hold the end of the process.
+        # A daemon thread: a pipe without a reader must not block the exit of the process.
         self._thread = threading.Thread(target=self._write_all, name="log", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def reopen(self) -> str | None:
-        """Begin the file again that a rotation has renamed; return its path, None if there is no file.
+        """Open the file again after a rotation; return its path, None without a file.
 
-        :raises OSError: if it cannot be opened; the old one is written on.
+        :raises OSError: if it cannot be opened; the old file stays in use.
         """
         if self._path is not None:
             new = destination(self._path)
-            os.dup2(new, self._descriptor, inheritable=False)  # at once, whatever the thread is writing
+            os.dup2(new, self._descriptor, inheritable=False)  # atomic, whatever the thread is writing
             os.close(new)
         return self._path
 
     def write(self, line: str) -> None:
-        """Take one line, without its end; never blocks, never raises."""
+        """Queue one line, without its end; never blocks, never raises."""
         try:
             if self._lost:
                 self._lines.put_nowait(self._lost_line(self._lost))
@@ -71,7 +73,7 @@ class LineWriter:
             self._lost += 1
 
     def stop(self) -> None:
-        """Write what waits, while somebody reads, and end the thread."""
+        """Write the queued lines while there is a reader, and end the thread."""
         try:
             if self._lost:
                 self._lines.put(self._lost_line(self._lost), timeout=_FLUSH_TIMEOUT_S)
@@ -88,7 +90,7 @@ class LineWriter:
                 while data:
                     data = data[self._write_some(data) :]
             except OSError:
-                continue  # whoever read the log is gone; the service goes on
+                continue  # the reader of the log is gone; the service continues
 
     def _write_some(self, data: bytes) -> int:
         try:
@@ -100,7 +102,7 @@ class LineWriter:
 
 
 class Threshold:
-    """The least severity that is logged, which may change at any time.
+    """The lowest severity that is logged; it may change at any time.
 
     :param level: debug, info, warning or error.
     """
@@ -112,14 +114,14 @@ class Threshold:
         self._least = _LEVELS[level]
 
     def __call__(self, _: Any, level: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-        """As one of structlog's processors."""
+        """Drop events below the threshold, as a processor of structlog."""
         if _LEVELS[level] < self._least:
             raise structlog.DropEvent
         return event
 
 
 def make_logger(threshold: Threshold, line_format: str, write: Callable[[str], None], *, colors: bool = False) -> Any:
-    """A structlog logger whose every event is one line.
+    """Return a structlog logger that writes each event as one line.
 
     :param line_format: "json" or "console".
     """
@@ -151,7 +153,7 @@ def make_logger(threshold: Threshold, line_format: str, write: Callable[[str], N
 
 
 class _Lines:
-    """What structlog calls an underlying logger: each method takes the rendered line."""
+    """An underlying logger in structlog's terms: each method takes the rendered line."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         self.debug = self.info = self.warning = self.error = self.critical = write
@@ -159,22 +161,25 @@ class _Lines:
 
 @implementer(ILogObserver)
 class TwistedEvents:
-    """Sends Twisted's events, Python's warnings among them, through our log; tracebacks within their line."""
+    """Logs Twisted's events, including Python's warnings.
+
+    Tracebacks stay within their line.
+    """
 
     def __init__(self, log: Any) -> None:
         self._log = log
 
     def __call__(self, event: LogEvent) -> None:
         if event.get("log_namespace") == "twisted.internet.protocol.Factory":
-            return  # "Starting factory" and "Stopping factory" tell an operator nothing
+            return  # "Starting factory" and "Stopping factory" are of no use to an operator
         level = _LEVEL_OF_TWISTED.get(event.get("log_level", LogLevel.info), "info")
         if level == "info":
-            level = "debug"  # what Twisted does all day; its warnings and errors are what matters
+            level = "debug"  # Twisted's routine events; only its warnings and errors matter
         fields: dict[str, Any] = {"source": event.get("log_namespace", "twisted"), "message": _in_one_line(event)}
         failure = event.get("log_failure")
         if failure is not None:
             fields["error"] = f"{failure.type.__name__}: {failure.getErrorMessage()}"
-            # Frames without their variables: those may hold a secret.
+            # Frames without their variables, which may contain a secret.
             fields["exception"] = "".join(traceback.format_exception(failure.value))
             if failure.value.__traceback__ is None:
                 fields["exception"] = failure.getTraceback()
@@ -183,31 +188,34 @@ class TwistedEvents:
 
 def _in_one_line(event: LogEvent) -> str:
     if "warning" in event and "category" in event:
-        # Python's warnings, as Twisted's legacy log carries them.
+        # Python's warnings, in the form of Twisted's legacy log.
         return f"{event['category']}: {event['warning']} ({event.get('filename')}:{event.get('lineno')})"
     return " ".join(formatEvent(event).split())
 
 
 def _in_order(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """What every line has comes first; what is None is not there."""
+    """Put the fields that every line has first, and drop those that are None."""
     first = {name: event.pop(name) for name in ("time", "level", "event")}
     return first | {name: value for name, value in event.items() if value is not None}
 
 
 def _exception_in_line(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """A console line stays one line as well: under this name the renderer does not give it lines of its own."""
+    """Keep a console event on one line.
+
+    The renderer prints a field named `exception` on lines of its own.
+    """
     if "exception" in event:
         event["traceback"] = event.pop("exception")
     return event
 
 
 def lost_line(count: int) -> str:
-    """The line that tells how many were not written."""
+    """Return the line that reports the number of lines lost."""
     return f'{{"event": "log_lines_lost", "level": "warning", "lines": {count}}}'
 
 
 def destination(path: str | None) -> int:
-    """A descriptor to append to the file at `path`, made with mode 640; without one, standard output.
+    """Open the file at `path` to append (mode 640); None for standard output.
 
     :raises OSError: if it cannot be opened.
     """
@@ -217,5 +225,8 @@ def destination(path: str | None) -> int:
 
 
 def standard_output() -> int:
-    """The real one: Twisted puts a logging file in the place of sys.stdout."""
+    """Return the real standard output.
+
+    Twisted replaces sys.stdout by an object that logs.
+    """
     return sys.__stdout__.fileno() if sys.__stdout__ is not None else 1

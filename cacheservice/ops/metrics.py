@@ -1,9 +1,10 @@
-"""The metrics in each form in which they are asked for.
+"""Renders the metrics in each of their formats.
 
-prometheus-client renders what there is one of, some hundred series. Those of the datasets are rendered here: it takes
-5 µs for each sample, because it sorts and escapes the labels anew each time, which for 500 datasets with 49 series each
-held the reactor for 140 ms (measured). Here the lines of a dataset are kept until its numbers change, so that what
-is left is to join them. `collect` gives the same to prometheus-client; a test compares what it makes of that.
+prometheus-client renders the metrics of the service, some hundred series. It takes 5 µs for each sample, because it
+sorts and escapes the labels each time; for 500 datasets with 49 series each this blocked the reactor for 140 ms
+(measured). So this module renders the metrics of datasets and keeps the lines of a dataset until its numbers change;
+then a scrape only joins them. `collect` passes the same values to prometheus-client, and a test compares its rendering
+with this one.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ from cacheservice.cache.events import AttemptEnded, Ended, Event
 from cacheservice.ops.families import GROUPS, Sample, bucket_names, histogram_values
 
 _A_TURN = 100
-"""Datasets that are rendered anew before the reactor has its turn: 2 ms."""
+"""The most datasets rendered in one turn of the reactor: 2 ms."""
 _NOT_RENDERED = object()
 _FAMILIES = [family for group in GROUPS for family in group.families]
-# The first family is the age, which changes by itself.
+# The first family is the age, which changes all the time.
 _OF_CHANGES = GROUPS[1:]
 _STAMPS = [group.stamp for group in _OF_CHANGES]
 
@@ -46,7 +47,7 @@ Superseded = Callable[[], Mapping[tuple[str, int], int]]
 
 
 class ServedPort(Protocol):
-    """The factory of a port. `rejected` is by the reason."""
+    """The factory of a port. `rejected` counts clients by reason."""
 
     @property
     def clients(self) -> Collection[Any]: ...
@@ -58,7 +59,10 @@ class ServedPort(Protocol):
 
 
 class _Lines:
-    """Of one dataset: the lines of each family, and for each group of families the stamp of what they were made."""
+    """The rendered lines of one dataset.
+
+    `families` has the lines by family, `_stamps` the stamps by group with which they were rendered.
+    """
 
     __slots__ = ("_stamps", "_templates", "families")
 
@@ -68,7 +72,7 @@ class _Lines:
         self._stamps: list[Any] = [_NOT_RENDERED] * len(_STAMPS)
 
     def render(self, dataset: Dataset) -> bool:
-        """Make those anew that are not true any more; gives whether there was more to do than the age."""
+        """Render changed lines; return whether anything but the age has changed."""
         age_s = dataset.age_s()
         self.families[0] = b"" if age_s is None else self._templates[0] % round(age_s, 3)
         stamps = [stamp(dataset) for stamp in _STAMPS]
@@ -92,7 +96,7 @@ class Metrics:
     :param lateness: of the reactor's ticks, in seconds; see `StallWatch`.
     :param ports: the factories by the names of their ports; may be filled later.
     :param clock: `IReactorTime`.
-    :param superseded: returns the bytes of each generation that only answers in progress keep.
+    :param superseded: returns the bytes of each generation that only replies in progress keep in memory.
     """
 
     def __init__(
@@ -105,13 +109,13 @@ class Metrics:
     ) -> None:
         self._cache = cache
         self._clock = clock
-        # Not the library's global one, which would be everybody's.
+        # A registry of its own; the library's global one is shared by the whole process.
         self._of_service = CollectorRegistry()
         self._of_service.register(_Service(cache, lateness, ports, superseded))
         ProcessCollector(registry=self._of_service)
         self._lines: dict[str, _Lines] = {}
         cache.events.subscribe(lambda event: self._lines.pop(event.dataset, None), Ended)
-        # Lines are made when an attempt ends, so that a scrape takes no longer after many refreshes than after none.
+        # Lines are rendered when an attempt ends, so that refreshes do not make the next scrape slower.
         cache.events.subscribe(self._attempt_ended, AttemptEnded)
 
     def _attempt_ended(self, event: Event) -> None:
@@ -120,10 +124,13 @@ class Metrics:
             self._render(dataset)
 
     async def exposition(self, *, openmetrics: bool) -> bytes:
-        """All of them, in the Prometheus text format 0.0.4 or as OpenMetrics 1.0.0; no turn of the reactor is long."""
+        """Return all metrics in the Prometheus text format 0.0.4 or OpenMetrics 1.0.0.
+
+        It takes several turns of the reactor, none of them long.
+        """
         of_service = generate_openmetrics(self._of_service) if openmetrics else generate_latest(self._of_service)
         await self._render_all()
-        # One copy of what may be some megabytes, because each costs as much as the rest.
+        # One copy, because the result may be megabytes, and each copy costs as much as the rest.
         parts: list[bytes] = []
         for family, column in zip(_FAMILIES, self._columns(), strict=True):
             parts.append(family.openmetrics_head if openmetrics else family.text_head)
@@ -132,16 +139,16 @@ class Metrics:
         return b"".join(parts)
 
     async def monitor_lines(self) -> str:
-        """key<TAB>value lines, the same keys and values."""
+        """Return key<TAB>value lines with the same keys and values."""
         of_service = [line.rpartition(" ") for line in generate_latest(self._of_service).decode().splitlines()]
         await self._render_all()
         of_datasets = b"".join(chain.from_iterable(self._columns())).decode()
         lines = [f"{key}\t{value.removesuffix('.0')}" for key, _, value in of_service if not key.startswith("#")]
-        # No label of a dataset holds a space.
+        # No label of a dataset contains a space.
         return "\n".join([*lines, of_datasets.replace(" ", "\t").removesuffix("\n")])
 
     def samples(self) -> Iterator[tuple[str, Sample]]:
-        """All of them one by one, each with its kind; may be taken over many turns."""
+        """Yield all samples, each with its kind; may be consumed over many turns."""
         for metric in self._of_service.collect():
             yield from ((metric.type, Sample(*sample[:3])) for sample in metric.samples)
         for dataset in list(self._cache.datasets.values()):
@@ -150,7 +157,7 @@ class Metrics:
                     yield from ((family.kind, sample) for sample in family.samples(dataset.name, values))
 
     def collect(self) -> Iterator[Metric]:
-        """All of them for prometheus-client, as one of its collectors does."""
+        """Yield all metrics for prometheus-client, as one of its collectors."""
         for group in GROUPS:
             of_datasets = {
                 dataset.name: list(group.values(dataset, group.stamp(dataset)))
@@ -163,7 +170,7 @@ class Metrics:
         yield from self._of_service.collect()
 
     async def _render_all(self) -> None:
-        # A turn of its own for what came before: with 10,000 clients the process's descriptors alone take 8 ms.
+        # A new turn after the work so far: with 10,000 clients, the process's descriptors alone take 8 ms.
         made = _A_TURN
         for dataset in list(self._cache.datasets.values()):
             if made >= _A_TURN:
@@ -180,7 +187,7 @@ class Metrics:
         return lines.render(dataset)
 
     def _columns(self) -> Iterator[tuple[bytes, ...]]:
-        """Of each family the lines of all datasets, which have to stand together."""
+        """Yield for each family the lines of all datasets, which must be contiguous."""
         datasets = self._cache.datasets
         for name in datasets.keys() - self._lines.keys():
             self._render(datasets[name])  # it was added while others were rendered
@@ -188,7 +195,7 @@ class Metrics:
 
 
 class _Service:
-    """Collects what there is one of, for prometheus-client."""
+    """Collects the metrics that are not of a dataset, for prometheus-client."""
 
     def __init__(
         self, cache: Cache, lateness: Histogram, ports: Mapping[str, ServedPort], superseded: Superseded
@@ -199,7 +206,10 @@ class _Service:
         self._ports = ports
 
     def describe(self) -> Sequence[Metric]:
-        """Nothing to check when it is registered: the ports are not there yet."""
+        """Return nothing, so that registration checks nothing.
+
+        The ports do not exist yet at that time.
+        """
         return ()
 
     def collect(self) -> Iterator[Metric]:

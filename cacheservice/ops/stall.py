@@ -1,4 +1,4 @@
-"""How long the reactor keeps everybody waiting, measured all the time by a tick that tells how late it came."""
+"""Measures how late the reactor is, by a tick that records its own delay."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from twisted.internet.task import LoopingCall
 from cacheservice.cache.counts import Histogram
 
 TICK_S = 1 / 32
-"""One costs up to 130 µs of CPU where nothing else wakes the reactor (measured), 0.4 % of a core, and less else. Its
-multiples are exact, so that what is reckoned with them is as well."""
+"""If nothing else wakes the reactor, a tick costs up to 130 µs of CPU (measured), 0.4 % of a core; otherwise less. The
+multiples of the interval are exact as floats, and so are results computed with them."""
 BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
 class StallWatch(Service):
-    """Ticks while it runs, and counts by how many seconds each tick came too late.
+    """Ticks while it runs, and counts by how many seconds each tick was late.
 
-    It is what a client has to wait that comes at that moment. A turn of the reactor that takes longer than a tick is
-    always seen, as shorter than it was by at most one tick; one that takes less, as often as a tick falls into it. The
-    ticks that were missed meanwhile are not made up for.
+    This is the time that a client has to wait that arrives at that moment. A turn of the reactor that is longer than a
+    tick is always detected, and underestimated by at most one tick. A shorter turn is detected if a tick falls into it.
+    Missed ticks are not repeated.
 
     :param clock: `IReactorTime`, monotonic.
     """
@@ -43,8 +43,12 @@ class StallWatch(Service):
             self._loop.stop()
 
     def _tick(self, due: int) -> None:
-        """:param due: 1, and one more for each tick that the reactor had no time for."""
-        # As the loop itself reckons: the remainder of a division may be a whole tick for what is none.
+        """Record the delay of a tick.
+
+        :param due: 1, plus 1 for each tick that the reactor missed.
+        """
+        # The same computation as in LoopingCall: because of rounding, the remainder of a division may be a whole tick
+        # instead of 0.
         since_start_s = self._clock.seconds() - self._loop.starttime
         after_last_due_s = max(0.0, since_start_s - int(since_start_s / TICK_S) * TICK_S)
         self.lateness.observe((due - 1) * TICK_S + after_last_due_s)

@@ -1,4 +1,7 @@
-"""The metrics, pushed to a StatsD server over UDP (github.com/statsd/statsd, docs/metric_types.md)."""
+"""Pushes the metrics to a StatsD server over UDP.
+
+The format is github.com/statsd/statsd, docs/metric_types.md.
+"""
 
 from __future__ import annotations
 
@@ -22,22 +25,23 @@ from cacheservice.ops.families import Sample
 from cacheservice.ops.metrics import Metrics
 
 INTERVAL_S = 10.0
-"""What StatsD itself gathers for before it passes it on, unless it is told otherwise."""
+"""StatsD's own default interval between flushes."""
 MOST_PACKET_BYTES = 1432
-"""What StatsD's documentation advises for a network of 1500 bytes a frame: 512 for the worst path, 8932 for jumbo."""
+"""The advice of StatsD's documentation for a network with frames of 1500 bytes. It advises 512 for the worst path and
+8932 for jumbo frames."""
 _PACKETS_A_TURN = 8
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9_-]")
 _OF_NO_USE = ("_bucket", "_info")
-"""Endings of names: what StatsD cannot make anything of."""
+"""Endings of names of series that StatsD cannot use."""
 
 
 class StatsD(Service):
-    """Sends all metrics each `interval_s` while it runs, whoever listens.
+    """Sends all metrics each `interval_s` while it runs.
 
-    Gauges as they are, counters as what they have grown by since they were last sent. Of a histogram the count and the
-    sum are counters; its buckets stay here, because StatsD knows no such thing.
+    It does so whether or not a server receives them. Gauges are sent as they are, counters as their increase since the
+    last push. Count and sum of a histogram are counters; its buckets are not sent, because StatsD has no such type.
 
-    :param resolve: the addresses of a name, found off the reactor; its failure is a `CacheServiceError`.
+    :param resolve: returns the addresses of a name, without blocking the reactor; its failure is a `CacheServiceError`.
     :param reactor: `IReactorTime` and `IReactorUDP`.
     """
 
@@ -74,7 +78,7 @@ class StatsD(Service):
         self._loop.start(self._interval_s)
 
     def stopService(self) -> Deferred[Any]:
-        """Fires when the socket is closed."""
+        """Stop; the Deferred fires when the socket is closed."""
         super().stopService()
         if self._loop.running:
             self._loop.stop()
@@ -83,7 +87,7 @@ class StatsD(Service):
         return self._close()
 
     def _push(self) -> Deferred[None]:
-        """Send everything once; whatever comes of it, the loop goes on."""
+        """Send all metrics once; an error does not end the loop."""
         self._pushing = pushing = Deferred.fromCoroutine(self._push_now())
         return pushing.addBoth(self._pushed)
 
@@ -93,8 +97,8 @@ class StatsD(Service):
             self._log.error("internal_error", error=result.getErrorMessage(), traceback=result.getTraceback())
 
     async def _push_now(self) -> None:
-        # What became of the last push is known by now. Each has a socket of its own: so it goes where the name points
-        # to, and from an address that this machine has.
+        # The result of the last push is known by now. Each push has its own socket, so it uses the current address of
+        # the name and a current address of this machine.
         problem = None if self._sender is None else self._sender.problem()
         await self._close()
         try:
@@ -108,7 +112,7 @@ class StatsD(Service):
         self._tell(problem)
 
     def _tell(self, problem: str | None) -> None:
-        """Once when it begins, and once when it is over."""
+        """Log a problem once when it begins, and once when it is over."""
         if problem is not None and self._problem is None:
             self._log.warning("statsd_unreachable", error=problem.lower(), host=self._host, port=self._port)
         elif problem is None and self._problem is not None:
@@ -121,7 +125,7 @@ class StatsD(Service):
             address, *_ = await self._resolve(address)
         sender = _Sender()
         self._reactor.listenUDP(0, sender, interface="::" if isIPv6Address(address) else "")
-        # Nothing is to come. Twisted's reading would hear of refusals instead of us, and break on other errors.
+        # No answers are expected. Twisted's reading would consume refusals before this class, and fail on other errors.
         sender.transport.stopReading()
         try:
             sender.transport.connect(address, self._port)
@@ -148,14 +152,17 @@ class StatsD(Service):
                 yield f"{key}:{grown:.15g}|c"
 
     def _key(self, sample: Sample) -> str:
-        """`cacheservice_refresh_total{dataset="products",outcome="held"}` as `PREFIX.refresh_total.products.held`."""
+        """Return the name of a sample in StatsD's form.
+
+        `cacheservice_refresh_total{dataset="products",outcome="held"}` becomes `PREFIX.refresh_total.products.held`.
+        """
         parts = [sample.name.removeprefix("cacheservice_"), *sample.labels.values()]
         named = [_NOT_IN_A_NAME.sub("_", part) for part in parts]
         return ".".join([self._prefix, *named] if self._prefix else named)
 
 
 def packets(lines: Iterable[str]) -> Iterator[bytes]:
-    """The lines, as many in a packet as fit."""
+    """Yield packets with as many lines as fit."""
     waiting: list[bytes] = []
     size_bytes = 0
     for line in lines:
@@ -170,7 +177,10 @@ def packets(lines: Iterable[str]) -> Iterator[bytes]:
 
 
 class _Sender(DatagramProtocol):
-    """The socket of one push. A refusal comes by ICMP, after the packet that is refused."""
+    """The socket of one push.
+
+    A refusal arrives as ICMP, after the packet that is refused.
+    """
 
     transport: Any
     noisy = False
@@ -179,7 +189,10 @@ class _Sender(DatagramProtocol):
         self._problem: str | None = None
 
     def send(self, packet: bytes) -> None:
-        """:raises OSError: if there is no way there. A packet that finds the buffer full is lost, as on its way."""
+        """Send a packet; if the buffer is full, it is lost as on the network.
+
+        :raises OSError: if there is no route.
+        """
         try:
             self.transport.write(packet)
         except BlockingIOError:
@@ -189,6 +202,6 @@ class _Sender(DatagramProtocol):
         self._problem = os.strerror(errno.ECONNREFUSED)
 
     def problem(self) -> str | None:
-        """What is known by now of the packets that were sent."""
+        """Return the error of the packets that were sent, as far as it is known."""
         error = self.transport.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         return os.strerror(error) if error else self._problem

@@ -1,8 +1,10 @@
-"""Who is let in: clients up to the limit of a port and of the open files, and past it a few whose probes are answered.
+"""Admits clients up to the limits, and a few more so that probes get an answer.
 
-A full port that refused its own probes would be taken for a dead one and restarted. So each port that probes ask has
-some places of reserve. A connection in reserve has little time and, when another one needs its place, the oldest makes
-room: clients that only wait cannot keep a probe out.
+The limits are that of the port and that of the open files of the process.
+
+If a full port refused its probes, an orchestrator would take it for dead and restart the service. So each port that
+serves probes has a few reserve places. A connection in reserve has little time for each step. If another connection
+needs its place, the oldest one is closed, so idle clients cannot keep a probe out.
 """
 
 from __future__ import annotations
@@ -11,24 +13,24 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 RESERVE_S = 2.0
-"""What a connection in reserve may take for each step: to send its question, to take the answer."""
+"""The time that a connection in reserve has for each step: to send its request, and to receive the reply."""
 
 _OWN_DESCRIPTORS = 28
-"""Listening sockets, epoll sets, standard streams, files that are saved, names that are looked up; measured: 20."""
+"""Listening sockets, epoll sets, standard streams, files being saved, name look-ups. Measured: 20."""
 _SPARE_SESSIONS = 3
-"""That listens, that an operator's refresh opens, and one that is being closed."""
+"""The listening session, the session of an operator's refresh, and a session that is being closed."""
 _MOST_RESERVE = 16
 _MOST_ACCEPTED = 100
 _TOLD_INTERVAL_S = 60.0
 
 
 class Plan(NamedTuple):
-    """What the descriptors of the process are for.
+    """Divides the descriptors of the process.
 
     :param descriptors: the limit of open files.
-    :param clients: of all ports together.
+    :param clients: the clients of all ports together.
     :param reserve: places of each port past its limit, for probes.
-    :param accepted: connections that are accepted in one turn, before those too many are closed.
+    :param accepted: connections that are accepted in one turn before those over the limit are closed.
     """
 
     descriptors: int
@@ -40,7 +42,7 @@ class Plan(NamedTuple):
 def plan(descriptors: int, sessions: int, ports: int) -> Plan:
     """Divide the descriptors: refreshes and saving first, clients get the rest.
 
-    :param sessions: that refreshes may have open at once.
+    :param sessions: the most sessions that refreshes may have open at once.
     """
     free = max(0, descriptors - _OWN_DESCRIPTORS - _SPARE_SESSIONS - sessions)
     accepted = max(1, min(_MOST_ACCEPTED, free // 8))
@@ -52,18 +54,18 @@ UNLIMITED = Plan(1 << 30, 1 << 30, _MOST_RESERVE, _MOST_ACCEPTED)
 
 
 class Room:
-    """What clients of all ports have taken of the process's descriptors."""
+    """Counts the descriptors that the clients of all ports use."""
 
     def __init__(self, of: Plan = UNLIMITED) -> None:
         self.plan = of
         self._taken = 0
 
     def limit(self, max_connections: int) -> int:
-        """Return what a port may have of its configured limit."""
+        """Return the part of a port's configured limit that the descriptors allow."""
         return min(max_connections, self.plan.clients)
 
     def take(self) -> bool:
-        """Take a place; False if there is none."""
+        """Take a place; return False if there is none."""
         if self._taken >= self.plan.clients:
             return False
         self._taken += 1
@@ -74,18 +76,18 @@ class Room:
 
 
 class Guest(Protocol):
-    """A connection past the limit."""
+    """A connection over the limit."""
 
     def turn_away(self) -> None:
-        """Say that there are too many, and close at once."""
+        """Report that there are too many connections, and close at once."""
 
 
 class Door:
-    """Lets the clients of one port in.
+    """Admits the clients of one port.
 
     :param port: its name in the log.
-    :param reserve: places past the limit; 0 where no probe asks.
-    :param log: hears who is turned away, at most once a minute; None for nobody.
+    :param reserve: places past the limit; 0 for a port that serves no probes.
+    :param log: logs refused connections, at most once a minute; None for no log.
     :param now: the monotonic clock, in seconds.
     """
 
@@ -101,7 +103,10 @@ class Door:
         self._not_told = 0
 
     def admit(self, guest: Guest, limit: int) -> bool:
-        """Whether `guest` is a client like any other. If not it has a place in reserve, where there are any."""
+        """Return True if `guest` is below the limit.
+
+        Otherwise it takes a place in reserve, if the port has any, or is turned away.
+        """
         if self._inside < limit and self._room.take():
             self._inside += 1
             return True
@@ -114,7 +119,7 @@ class Door:
         return False
 
     def left(self, guest: Guest, *, was_admitted: bool) -> None:
-        """Note that a connection has ended."""
+        """Free the place of a connection that has ended."""
         if was_admitted:
             self._inside -= 1
             self._room.give_back()
@@ -122,7 +127,7 @@ class Door:
             self._in_reserve.pop(guest, None)
 
     def note_refusal(self, limit: int) -> None:
-        """Log that a connection was turned away."""
+        """Log, at most once a minute, that connections were refused."""
         self._not_told += 1
         now = self._now()
         if self._log is not None and (self._told_at is None or now - self._told_at >= _TOLD_INTERVAL_S):
@@ -139,6 +144,6 @@ class Door:
 
 
 def open_door(now: Callable[[], float]) -> Door:
-    """A door that only the port's own limit closes."""
+    """Return a door that closes only at the port's own limit."""
     room = Room()
     return Door("", room, room.plan.reserve, None, now)

@@ -1,4 +1,7 @@
-"""Waiting for a snapshot that is new enough. All who wait for a dataset share its refreshes."""
+"""Waits for a snapshot that is new enough.
+
+All readers that wait for a dataset share its refreshes.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,9 @@ _LONGEST_PAUSE_S = 2.0
 
 
 class Freshness:
-    """What the read ports ask when what is served is not fresh enough.
+    """Lets the read ports wait until a dataset is fresh enough.
 
-    :param database: knows which server's transactions are waited for.
+    :param database: knows the server whose transactions readers wait for.
     :param clock: `IReactorTime`, monotonic.
     """
 
@@ -29,9 +32,9 @@ class Freshness:
         self._clock = clock
 
     async def at_most(self, dataset: Dataset, max_age_s: float) -> bool:
-        """Wait until the served snapshot was read no longer ago than `max_age_s` before this call.
+        """Wait for a snapshot read at most `max_age_s` before this call.
 
-        False if it was not within the dataset's `timeout_s`.
+        Return False if there is none within the dataset's `timeout_s`.
 
         :raises UnknownDataset: if the dataset is removed meanwhile.
         """
@@ -43,7 +46,9 @@ class Freshness:
         return await self._wait(dataset, enough, moment, dataset.settings.timeout_s)
 
     async def includes(self, dataset: Dataset, transaction_id: int, timeout_s: float) -> bool:
-        """Wait until the served snapshot includes a PostgreSQL transaction that has ended; False if not in time.
+        """Wait until the served snapshot includes a finished PostgreSQL transaction.
+
+        Return False if it does not within `timeout_s`.
 
         :raises UnknownDataset: if the dataset is removed meanwhile.
         """
@@ -65,18 +70,19 @@ class Freshness:
             if left_s <= 0:
                 return False
             if dataset.snapshot and dataset.snapshot.began_at >= moment:
-                # Read after we asked and still not enough: the transaction has not ended yet. Not again at once.
+                # The snapshot was read after the request and still lacks the transaction, which has not ended yet.
+                # Pause first.
                 await self._published(dataset, min(pause_s, left_s))
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
                 moment = self._clock.seconds()
             else:
-                # A refresh that fails is tried again by the dataset's own rules.
+                # The dataset's own schedule retries a refresh that fails.
                 self._refreshes.refresh_since(dataset.name, moment)
                 await self._published(dataset, left_s)
         return True
 
     async def _published(self, dataset: Dataset, timeout_s: float) -> None:
-        """Wait for the next publish or renewal, the dataset's end, or the time to be up."""
+        """Wait for the next publish or renewal, the dataset's removal, or the timeout."""
         woken: Deferred[None] = Deferred()
         timer = self._clock.callLater(timeout_s, woken.callback, None)
 

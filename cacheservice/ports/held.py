@@ -1,9 +1,9 @@
-"""Snapshots that answers in progress keep in memory, and how many of them slow clients may keep.
+"""Limits the superseded snapshots that slow readers keep in memory.
 
-An answer of a whole dataset is streamed from the snapshot that it began with. While that one is served it costs
-nothing. Once a newer one is served, a client that reads slowly keeps a copy of the dataset, and twelve of them keep
-twelve. So answers may keep a number of superseded generations of a dataset, the readers of older ones are disconnected,
-and an answer of a superseded generation has a limit of time.
+A reply with a whole dataset is streamed from the snapshot with which it began. While that snapshot is served, it costs
+nothing. Once a newer one is served, a client that reads slowly keeps a copy of the dataset in memory, and twelve
+clients may keep twelve. So replies may keep only a number of superseded generations of a dataset, readers of older ones
+are disconnected, and a reply from a superseded generation has a time limit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class Streamed(Iterator[T], Generic[T]):
-    """An answer in pieces, and the snapshots by dataset that it keeps until its end."""
+    """A reply in pieces, with the snapshots, by dataset, that it keeps until its end."""
 
     __slots__ = ("_pieces", "snapshots")
 
@@ -32,14 +32,14 @@ class Streamed(Iterator[T], Generic[T]):
 
 
 class Reader(Protocol):
-    """A connection that is being answered."""
+    """A connection that receives a reply."""
 
     def drop_slow(self) -> str:
-        """End the connection, count it as slow; return its address for the log."""
+        """Abort the connection, count it as slow, and return its address for the log."""
 
 
 class Hold:
-    """One answer in progress."""
+    """One reply in progress."""
 
     __slots__ = ("began_at", "reader", "snapshots", "timer")
 
@@ -51,18 +51,21 @@ class Hold:
 
 
 def too_old(holds: Collection[Hold], dataset: str, served: int, most: int) -> list[Hold]:
-    """Return the answers to end, so that at most `most` generations of `dataset` besides the served one are kept."""
+    """Return the replies to abort because they keep too many generations.
+
+    After that, at most `most` generations of `dataset` are kept besides the served one.
+    """
     kept = sorted({hold.snapshots[dataset].generation for hold in holds if dataset in hold.snapshots} - {served})
     ended = set(kept[: max(0, len(kept) - most)])
     return [hold for hold in holds if dataset in hold.snapshots and hold.snapshots[dataset].generation in ended]
 
 
 class HeldSnapshots:
-    """The answers in progress of all ports.
+    """The replies in progress of all ports.
 
     :param clock: `IReactorTime`, monotonic.
-    :param most_generations: superseded ones of a dataset that answers may keep.
-    :param most_s: that an answer may take once its generation is superseded.
+    :param most_generations: the superseded generations of a dataset that replies may keep.
+    :param most_s: the time that a reply may take once its generation is superseded.
     """
 
     def __init__(self, cache: Cache, clock: Any, log: Any, most_generations: int, most_s: float) -> None:
@@ -75,21 +78,21 @@ class HeldSnapshots:
         cache.events.subscribe(self._supersede, Published, Ended)
 
     def begin(self, reader: Reader, snapshots: Mapping[str, Snapshot]) -> Hold:
-        """Note that `reader` is sent an answer; `end` has to follow."""
+        """Register a reply to `reader`; the caller must call `end` after it."""
         hold = Hold(reader, snapshots, self._clock.seconds())
         self._holds[hold] = None
         return hold
 
     def end(self, hold: Hold) -> None:
-        """Note that an answer has been sent, or will not be."""
+        """Remove a reply that has been sent or aborted."""
         self._holds.pop(hold, None)
         if hold.timer is not None and hold.timer.active():
             hold.timer.cancel()
 
     def superseded(self) -> dict[tuple[str, int], int]:
-        """The bytes of each generation that only answers keep, by dataset and number.
+        """Return the bytes of each superseded generation, by dataset and number.
 
-        Generations that deltas made share most of their rows, so that their sum is more than what they take.
+        Generations published by deltas share most of their rows, so their sum is more than the memory that they use.
         """
         served = {name: dataset.last_generation for name, dataset in self._cache.datasets.items()}
         return {
@@ -118,10 +121,10 @@ class HeldSnapshots:
 
 
 class Unlimited:
-    """For a port on its own: nothing is too slow."""
+    """Sets no limit, for a port without `HeldSnapshots`."""
 
     def begin(self, reader: Reader, snapshots: Mapping[str, Snapshot]) -> Hold:
         return Hold(reader, snapshots, 0.0)
 
     def end(self, hold: Hold) -> None:
-        """Nothing was noted."""
+        """Do nothing: `begin` registers nothing."""

@@ -1,4 +1,7 @@
-"""A listening port as a service: it says plainly why it cannot listen, and when it stops nobody is left connected."""
+"""A listening port as a service.
+
+It reports why it cannot listen, and disconnects all clients when it stops.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +22,17 @@ from cacheservice.errors import PortUnavailable
 from cacheservice.ports.readers import Port
 
 BACKLOG = 511
-"""Twisted's 50 makes 5,000 clients wait 75 s; 511 makes it 0.4 s (measured), and is what Redis takes."""
+"""With Twisted's backlog of 50, 5,000 clients wait 75 s; with 511, the backlog of Redis, 0.4 s (measured)."""
 
-_ALL, _ALL_IPV4 = "::", "0.0.0.0"  # noqa: S104  # for who sets it
+_ALL, _ALL_IPV4 = "::", "0.0.0.0"  # noqa: S104  # only if configured
 _SOCKET_UMASK = 0o177
 
 
 class PortService(Service):
     """Listens while it runs.
 
-    :param listen: binds and gives the listening port; see `tcp` and `unix`.
-    :param setting: what to change in the configuration if it cannot.
+    :param setting: the key to change in the configuration if the port cannot be opened.
+    :param listen: binds and returns the listening port; see `tcp` and `unix`.
     """
 
     def __init__(self, setting: str, listen: Callable[[], IListeningPort], close_clients: Callable[[], None]) -> None:
@@ -40,11 +43,14 @@ class PortService(Service):
 
     @property
     def address(self) -> Any:
-        """Where it listens, as Twisted tells it; None before it does."""
+        """The address in Twisted's form; None before the port listens."""
         return None if self._port is None else self._port.getHost()
 
     def privilegedStartService(self) -> None:
-        """:raises PortUnavailable: in one line, for a port that is taken or not ours to take."""
+        """Bind the port.
+
+        :raises PortUnavailable: in one line, if the port is in use or needs a privilege.
+        """
         try:
             self._port = self._listen()
         except CannotListenError as error:
@@ -54,7 +60,7 @@ class PortService(Service):
             raise PortUnavailable(f"{self._setting}: cannot listen on {where}: {why}") from error
 
     def stopService(self) -> Deferred[Any]:
-        """Stop accepting, then close what is connected; fires when the port is closed."""
+        """Stop accepting, then close the clients; fires when the port is closed."""
         super().stopService()
         port, self._port = self._port, None
         if port is None:
@@ -73,9 +79,10 @@ def _where(error: CannotListenError) -> str:
 def tcp(
     reactor: Any, host: str, port: int, factory: ServerFactory, most_accepted: int = Port.most_accepted
 ) -> Callable[[], IListeningPort]:
-    """Listen on an IP address ("localhost" is 127.0.0.1: a look-up would block).
+    """Return a function that listens on an IP address.
 
-    "::" is all addresses, IPv4 ones too, whatever the system's default is; those alone where there is no IPv6.
+    "localhost" means 127.0.0.1, because a look-up would block. "::" means all addresses including IPv4, whatever the
+    default of the system, or all IPv4 addresses on a system without IPv6.
     """
     address = "127.0.0.1" if host == "localhost" else host
 
@@ -98,11 +105,14 @@ def _has_ipv6() -> bool:
 
 
 def unix(reactor: Any, path: str, factory: ServerFactory) -> Callable[[], IListeningPort]:
-    """Listen on a unix socket that only its owner may open (mode 600); one left over by a crash is replaced."""
+    """Return a function that listens on a unix socket with mode 600.
+
+    It replaces a socket file that a crash left behind.
+    """
 
     def listen() -> IListeningPort:
         _remove_stale(path)
-        # The mode argument of listenUNIX comes after the bind: too late for the first moment.
+        # listenUNIX applies its mode argument after the bind, so other users could connect in between.
         mask = os.umask(_SOCKET_UMASK)
         try:
             return reactor.listenUNIX(path, factory, backlog=BACKLOG, mode=0o600)  # type: ignore[no-any-return]
@@ -115,7 +125,7 @@ def unix(reactor: Any, path: str, factory: ServerFactory) -> Callable[[], IListe
 def _remove_stale(path: str) -> None:
     try:
         if not stat.S_ISSOCK(os.stat(path).st_mode):
-            return  # not ours to remove: the bind will say that it is in the way
+            return  # another program may use it: the bind will report it
     except OSError:
         return
     with socket.socket(socket.AF_UNIX) as probe:

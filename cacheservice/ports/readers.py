@@ -1,8 +1,8 @@
-"""TCP ports that have all their clients read in one go.
+"""TCP ports that read all their clients in one event of the reactor.
 
-For each event a reactor calls through Twisted's logger, which sets up a context first: a microsecond and a quarter, a
-tenth of all that a GET takes. So the clients of a port are in an epoll set of their own, and that is what is
-in the reactor. What is to be written, connections that break and everything else goes Twisted's way.
+For each event a reactor calls through Twisted's logger, which first sets up a context: 1.25 µs, a tenth of the time of
+a GET. So the clients of a port are in an epoll set of their own, and the reactor watches only that set. Writes, broken
+connections and all other events take Twisted's usual path.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 4}
-"""Seconds of silence, seconds between probes, and how many go unanswered."""
+"""Seconds of idle time, seconds between keepalive probes, and the number of unanswered probes."""
 
 
 def _no_rounds() -> None:
-    """Do nothing, for a factory that does not ask about rounds."""
+    """Do nothing, for a factory without hooks for rounds."""
 
 
 @implementer(IReadDescriptor)
 class Readers:
-    """The clients of one port that want to be read.
+    """Reads the clients of one port.
 
-    :param reactor: `IReactorFDSet`; it has this among its readers until `close`.
-    :param factory: is called before and after each round of reads, if it has `begin_round` and `end_round`.
+    :param reactor: `IReactorFDSet`; this object is among its readers until `close`.
+    :param factory: its `begin_round` and `end_round`, if it has them, are called around each round of reads.
     """
 
     _log = Logger()
@@ -56,7 +56,7 @@ class Readers:
             self._epoll.unregister(client.fileno())
 
     def close(self) -> None:
-        """Leave the clients that are still there to the reactor."""
+        """Return the remaining clients to the reactor."""
         self._reactor.removeReader(self)
         self._epoll.close()
         for client in self._clients.values():
@@ -74,7 +74,7 @@ class Readers:
         return type(self).__name__
 
     def doRead(self) -> None:
-        """Read every client that has sent something."""
+        """Read every client that has sent data."""
         self._begin_round()
         try:
             self._read()
@@ -85,26 +85,26 @@ class Readers:
         for descriptor, _ in self._epoll.poll(0, len(self._clients) or 1):
             client = self._clients.get(descriptor)
             if client is None:
-                continue  # closed meanwhile, for what another one said
+                continue  # closed meanwhile, by a request of another client
             try:
                 reason: Exception | None = client.doRead()
             except Exception as error:
                 self._log.failure("a client could not be read")
                 reason = error
             if reason is not None:
-                # What is raised here would end the reading of all the others, too.
+                # An exception here would end the reads of all other clients, too.
                 try:
                     client.end(reason)
                 except Exception:
                     self._log.failure("a client could not be ended")
 
     def connectionLost(self, reason: Failure) -> None:
-        """The reactor is done."""
+        """Close the epoll set, because the reactor has stopped."""
         self._epoll.close()
 
 
 class Client(tcp.Server):
-    """One client's connection, read with the others of its port."""
+    """One client's connection; its port reads all of its clients together."""
 
     server: Port
 
@@ -121,7 +121,7 @@ class Client(tcp.Server):
             self.server.readers.remove(self)
 
     def end(self, reason: Exception) -> None:
-        """What a reactor does when a read gives a reason to end."""
+        """Close the connection as a reactor does when a read returns a reason."""
         self.stopReading()
         if isinstance(reason, ConnectionDone):
             self.readConnectionLost(Failure(reason))
@@ -131,12 +131,12 @@ class Client(tcp.Server):
 
 
 class Port(tcp.Port):
-    """A listening port whose clients are read in one go."""
+    """A listening port that reads all its clients in one event."""
 
     transport = Client
     readers: Readers
     most_accepted = 100
-    """Connections that are accepted in one turn: each may hold a descriptor until its end, though it is turned away."""
+    """The connections accepted in one turn. A refused connection, too, holds a descriptor until it is closed."""
 
     def startListening(self) -> None:
         super().startListening()
@@ -144,8 +144,8 @@ class Port(tcp.Port):
 
     def createInternetSocket(self) -> socket.socket:
         made: socket.socket = super().createInternetSocket()
-        # What is accepted inherits it (Linux). A client whose machine is gone is noticed in two minutes, and a balancer
-        # or a firewall between sees that a silent connection is alive.
+        # Accepted sockets inherit it (Linux). A client whose machine has gone is detected within two minutes, and load
+        # balancers and firewalls on the path see that a silent connection is alive.
         made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if self.addressFamily == socket.AF_INET6 and self.interface == "::":
             made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
@@ -154,9 +154,9 @@ class Port(tcp.Port):
         return made
 
     def doRead(self) -> None:
-        """Accept what has come."""
-        # With no descriptor left Twisted accepts and closes by the one that it keeps in reserve. If another thread is
-        # quicker to take that, it is not reserved again, and every turn would try to accept in vain.
+        """Accept the connections in the backlog."""
+        # Without a free descriptor, Twisted accepts and closes a connection with its reserved one. If another thread
+        # takes that first, Twisted does not reserve it again, and every turn would try to accept in vain.
         tcp._reservedFD.reserve()
         self.numberAccepts = min(self.numberAccepts, self.most_accepted)
         super().doRead()

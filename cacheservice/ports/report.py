@@ -1,4 +1,7 @@
-"""What the status port says, made from the cache alone; it shows no DSN, no password, no rows."""
+"""Renders the replies of the status port from the cache alone.
+
+They contain no DSN, password or rows.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,10 @@ from cacheservice.config import ConfigFile
 
 
 def ready_line(cache: Cache) -> str:
-    """`ready`, or `notready` and why: `stopping`, `NAME:never_loaded`, `NAME:expired`."""
+    """Return `ready`, or `notready` with the reasons.
+
+    The reasons are `stopping`, `NAME:never_loaded` and `NAME:expired`.
+    """
     if cache.is_ready:
         return "ready"
     reasons = ["stopping"] if cache.stopping else []
@@ -24,7 +30,7 @@ def ready_line(cache: Cache) -> str:
 
 
 def status_table(cache: Cache, only: Dataset | None = None) -> str:
-    """A head line, then a line a dataset, aligned; with `only`, that one's."""
+    """Return a head line, then an aligned line for each dataset, or for `only`."""
     database = cache.database
     head = (
         f"cacheservice {__version__}: {_readiness(cache)}, "
@@ -51,7 +57,7 @@ def _cap_words(cap: ConnectionCap | None) -> str:
 
 
 def capped(cap: ConnectionCap) -> str:
-    """That fewer clients may connect than configured, and why."""
+    """Describe why fewer clients may connect than configured."""
     return f"clients capped at {cap.limit:,} of {cap.configured:,} by the limit of {cap.open_files:,} open files"
 
 
@@ -69,7 +75,7 @@ def _lag_words(database: DatabaseStatus) -> str:
 
 
 def behind(lag_s: float, *, known: bool) -> str:
-    """How far a standby may be behind, in words."""
+    """Describe how far a standby may be behind its primary."""
     return f"{'' if known else 'perhaps '}up to {duration(lag_s)} behind"
 
 
@@ -133,12 +139,12 @@ def _last_attempt(dataset: Dataset) -> str:
 
 
 def json_line(cache: Cache) -> str:
-    """Everything, as one line."""
+    """Return the whole status as one line of JSON."""
     return json.dumps(describe(cache), ensure_ascii=False, separators=(",", ":"))
 
 
 def show(dataset: Dataset) -> str:
-    """`field: value` lines, the last attempts included, newest first."""
+    """Return `field: value` lines, including the last attempts, newest first."""
     fields = describe_dataset(dataset)
     del fields["last_attempt"]
     settings = dataset.settings
@@ -185,7 +191,7 @@ def _attempt_line(attempt: Attempt) -> str:
 
 
 def why(dataset: Dataset, cache: Cache) -> str:
-    """Plain sentences: the state and why it is so, who is in the way, what happens next."""
+    """Return sentences about the state, its cause, any blockers and the next step."""
     sentences = [*_state_sentences(dataset), *_lag_sentences(dataset), *_failure_sentences(dataset, cache)]
     if dataset.settings.notify or dataset.settings.watch:
         sentences += filter(None, [listening_sentence(cache, cache.now(), dataset)])
@@ -213,9 +219,9 @@ def _watch_sentences(dataset: Dataset, cache: Cache) -> Iterator[str]:
 
 
 def listening_sentence(cache: Cache, now: float, dataset: Dataset | None = None) -> str | None:
-    """Whether notifications arrive, for a dataset that waits for them; None where none does.
+    """Describe whether notifications arrive; None if no dataset waits for them.
 
-    :param dataset: whose deltas may be off, so that some changes are not notified of.
+    :param dataset: a dataset whose deltas may be off, so that some of its changes cause no notification.
     :param now: on the monotonic clock, in seconds.
     """
     database = cache.database
@@ -320,12 +326,12 @@ def _next_sentences(dataset: Dataset) -> Iterator[str]:
 
 
 def times(count: int) -> str:
-    """3 times, as words."""
+    """Return a count in words, such as "3 times"."""
     return {1: "once", 2: "twice"}.get(count, f"{count} times")
 
 
 def duration(value_s: float) -> str:
-    """Seconds for a person: 0.12 s, 47 s, 3 min 20 s, 5 h 2 min, 3 d 4 h."""
+    """Format seconds for a person: 0.12 s, 47 s, 3 min 20 s, 5 h 2 min, 3 d 4 h."""
     value_s = max(0.0, value_s)
     if value_s < 10:
         return f"{value_s:.2f} s"

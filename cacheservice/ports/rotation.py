@@ -1,7 +1,7 @@
 """Replaces the secrets that clients send while the service runs.
 
-Kubernetes and others rotate a secret by writing another one to its file. The files are read again before a client is
-refused, because its secret may be the new one. A reload replaces secrets as well.
+Kubernetes and other systems rotate a secret by writing a new one to its file. Before a port refuses a client, the files
+are read again, because the client's secret may be the new one. A reload replaces secrets as well.
 """
 
 from __future__ import annotations
@@ -25,13 +25,16 @@ Look = Callable[[], Deferred[None] | None]
 
 
 def no_files() -> Deferred[None] | None:
-    """Be the `Look` of a port whose secrets come from no file."""
+    """Return None: the `Look` of a port whose secrets come from no file."""
     return None
 
 
 @dataclass(frozen=True, slots=True)
 class ClientSecrets:
-    """Empty texts stand for secrets that nobody has to send. Its repr shows nothing of them."""
+    """The secrets of the ports; the repr shows none of them.
+
+    An empty text means that no secret is required.
+    """
 
     password: str
     token: str
@@ -42,30 +45,30 @@ class ClientSecrets:
 
     @classmethod
     def of(cls, settings: Settings) -> ClientSecrets:
-        """Return those of a configuration."""
+        """Return the secrets of a configuration."""
         resp, http = settings.resp, settings.http
         return cls(resp.password.get_secret_value(), http.token.get_secret_value(), http.admin_token.get_secret_value())
 
     def replaced_by(self, wanted: Mapping[str, str]) -> ClientSecrets:
-        """Return them with those of `wanted`, by the names of their keys, that replace a secret by another one.
+        """Return the secrets with the new values of `wanted`, by the names of their keys.
 
-        Whether a port asks for a secret at all is decided at the start.
+        A secret that is empty stays empty: whether a port requires a secret is decided at the start.
         """
         kept = asdict(self)
         return replace(self, **{name: wanted.get(_NAMES[name]) or kept[name] for name in kept if kept[name]})
 
     def by_key(self) -> dict[str, str]:
-        """Return them by the names of their keys in the configuration."""
+        """Return the secrets by the names of their keys in the configuration."""
         return {_NAMES[name]: secret for name, secret in asdict(self).items()}
 
 
 class Rotation:
     """Replaces the secrets of the ports.
 
-    Idle, or reading: then each caller of `look` waits for the same read.
+    It is either idle or reading. While it reads, all callers of `look` wait for the same read.
 
-    :param read: returns the secrets that have files, by the names of their keys; blocks.
-    :param has_files: whether there is any.
+    :param read: returns the secrets that have files, by the names of their keys; it blocks.
+    :param has_files: whether any secret has a file.
     :param reactor: `IReactorTime`, monotonic, and `IReactorThreads`.
     """
 
@@ -88,7 +91,7 @@ class Rotation:
         self._waiting: list[Deferred[None]] | None = None
 
     def watch(self, replaced: Callable[[ClientSecrets], None]) -> None:
-        """Call `replaced` with all secrets whenever one is another. It must not raise."""
+        """Call `replaced` with all secrets whenever one changes. It must not raise."""
         self._replace.append(replaced)
 
     def look(self) -> Deferred[None] | None:
@@ -107,11 +110,11 @@ class Rotation:
         return waiting
 
     def take(self, secrets: Mapping[str, str]) -> list[str]:
-        """Put secrets into effect, by the names of their keys; return the names of those that were replaced."""
+        """Apply secrets by the names of their keys; return the names that changed."""
         before = self._current.by_key()
         wanted = self._current.replaced_by(secrets)
         if wanted.token and wanted.token == wanted.admin_token:
-            # The reader of one would get the rights of the other.
+            # Readers would get the rights of operators.
             self._log.error("secret_not_used", error="http.token and http.admin_token are the same; the old ones stay")
             wanted = replace(wanted, token=self._current.token, admin_token=self._current.admin_token)
         self._current = wanted
@@ -122,7 +125,7 @@ class Rotation:
         return replaced
 
     def _found(self, secrets: Mapping[str, str], before: ClientSecrets) -> None:
-        # A reload that ended meanwhile may have read newer ones.
+        # A reload that ended during the read may have applied newer ones.
         if self._current is before and (replaced := self.take(secrets)):
             self._log.info(
                 "secrets_read_again", keys=replaced, reason="a client was refused, and the files have changed"

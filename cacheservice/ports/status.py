@@ -1,6 +1,8 @@
-"""The status port: a line in, the reply out, and the connection is closed; after `prompt` it stays open.
+"""The status port: reads a line, sends the reply and closes the connection.
 
-The admin socket speaks the same protocol with commands that change something.
+After `prompt` the connection stays open.
+
+The admin socket speaks the same protocol and adds commands that change the service.
 """
 
 from __future__ import annotations
@@ -28,17 +30,19 @@ from cacheservice.ports.admission import RESERVE_S, Door, open_door
 
 MAX_LINE_BYTES = 256
 _LINGER_S = 2.0
-"""How long a client may take to close after our last word. Closing first, with input of it
-unread, would send a reset that overtakes the reply (RFC 1122, 4.2.2.13)."""
+"""The time that a client has to close the connection after the last reply. If the service closed first with unread
+input, it would send a reset that overtakes the reply (RFC 1122, 4.2.2.13)."""
 _SHOWN_COMMAND_CHARACTERS = 40
 
 
 class Commands:
-    """The commands of a port, each a method that gives its reply without the line's end.
+    """The commands of a port.
 
-    :param refreshes: what the admin commands go to; None on the status port.
-    :param reload: re-reads the configuration, for the admin socket; its failure is a `CacheServiceError`.
-    :param monitor: gives the lines of `mntr`.
+    Each is a method that returns its reply without the line's end. Its docstring is its help text.
+
+    :param refreshes: the target of the admin commands; None on the status port.
+    :param reload: reads the configuration again, for the admin socket; its failure is a `CacheServiceError`.
+    :param monitor: returns the lines of `mntr`.
     """
 
     def __init__(
@@ -73,7 +77,10 @@ class Commands:
         }
 
     def answer(self, command: str) -> str | Deferred[str]:
-        """The reply to one command with its arguments, or what becomes it; a problem is one that begins with ERROR."""
+        """Return the reply to one command with its arguments, now or later.
+
+        A reply that begins with ERROR reports a problem.
+        """
         name, *arguments = command.split()
         method: Callable[..., str | Deferred[str]] | None = self._questions.get(name)
         if method is None and name in self._changes:
@@ -197,14 +204,17 @@ class Commands:
 
 @implementer(IHalfCloseableProtocol)
 class StatusProtocol(LineReceiver, TimeoutMixin):
-    """One client. It answers one line a turn of the reactor, so that a flood of lines delays nobody else."""
+    """The connection of one client.
+
+    It answers one line per turn of the reactor, so that a flood of lines delays no other client.
+    """
 
     transport: Any
     delimiter = b"\n"
     MAX_LENGTH = MAX_LINE_BYTES + len(b"\r")
 
     _log = Logger()
-    # Class attributes until they change: ten thousand idle clients pay for each of their own.
+    # Class attributes until they change: attributes of each instance would cost memory for ten thousand idle clients.
     _prompting = False
     _finishing = False
     _choked = False
@@ -217,24 +227,24 @@ class StatusProtocol(LineReceiver, TimeoutMixin):
         self.factory: StatusFactory = factory
 
     def callLater(self, delay_s: float, call: Callable[[], None]) -> Any:
-        """TimeoutMixin's clock."""
+        """Schedule a call on the factory's clock, for TimeoutMixin."""
         return self.factory.clock.callLater(delay_s, call)
 
     def connectionMade(self) -> None:
         self.factory.clients.add(self)
-        # The transport then pauses us while its buffer is full: a client that never reads costs one reply.
+        # The transport pauses this producer while its buffer is full: a client that never reads costs one reply.
         self.transport.registerProducer(self, True)
-        # Past the limit it may ask like any other, but is the first to go: the questions are those of monitors.
+        # Over the limit, a client has the same commands but is closed first: monitors use this port.
         self._in_reserve = not self.factory.door.admit(self, self.factory.max_connections)
         self.setTimeout(self._patience_s)
 
     @property
     def _patience_s(self) -> float:
-        """How long the client may be silent, or take nothing of a reply."""
+        """The time that the client may be silent, or may read nothing of a reply."""
         return RESERVE_S if self._in_reserve else self.factory.idle_timeout_s
 
     def turn_away(self) -> None:
-        """Another connection past the limit needs the place, or this one has been silent for too long."""
+        """Close the connection: its reserve place is needed, or it was silent too long."""
         self.factory.rejected["too_many_connections"] += 1
         self.factory.door.note_refusal(self.factory.max_connections)
         if self._finishing or self._choked or self._waiting:
@@ -259,7 +269,7 @@ class StatusProtocol(LineReceiver, TimeoutMixin):
         self._run(commands)
 
     def _run(self, commands: list[str]) -> None:
-        """Answer the commands of a line, one after the other; what becomes of the connection after it."""
+        """Answer the commands of a line one after the other, then close or continue."""
         for number, command in enumerate(commands, 1):
             if command == "quit":
                 self._finish()
@@ -279,7 +289,10 @@ class StatusProtocol(LineReceiver, TimeoutMixin):
             self._finish()
 
     def _wait(self, answer: Deferred[str], rest: list[str]) -> None:
-        """Say it when it is there, and then go on with the line; nothing more is read before."""
+        """Send a reply when it is ready, then continue with the line.
+
+        Reads pause until then.
+        """
         self._waiting = True
         self.setTimeout(None)
         super().pauseProducing()
@@ -301,7 +314,10 @@ class StatusProtocol(LineReceiver, TimeoutMixin):
             self._finish()
 
     def readConnectionLost(self) -> None:
-        """The client sent all it will: ``printf status | nc -N``. What stands without a line's end is a line."""
+        """Handle the end of the client's input: ``printf status | nc -N``.
+
+        A last line without a line's end counts as a line.
+        """
         if self._finishing:
             self.transport.loseConnection()
             return
@@ -313,7 +329,7 @@ class StatusProtocol(LineReceiver, TimeoutMixin):
             self._finish()
 
     def writeConnectionLost(self) -> None:
-        """Our last word is out; the client's end of the connection is all that is still to come."""
+        """Wait for the client to close, because the last reply has been sent."""
         self.setTimeout(_LINGER_S)
         super().resumeProducing()
 
@@ -334,7 +350,7 @@ class StatusProtocol(LineReceiver, TimeoutMixin):
             super().resumeProducing()
 
     def stopProducing(self) -> None:
-        """The transport is gone; connectionLost tells the rest."""
+        """Do nothing: the transport has gone, and connectionLost follows."""
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self.setTimeout(None)
@@ -361,7 +377,7 @@ class StatusProtocol(LineReceiver, TimeoutMixin):
         self.transport.write(text.encode())
 
     def _yield(self) -> None:
-        """Go on with the next line in the next turn."""
+        """Continue with the next line in the next turn."""
         super().pauseProducing()
         self._yielding = self.callLater(0, self._go_on)
 
@@ -371,7 +387,7 @@ class StatusProtocol(LineReceiver, TimeoutMixin):
             super().resumeProducing()
 
     def _finish(self) -> None:
-        """Nothing more will be said; once it is out, the connection ends when the client closes, or soon."""
+        """Send no more replies; close when the client closes, or soon after the last one."""
         self._finishing = True
         self.clearLineBuffer()
         self.setTimeout(self._patience_s)
@@ -380,10 +396,10 @@ class StatusProtocol(LineReceiver, TimeoutMixin):
 
 
 class StatusFactory(ServerFactory):
-    """Makes the protocol of the status port or, with `refreshes`, of the admin socket.
+    """Builds the protocol of the status port, or with `refreshes` the admin socket.
 
     :param clock: `IReactorTime`.
-    :param door: lets clients in; None for one that only `max_connections` closes.
+    :param door: admits clients; None for a door that closes only at `max_connections`.
     """
 
     noisy = False
@@ -399,11 +415,11 @@ class StatusFactory(ServerFactory):
         self.clients: set[StatusProtocol] = set()
         self.rejected = rejected.none_yet()
 
-    def buildProtocol(self, addr: object) -> StatusProtocol:  # type: ignore[override]  # it holds another `factory`
+    def buildProtocol(self, addr: object) -> StatusProtocol:  # type: ignore[override]  # its `factory` has another type
         return StatusProtocol(self)
 
     def close_clients(self) -> None:
-        """End every connection now."""
+        """Abort every connection now."""
         for client in list(self.clients):
             client.transport.abortConnection()
 
@@ -420,7 +436,7 @@ def _not_reloaded(failure: Failure) -> str:
     error = failure.value
     if not isinstance(error, ConfigError):
         return f"ERROR {error}"
-    # The first line is the whole in short; more lines follow only if it leaves something out.
+    # The first line is a summary; more lines follow only if it omits a problem.
     more = [] if len(error.problems) < 2 else list(error.problems)
     return "\n".join([f"ERROR {in_short(error.problems)}", *more])
 
@@ -432,7 +448,7 @@ def _count(wanted: Sized, required: Sized) -> str:
 
 
 def _usage(name: str, method: Callable[..., Any]) -> str:
-    """The command and its argument: show NAME, status [NAME]."""
+    """Return the command and its argument: show NAME, status [NAME]."""
     words = [
         each.name.upper() if each.default is inspect.Parameter.empty else f"[{each.name.upper()}]"
         for each in inspect.signature(method).parameters.values()

@@ -1,14 +1,16 @@
-"""How long a wrong password or token waits for its answer. Each port has a throttle of its own.
+"""Delays the answers to wrong passwords and tokens.
 
-Real clients give up early and try again: redis-py waits 5 s for an answer and makes eleven attempts. So the first
-failures of an address are answered almost at once, the rest after 2 s. The wait slows a guesser only if it cannot wait
-for many answers at once, nor skip one by closing the connection: each failure occupies one of 32 places for its whole
-wait, and with none left the next password of that address is not looked at. That is 16 guesses a second.
+Each port has its own throttle.
 
-All clients behind a proxy have one address, and a guesser among them would lock out the others. So a right secret
-proves its address for an hour: secrets of a proven address are compared although no place is left. A right one is
-let in, a wrong one is refused as before. A guesser who shares a proven address therefore has as many guesses as it
-can send.
+Real clients time out early and retry: redis-py waits 5 s for an answer and makes eleven attempts. So the first failures
+of an address are answered almost at once, the rest after 2 s. The delay slows an attacker only if the attacker can
+neither wait for many answers in parallel nor skip the delay by closing the connection. So each failure occupies one of
+32 places for its whole delay, and while none is free, the next password from that address is not checked. This allows
+16 guesses per second.
+
+All clients behind a proxy have one address, and an attacker among them would lock out the others. So a correct secret
+proves its address for an hour: secrets from a proven address are checked even if no place is free. A correct one is
+accepted, a wrong one is refused as before. An attacker who shares a proven address can therefore guess without limit.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from collections.abc import Callable
 SHORT_WAIT_S = 0.1
 LONG_WAIT_S = 2.0
 _FREE_FAILURES = 24
-"""Two attempts of redis-py to connect, with its retries."""
+"""Two connection attempts of redis-py, with its retries."""
 _FORGIVEN_PER_S = 0.5
 _MOST_WAITING = 32
 _MOST_NETWORKS = 1024
@@ -29,7 +31,10 @@ _MOST_PROVEN = 1024
 
 
 class _Failures:
-    """Of one network: how many are not yet forgiven, as of `at`, and until when each of the last ones waits."""
+    """The failures of one network.
+
+    `level` counts those that are not yet forgiven, as of `at`. `until` has the end of each delay in progress.
+    """
 
     __slots__ = ("at", "level", "until")
 
@@ -40,7 +45,9 @@ class _Failures:
 
 
 class Throttle:
-    """Counts failures by network. Holds no timer: who is refused waits by itself.
+    """Counts failures by network.
+
+    It has no timer: the refused connection runs its own.
 
     :param now: the monotonic clock, in seconds.
     """
@@ -51,9 +58,11 @@ class Throttle:
         self._proven_at: OrderedDict[tuple[str, str], float] = OrderedDict()
 
     def succeeded(self, host: str, secret: str) -> None:
-        """Remember that the address has sent the right secret; the least recent ones are forgotten first.
+        """Remember that the address has sent the correct secret.
 
-        :param secret: the name of it: an address that knows one secret may guess at another.
+        The least recently used address is forgotten first.
+
+        :param secret: the name of the secret: an address that knows one secret may guess another.
         """
         proven_at, proof = self._proven_at, (host, secret)
         proven_at[proof] = self._now()
@@ -62,13 +71,18 @@ class Throttle:
             proven_at.popitem(last=False)
 
     def is_proven(self, host: str, secret: str) -> bool:
-        """Whether the address has sent that secret within the last hour, so that it is compared in any case."""
+        """Return True if the address has sent this secret within the last hour.
+
+        Its next secret is then checked even if no place is free.
+        """
         at = self._proven_at.get((host, secret))
         return at is not None and self._now() - at <= PROVEN_S
 
     def is_full(self, host: str) -> bool:
-        """Whether so many failures of that network wait that the next password of an unproven address must not be
-        looked at."""
+        """Return True if all places of the network are occupied by delayed failures.
+
+        The next password from an unproven address of it must not be checked.
+        """
         failures = self._networks.get(_network(host))
         if failures is None:
             return False
@@ -78,21 +92,21 @@ class Throttle:
         return len(failures.until) >= _MOST_WAITING
 
     def failed(self, host: str) -> float:
-        """Count a failure; return the seconds that its answer has to wait."""
+        """Count a failure; return the seconds by which its answer is delayed."""
         now, network = self._now(), _network(host)
         failures = self._networks.setdefault(network, _Failures(now))
         self._networks.move_to_end(network)
         failures.level = max(0.0, failures.level - (now - failures.at) * _FORGIVEN_PER_S) + 1
         failures.at = now
         wait_s = SHORT_WAIT_S if failures.level <= _FREE_FAILURES else LONG_WAIT_S
-        # In order: a short wait may follow a long one, but ends no earlier than the place before it.
+        # In order: a short delay may follow a long one, but ends no earlier than the delay before it.
         failures.until.append(max(now + wait_s, failures.until[-1] if failures.until else now))
         if len(self._networks) > _MOST_NETWORKS:
             self._networks.popitem(last=False)
         return wait_s
 
     def withdraw(self, host: str) -> None:
-        """Take back a failure of that network: its password turned out to be right."""
+        """Remove a failure of the network, because its password proved correct."""
         failures = self._networks.get(_network(host))
         if failures is not None:
             failures.level = max(0.0, failures.level - 1)
@@ -101,7 +115,7 @@ class Throttle:
 
 
 def _network(host: str) -> object:
-    """What one guesser has to itself: an IPv4 address, or 64 bits of an IPv6 one."""
+    """Return the network that one attacker may own: an IPv4 address, or an IPv6 /64."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:

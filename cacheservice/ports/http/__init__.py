@@ -1,4 +1,4 @@
-"""The HTTP port: datasets and rows as JSON, and the probes."""
+"""The HTTP port: serves datasets and rows as JSON, and the probes."""
 
 from cacheservice.ports.http.channel import HttpFactory
 

@@ -1,4 +1,7 @@
-"""What is answered to a request: the routes of /v1 and the probes, as functions of the cache and the request's head."""
+"""The routes of /v1, the dashboard and the probes.
+
+They are functions of the cache and of the head of a request.
+"""
 
 from __future__ import annotations
 
@@ -38,21 +41,21 @@ _METRICS_TYPES: Mapping[bytes, bytes] = MappingProxyType(
         b"application/openmetrics-text": b"application/openmetrics-text; version=1.0.0; charset=utf-8",
     }
 )
-"""What can be asked for, the first unless something is, and what is then sent."""
+"""The media types of the metrics, with the content type to send. The first is the default."""
 _DATASETS = b"/v1/datasets"
 _DATASET = b"/v1/datasets/"
 _ROW = b"rows/"
 _ASSETS = b"/assets/"
 _PROBES = frozenset({b"/livez", b"/readyz", b"/metrics"})
-"""What monitors ask. It needs no token, and is answered past the limit of connections."""
+"""The paths of monitors. They need no token, and are served over the limit of connections."""
 _READ_METHODS = (b"GET", b"HEAD")
-_ADMIN_TOKEN = "http.admin_token"  # noqa: S105  # its name
+_ADMIN_TOKEN = "http.admin_token"  # noqa: S105  # the name of the setting
 _HTML, _PROBLEM, _EVENTS, _TEXT = b"text/html", b"application/problem+json", b"text/event-stream", b"text/plain"
 
 _GZIP_FROM_BYTES = 1024
-"""Below it gzip's own header and a client's work eat what is saved."""
+"""Below this size, gzip's header and the client's work cost more than compression saves."""
 _GZIP_HERE_BYTES = 16 * 1024
-"""Compressed in the reactor's thread in half a millisecond; what is larger, in another."""
+"""Compressed on the reactor's thread in 0.5 ms; larger documents are compressed on another thread."""
 _AT_ONCE_ROWS = 512
 _SHOWN_KEY_BYTES = 100
 
@@ -62,10 +65,10 @@ _BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 
 
 class Reply(NamedTuple):
-    """An answer, but for the lines that frame its body.
+    """A response without the lines that frame its body.
 
-    `body` is bytes, or pieces of `size_bytes` in all, if that is known; None for a 304, which has none. One that is
-    `endless` ends with the connection.
+    `body` is bytes, or pieces of `size_bytes` in total if that is known; None for a 304, which has no body. An
+    `endless` body ends with the connection.
     """
 
     head: bytes
@@ -78,7 +81,10 @@ Later = Coroutine[Any, Any, Reply] | Deferred[Reply]
 
 
 class Request:
-    """The head of a request: its `target` as it came, and its headers under their names in lower case."""
+    """The head of a request.
+
+    `target` is as received; `headers` are by their names in lower case.
+    """
 
     __slots__ = ("headers", "method", "target")
 
@@ -88,26 +94,26 @@ class Request:
         self.headers = headers
 
     def host(self) -> str:
-        """The address that it came from."""
+        """Return the address of the client."""
         return ""
 
 
 class Exposition(Protocol):
-    """The metrics: ``cacheservice.ops.metrics.Metrics``."""
+    """Renders the metrics; ``cacheservice.ops.metrics.Metrics`` implements it."""
 
     async def exposition(self, *, openmetrics: bool) -> bytes:
-        """All of them, in the Prometheus text format 0.0.4 or as OpenMetrics 1.0.0."""
+        """Return all metrics in the Prometheus text format 0.0.4 or OpenMetrics 1.0.0."""
 
 
 class Answers:
     """Answers requests.
 
-    :param refreshes: what commands go to.
-    :param guard: None without any token.
-    :param allow_data: False serves the probes alone, if there is no token.
-    :param files: those of the dashboard.
+    :param refreshes: the target of commands.
+    :param guard: None if no token is configured.
+    :param allow_data: False serves only the probes and metrics if there is no token.
+    :param files: the files of the dashboard.
     :param exposition: None for no page of metrics.
-    :param wall_s: seconds since the epoch, for dates.
+    :param wall_s: returns seconds since the epoch, for dates.
     """
 
     def __init__(
@@ -140,9 +146,11 @@ class Answers:
         cache.events.subscribe(lambda event: self._heads.pop(event.dataset, None), Added, Changed, Ended)
 
     def answer(self, request: Request) -> Reply | Later:
-        """The answer, or what becomes it: a Deferred if that ends by itself, a coroutine if it waits for something.
+        """Return the response to a request, now or later.
 
-        :raises Problem: for what cannot be answered as it was meant; the coroutine as well.
+        A Deferred fires without further events; a coroutine waits for an event, such as a refresh.
+
+        :raises Problem: if the request cannot be fulfilled; the coroutine raises it too.
         """
         path = request.target.partition(b"?")[0]
         if path[:1] != b"/":
@@ -170,14 +178,14 @@ class Answers:
         return self._for_monitors(request, path) or self._dashboard(request, path)
 
     def problem(self, problem: Problem, target: bytes) -> tuple[bytes, bytes]:
-        """The head and the body that a refusal becomes."""
+        """Return the head and the body of an error response."""
         head = heads.plain_head(problem.status, b"application/problem+json", self._wall_s())
         return head + problem.headers, problem.body(target)
 
-    # Who may ask
+    # Access
 
     def _refused(self, request: Request) -> Coroutine[Any, Any, Reply] | None:
-        """None for who may read data."""
+        """Return None if the client may read data; otherwise return or raise the refusal."""
         if self._reads_freely:
             return None
         guard, authorization = self._required_guard(), request.headers.get(b"authorization")
@@ -190,13 +198,16 @@ class Answers:
         return self._refuse_wrong(request, lambda: guard.accepts(host, authorization))
 
     async def _refuse_wrong(self, request: Request, is_right: Callable[[], bool], setting: str = "http.token") -> Reply:
-        """Refuse a wrong token, or answer the request if the token turns out to be right by now."""
+        """Refuse a wrong token, or answer the request if the token has become correct."""
         await self._required_guard().refuse_wrong(request.host(), is_right, setting)
         answer = self.answer(request)
         return answer if isinstance(answer, Reply) else await answer
 
     def _required_guard(self) -> Guard:
-        """:raises Problem: 403 if there is none, so that nobody may read."""
+        """Return the guard.
+
+        :raises Problem: 403 without a guard: no client may read data.
+        """
         if self._guard is None:
             raise Problem(
                 403, "this port serves data beyond its own machine only with a token; set http.token and send it"
@@ -204,9 +215,10 @@ class Answers:
         return self._guard
 
     def _command(self, request: Request, rest: bytes) -> Reply | Later | None:
-        """What the admin socket does too; None if it is none, or there is no token for commands.
+        """Run a command of the admin socket.
 
-        No browser sends the header that it needs for another site's sake.
+        Return None for other paths, or if no token for commands is configured. Browsers never send the Authorization
+        header that it needs on behalf of another site.
         """
         guard, (name, _, command) = self._guard, rest.partition(b"/")
         if guard is None or not guard.is_for_commands or command not in commands.COMMANDS:
@@ -224,11 +236,11 @@ class Answers:
         parameters.check(_query(request))
         dataset = self._dataset(name)
         if b"if-match" in request.headers:
-            # It holds for a representation of what is asked, and a command has none (RFC 9110, 13.1.1).
+            # If-Match refers to a representation of the target, and a command has none (RFC 9110, 13.1.1).
             raise conditions.precondition_failed()
         return self._live(*commands.run(command, self._refreshes, dataset.name), request)
 
-    # What is told of a dataset
+    # Reports about a dataset
 
     def _about(self, request: Request, name: bytes, what: bytes) -> Reply:
         if what == b"status":
@@ -267,7 +279,10 @@ class Answers:
         raise _nothing_here()
 
     def _page(self, request: Request) -> Reply | Later:
-        """The page holds nothing secret; to who has sent no token it comes with 401, and asks for it."""
+        """Serve the page, which contains no secret.
+
+        If the request has no token, the status is 401 and the page prompts for the token.
+        """
         _check(request)
         page = self._files[assets.PAGE]
         if not self._reads_freely and b"authorization" not in request.headers:
@@ -278,7 +293,7 @@ class Answers:
         return self._refused(request) or self._file(request, page)
 
     def _asset(self, request: Request, name: bytes) -> Reply:
-        """The assets are the same for everybody, and need no token."""
+        """Serve an asset; assets are public and need no token."""
         _check(request)
         if not self._reads_freely:
             self._required_guard()
@@ -302,7 +317,7 @@ class Answers:
         guard, authorization = self._guard, request.headers.get(b"authorization")
         access = "read"
         if guard is not None and authorization is not None:
-            # Whoever sends a token where none is needed wants to know whether it is the right one.
+            # The client sent a token although none is needed, to check whether it is correct.
             host = request.host()
             guard.admit(host, authorization)
             if not guard.accepts(host, authorization):
@@ -310,16 +325,19 @@ class Answers:
             access = "admin" if guard.accepts_commands(host, authorization) else "read"
         _negotiated(request, (_EVENTS,))
         head = heads.plain_head(200, _EVENTS, self._wall_s())
-        # nginx would keep the events until it has a buffer full.
+        # nginx would hold back the events until its buffer is full.
         head += (
             b"X-Content-Type-Options: nosniff\r\nCross-Origin-Resource-Policy: same-origin\r\nX-Accel-Buffering: no\r\n"
         )
         return Reply(head, self._feed.follow(access, guard is not None and guard.is_for_commands), endless=True)
 
-    # Live states, which no cache may keep
+    # Live states, which caches must not store
 
     def _live(self, status: int, value: object, request: Request | None = None) -> Reply:
-        """:param request: to negotiate with; None for a probe, which takes what it gets."""
+        """Return a live state as JSON.
+
+        :param request: to negotiate with; None for a probe, which always gets JSON.
+        """
         if request is not None:
             _negotiated(request, (_JSON,))
             if status == 200 and request.method in _READ_METHODS and _is_unchanged(request.headers, Validators()):
@@ -327,7 +345,7 @@ class Answers:
         return Reply(heads.plain_head(status, _JSON, self._wall_s()), json.dumps(value).encode() + b"\n")
 
     def _for_monitors(self, request: Request, path: bytes) -> Reply | Later | None:
-        """The probes and the metrics, which need no token; None if it is neither."""
+        """Serve the probes and the metrics, which need no token; None for other paths."""
         if path not in _PROBES:
             return None
         _check(request)
@@ -345,7 +363,10 @@ class Answers:
         return self._live(503, {"status": status, "not_ready": not_ready})
 
     async def _metrics(self, request: Request, exposition: Exposition) -> Reply:
-        """Whatever a scraper accepts, it gets one of the two: a monitor that hears 406 is blind."""
+        """Serve the metrics in a format that the scraper accepts, or as text.
+
+        A 406 would leave the monitor without any metrics.
+        """
         chosen = negotiation.media_type(request.headers.get(b"accept"), tuple(_METRICS_TYPES)) or _METRICS_TEXT
         body = await exposition.exposition(openmetrics=chosen != _METRICS_TEXT)
         head = heads.plain_head(200, _METRICS_TYPES[chosen], self._wall_s()) + b"Vary: Accept, Accept-Encoding\r\n"
@@ -471,7 +492,7 @@ class Answers:
 
     async def _digested(self, request: Request, snapshot: Snapshot, ready: SnapshotHeads) -> Reply:
         await self._digests.compute(snapshot.rows)
-        # That may take a second, in which the snapshot has aged.
+        # The digest may take a second, and the snapshot has aged meanwhile.
         ready = self._new_heads(ready.dataset, snapshot, ready.asked_max_age_s)
         return self._whole_tagged(request, snapshot, ready)
 
@@ -488,7 +509,7 @@ class Answers:
             return Reply(ready.not_modified(b"W/" + tag, whole=True), None)
         head = ready.found(form, b"W/" + tag, whole=True)
         if zipped:
-            if request.method == b"HEAD":  # not worth making it
+            if request.method == b"HEAD":  # HEAD does not justify the compression
                 body = self._bodies.find(dataset, snapshot, lines)
                 return Reply(head, iter(()), None if body is None else body.size_bytes)
             body = self._bodies.make(dataset, snapshot, lines)
@@ -499,18 +520,18 @@ class Answers:
         return Reply(head, Streamed(pieces, {dataset.name: snapshot}))
 
 
-# The request's parts
+# The parts of a request
 
 
 def is_probe(request: Request) -> bool:
-    """Whether a monitor asks."""
+    """Return True if the request is for a probe or the metrics."""
     return request.target.partition(b"?")[0] in _PROBES
 
 
 def decoded(part: bytes) -> bytes:
-    """A part of a path without its escapes.
+    """Decode a part of a path.
 
-    :raises Problem: 400 for a broken escape, and for what is not UTF-8.
+    :raises Problem: 400 for an invalid escape, and for bytes that are not UTF-8.
     """
     if b"%" not in part:
         return part
@@ -525,7 +546,10 @@ def decoded(part: bytes) -> bytes:
 
 
 def _path_of_absolute(target: bytes) -> bytes:
-    """The path of ``http://host/path``, which a client may send to a proxy and must be taken (RFC 9112, 3.2.2)."""
+    """Return the path of ``http://host/path``.
+
+    Clients send this form to proxies, and servers must accept it (RFC 9112, 3.2.2).
+    """
     origin = _ORIGIN.match(target)
     return (target[origin.end() :] or b"/") if origin else target
 
@@ -535,7 +559,10 @@ def _query(request: Request) -> bytes:
 
 
 def _check(request: Request) -> None:
-    """:raises Problem: 405 for another method, 400 for any parameter."""
+    """Check the method and the parameters of a request without parameters.
+
+    :raises Problem: 405 for a method other than GET and HEAD, 400 for any parameter.
+    """
     _check_method(request)
     if b"?" in request.target:
         parameters.check(_query(request))
@@ -554,7 +581,12 @@ def _negotiated(request: Request, offered: tuple[bytes, ...]) -> bytes:
 
 
 def _zipped(headers: Mapping[bytes, bytes], size_bytes: int) -> bool:
-    """Whether a body goes out as gzip: if the client asks for it and it is large enough, or takes nothing else."""
+    """Return True if the body must be sent as gzip.
+
+    The client requests gzip and the body is large enough, or the client accepts no other coding.
+
+    :raises Problem: 406 if the client accepts neither.
+    """
     codings = negotiation.codings(headers.get(b"accept-encoding"))
     if codings.gzip and size_bytes >= _GZIP_FROM_BYTES:
         return True
@@ -566,9 +598,9 @@ def _zipped(headers: Mapping[bytes, bytes], size_bytes: int) -> bool:
 
 
 def _is_unchanged(headers: Mapping[bytes, bytes], current: Validators) -> bool:
-    """Whether the client has what would be sent.
+    """Return True if the client already has the representation.
 
-    :raises Problem: 412 if it is not what the client's conditions want.
+    :raises Problem: 412 if the preconditions of the request are not met.
     """
     return not conditions.NAMES.isdisjoint(headers) and conditions.is_not_modified(headers, current)
 
@@ -577,7 +609,10 @@ def _is_unchanged(headers: Mapping[bytes, bytes], current: Validators) -> bool:
 
 
 def _served(dataset: Dataset) -> Snapshot:
-    """:raises Problem: 503 if nothing is loaded, or what is loaded is expired and shall not be served then."""
+    """Return the served snapshot.
+
+    :raises Problem: 503 if no snapshot is loaded, or if it is expired and `on_expired` is "refuse".
+    """
     snapshot = dataset.snapshot
     if snapshot is None:
         raise _not_loaded(dataset)

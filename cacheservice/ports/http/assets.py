@@ -1,4 +1,7 @@
-"""The files of the dashboard: read once, sent with a tag, so that a browser fetches each only when it has changed."""
+"""The files of the dashboard.
+
+They are read once and sent with an entity tag, so that a browser fetches a file only if it has changed.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ _PROTECTION = b"".join(
 
 
 class Asset(NamedTuple):
-    """One file, plain and compressed; `tag` is of its contents."""
+    """One file, plain and compressed; `tag` is a digest of its content."""
 
     content_type: bytes
     tag: bytes
@@ -48,16 +51,18 @@ class Asset(NamedTuple):
     zipped: bytes
 
     def entity_tag(self, gzip: bool) -> bytes:
-        """Each coding has a tag of its own (RFC 9110, 8.8.3)."""
+        """Return the entity tag; it differs for each coding (RFC 9110, 8.8.3)."""
         return b'"%b%b"' % (self.tag, b"-gzip" if gzip else b"")
 
     def head(self, status: int, wall_s: float, gzip: bool = False) -> bytes:
-        """The head of an answer with it. A browser keeps it, and asks whether it has changed each time.
+        """Return the head of a response with this file.
+
+        A browser stores the file and revalidates it for each use.
 
         :param wall_s: seconds since the epoch.
         """
         lines = [status_line(status), b"Date: %b\r\n" % datetimeToString(wall_s)]
-        if status == 401:  # the page that asks for the token
+        if status == 401:  # the page that prompts for the token
             lines.append(b"Cache-Control: no-store\r\n")
         else:
             lines.append(b"Cache-Control: no-cache\r\nETag: %b\r\n" % self.entity_tag(gzip))
@@ -67,7 +72,7 @@ class Asset(NamedTuple):
 
 
 def load() -> Mapping[bytes, Asset]:
-    """All files of the dashboard by name."""
+    """Read all files of the dashboard; return them by name."""
     files = resources.files(__package__).joinpath("dashboard").iterdir()
     return {file.name.encode(): _asset(file.name, file.read_bytes()) for file in files if _suffix(file.name) in _TYPES}
 

@@ -1,8 +1,8 @@
-"""Whole datasets as bodies, piece by piece from one snapshot, plain or compressed.
+"""Renders whole datasets as bodies, plain or compressed.
 
-JSON is one object, ``{key: document}``, a row a line. NDJSON has a line a row as well, each an object of its own:
-``{"key": …, "value": document}``, because a document need not hold its key. Documents are sent as PostgreSQL
-rendered them.
+A body is in pieces from one snapshot. JSON is one object, ``{key: document}``, with one row per line. NDJSON, too, has
+one row per line, each an object: ``{"key": …, "value": document}``, because a document need not contain its key.
+Documents are sent as PostgreSQL rendered them.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from cacheservice.cache.events import Ended, Published
 from cacheservice.cache.rows import STARTS, Rows, unframed
 
 PIECE_BYTES = 64 * 1024
-"""What a transport buffers before it asks to pause; made in a third of a millisecond."""
+"""A transport asks its producer to pause when this much is buffered. A piece takes a third of a millisecond."""
 _BETWEEN = b",\n"
 _PIECE_ROWS = 512
-"""What goes into one piece if it is not too large."""
+"""The rows of one piece, unless they are too large."""
 _AS_IT_IS = re.compile(rb"[ !#-\[\]-~]*").fullmatch
-"""ASCII that JSON wants no escape for (RFC 8259, 7): most keys, and found out of hundreds at once."""
+"""ASCII that needs no escape in JSON (RFC 8259, 7). Most keys match, and hundreds are checked in one call."""
 _GZIP = 31
-"""zlib's number for: the largest window, with gzip's header, in which no time is written."""
+"""zlib's wbits for the largest window with a gzip header. Its header contains no time."""
 
 Keys = list[bytes]
 Bulks = list[bytes]
 """Documents as bulk strings."""
 Text = tuple[bytes, bytes]
 Piece = bytes | Deferred[None]
-"""Of a body: the next bytes, or what to wait for before they can be asked for again."""
+"""An item of a body: the next bytes, or a Deferred that fires when the next item is available."""
 
 
 def json_object(rows: Rows) -> Iterator[bytes]:
-    """All rows as one JSON object, in pieces of about 64 KiB."""
+    """Yield all rows as one JSON object, in pieces of about 64 KiB."""
     if not rows.count:
         yield b"{}\n"
         return
     texts = _texts(rows, _members, _member_head)
-    # Each begins with what separates it from the one before.
+    # Each text starts with the separator from the previous one.
     first, document = next(texts)
     yield b"{" + first.removeprefix(_BETWEEN)
     yield from cut(document)
@@ -57,7 +57,7 @@ def json_object(rows: Rows) -> Iterator[bytes]:
 
 
 def json_lines(rows: Rows) -> Iterator[bytes]:
-    """All rows as NDJSON, in pieces of about 64 KiB."""
+    """Yield all rows as NDJSON, in pieces of about 64 KiB."""
     for head, document in _texts(rows, _lines, _line_head):
         yield head
         if document:
@@ -66,13 +66,16 @@ def json_lines(rows: Rows) -> Iterator[bytes]:
 
 
 def cut(document: bytes) -> Iterator[bytes]:
-    """A large document in pieces of at most 64 KiB."""
+    """Yield a large document in pieces of at most 64 KiB."""
     for start in range(0, len(document), PIECE_BYTES):
         yield document[start : start + PIECE_BYTES]
 
 
 def _texts(rows: Rows, join: Callable[[Keys, Bulks], bytes], head: Callable[[bytes], bytes]) -> Iterator[Text]:
-    """The text of some rows and nothing; or, of one that is large, the text before its document and the document."""
+    """Yield texts, each with a document or with empty bytes.
+
+    Several rows are one text with empty bytes. A large row is the text before its document, and the document.
+    """
     for keys, documents in rows.slices(_PIECE_ROWS):
         yield from _parts(keys, documents, join, head)
 
@@ -80,7 +83,7 @@ def _texts(rows: Rows, join: Callable[[Keys, Bulks], bytes], head: Callable[[byt
 def _parts(
     keys: Keys, documents: Bulks, join: Callable[[Keys, Bulks], bytes], head: Callable[[bytes], bytes]
 ) -> Iterator[Text]:
-    """The rows of one slice, in parts of about 64 KiB if they are more."""
+    """Yield the rows of one slice, split into parts of about 64 KiB."""
     if sum(map(len, documents)) <= 2 * PIECE_BYTES:
         yield join(keys, documents), b""
     elif len(keys) == 1:
@@ -92,7 +95,10 @@ def _parts(
 
 
 def _strings(keys: Keys) -> Keys:
-    """The keys as JSON strings, but for the quotes. A database in SQL_ASCII may hold what is no UTF-8."""
+    """Return the keys as JSON strings without quotes.
+
+    A database with the encoding SQL_ASCII may contain bytes that are not UTF-8.
+    """
     if _AS_IT_IS(b"".join(keys)):
         return keys
     return [encode_basestring(key.decode("utf-8", "replace")).encode()[1:-1] for key in keys]
@@ -100,7 +106,7 @@ def _strings(keys: Keys) -> Keys:
 
 def _members(keys: Keys, documents: Bulks) -> bytes:
     start = STARTS.get
-    # `unframed` written out: a third of the time.
+    # `unframed`, inlined: a third of the time.
     return b"".join(
         [
             b',\n"%b":%b' % (key, ready[start(len(ready)) or ready.index(b"\n") + 1 : -2])
@@ -123,26 +129,32 @@ def _line_head(key: bytes) -> bytes:
 
 
 def _on_one_line(document: bytes) -> bytes:
-    """A column of type json keeps the line ends between its tokens; within a string JSON has none (RFC 8259, 7)."""
+    """Replace line breaks between the tokens of a document by spaces.
+
+    A column of type json keeps them. JSON strings contain no line breaks (RFC 8259, 7).
+    """
     if b"\n" in document or b"\r" in document:
         return document.replace(b"\n", b" ").replace(b"\r", b" ")
     return document
 
 
 class GzipBody:
-    """A compressed body, growing while it is made; any number of clients follow it."""
+    """A compressed body that grows while it is compressed.
+
+    Any number of clients can follow it.
+    """
 
     def __init__(self) -> None:
         self._pieces: list[bytes] = []
         self._waiting: list[Deferred[None]] = []
         self._failed = False
         self.size_bytes: int | None = None
-        """None until it is complete."""
+        """The total size; None until the body is complete."""
 
     def follow(self) -> Iterator[Piece]:
-        """Its pieces from the first one, and what to wait for where the next is not made yet.
+        """Yield the pieces from the first one on, and Deferreds for missing pieces.
 
-        :raises RuntimeError: if it will never be complete.
+        :raises RuntimeError: if the compression failed.
         """
         position = 0
         while True:
@@ -178,7 +190,7 @@ class GzipBody:
 
 
 class _Kept:
-    """The bodies of one generation by their kind: NDJSON or not."""
+    """The compressed bodies of one generation, by format: True for NDJSON."""
 
     def __init__(self, generation: int, unsubscribe: Callable[[], None]) -> None:
         self.generation = generation
@@ -187,11 +199,12 @@ class _Kept:
 
 
 class GzipBodies:
-    """Compressed bodies, each made once for a generation, in a thread, and kept until the next one.
+    """Compresses each body once per generation.
 
-    An older one lives on with the clients that follow it; with the last of them its making ends as well.
+    This happens in a thread, and the body is kept until the next generation. A superseded body lives as long as clients
+    follow it. After the last of them its compression stops.
 
-    :param reactor: `IReactorThreads`; zlib works there without the interpreter's lock.
+    :param reactor: `IReactorThreads`; in its threads zlib works without the interpreter's lock.
     """
 
     _log = Logger()
@@ -202,12 +215,12 @@ class GzipBodies:
         self.made = 0
 
     def find(self, dataset: Dataset, snapshot: Snapshot, lines: bool) -> GzipBody | None:
-        """The body if there is one already, complete or not."""
+        """Return the body if it exists, complete or not."""
         kept = self._kept.get(dataset.name)
         return kept.bodies.get(lines) if kept is not None and kept.generation == snapshot.generation else None
 
     def make(self, dataset: Dataset, snapshot: Snapshot, lines: bool) -> GzipBody:
-        """The body, which is begun now if there is none."""
+        """Return the body; start to compress it if it does not exist."""
         body = self.find(dataset, snapshot, lines)
         if body is None:
             body = GzipBody()
@@ -217,12 +230,12 @@ class GzipBodies:
                 self._kept[dataset.name] = _Kept(snapshot.generation, unsubscribe)
             self._kept[dataset.name].bodies[lines] = body
             pieces = json_lines(snapshot.rows) if lines else json_object(snapshot.rows)
-            # It ends by itself, logs its failure and is never waited for: the body tells how far it is.
+            # The coroutine logs its own failure, and the body records its progress, so no caller waits for it.
             Deferred.fromCoroutine(self._compress(pieces, ref(body)))
         return body
 
     def forget(self) -> None:
-        """Drop all bodies; what nobody follows is not finished."""
+        """Drop all bodies; a body without followers is not finished."""
         for name in list(self._kept):
             self._forget(name)
 
@@ -231,7 +244,7 @@ class GzipBodies:
             kept.unsubscribe()
 
     async def _compress(self, pieces: Iterable[bytes], alive: ref[GzipBody]) -> None:
-        # Between the pieces only those who want the body hold it.
+        # Between pieces only its followers hold a reference to the body.
         compressor = zlib.compressobj(wbits=_GZIP)
         try:
             for piece in pieces:
@@ -250,7 +263,7 @@ class GzipBodies:
                 body.fail()
 
     async def compress(self, document: bytes) -> bytes:
-        """One document, compressed in a thread."""
+        """Compress one document in a thread."""
         return await self._in_thread(compress_now, document)
 
     def _in_thread(self, work: Callable[..., bytes], *data: bytes) -> Deferred[bytes]:
@@ -258,5 +271,5 @@ class GzipBodies:
 
 
 def compress_now(document: bytes) -> bytes:
-    """One document, compressed here and now."""
+    """Compress one document in the calling thread."""
     return zlib.compress(document, wbits=_GZIP)

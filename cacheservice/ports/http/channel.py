@@ -1,14 +1,14 @@
-"""The HTTP port's connections: `twisted.web`'s channel, made stricter, bounded, and quick.
+"""The connections of the HTTP port.
 
-`HTTPChannel` gives lines, request lines, folded headers, and one request after the other however they were sent.
-Its `Request` is not used: a read has no body, no form and no cookie, and an answer is one write. Beyond what
-twisted.web refuses (RFC 9112 by section):
+They are `twisted.web`'s channel, but stricter, bounded and faster. `HTTPChannel` provides lines, request lines, folded
+headers, and one request at a time even if they were pipelined. Its `Request` is not used: a read has no body, form or
+cookie, and a response is one write. In addition to the checks of twisted.web (RFC 9112 by section):
 
 - 3.2: a request without exactly one valid Host is refused.
-- 6: a body is refused before it is read; two lengths, or a length that is none, as well.
-- The head has one deadline, from its first byte to its last: twisted.web's own starts again with each byte.
-- What a client does not read stays bounded: nothing more is answered, or even read, while it is choked, and it is
-  dropped if it takes less than what is buffered in an idle timeout. (twisted.web goes on to read requests meanwhile.)
+- 6: a body is refused before it is read, and so are two lengths or an invalid length.
+- The head has one deadline, from its first byte to its last. The timeout of twisted.web restarts with each byte.
+- Unread output is bounded: while a client does not read, no more requests are answered or even read. It is dropped if
+  it reads less than the buffered data within an idle timeout. (twisted.web continues to read requests meanwhile.)
 """
 
 from __future__ import annotations
@@ -52,29 +52,29 @@ MAX_HEADERS = 100
 MAX_HEAD_BYTES = 16 * 1024
 
 _LINGER_S = 2.0
-"""How long a client may take to close after our last word. Closing first, with input of it
-unread, would send a reset that overtakes the answer (RFC 9112, 9.6)."""
+"""The time that a client has to close the connection after the last response. If the service closed first with unread
+input, it would send a reset that overtakes the response (RFC 9112, 9.6)."""
 _PIPELINE_TURN_S = 0.001
-"""How long the pipelined requests of one client may hold the reactor."""
+"""The time for which the pipelined requests of one client may block the reactor."""
 _STREAMS_TURN_S = 0.001
-"""How long all streams together may; with what the last of them began it is two milliseconds."""
+"""The time for which all streams together may block the reactor; with the last step in progress it is 2 ms."""
 
 _REASONS: Mapping[int, rejected.Reason] = MappingProxyType({408: "slow_client"})
-"""Why a connection is refused, by the status that it is told; by any other, for what it sent."""
+"""The reason of a refusal by its status; every other status is a protocol error."""
 _CLOSE = b"Connection: close\r\n"
 _LAST_CHUNK = b"0\r\n\r\n"
 _TLS, _TLS_HANDSHAKE = b"\x16", b"\x16\x03"
-"""How a TLS record with a ClientHello begins (RFC 8446, 5.1)."""
+"""The first bytes of a TLS record with a ClientHello (RFC 8446, 5.1)."""
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _HEADER = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([\t -~\x80-\xff]*)")
 _HOST = re.compile(rb"(?:[0-9A-Za-z\-._~%!$&'()*+,;=]*|\[[0-9A-Fa-f:.]+\]|\[v[0-9A-Fa-f]+\.[^\]@/?#]+\])(?::[0-9]*)?")
 _ALONE = (b"host", b"content-length", b"transfer-encoding", b"authorization", b"if-modified-since")
-"""Headers that are no lists: given twice they contradict themselves (RFC 9110, 5.3)."""
+"""Headers whose values are not lists. Two of them would contradict each other (RFC 9110, 5.3)."""
 
 
 @provider(INonQueuedRequestFactory)
 class HttpRequest(Request):
-    """A request on its channel, as `HTTPChannel` fills and knows it."""
+    """A request on its channel, with the attributes that `HTTPChannel` uses."""
 
     __slots__ = ("channel", "chunks")
 
@@ -94,12 +94,15 @@ class HttpRequest(Request):
         self.channel.answer(self)
 
     def connectionLost(self, reason: Failure) -> None:
-        """The channel ends what it does for the request."""
+        """Do nothing: the channel ends its work for the request."""
 
 
 @implementer(IPushProducer)
 class _Stream:
-    """What is left of a body; it goes on in turns with the other streams while the transport takes it."""
+    """The rest of a body, sent in turns with the other streams.
+
+    It pauses while the transport does not accept data.
+    """
 
     def __init__(
         self, task: CooperativeTask[Any], pieces: Generator[Any, None, None], chunked: bool, endless: bool
@@ -123,14 +126,15 @@ class _Stream:
     def stopProducing(self) -> None:
         with suppress(TaskFinished):
             self._task.stop()
-        self._pieces.close()  # whoever makes the body may have to know, and what the task waits for may come late
+        # The maker of the body may have to be notified, and the Deferred of the task may fire late.
+        self._pieces.close()
 
 
 @implementer(IHalfCloseableProtocol)
 class HttpChannel(HTTPChannel):
-    """One client."""
+    """The connection of one client."""
 
-    requestFactory = HttpRequest  # type: ignore[assignment]  # it has what HTTPChannel calls, and no more
+    requestFactory = HttpRequest  # type: ignore[assignment]  # it has only the methods that HTTPChannel calls
     totalHeadersSize = MAX_HEAD_BYTES
     requests: list[HttpRequest]
     transport: Any
@@ -138,7 +142,7 @@ class HttpChannel(HTTPChannel):
     _networkProducer: Any
     _log = Logger()
 
-    # Class attributes until they change: ten thousand idle clients pay for each of their own.
+    # Class attributes until they change: attributes of each instance would cost memory for ten thousand idle clients.
     _command = b""
     _deadline_at: float | None = None
     _timer: Any = None
@@ -162,7 +166,7 @@ class HttpChannel(HTTPChannel):
 
     def connectionMade(self) -> None:
         super().connectionMade()
-        self._direct = self._may_be_direct = isinstance(self.transport, tcp.Server)  # TLS would be another's
+        self._direct = self._may_be_direct = isinstance(self.transport, tcp.Server)  # a TLS transport is another class
         factory = self.factory
         factory.clients.add(self)
         self._in_reserve = not factory.door.admit(self, factory.max_connections)
@@ -170,11 +174,11 @@ class HttpChannel(HTTPChannel):
 
     @property
     def _patience_s(self) -> float:
-        """How long the client may be silent, or take nothing of an answer."""
+        """The time that the client may be silent, or may read nothing of a response."""
         return RESERVE_S if self._in_reserve else self.factory.idle_timeout_s
 
     def turn_away(self) -> None:
-        """Another connection past the limit needs the place."""
+        """Close the connection: another connection over the limit needs its place."""
         if self._finishing or self._handlingRequest:
             self.transport.abortConnection()
         else:
@@ -189,7 +193,7 @@ class HttpChannel(HTTPChannel):
         if self._finishing:
             return
         self._turn_ends_at = time.perf_counter() + _PIPELINE_TURN_S
-        # Two counts cost nothing beside the rest. A body, of which nothing is read, may hold what it likes.
+        # Two counts cost almost nothing here. A body, which is never read, may contain anything.
         if data.count(b"\n") != data.count(b"\r\n") or data[:1] == _TLS:
             self._check_lines(data)
             if self._finishing:
@@ -204,7 +208,10 @@ class HttpChannel(HTTPChannel):
             self._limit(RESERVE_S if self._in_reserve else self.factory.head_timeout_s)
 
     def _check_lines(self, data: bytes) -> None:
-        """Refuse at once what would wait for an end that never comes: TLS, and lines that end in LF alone."""
+        """Refuse TLS and lines that end in LF alone at once.
+
+        HTTPChannel would wait for a line's end that never comes.
+        """
         if self._handlingRequest:
             return
         before = b"".join(self._dataBuffer) + self._buffer if self._in_head else b""
@@ -212,7 +219,7 @@ class HttpChannel(HTTPChannel):
             self._refuse(400, "this port speaks HTTP without TLS: ask for http:// here, or put a proxy in front")
             return
         text = before + data
-        is_end = self._in_head and text.startswith(b"\r\n")  # the lines before are gone from the buffer
+        is_end = self._in_head and text.startswith(b"\r\n")  # the previous lines have left the buffer
         if not is_end and _BARE_LF.search(text.partition(b"\r\n\r\n")[0]):
             self._refuse(400, "a line ends in LF alone; HTTP's lines end in CR LF")
 
@@ -224,7 +231,10 @@ class HttpChannel(HTTPChannel):
         self._refuse_long_head()
 
     def _respondToBadRequestAndDisconnect(self) -> None:
-        """HTTPChannel's own refusals, of a request line that is none and of a head that is too long."""
+        """Replace HTTPChannel's own refusals.
+
+        They are for invalid request lines and for heads that are too long.
+        """
         if self._receivedHeaderSize > self.totalHeadersSize:
             self._refuse_long_head()
         else:
@@ -237,7 +247,7 @@ class HttpChannel(HTTPChannel):
             self._refuse(414, f"the request line is longer than {MAX_HEAD_BYTES} bytes")
 
     def headerReceived(self, line: bytes) -> bool:
-        """Take one header, unfolded; False if it was refused."""
+        """Handle one unfolded header; return False if it was refused."""
         if self._finishing:
             return False
         parts = _HEADER.fullmatch(line)
@@ -261,7 +271,7 @@ class HttpChannel(HTTPChannel):
         return True
 
     def allHeadersReceived(self) -> None:
-        """Decide how the connection goes on, before anything that follows the head is looked at."""
+        """Decide whether the connection persists, before any byte after the head is read."""
         headers = self.requests[-1].headers
         self._header_count = 0
         self.length: int | None = 0
@@ -277,7 +287,7 @@ class HttpChannel(HTTPChannel):
         if self._in_reserve:
             self.persistent = False
         if self._finishing:
-            self.length = None  # to HTTPChannel: do not go on to the answer
+            self.length = None  # so that HTTPChannel does not go on to the answer
 
     def _check_host(self, host: bytes | None) -> None:
         if host is None:
@@ -296,15 +306,15 @@ class HttpChannel(HTTPChannel):
         elif length is not None and not length.isdigit():
             self._refuse(400, "Content-Length is no number")
         elif coding is not None or (length and length.strip(b"0")):
-            # A body follows that nobody reads, so the connection ends with the answer.
+            # The body that follows is not read, so the connection ends with the response.
             self.persistent = False
             if self._command in (b"GET", b"HEAD"):
                 self._refuse(413, "a read takes no request body")
 
-    # From a request to its answer
+    # From a request to its response
 
     def answer(self, request: HttpRequest) -> None:
-        """Answer a request, now or later. The next one is not looked at before."""
+        """Answer a request, now or later. The next one is not processed before that."""
         self._in_head = False
         try:
             if self._in_reserve and not is_probe(request):
@@ -325,7 +335,7 @@ class HttpChannel(HTTPChannel):
         try:
             reply = await coming
         except CancelledError:
-            return  # the client is gone
+            return  # the client has disconnected
         except Exception as error:
             reply = Reply(*self._refusal(error, request))
         self._waiting = None
@@ -366,16 +376,16 @@ class HttpChannel(HTTPChannel):
         self._put(b"%bContent-Length: %d\r\n\r\n%b" % (head, len(body), body if with_body else b""))
 
     def _put(self, *parts: bytes) -> None:
-        """Write, straight to the socket as long as the transport has nothing queued for this client.
+        """Write directly to the socket while the transport has no queue for this client.
 
-        `transport.write` asks for writability and waits a turn of the reactor: without it a third more requests/s
-        (measured).
+        `transport.write` waits for the socket to be writable, in the next turn of the reactor. Direct writes allow a
+        third more requests/s (measured).
         """
         if self._direct:
             try:
                 sent: int = self.transport.socket.sendmsg(parts)
             except OSError:
-                sent = 0  # full, or lost, which the transport will notice
+                sent = 0  # full or lost; the transport will notice
             if sent == sum(map(len, parts)):
                 return
             self._direct = False
@@ -420,7 +430,7 @@ class HttpChannel(HTTPChannel):
             self._hold = None
 
     def drop_slow(self) -> str:
-        """The answer that it takes too long for keeps data that are not served any more."""
+        """Abort a response that is too slow and keeps superseded data in memory."""
         self.factory.rejected["slow_client"] += 1
         peer = self.transport.getPeer()
         self.transport.abortConnection()
@@ -435,7 +445,10 @@ class HttpChannel(HTTPChannel):
         self.transport.abortConnection()  # so that the client cannot take a part for the whole
 
     def _sent(self) -> None:
-        """The answer is out, to the transport at least. Go on with the next request when that is fair."""
+        """Continue after a response, now or in the next turn for fairness.
+
+        The response has been passed at least to the transport.
+        """
         if self._waitingForTransport:
             self._answered_while_choked = True
         elif (self._buffer or self._dataBuffer) and time.perf_counter() >= self._turn_ends_at:
@@ -447,21 +460,24 @@ class HttpChannel(HTTPChannel):
         self._yielding = None
         self._limit(self._patience_s)
         self.requestDone(self.requests[0])
-        # Within dataReceived there may be more requests to come out of what was received.
+        # Within dataReceived the received data may contain more requests.
         if self._read_closed and not (self._busyReceiving or self._handlingRequest or self._finishing):
             self._finish()
 
-    # What the client takes
+    # Back-pressure
 
     def pauseProducing(self) -> None:
-        """The client does not read. Nor do we: HTTPChannel would, while it waits for an answer to be made."""
+        """Stop reading while the client does not read.
+
+        HTTPChannel would continue to read while it waits for a response.
+        """
         super().pauseProducing()
         self._networkProducer.pauseProducing()
         self._limit(self._patience_s)
 
     def resumeProducing(self) -> None:
         self._deadline_at = None
-        self._direct = self._may_be_direct  # the transport has sent all that it had
+        self._direct = self._may_be_direct  # the transport has sent its whole buffer
         super().resumeProducing()
         if not self._read_closed and sum(map(len, self._dataBuffer)) <= self._optimisticEagerReadSize:
             self._networkProducer.resumeProducing()
@@ -474,7 +490,10 @@ class HttpChannel(HTTPChannel):
     # The end
 
     def _refuse(self, status: int, detail: str) -> None:
-        """Answer what is no request, or one too many; nothing after it can be understood."""
+        """Refuse an invalid request, or one over the limit, and finish.
+
+        The bytes after it cannot be parsed.
+        """
         if self._finishing:
             return
         if status == 503:
@@ -490,24 +509,27 @@ class HttpChannel(HTTPChannel):
         self.factory.door.note_refusal(self.factory.max_connections)
 
     def loseConnection(self) -> None:
-        """HTTPChannel's word for: the last answer is out."""
+        """Finish, because HTTPChannel calls this after the last response."""
         self._finish()
 
     def _finish(self) -> None:
-        """Nothing more will be said; the connection ends when the client closes, or soon."""
+        """Send no more responses; close when the client closes, or soon after."""
         self._finishing = True
         self.clearLineBuffer()
         self._dataBuffer.clear()
         self._networkProducer.unregisterProducer()
         self._limit(self._patience_s)
-        if self._read_closed or self._in_reserve:  # a place in reserve is free at once
+        if self._read_closed or self._in_reserve:  # this frees a place in reserve at once
             self.transport.loseConnection()
         else:
             self.transport.loseWriteConnection()
             self.transport.resumeProducing()
 
     def readConnectionLost(self) -> None:
-        """The client sent all it will. Whoever waits is taken to be gone; an answer that will end goes on."""
+        """Handle the end of the client's input.
+
+        A client that waits for a refresh or follows events is considered gone. A response that will end continues.
+        """
         self._read_closed = True
         stream = self._stream
         if stream is not None and stream.endless:
@@ -521,7 +543,7 @@ class HttpChannel(HTTPChannel):
             self._finish()
 
     def writeConnectionLost(self) -> None:
-        """Our last word is out; the client's end of the connection is all that is still to come."""
+        """Wait for the client to close, because the last response has been sent."""
         self._limit(_LINGER_S)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
@@ -546,7 +568,10 @@ class HttpChannel(HTTPChannel):
     # Time
 
     def _limit(self, seconds: float) -> None:
-        """The current phase ends by then. Making and cancelling a timer each time would cost more than a look-up."""
+        """Set the deadline of the current phase.
+
+        The timer is reused: to cancel and create a timer each time would cost more than a comparison.
+        """
         clock = self.factory.clock
         self._deadline_at = at = clock.seconds() + seconds
         if self._timer is None:
@@ -574,21 +599,21 @@ class HttpChannel(HTTPChannel):
 
 
 class HttpFactory(ServerFactory):
-    """Makes the channels of the HTTP port.
+    """Builds the channels of the HTTP port.
 
-    :param freshness: what ``?max_age=`` waits on.
-    :param idle_timeout_s: of silence between requests, and of taking nothing of an answer, after which a client
-        is dropped.
+    :param freshness: serves ``?max_age=``.
+    :param idle_timeout_s: a client is dropped after this time of silence between requests, or without reading any of a
+        response.
     :param reactor: `IReactorTime`, monotonic, and `IReactorThreads`.
-    :param refreshes: what commands go to.
-    :param token: what /v1, / and /events need; empty for none.
-    :param admin_token: what commands need; empty for no commands.
-    :param allow_data: False answers 403 to everything but probes and metrics as long as there is no token.
-    :param exposition: what /metrics serves; None for no such page.
+    :param refreshes: the target of commands.
+    :param token: required for /v1, / and /events; empty for none.
+    :param admin_token: required for commands; empty for no commands.
+    :param allow_data: False answers 403 to all requests but probes and metrics while there is no token.
+    :param exposition: renders /metrics; None for no such page.
     :param head_timeout_s: from the first byte of a request's head to its last.
-    :param held: knows the answers in progress; None to limit none.
-    :param door: lets clients in; None for one that only `max_connections` closes.
-    :param look: has the files of the tokens read again.
+    :param held: tracks the responses in progress; None for no limit.
+    :param door: admits clients; None for a door that closes only at `max_connections`.
+    :param look: reads the files of the tokens again.
     """
 
     noisy = False
@@ -637,16 +662,16 @@ class HttpFactory(ServerFactory):
         )
         self.streams = Cooperator(_turn, partial(reactor.callLater, 0))
 
-    def buildProtocol(self, addr: object) -> HttpChannel:  # type: ignore[override]  # it holds another `factory`
+    def buildProtocol(self, addr: object) -> HttpChannel:  # type: ignore[override]  # its `factory` has another type
         return HttpChannel(self)
 
     def replace_tokens(self, token: str, admin_token: str) -> None:
-        """Ask for these from now on. A stream of events that has begun goes on."""
+        """Require these tokens from now on. Open event streams continue."""
         if self._guard is not None:
             self._guard.replace(token, admin_token)
 
     def close_clients(self) -> None:
-        """End every connection now."""
+        """Abort every connection now."""
         for client in list(self.clients):
             client.transport.abortConnection()
         self.feed.stop()
@@ -654,6 +679,6 @@ class HttpFactory(ServerFactory):
 
 
 def _turn() -> Callable[[], bool]:
-    """Whether the streams have had their turn of the reactor."""
+    """Return a function that returns True when the turn of the streams is over."""
     ends_at = time.perf_counter() + _STREAMS_TURN_S
     return lambda: time.perf_counter() >= ends_at

@@ -1,4 +1,7 @@
-"""The commands of the admin socket that are taken over HTTP, from who has http.admin_token."""
+"""The commands of the admin socket over HTTP.
+
+They need http.admin_token.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,13 @@ from cacheservice.errors import NothingToPin, NothingToRollBackTo, Stopped
 from cacheservice.ports.http.problem import Problem
 
 Done = tuple[int, dict[str, Any]]
-"""The status of the answer, 202 for what has only begun, and what is told."""
+"""The status of the response (202 if the command has only started) and its JSON value."""
 
 
 def run(command: bytes, refreshes: Refreshes, name: str) -> Done:
-    """Do it to a dataset that there is.
+    """Run a command on a dataset, which must exist.
 
-    :raises Problem: 409 if it cannot be done now, 503 if the service is stopping.
+    :raises Problem: 409 if the command is not possible now, 503 if the service is stopping.
     """
     try:
         return COMMANDS[command](refreshes, name)

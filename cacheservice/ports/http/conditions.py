@@ -1,4 +1,4 @@
-"""Preconditions of a request against what it would be answered with (RFC 9110, 13), in the order of 13.2.2."""
+"""Evaluates the preconditions of a request (RFC 9110, 13) in the order of 13.2.2."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _ENTITY_TAG = re.compile(rb'(W/)?("[\x21\x23-\x7e\x80-\xff]*")')
 
 
 class Validators(NamedTuple):
-    """Of a representation: its opaque tag with the quotes, whether that is weak, and when it was modified.
+    """The validators of a representation.
 
-    `modified` is None if that is not known, or if another content of this resource had the same second: then its date
-    proves nothing.
+    They are its quoted opaque tag, whether that is weak, and its time of modification. `modified` is None if it is
+    unknown, or if another content of this resource had the same second: then equal dates do not prove equal contents.
     """
 
     tag: bytes | None = None
@@ -28,7 +28,7 @@ class Validators(NamedTuple):
 
 
 def is_not_modified(headers: Mapping[bytes, bytes], current: Validators) -> bool:
-    """Whether a GET or HEAD gets 304.
+    """Return True if a GET or HEAD gets 304.
 
     :raises Problem: 412 if If-Match or If-Unmodified-Since is not met.
     """
@@ -38,7 +38,7 @@ def is_not_modified(headers: Mapping[bytes, bytes], current: Validators) -> bool
     if tags is not None:
         return matches(tags, current.tag)
     since = headers.get(b"if-modified-since")
-    # Equal, not later: after a rollback the date goes back, and a client keeps no newer copy.
+    # Equal, not later: a rollback sets the date back, and a client must not keep a newer copy.
     return since is not None and current.modified is not None and _moment(since) == _whole(current.modified)
 
 
@@ -60,14 +60,20 @@ def _may_go_on(headers: Mapping[bytes, bytes], current: Validators) -> bool:
 
 
 def matches(if_none_match: bytes, tag: bytes | None) -> bool:
-    """Whether the header names the tag, in the weak comparison (RFC 9110, 13.1.2), or is ``*``."""
+    """Return True if the header is ``*`` or contains the tag.
+
+    It uses the weak comparison (RFC 9110, 13.1.2).
+    """
     if if_none_match.strip(b" \t") == b"*" or if_none_match == tag:
         return True
     return tag is not None and any(given == tag for _, given in _ENTITY_TAG.findall(if_none_match))
 
 
 def _moment(date: bytes) -> datetime | None:
-    """A date in any of the three forms of RFC 9110, 5.6.7; None for what is none, which says nothing."""
+    """Parse a date in any of the three forms of RFC 9110, 5.6.7.
+
+    Return None for an invalid date: the header is then ignored.
+    """
     try:
         moment = parsedate_to_datetime(date.decode("ascii"))
     except (ValueError, TypeError, OverflowError):

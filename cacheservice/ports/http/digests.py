@@ -1,4 +1,7 @@
-"""Entity tags out of content: the same at every replica and after a restart."""
+"""Derives entity tags from content.
+
+So they are equal at all replicas and after a restart.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +16,27 @@ from cacheservice.cache.rows import Rows
 from cacheservice.ports.http.heads import Representation
 
 AT_ONCE_ROWS = 512
-"""Digested in a third of a millisecond, if they are short."""
+"""If they are short, their digest takes a third of a millisecond."""
 
 
 def row_tag(document: bytes, form: Representation) -> bytes:
-    """Strong: the document is what is sent, to the byte."""
+    """Return a strong tag: the document is sent byte for byte."""
     return b'"%b%b"' % (document_digest(document), form.tag_suffix)
 
 
 def whole_tag(rows: Rows, form: Representation) -> bytes:
-    """To be sent as a weak one: replicas send equal rows in different orders. The digest is known by now."""
+    """Return the opaque tag of a whole dataset; send it as a weak tag.
+
+    Replicas send equal rows in different orders. The digest must have been computed.
+    """
     assert rows.digest is not None, "the digest is computed first"
     return b'"%b%b"' % (rows.digest.to_bytes(DIGEST_BYTES, "big").hex().encode(), form.tag_suffix)
 
 
 class Digests:
-    """Computes digests of whole datasets in slices, each once however many wait for it.
+    """Computes digests of whole datasets in slices.
+
+    Each is computed once for any number of waiting clients.
 
     :param clock: `IReactorTime`, for turns of the reactor.
     """
@@ -38,7 +46,7 @@ class Digests:
         self._waiting: WeakKeyDictionary[Rows, list[Deferred[None]]] = WeakKeyDictionary()
 
     async def compute(self, rows: Rows) -> None:
-        """Return when `rows.digest` is known."""
+        """Compute `rows.digest`, or wait for a computation in progress."""
         while rows.digest is None:
             if (waiting := self._waiting.get(rows)) is not None:
                 computed: Deferred[None] = Deferred()
@@ -54,6 +62,6 @@ class Digests:
                 if rows.count > AT_ONCE_ROWS:
                     await deferLater(self._clock, 0)
         finally:
-            # Also when its client has gone: another one that waits begins again.
+            # Also if its client has disconnected: another waiting client then starts again.
             for computed in self._waiting.pop(rows):
                 computed.callback(None)

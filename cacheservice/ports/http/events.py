@@ -1,8 +1,8 @@
-"""The server-sent events that the dashboard lives on: the whole state to who comes, then what has changed.
+"""The server-sent events of the dashboard.
 
-An event's data are the contract's `json` object, with more about each dataset, and of the datasets only those that
-have changed; `names` are all of them, in their order, whenever that is another. Ages are as of `told_at_s`, on the
-clock of `service.uptime_s`.
+The first event has the whole state, later ones its changes. The data of an event are the `json` object of
+docs/status-port.md with more fields for each dataset, but only for the datasets that have changed. `names` lists all
+datasets in order, and is present if it has changed. Ages are as of `told_at_s`, on the clock of `service.uptime_s`.
 """
 
 from __future__ import annotations
@@ -27,16 +27,20 @@ from cacheservice.cache.describe import (
 from cacheservice.ports.http.bodies import Piece, cut
 
 PERIOD_S = 1.0
-"""From one look at the datasets to the next, so that a client gets at most one event in it."""
+"""The time between two scans of the datasets, so that a client gets at most one event in it."""
 HEARTBEAT_S = 10.0
-"""Without an event for so long, one that tells of no change shows that the connection lives."""
+"""After this time without an event, an event without changes shows that the connection is alive."""
 RETRY_MS = 2000
 TURN_S = 0.002
-"""Of a look at the datasets: 500 of them take 1 ms if none has changed, 17 ms in nine turns if all have (measured)."""
+"""The longest turn of a scan. 500 datasets take 1 ms if none has changed, and 17 ms in nine turns if all have
+(measured)."""
 
 
 class _Told(NamedTuple):
-    """What was told of one dataset: in which version of the state, and what it was told from."""
+    """The last description of one dataset.
+
+    It has the version of the state, the traits that it was made from, and the JSON member.
+    """
 
     version: int
     traits: tuple[object, ...]
@@ -44,13 +48,13 @@ class _Told(NamedTuple):
 
 
 class Feed:
-    """Everybody who listens gets the same bytes, made once; who is slow gets what has changed since, in one event.
+    """Sends all listeners the same bytes, rendered once.
 
-    It looks at the datasets once a second, a few in a turn of the reactor, while anybody listens; nobody has to tell
-    it of a change.
+    A slow listener gets all changes since its last event in one event. The feed scans the datasets once a second while
+    it has listeners, a few in each turn of the reactor. It needs no notification of changes.
 
     :param clock: `IReactorTime`, monotonic.
-    :param turn_s: how long a look may hold the reactor before it goes on in the next turn.
+    :param turn_s: how long a scan may block the reactor before it continues in the next turn.
     """
 
     def __init__(self, cache: Cache, clock: Any, turn_s: float = TURN_S) -> None:
@@ -70,10 +74,10 @@ class Feed:
         self._waiting: list[Deferred[None]] = []
 
     def follow(self, access: str, admin: bool) -> Iterator[Piece]:
-        """A body without end, for one listener.
+        """Yield an endless body for one listener.
 
-        :param access: "read" or "admin", which the listener's token allows.
-        :param admin: whether there is a token for more.
+        :param access: "read" or "admin": the rights of the listener's token.
+        :param admin: whether a token for commands is configured.
         """
         self._listeners += 1
         if self._listeners == 1:
@@ -96,7 +100,7 @@ class Feed:
                 self.stop()
 
     def stop(self) -> None:
-        """Look no more; whoever still listens is told nothing."""
+        """Stop scanning; remaining listeners get no more events."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -125,7 +129,7 @@ class Feed:
                 each.callback(None)
 
     def _changes(self) -> Iterator[None]:
-        """Take in what has changed, a dataset a step."""
+        """Record the changes of all datasets, one dataset per step."""
         version, datasets = self._version + 1, self._cache.datasets
         for name, dataset in datasets.items():
             told, traits = self._told.get(name), _traits(dataset)
@@ -142,7 +146,7 @@ class Feed:
             self._rest, self._has_changed = rest, True
 
     def _event(self, seen: int) -> bytes:
-        """What has changed since the version `seen`; of version 0 everything has."""
+        """Return the changes since the version `seen`; for version 0 the whole state."""
         event = self._events.get(seen)
         if event is None:
             event = self._events[seen] = self._make_event(seen)
@@ -154,11 +158,11 @@ class Feed:
         if self._names_version > seen:
             head += b',"names":' + _packed(self._names).encode()
         members = b",".join([told.member for told in self._told.values() if told.version > seen])
-        # A comment for whoever only wants to see that it lives.
+        # The comment lets a client check that the stream is alive without parsing events.
         return b': alive\nevent: state\ndata: %b,"datasets":{%b}}\n\n' % (head, members)
 
     def _describe_rest(self) -> dict[str, Any]:
-        """What is of no dataset, but for what moves by itself."""
+        """Return the state outside datasets, without values that change all the time."""
         database, rejection = self._cache.database, self._cache.rejection
         return {
             "postgres": describe_database(database),
@@ -182,11 +186,14 @@ class Feed:
 
 
 def _traits(dataset: Dataset) -> tuple[object, ...]:
-    """All that `describe` goes by, but for the time; compared in a fraction of what describing costs."""
+    """Return all inputs of `describe` but the time.
+
+    Comparing them costs a fraction of a description.
+    """
     snapshot = dataset.snapshot
     return (
         dataset.state(),
-        # Not the snapshot itself: it would be kept from being freed.
+        # Not the snapshot: the reference would keep it in memory.
         (snapshot.generation, snapshot.read_at) if snapshot else None,
         dataset.refreshing,
         dataset.put_off,

@@ -1,4 +1,7 @@
-"""The tokens: compared in constant time; the answers to wrong ones wait, the more of them an address sends."""
+"""Checks tokens in constant time, and delays the answers to wrong ones.
+
+The more wrong tokens an address sends, the longer the delay.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +17,20 @@ from cacheservice.ports.rotation import Look, no_files
 from cacheservice.ports.throttle import LONG_WAIT_S, Throttle
 
 _CHALLENGE = b'WWW-Authenticate: Bearer realm="cacheservice"'
-_ADMIN_TOKEN = "http.admin_token"  # noqa: S105  # its name
+_ADMIN_TOKEN = "http.admin_token"  # noqa: S105  # the name of the setting
 CHALLENGE = _CHALLENGE + b"\r\n"
 
 
 class Guard:
-    """Lets in who has a token.
+    """Admits clients that send a token.
 
-    Whether it asks for a token, and for which, stays as at the start.
+    Whether a token is required, and for which requests, is decided at the start.
 
-    :param token: for reading; empty if that needs none.
+    :param token: for reading; empty if reading needs no token.
     :param admin_token: for commands and for reading; empty for no commands.
-    :param rejected: where who is not let in is counted.
+    :param rejected: counts refused clients.
     :param clock: `IReactorTime`, monotonic.
-    :param look: whether the tokens have been replaced is found out before a wrong one is refused.
+    :param look: reads the files of the tokens again before a wrong token is refused.
     """
 
     def __init__(self, token: str, admin_token: str, rejected: Rejected, clock: Any, *, look: Look = no_files) -> None:
@@ -40,17 +43,23 @@ class Guard:
         self.replace(token, admin_token)
 
     def replace(self, token: str, admin_token: str) -> None:
-        """Let in who has these tokens from now on, and nobody else."""
+        """Accept only these tokens from now on."""
         named = {"http.token": token, _ADMIN_TOKEN: admin_token}
         self._tokens = {name: each.encode() for name, each in named.items() if each}
         self._admin_tokens = {_ADMIN_TOKEN: admin_token.encode()} if admin_token else {}
 
     def accepts(self, host: str, authorization: bytes) -> bool:
-        """Whether an Authorization header holds a token that may read; a right one proves its address."""
+        """Return True if an Authorization header has a token that may read.
+
+        A correct token proves its address.
+        """
         return self._accepts(host, authorization, self._tokens)
 
     def accepts_commands(self, host: str, authorization: bytes) -> bool:
-        """Whether an Authorization header holds the token that may change something; that proves its address."""
+        """Return True if an Authorization header has the token for commands.
+
+        A correct token proves its address.
+        """
         return self._accepts(host, authorization, self._admin_tokens)
 
     def _accepts(self, host: str, authorization: bytes, tokens: Mapping[str, bytes]) -> bool:
@@ -60,9 +69,10 @@ class Guard:
         return bool(found)
 
     def admit(self, host: str, authorization: bytes) -> None:
-        """Let the header be looked at, unless too many wrong tokens of that address wait for their answer.
+        """Raise unless the header may be checked.
 
-        Even then a token is compared that the address has sent before.
+        It must not be checked if too many wrong tokens from its address are waiting for their answers, unless it has a
+        token that the address has sent before.
 
         :raises Problem: 429.
         """
@@ -74,17 +84,20 @@ class Guard:
             raise Problem(429, "too many wrong tokens from this address", b"Retry-After: %d\r\n" % LONG_WAIT_S)
 
     def refuse_missing(self, setting: str = "http.token") -> NoReturn:
-        """:raises Problem: 401 at once: sending none is no guess."""
+        """Refuse a request without a token.
+
+        :raises Problem: 401, without delay: a missing token is not a guess.
+        """
         self._rejected["auth_failed"] += 1
         raise Problem(401, f'this needs "Authorization: Bearer …" with the token of {setting}', CHALLENGE)
 
     async def refuse_wrong(self, host: str, is_right: Callable[[], bool], setting: str = "http.token") -> None:
-        """Refuse a wrong token, unless it turns out to be the one that its file holds by now.
+        """Refuse a wrong token unless its file contains it by now.
 
-        :param is_right: asked again after the files were read.
-        :raises Problem: 401, after the time that the failures of this address have earned.
+        :param is_right: checks the token again after the files have been read.
+        :raises Problem: 401, after the delay for the failures of this address.
         """
-        # Counted first: while the files are read, guesses would be free.
+        # Counted first: otherwise guesses would be free while the files are read.
         wait_s = self._throttle.failed(host)
         looking = self._look()
         if looking is not None:
@@ -98,9 +111,9 @@ class Guard:
 
 
 def _found(authorization: bytes, tokens: Mapping[str, bytes]) -> list[str]:
-    """Return the names of the tokens that an Authorization header holds."""
+    """Return the names of the tokens that an Authorization header matches."""
     scheme, _, given = authorization.partition(b" ")
     given = given.strip(b" ")
-    # All of them are compared, so that the time does not depend on the one that matches.
+    # All tokens are compared, so that the time does not depend on the match.
     matches = [name for name, token in tokens.items() if hmac.compare_digest(given, token)]
     return matches if scheme.lower() == b"bearer" else []

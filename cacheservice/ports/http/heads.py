@@ -1,7 +1,7 @@
-"""The heads of answers: status line and header lines, made once and sent many times.
+"""The heads of responses, rendered once and sent many times.
 
-A head ends before the lines that frame its body (Content-Length, Transfer-Encoding, Connection), which the channel
-adds.
+A head has the status line and the header lines, except those that frame its body (Content-Length, Transfer-Encoding,
+Connection): the channel adds these.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from cacheservice.config import DatasetSettings
 
 
 class Representation(NamedTuple):
-    """One form of a dataset or a row; each has an entity tag of its own (RFC 9110, 8.8.3)."""
+    """One form of a dataset or a row.
+
+    Each form has its own entity tag (RFC 9110, 8.8.3).
+    """
 
     content_type: bytes
     tag_suffix: bytes
@@ -37,7 +40,9 @@ def status_line(status: int) -> bytes:
 
 
 def plain_head(status: int, content_type: bytes, wall_s: float) -> bytes:
-    """The head of what no cache may keep: errors, probes, live states.
+    """Return the head of responses that caches must not store.
+
+    These are errors, probes and live states.
 
     :param wall_s: seconds since the epoch.
     """
@@ -46,7 +51,7 @@ def plain_head(status: int, content_type: bytes, wall_s: float) -> bytes:
 
 
 class Dates:
-    """Which contents of a dataset were served under which Last-Modified, that has whole seconds."""
+    """The contents of a dataset by Last-Modified, which has whole seconds."""
 
     _MOST = 1024
 
@@ -54,7 +59,10 @@ class Dates:
         self._contents: OrderedDict[int, datetime | None] = OrderedDict()
 
     def are_of_one(self, last_modified: datetime, content_since: datetime) -> bool:
-        """Note that this content is served under that date; gives whether no other one ever was."""
+        """Record that this content is served with that date.
+
+        Return True if no other content has had the same date.
+        """
         second = int(last_modified.timestamp())
         before = self._contents.setdefault(second, content_since)
         if before != content_since:
@@ -65,21 +73,22 @@ class Dates:
 
 
 class SnapshotHeads:
-    """The heads of all answers from one snapshot, but for their tags; true until `until_s` by the clock of `now_s`.
+    """The heads of all responses from one snapshot, without their tags.
 
-    ``max-age`` is the interval, and ``stale-if-error`` what is left of max_age_s after it: a cache takes Age off the
-    first (RFC 9111, 4.2.3) and counts the second from its end (RFC 5861, 4), so that it keeps the answer until the
-    next refresh is due, and in need until the snapshot expires.
+    They are valid until `until_s` on the clock of `now_s`. ``max-age`` is the interval, and ``stale-if-error`` is the
+    rest of max_age_s after it. A cache subtracts Age from the first (RFC 9111, 4.2.3) and counts the second from the
+    end of the first (RFC 5861, 4). So it reuses the response until the next refresh is due, and in case of errors until
+    the snapshot expires.
 
-    An answer to ``?max_age=`` may be stored for what is left of that age, as a cache that takes no Age off counts it,
-    and not be used for longer, the database down or not.
+    A response to ``?max_age=`` may be stored for the rest of that age, as counted by a cache that does not subtract
+    Age. It must not be reused for longer, whether or not the database is down.
 
-    A row is sent as JSON alone, so that only the coding makes its answers differ; a dataset has two media types.
+    A row is available as JSON only, so its responses differ only in coding. A dataset has two media types.
 
-    `modified` is Last-Modified, None if another content had the same one, so that it is not to be compared.
+    `modified` is Last-Modified, or None if another content had the same date, so that it must not be compared.
 
-    :param clocks: the monotonic one that the snapshot's `read_at` is of, and seconds since the epoch.
-    :param asked_max_age_s: of a request that named one.
+    :param clocks: the monotonic clock of the snapshot's `read_at`, and seconds since the epoch.
+    :param asked_max_age_s: the `max_age` of the request, if it has one.
     """
 
     def __init__(
@@ -92,14 +101,14 @@ class SnapshotHeads:
     ) -> None:
         now_s, wall_s = clocks
         self.asked_max_age_s = asked_max_age_s
-        # Not the snapshot itself: it would be kept from being freed.
+        # Not the snapshot: the reference would keep it in memory.
         self.dataset = dataset
         self.generation = snapshot.generation
         self.read_at = snapshot.read_at
         age_s = max(0.0, now_s - snapshot.read_at)
-        whole_age_s = math.ceil(age_s)  # what is floored would understate
+        whole_age_s = math.ceil(age_s)  # the floor would understate the age
         self.until_s = now_s + min(whole_age_s - age_s, 1 - wall_s % 1)
-        # The database's clock may run ahead; RFC 9110, 8.8.2.1 forbids a date later than that of the answer.
+        # The clock of the database may be ahead. RFC 9110, 8.8.2.1 forbids a date later than that of the response.
         last_modified = min(snapshot.modified_as_of, datetime.fromtimestamp(wall_s, UTC))
         self.modified = last_modified if dates.are_of_one(last_modified, snapshot.modified_as_of) else None
         common = b"".join(
@@ -114,10 +123,13 @@ class SnapshotHeads:
         self._of_row = common + b"Vary: Accept-Encoding\r\n"
         self._of_whole = common + b"Vary: Accept, Accept-Encoding\r\n"
         self.row = status_line(200) + self._of_row + b"Content-Type: application/json\r\n"
-        """Of a row as plain JSON, the way of most requests: its tag follows."""
+        """The head of a row as plain JSON, which most requests use; its tag follows."""
 
     def found(self, representation: Representation, tag: bytes, *, whole: bool) -> bytes:
-        """:param tag: with its quotes, and what makes it weak."""
+        """Return the head of a 200 response.
+
+        :param tag: with its quotes, and with ``W/`` if it is weak.
+        """
         return b"%b%bETag: %b\r\nContent-Type: %b\r\n%b" % (
             status_line(200),
             self._of_whole if whole else self._of_row,

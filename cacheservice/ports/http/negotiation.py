@@ -1,6 +1,7 @@
-"""What a client's headers ask for: media type and coding. Pure functions of the headers' values.
+"""Negotiates the media type and the coding.
 
-A part that is malformed is passed over; a header of which nothing is left says nothing (RFC 9110, 2.4 allows it).
+The functions depend only on the headers' values. A malformed part is skipped. A header without valid parts
+counts as absent (RFC 9110, 2.4 allows it).
 """
 
 from __future__ import annotations
@@ -9,14 +10,17 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-# Each alternative begins with another character, so that these never go back over what they took.
+# Each alternative starts with a different character, so that these never backtrack.
 _LIST_PART = re.compile(rb'(?:[^,"]+|"(?:[^"\\]+|\\.)*+"?)++', re.DOTALL)
 _PARAMETER = re.compile(rb'(?:[^;"]+|"(?:[^"\\]+|\\.)*+"?)++', re.DOTALL)
 _QUALITY = re.compile(rb"0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?")
 
 
 class Codings(NamedTuple):
-    """Which content codings a client takes: `gzip` asked for by name and not less than none at all."""
+    """The content codings that a client accepts.
+
+    `gzip` is true if it is requested by name, and with at least the weight of identity.
+    """
 
     gzip: bool
     gzip_allowed: bool
@@ -27,10 +31,10 @@ ANY_CODING = Codings(gzip=False, gzip_allowed=True, identity_allowed=True)
 
 
 def media_type(accept: bytes | None, offered: Sequence[bytes]) -> bytes | None:
-    """The one of `offered` that the Accept header likes best, the first of equals; None if it takes none.
+    """Return the media type of `offered` that the Accept header prefers.
 
-    RFC 9110, 12.5.1: the most specific range that fits a type decides. Parameters but `q` are passed over: what is
-    offered has none.
+    Of equals it is the first; None if the header accepts none. The most specific matching range decides (RFC 9110,
+    12.5.1). Parameters other than `q` are ignored, because the offered types have none.
     """
     ranges = {} if accept is None else _weighted(accept)
     if not ranges:
@@ -48,9 +52,9 @@ def media_type(accept: bytes | None, offered: Sequence[bytes]) -> bytes | None:
 
 
 def codings(accept_encoding: bytes | None) -> Codings:
-    """What the Accept-Encoding header takes (RFC 9110, 12.5.3).
+    """Parse the Accept-Encoding header (RFC 9110, 12.5.3).
 
-    ``*`` alone does not ask for gzip: it only allows it.
+    ``*`` alone does not request gzip: it only allows it.
     """
     weights = {} if accept_encoding is None else _weighted(accept_encoding)
     if not weights:
@@ -64,7 +68,7 @@ def codings(accept_encoding: bytes | None) -> Codings:
 
 
 def _weighted(value: bytes) -> dict[bytes, float]:
-    """The parts of a list with their qualities; of two alike the last one counts."""
+    """Return the parts of a list with their weights; the last duplicate counts."""
     weights: dict[bytes, float] = {}
     for part in _LIST_PART.findall(value):
         name, *parameters = [piece.strip(b" \t") for piece in _PARAMETER.findall(part)] or [b""]

@@ -1,4 +1,4 @@
-"""The query of a request's target: what it may hold, and what is said of the rest."""
+"""Checks the query parameters of a request."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ MAX_AGE = "max_age"
 
 
 def check(query: bytes, known: tuple[str, ...] = ()) -> dict[str, list[str]]:
-    """The values by their names.
+    """Return the values by their names.
 
-    :raises Problem: 400 for a name that is not known: misspelt, it would be without effect in silence.
+    :raises Problem: 400 for an unknown name. If it were ignored, a misspelt parameter would silently have no effect.
     """
     given: dict[str, list[str]] = {}
     for part in query.split(b"&"):
@@ -30,7 +30,10 @@ def check(query: bytes, known: tuple[str, ...] = ()) -> dict[str, list[str]]:
 
 
 def max_age_s(query: bytes) -> float | None:
-    """:raises Problem: 400 for a max_age that is not a number of seconds, for two, and for another parameter."""
+    """Return the value of max_age; None if absent.
+
+    :raises Problem: 400 if max_age is not a number of seconds or is repeated, and for any other parameter.
+    """
     values = check(query, (MAX_AGE,)).get(MAX_AGE)
     if values is None:
         return None

@@ -1,4 +1,7 @@
-"""Refusals, as RFC 9457 wants them: ``application/problem+json`` with type, title, status, detail and instance."""
+"""Error responses by RFC 9457.
+
+They are ``application/problem+json`` with type, title, status, detail and instance.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ _NO_MEMBERS: Mapping[str, object] = {}
 
 
 class Problem(Exception):
-    """A request cannot be answered as it was meant; the message is the `detail` that its sender reads.
+    """A request cannot be fulfilled; the message is the `detail` of the response.
 
-    :param headers: whole header lines for this answer, each with its CRLF.
-    :param members: what the object says besides, such as the age that was too high.
+    :param headers: complete header lines for this response, each with its CRLF.
+    :param members: further members of the object, such as the age that was too high.
     """
 
     def __init__(
@@ -26,8 +29,8 @@ class Problem(Exception):
         self.members = members
 
     def body(self, target: bytes) -> bytes:
-        """The object, on one line; `target` is what was asked for, as it came."""
-        instance, _, _ = target.decode("ascii", "replace").partition("?")  # a query may hold a secret
+        """Return the object, on one line; `target` is the request's, as received."""
+        instance, _, _ = target.decode("ascii", "replace").partition("?")  # a query may contain a secret
         problem = {"type": "about:blank", "title": HTTPStatus(self.status).phrase, "status": self.status}
         problem |= {"detail": self.detail} | ({"instance": instance} if instance else {}) | dict(self.members)
         return json.dumps(problem).encode() + b"\n"

@@ -1,7 +1,7 @@
-"""The commands of the RESP port: each takes a client and its words, and gives the reply.
+"""The commands of the RESP port.
 
-A reply is bytes; an iterator of bytes for what is too large for one turn of the reactor, and which holds the
-snapshot that it began with; or a Deferred for what has to be waited for.
+Each command takes a client and its words, and returns a reply: bytes; or an iterator of bytes if the reply is too large
+for one turn of the reactor (it keeps the snapshot with which it began); or a Deferred if the reply has to wait.
 """
 
 from __future__ import annotations
@@ -47,10 +47,11 @@ Reply = bytes | Iterator[bytes] | Deferred[bytes]
 Words = Sequence[bytes]
 T = TypeVar("T")
 _Served = tuple[Shards, Groups, int, Reads]
-"""What `Commands.hits` needs of a dataset: its shards, if they are in one group; its groups, mask, and read counts."""
+"""The parts of a dataset that `Commands.hits` needs: its shards, if they are in one group; its groups; the mask; and
+its read counts."""
 
 REDIS_VERSION = "7.0.15"
-"""What INFO and HELLO claim: the version whose behaviour this port follows."""
+"""The version in INFO and HELLO, whose behaviour this port follows."""
 
 _WRONG_TYPE = "WRONGTYPE Operation against a key holding the wrong kind of value"
 _NOT_AN_INTEGER = "ERR value is not an integer or out of range"
@@ -62,7 +63,10 @@ _MAX_WAIT_MS = 86_400_000
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One command: how it is run, and how many words it takes, its own name included."""
+    """A command: its function, and the limits for the number of its words.
+
+    Its own name counts as a word.
+    """
 
     name: str
     run: Callable[[Commands, RespProtocol, Words], Reply]
@@ -71,9 +75,9 @@ class Command:
 
 
 class Commands:
-    """What all clients of the port share.
+    """The commands, and the state that all clients of the port share.
 
-    :param password: what AUTH wants; empty for no password.
+    :param password: the password for AUTH; empty for no password.
     """
 
     def __init__(self, cache: Cache, freshness: Freshness, password: str) -> None:
@@ -81,32 +85,32 @@ class Commands:
         self._freshness = freshness
         self._password = password.encode()
         self._datasets: dict[bytes, Dataset] = {}
-        # The order of SCAN; None until it is asked for.
+        # The datasets in the order of SCAN; None until it is needed.
         self._numbered: list[tuple[int, bytes]] | None = None
         self._sorted = SortedShards()
         catalogue = resources.files(__package__).joinpath("catalogue.json").read_text("utf-8")
         self.catalogue = json.loads(catalogue, object_hook=_flags_as_statuses)
         self.writes = frozenset(name.encode() for name in self.catalogue["writes"])
-        # Of functions, not of methods: `frozen` makes copies of this object, which would keep themselves alive.
+        # Functions, not bound methods, which would make each copy by `frozen` a reference cycle.
         self.by_name: Mapping[bytes, Command] = {each.name.encode(): each for each in _commands()}
-        # As clients write them, so that the way of most commands is one look-up.
+        # In the spellings that clients use, so that most commands need one look-up.
         self.by_word: Mapping[bytes, Command] = self.by_name | {
             name.upper(): each for name, each in self.by_name.items()
         }
-        # What `get` may answer without a further question: what is loaded and served however old it is.
+        # The datasets that `hits` may answer without a check: loaded, and served at any age.
         self._served: dict[bytes, _Served] = {}
         cache.events.subscribe(self._declared, Added, Changed)
         cache.events.subscribe(self._ended, Ended)
-        # What is renewed may have other rows of the same content.
+        # A renewed snapshot may have other row objects with the same content.
         cache.events.subscribe(self._serve, Published, Renewed)
         for dataset in cache.datasets.values():
             self._declared(Added(dataset.name))
 
     def frozen(self) -> Commands:
-        """These commands on what is served now, whatever is published later."""
+        """Return a copy of these commands that keeps the snapshots served now."""
         frozen = copy(self)
         frozen._datasets = {name: copy(dataset) for name, dataset in self._datasets.items()}
-        frozen._served = {}  # a publish would empty them
+        frozen._served = {}  # otherwise a publish would change them
         return frozen
 
     def _declared(self, event: Event) -> None:
@@ -131,22 +135,26 @@ class Commands:
             self._served[dataset.name.encode()] = shards, groups, mask, dataset.counts.resp
 
     def snapshots(self) -> dict[str, Snapshot]:
-        """All that is served now."""
+        """Return all snapshots that are served now."""
         return {dataset.name: dataset.snapshot for dataset in self._datasets.values() if dataset.snapshot is not None}
 
     def _keeping(self, answer: bytes | Iterator[bytes], names: Iterable[bytes]) -> Reply:
-        """The answer and, if it is in pieces, the snapshots of `names` that they come from."""
+        """Return the answer, with the snapshots that it uses if it is in pieces.
+
+        :param names: the datasets of the answer.
+        """
         if isinstance(answer, bytes):
             return answer
         datasets = [self._datasets[name] for name in names]
         return Streamed(answer, {each.name: each.snapshot for each in datasets if each.snapshot is not None})
 
-    # Finding what is asked for
+    # Finding datasets and rows
 
     def rows(self, name: bytes) -> Rows:
-        """The rows that `name` serves now.
+        """Return the rows that `name` serves now.
 
-        :raises CommandError: with the contract's words, if there are none to be had.
+        :raises CommandError: LOADING or NOTLOADED without a snapshot, STALE if it is expired and `on_expired` is
+            "refuse" (docs/reading.md), or ERR for an unknown dataset.
         """
         dataset = self._dataset(name)
         snapshot = dataset.snapshot
@@ -158,15 +166,18 @@ class Commands:
         return snapshot.rows
 
     def _not_loaded(self, dataset: Dataset) -> str:
-        """LOADING only while the service starts: clients take it for a restarting server, and reconnect."""
+        """Return the error for a dataset without a snapshot.
+
+        It is LOADING only while the service starts: clients treat that as a restart of the server, and reconnect.
+        """
         if self._cache.is_starting:
             return f"LOADING {dataset.name} has not been loaded yet"
         return f"NOTLOADED {dataset.name} has not been loaded yet; CACHE.INFO {dataset.name} has its last attempt"
 
     def _to_read(self, name: bytes) -> tuple[Rows, Reads]:
-        """The rows that `name` serves now, and where reads of them are counted.
+        """Return the rows that `name` serves now, and the counts for reads of them.
 
-        :raises CommandError: as `rows`; that is counted.
+        :raises CommandError: as `rows`; the error is counted.
         """
         try:
             return self.rows(name), self._datasets[name].counts.resp
@@ -185,7 +196,7 @@ class Commands:
         return dataset
 
     def _string(self, key: bytes) -> tuple[Rows, bytes]:
-        """Where the string key NAME:KEY would be found: the rows of NAME, and KEY.
+        """Return the rows of NAME and the KEY of a string key NAME:KEY.
 
         :raises CommandError: also for the key of a dataset itself, which is a hash.
         """
@@ -196,12 +207,12 @@ class Commands:
         return rows, row
 
     def _hash(self, key: bytes) -> Rows | None:
-        """The rows of the hash `key`; None for NAME:KEY without a row, which is no key at all."""
+        """Return the rows of the hash `key`; None for NAME:KEY without a row."""
         name, colon, row = key.partition(b":")
         return _as_hash(self.rows(name), colon, row)
 
     def _hash_to_read(self, key: bytes) -> tuple[Rows | None, Reads]:
-        """The same, and where reads of it are counted."""
+        """Return the rows of the hash `key`, and the counts for reads of it."""
         name, colon, row = key.partition(b":")
         rows, reads = self._to_read(name)
         return _as_hash(rows, colon, row), reads
@@ -209,14 +220,15 @@ class Commands:
     # Strings
 
     def hits(self, batch: Sequence[Words]) -> list[bytes]:
-        """The answers of the GETs that `batch` begins with, as far as each is there and served without a question.
+        """Return the replies of the leading GETs of `batch` that need no check.
 
-        The way of most reads, and so written out: see benchmarks/resp.py before you shorten it. They are counted by
-        the run of those that go to the same dataset.
+        A GET that misses, or whose dataset must not be served at any age, ends the list. Most reads take this path, so
+        it is inlined: see benchmarks/resp.py before you shorten it. Consecutive reads of a dataset are counted
+        together.
         """
         answers: list[bytes] = []
         add = answers.append
-        last = b":"  # which no name holds
+        last = b":"  # no name contains it
         groups: Groups = []
         shards: Shards = []
         mask = counted = 0
@@ -224,7 +236,7 @@ class Commands:
         reads: Reads
         try:
             for word, key in batch:
-                if word != b"GET" and word != b"get":  # noqa: PLR1714  # a set would be hashed for
+                if word != b"GET" and word != b"get":  # noqa: PLR1714  # a set would be hashed each time
                     break
                 name, _, row = key.partition(b":")
                 if name != last:
@@ -245,7 +257,7 @@ class Commands:
         return answers
 
     def uncount(self, batch: Sequence[Words]) -> None:
-        """Take back that these were answered by `hits` in this turn: they will be answered again."""
+        """Undo the counts of `hits` for commands that will be answered again."""
         for _, key in batch:
             self._served[key.partition(b":")[0]][-1].hits -= 1
 
@@ -262,7 +274,7 @@ class Commands:
         return found
 
     def mget(self, client: RespProtocol, words: Words) -> Reply:
-        # Resolved before the first is answered, so that all come from one moment.
+        # All datasets are looked up before the first answer, so that all answers are from the same moment.
         nil = reply.NIL[client.protocol]
         sought = []
         moment: dict[bytes, tuple[Rows, Reads]] = {}
@@ -271,7 +283,7 @@ class Commands:
             if name not in moment:
                 moment[name] = self._to_read(name)
             rows, reads = moment[name]
-            # A hash among them is nil, as in Redis.
+            # The key of a hash is nil, as in Redis.
             sought.append((rows if colon else None, reads, row))
 
         def some(part: Sequence[tuple[Rows | None, Reads, bytes]]) -> bytes:
@@ -329,7 +341,10 @@ class Commands:
         return reply.integer(-2 if left_s is None else round(left_s * 1000))
 
     def _left_s(self, key: bytes) -> float | None:
-        """Seconds until what holds `key` expires, 0 if it has; None if there is no such key."""
+        """Return the seconds until the dataset of `key` expires, at least 0.
+
+        Return None if the key does not exist.
+        """
         if self._kind(key) == "none":
             return None
         dataset = self._dataset(key.partition(b":")[0])
@@ -390,7 +405,7 @@ class Commands:
         return reply.integer(len((rows.get(words[2]) if rows is not None else None) or b""))
 
     def _whole_hash(self, key: bytes) -> Rows | None:
-        """The rows of the hash `key`, which are read as one."""
+        """Return the rows of the hash `key`, and count it as one read."""
         rows, reads = self._hash_to_read(key)
         if rows is None:
             reads.misses += 1
@@ -401,7 +416,10 @@ class Commands:
     # Scans
 
     def scan(self, _: RespProtocol, words: Words) -> Reply:
-        """Datasets by their numbers, each one's hash before its rows; MATCH and TYPE drop what was looked at."""
+        """Scan datasets by their numbers: for each, its hash and then its rows.
+
+        MATCH and TYPE filter the result; keys that they drop count towards COUNT.
+        """
         cursor = _cursor(words[1])
         options = _scan_options(words[2:], types=True)
         number, place = divmod(cursor, END_OF_DATASET)
@@ -411,7 +429,7 @@ class Commands:
         datasets = self._numbered
         index = bisect_left(datasets, (number, b""))
         if index < len(datasets) and datasets[index][0] != number:
-            place = 0  # the one that it was in is gone
+            place = 0  # the dataset of the cursor has been removed
         found: list[bytes] = []
         looked_at = 0
         while index < len(datasets) and looked_at < options.count:
@@ -466,12 +484,15 @@ class Commands:
         return reply.OK
 
     def accepts(self, user: bytes, password: bytes) -> bool:
-        """Whether a client may read as `user`; takes the same time however wrong the password is."""
+        """Return True if a client may read as `user`.
+
+        The time of the comparison does not depend on the password.
+        """
         right = hmac.compare_digest(password, self._password)
         return right and user == b"default"
 
     def replace_password(self, password: str) -> None:
-        """Accept this one from now on. Clients that have sent the one before go on."""
+        """Accept only this password from now on. Authenticated clients remain so."""
         self._password = password.encode()
 
     @property
@@ -597,7 +618,7 @@ class Commands:
             raise CommandError(f"ERR wrong number of arguments for 'client|{subcommand.decode()}' command")
         raise _unknown_subcommand("CLIENT", words[1])
 
-    # What Redis has not
+    # Commands that Redis does not have
 
     def cache_list(self, client: RespProtocol, _: Words) -> Reply:
         return reply.encode(list(self._cache.datasets), client.protocol)
@@ -610,7 +631,10 @@ class Commands:
         return reply.encode(round(self._dataset(words[1]).age_s() or 0.0, 3), client.protocol)
 
     def cache_wait(self, client: RespProtocol, words: Words) -> Reply:
-        """Blocks its connection only; within MULTI, as Redis's blocking commands, it does not wait at all."""
+        """Wait until the snapshot includes a transaction.
+
+        It blocks only its connection. Within MULTI it does not wait, like the blocking commands of Redis.
+        """
         dataset = self._dataset(words[1])
         transaction_id, timeout_ms = _int(words[2]), _int(words[3])
         if transaction_id < 0 or not 0 <= timeout_ms <= _MAX_WAIT_MS:
@@ -651,9 +675,9 @@ def _scan_options(words: Words, *, types: bool) -> _ScanOptions:
 
 
 def _as_hash(rows: Rows, colon: bytes, row: bytes) -> Rows | None:
-    """What NAME, or NAME:KEY if there is a colon, is as a hash.
+    """Return the rows if the key is NAME; None if it is NAME:KEY without a row.
 
-    :raises CommandError: if it is a row.
+    :raises CommandError: if NAME:KEY is a row, which is a string.
     """
     if not colon:
         return rows
@@ -686,24 +710,30 @@ def _name_in(key: bytes) -> bytes:
 
 
 def _in_slices(header: bytes, items: Sequence[T], some: Callable[[Sequence[T]], bytes]) -> bytes | Iterator[bytes]:
-    """The header and what `some` makes of the items, in one piece if they are few."""
+    """Return the header and the encoded items, in one piece if they are few.
+
+    :param some: encodes a slice of the items.
+    """
     if len(items) <= CHUNK_ROWS:
         return header + some(items)
     return chain([header], (some(items[start : start + CHUNK_ROWS]) for start in range(0, len(items), CHUNK_ROWS)))
 
 
 def _in_a_turn(answer: bytes, looked_at: int) -> Reply:
-    """What took long to answer ends its client's turn, as an iterator does: a pipeline would hold the reactor."""
+    """Return a slow answer as an iterator, which ends its client's turn.
+
+    Otherwise a pipeline of such commands would block the reactor.
+    """
     return answer if looked_at <= CHUNK_ROWS else iter([answer])
 
 
 def _flags_as_statuses(fields: dict[str, Any]) -> dict[str, Any]:
-    """As Redis sends them; redis-cli ends itself over any other type."""
+    """Send flags as statuses, as Redis does; redis-cli exits on any other type."""
     return fields | {name: frozenset(map(reply.Status, fields[name])) for name in _FLAGS & fields.keys()}
 
 
 def _refuse_unknown(failure: Failure) -> None:
-    """The dataset was removed while it was waited for."""
+    """Raise an error for a dataset that was removed during the wait."""
     failure.trap(UnknownDataset)
     raise CommandError(f"ERR {failure.value}")
 

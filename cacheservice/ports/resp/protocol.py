@@ -1,4 +1,7 @@
-"""The RESP port's connections: bytes in, commands run, replies out, nobody held up by a neighbour."""
+"""The connections of the RESP port.
+
+They receive bytes, run commands and send replies, and no client blocks another one for long.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +35,14 @@ from cacheservice.ports.rotation import Look, no_files
 from cacheservice.ports.throttle import LONG_WAIT_S, Throttle
 
 COMMANDS_PER_TURN = 512
-"""What one client may have done before its neighbours have their turn: about half a millisecond."""
+"""The most commands that one client may run before the other clients have their turn: about 0.5 ms."""
 BYTES_PER_TURN = 256 * 1024
 _MOST_QUEUED = 10_000
-"""Commands of one MULTI block."""
+"""The most commands in one MULTI block."""
 _MOST_MESSAGES = 1000
-"""Publishes that wait for a subscriber to read."""
+"""The most publishes that wait for a subscriber to read."""
 _READ_AHEAD_BYTES = 64 * 1024
-"""What is read of a client that waits for a reply, so that its going away is noticed."""
+"""The most bytes read of a client that waits for a reply. Reading detects its disconnection."""
 
 _CHANNEL_PREFIX = b"cache:"
 _CROSS_PROTOCOL = (b"post", b"host:")
@@ -47,24 +50,26 @@ _WITHOUT_PASSWORD = (b"auth", b"hello", b"quit")
 _WHILE_SUBSCRIBED = (b"subscribe", b"unsubscribe", b"ping", b"quit", b"reset")
 _NOT_IN_MULTI = (b"subscribe", b"unsubscribe", b"auth", b"hello")
 _OF_A_CLUSTER = (b"asking", b"cluster", b"readonly", b"readwrite")
-"""What some clients ask first, and take Redis's own refusal of."""
+"""Commands that some clients send first. They expect the refusal of a Redis server without cluster support."""
 _NOT_QUEUED = (b"exec", b"discard", b"multi", b"quit", b"reset")
 _NOAUTH = reply.error("NOAUTH Authentication required.")
 _INTERNAL_ERROR = reply.error("ERR internal error; its traceback is in the log")
 _WRONGPASS = reply.error("WRONGPASS invalid username-password pair or user is disabled.")
-_PASSWORD = "resp.password"  # noqa: S105  # its name
+_PASSWORD = "resp.password"  # noqa: S105  # the name of the setting
 _UNREAD_PASS = reply.error("WRONGPASS too many wrong passwords from this address, so this one was not looked at")
 
 
 @implementer(IHalfCloseableProtocol, IPullProducer)
 class RespProtocol(Protocol):
-    """One client.
+    """The connection of one client.
 
-    Replies go straight to the socket while it takes them (the transport's own way costs a turn of the reactor and
-    two calls of epoll for each), those of all clients at the end of a turn, as in Redis: a client that
-    was woken by each would be woken in vain most of the time. What the socket does not take is queued, and until that
-    is gone nothing more is read or done for this client: one that does not read costs one turn's replies, and is
-    dropped after the idle time. One that only asks nothing is kept: TCP's keepalive finds those that are gone.
+    Replies are written directly to the socket while it accepts them, because the transport's own path costs a turn of
+    the reactor and two calls of epoll for each reply. The replies of all clients are written at the end of a turn, as
+    in Redis: if each reply woke its client at once, most wake-ups would be in vain.
+
+    Data that the socket does not accept is queued. Until the queue is empty, no more of this client's commands are read
+    or run. So a client that does not read costs the replies of one turn, and is dropped after the idle time. A client
+    that is only silent is kept; TCP keepalive detects dead peers.
     """
 
     transport: Any
@@ -87,7 +92,7 @@ class RespProtocol(Protocol):
         self._unsent: list[bytes] = []
         self._channels: set[bytes] = set()
         self._messages: list[bytes] = []
-        # Nothing stands between a command and its being run: no password missing, no MULTI, no subscription.
+        # True if commands can run at once: no missing password, no MULTI, no subscription.
         self._plain = self._authenticated
         self._stream: Iterator[bytes] | None = None
         self._hold: Hold | None = None
@@ -107,7 +112,7 @@ class RespProtocol(Protocol):
     def connectionMade(self) -> None:
         factory = self.factory
         factory.connections_received += 1
-        # A small reply is not to wait for the next one.
+        # A small reply must not wait for the next one (Nagle's algorithm).
         self.transport.setTcpNoDelay(True)
         factory.clients.add(self)
         self._admitted = factory.door.admit(self, factory.max_connections)
@@ -118,7 +123,7 @@ class RespProtocol(Protocol):
         self._idle_timer = factory.clock.callLater(first_s, self._check_idle)
 
     def turn_away(self) -> None:
-        """There are too many clients; no probe asks here."""
+        """Refuse this client because there are too many; this port serves no probes."""
         factory = self.factory
         factory.rejected["too_many_connections"] += 1
         factory.door.note_refusal(factory.max_connections)
@@ -129,7 +134,7 @@ class RespProtocol(Protocol):
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self._closing = True
         if self._authenticated and self.factory.commands.wants_password:
-            # Pools keep connections for hours, and all of one may have to be made again at once.
+            # Pools keep connections for hours, and may have to open all of them again at the same time.
             self.factory.throttle.succeeded(self._address, _PASSWORD)
         self.factory.door.left(self, was_admitted=self._admitted)
         self._stream = None
@@ -146,7 +151,10 @@ class RespProtocol(Protocol):
                 timer.cancel()
 
     def readConnectionLost(self) -> None:
-        """The client sent all it will; it still gets its answers, but none that has to be waited for, as in Redis."""
+        """Handle the end of the client's input.
+
+        The client still gets its replies, except those that have to wait, as in Redis.
+        """
         self._input_ended = True
         if self._awaited is not None:
             self.transport.abortConnection()
@@ -154,7 +162,7 @@ class RespProtocol(Protocol):
             self._close()
 
     def writeConnectionLost(self) -> None:
-        """Our own doing, when it closes."""
+        """Do nothing: the service closes its side itself."""
 
     def dataReceived(self, data: bytes) -> None:
         if self._closing:
@@ -182,7 +190,7 @@ class RespProtocol(Protocol):
             self._idle_timer = factory.clock.callLater(min(left_s, factory.idle_timeout_s), self._check_idle)
 
     def _patience_s(self) -> float:
-        """How long nothing may be heard of the client, as it is now."""
+        """Return how long the client may send nothing in its present state."""
         factory = self.factory
         if self.waiting or (self._channels and not self._queued):
             return math.inf
@@ -191,7 +199,7 @@ class RespProtocol(Protocol):
         return factory.silence_timeout_s or math.inf
 
     def drop_slow(self) -> str:
-        """The answer that it takes too long for keeps data that are not served any more."""
+        """Abort a reply that is too slow and keeps superseded data in memory."""
         self.factory.rejected["slow_client"] += 1
         peer = self.transport.getPeer()
         self.transport.abortConnection()
@@ -202,10 +210,10 @@ class RespProtocol(Protocol):
             self.factory.held.end(self._hold)
             self._hold = None
 
-    # Work
+    # Running commands
 
     def _work(self) -> None:
-        """Run what has been sent, until it is done, the turn is over, or something has to be waited for."""
+        """Run commands until the input is done, the turn is over, or one must wait."""
         try:
             batch = self._left or self._parser.take(COMMANDS_PER_TURN)
         except ProtocolViolation as violation:
@@ -243,7 +251,7 @@ class RespProtocol(Protocol):
             self._last_command = batch[-1][0]
             self.factory.commands_processed += len(batch) - len(self._left)
             self._flush_at_end_of_turn(out)
-        # Nothing of what follows may overtake it: whoever sends at once sends what is unsent first.
+        # Nothing below may overtake these replies: `_flush` sends pending replies first.
         if self._closing:
             self._close()
         elif self._left or not self._parser.exhausted:
@@ -252,7 +260,7 @@ class RespProtocol(Protocol):
             self._close()
 
     def _hits(self, batch: list[list[bytes]]) -> tuple[list[bytes], int]:
-        """What `Commands.hits` gives, as much of it as a turn may send, and how many bytes that is."""
+        """Return the replies of `Commands.hits` that fit into a turn, and their size."""
         out = self.factory.commands.hits(batch)
         size_bytes = sum(map(len, out))
         if size_bytes >= BYTES_PER_TURN:
@@ -272,7 +280,7 @@ class RespProtocol(Protocol):
         self._close()
 
     def _begin(self, answer: Reply) -> None:
-        """Give an answer that is too large for this turn, or not there yet."""
+        """Start an answer that is too large for this turn, or not ready yet."""
         if isinstance(answer, Deferred):
             self.waiting = True
             self._awaited, self._read_ahead_bytes = answer, 0
@@ -290,7 +298,7 @@ class RespProtocol(Protocol):
             return
         if isinstance(answer, bytes):
             self._flush([answer])
-            # Not at once: of many that need not wait each would stand on the one before it.
+            # In the next turn: if many answers need no wait, each would add frames to the stack of the one before it.
             self._yield()
         else:
             self._begin(answer)
@@ -306,7 +314,10 @@ class RespProtocol(Protocol):
         self._arrived(_INTERNAL_ERROR)
 
     def _go_on(self) -> None:
-        """The next piece of a streamed reply, or the next commands, once the client has taken the last ones."""
+        """Continue with the streamed reply or the next commands.
+
+        Called once the client has read the previous data.
+        """
         self.flush()
         if self._closing or self._queued:
             return
@@ -321,7 +332,7 @@ class RespProtocol(Protocol):
         for piece in self._stream:
             out.append(piece)
             size_bytes += len(piece)
-            # An empty piece tells of work that was done without anything to say yet.
+            # An empty piece marks work without output, which also counts as a step.
             if not piece or size_bytes >= BYTES_PER_TURN:
                 break
         else:
@@ -332,7 +343,7 @@ class RespProtocol(Protocol):
             self._yield()
 
     def _yield(self) -> None:
-        """Go on in the next turn, unless the client has to read first."""
+        """Continue in the next turn, unless the client has to read first."""
         if self._queued or self._closing or self._yielding is not None:
             return
         self.transport.pauseProducing()
@@ -360,7 +371,7 @@ class RespProtocol(Protocol):
             self._send(out)
 
     def flush(self) -> None:
-        """Send what was kept for the end of the turn."""
+        """Send the replies that were kept for the end of the turn."""
         if self._unsent:
             out, self._unsent = self._unsent, []
             self._send(out)
@@ -381,14 +392,17 @@ class RespProtocol(Protocol):
             data = data[sent:]
         self.transport.write(data)
         if not self._queued:
-            # Nothing more is read before the client has taken this.
+            # No more input is read until the client has read this.
             self._queued = True
             self.transport.pauseProducing()
             self._ignore_first = True
             self.transport.registerProducer(self, False)
 
     def resumeProducing(self) -> None:
-        """The transport has nothing queued any more (its first call comes with the registration)."""
+        """Continue, because the transport's queue is empty.
+
+        The first call is part of the registration and is ignored.
+        """
         if self._ignore_first:
             self._ignore_first = False
             return
@@ -403,23 +417,26 @@ class RespProtocol(Protocol):
             self._go_on()
 
     def stopProducing(self) -> None:
-        """The connection is gone; connectionLost tells the rest."""
+        """Do nothing: the connection has gone, and connectionLost follows."""
 
     def _close(self) -> None:
-        """Close once everything has been sent; what still comes in is not read."""
+        """Close after all replies have been sent; read no more input."""
         self._closing = True
         self.flush()
         if self._queued:
             self.transport.unregisterProducer()
         self.transport.loseConnection()
 
-    # Commands that are about this connection
+    # Commands about the connection
 
     def _run_special(self, words: Words) -> Reply:
-        """A command while something stands between it and its being run, or one that is about the connection."""
+        """Run a command that the fast path cannot.
+
+        It is about the connection itself, or its client has no password yet, is within MULTI, or has subscriptions.
+        """
         name = words[0].lower()
         if name in _CROSS_PROTOCOL:
-            # An HTTP request: somebody makes a browser speak to us (as Redis, CVE-2016-10517).
+            # An HTTP request: an attacker may use a browser to send commands (as in Redis, CVE-2016-10517).
             self._closing = True
             self._log.warn("a request of another protocol came to the RESP port")
             self.factory.rejected["protocol_error"] += 1
@@ -442,9 +459,9 @@ class RespProtocol(Protocol):
 
     @staticmethod
     def _known(name: bytes, words: Words, commands: Commands) -> Command:
-        """The command `name`.
+        """Return the command `name`.
 
-        :raises CommandError: if there is none, or the words are not as many as it takes.
+        :raises CommandError: if it does not exist, or has the wrong number of words.
         """
         command = commands.by_name.get(name)
         if command is not None:
@@ -513,7 +530,7 @@ class RespProtocol(Protocol):
         return self._authenticate(user, words[-1], lambda: reply.OK)
 
     def _authenticate(self, user: bytes, password: bytes, then: Any) -> Reply:
-        """Check a password; a wrong one waits for its answer."""
+        """Check a password; delay the answer to a wrong one."""
         factory = self.factory
         is_full = factory.throttle.is_full(self._address)
         if is_full and not factory.throttle.is_proven(self._address, _PASSWORD):
@@ -523,7 +540,7 @@ class RespProtocol(Protocol):
             return self._let_in(then)
         if is_full:
             return self._refuse_password(LONG_WAIT_S)
-        # Counted first: while the file is read, guesses would be free.
+        # Counted first: otherwise guesses would be free while the file is read.
         wait_s = factory.throttle.failed(self._address)
         looking = factory.look()
         if looking is not None:
@@ -531,7 +548,7 @@ class RespProtocol(Protocol):
         return self._refuse_password(wait_s)
 
     def _authenticate_again(self, user: bytes, password: bytes, then: Any, wait_s: float) -> Reply:
-        """Check a password that was wrong before its file was read again."""
+        """Check a wrong password again after its file has been read."""
         if not self.factory.commands.accepts(user, password):
             return self._refuse_password(wait_s)
         self.factory.throttle.withdraw(self._address)
@@ -611,7 +628,10 @@ class RespProtocol(Protocol):
         return reply.OK
 
     def _do_exec(self, words: Words) -> Reply:
-        """All see one moment: what is too much for this turn is read in later ones from what is served now."""
+        """Run the queued commands on the snapshots of one moment.
+
+        Commands that exceed this turn run in later ones, on the snapshots that are served now.
+        """
         queue, self._queue = self._queue, None
         self._settle()
         if len(words) != 1:
@@ -701,7 +721,10 @@ class RespProtocol(Protocol):
         self._plain = self._authenticated and self._queue is None and not subscribed
 
     def send_message(self, channel: bytes, message: bytes) -> None:
-        """A publish, to a subscriber. One that does not read is dropped, as Redis drops it at its output limit."""
+        """Send a publish to a subscriber.
+
+        A subscriber that does not read is dropped, as Redis does at its output limit.
+        """
         if len(self._messages) >= _MOST_MESSAGES:
             self.factory.rejected["slow_client"] += 1
             self.transport.abortConnection()
@@ -711,24 +734,30 @@ class RespProtocol(Protocol):
             self._flush_messages()
 
     def _flush_messages(self) -> None:
-        """Send what was published meanwhile, now that no reply is half sent."""
+        """Send the publishes that arrived during a reply."""
         messages, self._messages = self._messages, []
         self._flush(messages)
 
-    # What CLIENT tells and sets
+    # Attributes that CLIENT shows and sets
 
     @property
     def _address(self) -> str:
         return str(self.transport.getPeer().host)
 
     def set_name(self, name: bytes) -> None:
-        """:raises CommandError: for a name with blanks in it."""
+        """Set the client's name.
+
+        :raises CommandError: for a name with blanks.
+        """
         if any(character < 33 or character > 126 for character in name):
             raise CommandError("ERR Client names cannot contain spaces, newlines or special characters.")
         self.name = name
 
     def set_library(self, attribute: bytes, value: bytes) -> None:
-        """:raises CommandError: for another attribute than lib-name and lib-ver, or blanks in the value."""
+        """Set lib-name or lib-ver.
+
+        :raises CommandError: for another attribute, or blanks in the value.
+        """
         if attribute not in self._library:
             raise CommandError(f"ERR Unrecognized option '{_printable(attribute)}'")
         if any(character < 33 or character > 126 for character in value):
@@ -736,7 +765,7 @@ class RespProtocol(Protocol):
         self._library[attribute] = value
 
     def describe(self) -> bytes:
-        """A line of CLIENT LIST."""
+        """Return a line of CLIENT LIST."""
         peer, host = self.transport.getPeer(), self.transport.getHost()
         now = self.factory.clock.seconds()
         fields = {
@@ -761,14 +790,15 @@ class RespProtocol(Protocol):
 
 
 class RespFactory(ServerFactory):
-    """Makes the RESP port's protocol and knows its clients.
+    """Builds the protocol of the RESP port and keeps its clients.
 
     :param clock: `IReactorTime`, monotonic.
-    :param idle_timeout_s: after which a client is dropped that does not take its answers, or not end its request.
-    :param silence_timeout_s: after which one is dropped that asks nothing; 0 for never.
-    :param held: knows the answers in progress; None to limit none.
-    :param door: lets clients in; None for one that only `max_connections` closes.
-    :param look: has the file of the password read again.
+    :param idle_timeout_s: a client is dropped if it does not read its replies, or does not complete its request, within
+        this time.
+    :param silence_timeout_s: a client is dropped if it sends no request within this time; 0 for never.
+    :param held: tracks the replies in progress; None for no limit.
+    :param door: admits clients; None for a door that closes only at `max_connections`.
+    :param look: reads the file of the password again.
     """
 
     noisy = False
@@ -805,24 +835,27 @@ class RespFactory(ServerFactory):
         self._unsent: list[RespProtocol] = []
         self._end_of_turn: Any = None
         self._in_round = False
-        # Who has subscribed to a dataset that is removed is notified again once it comes back.
+        # Subscriptions survive the removal of their dataset, and clients are notified again once it returns.
         cache.events.subscribe(self._published, Published)
 
-    def buildProtocol(self, addr: object) -> RespProtocol:  # type: ignore[override]  # it holds another `factory`
+    def buildProtocol(self, addr: object) -> RespProtocol:  # type: ignore[override]  # its `factory` has another type
         return RespProtocol(self, next(self._numbers))
 
     def flush_at_end_of_turn(self, client: RespProtocol) -> None:
-        """Have `client` send, once everything that this turn of the reactor brought has been worked on."""
+        """Flush `client` once all input of this turn of the reactor is processed."""
         if not self._unsent and not self._in_round:
             self._end_of_turn = self.clock.callLater(0, self._flush_all)
         self._unsent.append(client)
 
     def begin_round(self) -> None:
-        """The clients that have sent something are read now."""
+        """Begin a round of reads."""
         self._in_round = True
 
     def end_round(self) -> None:
-        """They have been read. A timer for that took a twentieth of a GET that is not pipelined."""
+        """End a round of reads: flush all clients.
+
+        A timer for this would cost a twentieth of the time of a GET without pipelining.
+        """
         self._in_round = False
         if self._unsent:
             self._flush_all()
@@ -834,7 +867,7 @@ class RespFactory(ServerFactory):
             client.flush()
 
     def close_clients(self) -> None:
-        """End every connection now."""
+        """Abort every connection now."""
         self._cancel_end_of_turn()
         self._unsent.clear()
         for client in list(self.clients):

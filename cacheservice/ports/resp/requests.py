@@ -1,8 +1,9 @@
-"""Requests of the Redis protocol, out of the bytes of a connection.
+"""Parses requests of the Redis protocol from the bytes of a connection.
 
-hiredis parses what clients really send, whole arrays of bulk strings, at C speed. What it does not know (inline
-commands), takes differently from a Redis server (everything malformed) or has not got the end of yet is parsed
-here, by the rules of Redis 7's networking.c, so that the same bytes get the same class of answer however they are cut.
+hiredis parses the requests of real clients, complete arrays of bulk strings, at C speed. This module parses the rest by
+the rules of Redis 7's networking.c: inline commands, which hiredis does not know; malformed requests, which it treats
+differently from a Redis server; and requests that are incomplete. So equal bytes get the same class of answer however
+they are split.
 """
 
 from __future__ import annotations
@@ -17,21 +18,21 @@ MAX_INLINE_BYTES = 64 * 1024
 MAX_ARGUMENTS = 999_999
 MAX_ARGUMENT_BYTES = 512 * 1024 * 1024
 MAX_REQUEST_BYTES = 64 * 1024 * 1024
-"""What may wait for its end; more than any read of a cache needs."""
+"""The most bytes of an incomplete request; more than any read of a cache needs."""
 MAX_ARGUMENTS_BEFORE_AUTH = 10
 MAX_ARGUMENT_BYTES_BEFORE_AUTH = 16 * 1024
 
-# hiredis allocates what a header announces, and frees it element by element: a million is the most that it may see.
+# hiredis allocates memory for the count in a header, and frees it by element: it must not get a count of a million.
 _HUGE_ARRAY = re.compile(rb"\*[0-9]{7}")
 _HUGE_AGGREGATE = re.compile(rb"[>~|%][0-9]{7}")
 
 _DOUBTFUL = (b"+", b"=", b"(", b"~", b">", b"|", b"#")
-"""First bytes of simple strings, verbatim strings, big numbers, sets, pushes, attributes and booleans."""
+"""The first bytes of simple strings, verbatim strings, big numbers, sets, pushes, attributes and booleans."""
 
 _SIZES = tuple(b"$%d" % size_bytes for size_bytes in range(1024))
 
 _NOT_FOR_HIREDIS = (hiredis.ProtocolError, TypeError)
-"""It raises the latter for a map whose key is an array."""
+"""hiredis raises the latter for a map whose key is an array."""
 
 _MARK = os.urandom(8).hex().encode()
 _MARK_LINE = b"+" + _MARK + b"\r\n"
@@ -43,23 +44,26 @@ _HEX = re.compile(rb"[0-9a-fA-F]{2}")
 
 
 class ProtocolViolation(Exception):
-    """The bytes are no request; the message is Redis's, to be answered before the connection is closed."""
+    """The bytes are not a request.
+
+    The message is that of Redis. It is sent before the connection is closed.
+    """
 
 
 class RequestParser:
-    """Fed with bytes, gives commands: lists of at least one bytes object."""
+    """Takes bytes and returns commands: lists of at least one bytes object."""
 
     def __init__(self) -> None:
         self.authenticated = True
-        self.exhausted = True  # nothing more can be taken before more is fed
+        self.exhausted = True  # the rest is incomplete: more must be fed before more can be taken
         self._fast = hiredis.Reader()
         self._single: list[bytes] | None = None
-        # What hiredis was fed, until it has given all of it, and how many commands it gave of that.
+        # The bytes fed to hiredis, until it has returned all of their commands, and the number that it has returned.
         self._batch = b""
         self._given = 0
         self._doubtful = False
         self._verified_bytes = 0
-        # What comes after it, parsed here while `_here` is set: to its end, or to the end of one request.
+        # The bytes after them. While `_here` is set, this class parses them: all, or to the end of one request.
         self._buffer = bytearray()
         self._here = self._here_to_the_end = False
         self._wanted_arguments = 0
@@ -69,7 +73,7 @@ class RequestParser:
 
     @property
     def is_within_request(self) -> bool:
-        """Whether the end of a request is still to come."""
+        """True if the parser is in the middle of a request."""
         return bool(self._buffer or self._wanted_arguments)
 
     def feed(self, data: bytes) -> None:
@@ -91,9 +95,11 @@ class RequestParser:
             raise ProtocolViolation("Protocol error: too big request")
 
     def take(self, most: int) -> list[list[bytes]]:
-        """The next commands, at most so many; before AUTH one, because what is allowed after it depends on it.
+        """Return the next commands, at most `most`.
 
-        :raises ProtocolViolation: if what comes next is no command; nothing can be parsed after it.
+        Before AUTH it returns one at a time, because AUTH changes the limits for the commands after it.
+
+        :raises ProtocolViolation: if the next bytes are not a command; nothing after them can be parsed.
         """
         if self._single is not None:
             single, self._single, self.exhausted = self._single, None, True
@@ -107,7 +113,7 @@ class RequestParser:
             try:
                 commands += islice(iter(self._fast.gets, False), most)
             except _NOT_FOR_HIREDIS:
-                known = False  # what came before it is in the list
+                known = False  # the list contains the commands before the error
             good = _count_good(commands)
             if self._doubtful:
                 good = self._verify(commands[:good])
@@ -134,7 +140,7 @@ class RequestParser:
         self._fast.feed(data)
 
     def _verify(self, commands: list[list[bytes]]) -> int:
-        """How many of them, from the first on, are what the batch holds, byte by byte."""
+        """Return the number of leading commands that match the batch byte by byte."""
         for number, command in enumerate(commands):
             written = b"*%d\r\n%b" % (
                 len(command),
@@ -146,20 +152,20 @@ class RequestParser:
         return len(commands)
 
     def _give_back(self, taken: int, *, incomplete: bool) -> None:
-        """Take from hiredis what it has not given, to parse it here.
+        """Take the unreturned bytes from hiredis, to parse them here.
 
-        :param taken: how many commands were taken since `_given` was brought up to date.
+        :param taken: the number of commands taken since `_given` was last updated.
         """
         count = self._given + taken
         start = (incomplete and _start_of_last(self._batch, count)) or _start_after(self._batch, count)
         self._buffer[:0] = self._batch[start:]
         self._fast = hiredis.Reader()
         self._batch, self._given = b"", -taken
-        # What is not for hiredis is seldom alone; going to and fro would take quadratic time.
+        # Input that hiredis cannot parse seldom comes alone, and to alternate between the parsers is quadratic.
         self._here, self._here_to_the_end = True, not incomplete
 
     def _take_here(self, commands: list[list[bytes]], most: int) -> None:
-        """Add what can be had without hiredis, and give it what it can take."""
+        """Parse commands without hiredis, until hiredis can take the rest."""
         while self._buffer and len(commands) < most:
             if not self._here:
                 data = bytes(self._buffer)
@@ -171,7 +177,7 @@ class RequestParser:
             try:
                 command = self._next_here()
             except ProtocolViolation as violation:
-                # It is told when it is the first that is taken.
+                # It is raised when all commands before it have been taken.
                 self._violation = violation
                 if commands:
                     return
@@ -185,7 +191,7 @@ class RequestParser:
         self.exhausted = not self._buffer or (self._here and len(commands) < most)
 
     def _next_here(self) -> list[bytes] | None:
-        """The next command, empty for one that is nothing, None for one that has not ended."""
+        """Return the next command: empty for an empty request, None if incomplete."""
         if self._wanted_arguments or self._buffer[0] == 42:
             return self._next_multibulk(self._buffer)
         return self._next_inline(self._buffer)
@@ -246,7 +252,7 @@ class RequestParser:
         return argument
 
     def _header(self, buffer: bytearray, too_big: str) -> bytes | None:
-        """The line after the type's byte, taken off the buffer; None if it has not ended."""
+        """Remove and return the line after the type's byte; None if incomplete."""
         end = buffer.find(b"\r")
         if end < 0:
             if len(buffer) > MAX_INLINE_BYTES:
@@ -260,9 +266,10 @@ class RequestParser:
 
 
 def _two_words(data: bytes) -> list[bytes] | None:
-    """The command, if `data` is one of two words and nothing else; None for what has to be looked at more closely.
+    """Return the command if `data` is exactly one of two words; otherwise None.
 
-    It is most of what a client sends that waits for each reply, and had so in a third of hiredis's time (measured).
+    Most requests of clients that wait for each reply have this form. The function takes a third of hiredis's time
+    (measured).
     """
     parts = data.split(b"\r\n", 5)
     if len(parts) == 6:
@@ -274,29 +281,30 @@ def _two_words(data: bytes) -> list[bytes] | None:
 
 
 def _is_plain(data: bytes) -> bool:
-    """Whether it may go to hiredis: an array at the start, and no count that it would allocate memory for.
+    """Return True if hiredis may parse `data`.
 
-    RESP 3 has several types with counts. One within a word only costs time.
+    It begins with an array, and contains no count for which hiredis would allocate much memory. RESP 3 has several
+    types with counts. A match within a word only costs time.
     """
     return (
         data[0] == 42
         and not _HUGE_ARRAY.search(data)
-        # Looking for single bytes is ten times as fast.
+        # A search for single bytes is ten times as fast.
         and not ((b">" in data or b"~" in data or b"|" in data or b"%" in data) and _HUGE_AGGREGATE.search(data))
     )
 
 
 def _is_doubtful(data: bytes) -> bool:
-    """Whether something in it could be what hiredis takes for a bulk string, or passes over, and Redis refuses.
+    """Return True if `data` may contain a type that Redis refuses.
 
-    Only the first byte of a type would matter, but where that is hiredis alone knows: it does not look at the two bytes
-    behind a word.
+    hiredis takes such a type for a bulk string, or skips it. Only the first byte of a type matters, but only hiredis
+    knows its position, because it does not check the two bytes after a word.
     """
     return any(mark in data for mark in _DOUBTFUL)
 
 
 def _count_good(commands: list[list[bytes]]) -> int:
-    """How many of them, from the first on, are arrays of bulk strings indeed."""
+    """Return the number of leading commands that are arrays of bulk strings."""
     for number, command in enumerate(commands):
         if command.__class__ is not list or not command:
             return number
@@ -307,9 +315,10 @@ def _count_good(commands: list[list[bytes]]) -> int:
 
 
 def _is_between(reader: hiredis.Reader) -> bool:
-    """Whether what has nothing more to give stands between two requests; it can be used on only if it does.
+    """Return True if an exhausted reader is between two requests.
 
-    hiredis does not tell, so it is fed a line that nobody outside knows: between two requests it gives that back.
+    Only then can it be used again. hiredis does not expose this, so the reader is fed a line that no client can know:
+    between two requests it returns that line.
     """
     if reader.has_data():
         return False
@@ -321,7 +330,10 @@ def _is_between(reader: hiredis.Reader) -> bool:
 
 
 def _start_of_last(batch: bytes, count: int) -> int:
-    """Where the last request begins, which has not ended and follows `count` others; 0 if that is not easily told."""
+    """Return the start of the last, incomplete request, after `count` others.
+
+    Return 0 if a cheap search does not find it.
+    """
     position = batch.rfind(b"\r\n*") + 2
     reader = hiredis.Reader()
     reader.feed(batch[:position])
@@ -331,7 +343,7 @@ def _start_of_last(batch: bytes, count: int) -> int:
 
 
 def _start_after(batch: bytes, count: int) -> int:
-    """Where the first `count` requests of `batch` end, which are well-formed arrays."""
+    """Return the end of the first `count` requests, which are well-formed arrays."""
     position = 0
     for _ in range(count):
         end = batch.index(b"\r", position)
@@ -344,13 +356,16 @@ def _start_after(batch: bytes, count: int) -> int:
 
 
 def integer(text: bytes) -> int | None:
-    """As Redis's string2ll: no plus, no leading zeros, no blanks, 64 bits."""
+    """Parse an integer as Redis's string2ll does; None if invalid.
+
+    No plus sign, no leading zeros, no blanks, 64 bits.
+    """
     number = int(text) if _INT.fullmatch(text) else None
     return number if number is not None and -(1 << 63) <= number < 1 << 63 else None
 
 
 def split_arguments(line: bytes) -> list[bytes]:
-    """The words of an inline command, quotes and escapes as Redis's sdssplitargs takes them.
+    """Split an inline command; quotes and escapes as in Redis's sdssplitargs.
 
     :raises ProtocolViolation: for quotes that are not closed, or not followed by a space.
     """
@@ -372,7 +387,7 @@ def split_arguments(line: bytes) -> list[bytes]:
 
 
 def _quoted(line: bytes, position: int, word: bytearray) -> int:
-    """Append the quoted part that begins at `position` to `word`; gives the position after it."""
+    """Append the quoted part at `position` to `word`; return the position after it."""
     quote, end = line[position], len(line)
     position += 1
     while position < end:

@@ -1,9 +1,10 @@
-"""SCAN and HSCAN: what is there from the first call to the last is returned at least once, across publishes too.
+"""The order of SCAN and HSCAN.
 
-A cursor is a place in an order that no publish changes and that is the same in every process, so that a scan may go on
-at another replica, or after a restart: 21 bits for the number of the dataset, 32 for the key. Both are CRC-32: of a
-name its last bits, of a key the last 8 bits, which choose its shard, before the other 24. 53 bits in all, because some
-clients keep a cursor in a double.
+A scan returns each key at least once that exists from its first call to its last, also across publishes. A cursor is a
+place in an order that no publish changes and that is the same in every process, so that a scan may continue at another
+replica or after a restart. It has 21 bits for the number of the dataset and 32 for the key. Both are CRC-32: the last
+bits for a name; for a key, the last 8 bits, which choose its shard, come before the other 24. It has 53 bits in total,
+because some clients keep a cursor in a double.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ from zlib import crc32
 from cacheservice.cache.rows import SHARD_COUNT, Rows
 
 MAX_COUNT = 10_000
-"""The most that one call looks at, whatever COUNT says: it is only a hint, and the reactor is not to be held."""
+"""The most keys of one call. COUNT is only a hint, and a larger one must not block the reactor."""
 
 _KEY_BITS = 24
-"""Of a place within its shard."""
+"""The bits of a place within its shard."""
 _PLACE_BITS = 32
 END_OF_DATASET = 1 << _PLACE_BITS
 _DATASET_NUMBERS = 1 << 21
 
 
 def numbered(names: Iterable[bytes]) -> list[tuple[int, bytes]]:
-    """The datasets with their numbers, in the order of these.
+    """Return the numbers and names of the datasets, sorted by number.
 
-    A number depends on the dataset's name, and on other names only where two would have the same one: of these the
-    later in the alphabet takes the next that is free. No number is 0, which no cursor but the first may be.
+    A number depends only on the dataset's name, except if two names collide: the later one in the alphabet takes the
+    next free number. Number 0 is not used, because cursor 0 starts a scan.
     """
     taken: dict[int, bytes] = {}
     for name in sorted(names):
@@ -44,9 +45,11 @@ def numbered(names: Iterable[bytes]) -> list[tuple[int, bytes]]:
 def scan_rows(
     rows: Rows, start: int, count: int, sorted_shard: Callable[[Rows, int], Sequence[tuple[int, bytes]]]
 ) -> tuple[int, list[bytes]]:
-    """At least `count` keys from place `start` on, if there are as many; and where to go on, or END_OF_DATASET.
+    """Return at least `count` keys from place `start` on, and the next place.
 
-    :param sorted_shard: gives (place within the shard, key) of one shard, sorted.
+    It returns fewer keys only at the end, where the next place is END_OF_DATASET.
+
+    :param sorted_shard: returns (place within the shard, key) of one shard, sorted.
     """
     found: list[bytes] = []
     shard, place = start >> _KEY_BITS, start & ((1 << _KEY_BITS) - 1)
@@ -54,7 +57,7 @@ def scan_rows(
         entries = sorted_shard(rows, shard)
         index = bisect_left(entries, (place, b""))
         taken = index + count - len(found)
-        # Keys of one checksum have one place: all of them, or the rest would never be seen.
+        # Keys with the same checksum share a place: return all of them, or the rest would never be returned.
         while 0 < taken < len(entries) and entries[taken][0] == entries[taken - 1][0]:
             taken += 1
         found.extend(key for _, key in entries[index:taken])
@@ -67,7 +70,10 @@ def scan_rows(
 
 
 class SortedShards:
-    """Remembers the shard sorted last, which a scan asks for many times; it keeps no generation alive."""
+    """Caches the shard sorted last, which a scan needs many times.
+
+    It does not keep a generation in memory.
+    """
 
     def __init__(self) -> None:
         self._rows: weakref.ref[Rows] | None = None
@@ -82,14 +88,14 @@ class SortedShards:
 
 
 def place_in_shard(key: bytes) -> int:
-    """The bits of a key's CRC-32 above those that choose its shard."""
+    """Return the bits of a key's CRC-32 above those that choose its shard."""
     return crc32(key) >> 8
 
 
 def glob(pattern: bytes) -> Callable[[bytes], object] | None:
-    """A matcher for a pattern of Redis's: ``*``, ``?``, ``[a-z]``, ``[^a]``, a backslash before what is meant itself.
+    """Return a matcher for a pattern of Redis; None if it matches everything.
 
-    None stands for one that matches everything.
+    Patterns have ``*``, ``?``, ``[a-z]``, ``[^a]``, and a backslash to escape a character.
     """
     if pattern == b"*":
         return None
@@ -111,13 +117,16 @@ def glob(pattern: bytes) -> Callable[[bytes], object] | None:
     first, *others = segments
     if not others:
         return re.compile(first, re.DOTALL).fullmatch
-    # Each star takes as little as it can and never takes it back, so that no pattern needs more than linear time.
+    # Each star takes the shortest match and never backtracks, so that every pattern needs linear time.
     middle = b"".join(b"(?>.*?%b)" % segment for segment in others[:-1] if segment)
     return re.compile(first + middle + b".*" + others[-1], re.DOTALL).fullmatch
 
 
 def _character_class(pattern: bytes, position: int) -> tuple[bytes, int]:
-    """The regular expression of the class that begins at `position`, after its bracket, and the position after it."""
+    """Return the regular expression of a character class, and its end.
+
+    :param position: after the opening bracket.
+    """
     negated = pattern[position : position + 1] == b"^"
     position += negated
     members: set[int] = set()

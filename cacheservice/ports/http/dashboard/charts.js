@@ -1,4 +1,4 @@
-/** The last hour of a dataset as charts; uPlot is the global that its script makes. */
+/** The last hour of a dataset as charts. uPlot's script defines the global uPlot. */
 
 import { duration, took } from "./words.js";
 
@@ -6,16 +6,16 @@ const HOUR_S = 3600;
 const STEP_S = 300;
 const uPlot = window.uPlot;
 
-/** How much of the hour is shown, the same for all datasets: what the service has lived, in steps of five minutes. */
+/** The time span of all charts: the service's uptime in steps of five minutes, at most an hour. */
 export const window_s = (now) => Math.min(HOUR_S, Math.max(STEP_S, Math.ceil(now / STEP_S) * STEP_S));
 
-/** The points of one dataset's last hour, by slots of time: from /history, then one by one from events. */
+/** The points of one dataset's last hour, by time slot: first from /history, then one by one from events. */
 export class Hour {
   constructor() {
     this.points = [];
   }
 
-  /** Takes the columns of /history, as of `now` on the service's clock. */
+  /** Loads the columns of /history, as of `now` on the service's clock. */
   load(history, now) {
     this.points = history.slot.map((slot, i) => ({
       slot,
@@ -26,7 +26,7 @@ export class Hour {
     }));
   }
 
-  /** Takes the newest point, which replaces the one of its slot. */
+  /** Adds the newest point, which replaces the previous point of its slot. */
   add(point, toldAt) {
     while (this.points.length && this.points.at(-1).slot >= point.slot) this.points.pop();
     while (this.points.length && this.points[0].at < toldAt - HOUR_S) this.points.shift();
@@ -39,12 +39,12 @@ export class Hour {
     });
   }
 
-  /** What is left of it at `now`, when the age is `age` or null: columns for uPlot, and what they say in words. */
+  /** Returns columns for uPlot and their description in words, at `now` with the current `age` (or null). */
   at(now, age) {
     const points = this.points.filter((point) => point.at > now - window_s(now));
     const failed = (point) => point.outcome === "failed" || point.outcome === "held";
     return {
-      // The age goes on after the last attempt.
+      // The age continues to grow after the last attempt.
       data: [
         [...points.map((point) => point.at), now],
         [...points.map((point) => point.age), age],
@@ -90,7 +90,7 @@ const BARE = { cursor: { show: false }, legend: { show: false }, select: { show:
 
 const span = (now) => [now - window_s(now), now];
 
-/** The small chart of a row: the line of ages over the bars of times, without axes. */
+/** The small chart of a row: a line of ages over bars of refresh times, without axes. */
 export function spark(element, dataset, now) {
   const c = colours();
   const hourAt = (moment) => dataset.hour.at(moment, dataset.at(moment).age);
@@ -134,7 +134,7 @@ export function spark(element, dataset, now) {
   };
 }
 
-/** Marks on the axis of time, whole minutes apart, and what they say. */
+/** Returns the ticks of the time axis, whole minutes apart. */
 function minutes(now, width) {
   const shown = window_s(now) / 60;
   const step = ([[5, 1], [10, 2], [20, 5], [40, 10]].find(([limit]) => shown <= limit)?.[1] ?? 15) * (width < 480 ? 2 : 1);
@@ -168,7 +168,7 @@ function large(element, data, { height, now, scale, values, series, hooks = {}, 
   );
 }
 
-/** The two charts of the dialog: ages under their limit, and times. */
+/** The two charts of the dialog: ages with their limit, and refresh times. */
 export function details(agesElement, timesElement, dataset, now) {
   const c = colours();
   const hourAt = (moment) => dataset.hour.at(moment, dataset.at(moment).age);

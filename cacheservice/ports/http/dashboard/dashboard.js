@@ -1,4 +1,4 @@
-/** The dashboard: takes the service's events, keeps their state, and shows it; ages go on by this machine's clock. */
+/** The dashboard: receives the service's events, and keeps and shows its state. Ages grow by this machine's clock. */
 
 import { drawDetails, forgetDetails, openDetails, refreshDetails, showDetailsHead } from "./details.js";
 import { keepLostIcon, showConnection, showCounts, showHead } from "./head.js";
@@ -8,7 +8,7 @@ import { Dataset, Rows } from "./rows.js";
 import { Stream, ask } from "./stream.js";
 import * as words from "./words.js";
 
-const TOKEN = "cacheservice.token"; // where sessionStorage keeps it, for this tab alone
+const TOKEN = "cacheservice.token"; // its key in sessionStorage, which belongs to this tab only
 
 const rows = new Rows($("list"), $("row"), { why: open, refresh, accept: confirmAccept, now, isDown, isLost }, fetchHour);
 
@@ -53,7 +53,7 @@ function takeState({ service, postgres, configuration_rejected: rejected, datase
   setClock(service.uptime_s, isFirst);
   Object.assign(state, { service, postgres, rejected });
   if (isFirst) {
-    // Whatever was missed meanwhile is fetched with the hours.
+    // Points missed during the interruption are fetched with the history.
     for (const dataset of state.datasets.values()) dataset.hourIsWhole = false;
     if (state.lost) {
       state.lost = null;
@@ -75,7 +75,7 @@ function takeState({ service, postgres, configuration_rejected: rejected, datase
   if (state.opened && datasets[state.opened.name]) refreshDetails();
 }
 
-/** Takes over the service's clock. An event that was on its way for long must not turn ages back. */
+/** Adopts the service's clock. A delayed event must not set ages back. */
 function setClock(uptime, isFirst) {
   const behind = now() - uptime;
   if (isFirst || behind < 0 || behind > 2) state.clock = { uptime, at: performance.now() };
@@ -99,7 +99,7 @@ function refused(status, detail) {
     return;
   }
   const given = state.token;
-  // Nothing is known any more to who may not know it.
+  // A client without access must not see the state any more.
   Object.assign(state, { token: "", lost: null, service: null });
   showConnection();
   document.body.dataset.level = "waiting";
@@ -123,7 +123,7 @@ async function fetchHour(dataset) {
     dataset.hour.load(history, now());
     dataset.hourIsWhole = true;
   } catch {
-    return; // asked again when it is seen again, or after the next connection
+    return; // retried when the row is visible again, or after the next connection
   } finally {
     dataset.hourIsComing = false;
   }
@@ -235,7 +235,7 @@ function failed(dataset, error) {
   }
 }
 
-// What a person does
+// User input
 
 $("ask-form").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -265,7 +265,7 @@ for (const button of document.querySelectorAll("[data-close]")) {
 }
 for (const dialog of document.querySelectorAll("dialog")) {
   dialog.addEventListener("click", (event) => {
-    if (event.target === dialog) dialog.close(); // beside it
+    if (event.target === dialog) dialog.close(); // a click outside the dialog
   });
 }
 $("details").addEventListener("close", forgetDetails);
@@ -307,5 +307,5 @@ setInterval(() => {
   if (state.plots) drawDetails();
 }, 15_000);
 
-keepLostIcon().catch(() => {}); // without it the browser tries to fetch it then
+keepLostIcon().catch(() => {}); // the browser then tries to fetch it when it is needed
 connect();

@@ -1,4 +1,4 @@
-/** One dataset in full: the reasons as the service words them, its hour in charts, its limits. */
+/** The dialog of one dataset: the service's own sentences, charts of the last hour, and the limits. */
 
 import { details } from "./charts.js";
 import { $, now, sentence, setHidden, setShape, setText, state } from "./page.js";

@@ -1,4 +1,4 @@
-/** The head of the page: how it is in a word, why in a sentence, and the connection to the service. */
+/** The head of the page: the overall state, a summary in sentences, and the connection to the service. */
 
 import { window_s } from "./charts.js";
 import { $, now, sentence, setHidden, setShape, setText, state } from "./page.js";
@@ -9,7 +9,7 @@ const COUNTED = { alarm: "expired or never loaded", warning: "stale, held or fai
 
 let lostIcon = null;
 
-/** Fetch the icon that is needed when nothing can be fetched any more. */
+/** Fetches the icon for a lost connection while there still is one. */
 export async function keepLostIcon() {
   const answer = await fetch("assets/icon-lost.svg");
   if (answer.ok) lostIcon = URL.createObjectURL(await answer.blob());
@@ -77,7 +77,7 @@ function standby() {
 const capped = ({ limit, configured, open_files }) =>
   `Clients are capped at ${words.count(limit)} of ${words.count(configured)} by the limit of ${words.count(open_files)} open files.`;
 
-/** When the database is tried again, by whichever dataset comes first. */
+/** Describes the next attempt to reach the database, by the first dataset that is due. */
 function nextTry() {
   const waits = [...state.datasets.values()].map((dataset) => (dataset.told.progress ? 0 : dataset.at(now()).nextIn ?? Infinity));
   const first = Math.min(...waits);

@@ -1,4 +1,4 @@
-/** What is said to a screen reader: changes of state, not the passing of time. */
+/** Announcements for screen readers: changes of state, not the passing of time. */
 
 import { $, now, state } from "./page.js";
 
@@ -8,7 +8,7 @@ const MOST_AT_ONCE = 4;
 const news = [];
 let newsTimer = null;
 
-/** Says which datasets have another state than when it was called last; nothing of those that are new. */
+/** Announces the datasets whose state has changed since the last call, except new ones. */
 export function announceChanges() {
   for (const [name, dataset] of state.datasets) {
     if (!dataset.told) continue;
@@ -18,7 +18,7 @@ export function announceChanges() {
   }
 }
 
-/** Says something soon, together with what else there is to say then. */
+/** Announces a text soon, coalesced with other announcements until then. */
 export function announce(text) {
   news.push(text);
   newsTimer ??= setTimeout(() => {

@@ -1,8 +1,8 @@
-/** What all parts of the page share: its state, the service's clock, and how an element is changed. */
+/** Shared by all parts of the page: its state, the service's clock, and helpers that change elements. */
 
 export const $ = (id) => document.getElementById(id);
 
-/** What the service told, and what became of the connection to it. */
+/** The service's last state, and the state of the connection. */
 export const state = {
   stream: null,
   token: "",
@@ -13,16 +13,16 @@ export const state = {
   rejected: null,
   datasets: new Map(),
   levels: new Map(),
-  /** The service's uptime at a moment of performance.now(); no wall clock, which somebody may set. */
+  /** The service's uptime at a time of performance.now(), because a wall clock may be set. */
   clock: { uptime: 0, at: performance.now() },
   lost: null,
   opened: null,
 };
 
-/** The service's uptime, in seconds; it goes on while the service is out of reach. */
+/** The service's uptime, in seconds; it continues while the service is unreachable. */
 export const now = () => state.clock.uptime + (performance.now() - state.clock.at) / 1000;
 
-/** Whether the database is down, and that is why a dataset was not read. */
+/** Returns true if a dataset was not read because the database is down. */
 export function isDown(told) {
   return state.postgres?.state === "down" && told.last_attempt?.error === state.postgres.error;
 }
@@ -31,7 +31,7 @@ export function isLost() {
   return state.lost !== null;
 }
 
-/** A problem's detail as a sentence. */
+/** Returns a problem's detail as a sentence. */
 export const sentence = (text) => `${text[0].toUpperCase()}${text.slice(1)}${/[.!?]$/.test(text) ? "" : "."}`;
 
 export function setText(element, text) {

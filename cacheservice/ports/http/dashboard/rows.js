@@ -1,4 +1,4 @@
-/** The list of datasets: one row each, in the order of need. Everything that comes from outside is put in as text. */
+/** The list of datasets: one row each, problems first. All external data are inserted as text, never as HTML. */
 
 import { Hour, spark } from "./charts.js";
 import { setHidden, setShape, setText } from "./page.js";
@@ -6,7 +6,7 @@ import * as words from "./words.js";
 
 const RANK = { alarm: 0, warning: 1, waiting: 2, fine: 3 };
 
-/** One dataset as the service last told it, and what has become of it since by the clock. */
+/** The last event of one dataset, and its state since then by the clock. */
 export class Dataset {
   constructor(name) {
     this.name = name;
@@ -19,7 +19,7 @@ export class Dataset {
     if (told.newest_point) this.hour.add(told.newest_point, told.told_at_s);
   }
 
-  /** At `now` on the service's clock, in seconds. */
+  /** Returns its state at `now` on the service's clock, in seconds. */
   at(now) {
     const { told } = this;
     const since = Math.max(0, now - told.told_at_s);
@@ -27,7 +27,7 @@ export class Dataset {
     const age = on(told.age_s);
     return {
       age,
-      since: told.held ? Math.max(0, (Date.now() - Date.parse(told.held.since)) / 1000) : 0, // whether its day is told
+      since: told.held ? Math.max(0, (Date.now() - Date.parse(told.held.since)) / 1000) : 0, // whether to show the day
       nextIn: told.next_refresh_in_s === null ? null : Math.max(0, told.next_refresh_in_s - since),
       endedAgo: on(told.newest_point?.ago_s) ?? 0,
       behind: on(told.behind_s),
@@ -39,7 +39,7 @@ export class Dataset {
   }
 }
 
-/** Puts in pieces of text, of which those that are `{ strong }` stand out. */
+/** Sets the content to pieces of text; `{ strong }` pieces are emphasized. */
 function setPieces(element, pieces) {
   const isStrong = (piece) => typeof piece !== "string";
   const fits = pieces.length === element.childElementCount && pieces.every((piece, i) => isStrong(piece) === (element.children[i].tagName === "STRONG"));
@@ -68,7 +68,7 @@ class Row {
     }
   }
 
-  /** What the service tells, which changes only with an event. */
+  /** Updates the parts that change only with an event. */
   told(isAdmin) {
     const { told } = this.dataset;
     const { parts } = this;
@@ -82,10 +82,10 @@ class Row {
     setText(parts["age-limit"], told.age_s === null ? "" : `of ${words.duration(told.max_age_s)}`);
     setHidden(parts.refresh, !isAdmin);
     setHidden(parts.accept, !isAdmin || !told.held);
-    setHidden(parts.loading, !told.progress?.rows); // before the first row it may still be connecting
+    setHidden(parts.loading, !told.progress?.rows); // before the first row, the service may still be connecting
     if (told.progress) {
       const { rows, expected_rows: expected } = told.progress;
-      // Without an expectation the bar moves by itself.
+      // Without an expected number of rows, the bar is indeterminate.
       if (expected) this.progress.value = Math.min(1, rows / expected);
       else this.progress.removeAttribute("value");
       const of = expected ? ` of about ${words.count(expected)}` : "";
@@ -94,10 +94,10 @@ class Row {
     }
   }
 
-  /** What moves with the time. */
+  /** Updates the parts that change with time. */
   tick(now, { isDown, isLost }) {
     const at = this.dataset.at(now);
-    if (isLost()) at.nextIn = undefined; // what the service does now, nobody knows
+    if (isLost()) at.nextIn = undefined; // the current activity of the service is unknown
     const { told } = this.dataset;
     const { parts } = this;
     if (this.element.dataset.level !== at.level) this.element.dataset.level = at.level;
@@ -129,7 +129,7 @@ class Row {
   }
 }
 
-/** All rows. `actions` are what the buttons do; `needsHour(dataset)` fetches its history when it is seen. */
+/** All rows. `actions` has the buttons' handlers; `needsHour(dataset)` fetches its history once its row is visible. */
 export class Rows {
   constructor(list, template, actions, needsHour) {
     this.list = list;
@@ -144,7 +144,7 @@ export class Rows {
     this.wanted = () => true;
   }
 
-  /** Has these datasets, and no others. */
+  /** Replaces the datasets; rows of unchanged datasets stay. */
   declare(datasets) {
     for (const [name, row] of this.rows) {
       if (datasets.get(name) === row.dataset) continue;
@@ -176,7 +176,7 @@ export class Rows {
     for (const row of this.rows.values()) row.told(isAdmin);
   }
 
-  /** Problems first; within a level the order of the configuration, so that nothing moves while it only ages. */
+  /** Sorts problems first; within a level by the configuration's order, so that rows do not move as they age. */
   sort(levels) {
     const place = new Map(this.names.map((name, index) => [name, index]));
     const order = [...this.names].sort((a, b) => RANK[levels.get(a)] - RANK[levels.get(b)] || place.get(a) - place.get(b));
@@ -197,7 +197,7 @@ export class Rows {
     if (focused instanceof HTMLElement && this.list.contains(focused)) focused.focus({ preventScroll: true });
   }
 
-  /** Shows only those that `wanted(name)`; gives how many. */
+  /** Shows only the rows for which `wanted(name)` is true; returns their number. */
   filter(wanted) {
     this.wanted = wanted;
     let shown = 0;
@@ -209,12 +209,12 @@ export class Rows {
     return shown;
   }
 
-  /** Those that are seen; now and then all, for who reads the page without seeing it. */
+  /** Updates the visible rows; `all` includes the others, which screen readers can reach. */
   tick(now, all = false) {
     for (const row of all ? this.rows.values() : this.seen) row.tick(now, this.actions);
   }
 
-  /** All that is seen again, after colours, sizes or hours have changed. */
+  /** Redraws the visible charts; with `anew` from scratch, after colours or sizes have changed. */
   redraw(now, anew = false) {
     for (const row of this.rows.values()) if (anew) row.forgetPlot();
     for (const row of this.seen) row.draw(now);

@@ -1,12 +1,12 @@
 /**
- * Server-sent events over fetch(): EventSource cannot send an Authorization header, and tells nothing of a refusal.
+ * Server-sent events over fetch(): EventSource cannot send an Authorization header, and hides the reason of a refusal.
  */
 
-const SILENCE_MS = 25_000; // the service says something every 10 s
+const SILENCE_MS = 25_000; // the service sends an event at least every 10 s
 const FIRST_PAUSE_MS = 500;
 const LONGEST_PAUSE_MS = 15_000;
 
-/** What the service answered instead of events. */
+/** An error response instead of events. */
 class Refused extends Error {
   constructor(status, detail) {
     super(detail);
@@ -15,10 +15,11 @@ class Refused extends Error {
 }
 
 /**
- * Follows /events until `stop()`, however often the connection is lost.
+ * Follows /events until `stop()`, and reconnects whenever the connection is lost.
  *
- * `event(name, data)` gets each event; `lost(why, retryAt)` is told of each lost connection, with the time of the next
- * try on the clock of performance.now(); `refused(status, detail)` ends it: the token is missing or wrong.
+ * `event(name, data)` receives each event. `lost(why, retryAt)` is called for each lost connection, with the time of
+ * the next attempt on the clock of performance.now(). `refused(status, detail)` is called last, if the token is missing
+ * or wrong.
  */
 export class Stream {
   constructor({ token, event, lost, refused }) {
@@ -35,7 +36,7 @@ export class Stream {
     this.retryNow();
   }
 
-  /** Ends the pause before the next try, if there is one. */
+  /** Ends the pause before the next attempt, if there is one. */
   retryNow() {
     this.wake?.();
   }
@@ -53,7 +54,7 @@ export class Stream {
         why = error instanceof Refused ? error.message : this.silent ? "it went silent" : "it cannot be reached";
       }
       if (this.stopped) return;
-      // Half of the pause is drawn by lot, so that a hundred pages do not come back at the same moment.
+      // Half of the pause is random (jitter), so that a hundred pages do not reconnect at the same time.
       const most = Math.min(LONGEST_PAUSE_MS, FIRST_PAUSE_MS * 2 ** this.failures);
       const pause = most / 2 + (Math.random() * most) / 2;
       this.failures += 1;
@@ -112,7 +113,7 @@ export class Stream {
   }
 }
 
-/** Asks the service something; gives the JSON of its answer, or throws an Error with its words. */
+/** Sends a request; returns the JSON of the response, or throws an Error with the response's detail. */
 export async function ask(path, { token, method = "GET" } = {}) {
   const headers = { Accept: "application/json" };
   if (token) headers.Authorization = `Bearer ${token}`;

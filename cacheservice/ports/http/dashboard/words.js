@@ -1,4 +1,4 @@
-/** Numbers, times and states in words. Pure functions: of a dataset as the service tells it, and of ages in seconds. */
+/** Numbers, times and states in words: pure functions of a dataset's last event and of ages in seconds. */
 
 const whole = new Intl.NumberFormat("en");
 const clockTime = new Intl.DateTimeFormat([], { hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23" });
@@ -8,7 +8,7 @@ const dayAndTime = new Intl.DateTimeFormat([], {
 
 export const count = (number) => whole.format(number);
 
-/** Seconds as a person says them: 7 s, 3 min 20 s, 5 h 2 min, 3 d 4 h. */
+/** Formats seconds for a person: 7 s, 3 min 20 s, 5 h 2 min, 3 d 4 h. */
 export function duration(seconds) {
   const s = Math.max(0, Math.floor(seconds));
   const two = (size, unit, smaller, smallerUnit) => {
@@ -21,7 +21,7 @@ export function duration(seconds) {
   return two(86400, "d", 3600, "h");
 }
 
-/** How long something took: 4 ms, 0.25 s, 3.1 s, then as `duration`. */
+/** Formats the time of a refresh: 4 ms, 0.25 s, 3.1 s, longer ones as `duration`. */
 export function took(seconds) {
   if (seconds < 0.1) return `${Math.round(seconds * 1000)} ms`;
   if (seconds < 10) return `${seconds.toFixed(seconds < 1 ? 2 : 1)} s`;
@@ -35,7 +35,7 @@ export function bytes(size) {
   return `${size} B`;
 }
 
-/** A moment of the database's or the service's clock, in this browser's zone; with its day if that is long ago. */
+/** Formats a time of the database or the service in this browser's zone, with the day if it is long ago. */
 export function moment(iso, age = 0) {
   const at = new Date(iso);
   return (age > 43200 ? dayAndTime : clockTime).format(at);
@@ -45,14 +45,14 @@ export const times = (number) => ({ 1: "once", 2: "twice" })[number] ?? `${count
 
 export const plural = (number, word) => `${count(number)} ${word}${number === 1 ? "" : "s"}`;
 
-/** By the contract's limits, as the service reckons it: it goes on while the service is out of reach. */
+/** Computes the state by the limits in docs/freshness.md, as the service does, also while it is unreachable. */
 export function stateOf(dataset, age) {
   if (age === null) return "never_loaded";
   if (age > dataset.max_age_s) return "expired";
   return age > dataset.interval_s + dataset.timeout_s ? "stale" : "fresh";
 }
 
-/** How much somebody has to look: "alarm", "warning", "waiting" or "fine". */
+/** The urgency of a dataset: "alarm", "warning", "waiting" or "fine". */
 export function levelOf(dataset, age) {
   const state = stateOf(dataset, age);
   const failing = dataset.consecutive_failures > 0;
@@ -67,7 +67,7 @@ export function shapeOf(dataset, age) {
   return dataset.pinned && level === "waiting" ? "pinned" : level;
 }
 
-/** "stale, held, failing": the state and whatever stands beside it. */
+/** Returns the state and further conditions in words: "stale, held, failing". */
 export function stateWords(dataset, age) {
   const words = [stateOf(dataset, age).replace("_", " ")];
   if (dataset.held) words.push("held");
@@ -85,7 +85,7 @@ export function changeWords(change) {
   return parts.join(", ") || "nothing";
 }
 
-/** When the next refresh is; `nextIn` is undefined while the service is out of reach, and null where none is planned. */
+/** Describes the next refresh; `nextIn` is undefined while the service is unreachable, null if none is planned. */
 export function nextWords(dataset, nextIn) {
   if (nextIn === undefined) return "not known";
   if (dataset.progress) return dataset.consecutive_failures ? "trying now" : "reading now";
@@ -95,9 +95,10 @@ export function nextWords(dataset, nextIn) {
 }
 
 /**
- * What is wrong with a dataset, for somebody who sees it for the first time: how old, since when, why, what next.
+ * Describes a dataset's problem to a newcomer: the age, the start, the cause and the next step.
  *
- * Pieces of text, those that matter most as `{ strong }`. `isDown` says that the database is, and why is told elsewhere.
+ * Returns pieces of text, the most important ones as `{ strong }`. `isDown`: the database is down, and the head of the
+ * page shows the cause.
  */
 export function problem(dataset, { age, since, nextIn, endedAgo, behind }, isDown) {
   const state = stateOf(dataset, age);
