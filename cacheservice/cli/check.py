@@ -30,7 +30,7 @@ def check(with_database: bool, as_json: bool) -> None:
 
     With --db also ask the database about each dataset, as the service's role and in the transaction of a refresh, but
     without reading all of it: columns and types, whether the key is unique, rows, bytes and cost as estimated, the
-    costliest node of the plan, rights that are missing, with the GRANT to say, and whether what `watch`, `notify` and
+    costliest node of the plan, missing privileges with the GRANT to run, and whether what `watch`, `notify` and
     `probe` need is there. Rows and bytes are the planner's estimates; run ANALYZE where they are far off.
 
     Exit code 0 if all is well, 1 if there is a problem. Hints are none.

@@ -83,14 +83,14 @@ def migrate(dsn: str | None, owner: str | None, reader: str | None, tables: tupl
 @click.option("--dry-run", is_flag=True, help="Print the SQL, one transaction, and do nothing.")
 @_owner_dsn
 def watch(table: str, key: tuple[str, ...], notify: bool, dry_run: bool, dsn: str | None) -> None:
-    """Put triggers on TABLE that record the keys of changed rows, so that a refresh reads those alone.
+    """Put triggers on TABLE that record the keys of changed rows, so that a refresh reads only these.
 
-    Then say so in the configuration: watch = [{table = "TABLE", key = "COLUMN"}]. A NOTIFY takes a lock that serialises
-    the commits of the whole database, and PostgreSQL prepares no transaction (PREPARE TRANSACTION) that has sent one;
-    with --no-notify writers are spared both, and changes are seen each interval_s.
+    Then add to the dataset: watch = [{table = "TABLE", key = "COLUMN"}]. A NOTIFY takes a lock that serialises the
+    commits of the whole database, and PostgreSQL cannot prepare a transaction (PREPARE TRANSACTION) that has sent one.
+    With --no-notify writers avoid both, and changes are seen each interval_s.
 
-    Say it as the table's owner: the triggers run with the rights of whoever made them. Say it again after partitions
-    were attached or detached, or triggers disabled and enabled. It waits 5 s for writers that are at work, no longer.
+    Run it as the owner of the table: the triggers run with the privileges of the role that creates them. Run it again
+    after partitions were attached or detached, or triggers disabled and enabled. It waits at most 5 s for writers.
 
     \b
     Examples:

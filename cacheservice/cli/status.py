@@ -133,9 +133,9 @@ def status(
 @click.argument("names", metavar="[NAME]...", nargs=-1, shell_complete=dataset_names)
 @where
 def why(names: tuple[str, ...], host: str | None, port: int | None, timeout_s: float) -> None:
-    """Say in sentences how a dataset is, what failed, who blocks it, what to do, and when it tries next.
+    """Explain the state of a dataset: what failed, which session blocks it, what to do, and when it is retried.
 
-    Without a NAME, of each dataset that has a problem.
+    Without a NAME, explain each dataset that has a problem.
 
     \b
     Examples:

@@ -389,8 +389,8 @@ def tail(
 ) -> None:
     """Follow a running service: a line for each publish, failure and change of state, until Ctrl-C.
 
-    It goes on when the service restarts. The RESP port tells of each publish; without it (off, another password), the
-    numbers of generations tell how many there were.
+    It continues when the service restarts. The RESP port reports each publish. Without it (off, another password), the
+    numbers of the generations show how many publishes there were.
 
     \b
     Examples:
