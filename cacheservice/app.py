@@ -10,13 +10,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from twisted.application.service import MultiService, Service
 from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.interfaces import IReactorTime
 from twisted.python.failure import Failure
 
 from cacheservice import __version__, config, process
+from cacheservice.base.interfaces import Log, Reactor
 from cacheservice.cache.cache import Cache, ConnectionCap
 from cacheservice.cache.describe import seconds
 from cacheservice.config import ConfigFile, PersistenceSettings, Settings
@@ -80,7 +82,7 @@ class CacheServiceRoot(MultiService):
     else has stopped.
     """
 
-    def __init__(self, cache: Cache, reactor: Any, writer: logs.LineWriter, log: Any) -> None:
+    def __init__(self, cache: Cache, reactor: Reactor, writer: logs.LineWriter, log: Log) -> None:
         super().__init__()
         self._cache = cache
         self._reactor = reactor
@@ -119,7 +121,7 @@ class CacheServiceRoot(MultiService):
         self._cache.stopping = True
         self._log.info("service_stopping")
         stopped = Deferred.fromCoroutine(self._stop_in_order())
-        stopped.addTimeout(_STOP_TIMEOUT_S, self._reactor)
+        stopped.addTimeout(_STOP_TIMEOUT_S, cast("IReactorTime", self._reactor))
         return stopped.addBoth(self._tell_stopped)
 
     async def _stop_in_order(self) -> None:
@@ -155,7 +157,7 @@ class DatabaseService(Service):
 
 
 def make_service(
-    settings: Settings, reactor: Any, writer: logs.LineWriter, threshold: logs.Threshold, log: Any
+    settings: Settings, reactor: Reactor, writer: logs.LineWriter, threshold: logs.Threshold, log: Log
 ) -> CacheServiceRoot:
     """Return the whole service, not yet started.
 
@@ -305,7 +307,7 @@ def _load_with_file() -> tuple[Settings, ConfigFile]:
     return load_settings(os.environ), file
 
 
-def _make_room(settings: Settings, cache: Cache, log: Any) -> Room:
+def _make_room(settings: Settings, cache: Cache, log: Log) -> Room:
     """Return the descriptors that the ports may use.
 
     Log a warning if the limit of open files allows fewer connections than the configuration.
@@ -321,7 +323,9 @@ def _make_room(settings: Settings, cache: Cache, log: Any) -> Room:
     return room
 
 
-def _store(settings: PersistenceSettings, cache: Cache, drain: Drain, reactor: Any, log: Any) -> SnapshotStore | None:
+def _store(
+    settings: PersistenceSettings, cache: Cache, drain: Drain, reactor: Reactor, log: Log
+) -> SnapshotStore | None:
     if not settings.directory:
         return None
     directory = Path(settings.directory)

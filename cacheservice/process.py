@@ -17,6 +17,7 @@ from twisted.application.service import Service
 from twisted.internet.defer import Deferred
 from twisted.scripts import twistd
 
+from cacheservice.base.interfaces import Log, Reactor
 from cacheservice.errors import CacheServiceError
 
 _TWISTD_LOG = "twistd.log"
@@ -57,7 +58,7 @@ class Signals(Service):
     name = "signals"
 
     def __init__(
-        self, reactor: Any, reload: Callable[[], Deferred[Any]], reopen_log: Callable[[], str | None], log: Any
+        self, reactor: Reactor, reload: Callable[[], Deferred[Any]], reopen_log: Callable[[], str | None], log: Log
     ) -> None:
         self._reopen_log = reopen_log
         self._log = log

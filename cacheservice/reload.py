@@ -12,10 +12,11 @@ from typing import Any, Protocol
 
 from pydantic import SecretStr
 from twisted.internet.defer import Deferred
-from twisted.internet.threads import deferToThreadPool
 from twisted.python.failure import Failure
 
 from cacheservice import config
+from cacheservice.base.interfaces import Log, Reactor
+from cacheservice.base.threads import in_thread
 from cacheservice.cache.cache import Cache, Rejection, Reloaded
 from cacheservice.config import ConfigFile, Settings
 from cacheservice.errors import ConfigError
@@ -77,8 +78,8 @@ class Reload:
         room: Room,
         rotation: Rotation,
         threshold: Threshold,
-        reactor: Any,
-        log: Any,
+        reactor: Reactor,
+        log: Log,
     ) -> None:
         self._started = started
         self._dsn = started.postgres.dsn
@@ -120,8 +121,7 @@ class Reload:
         if self._running or now - self._secret_read_at < _SECRET_INTERVAL_S:
             return
         self._secret_read_at = now
-        pool = self._reactor.getThreadPool()
-        reading = deferToThreadPool(self._reactor, pool, config.dsn_in_file, os.environ)
+        reading = in_thread(self._reactor, config.dsn_in_file, os.environ)
         reading.addCallback(self._use_secret).addErrback(self._not_used)
 
     def _use_secret(self, dsn: SecretStr | None) -> None:
@@ -155,7 +155,7 @@ class Reload:
 
     async def _reload(self) -> Reloaded:
         try:
-            settings, file = await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), self._load)
+            settings, file = await in_thread(self._reactor, self._load)
         except ConfigError as error:
             self._cache.rejection = Rejection(error.problems, self._cache.now())
             self._log.error("config_rejected", error="; ".join(error.problems))

@@ -18,6 +18,8 @@ import structlog
 from twisted.logger import ILogObserver, LogEvent, LogLevel, formatEvent
 from zope.interface import implementer
 
+from cacheservice.base.interfaces import Log
+
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 _MOST_WAITING_LINES = 10_000
 _FLUSH_TIMEOUT_S = 0.3
@@ -166,7 +168,7 @@ class TwistedEvents:
     Tracebacks stay within their line.
     """
 
-    def __init__(self, log: Any) -> None:
+    def __init__(self, log: Log) -> None:
         self._log = log
 
     def __call__(self, event: LogEvent) -> None:

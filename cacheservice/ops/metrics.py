@@ -24,9 +24,10 @@ from prometheus_client.core import (
     Metric,
 )
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
-from twisted.internet.task import deferLater
 
 from cacheservice import __version__
+from cacheservice.base.interfaces import Clock
+from cacheservice.base.timers import pause
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.counts import Histogram
 from cacheservice.cache.dataset import Dataset
@@ -104,7 +105,7 @@ class Metrics:
         cache: Cache,
         lateness: Histogram,
         ports: Mapping[str, ServedPort],
-        clock: Any,
+        clock: Clock,
         superseded: Superseded = dict,
     ) -> None:
         self._cache = cache
@@ -174,7 +175,7 @@ class Metrics:
         made = _A_TURN
         for dataset in list(self._cache.datasets.values()):
             if made >= _A_TURN:
-                await deferLater(self._clock, 0)
+                await pause(self._clock)
                 made = 0
             made += self._render(dataset)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from twisted.application.service import Service
-from twisted.internet.task import LoopingCall
 
+from cacheservice.base.interfaces import Clock
+from cacheservice.base.timers import counting_loop
 from cacheservice.cache.counts import Histogram
 
 TICK_S = 1 / 32
@@ -27,11 +26,10 @@ class StallWatch(Service):
 
     name = "stall"
 
-    def __init__(self, clock: Any) -> None:
+    def __init__(self, clock: Clock) -> None:
         self.lateness = Histogram(BOUNDS_S)
         self._clock = clock
-        self._loop = LoopingCall.withCount(self._tick)
-        self._loop.clock = clock
+        self._loop = counting_loop(clock, self._tick)
 
     def startService(self) -> None:
         super().startService()
@@ -49,6 +47,7 @@ class StallWatch(Service):
         """
         # The same computation as in LoopingCall: because of rounding, the remainder of a division may be a whole tick
         # instead of 0.
+        assert self._loop.starttime is not None, "it is running"
         since_start_s = self._clock.seconds() - self._loop.starttime
         after_last_due_s = max(0.0, since_start_s - int(since_start_s / TICK_S) * TICK_S)
         self.lateness.observe((due - 1) * TICK_S + after_last_due_s)

@@ -17,9 +17,10 @@ from twisted.internet.abstract import isIPAddress, isIPv6Address
 from twisted.internet.defer import CancelledError, Deferred, maybeDeferred
 from twisted.internet.error import CannotListenError, MessageLengthError
 from twisted.internet.protocol import DatagramProtocol
-from twisted.internet.task import LoopingCall, deferLater
 from twisted.python.failure import Failure
 
+from cacheservice.base.interfaces import Log, Reactor
+from cacheservice.base.timers import looping, pause
 from cacheservice.errors import CacheServiceError
 from cacheservice.ops.families import Sample
 from cacheservice.ops.metrics import Metrics
@@ -54,8 +55,8 @@ class StatsD(Service):
         port: int,
         prefix: str,
         resolve: Callable[[str], Awaitable[Sequence[str]]],
-        reactor: Any,
-        log: Any,
+        reactor: Reactor,
+        log: Log,
         interval_s: float = INTERVAL_S,
     ) -> None:
         self._metrics = metrics
@@ -67,8 +68,7 @@ class StatsD(Service):
         self._log = log
         self._interval_s = interval_s
         self._sent: dict[str, float] = {}
-        self._loop = LoopingCall(self._push)
-        self._loop.clock = reactor
+        self._loop = looping(reactor, self._push)
         self._pushing: Deferred[None] | None = None
         self._sender: _Sender | None = None
         self._problem: str | None = None
@@ -106,7 +106,7 @@ class StatsD(Service):
             for number, packet in enumerate(packets(self._lines()), 1):
                 sender.send(packet)
                 if number % _PACKETS_A_TURN == 0:
-                    await deferLater(self._reactor, 0)
+                    await pause(self._reactor)
         except (OSError, CannotListenError, MessageLengthError, CacheServiceError) as error:
             problem = getattr(error, "strerror", None) or str(error)
         self._tell(problem)

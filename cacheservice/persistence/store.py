@@ -20,10 +20,11 @@ from weakref import ref
 
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred
-from twisted.internet.task import deferLater
-from twisted.internet.threads import deferToThreadPool
 
 from cacheservice import clock, file_errors
+from cacheservice.base.interfaces import DelayedCall, Log, Reactor
+from cacheservice.base.threads import in_thread
+from cacheservice.base.timers import is_active, pause
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset, Snapshot, rows_builder
 from cacheservice.cache.dependencies import Dependencies
@@ -111,8 +112,8 @@ class SnapshotStore(Service):
         min_save_interval_s: float,
         keep_generations: int,
         release: Callable[[Groups], None],
-        reactor: Any,
-        log: Any,
+        reactor: Reactor,
+        log: Log,
         wall_s: Callable[[], float] = time.time,
         host: clock.Host | None = None,
     ) -> None:
@@ -133,7 +134,7 @@ class SnapshotStore(Service):
         self._due_at: dict[_Names, float] = {}
         self._to_renew: set[_Names] = set()
         self._renewal_due_at: dict[_Names, float] = {}
-        self._timer: Any = None
+        self._timer: DelayedCall | None = None
         self._saving: Deferred[None] | None = None
         self._temporaries: frozenset[Path] = frozenset()
         self._unsubscribe: Callable[[], None] | None = None
@@ -358,7 +359,7 @@ class SnapshotStore(Service):
                 for block in some:
                     for rows in unpacker.slices(block):
                         builder.add(rows)
-                        await deferLater(self._reactor, 0)
+                        await pause(self._reactor)
                         self._go_on()
         finally:
             # The thread must have finished with the file before it is closed here. Its failure no longer matters.
@@ -425,7 +426,7 @@ class SnapshotStore(Service):
         self._plan()
 
     def _forget_timer(self) -> None:
-        if self._timer is not None and self._timer.active():
+        if is_active(self._timer):
             self._timer.cancel()
 
     async def _save(self, names: _Names) -> None:
@@ -610,7 +611,7 @@ class SnapshotStore(Service):
             raise Stopped("the service is stopping")
 
     def _in_thread(self, work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> Deferred[_T]:
-        return deferToThreadPool(self._reactor, self._reactor.getThreadPool(), work, *args, **kwargs)
+        return in_thread(self._reactor, work, *args, **kwargs)
 
     @contextmanager
     def _work(self) -> Iterator[None]:

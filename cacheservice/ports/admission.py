@@ -10,7 +10,9 @@ needs its place, the oldest one is closed, so idle clients cannot keep a probe o
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
+
+from cacheservice.base.interfaces import Log
 
 RESERVE_S = 2.0
 """The time that a connection in reserve has for each step: to send its request, and to receive the reply."""
@@ -91,7 +93,7 @@ class Door:
     :param now: the monotonic clock, in seconds.
     """
 
-    def __init__(self, port: str, room: Room, reserve: int, log: Any, now: Callable[[], float]) -> None:
+    def __init__(self, port: str, room: Room, reserve: int, log: Log | None, now: Callable[[], float]) -> None:
         self._port = port
         self._room = room
         self._reserve = reserve

@@ -6,10 +6,10 @@ All readers that wait for a dataset share its refreshes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from twisted.internet.defer import Deferred
 
+from cacheservice.base.interfaces import Clock
 from cacheservice.cache.cache import DatabaseStatus, Refreshes
 from cacheservice.cache.dataset import Dataset, Snapshot
 from cacheservice.cache.events import Ended, Event, Published, Renewed
@@ -26,7 +26,7 @@ class Freshness:
     :param clock: `IReactorTime`, monotonic.
     """
 
-    def __init__(self, refreshes: Refreshes, database: DatabaseStatus, clock: Any) -> None:
+    def __init__(self, refreshes: Refreshes, database: DatabaseStatus, clock: Clock) -> None:
         self._refreshes = refreshes
         self._database = database
         self._clock = clock

@@ -9,8 +9,10 @@ are disconnected, and a reply from a superseded generation has a time limit.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
+from cacheservice.base.interfaces import Clock, DelayedCall, Log
+from cacheservice.base.timers import is_active
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Snapshot
 from cacheservice.cache.events import Ended, Event, Published
@@ -47,7 +49,7 @@ class Hold:
         self.reader = reader
         self.snapshots = snapshots
         self.began_at = began_at
-        self.timer: Any = None
+        self.timer: DelayedCall | None = None
 
 
 def too_old(holds: Collection[Hold], dataset: str, served: int, most: int) -> list[Hold]:
@@ -68,7 +70,7 @@ class HeldSnapshots:
     :param most_s: the time that a reply may take once its generation is superseded.
     """
 
-    def __init__(self, cache: Cache, clock: Any, log: Any, most_generations: int, most_s: float) -> None:
+    def __init__(self, cache: Cache, clock: Clock, log: Log, most_generations: int, most_s: float) -> None:
         self._cache = cache
         self._clock = clock
         self._log = log
@@ -86,7 +88,7 @@ class HeldSnapshots:
     def end(self, hold: Hold) -> None:
         """Remove a reply that has been sent or aborted."""
         self._holds.pop(hold, None)
-        if hold.timer is not None and hold.timer.active():
+        if is_active(hold.timer):
             hold.timer.cancel()
 
     def superseded(self) -> dict[tuple[str, int], int]:

@@ -18,6 +18,7 @@ from twisted.internet.interfaces import IListeningPort
 from twisted.internet.protocol import ServerFactory
 
 from cacheservice import file_errors
+from cacheservice.base.interfaces import Reactor
 from cacheservice.errors import PortUnavailable
 from cacheservice.ports.readers import Port
 
@@ -77,7 +78,7 @@ def _where(error: CannotListenError) -> str:
 
 
 def tcp(
-    reactor: Any, host: str, port: int, factory: ServerFactory, most_accepted: int = Port.most_accepted
+    reactor: Reactor, host: str, port: int, factory: ServerFactory, most_accepted: int = Port.most_accepted
 ) -> Callable[[], IListeningPort]:
     """Return a function that listens on an IP address.
 
@@ -104,7 +105,7 @@ def _has_ipv6() -> bool:
     return True
 
 
-def unix(reactor: Any, path: str, factory: ServerFactory) -> Callable[[], IListeningPort]:
+def unix(reactor: Reactor, path: str, factory: ServerFactory) -> Callable[[], IListeningPort]:
     """Return a function that listens on a unix socket with mode 600.
 
     It replaces a socket file that a crash left behind.

@@ -10,7 +10,6 @@ from __future__ import annotations
 import select
 import socket
 from collections.abc import Callable
-from typing import Any
 
 from twisted.internet import tcp
 from twisted.internet.error import ConnectionDone
@@ -18,6 +17,8 @@ from twisted.internet.interfaces import IReadDescriptor
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
+
+from cacheservice.base.interfaces import Reactor
 
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 4}
 """Seconds of idle time, seconds between keepalive probes, and the number of unanswered probes."""
@@ -37,7 +38,7 @@ class Readers:
 
     _log = Logger()
 
-    def __init__(self, reactor: Any, factory: object = None) -> None:
+    def __init__(self, reactor: Reactor, factory: object = None) -> None:
         self._reactor = reactor
         self._begin_round: Callable[[], None] = getattr(factory, "begin_round", _no_rounds)
         self._end_round: Callable[[], None] = getattr(factory, "end_round", _no_rounds)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 from twisted.internet.defer import Deferred
-from twisted.internet.threads import deferToThreadPool
 from twisted.python.failure import Failure
 
+from cacheservice.base.interfaces import Log, Reactor
+from cacheservice.base.threads import in_thread
 from cacheservice.config import Settings
 
 _INTERVAL_S = 1.0
@@ -78,8 +78,8 @@ class Rotation:
         read: Callable[[], Mapping[str, str]],
         *,
         has_files: bool,
-        reactor: Any,
-        log: Any,
+        reactor: Reactor,
+        log: Log,
     ) -> None:
         self._current = started
         self._read = read
@@ -103,7 +103,7 @@ class Rotation:
             if now - self._looked_at < _INTERVAL_S:
                 return None
             self._looked_at, self._waiting = now, []
-            reading = deferToThreadPool(self._reactor, self._reactor.getThreadPool(), self._read)
+            reading = in_thread(self._reactor, self._read)
             reading.addCallback(self._found, self._current).addErrback(self._broken).addCallback(self._looked)
         waiting: Deferred[None] = Deferred()
         self._waiting.append(waiting)

@@ -22,6 +22,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from cacheservice import __version__
+from cacheservice.base.interfaces import Clock
 from cacheservice.cache.cache import Cache, Refreshes, Reloaded
 from cacheservice.cache.describe import in_short
 from cacheservice.errors import CacheServiceError, ConfigError, UnknownDataset
@@ -405,7 +406,7 @@ class StatusFactory(ServerFactory):
     noisy = False
 
     def __init__(
-        self, commands: Commands, max_connections: int, idle_timeout_s: float, clock: Any, door: Door | None = None
+        self, commands: Commands, max_connections: int, idle_timeout_s: float, clock: Clock, door: Door | None = None
     ) -> None:
         self.door = door or open_door(clock.seconds)
         self.commands = commands

@@ -7,11 +7,11 @@ column. Therefore the rows are read once more without a conversion, and decoded 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from psycopg2 import extensions
-from twisted.internet.task import deferLater
 
+from cacheservice.base.interfaces import Reactor
+from cacheservice.base.timers import pause
 from cacheservice.errors import QueryFailed, RefreshFailed
 from cacheservice.postgres.guard import GuardedConnection
 
@@ -28,7 +28,7 @@ def is_about_bytes(error: QueryFailed) -> bool:
 
 
 async def name_row(
-    reactor: Any, guard: GuardedConnection, begin: str, rows_sql: str, name: str, error: QueryFailed
+    reactor: Reactor, guard: GuardedConnection, begin: str, rows_sql: str, name: str, error: QueryFailed
 ) -> QueryFailed | None:
     """Return `error` with the dataset, its first bad row's key and the encoding.
 
@@ -51,7 +51,7 @@ async def name_row(
                     return _named(name, encoding, _shown(key), error)
             if not cursor.rowcount:
                 return None
-            await deferLater(reactor, 0)
+            await pause(reactor)
     except RefreshFailed:
         return None  # the error of the refresh matters more
 

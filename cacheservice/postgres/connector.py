@@ -17,6 +17,7 @@ from psycopg2 import extensions
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
 from twisted.python.failure import Failure
 
+from cacheservice.base.interfaces import Reactor
 from cacheservice.postgres.addresses import Address, Memory, passes, share_s
 from cacheservice.postgres.handshake import Handshake, asynchronous
 from cacheservice.postgres.refusal import Tried, ends_the_search, not_connected, tried
@@ -55,7 +56,9 @@ class Connector:
     :param shuffle: as in `random`; used for load_balance_hosts=random.
     """
 
-    def __init__(self, reactor: Any, resolve: Resolve, shuffle: Callable[[list[Any]], None] = random.shuffle) -> None:
+    def __init__(
+        self, reactor: Reactor, resolve: Resolve, shuffle: Callable[[list[Any]], None] = random.shuffle
+    ) -> None:
         self._reactor = reactor
         self._resolve = resolve
         self._shuffle = shuffle
@@ -136,7 +139,7 @@ class _LookUps:
         set.
     """
 
-    def __init__(self, reactor: Any, resolve: Resolve, target: Target, slow: set[str]) -> None:
+    def __init__(self, reactor: Reactor, resolve: Resolve, target: Target, slow: set[str]) -> None:
         self._reactor = reactor
         self._resolve = resolve
         self._hosts = target.hosts()

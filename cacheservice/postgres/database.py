@@ -16,8 +16,9 @@ from weakref import WeakKeyDictionary
 
 import psycopg2
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.task import deferLater
 
+from cacheservice.base.interfaces import Reactor
+from cacheservice.base.timers import pause
 from cacheservice.cache.cache import DatabaseStatus
 from cacheservice.cache.dataset import Snapshot
 from cacheservice.cache.dependencies import Dependencies
@@ -221,7 +222,7 @@ class Database:
     :param status: receives the number of open sessions, and the server in use.
     """
 
-    def __init__(self, reactor: Any, target: Target, connect_timeout_s: float, status: DatabaseStatus) -> None:
+    def __init__(self, reactor: Reactor, target: Target, connect_timeout_s: float, status: DatabaseStatus) -> None:
         self._reactor = reactor
         self._status = status
         self._servers = Servers()
@@ -747,7 +748,7 @@ class Database:
         while rows := cursor.fetchmany(_SLICE_ROWS):
             into.add(rows)
             if cursor.rownumber < cursor.rowcount:
-                await deferLater(self._reactor, 0)
+                await pause(self._reactor)
 
     def _execute_asking_in(self, moment: _Moment, sql: str, name: str) -> Awaitable[Any]:
         return self._execute_asking(moment.guard, sql, name, moment.pid, moment.deadline_at)

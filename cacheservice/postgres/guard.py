@@ -21,6 +21,7 @@ from twisted.python.failure import Failure
 from txpostgres import txpostgres
 from zope.interface import implementer
 
+from cacheservice.base.interfaces import Reactor
 from cacheservice.errors import DatabaseUnavailable, DeadlineExceeded, ServerTooOld
 from cacheservice.postgres.connector import Connector, Session
 from cacheservice.postgres.oldest import too_old
@@ -89,7 +90,7 @@ class _Ear:
     the reactor of its own, so that a flood of notifications cannot monopolize the reactor.
     """
 
-    def __init__(self, reactor: Any, session: Session, until: float) -> None:
+    def __init__(self, reactor: Reactor, session: Session, until: float) -> None:
         self.heard: Deferred[list[Any]] = Deferred()
         self._reactor = reactor
         self._session = session
@@ -151,7 +152,7 @@ class GuardedConnection:
     :param deadline_at: on the reactor's clock, in seconds.
     """
 
-    def __init__(self, reactor: Any, target: Target, deadline_at: float) -> None:
+    def __init__(self, reactor: Reactor, target: Target, deadline_at: float) -> None:
         self._reactor = reactor
         self._target = target
         self._deadline_at = deadline_at

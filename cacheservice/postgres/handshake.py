@@ -23,6 +23,8 @@ from twisted.internet.interfaces import IReadWriteDescriptor
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from cacheservice.base.interfaces import Reactor
+
 _libpq = ctypes.CDLL(psycopg2._psycopg.__file__)  # the driver's own libpq, found through the driver's library
 _libpq.PQconnectPoll.argtypes = [ctypes.c_void_p]
 _libpq.PQconnectPoll.restype = ctypes.c_int
@@ -53,7 +55,7 @@ class Handshake:
     :param connect: makes an asynchronous session of the driver that has begun to connect.
     """
 
-    def __init__(self, reactor: Any, connect: Callable[[], Any]) -> None:
+    def __init__(self, reactor: Reactor, connect: Callable[[], Any]) -> None:
         self.opened: Deferred[Any] = Deferred(lambda _: self._abandon())
         self._reactor = reactor
         self._state = _State.WAITING

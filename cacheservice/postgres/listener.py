@@ -15,9 +15,10 @@ from typing import Any
 
 from twisted.application.service import Service
 from twisted.internet.defer import CancelledError, Deferred, succeed
-from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 
+from cacheservice.base.interfaces import Log, Reactor
+from cacheservice.base.timers import pause
 from cacheservice.cache.cache import DatabaseStatus
 from cacheservice.config import OWN_CHANNEL
 from cacheservice.errors import DatabaseUnavailable, NoSessionLeft, NotHeard, QueryFailed, RefreshFailed
@@ -88,9 +89,9 @@ class Listener(Service):
         heard: Callable[[str, str], None],
         missed: Callable[[], None],
         status: DatabaseStatus,
-        reactor: Any,
+        reactor: Reactor,
         random: Callable[[], float],
-        log: Any,
+        log: Log,
         *,
         canary_interval_s: float = CANARY_INTERVAL_S,
         answer_within_s: float = ANSWER_WITHIN_S,
@@ -229,7 +230,7 @@ class Listener(Service):
             except Exception:
                 self._log_internal_error(Failure())
                 retry_in_s = self._lost("an internal error, which the log tells")
-            await deferLater(self._reactor, retry_in_s)
+            await pause(self._reactor, retry_in_s)
 
     async def _with_session(self, purpose: str, use: Callable[[GuardedConnection], Any]) -> None:
         guard = GuardedConnection(self._reactor, self._target, self._reactor.seconds() + self._connect_timeout_s)

@@ -10,16 +10,17 @@ import socket
 from collections.abc import Callable, Sequence
 from functools import partial
 from threading import Thread
-from typing import Any
+from typing import Any, cast
 
 from twisted.internet._resolver import GAIResolver
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IHostResolution, IResolutionReceiver
+from twisted.internet.interfaces import IHostResolution, IReactorThreads, IResolutionReceiver
 from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 from zope.interface import implementer
 
+from cacheservice.base.interfaces import Reactor
 from cacheservice.errors import DatabaseUnavailable
 
 _MOST_THREADS = 16
@@ -54,12 +55,14 @@ class Resolver:
     :param reactor: receives the results; its clock must be monotonic.
     """
 
-    def __init__(self, reactor: Any, getaddrinfo: Callable[..., Any] = socket.getaddrinfo) -> None:
+    def __init__(self, reactor: Reactor, getaddrinfo: Callable[..., Any] = socket.getaddrinfo) -> None:
         self._pool = ThreadPool(0, _MOST_THREADS, "name look-ups")
         self._pool.threadFactory = partial(Thread, daemon=True)  # type: ignore[assignment]
         self._reactor = reactor
         self._under_way: dict[str, tuple[float, list[Deferred[Sequence[str]]]]] = {}
-        self._resolver = GAIResolver(reactor, lambda: self._pool, getaddrinfo=partial(_look_up, getaddrinfo))
+        self._resolver = GAIResolver(
+            cast("IReactorThreads", reactor), lambda: self._pool, getaddrinfo=partial(_look_up, getaddrinfo)
+        )
 
     async def resolve(self, name: str) -> Sequence[str]:
         """Return the addresses of `name`, in the order of the system's preference.

@@ -12,9 +12,10 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from twisted.internet.defer import Deferred
-from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 
+from cacheservice.base.interfaces import Reactor
+from cacheservice.base.timers import pause
 from cacheservice.cache.cache import DatabaseStatus
 from cacheservice.errors import DatabaseUnavailable, DeadlineExceeded, NoSessionLeft, let_go
 from cacheservice.postgres.connector import Connector
@@ -67,7 +68,7 @@ class Sessions:
     :param status: counts the open sessions.
     """
 
-    def __init__(self, reactor: Any, target: Target, connect_timeout_s: float, status: DatabaseStatus) -> None:
+    def __init__(self, reactor: Reactor, target: Target, connect_timeout_s: float, status: DatabaseStatus) -> None:
         self._reactor = reactor
         self._target = target
         self._connect_timeout_s = connect_timeout_s
@@ -191,14 +192,14 @@ class Sessions:
                         raise
                     room_by = self._reactor.seconds() + _ROOM_COMES_WITHIN_S
                 elif now < min(room_by, deadline_at):
-                    await deferLater(self._reactor, _ROOM_POLL_S)
+                    await pause(self._reactor, _ROOM_POLL_S)
                 elif self._make_room():
                     room_by = now + _ROOM_COMES_WITHIN_S
                 elif self._opening and may_wait_for_logins:
                     # A login of ours may have the last connection, before its session is in use.
                     room_by, may_wait_for_logins = now + _ROOM_COMES_WITHIN_S, False
                 elif (wait_s := next(waits_s, math.inf)) < deadline_at - now:
-                    await deferLater(self._reactor, wait_s)
+                    await pause(self._reactor, wait_s)
                 else:
                     raise
             kept = self._take()

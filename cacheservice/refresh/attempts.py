@@ -6,8 +6,8 @@ import secrets
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from twisted.internet.task import deferLater
-
+from cacheservice.base.interfaces import Clock
+from cacheservice.base.timers import pause
 from cacheservice.cache.changes import Change
 from cacheservice.cache.dataset import Attempt, Dataset, Snapshot, Trigger
 from cacheservice.cache.history import Outcome
@@ -61,7 +61,7 @@ class Result(NamedTuple):
     change: Change | None = None
 
     @classmethod
-    async def read(cls, clock: Any, dataset: Dataset, reading: Reading, base: Snapshot | None) -> Result:
+    async def read(cls, clock: Clock, dataset: Dataset, reading: Reading, base: Snapshot | None) -> Result:
         """Return what a reading brought; the rows of a delta are put into those of `base`, slice by slice.
 
         :param clock: `IReactorTime`.
@@ -83,7 +83,7 @@ class Result(NamedTuple):
             else:
                 patch.put(key, document)
             if number % _PATCHED_A_TURN == 0:
-                await deferLater(clock, 0)
+                await pause(clock)
         change = Change(patch.added, patch.changed, patch.removed)
         return cls._judged(dataset, reading, patch.finish() if any(change) else base.rows, base, change)
 

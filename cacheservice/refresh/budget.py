@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import Any
+
+from cacheservice.base.interfaces import Clock
 
 WINDOW_S = 60.0
 _TOLERANCE_S = 1e-6
@@ -32,7 +33,7 @@ class Budget:
     :param clock: `IReactorTime`, monotonic.
     """
 
-    def __init__(self, share: float, clock: Any) -> None:
+    def __init__(self, share: float, clock: Clock) -> None:
         self.share = share
         self.clock = clock
         self._ended: deque[Use] = deque()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from twisted.internet.task import deferLater
-
+from cacheservice.base.interfaces import Clock
+from cacheservice.base.timers import pause
 from cacheservice.cache.changes import Change, ChangeCount
 from cacheservice.cache.dataset import Snapshot
 from cacheservice.cache.rows import Rows
@@ -27,7 +27,7 @@ class Comparer:
     :param logs: by dataset.
     """
 
-    def __init__(self, clock: Any, logs: dict[str, Any]) -> None:
+    def __init__(self, clock: Clock, logs: dict[str, Any]) -> None:
         self._clock = clock
         self._logs = logs
 
@@ -59,7 +59,7 @@ class Comparer:
             return old is new
         count = ChangeCount(old, new)
         for _ in count:
-            await deferLater(self._clock, 0)
+            await pause(self._clock)
         return not any(count.change)
 
     async def _change(self, result: Result, served: Snapshot) -> Change:
@@ -68,7 +68,7 @@ class Comparer:
         expected = result.reading.may_differ if result.change is None and result.base is served else None
         count = ChangeCount(served.rows, result.rows, expected)
         for _ in count:
-            await deferLater(self._clock, 0)
+            await pause(self._clock)
         result.rows.note_digest(count.digest)
         if count.unexpected_count:
             # Deltas have missed something: what is published now is right again, and somebody has to know.

@@ -15,10 +15,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain
 from sys import getrefcount
-from typing import Any
 
 from twisted.internet.task import Cooperator
 
+from cacheservice.base.interfaces import Clock
+from cacheservice.base.timers import next_turns
 from cacheservice.cache.rows import Groups, Shards
 
 _SLICE_ROWS = 256
@@ -38,10 +39,10 @@ class Drain:
     :param clock: `IReactorTime`.
     """
 
-    def __init__(self, clock: Any) -> None:
+    def __init__(self, clock: Clock) -> None:
         self._cooperator = Cooperator(
             terminationPredicateFactory=lambda: lambda: True,
-            scheduler=lambda call: clock.callLater(0, call),
+            scheduler=next_turns(clock),
         )
         self._stopped = False
 

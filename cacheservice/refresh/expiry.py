@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from cacheservice.base.interfaces import Clock, DelayedCall, Log
+from cacheservice.base.timers import is_active
 from cacheservice.cache.dataset import Dataset, State
 from cacheservice.cache.describe import seconds
 
@@ -19,14 +19,14 @@ class ExpiryWatch:
     :param clock: `IReactorTime`, monotonic.
     """
 
-    def __init__(self, dataset: Dataset, clock: Any, log: Any) -> None:
+    def __init__(self, dataset: Dataset, clock: Clock, log: Log) -> None:
         self._dataset = dataset
         self._clock = clock
         self._log = log
-        self._timer: Any = None
+        self._timer: DelayedCall | None = None
 
     def stop(self) -> None:
-        if self._timer is not None and self._timer.active():
+        if is_active(self._timer):
             self._timer.cancel()
 
     def published(self) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
+from cacheservice.base.interfaces import Clock
 from cacheservice.cache.cache import DatabaseStatus
 from cacheservice.cache.dataset import Dataset, Snapshot
 from cacheservice.cache.describe import describe_blocker, seconds
@@ -30,7 +31,7 @@ class Outcomes:
         datasets: Sequence[Dataset],
         status: DatabaseStatus,
         expiries: Sequence[ExpiryWatch],
-        clock: Any,
+        clock: Clock,
         logs: dict[str, Any],
     ) -> None:
         self._datasets = datasets

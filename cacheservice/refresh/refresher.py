@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from twisted.internet.defer import CancelledError, Deferred
 
+from cacheservice.base.interfaces import Clock, Log
 from cacheservice.cache.cache import DatabaseStatus
 from cacheservice.cache.dataset import Dataset, Snapshot, rows_builder
 from cacheservice.cache.rows import Groups, RowsBuilder
@@ -55,9 +56,9 @@ class Means(NamedTuple):
     status: DatabaseStatus
     slots: Slots
     release: Callable[[Groups], None]
-    clock: Any
+    clock: Clock
     random: Callable[[], float]
-    log: Any
+    log: Log
     heard_all: Callable[[], Awaitable[bool]] | None = None
 
 

@@ -8,9 +8,10 @@ from typing import Any, Protocol
 
 from twisted.application.service import Service
 from twisted.internet.defer import CancelledError, Deferred, DeferredList
-from twisted.internet.task import LoopingCall
 from twisted.python.failure import Failure
 
+from cacheservice.base.interfaces import Clock, DelayedCall, Log
+from cacheservice.base.timers import is_active, looping
 from cacheservice.cache.cache import Cache, Declared
 from cacheservice.cache.dataset import Dataset, Snapshot
 from cacheservice.config import OWN_CHANNEL, DatasetSettings, groups
@@ -68,9 +69,9 @@ class CacheService(Service):
         cache: Cache,
         database: Reads,
         max_connections: int,
-        clock: Any,
+        clock: Clock,
         random: Callable[[], float],
-        log: Any,
+        log: Log,
         drain: Drain,
         history: History | None = None,
         max_load: float = 0.0,
@@ -89,9 +90,8 @@ class CacheService(Service):
         self._told: set[Refresher] = set()
         self._burst = 0
         self._burst_began_at = 0.0
-        self._burst_timer: Any = None
-        self._pruning = LoopingCall(lambda: self._run(self._prune()))
-        self._pruning.clock = clock
+        self._burst_timer: DelayedCall | None = None
+        self._pruning = looping(clock, lambda: self._run(self._prune()))
         self._under_way: set[Deferred[None]] = set()
         self._refreshers: dict[str, Refresher] = {}
         self._ending: set[Refresher] = set()
@@ -280,7 +280,7 @@ class CacheService(Service):
         self._stopping = True
         if self._pruning.running:
             self._pruning.stop()
-        if self._burst_timer is not None and self._burst_timer.active():
+        if is_active(self._burst_timer):
             self._burst_timer.cancel()
         for running in list(self._under_way):
             running.cancel()

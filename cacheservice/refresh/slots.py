@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from twisted.internet.defer import Deferred, fail, maybeDeferred
 
+from cacheservice.base.interfaces import DelayedCall
+from cacheservice.base.timers import is_active
 from cacheservice.errors import Stopped
 from cacheservice.refresh.budget import Budget, Use
 
@@ -50,7 +52,7 @@ class Slots:
         self._failing_uses = 0
         self._granting = False
         self._stopped = False
-        self._timer: Any = None
+        self._timer: DelayedCall | None = None
 
     def set_limit(self, limit: int) -> None:
         """Allow `limit` uses at once from now on; running uses beyond it run to their end."""
@@ -155,5 +157,5 @@ class Slots:
         return max(waiting, key=lambda w: (not self._is_put_back(w), w.need()), default=None)
 
     def _forget_timer(self) -> None:
-        if self._timer is not None and self._timer.active():
+        if is_active(self._timer):
             self._timer.cancel()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-from twisted.internet.task import LoopingCall
+from cacheservice.base.interfaces import Clock, DelayedCall
+from cacheservice.base.timers import counting_loop, is_active
 
 
 class Starts:
@@ -19,7 +19,7 @@ class Starts:
 
     def __init__(
         self,
-        clock: Any,
+        clock: Clock,
         loop_started: Callable[[], None],
         tick: Callable[[int], None],
         wake: Callable[[], None],
@@ -28,20 +28,15 @@ class Starts:
         self._loop_started = loop_started
         self._tick = tick
         self._wake = wake
-        self._loop = self._new_loop()
+        self._loop = counting_loop(clock, tick)
         self._interval_s = 0.0
-        self._loop_timer: Any = None
-        self._wake_timer: Any = None
-
-    def _new_loop(self) -> LoopingCall:
-        loop = LoopingCall.withCount(self._tick)
-        loop.clock = self._clock
-        return loop
+        self._loop_timer: DelayedCall | None = None
+        self._wake_timer: DelayedCall | None = None
 
     def begin(self, in_s: float, interval_s: float) -> None:
         """Start the loop after `in_s` seconds, in place of one that runs."""
         self._stop_loop()
-        self._loop = self._new_loop()  # one that was stopped would count what it missed
+        self._loop = counting_loop(self._clock, self._tick)  # one that was stopped would count what it missed
         self._interval_s = interval_s
         self._loop_timer = self._clock.callLater(in_s, self._start)
 
@@ -51,7 +46,7 @@ class Starts:
 
     def arm(self, wake_at: float | None) -> None:
         """Call `wake` at `wake_at` and at no other moment; never if it is None."""
-        if _is_active(self._wake_timer):
+        if is_active(self._wake_timer):
             if self._wake_timer.getTime() == wake_at:
                 return
             self._wake_timer.cancel()
@@ -66,9 +61,5 @@ class Starts:
     def _stop_loop(self) -> None:
         if self._loop.running:
             self._loop.stop()
-        if _is_active(self._loop_timer):
+        if is_active(self._loop_timer):
             self._loop_timer.cancel()
-
-
-def _is_active(timer: Any) -> bool:
-    return timer is not None and timer.active()

@@ -11,13 +11,13 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from json.encoder import encode_basestring
-from typing import Any
 from weakref import ref
 
 from twisted.internet.defer import Deferred
-from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 
+from cacheservice.base.interfaces import Reactor
+from cacheservice.base.threads import in_thread
 from cacheservice.cache.dataset import Dataset, Snapshot
 from cacheservice.cache.events import Ended, Published
 from cacheservice.cache.rows import STARTS, Rows, unframed
@@ -209,7 +209,7 @@ class GzipBodies:
 
     _log = Logger()
 
-    def __init__(self, reactor: Any) -> None:
+    def __init__(self, reactor: Reactor) -> None:
         self._reactor = reactor
         self._kept: dict[str, _Kept] = {}
         self.made = 0
@@ -267,7 +267,7 @@ class GzipBodies:
         return await self._in_thread(compress_now, document)
 
     def _in_thread(self, work: Callable[..., bytes], *data: bytes) -> Deferred[bytes]:
-        return deferToThreadPool(self._reactor, self._reactor.getThreadPool(), work, *data)
+        return in_thread(self._reactor, work, *data)
 
 
 def compress_now(document: bytes) -> bytes:

@@ -17,7 +17,6 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping
 from contextlib import suppress
-from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -33,6 +32,8 @@ from twisted.web.http import HTTPChannel
 from twisted.web.iweb import INonQueuedRequestFactory
 from zope.interface import implementer, provider
 
+from cacheservice.base.interfaces import DelayedCall, Reactor
+from cacheservice.base.timers import next_turns
 from cacheservice.cache.cache import Cache, Refreshes
 from cacheservice.ports import rejected
 from cacheservice.ports.admission import RESERVE_S, Door, open_door
@@ -145,7 +146,7 @@ class HttpChannel(HTTPChannel):
     # Class attributes until they change: attributes of each instance would cost memory for ten thousand idle clients.
     _command = b""
     _deadline_at: float | None = None
-    _timer: Any = None
+    _timer: DelayedCall | None = None
     _yielding: Any = None
     _waiting: Deferred[None] | None = None
     _is_made = False
@@ -626,7 +627,7 @@ class HttpFactory(ServerFactory):
         refreshes: Refreshes,
         max_connections: int,
         idle_timeout_s: float,
-        reactor: Any,
+        reactor: Reactor,
         token: str = "",
         admin_token: str = "",
         allow_data: bool = True,
@@ -660,7 +661,7 @@ class HttpFactory(ServerFactory):
             assets.load(),
             exposition,
         )
-        self.streams = Cooperator(_turn, partial(reactor.callLater, 0))
+        self.streams = Cooperator(_turn, next_turns(reactor))
 
     def buildProtocol(self, addr: object) -> HttpChannel:  # type: ignore[override]  # its `factory` has another type
         return HttpChannel(self)

@@ -5,12 +5,12 @@ So they are equal at all replicas and after a restart.
 
 from __future__ import annotations
 
-from typing import Any
 from weakref import WeakKeyDictionary
 
 from twisted.internet.defer import Deferred
-from twisted.internet.task import deferLater
 
+from cacheservice.base.interfaces import Clock
+from cacheservice.base.timers import pause
 from cacheservice.cache.digest import DIGEST_BYTES, document_digest
 from cacheservice.cache.rows import Rows
 from cacheservice.ports.http.heads import Representation
@@ -41,7 +41,7 @@ class Digests:
     :param clock: `IReactorTime`, for turns of the reactor.
     """
 
-    def __init__(self, clock: Any) -> None:
+    def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._waiting: WeakKeyDictionary[Rows, list[Deferred[None]]] = WeakKeyDictionary()
 
@@ -60,7 +60,7 @@ class Digests:
         try:
             for _ in rows.digesting():
                 if rows.count > AT_ONCE_ROWS:
-                    await deferLater(self._clock, 0)
+                    await pause(self._clock)
         finally:
             # Also if its client has disconnected: another waiting client then starts again.
             for computed in self._waiting.pop(rows):

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from twisted.internet.defer import Deferred
 
+from cacheservice.base.interfaces import Clock, DelayedCall
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset
 from cacheservice.cache.describe import (
@@ -57,12 +58,12 @@ class Feed:
     :param turn_s: how long a scan may block the reactor before it continues in the next turn.
     """
 
-    def __init__(self, cache: Cache, clock: Any, turn_s: float = TURN_S) -> None:
+    def __init__(self, cache: Cache, clock: Clock, turn_s: float = TURN_S) -> None:
         self._cache = cache
         self._clock = clock
         self._turn_s = turn_s
         self._listeners = 0
-        self._timer: Any = None
+        self._timer: DelayedCall | None = None
         self._version = 0
         self._is_current = self._has_changed = False
         self._told: dict[str, _Told] = {}

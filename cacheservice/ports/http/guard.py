@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from twisted.internet.task import deferLater
-
+from cacheservice.base.interfaces import Clock
+from cacheservice.base.timers import pause
 from cacheservice.ports.http.problem import Problem
 from cacheservice.ports.rejected import Rejected
 from cacheservice.ports.rotation import Look, no_files
@@ -33,7 +33,9 @@ class Guard:
     :param look: reads the files of the tokens again before a wrong token is refused.
     """
 
-    def __init__(self, token: str, admin_token: str, rejected: Rejected, clock: Any, *, look: Look = no_files) -> None:
+    def __init__(
+        self, token: str, admin_token: str, rejected: Rejected, clock: Clock, *, look: Look = no_files
+    ) -> None:
         self.is_for_reading = bool(token)
         self.is_for_commands = bool(admin_token)
         self._rejected = rejected
@@ -106,7 +108,7 @@ class Guard:
                 self._throttle.withdraw(host)
                 return
         self._rejected["auth_failed"] += 1
-        await deferLater(self._clock, wait_s)
+        await pause(self._clock, wait_s)
         raise Problem(401, f"this is not the token of {setting}", _CHALLENGE + b', error="invalid_token"\r\n')
 
 

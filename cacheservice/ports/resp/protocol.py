@@ -15,11 +15,12 @@ from typing import Any
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import IHalfCloseableProtocol, IPullProducer
 from twisted.internet.protocol import Protocol, ServerFactory, connectionDone
-from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from cacheservice.base.interfaces import Clock, DelayedCall
+from cacheservice.base.timers import after
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.describe import iso
 from cacheservice.cache.events import Event, Published
@@ -105,7 +106,7 @@ class RespProtocol(Protocol):
         self._last_command = b""
         self._admitted = False
         self._connected_at = self._heard_at = factory.clock.seconds()
-        self._idle_timer: Any = None
+        self._idle_timer: DelayedCall | None = None
 
     # The connection
 
@@ -535,7 +536,7 @@ class RespProtocol(Protocol):
         is_full = factory.throttle.is_full(self._address)
         if is_full and not factory.throttle.is_proven(self._address, _PASSWORD):
             factory.rejected["auth_failed"] += 1
-            return deferLater(factory.clock, LONG_WAIT_S, lambda: _UNREAD_PASS)
+            return after(factory.clock, LONG_WAIT_S, lambda: _UNREAD_PASS)
         if factory.commands.accepts(user, password):
             return self._let_in(then)
         if is_full:
@@ -562,7 +563,7 @@ class RespProtocol(Protocol):
 
     def _refuse_password(self, wait_s: float) -> Reply:
         self.factory.rejected["auth_failed"] += 1
-        return deferLater(self.factory.clock, wait_s, lambda: _WRONGPASS)
+        return after(self.factory.clock, wait_s, lambda: _WRONGPASS)
 
     def _do_hello(self, words: Words) -> Reply:
         options = list(words[1:])
@@ -809,7 +810,7 @@ class RespFactory(ServerFactory):
         commands: Commands,
         max_connections: int,
         idle_timeout_s: float,
-        clock: Any,
+        clock: Clock,
         door: Door | None = None,
         held: HeldSnapshots | None = None,
         silence_timeout_s: float = 0.0,
@@ -833,7 +834,7 @@ class RespFactory(ServerFactory):
         self.commands_processed = 0
         self._numbers = count(1)
         self._unsent: list[RespProtocol] = []
-        self._end_of_turn: Any = None
+        self._end_of_turn: DelayedCall | None = None
         self._in_round = False
         # Subscriptions survive the removal of their dataset, and clients are notified again once it returns.
         cache.events.subscribe(self._published, Published)

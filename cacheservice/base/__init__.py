@@ -1,0 +1,1 @@
+"""Interfaces and helpers that every other part may use; imports nothing of ours."""

@@ -1,0 +1,85 @@
+"""The interfaces of what other parts hand in: clocks, the reactor, loggers.
+
+Twisted describes its own by zope.interface, which type checkers do not read. The reactor, and `task.Clock` in tests,
+have what is declared here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, Self
+
+
+class DelayedCall(Protocol):
+    """A call that a clock will make: `IDelayedCall`."""
+
+    def active(self) -> bool:
+        """Return whether it is still to come."""
+
+    def cancel(self) -> None:
+        """Do not make it."""
+
+    def getTime(self) -> float:
+        """Return when it is to be made, on the clock of its owner."""
+
+    def reset(self, seconds: float, /) -> None:
+        """Make it after so many seconds from now instead."""
+
+
+class Clock(Protocol):
+    """A monotonic clock with timers: `IReactorTime`."""
+
+    def seconds(self) -> float:
+        """Return the time in seconds; only differences mean something."""
+
+    def callLater(self, delay: float, callable: Callable[..., Any], /, *args: object, **kw: object) -> DelayedCall:
+        """Call after so many seconds, in a turn of the reactor of its own."""
+
+
+class Reactor(Clock, Protocol):
+    """What the service asks of Twisted's reactor."""
+
+    def addReader(self, reader: Any, /) -> object:
+        """Call `doRead` of an `IReadDescriptor` when its descriptor can be read."""
+
+    def removeReader(self, reader: Any, /) -> object:
+        """Undo `addReader`."""
+
+    def addWriter(self, writer: Any, /) -> object:
+        """Call `doWrite` of an `IWriteDescriptor` when its descriptor can be written."""
+
+    def removeWriter(self, writer: Any, /) -> object:
+        """Undo `addWriter`."""
+
+    def callFromThread(self, callable: Callable[..., Any], /, *args: object, **kw: object) -> object:
+        """Call in the reactor's thread; the one method that other threads may use."""
+
+    def callWhenRunning(self, callable: Callable[..., Any], /, *args: object, **kw: object) -> object:
+        """Call once the reactor runs."""
+
+    def addSystemEventTrigger(self, phase: str, eventType: str, callable: Callable[..., Any], /) -> object:
+        """Call before, during or after an event such as "shutdown"."""
+
+    def getThreadPool(self) -> Any:
+        """Return the reactor's `ThreadPool`."""
+
+    def listenUDP(self, port: int, protocol: Any, /, interface: str = "") -> Any:
+        """Bind a UDP port."""
+
+    def listenUNIX(self, address: str, factory: Any, /, backlog: int = 50, mode: int = 0o666) -> Any:
+        """Listen on a unix socket."""
+
+
+class Log(Protocol):
+    """A logger of events with fields, as structlog's."""
+
+    def bind(self, **fields: object) -> Self:
+        """Return a logger whose events have these fields, too."""
+
+    def debug(self, event: str, **fields: object) -> object: ...
+
+    def info(self, event: str, **fields: object) -> object: ...
+
+    def warning(self, event: str, **fields: object) -> object: ...
+
+    def error(self, event: str, **fields: object) -> object: ...
