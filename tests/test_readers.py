@@ -151,6 +151,19 @@ class ReadersTestCase(TestCase):
         self.assertEqual((heard[place - 1], heard[place + 1]), ("begin", "end"))
         await self.closed(one, other)
 
+    async def test_a_round_that_cannot_be_ended(self) -> None:
+        """An exception of the factory is logged, and the clients are read on."""
+        broken = [True]
+        self.factory.end_round = lambda: 1 // (not broken)  # type: ignore[attr-defined]
+        await maybeDeferred(self.port.stopListening)
+        self.port = tcp(reactor, "127.0.0.1", 0, self.factory)()
+        client = await self.connect()
+        for word in (b"1", b"2"):
+            self.assertEqual(await self.ask(client, word), word)
+        broken.clear()
+        await self.closed(client)
+        self.assertGreaterEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 2)
+
     async def test_a_bug(self) -> None:
         """An exception is logged and ends its own client alone."""
         one, other = await self.connect(), await self.connect()

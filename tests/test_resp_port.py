@@ -421,6 +421,24 @@ class Neighbours(PortTestCase):
         self.assertGreaterEqual(self.factory.commands_processed - before, 1)
         self.assertLess(among, count + 2, "the neighbour was answered before the flood's end")
 
+    async def test_replies_that_cannot_be_sent(self) -> None:
+        """A failure to send is logged and ends its own client alone; the others of its round get their replies."""
+        clients = [self.connect() for _ in range(3)]
+        await until(lambda: len(self.factory.clients) == 3)
+        broken = min(self.factory.clients, key=lambda each: each._connected_at)
+        broken.flush = lambda: 1 // 0  # type: ignore[assignment,method-assign,return-value]
+        for client in clients:
+            client.send("GET", "products:1")
+        await until(lambda: len(self.factory.clients) == 2)
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+
+        def received() -> list[bytes]:
+            return [client.read() for client in clients[1:]]
+
+        self.assertEqual(await deferToThread(received), [document(1, 1)] * 2)
+        for client in clients:
+            client.socket.close()
+
     async def test_pipelines_of_all_sorts(self) -> None:
         """GETs in a pipeline are answered in their places, whatever stands between them and whoever asks too."""
         asked: list[Words] = [

@@ -80,7 +80,11 @@ class Readers:
         try:
             self._read()
         finally:
-            self._end_round()
+            # An exception here would end the reads of the whole port.
+            try:
+                self._end_round()
+            except Exception:
+                self._log.failure("a round of reads could not be ended")
 
     def _read(self) -> None:
         for descriptor, _ in self._epoll.poll(0, len(self._clients) or 1):

@@ -20,7 +20,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from cacheservice.base.interfaces import Clock, DelayedCall
-from cacheservice.base.timers import after
+from cacheservice.base.timers import after, is_active
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.describe import iso
 from cacheservice.cache.events import Event, Published
@@ -803,6 +803,7 @@ class RespFactory(ServerFactory):
     """
 
     noisy = False
+    _log = Logger()
 
     def __init__(
         self,
@@ -865,7 +866,12 @@ class RespFactory(ServerFactory):
         self._cancel_end_of_turn()
         unsent, self._unsent = self._unsent, []
         for client in unsent:
-            client.flush()
+            try:
+                client.flush()
+            except Exception:
+                # Replies are missing, so the client must not wait for them.
+                self._log.failure("replies could not be sent")
+                client.transport.abortConnection()
 
     def close_clients(self) -> None:
         """Abort every connection now."""
@@ -875,10 +881,9 @@ class RespFactory(ServerFactory):
             client.transport.abortConnection()
 
     def _cancel_end_of_turn(self) -> None:
-        if self._end_of_turn is not None:
-            if self._end_of_turn.active():
-                self._end_of_turn.cancel()
-            self._end_of_turn = None
+        if is_active(self._end_of_turn):
+            self._end_of_turn.cancel()
+        self._end_of_turn = None
 
     def subscribe(self, channel: bytes, client: RespProtocol) -> None:
         self.subscribers[channel].add(client)
