@@ -2,8 +2,8 @@
 
 Half of the time one process has to stand all that does not end it; then it is killed, restarted and its files damaged
 as well. After that: a process that may have 64 descriptors, saves that are killed at random moments, files with a
-changed byte or cut off, and the tests that draw their inputs, with new seeds, which are printed. What is checked, and
-how, `tests/kit/faults.py` tells, which does the same in the tests, short.
+changed byte or cut off, and the tests that draw their inputs, with new seeds, which are printed. `tests/kit/faults.py`
+describes the checks, and runs a short version of them in the tests.
 It needs root, for a small file system that fills, and a C compiler, for a clock that can be turned.
 """
 

@@ -752,7 +752,7 @@ class Changes(DependenciesTestCase):
 
         for change, kind in (("SELECT 1", "delta"), ("ALTER TYPE mood RENAME VALUE 'sad' TO 'blue'", "all")):
             self.sql(change)
-            wanted = Wanted(dataset, rows_builder, since=since, most_keys=100, told=told)
+            wanted = Wanted(dataset, rows_builder, since=since, most_keys=100, notified=told)
             (reading,) = await self.database.read_together([wanted])
             self.assertEqual(reading.kind, kind)
 

@@ -97,7 +97,7 @@ class Keys(DependenciesTestCase):
         async def told() -> frozenset[str]:
             return frozenset({r"a:b\:c", "gone:now"})
 
-        wanted = Wanted(dataset, rows_builder, since=since, most_keys=100, told=told)
+        wanted = Wanted(dataset, rows_builder, since=since, most_keys=100, notified=told)
         (reading,) = await self.database.read_together([wanted])
         self.assertEqual(set(reading.changed), {rb"a:b\:c", b"gone:now"})
         self.assertIsNone(reading.changed[b"gone:now"])
@@ -111,7 +111,7 @@ class Keys(DependenciesTestCase):
         async def notified() -> frozenset[str]:
             return frozenset({"1"})
 
-        wanted = Wanted(dataset, rows_builder, since=since, most_keys=100, told=notified)
+        wanted = Wanted(dataset, rows_builder, since=since, most_keys=100, notified=notified)
         await self.assertFailure(self.database.read_together([wanted]), BadResult)
 
     async def test_keys_of_a_notification_that_the_query_cannot_hold(self) -> None:
@@ -124,7 +124,7 @@ class Keys(DependenciesTestCase):
             async def notified(key: str = key) -> frozenset[str]:
                 return frozenset({key})
 
-            wanted = Wanted(dataset, rows_builder, since=since, most_keys=100, told=notified)
+            wanted = Wanted(dataset, rows_builder, since=since, most_keys=100, notified=notified)
             (reading,) = await self.database.read_together([wanted])
             self.assertEqual(reading.kind, "all")
             self.assertIn("do not fit the key of the query", reading.because or "")

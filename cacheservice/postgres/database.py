@@ -161,7 +161,8 @@ class Wanted(NamedTuple):
     :param since: the snapshot to start from; None if there is none, or if all rows are to be read unconditionally.
     :param check: read all rows although a delta is possible, and report the rows that may differ.
     :param most_keys: of a delta; if more have changed, all rows are read.
-    :param told: returns the notified keys so far once they are known; None for all. Only these rows are read then.
+    :param notified: returns the keys of the notifications once they are known, None for any row. Only these rows are
+        read then.
     :param trust_probe: whether an unchanged value of the probe means that no row has changed.
     :param attempt: the id of the attempt, by which the server's views and logs name its statements.
     :param because: the reason for a full read although there is a snapshot to start from, if it is known beforehand.
@@ -174,7 +175,7 @@ class Wanted(NamedTuple):
     since: Snapshot | None = None
     check: bool = False
     most_keys: int = 0
-    told: Callable[[], Awaitable[frozenset[str] | None]] | None = None
+    notified: Callable[[], Awaitable[frozenset[str] | None]] | None = None
     trust_probe: bool = True
     attempt: str = ""
     because: str | None = None
@@ -309,7 +310,7 @@ class Database:
                 except _ReadAllAgain as again:
                     because = again.because
                     wanted = [
-                        each._replace(since=None, told=None, because=because[each.dataset.name])
+                        each._replace(since=None, notified=None, because=because[each.dataset.name])
                         if each.dataset.name in because
                         else each
                         for each in wanted
@@ -570,12 +571,12 @@ class Database:
                     with _keys_fit(dataset):
                         return await self._read_keys(moment, wanted, reading, told.keys, served)
                 because = "it is a check of the deltas"
-        elif since is not None and altered is None and wanted.told is not None:
-            told_keys = await wanted.told()
-            if told_keys is not None and len(told_keys) <= wanted.most_keys:
+        elif since is not None and altered is None and wanted.notified is not None:
+            notified = await wanted.notified()
+            if notified is not None and len(notified) <= wanted.most_keys:
                 # A changed probe may concern other rows, too: the next attempt must still see that it changed.
                 with _keys_fit(dataset):
-                    return await self._read_told(moment, wanted, replace(reading, probe=since.probe), told_keys)
+                    return await self._read_notified(moment, wanted, replace(reading, probe=since.probe), notified)
         return await self._read_all(moment, wanted, builder, replace(reading, because=because))
 
     async def _changes(self, moment: _Moment, wanted: Wanted) -> deltas.Changes:
@@ -614,7 +615,7 @@ class Database:
         found = await self._read_some(moment, wanted, predicate, len(keys))
         return replace(reading, kind="delta", changed={**served, **found.rows})
 
-    async def _read_told(self, moment: _Moment, wanted: Wanted, reading: Reading, keys: frozenset[str]) -> Reading:
+    async def _read_notified(self, moment: _Moment, wanted: Wanted, reading: Reading, keys: frozenset[str]) -> Reading:
         """Read the rows of the notified keys."""
         dataset = wanted.dataset
         if not keys:

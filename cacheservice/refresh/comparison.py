@@ -77,7 +77,7 @@ class Comparer:
                 "delta_differences",
                 count=count.unexpected_count,
                 keys=[key.decode() for key in count.unexpected],
-                error="rows changed of which no trigger told; does the query depend on a table that is not watched, "
+                error="rows changed that no trigger recorded; does the query depend on a table that is not watched, "
                 "or a row of it on other rows?"
                 if result.dataset.settings.watch
                 else "rows changed although the probe's value did not; a probe must see deletes, and changes that are "

@@ -343,7 +343,7 @@ class Refresher:
             planned.since,
             check=planned.check,
             most_keys=planned.most_keys,
-            told=keys_by_now if planned.use_keys else None,
+            notified=keys_by_now if planned.use_keys else None,
             trust_probe=planned.trust_probe,
             attempt=this.id,
         )

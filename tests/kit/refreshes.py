@@ -39,7 +39,7 @@ class Read:
         self.number = number
         self.into = wanted.build()
         self.expect = wanted.expect
-        self.told = wanted.told
+        self.notified = wanted.notified
         self.since = wanted.since
         self.began_at = began_at
         self.result: Deferred[Reading] = Deferred()

@@ -186,8 +186,8 @@ class Notified(RefreshTestCase):
 
     def asked(self, world: World) -> frozenset[str] | None:
         """The keys that the read which runs now gets when it asks for them."""
-        assert world.database.last.told is not None
-        return self.successResultOf(Deferred.fromCoroutine(world.database.last.told()))
+        assert world.database.last.notified is not None
+        return self.successResultOf(Deferred.fromCoroutine(world.database.last.notified()))
 
     def notified(self) -> World:
         """A read that was begun for the key 1."""

@@ -130,7 +130,7 @@ export function problem(dataset, { age, since, nextIn, endedAgo, behind }, isDow
   if (dataset.accepts_next) said.push(" An operator has accepted the next result, whatever the gates say.");
   if (dataset.age_uncertain) said.push(` Their age is uncertain until the next refresh: ${sentenceEnd(dataset.age_uncertain)}`);
   if (dataset.save_problem) said.push(` It cannot be saved: ${sentenceEnd(dataset.save_problem)}`);
-  if (dataset.differences) said.push(` Checks have mended ${plural(dataset.differences, "row")} of whose change no trigger told.`);
+  if (dataset.differences) said.push(` Checks have corrected ${plural(dataset.differences, "row")} whose change no trigger recorded.`);
   said.push(" ", { strong: nextSentence(dataset, nextIn, behind) });
   return said;
 }
