@@ -24,8 +24,8 @@ from benchmarks.figures import limit, mib, ms, percentile, print_figures, spread
 from benchmarks.products import server_with_products
 from benchmarks.service import ROOT, RunningService, memory_bytes, running_service, scheduled_s
 from cacheservice.cli.embedded import EmbeddedPostgres
-from cacheservice.postgres.migrate import migrate
-from cacheservice.postgres.watch import watch
+from cacheservice.sources.postgres.migrate import migrate
+from cacheservice.sources.postgres.watch import watch
 
 MOST_VISIBLE_S = {50: 0.010, 99: 0.050}
 MOST_RATIO = 0.01

@@ -27,12 +27,12 @@ from benchmarks.products import QUERY, server_with_products
 from benchmarks.stall import ms
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Snapshot
+from cacheservice.cache.drain import Drain
 from cacheservice.cache.rows import RowsBuilder
 from cacheservice.config import DatasetSettings
-from cacheservice.persistence.store import SnapshotStore
-from cacheservice.postgres import target
-from cacheservice.postgres.database import Database
-from cacheservice.refresh.drain import Drain
+from cacheservice.sources.disk.store import SnapshotStore
+from cacheservice.sources.postgres import target
+from cacheservice.sources.postgres.database import Database
 
 MOST_RATIO = 0.5
 MOST_TURN_S = 0.010

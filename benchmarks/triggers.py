@@ -17,11 +17,11 @@ import psycopg2
 
 from benchmarks.figures import floor, limit, print_figures, spread
 from benchmarks.products import server_with_products
-from cacheservice import shipped
+from cacheservice.base import shipped
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.config import OWN_CHANNEL
-from cacheservice.postgres.migrate import migrate
-from cacheservice.postgres.watch import unwatch, watch
+from cacheservice.sources.postgres.migrate import migrate
+from cacheservice.sources.postgres.watch import unwatch, watch
 
 MOST_OF_MANY = 30  # % of an UPDATE of 10,000 rows
 MOST_OF_ONE_MS = {"notify": 0.12, "no notify": 0.08}

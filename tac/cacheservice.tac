@@ -7,7 +7,8 @@ from twisted.application.service import Application
 from twisted.internet import reactor
 from twisted.logger import ILogObserver
 
-from cacheservice import app, clock
+from cacheservice import app
+from cacheservice.base import clock
 from cacheservice.ops.logs import TwistedEvents
 
 # Twisted reads the wall clock; one that is set back an hour would hold every timer for that hour.

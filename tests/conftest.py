@@ -16,9 +16,9 @@ from functools import partial
 import pytest
 from hypothesis import settings
 
-from cacheservice import shipped
+from cacheservice.base import shipped
 from cacheservice.cli.embedded import EmbeddedPostgres
-from cacheservice.postgres.migrate import migrate
+from cacheservice.sources.postgres.migrate import migrate
 from tests.kit.postgres import fresh_database, query
 from tests.kit.versions import DEFAULT_VERSION, VERSIONS, MakeServer, OlderPostgres, running_server
 

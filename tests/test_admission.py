@@ -47,8 +47,8 @@ class FewDescriptors(ProbesTestCase):
         """A connection for which there is no descriptor fails in words that say so, though libpq has none."""
         program = """
 import os, resource, psycopg2
-from cacheservice.postgres.target import parse
-from cacheservice.postgres.translate import translate
+from cacheservice.sources.postgres.target import parse
+from cacheservice.sources.postgres.translate import translate
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 try:
     while True: os.dup(0)

@@ -13,10 +13,10 @@ import pytest
 import redis
 from twisted.trial.unittest import SynchronousTestCase
 
-from cacheservice import shipped
+from cacheservice.base import shipped
 from cacheservice.cli.embedded import EmbeddedPostgres
-from cacheservice.postgres.migrate import migrate
-from cacheservice.postgres.watch import watch
+from cacheservice.sources.postgres.migrate import migrate
+from cacheservice.sources.postgres.watch import watch
 from tests.kit.daemon import DaemonTestCase
 from tests.kit.postgres import fresh_database, query
 from tests.kit.waiting import GIVE_UP_S

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from cacheservice import shipped
+from cacheservice.base import shipped
+from cacheservice.base.errors import WatchFailed
 from cacheservice.cli.embedded import EmbeddedPostgres
-from cacheservice.errors import WatchFailed
-from cacheservice.postgres.migrate import migrate
-from cacheservice.postgres.watch import unwatch, watch
+from cacheservice.sources.postgres.migrate import migrate
+from cacheservice.sources.postgres.watch import unwatch, watch
 from tests.kit.postgres import at_least, connect, fresh_database, query
 from tests.kit.versions import MakeServer, running_server
 from tests.kit.waiting import wait_until

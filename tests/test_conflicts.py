@@ -11,16 +11,16 @@ from twisted.internet import reactor
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 
+from cacheservice.base.errors import Deadlock, RefreshFailed, SerializationFailed, StandbyConflict
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset
+from cacheservice.cache.drain import Drain
 from cacheservice.config import DatasetSettings
-from cacheservice.errors import Deadlock, RefreshFailed, SerializationFailed, StandbyConflict
 from cacheservice.ports import report
-from cacheservice.postgres.database import Database
-from cacheservice.postgres.target import parse
-from cacheservice.postgres.translate import translate
-from cacheservice.refresh.drain import Drain
 from cacheservice.refresh.service import CacheService
+from cacheservice.sources.postgres.database import Database
+from cacheservice.sources.postgres.target import parse
+from cacheservice.sources.postgres.translate import translate
 from tests.kit.postgres import connect
 from tests.kit.service import ROWS, ServiceTestCase, declare
 from tests.kit.standby import running_standby

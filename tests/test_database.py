@@ -13,13 +13,13 @@ from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 
+from cacheservice.base.errors import BadResult, LockTimeout, QueryFailed, QueryTimeout, ResultTooLarge
 from cacheservice.cache.cache import DatabaseStatus
 from cacheservice.cache.rows import Groups, Rows, RowsBuilder, Shards
 from cacheservice.config import DatasetSettings
-from cacheservice.errors import BadResult, LockTimeout, QueryFailed, QueryTimeout, ResultTooLarge
-from cacheservice.postgres.database import Database, Wanted
-from cacheservice.postgres.statements import first_rows
-from cacheservice.postgres.target import parse
+from cacheservice.sources.postgres.database import Database, Wanted
+from cacheservice.sources.postgres.statements import first_rows
+from cacheservice.sources.postgres.target import parse
 from tests.kit.database import TIMEOUT_S, DatabaseTestCase
 from tests.kit.datasets import rows_builder
 from tests.kit.paths import ROOT

@@ -21,18 +21,18 @@ from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import TestCase
 
-from cacheservice import shipped
+from cacheservice.base import shipped
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset
+from cacheservice.cache.drain import Drain
 from cacheservice.cache.rows import RowsBuilder
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.config import DatasetSettings
-from cacheservice.postgres.database import Database, Reading, Wanted
-from cacheservice.postgres.migrate import migrate
-from cacheservice.postgres.target import parse
-from cacheservice.postgres.watch import watch
-from cacheservice.refresh.drain import Drain
 from cacheservice.refresh.service import CacheService
+from cacheservice.sources.postgres.database import Database, Reading, Wanted
+from cacheservice.sources.postgres.migrate import migrate
+from cacheservice.sources.postgres.target import parse
+from cacheservice.sources.postgres.watch import watch
 from tests.kit.datasets import Table, rows_builder, table_of
 from tests.kit.logs import Log
 from tests.kit.standby import running_standby

@@ -14,13 +14,13 @@ from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 
-from cacheservice import shipped
+from cacheservice.base import shipped
+from cacheservice.base.errors import QueryFailed
 from cacheservice.cache.dataset import Snapshot
 from cacheservice.cache.dependencies import Dependencies
-from cacheservice.errors import QueryFailed
-from cacheservice.postgres.database import Reading, Wanted
-from cacheservice.postgres.migrate import migrate
-from cacheservice.postgres.watch import watch
+from cacheservice.sources.postgres.database import Reading, Wanted
+from cacheservice.sources.postgres.migrate import migrate
+from cacheservice.sources.postgres.watch import watch
 from tests.kit import pgbouncer
 from tests.kit.datasets import rows_builder
 from tests.kit.dependencies import DependenciesTestCase

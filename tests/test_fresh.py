@@ -20,10 +20,10 @@ from typing import Any
 import hiredis
 import psycopg2
 
-from cacheservice.postgres.migrate import migrate
-from cacheservice.postgres.reader import create_reader
-from cacheservice.postgres.watch import unwatch, watch
-from cacheservice.shipped import folder
+from cacheservice.base.shipped import folder
+from cacheservice.sources.postgres.migrate import migrate
+from cacheservice.sources.postgres.reader import create_reader
+from cacheservice.sources.postgres.watch import unwatch, watch
 from tests.kit.daemon import Daemon, DaemonTestCase
 from tests.kit.postgres import connect, query
 from tests.kit.resp import encode

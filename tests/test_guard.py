@@ -24,7 +24,7 @@ from twisted.internet.defer import CancelledError, Deferred, DeferredList, Timeo
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 
-from cacheservice.errors import (
+from cacheservice.base.errors import (
     DatabaseUnavailable,
     DeadlineExceeded,
     LockTimeout,
@@ -34,12 +34,12 @@ from cacheservice.errors import (
     QueryTimeout,
     ServerTooOld,
 )
-from cacheservice.postgres import oldest
-from cacheservice.postgres.connector import Connector
-from cacheservice.postgres.database import Database
-from cacheservice.postgres.guard import GuardedConnection
-from cacheservice.postgres.resolve import Resolver
-from cacheservice.postgres.target import parse
+from cacheservice.sources.postgres import oldest
+from cacheservice.sources.postgres.connector import Connector
+from cacheservice.sources.postgres.database import Database
+from cacheservice.sources.postgres.guard import GuardedConnection
+from cacheservice.sources.postgres.resolve import Resolver
+from cacheservice.sources.postgres.target import parse
 from tests.kit.guard import LONG_S, MANY_SLOW_ROWS, ONE_SLOW_ROW, QUICK, ROUNDS, GuardTestCase
 from tests.kit.postgres import connect
 from tests.kit.waiting import until
@@ -552,10 +552,10 @@ class LookUpTests(GuardTestCase):
             import sys, time
             from twisted.internet import reactor
             from twisted.internet.defer import Deferred
-            from cacheservice.postgres.connector import Connector
-            from cacheservice.postgres.guard import GuardedConnection
-            from cacheservice.postgres.resolve import Resolver
-            from cacheservice.postgres.target import parse
+            from cacheservice.sources.postgres.connector import Connector
+            from cacheservice.sources.postgres.guard import GuardedConnection
+            from cacheservice.sources.postgres.resolve import Resolver
+            from cacheservice.sources.postgres.target import parse
 
             resolver = Resolver(reactor, lambda *_: time.sleep(3600))
             guard = GuardedConnection(reactor, parse("postgresql://me@db.example/x"), reactor.seconds() + 0.2)

@@ -13,9 +13,9 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 
-from cacheservice.errors import DeadlineExceeded
-from cacheservice.postgres.guard import GuardedConnection
-from cacheservice.postgres.target import parse
+from cacheservice.base.errors import DeadlineExceeded
+from cacheservice.sources.postgres.guard import GuardedConnection
+from cacheservice.sources.postgres.target import parse
 from tests.kit.guard import LONG_S, GuardTestCase, held, our_timers
 from tests.kit.waiting import until
 

@@ -14,11 +14,11 @@ from twisted.internet.defer import Deferred
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.threads import deferToThread
 
-from cacheservice.errors import DatabaseUnavailable, DeadlineExceeded
-from cacheservice.postgres.connector import Connector
-from cacheservice.postgres.guard import GuardedConnection
-from cacheservice.postgres.resolve import Resolver
-from cacheservice.postgres.target import parse
+from cacheservice.base.errors import DatabaseUnavailable, DeadlineExceeded
+from cacheservice.sources.postgres.connector import Connector
+from cacheservice.sources.postgres.guard import GuardedConnection
+from cacheservice.sources.postgres.resolve import Resolver
+from cacheservice.sources.postgres.target import parse
 from tests.kit.guard import LONG_S, GuardTestCase, our_timers
 from tests.kit.standby import running_standby
 

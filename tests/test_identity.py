@@ -11,20 +11,20 @@ import psycopg2
 from twisted.internet import reactor
 from twisted.internet.threads import deferToThread
 
-from cacheservice import shipped
+from cacheservice.base import shipped
+from cacheservice.base.errors import DatabaseUnavailable, QueryFailed
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Snapshot, State
+from cacheservice.cache.drain import Drain
 from cacheservice.cache.lag import NO_LAG
 from cacheservice.cache.rows import RowsBuilder
 from cacheservice.config import DatasetSettings
-from cacheservice.errors import DatabaseUnavailable, QueryFailed
 from cacheservice.ports.freshness import Freshness
-from cacheservice.postgres.database import Database, Reading, Wanted
-from cacheservice.postgres.migrate import migrate
-from cacheservice.postgres.target import parse
-from cacheservice.postgres.watch import watch
-from cacheservice.refresh.drain import Drain
 from cacheservice.refresh.service import CacheService
+from cacheservice.sources.postgres.database import Database, Reading, Wanted
+from cacheservice.sources.postgres.migrate import migrate
+from cacheservice.sources.postgres.target import parse
+from cacheservice.sources.postgres.watch import watch
 from tests.kit.database import snapshot_of_reading
 from tests.kit.datasets import MOMENT, numbered_rows, rows_builder
 from tests.kit.postgres import PRIMARY, connect, fresh_database, query

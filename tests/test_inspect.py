@@ -18,19 +18,19 @@ import pytest
 from pydantic import SecretStr
 from twisted.trial.unittest import SynchronousTestCase
 
-from cacheservice import shipped
+from cacheservice.base import shipped
+from cacheservice.base.errors import InspectionFailed
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.config import DatasetSettings, PostgresSettings
-from cacheservice.errors import InspectionFailed
-from cacheservice.postgres import database as refreshes
-from cacheservice.postgres import oldest
-from cacheservice.postgres.inspect import Inspection, Server, inspecting, keys
-from cacheservice.postgres.inspect import session as inspect_session
-from cacheservice.postgres.inspect.plans import worst_node
-from cacheservice.postgres.migrate import migrate
-from cacheservice.postgres.reader import create_reader
-from cacheservice.postgres.session_settings import Limits, begin_reading
-from cacheservice.postgres.watch import unwatch, watch
+from cacheservice.sources.postgres import database as refreshes
+from cacheservice.sources.postgres import oldest
+from cacheservice.sources.postgres.inspect import Inspection, Server, inspecting, keys
+from cacheservice.sources.postgres.inspect import session as inspect_session
+from cacheservice.sources.postgres.inspect.plans import worst_node
+from cacheservice.sources.postgres.migrate import migrate
+from cacheservice.sources.postgres.reader import create_reader
+from cacheservice.sources.postgres.session_settings import Limits, begin_reading
+from cacheservice.sources.postgres.watch import unwatch, watch
 from tests.kit import pgbouncer, pgpool
 from tests.kit.command_line import CommandLine
 from tests.kit.pgbouncer import running_pgbouncer

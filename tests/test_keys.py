@@ -10,13 +10,13 @@ from typing import Any
 
 from twisted.trial.unittest import SkipTest
 
-from cacheservice import shipped
+from cacheservice.base import shipped
+from cacheservice.base.errors import BadResult
 from cacheservice.cache.dataset import Snapshot
 from cacheservice.config import DatasetSettings
-from cacheservice.errors import BadResult
-from cacheservice.postgres.database import Wanted
-from cacheservice.postgres.migrate import migrate
-from cacheservice.postgres.watch import watch
+from cacheservice.sources.postgres.database import Wanted
+from cacheservice.sources.postgres.migrate import migrate
+from cacheservice.sources.postgres.watch import watch
 from tests.kit.datasets import rows_builder
 from tests.kit.dependencies import DependenciesTestCase
 from tests.kit.postgres import query

@@ -17,16 +17,16 @@ from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import TestCase
 
-from cacheservice import shipped
+from cacheservice.base import shipped
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.lag import NO_LAG
 from cacheservice.config import PostgresSettings
 from cacheservice.ports import report
-from cacheservice.postgres.database import Database, Reading, Wanted
-from cacheservice.postgres.inspect import inspecting
-from cacheservice.postgres.migrate import migrate
-from cacheservice.postgres.reader import create_reader
-from cacheservice.postgres.target import parse
+from cacheservice.sources.postgres.database import Database, Reading, Wanted
+from cacheservice.sources.postgres.inspect import inspecting
+from cacheservice.sources.postgres.migrate import migrate
+from cacheservice.sources.postgres.reader import create_reader
+from cacheservice.sources.postgres.target import parse
 from tests.kit.datasets import rows_builder
 from tests.kit.service import declare
 from tests.kit.standby import Standby, running_standby

@@ -20,12 +20,12 @@ from twisted.internet.defer import CancelledError
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 
+from cacheservice.base.errors import DatabaseUnavailable, DeadlineExceeded
 from cacheservice.config import OWN_CHANNEL
-from cacheservice.errors import DatabaseUnavailable, DeadlineExceeded
-from cacheservice.postgres.database import Database
-from cacheservice.postgres.guard import GuardedConnection
-from cacheservice.postgres.listener import Listener
-from cacheservice.postgres.target import parse
+from cacheservice.sources.postgres.database import Database
+from cacheservice.sources.postgres.guard import GuardedConnection
+from cacheservice.sources.postgres.listener import Listener
+from cacheservice.sources.postgres.target import parse
 from tests.kit import pgbouncer
 from tests.kit.datasets import rows_builder
 from tests.kit.guard import LONG_S, LONGEST_GAP_S, GuardTestCase, as_awaitable, held, our_timers, settings

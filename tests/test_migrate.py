@@ -20,17 +20,17 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.trial.unittest import TestCase
 
-from cacheservice import shipped
+from cacheservice.base import shipped
+from cacheservice.base.errors import LockTimeout, MigrationFailed, QueryFailed
 from cacheservice.cache.cache import DatabaseStatus
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.config import DatasetSettings
-from cacheservice.errors import LockTimeout, MigrationFailed, QueryFailed
-from cacheservice.postgres.database import Database, Reading
-from cacheservice.postgres.migrate import migrate, migration_files
-from cacheservice.postgres.oldest import too_old
-from cacheservice.postgres.reader import create_reader
-from cacheservice.postgres.target import parse
-from cacheservice.postgres.watch import watch
+from cacheservice.sources.postgres.database import Database, Reading
+from cacheservice.sources.postgres.migrate import migrate, migration_files
+from cacheservice.sources.postgres.oldest import too_old
+from cacheservice.sources.postgres.reader import create_reader
+from cacheservice.sources.postgres.target import parse
+from cacheservice.sources.postgres.watch import watch
 from tests.kit import pgbouncer
 from tests.kit.datasets import rows_builder
 from tests.kit.pgbouncer import running_pgbouncer
@@ -66,8 +66,8 @@ INSERT INTO cacheservice.yoyo_lock VALUES (1, '2026-11-28 21:57:24.6', 4711);
 MIGRATE = """
 import os, sys
 from pathlib import Path
-from cacheservice.postgres.oldest import too_old
-from cacheservice.postgres.migrate import migrate, migration_files
+from cacheservice.sources.postgres.oldest import too_old
+from cacheservice.sources.postgres.migrate import migrate, migration_files
 dsn, folder, user = sys.argv[1:]
 if user != "-":
     os.setgroups([])

@@ -34,13 +34,8 @@ from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import SkipTest, SynchronousTestCase, TestCase
 
-from cacheservice import clock
-from cacheservice.cache.cache import Cache
-from cacheservice.cache.dataset import Dataset, Snapshot
-from cacheservice.cache.lag import NO_LAG
-from cacheservice.cache.rows import Rows
-from cacheservice.config import DatasetSettings
-from cacheservice.errors import (
+from cacheservice.base import clock
+from cacheservice.base.errors import (
     CacheServiceError,
     OfAnotherDatabase,
     SnapshotRejected,
@@ -48,8 +43,13 @@ from cacheservice.errors import (
     UnknownDataset,
     UnknownGeneration,
 )
-from cacheservice.persistence.age import ReadOn
-from cacheservice.persistence.files import (
+from cacheservice.cache.cache import Cache
+from cacheservice.cache.dataset import Dataset, Snapshot
+from cacheservice.cache.lag import NO_LAG
+from cacheservice.cache.rows import Rows
+from cacheservice.config import DatasetSettings
+from cacheservice.sources.disk.age import ReadOn
+from cacheservice.sources.disk.files import (
     BLOCK_BYTES,
     FORMAT,
     MAGIC,
@@ -60,7 +60,7 @@ from cacheservice.persistence.files import (
     packed,
     read,
 )
-from cacheservice.persistence.store import SnapshotStore
+from cacheservice.sources.disk.store import SnapshotStore
 from tests.kit.datasets import rows_of
 from tests.kit.logs import Log
 from tests.kit.persistence_child import killed_after, killed_while_renewing, rows_of_generation, saved_dataset
@@ -977,7 +977,7 @@ class Restoring(Running):
         await self.snapshots.stopService()
         program = (
             "import pathlib, sys, time\n"
-            "from cacheservice.persistence.lock import DirectoryLock\n"
+            "from cacheservice.sources.disk.lock import DirectoryLock\n"
             "lock = DirectoryLock(pathlib.Path(sys.argv[1]))\n"
             "lock.take()\n"
             "print('taken', flush=True)\n"

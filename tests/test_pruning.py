@@ -6,12 +6,12 @@ from contextlib import closing
 
 from twisted.internet import reactor
 
-from cacheservice import shipped
-from cacheservice.postgres.database import Database
-from cacheservice.postgres.migrate import migrate
-from cacheservice.postgres.reader import create_reader
-from cacheservice.postgres.target import parse
-from cacheservice.postgres.watch import watch
+from cacheservice.base import shipped
+from cacheservice.sources.postgres.database import Database
+from cacheservice.sources.postgres.migrate import migrate
+from cacheservice.sources.postgres.reader import create_reader
+from cacheservice.sources.postgres.target import parse
+from cacheservice.sources.postgres.watch import watch
 from tests.kit.database import TIMEOUT_S, DatabaseTestCase
 from tests.kit.postgres import connect, drop_role
 from tests.kit.standby import running_standby

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
+from cacheservice.base.query_text import closed, without_semicolon
 from cacheservice.cli.embedded import EmbeddedPostgres
-from cacheservice.postgres.statements import columns_query, probe_query, rows_query, whole_query
-from cacheservice.query_text import closed, without_semicolon
+from cacheservice.sources.postgres.statements import columns_query, probe_query, rows_query, whole_query
 from tests.kit.postgres import connect, fresh_database
 
 PIECES = st.sampled_from(

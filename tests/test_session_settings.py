@@ -15,9 +15,9 @@ from twisted.trial.unittest import TestCase
 from cacheservice.cache.cache import DatabaseStatus
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.config import DatasetSettings, PostgresSettings
-from cacheservice.postgres.database import Database
-from cacheservice.postgres.inspect import inspecting
-from cacheservice.postgres.target import parse
+from cacheservice.sources.postgres.database import Database
+from cacheservice.sources.postgres.inspect import inspecting
+from cacheservice.sources.postgres.target import parse
 from tests.kit import pgbouncer
 from tests.kit.datasets import rows_builder
 from tests.kit.pgbouncer import running_pgbouncer

@@ -15,12 +15,12 @@ from twisted.internet.defer import Deferred, DeferredList, gatherResults
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 
+from cacheservice.base.errors import NoSessionLeft, QueryFailed
 from cacheservice.config import DatasetSettings
-from cacheservice.errors import NoSessionLeft, QueryFailed
-from cacheservice.postgres import sessions as pool
-from cacheservice.postgres.database import Database
-from cacheservice.postgres.listener import Listener
-from cacheservice.postgres.target import parse
+from cacheservice.sources.postgres import sessions as pool
+from cacheservice.sources.postgres.database import Database
+from cacheservice.sources.postgres.listener import Listener
+from cacheservice.sources.postgres.target import parse
 from tests.kit import pgbouncer
 from tests.kit.datasets import rows_builder
 from tests.kit.guard import LONG_S, GuardTestCase

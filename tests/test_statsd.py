@@ -14,7 +14,7 @@ from twisted.internet.protocol import DatagramProtocol
 from twisted.internet.task import Clock, deferLater
 from twisted.trial.unittest import TestCase
 
-from cacheservice.errors import DatabaseUnavailable
+from cacheservice.base.errors import DatabaseUnavailable
 from cacheservice.ops.statsd import MOST_PACKET_BYTES, StatsD
 from tests.kit.daemon import DaemonTestCase
 from tests.kit.datasets import declared

@@ -12,10 +12,10 @@ import sys
 import threading
 from collections.abc import Mapping
 
-from cacheservice import shipped
+from cacheservice.base import shipped
 from cacheservice.cli.options import QUESTIONS
-from cacheservice.postgres.migrate import migrate
-from cacheservice.postgres.watch import watch
+from cacheservice.sources.postgres.migrate import migrate
+from cacheservice.sources.postgres.watch import watch
 from tests.kit.command_line import GOOD, ITEMS, CommandLine
 from tests.kit.ports import free_port
 from tests.kit.postgres import query

@@ -26,9 +26,9 @@ from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import TestCase
 
 from cacheservice import __version__
+from cacheservice.base.errors import PortUnavailable, UnknownDataset
 from cacheservice.cache.counts import Histogram
 from cacheservice.cache.dataset import Attempt, Snapshot
-from cacheservice.errors import PortUnavailable, UnknownDataset
 from cacheservice.ops.metrics import Metrics, ServedPort
 from cacheservice.ops.stall import BOUNDS_S
 from cacheservice.ports.listen import PortService, tcp, unix

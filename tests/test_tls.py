@@ -15,14 +15,14 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.trial.unittest import TestCase
 
+from cacheservice.base.errors import DatabaseUnavailable, InspectionFailed
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.config import PostgresSettings
-from cacheservice.errors import DatabaseUnavailable, InspectionFailed
-from cacheservice.postgres.connector import Connector
-from cacheservice.postgres.guard import GuardedConnection
-from cacheservice.postgres.inspect import inspecting
-from cacheservice.postgres.resolve import Resolver
-from cacheservice.postgres.target import parse, problem
+from cacheservice.sources.postgres.connector import Connector
+from cacheservice.sources.postgres.guard import GuardedConnection
+from cacheservice.sources.postgres.inspect import inspecting
+from cacheservice.sources.postgres.resolve import Resolver
+from cacheservice.sources.postgres.target import parse, problem
 from tests.kit.versions import OlderPostgres
 
 TIMEOUT_S = 60.0

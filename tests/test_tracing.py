@@ -8,7 +8,7 @@ from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset
 from cacheservice.config import DatasetSettings
 from cacheservice.ports import report
-from cacheservice.postgres.target import parse
+from cacheservice.sources.postgres.target import parse
 from tests.kit.postgres import query, sessions
 from tests.kit.service import ServiceTestCase, declare
 from tests.kit.waiting import until

@@ -16,7 +16,7 @@ import psutil
 from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
-from cacheservice.process import Signals
+from cacheservice.app.signals import Signals
 from tests.kit import clock_shim
 from tests.kit.clock_shim import ClockShim
 from tests.kit.daemon import PRODUCTS, SLOW, STOP_LIMIT_S, Daemon, DaemonTestCase

@@ -9,12 +9,12 @@ from typing import Any
 
 from twisted.internet import reactor
 
-from cacheservice import shipped
+from cacheservice.base import shipped
 from cacheservice.cache.dataset import Dataset
-from cacheservice.postgres.inspect.watching import HOLDING_PROBE, misses_changes
-from cacheservice.postgres.migrate import migrate
-from cacheservice.postgres.watch import watch
 from cacheservice.refresh.service import CacheService
+from cacheservice.sources.postgres.inspect.watching import HOLDING_PROBE, misses_changes
+from cacheservice.sources.postgres.migrate import migrate
+from cacheservice.sources.postgres.watch import watch
 from tests.kit.paths import ROOT
 from tests.kit.postgres import connect, query
 from tests.kit.service import ServiceTestCase, declare

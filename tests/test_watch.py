@@ -18,11 +18,11 @@ from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cacheservice.base.errors import WatchFailed
 from cacheservice.cli.main import main
 from cacheservice.config import OWN_CHANNEL
-from cacheservice.errors import WatchFailed
-from cacheservice.postgres import triggers
-from cacheservice.postgres.triggers import EVENTS, MAY_BE_MERGE
+from cacheservice.sources.postgres import triggers
+from cacheservice.sources.postgres.triggers import EVENTS, MAY_BE_MERGE
 from tests.kit.postgres import at_least, connect, fresh_database, query
 from tests.kit.watching import TRIGGERS, Refreshing, Watching
 

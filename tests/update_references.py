@@ -3,7 +3,7 @@
 A quotation is a link that names a file and a line, and below it a block with lines of that file, their common
 indentation left out::
 
-    [`cacheservice/app.py:97`](../cacheservice/app.py#L97)
+    [`cacheservice/app/service.py:97`](../cacheservice/app/service.py#L97)
 
     ```python
     stopped.addTimeout(_STOP_TIMEOUT_S, self._reactor)

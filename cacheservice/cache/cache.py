@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Literal, NamedTuple, Protocol
 
+from cacheservice.base.errors import UnknownDataset
 from cacheservice.cache.counts import Counts
 from cacheservice.cache.dataset import Dataset, State
 from cacheservice.cache.events import Added, Changed, Events
 from cacheservice.cache.identity import ServerIdentity
 from cacheservice.cache.lag import NO_LAG, Lag
 from cacheservice.config import ConfigFile, DatasetSettings
-from cacheservice.errors import UnknownDataset
 
 
 class DatabaseStatus:

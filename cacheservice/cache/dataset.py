@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Literal
 
+from cacheservice.base.errors import Blocker
 from cacheservice.cache.changes import Change
 from cacheservice.cache.counts import Counts
 from cacheservice.cache.dependencies import Dependencies
@@ -18,7 +19,6 @@ from cacheservice.cache.identity import ServerIdentity, is_visible, why_another
 from cacheservice.cache.lag import NO_LAG, Lag
 from cacheservice.cache.rows import Groups, Rows, RowsBuilder
 from cacheservice.config import DatasetSettings
-from cacheservice.errors import Blocker
 
 Trigger = Literal["interval", "notify", "retry", "manual", "start"]
 

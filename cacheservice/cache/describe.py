@@ -8,11 +8,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from cacheservice import __version__
+from cacheservice.base.errors import Blocker
 from cacheservice.cache.cache import Cache, DatabaseStatus
 from cacheservice.cache.dataset import Attempt, Dataset, Held
 from cacheservice.cache.history import Point
 from cacheservice.cache.lag import Lag
-from cacheservice.errors import Blocker
 
 
 def describe(cache: Cache) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 from zlib import crc32
 
+from cacheservice.base.errors import BadResult, ResultTooLarge
 from cacheservice.cache.digest import reduced, row_digest
-from cacheservice.errors import BadResult, ResultTooLarge
 
 Shards = list[dict[bytes, bytes]]
 """Keys to bulk strings."""

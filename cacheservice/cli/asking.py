@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from cacheservice import config
-from cacheservice.errors import AddressUnknown, NoAnswer, Refused
+from cacheservice.base.errors import AddressUnknown, NoAnswer, Refused
 
 ANSWER_TIMEOUT_S = 10.0
 _DEFAULT_PORT = 8000

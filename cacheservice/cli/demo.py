@@ -26,12 +26,12 @@ from typing import Any, NamedTuple
 
 import click
 
-from cacheservice import file_errors, shipped
+from cacheservice.base import file_errors, shipped
+from cacheservice.base.errors import DemoFailed
 from cacheservice.cli.embedded import EmbeddedPostgres
-from cacheservice.errors import DemoFailed
-from cacheservice.postgres.migrate import migrate
-from cacheservice.postgres.reader import create_reader
-from cacheservice.postgres.watch import watch
+from cacheservice.sources.postgres.migrate import migrate
+from cacheservice.sources.postgres.reader import create_reader
+from cacheservice.sources.postgres.watch import watch
 
 _DATABASE = "shop"
 _READER = "cache_reader"

@@ -21,7 +21,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 from urllib.parse import quote
 
-from cacheservice.errors import CacheServiceError
+from cacheservice.base.errors import CacheServiceError
 
 START_LIMIT_S = 60
 STOP_LIMIT_S = 20

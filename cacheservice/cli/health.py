@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import click
 
+from cacheservice.base.errors import Refused
 from cacheservice.cli.asking import ask_once, status_address
 from cacheservice.cli.options import where
-from cacheservice.errors import Refused
 
 _WANTED = {"ruok": "imok", "ready": "ready"}
 

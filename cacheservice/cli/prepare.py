@@ -10,14 +10,15 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from cacheservice import config, shipped
-from cacheservice.errors import ConfigError
-from cacheservice.postgres import target
-from cacheservice.postgres.migrate import migrate as apply_migrations
-from cacheservice.postgres.reader import create_reader
-from cacheservice.postgres.target import parse
-from cacheservice.postgres.watch import unwatch as take_triggers
-from cacheservice.postgres.watch import watch as put_triggers
+from cacheservice import config
+from cacheservice.base import shipped
+from cacheservice.base.errors import ConfigError
+from cacheservice.sources.postgres import target
+from cacheservice.sources.postgres.migrate import migrate as apply_migrations
+from cacheservice.sources.postgres.reader import create_reader
+from cacheservice.sources.postgres.target import parse
+from cacheservice.sources.postgres.watch import unwatch as take_triggers
+from cacheservice.sources.postgres.watch import watch as put_triggers
 
 _VARIABLE = "CACHESERVICE_MIGRATE_DSN"
 _PASSWORD = "CACHESERVICE_READER_PASSWORD"  # noqa: S105  # the name of a variable

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from cacheservice.errors import AddressUnknown, CacheServiceError, ConfigError
+from cacheservice.base.errors import AddressUnknown, CacheServiceError, ConfigError
 
 _USAGE = 2
 

@@ -12,8 +12,8 @@ import time
 import click
 
 from cacheservice import config
+from cacheservice.base.errors import AddressUnknown, NoAnswer, Refused
 from cacheservice.cli.program import tell
-from cacheservice.errors import AddressUnknown, NoAnswer, Refused
 
 
 @click.command()

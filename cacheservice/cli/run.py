@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 from twisted.scripts import twistd
 
-from cacheservice import shipped
+from cacheservice.base import shipped
 
 
 @click.command()

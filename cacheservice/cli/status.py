@@ -17,6 +17,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from cacheservice.base.errors import AddressUnknown, CacheServiceError, NoAnswer, Refused, UnknownDataset
 from cacheservice.cli import picture, plugin
 from cacheservice.cli.asking import (
     Address,
@@ -32,7 +33,6 @@ from cacheservice.cli.picture import Picture
 from cacheservice.cli.problems import problems
 from cacheservice.cli.program import in_one_line, tell
 from cacheservice.cli.terminal import console_of_output, show
-from cacheservice.errors import AddressUnknown, CacheServiceError, NoAnswer, Refused, UnknownDataset
 from cacheservice.ports.report import duration
 
 _POLL_INTERVAL_S = 1.0

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.text import Text
 
 from cacheservice import config
+from cacheservice.base.errors import CacheServiceError, NoAnswer, Refused
 from cacheservice.cache.describe import iso
 from cacheservice.cli.asking import (
     Address,
@@ -38,7 +39,6 @@ from cacheservice.cli.asking import (
 )
 from cacheservice.cli.options import dataset_names, where
 from cacheservice.cli.program import tell
-from cacheservice.errors import CacheServiceError, NoAnswer, Refused
 from cacheservice.ports.report import duration
 
 _POLL_INTERVAL_S = 0.5

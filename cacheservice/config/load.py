@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 from pydantic import ValidationError
 
+from cacheservice.base.errors import ConfigError
 from cacheservice.config import rules
 from cacheservice.config.keys import Place, dotted, keys_of
 from cacheservice.config.merge import as_table, overlay, with_defaults
 from cacheservice.config.models import AdminSettings, AnyTable, RespSettings, Settings, StatusSettings
 from cacheservice.config.report import order_of, problem_of, refusals, unknown_name
 from cacheservice.config.sources import DEFAULT_FILE, PREFIX, read_environment, read_file
-from cacheservice.errors import ConfigError
 
 
 def load(environ: Mapping[str, str], dsn_problem: Callable[[str], str | None]) -> Settings:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from cacheservice import query_text
+from cacheservice.base import query_text
 from cacheservice.config import session_rules
 
 OWN_CHANNEL = "cacheservice"

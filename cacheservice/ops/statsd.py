@@ -19,9 +19,9 @@ from twisted.internet.error import CannotListenError, MessageLengthError
 from twisted.internet.protocol import DatagramProtocol
 from twisted.python.failure import Failure
 
+from cacheservice.base.errors import CacheServiceError
 from cacheservice.base.interfaces import Log, Reactor
 from cacheservice.base.timers import looping, pause
-from cacheservice.errors import CacheServiceError
 from cacheservice.ops.families import Sample
 from cacheservice.ops.metrics import Metrics
 

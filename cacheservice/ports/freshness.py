@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 from twisted.internet.defer import Deferred
 
+from cacheservice.base.errors import UnknownDataset
 from cacheservice.base.interfaces import Clock
 from cacheservice.cache.cache import DatabaseStatus, Refreshes
 from cacheservice.cache.dataset import Dataset, Snapshot
 from cacheservice.cache.events import Ended, Event, Published, Renewed
-from cacheservice.errors import UnknownDataset
 
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 2.0

@@ -17,9 +17,9 @@ from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IListeningPort
 from twisted.internet.protocol import ServerFactory
 
-from cacheservice import file_errors
+from cacheservice.base import file_errors
+from cacheservice.base.errors import PortUnavailable
 from cacheservice.base.interfaces import Reactor
-from cacheservice.errors import PortUnavailable
 from cacheservice.ports.readers import Port
 
 BACKLOG = 511

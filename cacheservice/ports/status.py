@@ -22,10 +22,10 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from cacheservice import __version__
+from cacheservice.base.errors import CacheServiceError, ConfigError, UnknownDataset
 from cacheservice.base.interfaces import Clock
 from cacheservice.cache.cache import Cache, Refreshes, Reloaded
 from cacheservice.cache.describe import in_short
-from cacheservice.errors import CacheServiceError, ConfigError, UnknownDataset
 from cacheservice.ports import rejected, report
 from cacheservice.ports.admission import RESERVE_S, Door, open_door
 

@@ -13,8 +13,8 @@ from cacheservice.cache.dataset import Attempt, Dataset, Snapshot, Trigger
 from cacheservice.cache.history import Outcome
 from cacheservice.cache.identity import why_elsewhere
 from cacheservice.cache.rows import Rows, RowsPatch
-from cacheservice.postgres.database import Reading
 from cacheservice.refresh.gates import refusal
+from cacheservice.sources.postgres.database import Reading
 
 _PATCHED_A_TURN = 500
 """Keys, in half a millisecond."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from cacheservice.base.errors import NothingToPin
 from cacheservice.cache.dataset import Dataset, Snapshot
-from cacheservice.errors import NothingToPin
 from cacheservice.refresh.expiry import ExpiryWatch
 
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
+from cacheservice.base.errors import DatabaseUnavailable, LockTimeout, LoginRefused, RefreshFailed
 from cacheservice.base.interfaces import Clock
 from cacheservice.cache.cache import DatabaseStatus
 from cacheservice.cache.dataset import Dataset, Snapshot
 from cacheservice.cache.describe import describe_blocker, seconds
 from cacheservice.cache.identity import why_elsewhere
 from cacheservice.cache.rows import Rows
-from cacheservice.errors import DatabaseUnavailable, LockTimeout, LoginRefused, RefreshFailed
 from cacheservice.refresh.attempts import Result, Try
 from cacheservice.refresh.comparison import Comparer, Comparison
 from cacheservice.refresh.expiry import ExpiryWatch

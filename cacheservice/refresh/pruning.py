@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cacheservice.postgres.recorded import Recorded
+from cacheservice.sources.postgres.recorded import Recorded
 
 CHANGES_KEPT_S = 3600.0
 """A dataset that was not refreshed for longer reads all rows."""

@@ -11,13 +11,11 @@ from typing import Any, NamedTuple, Protocol
 
 from twisted.internet.defer import CancelledError, Deferred
 
+from cacheservice.base.errors import RefreshFailed, Stopped, let_go
 from cacheservice.base.interfaces import Clock, Log
 from cacheservice.cache.cache import DatabaseStatus
 from cacheservice.cache.dataset import Dataset, Snapshot, rows_builder
 from cacheservice.cache.rows import Groups, RowsBuilder
-from cacheservice.errors import RefreshFailed, Stopped, let_go
-from cacheservice.postgres.database import Reading, Wanted
-from cacheservice.postgres.recorded import Recorded
 from cacheservice.refresh.attempts import Result, Try
 from cacheservice.refresh.claim import Claim
 from cacheservice.refresh.expiry import ExpiryWatch
@@ -28,10 +26,12 @@ from cacheservice.refresh.plan import plan
 from cacheservice.refresh.slots import Slots
 from cacheservice.refresh.starts import Starts
 from cacheservice.refresh.timetable import Due, Notifiable, Timetable
+from cacheservice.sources.postgres.database import Reading, Wanted
+from cacheservice.sources.postgres.recorded import Recorded
 
 
 class Reads(Protocol):
-    """What a refresh asks of the database: ``cacheservice.postgres.database.Database``."""
+    """What a refresh asks of the database: ``cacheservice.sources.postgres.database.Database``."""
 
     def read_together(self, wanted: Sequence[Wanted]) -> Deferred[list[Reading]]: ...
 

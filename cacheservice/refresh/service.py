@@ -10,20 +10,20 @@ from twisted.application.service import Service
 from twisted.internet.defer import CancelledError, Deferred, DeferredList
 from twisted.python.failure import Failure
 
+from cacheservice.base.errors import CacheServiceError, NothingToRollBackTo, RefreshFailed, Stopped, UnknownDataset
 from cacheservice.base.interfaces import Clock, DelayedCall, Log
 from cacheservice.base.timers import is_active, looping
 from cacheservice.cache.cache import Cache, Declared
 from cacheservice.cache.dataset import Dataset, Snapshot
+from cacheservice.cache.drain import Drain
 from cacheservice.config import OWN_CHANNEL, DatasetSettings, groups
-from cacheservice.errors import CacheServiceError, NothingToRollBackTo, RefreshFailed, Stopped, UnknownDataset
-from cacheservice.postgres.database import PRUNED_A_CALL
-from cacheservice.postgres.deltas import watched_ids
-from cacheservice.postgres.recorded import Recorded
 from cacheservice.refresh.budget import Budget
-from cacheservice.refresh.drain import Drain
 from cacheservice.refresh.pruning import CHANGES_KEPT_S, kept_because
 from cacheservice.refresh.refresher import Means, Reads, Refresher
 from cacheservice.refresh.slots import Slots
+from cacheservice.sources.postgres.database import PRUNED_A_CALL
+from cacheservice.sources.postgres.deltas import watched_ids
+from cacheservice.sources.postgres.recorded import Recorded
 
 _BURST = 100
 """This many notifications in a row are a burst: a transaction that sends thousands."""
@@ -34,7 +34,7 @@ _PRUNE_TIMEOUT_S = 10.0
 
 
 class History(Protocol):
-    """The saved snapshots: ``cacheservice.persistence.store.SnapshotStore``."""
+    """The saved snapshots: ``cacheservice.sources.disk.store.SnapshotStore``."""
 
     async def restore(self) -> None:
         """Publish the newest saved snapshot of each dataset that has none. Never raises."""

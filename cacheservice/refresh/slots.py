@@ -9,9 +9,9 @@ from typing import TypeVar
 
 from twisted.internet.defer import Deferred, fail, maybeDeferred
 
+from cacheservice.base.errors import Stopped
 from cacheservice.base.interfaces import DelayedCall
 from cacheservice.base.timers import is_active
-from cacheservice.errors import Stopped
 from cacheservice.refresh.budget import Budget, Use
 
 T = TypeVar("T")

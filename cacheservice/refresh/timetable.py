@@ -20,9 +20,9 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+from cacheservice.base.backoff import full_jitter
 from cacheservice.cache.dataset import Trigger
 from cacheservice.config import DatasetSettings, timing
-from cacheservice.refresh.backoff import full_jitter
 
 CALM_S = 0.02
 """A notification within this time after another one, or after an attempt, belongs to a burst."""

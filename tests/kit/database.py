@@ -16,8 +16,8 @@ from cacheservice.cache.dataset import Snapshot
 from cacheservice.cache.rows import RowsBuilder
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.config import DatasetSettings
-from cacheservice.postgres.database import Database, Reading
-from cacheservice.postgres.target import parse
+from cacheservice.sources.postgres.database import Database, Reading
+from cacheservice.sources.postgres.target import parse
 from tests.kit.datasets import rows_builder, rows_of
 from tests.kit.postgres import fresh_database, query, sessions_left
 

@@ -13,8 +13,8 @@ from cacheservice.cache.cache import DatabaseStatus
 from cacheservice.cache.dataset import Snapshot
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.config import DatasetSettings
-from cacheservice.postgres.database import Database, Reading, Wanted
-from cacheservice.postgres.target import parse
+from cacheservice.sources.postgres.database import Database, Reading, Wanted
+from cacheservice.sources.postgres.target import parse
 from tests.kit.database import snapshot_of_reading
 from tests.kit.datasets import rows_builder
 from tests.kit.postgres import drop_role, fresh_database, query

@@ -54,7 +54,7 @@ from twisted.protocols.basic import LineReceiver
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Snapshot
 from cacheservice.cli.embedded import EmbeddedPostgres
-from cacheservice.persistence.store import SnapshotStore
+from cacheservice.sources.disk.store import SnapshotStore
 from tests.kit import status
 from tests.kit.chaos import FaultyNetwork
 from tests.kit.clock_shim import COMPILER, ClockShim

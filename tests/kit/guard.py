@@ -16,13 +16,13 @@ from twisted.internet.defer import Deferred, DeferredList, ensureDeferred
 from twisted.internet.task import LoopingCall, deferLater
 from twisted.trial.unittest import TestCase
 
+from cacheservice.base.errors import RefreshFailed
 from cacheservice.cache.cache import DatabaseStatus
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.config import DatasetSettings
-from cacheservice.errors import RefreshFailed
-from cacheservice.postgres.database import Database
-from cacheservice.postgres.guard import GuardedConnection
-from cacheservice.postgres.target import parse
+from cacheservice.sources.postgres.database import Database
+from cacheservice.sources.postgres.guard import GuardedConnection
+from cacheservice.sources.postgres.target import parse
 from tests.kit.chaos import FaultyNetwork
 from tests.kit.datasets import rows_builder
 from tests.kit.postgres import connect, fresh_database, sessions_left

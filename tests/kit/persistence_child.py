@@ -20,7 +20,7 @@ from twisted.internet.defer import Deferred
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Snapshot
 from cacheservice.config import DatasetSettings
-from cacheservice.persistence.store import SnapshotStore
+from cacheservice.sources.disk.store import SnapshotStore
 from tests.kit.datasets import declared, rows_builder
 from tests.kit.paths import ROOT
 

@@ -10,14 +10,14 @@ from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
+from cacheservice.base.errors import Blocker, QueryFailed
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset
+from cacheservice.cache.drain import Drain
 from cacheservice.config import DatasetSettings
-from cacheservice.errors import Blocker, QueryFailed
-from cacheservice.postgres.database import Reading, Wanted
-from cacheservice.postgres.recorded import Recorded
-from cacheservice.refresh.drain import Drain
 from cacheservice.refresh.service import CacheService
+from cacheservice.sources.postgres.database import Reading, Wanted
+from cacheservice.sources.postgres.recorded import Recorded
 from tests.kit.clocks import started_clock
 from tests.kit.datasets import MOMENT, declared
 from tests.kit.logs import Log

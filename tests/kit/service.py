@@ -11,11 +11,11 @@ from twisted.internet import reactor
 
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset
+from cacheservice.cache.drain import Drain
 from cacheservice.config import DatasetSettings
-from cacheservice.postgres.database import Database
-from cacheservice.postgres.target import parse
-from cacheservice.refresh.drain import Drain
 from cacheservice.refresh.service import CacheService
+from cacheservice.sources.postgres.database import Database
+from cacheservice.sources.postgres.target import parse
 from tests.kit.guard import GuardTestCase
 from tests.kit.logs import Log
 from tests.kit.postgres import query

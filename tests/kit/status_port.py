@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from cacheservice.base.errors import Blocker
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Attempt, Snapshot
-from cacheservice.errors import Blocker
 from tests.kit.clocks import started_clock
 from tests.kit.datasets import MOMENT, declared, rows_builder
 

@@ -13,8 +13,8 @@ import pytest
 from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.cli.embedded import EmbeddedPostgres
-from cacheservice.postgres.reader import create_reader
-from cacheservice.postgres.watch import unwatch, watch
+from cacheservice.sources.postgres.reader import create_reader
+from cacheservice.sources.postgres.watch import unwatch, watch
 from tests.kit.postgres import connect, query
 
 Key = str | tuple[str | None, ...] | None

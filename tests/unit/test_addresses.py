@@ -5,10 +5,10 @@ from __future__ import annotations
 import psycopg2
 import pytest
 
-from cacheservice.errors import DatabaseUnavailable, DeadlineExceeded, NoSessionLeft
-from cacheservice.postgres.addresses import DEMOTED_S, TRIAL_S, Address, Memory, passes, share_s
-from cacheservice.postgres.refusal import Tried, ends_the_search, not_connected, tried
-from cacheservice.postgres.target import parse
+from cacheservice.base.errors import DatabaseUnavailable, DeadlineExceeded, NoSessionLeft
+from cacheservice.sources.postgres.addresses import DEMOTED_S, TRIAL_S, Address, Memory, passes, share_s
+from cacheservice.sources.postgres.refusal import Tried, ends_the_search, not_connected, tried
+from cacheservice.sources.postgres.target import parse
 
 A, B, C = (Address(name, f"10.0.0.{number}", "5432") for number, name in enumerate("abc", 1))
 

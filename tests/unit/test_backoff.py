@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from cacheservice.refresh.backoff import full_jitter
+from cacheservice.base.backoff import full_jitter
 
 first_waits = st.floats(0.001, 100)
 shares = st.floats(0, 1)

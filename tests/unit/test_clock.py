@@ -10,9 +10,9 @@ from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from cacheservice import clock
-from cacheservice.clock import Host
-from cacheservice.persistence.age import Age, ReadOn
+from cacheservice.base import clock
+from cacheservice.base.clock import Host
+from cacheservice.sources.disk.age import Age, ReadOn
 from tests.kit.paths import ROOT
 
 

@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice import config
+from cacheservice.base.errors import ConfigError
 from cacheservice.config import Settings
-from cacheservice.errors import ConfigError
 
 SECRET = "postgresql://u:hunter2@db/shop"
 DSN = f'[postgres]\ndsn = "{SECRET}"\n'

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cacheservice.errors import Deadlock, SerializationFailed, StandbyConflict
+from cacheservice.base.errors import Deadlock, SerializationFailed, StandbyConflict
 from cacheservice.ports import report
 from tests.kit.refreshes import RefreshTestCase
 

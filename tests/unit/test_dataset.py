@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
+from cacheservice.base.errors import UnknownDataset
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import KEPT_ATTEMPTS, Attempt, Dataset, Outcome, Snapshot, State
-from cacheservice.errors import UnknownDataset
 from tests.kit.clocks import START_S, started_clock
 from tests.kit.datasets import MOMENT, declared, rows_of, snapshot_of
 

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
+from cacheservice.cache.drain import Drain
 from cacheservice.cache.rows import Rows, RowsBuilder, RowsPatch, Shards
-from cacheservice.postgres.keys import literal
-from cacheservice.refresh.drain import Drain
+from cacheservice.sources.postgres.keys import literal
 from tests.kit.datasets import Table, table_of
 
 

@@ -8,8 +8,8 @@ from twisted.internet.interfaces import IDelayedCall
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
+from cacheservice.cache.drain import Drain
 from cacheservice.cache.rows import Groups
-from cacheservice.refresh.drain import Drain
 from tests.kit.datasets import rows_of
 
 

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from cacheservice import file_errors
+from cacheservice.base import file_errors
 
 
 class OfFolder(SynchronousTestCase):

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from cacheservice.postgres.keys import KeyForm
+from cacheservice.sources.postgres.keys import KeyForm
 
 PART = st.text(alphabet="ab:\\|", max_size=4)
 

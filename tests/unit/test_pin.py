@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from cacheservice.base.errors import NothingToPin, UnknownDataset
 from cacheservice.cache.dataset import Dataset
 from cacheservice.cache.events import Ended, Published
-from cacheservice.errors import NothingToPin, UnknownDataset
 from cacheservice.ports.report import show, status_table, why
 from cacheservice.ports.status import Commands
 from tests.kit.refreshes import RefreshTestCase, World

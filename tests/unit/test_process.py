@@ -10,7 +10,7 @@ from typing import Any
 from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice import config
-from cacheservice.process import log_file
+from cacheservice.app.signals import log_file
 
 
 class Arguments(SynchronousTestCase):

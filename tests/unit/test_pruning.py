@@ -8,14 +8,14 @@ from typing import Any
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.trial.unittest import SynchronousTestCase
 
+from cacheservice.base.errors import QueryFailed
 from cacheservice.cache.describe import describe
 from cacheservice.cache.identity import ServerIdentity
 from cacheservice.cache.lag import NO_LAG, Lag
 from cacheservice.config import OWN_CHANNEL
-from cacheservice.errors import QueryFailed
 from cacheservice.ports.report import why
-from cacheservice.postgres.database import Reading
-from cacheservice.postgres.recorded import Recorded
+from cacheservice.sources.postgres.database import Reading
+from cacheservice.sources.postgres.recorded import Recorded
 from tests.kit.datasets import MOMENT
 from tests.kit.refreshes import World
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pydantic import ValidationError
 from twisted.trial.unittest import SynchronousTestCase
 
+from cacheservice.base.query_text import without_semicolon
 from cacheservice.config import DatasetSettings
-from cacheservice.query_text import without_semicolon
 
 
 class Closed(SynchronousTestCase):

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.internet.defer import Deferred, succeed
 
+from cacheservice.base.errors import DatabaseUnavailable, LockTimeout, QueryFailed, UnknownDataset
 from cacheservice.cache.dataset import Dataset, State
 from cacheservice.cache.events import Ended, Published, Renewed
-from cacheservice.errors import DatabaseUnavailable, LockTimeout, QueryFailed, UnknownDataset
-from cacheservice.postgres.database import Reading
+from cacheservice.sources.postgres.database import Reading
 from tests.kit.datasets import MOMENT
 from tests.kit.refreshes import BLOCKER, START_S, Read, RefreshTestCase, World
 

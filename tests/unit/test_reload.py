@@ -13,10 +13,10 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
+from cacheservice.base.errors import ConfigError, QueryFailed, Stopped, UnknownDataset
 from cacheservice.cache.cache import Cache, Declared, Rejection, Reloaded
 from cacheservice.cache.dataset import State
 from cacheservice.config import ConfigFile
-from cacheservice.errors import ConfigError, QueryFailed, Stopped, UnknownDataset
 from cacheservice.ports import report
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.resp.commands import Commands as RespCommands

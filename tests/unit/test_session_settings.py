@@ -9,9 +9,9 @@ from tempfile import TemporaryDirectory
 from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice import config
+from cacheservice.base.errors import ConfigError
 from cacheservice.config import DatasetSettings
-from cacheservice.errors import ConfigError
-from cacheservice.persistence.files import fingerprint
+from cacheservice.sources.disk.files import fingerprint
 
 
 class Declared(SynchronousTestCase):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cacheservice.postgres.keeping import IDLE_LIMIT_S, NEAR_S, Window, has_room, is_next_use_near, planned
+from cacheservice.sources.postgres.keeping import IDLE_LIMIT_S, NEAR_S, Window, has_room, is_next_use_near, planned
 
 
 def test_what_is_near() -> None:

@@ -9,7 +9,7 @@ from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
-from cacheservice.errors import Stopped
+from cacheservice.base.errors import Stopped
 from cacheservice.refresh.budget import Budget
 from cacheservice.refresh.slots import MOST_PASSED_OVER, Slots
 from tests.kit.slots import Job

@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 
 from twisted.trial.unittest import SynchronousTestCase
 
+from cacheservice.base.errors import NoAnswer
 from cacheservice.cli.asking import Address, Answer
 from cacheservice.cli.tail import Event, Follower, in_words
-from cacheservice.errors import NoAnswer
 
 module = sys.modules[Follower.__module__]
 """The package has the command under that name."""

@@ -16,11 +16,11 @@ from urllib.parse import quote, unquote_to_bytes
 
 from twisted.internet.defer import Deferred
 
+from cacheservice.base.errors import Stopped, UnknownDataset
 from cacheservice.cache.cache import Cache, Refreshes
 from cacheservice.cache.dataset import Dataset, Snapshot, State
 from cacheservice.cache.describe import describe_dataset, describe_hour
 from cacheservice.cache.events import Added, Changed, Ended
-from cacheservice.errors import Stopped, UnknownDataset
 from cacheservice.ports import report
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.held import Streamed

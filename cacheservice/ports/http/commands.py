@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from cacheservice.base.errors import NothingToPin, NothingToRollBackTo, Stopped
 from cacheservice.cache.cache import Refreshes
-from cacheservice.errors import NothingToPin, NothingToRollBackTo, Stopped
 from cacheservice.ports.http.problem import Problem
 
 Done = tuple[int, dict[str, Any]]

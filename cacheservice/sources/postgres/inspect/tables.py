@@ -1,0 +1,58 @@
+"""The plan of the query, and its facts about the tables that it reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from cacheservice.sources.postgres.inspect.failures import step
+from cacheservice.sources.postgres.inspect.look import Look
+from cacheservice.sources.postgres.inspect.plans import nodes, scanned_table, worst_node
+from cacheservice.sources.postgres.statements import FEW_ROWS, whole_query
+
+
+def explain(look: Look) -> Mapping[str, Any] | None:
+    with step(look, "EXPLAIN"):
+        query = whole_query(look.dataset.query)
+        plan = _plan(look, query)
+        if int(plan["Plan Rows"]) > FEW_ROWS:
+            # A refresh reads that many rows through a cursor, for which the planner makes no parallel plan.
+            plan = _plan(look, f"DECLARE rows NO SCROLL CURSOR FOR {query}")
+        look.found.worst = worst_node(plan)
+        _warn_of_tables(look, plan)
+        return plan
+    return None
+
+
+def _plan(look: Look, statement: str) -> Mapping[str, Any]:
+    look.cursor.execute(f"EXPLAIN (FORMAT JSON, VERBOSE) {statement}")
+    (answer,) = look.cursor.fetchone()
+    plan: Mapping[str, Any] = (answer if isinstance(answer, list) else json.loads(answer))[0]["Plan"]
+    return plan
+
+
+def _warn_of_tables(look: Look, plan: Mapping[str, Any]) -> None:
+    """Add hints about tables that the result does not show.
+
+    These are rows that are hidden, and estimates that are guesses.
+    """
+    scanned = sorted({scanned_table(node) for node in nodes(plan) if "Relation Name" in node})
+    # By name, not to_regclass: behind a view there may be a schema that the role may not use.
+    look.cursor.execute(
+        """
+        SELECT format('%%I.%%I', n.nspname, c.relname), row_security_active(c.oid), c.reltuples < 0
+        FROM unnest(%s::text[], %s::text[]) AS u (schema, name)
+        JOIN pg_namespace AS n ON n.nspname = u.schema
+        JOIN pg_class AS c ON c.relnamespace = n.oid AND c.relname = u.name
+        ORDER BY 1
+        """,
+        ([schema for schema, _ in scanned], [name for _, name in scanned]),
+    )
+    for table, hidden, unknown in look.cursor.fetchall():
+        if hidden:
+            text = f"row security is active on {table}: {look.server.role} gets the rows that its policies let it see"
+            look.add("hint", text, "see that those are all that are meant")
+        if unknown:
+            text = f"{table} has never been analyzed: rows, bytes and cost are guesses"
+            look.add("hint", text, f"ANALYZE {table};")
