@@ -127,9 +127,9 @@ class Run:
         snapshot = Snapshot(
             self.generation,
             builder.finish(),
-            reading.as_of,
-            reading.read_at,
-            reading.database_snapshot,
+            reading.moment.as_of,
+            reading.moment.read_at,
+            reading.moment.database_snapshot,
             reading.columns,
         )
         assert snapshot.rows.count == self.rows

@@ -25,7 +25,8 @@ from cacheservice.base.errors import LockTimeout, MigrationFailed, QueryFailed
 from cacheservice.cache.cache import DatabaseStatus
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.config import DatasetSettings
-from cacheservice.sources.postgres.database import Database, Reading
+from cacheservice.sources.base import ReadResult
+from cacheservice.sources.postgres.database import Database
 from cacheservice.sources.postgres.migrate import migrate, migration_files
 from cacheservice.sources.postgres.oldest import too_old
 from cacheservice.sources.postgres.reader import create_reader
@@ -114,7 +115,7 @@ class Migrations(TestCase):
             cursor.execute(statement)
             return list(cursor.fetchall())
 
-    def read(self, sql: str, timeout_s: float = 20) -> Deferred[Reading]:
+    def read(self, sql: str, timeout_s: float = 20) -> Deferred[ReadResult]:
         target = parse(self.server.dsn(READER, "wörd", self.database))
         database = Database(reactor, target, 5, DatabaseStatus())
         self.addCleanup(database.stop)

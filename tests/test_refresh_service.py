@@ -263,7 +263,7 @@ class StopTests(ServiceTestCase):
         )
         service.startService()
         await self.until_busy(1)
-        self.assertEqual(service.slots.queue_depth, 4)
+        self.assertEqual(cache.database.queued(), 4)
         for name in cache.datasets:
             self.assertFalse(service.refresh_now(name))
         await self.check_stop(service, cache, before)

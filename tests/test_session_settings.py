@@ -102,7 +102,7 @@ class SessionSettingsTestCase(TestCase):
         self.addCleanup(database.stop)
         settings = {"name": "things", "query": sql, "key": "id", "timeout_s": 60.0, **more}
         reading = await database.read(DatasetSettings.model_validate(settings), rows_builder)
-        self.assertGreater(reading.as_of.year, 2024)
+        self.assertGreater(reading.moment.as_of.year, 2024)
         assert reading.rows is not None
         ((_, document),) = reading.rows.finish().items()
         return json.loads(document)

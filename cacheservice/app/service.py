@@ -26,7 +26,7 @@ from cacheservice.base.interfaces import Log, Reactor
 from cacheservice.cache.cache import Cache, ConnectionCap
 from cacheservice.cache.describe import seconds
 from cacheservice.cache.drain import Drain
-from cacheservice.config import ConfigFile, PersistenceSettings, Settings
+from cacheservice.config import ConfigFile, PersistenceSettings, Settings, StatsdSettings
 from cacheservice.ops import logs
 from cacheservice.ops.metrics import Metrics, ServedPort
 from cacheservice.ops.stall import StallWatch
@@ -41,11 +41,14 @@ from cacheservice.ports.resp.commands import Commands as RespCommands
 from cacheservice.ports.resp.protocol import RespFactory
 from cacheservice.ports.rotation import ClientSecrets, Rotation
 from cacheservice.ports.status import Commands, StatusFactory
-from cacheservice.refresh.service import CacheService
+from cacheservice.refresh.refresher import Process
+from cacheservice.refresh.service import CacheService, Limits
 from cacheservice.sources.disk.store import SnapshotStore
 from cacheservice.sources.postgres import target
 from cacheservice.sources.postgres.database import Database
 from cacheservice.sources.postgres.listener import Listener
+from cacheservice.sources.postgres.notifications import Notifications
+from cacheservice.sources.postgres.pruning import Pruning
 
 _STOP_TIMEOUT_S = 4.0
 """docs/deployment.md promises that a clean stop, including the last lines of the log, takes at most 5 s."""
@@ -165,8 +168,7 @@ def make_service(
     :param reactor: its `seconds` must be monotonic. If the wall clock were set back by an hour, every timer would be an
         hour late.
     """
-    cache = Cache(settings.datasets.values(), reactor.seconds)
-    cache.configured_by(config.config_file(os.environ))
+    cache = Cache(settings.datasets.values(), reactor.seconds, config.config_file(os.environ))
     room = _make_room(settings, cache, log)
     root = CacheServiceRoot(cache, reactor, writer, log)
     parsed = target.parse(settings.postgres.dsn.get_secret_value())
@@ -185,21 +187,18 @@ def make_service(
     refresh = CacheService(
         cache,
         database,
-        settings.postgres.max_connections,
-        reactor,
-        random.random,
-        log,
-        drain,
+        Limits(settings.postgres.max_connections, settings.postgres.max_load),
+        Process(reactor, random.random, log, drain),
         store,
-        settings.postgres.max_load,
         heard_all,
     )
+    notifications = Notifications(cache, refresh.note_changed)
     listener = Listener(
         parsed,
         database.connector,
         settings.postgres.connect_timeout_s,
-        refresh.channels(),
-        refresh.heard,
+        notifications.channels(),
+        notifications.heard,
         refresh.missed,
         cache.database,
         reactor,
@@ -221,6 +220,7 @@ def make_service(
         refresh,
         database,
         listener,
+        notifications,
         ports,
         room,
         rotation,
@@ -234,11 +234,11 @@ def make_service(
     held = HeldSnapshots(cache, reactor, log, settings.limits.max_old_generations, settings.limits.max_answer_s)
     metrics = Metrics(cache, stalls.lateness, served, reactor, held.superseded)
     Signals(reactor, reloader.reload, writer.reopen, log).setServiceParent(root)
-    for child in (stalls, DatabaseService(database, listener), store, refresh, listener):
+    pruning = Pruning(cache, database, reactor, log)
+    statsd = _statsd(settings.statsd, metrics, database, reactor, log)
+    for child in (stalls, DatabaseService(database, listener), store, pruning, refresh, listener, statsd):
         if child is not None:
             child.setServiceParent(root)
-    if (statsd := settings.statsd).host:
-        StatsD(metrics, statsd.host, statsd.port, statsd.prefix, database.resolve, reactor, log).setServiceParent(root)
 
     limits = settings.limits
     max_connections, accepted = room.limit(limits.max_connections), room.plan.accepted
@@ -332,6 +332,14 @@ def _store(
     directory = Path(settings.directory)
     interval_s, keep = settings.min_save_interval_s, settings.keep_generations
     return SnapshotStore(cache, directory, interval_s, keep, drain.add, reactor, log)
+
+
+def _statsd(
+    settings: StatsdSettings, metrics: Metrics, database: Database, reactor: Reactor, log: Log
+) -> StatsD | None:
+    if not settings.host:
+        return None
+    return StatsD(metrics, settings.host, settings.port, settings.prefix, database.resolve, reactor, log)
 
 
 def make_log(settings: Settings, arguments: Sequence[str] = ()) -> tuple[logs.LineWriter, logs.Threshold, Any]:

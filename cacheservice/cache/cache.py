@@ -103,9 +103,12 @@ class Cache:
     `rejection` describes a newer configuration that was refused. `stopping` is set once the service begins to stop.
 
     :param now: the monotonic clock, in seconds.
+    :param config_file: the configuration file that is in effect, for the status.
     """
 
-    def __init__(self, datasets: Iterable[DatasetSettings], now: Callable[[], float]) -> None:
+    def __init__(
+        self, datasets: Iterable[DatasetSettings], now: Callable[[], float], config_file: ConfigFile | None = None
+    ) -> None:
         self.events = Events()
         self._datasets = {settings.name: Dataset(settings, now, events=self.events) for settings in datasets}
         self._last_generations: dict[str, int] = {}
@@ -116,7 +119,7 @@ class Cache:
         self.now = now
         self.started_at = now()
         self.connection_cap: ConnectionCap | None = None
-        self.config_file: ConfigFile | None = None
+        self.config_file = config_file
         self._untried = set(self._datasets)
 
     @property

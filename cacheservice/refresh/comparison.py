@@ -11,6 +11,7 @@ from cacheservice.cache.changes import Change, ChangeCount
 from cacheservice.cache.dataset import Snapshot
 from cacheservice.cache.rows import Rows
 from cacheservice.refresh.attempts import Result
+from cacheservice.sources.base import AllRows, Unchanged
 
 
 class Comparison(NamedTuple):
@@ -45,7 +46,7 @@ class Comparer:
         change = await self._change(result, served)
         candidate = result.dataset.candidate
         # The columns of an unchanged result were not asked for.
-        columns = served.columns if result.reading.kind == "unchanged" else result.reading.columns
+        columns = served.columns if isinstance(result.read, Unchanged) else result.read.columns
         if not any(change) and served.columns == columns:
             result.rows.note_digest(served.rows.digest)
             return Comparison(change, served)
@@ -65,7 +66,7 @@ class Comparer:
     async def _change(self, result: Result, served: Snapshot) -> Change:
         if result.change is not None and result.base is served:
             return result.change
-        expected = result.reading.may_differ if result.change is None and result.base is served else None
+        expected = result.read.may_differ if isinstance(result.read, AllRows) and result.base is served else None
         count = ChangeCount(served.rows, result.rows, expected)
         for _ in count:
             await pause(self._clock)

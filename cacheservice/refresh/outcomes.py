@@ -17,6 +17,7 @@ from cacheservice.cache.rows import Rows
 from cacheservice.refresh.attempts import Result, Try
 from cacheservice.refresh.comparison import Comparer, Comparison
 from cacheservice.refresh.expiry import ExpiryWatch
+from cacheservice.sources.base import AllRows
 
 
 class Outcomes:
@@ -46,7 +47,8 @@ class Outcomes:
         comparisons = await self._comparer.compare(results)
         self._status.answered()
         # Again, so that a transaction that is waited for is looked for on this server, whatever was read meanwhile.
-        self._status.seen(results[0].reading.server, results[0].reading.lag)
+        moment = results[0].read.moment
+        self._status.seen(moment.server, moment.lag)
         for result, comparison in zip(results, comparisons, strict=True):
             self._publish_one(result, comparison, this, queued_s)
         for dataset, expiry in zip(self._datasets, self._expiries, strict=True):
@@ -59,9 +61,9 @@ class Outcomes:
         if like is not None and like.rows.is_laid_out_as(rows):
             rows = like.rows
         dataset.accepts_next = False
-        took_s = self._clock.seconds() - result.reading.began_at
+        took_s = self._clock.seconds() - result.read.moment.began_at
         snapshot = _snapshot(result, rows, comparison)
-        if result.reading.kind == "all":
+        if isinstance(result.read, AllRows):
             dataset.checked_at = self._clock.seconds()
         if dataset.pinned:
             self._keep(result, snapshot, this, took_s)
@@ -101,10 +103,10 @@ class Outcomes:
         self._status.answered()
         self.withdraw_what_is_elsewhere()
         (first, why_first), *_ = [(r.dataset.name, r.refused) for r in results if r.refused]
-        for dataset, reading, rows, refused, *_ in results:
+        for dataset, read, rows, refused, *_ in results:
             dataset.accepts_next = False
             reason = refused or f"is of one group with {first}, whose result {why_first}"
-            took_s = self._clock.seconds() - reading.began_at
+            took_s = self._clock.seconds() - read.moment.began_at
             dataset.hold(reason, rows.count, datetime.now(UTC))
             advice = (
                 f"if the result is right, say 'accept {dataset.name if refused else first}' on the admin socket, "
@@ -153,19 +155,19 @@ class Outcomes:
 
 
 def _snapshot(result: Result, rows: Rows, comparison: Comparison) -> Snapshot:
-    reading, (change, like) = result.reading, comparison
+    read, moment, (change, like) = result.read, result.read.moment, comparison
     return Snapshot(
         result.dataset.next_generation(),
         rows,
-        reading.as_of,
-        reading.read_at,
-        reading.database_snapshot,
-        reading.columns,
+        moment.as_of,
+        moment.read_at,
+        moment.database_snapshot,
+        read.columns,
         change=change,
-        watch_state=reading.watch_state,
-        probe=reading.probe,
-        server=reading.server,
-        lag=reading.lag,
+        watch_state=read.watch_state,
+        probe=read.probe,
+        server=moment.server,
+        lag=moment.lag,
         content_since=like.modified_as_of if like is not None else None,
-        dependencies=reading.dependencies,
+        dependencies=read.dependencies,
     )

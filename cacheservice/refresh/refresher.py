@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from twisted.internet.defer import CancelledError, Deferred
 
@@ -15,50 +15,46 @@ from cacheservice.base.errors import RefreshFailed, Stopped, let_go
 from cacheservice.base.interfaces import Clock, Log
 from cacheservice.cache.cache import DatabaseStatus
 from cacheservice.cache.dataset import Dataset, Snapshot, rows_builder
-from cacheservice.cache.rows import Groups, RowsBuilder
+from cacheservice.cache.drain import Drain
+from cacheservice.cache.rows import RowsBuilder
 from cacheservice.refresh.attempts import Result, Try
 from cacheservice.refresh.claim import Claim
 from cacheservice.refresh.expiry import ExpiryWatch
 from cacheservice.refresh.notified import NotifiedKeys
 from cacheservice.refresh.operator import Operator
 from cacheservice.refresh.outcomes import Outcomes
-from cacheservice.refresh.plan import plan
 from cacheservice.refresh.slots import Slots
 from cacheservice.refresh.starts import Starts
 from cacheservice.refresh.timetable import Due, Notifiable, Timetable
-from cacheservice.sources.postgres.database import Reading, Wanted
-from cacheservice.sources.postgres.recorded import Recorded
+from cacheservice.sources.base import AllRows, ReadPlan, ReadResult, Source
+from cacheservice.sources.plan import plan
 
 
-class Reads(Protocol):
-    """What a refresh asks of the database: ``cacheservice.sources.postgres.database.Database``."""
+class Process(NamedTuple):
+    """What the refreshes use of the process that they run in.
 
-    def read_together(self, wanted: Sequence[Wanted]) -> Deferred[list[Reading]]: ...
-
-    def prune(self, keep_s: float, timeout_s: float) -> Deferred[int]: ...
-
-    def recorded(self, timeout_s: float) -> Deferred[Recorded]: ...
-
-    def end_kept(self) -> None: ...
-
-
-class Means(NamedTuple):
-    """What all refreshers share.
-
-    :param release: takes over the rows that nobody needs any more.
     :param clock: `IReactorTime`, monotonic.
     :param random: returns a number from 0 to 1.
+    :param drain: frees dropped rows; it is stopped with the refreshes.
+    """
+
+    clock: Clock
+    random: Callable[[], float]
+    log: Log
+    drain: Drain
+
+
+class Shared(NamedTuple):
+    """What all refreshers share.
+
     :param heard_all: waits until every notification that was sent before this call has been heard; False if that
         cannot be known.
     """
 
-    database: Reads
+    process: Process
+    source: Source
     status: DatabaseStatus
     slots: Slots
-    release: Callable[[Groups], None]
-    clock: Clock
-    random: Callable[[], float]
-    log: Log
     heard_all: Callable[[], Awaitable[bool]] | None = None
 
 
@@ -70,18 +66,18 @@ class Refresher:
     tried again with backoff, never past the next start.
     """
 
-    def __init__(self, datasets: Sequence[Dataset], means: Means) -> None:
+    def __init__(self, datasets: Sequence[Dataset], shared: Shared) -> None:
         self.datasets = tuple(datasets)
-        self._means = means
-        self._clock = means.clock
-        self._logs = {dataset.name: means.log.bind(dataset=dataset.name) for dataset in datasets}
-        self._expiries = [ExpiryWatch(dataset, means.clock, self._logs[dataset.name]) for dataset in datasets]
-        self._outcomes = Outcomes(self.datasets, means.status, self._expiries, means.clock, self._logs)
+        self._shared = shared
+        self._clock = shared.process.clock
+        self._logs = {dataset.name: shared.process.log.bind(dataset=dataset.name) for dataset in datasets}
+        self._expiries = [ExpiryWatch(dataset, shared.process.clock, self._logs[dataset.name]) for dataset in datasets]
+        self._outcomes = Outcomes(self.datasets, shared.status, self._expiries, shared.process.clock, self._logs)
         self.operator = Operator(self.datasets, self._expiries, self._logs)
         self._notified = NotifiedKeys()
-        self._timetable = Timetable(datasets[0].settings, means.random)
+        self._timetable = Timetable(datasets[0].settings, shared.process.random)
         self._claim = Claim(self.datasets, self._timetable)
-        self._starts = Starts(means.clock, self._loop_started, self._tick, self._wake)
+        self._starts = Starts(shared.process.clock, self._loop_started, self._tick, self._wake)
         self._running: Deferred[None] | None = None
         self._whole_is_due = False  # an operator asked for a full read, and none has succeeded since
         self._stopping = False
@@ -160,7 +156,7 @@ class Refresher:
     def _hurry(self) -> None:
         """Hold what runs back no more for postgres.max_load, because somebody waits for it."""
         if self._claim.await_it():
-            self._means.slots.grant()
+            self._shared.slots.grant()
 
     # Starts
 
@@ -238,10 +234,10 @@ class Refresher:
         whole = self._whole_is_due = due.whole or self._whole_is_due
         asked_at = began_at = self._clock.seconds()
         this = Try.new(due.trigger)
-        readings: list[Reading] = []
+        found: list[ReadResult] = []
         bases: list[Snapshot | None] = []
 
-        def read() -> Deferred[list[Reading]]:
+        def read() -> Deferred[list[ReadResult]]:
             nonlocal began_at, this
             began_at = self._clock.seconds()
             self._timetable.got_slot(began_at)
@@ -250,11 +246,11 @@ class Refresher:
                 dataset.last_put_off_s = dataset.behind_s() or 0.0
                 dataset.put_off = False
             bases[:] = [dataset.newest() for dataset in self.datasets]
-            wanted = [self._wanted(*each, this, whole) for each in zip(self.datasets, bases, strict=True)]
-            return self._means.database.read_together(wanted).addBoth(self._note_read_and_passthrough)
+            plans = [self._read_plan(*each, this, whole) for each in zip(self.datasets, bases, strict=True)]
+            return self._shared.source.read(plans).addBoth(self._note_read_and_passthrough)
 
         try:
-            readings = await self._means.slots.run(
+            found = await self._shared.slots.run(
                 self._claim.need,
                 self._claim.is_failing,
                 read,
@@ -264,8 +260,8 @@ class Refresher:
             )
             if self._stopping:  # they came in spite of it, and may be of a query that is not declared any more
                 raise Stopped("the refreshes were stopped")
-            read_of = zip(self.datasets, readings, bases, strict=True)
-            results = [await Result.read(self._clock, *each) for each in read_of]
+            read_of = zip(self.datasets, found, bases, strict=True)
+            results = [await Result.of(self._clock, *each) for each in read_of]
             if any(result.is_held for result in results):
                 self._lose_keys()  # those that were named are not served yet; triggers keep theirs
                 self._outcomes.hold(results, this)
@@ -289,9 +285,9 @@ class Refresher:
         finally:
             for dataset in self.datasets:
                 dataset.loading = dataset.expected_rows = None
-            for reading in readings:
-                if reading.rows is not None:
-                    reading.rows.discard()
+            for each in found:
+                if isinstance(each, AllRows):
+                    each.rows.discard()
             bases.clear()  # an error keeps this call, which cannot be cleared while it runs
 
     def _note_read_and_passthrough(self, result: Any) -> Any:
@@ -309,16 +305,16 @@ class Refresher:
         self._note_planned(next_at)
         self._outcomes.fail(error, this, took_s, next_at - now)
 
-    def _wanted(self, dataset: Dataset, base: Snapshot | None, this: Try, whole: bool) -> Wanted:
+    def _read_plan(self, dataset: Dataset, base: Snapshot | None, this: Try, whole: bool) -> ReadPlan:
         settings, clock = dataset.settings, self._clock
         keys = self._notified.take(dataset.name)
         is_due = dataset.checked_at is not None and clock.seconds() - dataset.checked_at >= settings.full_interval_s
         planned = plan(settings, base, keys, this.trigger, whole=whole, check_is_due=is_due)
         dataset.expected_rows = base.rows.count if base else None
-        heard_all = self._means.heard_all
+        heard_all = self._shared.heard_all
 
         def build() -> RowsBuilder:
-            dataset.loading = builder = rows_builder(settings, self._means.release)
+            dataset.loading = builder = rows_builder(settings, self._shared.process.drain.add)
             if base is not None:
                 builder.expect(base.rows.count)
             return builder
@@ -334,7 +330,7 @@ class Refresher:
             more = self._notified.since(dataset.name)
             return None if more is None else keys | more
 
-        return Wanted(
+        return ReadPlan(
             settings,
             build,
             # The planner's estimate is asked for only where there is no better one.

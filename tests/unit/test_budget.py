@@ -75,7 +75,7 @@ class Counting(SynchronousTestCase):
 
     def test_no_limit(self) -> None:
         """Without a share everything fits."""
-        self.budget.share = 0.0
+        self.budget.set_share(0.0)
         self.use(1000)
         self.assertTrue(self.budget.fits(1e9))
 
@@ -88,7 +88,7 @@ class Counting(SynchronousTestCase):
     def test_when_it_fits(self, uses: list[tuple[float, float, float]], share: float, expected_s: float) -> None:
         """Whatever was used, overlapping or not: just before the moment that is told it does not fit, then it does."""
         self.setUp()
-        self.budget.share = share
+        self.budget.set_share(share)
         for pause_s, took_s, overlap_s in uses:
             self.clock.advance(pause_s)
             first, second = self.budget.begin(0.0), self.budget.begin(0.0)
@@ -208,7 +208,7 @@ class Waiting(SynchronousTestCase):
         """A larger share counts at once."""
         self.use_up()
         self.run_for("next", 5, expected_s=5)
-        self.slots.budget.share = 0.6
+        self.slots.budget.set_share(0.6)
         self.slots.set_limit(2)
         self.assertEqual(self.begun, ["next"])
 
@@ -221,7 +221,7 @@ class Waiting(SynchronousTestCase):
         """Whoever asks when and for how long, if it takes what was expected: in no minute more than the share is used,
         but by one that takes more than all of it; and all have their turn."""
         self.setUp()
-        self.slots.budget.share = share
+        self.slots.budget.set_share(share)
         uses: list[list[float]] = []
         pending = []
         for pause_s, took_s, need in asked:
@@ -250,8 +250,7 @@ class Waiting(SynchronousTestCase):
 
 class Refreshes(RefreshTestCase):
     def limited(self, *names: str, max_load: float, **options: Any) -> World:
-        world = World(*names, **options)
-        world.service.slots.budget.share = max_load
+        world = World(*names, max_load=max_load, **options)
         world.service.startService()
         self.addCleanup(self.stop, world)
         return world
@@ -304,12 +303,11 @@ class Refreshes(RefreshTestCase):
 
     def test_fairly(self) -> None:
         """Who is stalest against its own limit goes first, so that ages stretch in proportion to the limits."""
-        world = World("quick", "slow", max_connections=1)
+        world = World("quick", "slow", max_connections=1, max_load=0.1)
         declared = [
             DatasetSettings(name="quick", query="q", key="id", interval_s=10.0, max_age_s=30.0, jitter=0.0),
             DatasetSettings(name="slow", query="q", key="id", interval_s=10.0, max_age_s=90.0, jitter=0.0),
         ]
-        world.service.slots.budget.share = 0.1
         world.service.startService()
         world.service.redeclare(declared)
         self.addCleanup(self.stop, world)

@@ -14,7 +14,7 @@ from twisted.internet.defer import Deferred, succeed
 from cacheservice.base.errors import DatabaseUnavailable, LockTimeout, QueryFailed, UnknownDataset
 from cacheservice.cache.dataset import Dataset, State
 from cacheservice.cache.events import Ended, Published, Renewed
-from cacheservice.sources.postgres.database import Reading
+from cacheservice.sources.base import Moment, ReadResult, Unchanged
 from tests.kit.datasets import MOMENT
 from tests.kit.refreshes import BLOCKER, START_S, Read, RefreshTestCase, World
 
@@ -194,7 +194,7 @@ class Notified(RefreshTestCase):
         world = self.started(notify="things", heard_all=lambda: succeed(True))
         world.database.last.complete()
         world.advance(5)
-        world.service.heard("things", '["1"]')
+        world.heard("things", '["1"]')
         world.advance(1)
         return world
 
@@ -202,17 +202,17 @@ class Notified(RefreshTestCase):
         """A read that begins again in another session gets the keys of the first try, and those heard meanwhile."""
         world = self.notified()
         self.assertEqual(self.asked(world), {"1"})
-        world.service.heard("things", '["2"]')
+        world.heard("things", '["2"]')
         self.assertEqual(self.asked(world), {"1", "2"})
         self.assertEqual(self.asked(world), {"1", "2"})
-        world.service.heard("things", "")
+        world.heard("things", "")
         self.assertEqual(self.asked(world), None)
         self.assertEqual(self.asked(world), None)
 
     def test_heard_after_the_transaction_began(self) -> None:
         """The transaction may not see the change of a key that is heard meanwhile: the next one reads it, too."""
         world = self.notified()
-        world.service.heard("things", '["2"]')
+        world.heard("things", '["2"]')
         world.advance(1)
         self.assertEqual(self.asked(world), {"1", "2"})
         world.database.last.complete_nothing()
@@ -220,7 +220,7 @@ class Notified(RefreshTestCase):
         self.assertEqual(len(world.database.reads), 3)
         self.assertEqual(self.asked(world), {"2"})
         world.database.last.complete_nothing()
-        world.service.heard("things", '["3"]')
+        world.heard("things", '["3"]')
         world.advance(1)
         self.assertEqual(self.asked(world), {"3"})
 
@@ -317,7 +317,7 @@ class Bursts(RefreshTestCase):
                     read.complete()
 
         for _ in range(count):
-            world.service.heard("told", "")
+            world.heard("told", "")
             for _ in range(max(1, round(pause_s / 0.001))):
                 world.advance(min(pause_s, 0.001))
                 work()
@@ -355,7 +355,7 @@ class Bursts(RefreshTestCase):
         world = self.loaded(notify="", watch=[{"table": "public.products", "key": "id"}])
         before = len(world.database.reads)
         for _ in range(100):
-            world.service.heard("cacheservice", "changed 1")
+            world.heard("cacheservice", "changed 1")
             world.advance(0.001)
             for read in world.database.running:
                 read.complete()
@@ -364,13 +364,13 @@ class Bursts(RefreshTestCase):
     def test_while_it_fails(self) -> None:
         """Notifications do not drive a dataset that fails past its backoff."""
         world = self.loaded(retry_initial_s=4.0)
-        world.service.heard("told", "")
+        world.heard("told", "")
         world.advance(0.001)
-        world.service.heard("told", "")
+        world.heard("told", "")
         world.database.running[0].fail()
         before = len(world.database.reads)
         for _ in range(100):
-            world.service.heard("told", "")
+            world.heard("told", "")
             world.advance(0.01)
         self.assertEqual(len(world.database.reads), before)
         world.advance(4.0)
@@ -381,7 +381,7 @@ class Bursts(RefreshTestCase):
         """What waits for the end of a burst is given up at the stop."""
         world = self.loaded()
         for _ in range(50):
-            world.service.heard("told", "")
+            world.heard("told", "")
             world.advance(0.001)
             for read in world.database.running:
                 read.complete()
@@ -755,7 +755,7 @@ class Stopping(RefreshTestCase):
     def test_waits_for_what_runs(self) -> None:
         """Stop fires only when the read that it cancels has ended."""
         world = World()
-        ended: Deferred[Reading] = Deferred()
+        ended: Deferred[ReadResult] = Deferred()
         world.database.after_failure = lambda _: ended
         world.service.startService()
         stopped = world.service.stopService()
@@ -768,7 +768,7 @@ class Stopping(RefreshTestCase):
     def test_a_read_that_ends_well_nevertheless(self) -> None:
         """A read whose result comes in spite of the cancellation leaves no timer behind."""
         world = World()
-        world.database.after_failure = lambda _: Reading(MOMENT, START_S, "1:1:")
+        world.database.after_failure = lambda _: Unchanged(moment=Moment(MOMENT, START_S, "1:1:"))
         world.service.startService()
         self.stop(world)
 
