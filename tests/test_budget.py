@@ -42,6 +42,6 @@ class OnTheServer(ServiceTestCase):
         self.assertGreater(len(taken_s), 3)
         self.assertLess(len(taken_s), 30)
         # The first read of each is published, and those that follow give the same.
-        self.assertEqual((first.outcomes["published"], second.outcomes["published"]), (1, 1))
-        self.assertLessEqual(abs(first.outcomes["unchanged"] - second.outcomes["unchanged"]), 2)
+        self.assertEqual((first.counts.outcomes["published"], second.counts.outcomes["published"]), (1, 1))
+        self.assertLessEqual(abs(first.counts.outcomes["unchanged"] - second.counts.outcomes["unchanged"]), 2)
         self.assertTrue(seen)

@@ -112,7 +112,7 @@ class OnTheServer(ServiceTestCase):
             return any(words in (attempt.error or "") for attempt in list(dataset.attempts)[-1:])
 
         while not told():
-            await until(lambda: dataset.loading is not None and dataset.loading.count)
+            await until(lambda: (progress := dataset.refresh.progress) and progress.rows.count)
             self.sql(change)
             self.sql("VACUUM (TRUNCATE false) things")
             await deferLater(reactor, 0.05)

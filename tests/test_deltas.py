@@ -176,7 +176,7 @@ class Proof(TestCase):
             for dataset in cache.datasets.values():
                 await self.attempted(service, dataset)
                 # A writer's lock can end an attempt, and what was told meanwhile has begun the next one.
-                if dataset.attempts[-1].outcome != "failed" and not dataset.refreshing:
+                if dataset.attempts[-1].outcome != "failed" and not dataset.refresh.is_running:
                     self.check(dataset, database)
                 self.assertFalse(dataset.held)
             await deferLater(reactor, choose.random() * 0.02)
@@ -193,11 +193,11 @@ class Proof(TestCase):
         await self.until(lambda: any("was truncated" in reason for reason in database.reasons))
         # And a full read finds nothing that the deltas missed.
         for name, dataset in cache.datasets.items():
-            ended = dataset.outcomes.total()
+            ended = dataset.counts.outcomes.total()
             service.refresh_now(name)
-            await self.until(lambda dataset=dataset, ended=ended: dataset.outcomes.total() > ended)
+            await self.until(lambda dataset=dataset, ended=ended: dataset.counts.outcomes.total() > ended)
             self.check(dataset, database)
-            self.assertEqual(dataset.differences, 0, f"seed {SEED}: {self.log.events[-5:]}")
+            self.assertEqual(dataset.counts.differences, 0, f"seed {SEED}: {self.log.events[-5:]}")
         await service.stopService()
         gc.collect()
         self.assertEqual(self.flushLoggedErrors(), [])
@@ -286,9 +286,9 @@ class Proof(TestCase):
         await service.stopService()
 
     async def attempted(self, service: CacheService, dataset: Dataset) -> None:
-        ended = dataset.outcomes.total()
+        ended = dataset.counts.outcomes.total()
         service.note_changed(dataset.name, ())
-        await self.until(lambda: dataset.outcomes.total() > ended)
+        await self.until(lambda: dataset.counts.outcomes.total() > ended)
 
     async def refreshed(self, service: CacheService, dataset: Dataset, database: Compared) -> None:
         await self.attempted(service, dataset)

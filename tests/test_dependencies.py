@@ -16,8 +16,8 @@ from twisted.internet.threads import deferToThread
 
 from cacheservice.base import shipped
 from cacheservice.base.errors import QueryFailed
-from cacheservice.cache.dataset import Snapshot
 from cacheservice.cache.dependencies import Dependencies
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.sources.base import ReadPlan, ReadResult
 from cacheservice.sources.postgres.migrate import migrate
 from cacheservice.sources.postgres.watch import watch

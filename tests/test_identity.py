@@ -13,9 +13,10 @@ from twisted.internet.threads import deferToThread
 from cacheservice.base import shipped
 from cacheservice.base.errors import DatabaseUnavailable, QueryFailed
 from cacheservice.cache.cache import Cache
-from cacheservice.cache.dataset import Snapshot, State
+from cacheservice.cache.dataset import State
 from cacheservice.cache.lag import NO_LAG
 from cacheservice.cache.rows import RowsBuilder
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.config import DatasetSettings
 from cacheservice.ports.freshness import Freshness
 from cacheservice.refresh.service import CacheService

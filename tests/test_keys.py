@@ -12,7 +12,7 @@ from twisted.trial.unittest import SkipTest
 
 from cacheservice.base import shipped
 from cacheservice.base.errors import BadResult
-from cacheservice.cache.dataset import Snapshot
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.config import DatasetSettings
 from cacheservice.sources.base import ReadPlan
 from cacheservice.sources.postgres.migrate import migrate

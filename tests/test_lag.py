@@ -84,17 +84,17 @@ class OnStandbys(TestCase):
             await deferLater(reactor, 0.05)
 
     async def caught_up(self, database: Database) -> None:
-        while (await self.read(database)).lag != NO_LAG:
+        while (await self.read(database)).moment.lag != NO_LAG:
             await deferLater(reactor, 0.05)
 
     async def test_idle_paused_and_dead(self) -> None:
         """An idle primary is not lag; a paused replay is, and a primary that is dead."""
-        self.assertEqual((await self.read(self.reader(self.server.dsn()))).lag, NO_LAG)
+        self.assertEqual((await self.read(self.reader(self.server.dsn()))).moment.lag, NO_LAG)
         standby = await self.standby()
         database = self.reader(standby())
         await self.caught_up(database)
         await deferLater(reactor, 2.0)
-        self.assertEqual((await self.read(database)).lag, NO_LAG)
+        self.assertEqual((await self.read(database)).moment.lag, NO_LAG)
         self.assertIn(", a standby\n", report.status_table(self.cache) + "\n")
         await deferToThread(standby.sql, "SELECT pg_wal_replay_pause()")
         self.sql("UPDATE things SET n = 1")
@@ -146,7 +146,7 @@ class OnStandbys(TestCase):
         database = self.reader(dsn)
         await self.caught_up(database)
         await deferLater(reactor, 2.0)
-        self.assertEqual((await self.read(database)).lag, NO_LAG)
+        self.assertEqual((await self.read(database)).moment.lag, NO_LAG)
         self.assertEqual(await deferToThread(self.hints, dsn), [])
         with self.assertRaises(psycopg2.errors.InsufficientPrivilege):
             standby.sql("SELECT pid FROM cacheservice.wal_receiver()", user="unrelated", password="unrelated")

@@ -32,6 +32,7 @@ from tests.kit.guard import LONG_S, LONGEST_GAP_S, GuardTestCase, as_awaitable, 
 from tests.kit.listening import Diary
 from tests.kit.pgbouncer import running_pgbouncer
 from tests.kit.postgres import connect, query, sessions, sessions_left
+from tests.kit.readings import read_one
 from tests.kit.standby import running_standby
 from tests.kit.waiting import until
 
@@ -778,7 +779,7 @@ class CannotListenTests(ListenerTestCase):
             query_ = "SELECT i AS id, repeat('x', 100) AS filler FROM generate_series(1, 5000) i"
             for _ in range(5):
                 into = [rows_builder(), rows_builder()]
-                reads = [database.read(settings(query_), lambda rows=rows: rows) for rows in into]
+                reads = [read_one(database, settings(query_), lambda rows=rows: rows) for rows in into]
                 for read in reads:
                     await read
                 self.assertEqual([rows.count for rows in into], [5000, 5000])

@@ -36,6 +36,7 @@ from tests.kit import pgbouncer
 from tests.kit.datasets import rows_builder
 from tests.kit.pgbouncer import running_pgbouncer
 from tests.kit.postgres import at_least, connect, fresh_database, query
+from tests.kit.readings import read_one
 from tests.kit.waiting import GIVE_UP_S
 
 READER = "a reader"  # quoted wherever it goes
@@ -120,7 +121,9 @@ class Migrations(TestCase):
         database = Database(reactor, target, 5, DatabaseStatus())
         self.addCleanup(database.stop)
         self.rows = rows_builder()
-        return database.read(DatasetSettings(name="d", query=sql, key=("id",), timeout_s=timeout_s), lambda: self.rows)
+        return read_one(
+            database, DatasetSettings(name="d", query=sql, key=("id",), timeout_s=timeout_s), lambda: self.rows
+        )
 
     def test_everything_lies_in_a_schema_of_its_own(self) -> None:
         """The migrations and their bookkeeping put nothing into any schema but cacheservice."""

@@ -44,9 +44,10 @@ from cacheservice.base.errors import (
     UnknownGeneration,
 )
 from cacheservice.cache.cache import Cache
-from cacheservice.cache.dataset import Dataset, Snapshot
+from cacheservice.cache.dataset import Dataset
 from cacheservice.cache.lag import NO_LAG
 from cacheservice.cache.rows import Rows
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.config import DatasetSettings
 from cacheservice.sources.disk.age import ReadOn
 from cacheservice.sources.disk.files import (

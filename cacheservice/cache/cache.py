@@ -182,7 +182,7 @@ class Cache:
             self._untried = {
                 name
                 for name in self._untried & self._datasets.keys()
-                if not self._datasets[name].was_tried and (self._datasets[name].settings.required or not any_required)
+                if not _was_tried(self._datasets[name]) and (self._datasets[name].settings.required or not any_required)
             }
         return bool(self._untried)
 
@@ -199,6 +199,11 @@ class Cache:
         """
         required = {name: dataset for name, dataset in self._datasets.items() if dataset.settings.required}
         return {name: d.state() for name, d in required.items() if not is_readable(d.state(), d.settings.on_expired)}
+
+
+def _was_tried(dataset: Dataset) -> bool:
+    """Return whether an attempt has ended, or a saved snapshot is served."""
+    return dataset.snapshot is not None or dataset.last_ended_at is not None
 
 
 def is_readable(state: State, on_expired: Literal["serve", "refuse"]) -> bool:

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 from cacheservice.base.interfaces import Clock
 from cacheservice.base.timers import pause
 from cacheservice.cache.changes import Change
-from cacheservice.cache.dataset import Attempt, Dataset, Snapshot, Trigger
-from cacheservice.cache.history import Outcome
+from cacheservice.cache.dataset import Dataset
+from cacheservice.cache.delta import Delta
+from cacheservice.cache.history import Attempt, Outcome, Trigger
 from cacheservice.cache.identity import why_elsewhere
 from cacheservice.cache.rows import Rows, RowsPatch
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.refresh.gates import refusal
 from cacheservice.sources.base import AllRows, ReadResult, Unchanged
 
@@ -50,7 +52,8 @@ class Result(NamedTuple):
 
     :param refused: why a gate holds them; None if they may be published.
     :param base: the snapshot they follow.
-    :param change: how a delta differs from `base`; None for a full read.
+    :param change: how many rows of a delta differ from `base`; None for a full read.
+    :param delta: which ones; None if that is not known, or they are many.
     """
 
     dataset: Dataset
@@ -59,6 +62,7 @@ class Result(NamedTuple):
     refused: str | None
     base: Snapshot | None = None
     change: Change | None = None
+    delta: Delta | None = None
 
     @classmethod
     async def of(cls, clock: Clock, dataset: Dataset, read: ReadResult, base: Snapshot | None) -> Result:
@@ -66,15 +70,13 @@ class Result(NamedTuple):
 
         :param clock: `IReactorTime`.
         """
-        if dataset.settings.watch and dataset.whole_because != read.no_delta:
-            dataset.note_deltas(read.no_delta)
         if isinstance(read, AllRows):
             rows = read.rows.finish()
-            dataset.counts.rows_read += rows.count
+            dataset.counts.count_read(rows.count)
             return cls._judged(dataset, read, rows, base)
         assert base is not None, "a delta follows something"
         settings, changed = dataset.settings, {} if isinstance(read, Unchanged) else read.changed
-        dataset.counts.rows_read += len(changed)
+        dataset.counts.count_read(len(changed))
         patch = RowsPatch(base.rows, max_rows=settings.max_rows, max_bytes=settings.max_bytes)
         for number, (key, document) in enumerate(changed.items(), 1):
             if document is None:
@@ -84,12 +86,11 @@ class Result(NamedTuple):
             if number % _PATCHED_A_TURN == 0:
                 await pause(clock)
         change = Change(patch.added, patch.changed, patch.removed)
-        return cls._judged(dataset, read, patch.finish() if any(change) else base.rows, base, change)
+        rows = patch.finish() if any(change) else base.rows
+        return cls._judged(dataset, read, rows, base)._replace(change=change, delta=patch.delta)
 
     @classmethod
-    def _judged(
-        cls, dataset: Dataset, read: ReadResult, rows: Rows, base: Snapshot | None, change: Change | None = None
-    ) -> Result:
+    def _judged(cls, dataset: Dataset, read: ReadResult, rows: Rows, base: Snapshot | None) -> Result:
         """Return a result with what the gates of its dataset hold against it."""
         served = dataset.snapshot
         elsewhere = (
@@ -97,7 +98,7 @@ class Result(NamedTuple):
         )
         comparable = None if dataset.redefined or elsewhere else served
         refused = refusal(comparable, rows.count, read.columns, dataset.settings)
-        return cls(dataset, read, rows, refused, base, change)
+        return cls(dataset, read, rows, refused, base)
 
     @property
     def is_held(self) -> bool:

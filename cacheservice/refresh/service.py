@@ -11,7 +11,8 @@ from twisted.python.failure import Failure
 
 from cacheservice.base.errors import CacheServiceError, NothingToRollBackTo, Stopped, UnknownDataset
 from cacheservice.cache.cache import Cache, Declared
-from cacheservice.cache.dataset import Dataset, Snapshot
+from cacheservice.cache.dataset import Dataset
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.config import DatasetSettings, groups
 from cacheservice.refresh.budget import Budget
 from cacheservice.refresh.bursts import Bursts
@@ -87,7 +88,7 @@ class CacheService(Service):
         refresher = Refresher(members, self._shared)
         if any(dataset.pinned for dataset in members):
             for dataset in members:  # one of them joined a group, and a pin is of the whole group
-                dataset.pinned = dataset.snapshot is not None
+                dataset.pin() if dataset.snapshot is not None else dataset.unpin()
         self._refreshers |= {dataset.name: refresher for dataset in members}
         return refresher
 
@@ -220,7 +221,7 @@ class CacheService(Service):
 
     def accept_next(self, name: str) -> None:
         """``cacheservice.cache.cache.Refreshes``."""
-        self._cache.dataset(name).accepts_next = True
+        self._cache.dataset(name).accept_next()
 
     def pin(self, name: str) -> list[str]:
         """``cacheservice.cache.cache.Refreshes``."""

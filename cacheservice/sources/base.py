@@ -13,11 +13,11 @@ from typing import NamedTuple, Protocol
 
 from twisted.internet.defer import Deferred
 
-from cacheservice.cache.dataset import Snapshot
 from cacheservice.cache.dependencies import Dependencies
 from cacheservice.cache.identity import ServerIdentity
 from cacheservice.cache.lag import NO_LAG, Lag
 from cacheservice.cache.rows import Rows, RowsBuilder
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.config import DatasetSettings
 
 

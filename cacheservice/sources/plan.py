@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from cacheservice.cache.dataset import Snapshot, Trigger
+from cacheservice.cache.history import Trigger
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.config import DatasetSettings
 from cacheservice.sources.base import ReadPlan
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from operator import itemgetter
 from typing import Any
 
 import pytest
@@ -13,15 +12,16 @@ from twisted.internet.defer import Deferred
 from twisted.trial.unittest import TestCase
 
 from cacheservice.cache.cache import DatabaseStatus
-from cacheservice.cache.dataset import Snapshot
 from cacheservice.cache.rows import RowsBuilder
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.config import DatasetSettings
-from cacheservice.sources.base import AllRows, ReadPlan, ReadResult
+from cacheservice.sources.base import AllRows, ReadResult
 from cacheservice.sources.postgres.database import Database
 from cacheservice.sources.postgres.target import parse
 from tests.kit.datasets import rows_builder, rows_of
 from tests.kit.postgres import fresh_database, query, sessions_left
+from tests.kit.readings import read_one
 
 TIMEOUT_S = 60.0
 
@@ -63,8 +63,7 @@ class DatabaseTestCase(TestCase):
         expect: Callable[[int], None] | None = None,
     ) -> Deferred[ReadResult]:
         settings = DatasetSettings(name="things", query=sql, key=key or ("id",), timeout_s=timeout_s)
-        plan = ReadPlan(settings, lambda: builder, expect)
-        return (database or self.database).read([plan]).addCallback(itemgetter(0))
+        return read_one(database or self.database, settings, lambda: builder, expect=expect)
 
     async def rows(self, sql: str, *key: str, **options: Any) -> dict[bytes, bytes]:
         builder = rows_builder()

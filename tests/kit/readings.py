@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import itemgetter
 from random import random
+from typing import Any
 
 from twisted.internet import reactor
+from twisted.internet.defer import Deferred
 
 from cacheservice.base.interfaces import Log
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.drain import Drain
+from cacheservice.cache.rows import RowsBuilder
+from cacheservice.config import DatasetSettings
 from cacheservice.refresh.refresher import Process
 from cacheservice.refresh.service import CacheService, Limits
-from cacheservice.sources.base import AllRows, ChangedRows, ReadResult, Source
+from cacheservice.sources.base import AllRows, ChangedRows, ReadPlan, ReadResult, Source
+from cacheservice.sources.postgres.database import Database
 
 
 def kind_of(result: ReadResult) -> str:
@@ -29,6 +36,13 @@ def because_of(result: ReadResult) -> str | None:
 def how_read(result: ReadResult) -> tuple[str, str | None]:
     """Return `kind_of` and `because_of`."""
     return kind_of(result), because_of(result)
+
+
+def read_one(
+    database: Database, dataset: DatasetSettings, build: Callable[[], RowsBuilder], **plan: Any
+) -> Deferred[ReadResult]:
+    """Read one dataset."""
+    return database.read([ReadPlan(dataset, build, **plan)]).addCallback(itemgetter(0))
 
 
 def refreshes_of(cache: Cache, source: Source, log: Log, *, max_connections: int = 2) -> CacheService:

@@ -71,14 +71,14 @@ class ServiceTestCase(GuardTestCase):
 
     async def until_read(self, dataset: Dataset, more: int) -> None:
         def count() -> int:
-            return dataset.outcomes["published"] + dataset.outcomes["unchanged"]
+            return dataset.counts.outcomes["published"] + dataset.counts.outcomes["unchanged"]
 
         wanted = count() + more
         await until(lambda: count() >= wanted)
 
     async def until_failed(self, dataset: Dataset, more: int = 1) -> None:
-        wanted = dataset.outcomes["failed"] + more
-        await until(lambda: dataset.outcomes["failed"] >= wanted)
+        wanted = dataset.counts.outcomes["failed"] + more
+        await until(lambda: dataset.counts.outcomes["failed"] >= wanted)
 
     def n(self, dataset: Dataset) -> int:
         """The `n` that all rows of the served snapshot have."""

@@ -11,6 +11,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock, deferLater
 from twisted.trial.unittest import SynchronousTestCase
 
+from cacheservice.cache.refresh_status import Phase
 from cacheservice.config import DatasetSettings
 from cacheservice.ports import report
 from cacheservice.refresh.budget import WINDOW_S, Budget
@@ -295,11 +296,11 @@ class Refreshes(RefreshTestCase):
         self.assertTrue(world.service.refresh_now("a"))
         self.complete_after(world, 1)
         world.advance(20)
-        self.assertTrue(world.dataset.put_off)
+        self.assertIs(world.dataset.refresh.phase, Phase.PUT_OFF)
         reads = len(world.database.reads)
         world.service.refresh_since("products", world.clock.seconds())
         self.assertEqual((len(world.database.reads), world.database.last.name), (reads + 1, "products"))
-        self.assertFalse(world.dataset.put_off)
+        self.assertIs(world.dataset.refresh.phase, Phase.READING)
 
     def test_fairly(self) -> None:
         """Who is stalest against its own limit goes first, so that ages stretch in proportion to the limits."""
@@ -322,6 +323,6 @@ class Refreshes(RefreshTestCase):
                     oldest[name] = max(oldest[name], dataset.need())
         ratio = oldest["quick"] / oldest["slow"]
         self.assertTrue(1 / 3 < ratio < 3, oldest)  # a slot every 20 s is a coarse measure
-        counts = {name: world.cache.dataset(name).outcomes["published"] for name in oldest}
+        counts = {name: world.cache.dataset(name).counts.outcomes["published"] for name in oldest}
         self.assertGreater(counts["quick"], counts["slow"])
         self.assertLessEqual(sum(counts.values()) * 2, 0.1 * 1800 + 6)

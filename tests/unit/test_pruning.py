@@ -153,13 +153,13 @@ class DeltasOff(SynchronousTestCase):
     def test_since_when(self) -> None:
         """The time counts from the first read that could not be a delta, whatever the reason, until one could."""
         dataset = self.world.dataset
-        self.assertEqual(dataset.whole_for_s(), 0.0)
-        self.assertIsNone(World().dataset.whole_for_s())
+        self.assertEqual(dataset.without_deltas_s(), 0.0)
+        self.assertIsNone(World().dataset.without_deltas_s())
         for reason in (OFF, "another"):
             self.world.service.refresh_now("products")
             self.complete(reason)
         self.world.clock.advance(5)
-        self.assertEqual(dataset.whole_for_s(), 7.0)
+        self.assertEqual(dataset.without_deltas_s(), 7.0)
         self.assertIn(
             "It wants deltas, and has read all rows for 7.00 s, because another.", why(dataset, self.world.cache)
         )
@@ -168,7 +168,7 @@ class DeltasOff(SynchronousTestCase):
         self.assertNotIn("at once", why(dataset, self.world.cache))
         self.world.service.refresh_now("products")
         self.complete()
-        self.assertEqual(dataset.whole_for_s(), 0.0)
+        self.assertEqual(dataset.without_deltas_s(), 0.0)
         self.assertIn("at once", why(dataset, self.world.cache))
 
     def test_notifications_start_refreshes(self) -> None:

@@ -34,12 +34,13 @@ from cacheservice.base.interfaces import DelayedCall, Log, Reactor
 from cacheservice.base.threads import in_thread
 from cacheservice.base.timers import is_active, pause
 from cacheservice.cache.cache import Cache
-from cacheservice.cache.dataset import Dataset, Snapshot, rows_builder
+from cacheservice.cache.dataset import Dataset
 from cacheservice.cache.dependencies import Dependencies
 from cacheservice.cache.describe import seconds
 from cacheservice.cache.events import Ended, Event, Published, Renewed
 from cacheservice.cache.identity import why_elsewhere
 from cacheservice.cache.rows import Groups, Rows, RowsBuilder
+from cacheservice.cache.snapshot import Snapshot, rows_builder
 from cacheservice.config import DatasetSettings, groups
 from cacheservice.sources.disk.age import ReadOn
 from cacheservice.sources.disk.files import (

@@ -15,9 +15,9 @@ from weakref import WeakKeyDictionary
 from cacheservice.base.errors import DatabaseUnavailable, QueryFailed
 from cacheservice.base.interfaces import Reactor
 from cacheservice.cache.cache import DatabaseStatus
-from cacheservice.cache.dataset import Snapshot
 from cacheservice.cache.dependencies import Dependencies
 from cacheservice.cache.lag import NO_LAG
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.config import DatasetSettings
 from cacheservice.sources.base import Moment, ReadPlan, ReadResult, Unchanged
 from cacheservice.sources.postgres import deltas, dependencies, dependency_search
