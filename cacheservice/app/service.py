@@ -9,7 +9,6 @@ import resource
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 from twisted.application.service import MultiService, Service
@@ -329,9 +328,7 @@ def _store(
 ) -> SnapshotStore | None:
     if not settings.directory:
         return None
-    directory = Path(settings.directory)
-    interval_s, keep = settings.min_save_interval_s, settings.keep_generations
-    return SnapshotStore(cache, directory, interval_s, keep, drain.add, reactor, log)
+    return SnapshotStore(cache, settings, release=drain.add, reactor=reactor, log=log)
 
 
 def make_log(settings: Settings, arguments: Sequence[str] = ()) -> tuple[logs.LineWriter, logs.Threshold, Any]:

@@ -272,6 +272,15 @@ class Dataset:
         elif self.whole_since is None:
             self.whole_since = self._now()
 
+    def note_save(self, problem: str | None, *, tried: bool = True) -> None:
+        """Note the problem of saving a snapshot; None once it is saved.
+
+        :param tried: whether a save has failed, which is counted; otherwise the problem was found before a save.
+        """
+        self.save_problem = problem
+        if problem is not None and tried:
+            self.counts.save_failures += 1
+
     def whole_for_s(self) -> float | None:
         """Return for how many seconds deltas have not worked; None if the dataset has no `watch`."""
         if not self.settings.watch:

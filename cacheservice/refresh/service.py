@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from twisted.application.service import Service
 from twisted.internet.defer import CancelledError, Deferred, DeferredList
@@ -14,12 +14,14 @@ from cacheservice.base.errors import CacheServiceError, NothingToRollBackTo, Ref
 from cacheservice.base.interfaces import Clock, DelayedCall, Log
 from cacheservice.base.timers import is_active, looping
 from cacheservice.cache.cache import Cache, Declared
-from cacheservice.cache.dataset import Dataset, Snapshot
+from cacheservice.cache.dataset import Dataset
 from cacheservice.cache.drain import Drain
 from cacheservice.config import OWN_CHANNEL, DatasetSettings, groups
 from cacheservice.refresh.budget import Budget
+from cacheservice.refresh.history import History
 from cacheservice.refresh.pruning import CHANGES_KEPT_S, kept_because
 from cacheservice.refresh.refresher import Means, Reads, Refresher
+from cacheservice.refresh.restore import restore
 from cacheservice.refresh.slots import Slots
 from cacheservice.sources.postgres.database import PRUNED_A_CALL
 from cacheservice.sources.postgres.deltas import watched_ids
@@ -31,22 +33,6 @@ _BURST_PAUSE_S = 0.005
 _LONGEST_BURST_S = 0.1
 _PRUNE_INTERVAL_S = 60.0
 _PRUNE_TIMEOUT_S = 10.0
-
-
-class History(Protocol):
-    """The saved snapshots: ``cacheservice.sources.disk.store.SnapshotStore``."""
-
-    async def restore(self) -> None:
-        """Publish the newest saved snapshot of each dataset that has none. Never raises."""
-
-    def saved(self, names: Sequence[str]) -> list[tuple[int, ...]]:
-        """Return the saved generations of a dataset or, of one moment each, of a group, newest first."""
-
-    async def load(self, name: str, generation: int) -> Snapshot:
-        """Load a saved generation.
-
-        :raises CacheServiceError: if it cannot be loaded.
-        """
 
 
 class CacheService(Service):
@@ -124,7 +110,7 @@ class CacheService(Service):
 
     async def _start_warm(self, history: History, refreshers: Sequence[Refresher]) -> None:
         # Saved snapshots come first, so that readers have them before the database is asked.
-        await history.restore()
+        await restore(history, self._cache, self._clock, self._log)
         for refresher in self._still_there(refreshers):
             refresher.start()
 
