@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import time
 from contextlib import closing
 from typing import Any
@@ -19,7 +18,9 @@ from cacheservice.base.errors import NoSessionLeft, QueryFailed
 from cacheservice.config import DatasetSettings
 from cacheservice.sources.postgres import sessions as pool
 from cacheservice.sources.postgres.database import Database
-from cacheservice.sources.postgres.listener import Listener
+from cacheservice.sources.postgres.listening.listener import Listener
+from cacheservice.sources.postgres.listening.opening import Access
+from cacheservice.sources.postgres.listening.pace import Pace
 from cacheservice.sources.postgres.target import parse
 from tests.kit import pgbouncer
 from tests.kit.datasets import rows_builder
@@ -54,20 +55,20 @@ class SessionsTestCase(GuardTestCase):
     def as_role(self, role: str) -> Database:
         return self.make_database(self.server.port, user=role, password="reads")
 
-    def make_listener(self, role: str, diary: Diary, **options: Any) -> Listener:
+    def make_listener(self, role: str, diary: Diary, **options: float) -> Listener:
         listener = Listener(
-            parse(self.server.dsn(database=self.database_name, user=role, password="reads")),
-            self.direct.connector,
-            LONG_S,
-            ["changes"],
-            diary.heard,
-            diary.missed,
+            Access(
+                parse(self.server.dsn(database=self.database_name, user=role, password="reads")),
+                self.direct.connector,
+                LONG_S,
+            ),
+            diary,
             self.status,
             reactor,
-            random.random,
             diary.log,
-            **options,
+            Pace(**options),
         )
+        listener.listen_to(["changes"])
         self.addCleanup(lambda: listener.stopService() if listener.running else None)
         return listener
 

@@ -26,7 +26,7 @@ from cacheservice.ports.rotation import ClientSecrets, Rotation
 from cacheservice.refresh.service import CacheService
 from cacheservice.sources.postgres import target
 from cacheservice.sources.postgres.database import Database
-from cacheservice.sources.postgres.listener import Listener
+from cacheservice.sources.postgres.listening.listener import Listener
 
 _AT_ONCE = frozenset(
     {

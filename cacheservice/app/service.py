@@ -22,7 +22,7 @@ from cacheservice.app.reload import Reload
 from cacheservice.app.signals import Signals
 from cacheservice.base.errors import ConfigError, PortUnavailable
 from cacheservice.base.interfaces import Log, Reactor
-from cacheservice.cache.cache import Cache, ConnectionCap
+from cacheservice.cache.cache import Cache, ConnectionCap, DatabaseStatus
 from cacheservice.cache.describe import seconds
 from cacheservice.cache.drain import Drain
 from cacheservice.config import ConfigFile, PersistenceSettings, Settings
@@ -44,7 +44,8 @@ from cacheservice.refresh.service import CacheService
 from cacheservice.sources.disk.store import SnapshotStore
 from cacheservice.sources.postgres import target
 from cacheservice.sources.postgres.database import Database
-from cacheservice.sources.postgres.listener import Listener
+from cacheservice.sources.postgres.listening.listener import Listener
+from cacheservice.sources.postgres.listening.opening import Access
 
 _STOP_TIMEOUT_S = 4.0
 """docs/deployment.md promises that a clean stop, including the last lines of the log, takes at most 5 s."""
@@ -193,17 +194,8 @@ def make_service(
         settings.postgres.max_load,
         heard_all,
     )
-    listener = Listener(
-        parsed,
-        database.connector,
-        settings.postgres.connect_timeout_s,
-        refresh.channels(),
-        refresh.heard,
-        refresh.missed,
-        cache.database,
-        reactor,
-        random.random,
-        log,
+    listener = _listener(
+        Access(parsed, database.connector, settings.postgres.connect_timeout_s), refresh, cache.database, reactor, log
     )
     ports: list[Any] = []
     rotation = Rotation(
@@ -321,6 +313,12 @@ def _make_room(settings: Settings, cache: Cache, log: Log) -> Room:
         advice = "raise the limit of open files, or lower limits.max_connections"
         log.warning("connections_capped", limit=limit, configured=configured, open_files=open_files, advice=advice)
     return room
+
+
+def _listener(access: Access, refresh: CacheService, status: DatabaseStatus, reactor: Reactor, log: Log) -> Listener:
+    listener = Listener(access, observer=refresh, status=status, reactor=reactor, log=log)
+    listener.listen_to(refresh.channels())
+    return listener
 
 
 def _store(
