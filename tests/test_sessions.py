@@ -16,7 +16,7 @@ from twisted.internet.threads import deferToThread
 
 from cacheservice.base.errors import NoSessionLeft, QueryFailed
 from cacheservice.config import DatasetSettings
-from cacheservice.sources.postgres import sessions as pool
+from cacheservice.sources.postgres import idle_sessions
 from cacheservice.sources.postgres.database import Database
 from cacheservice.sources.postgres.listening.listener import Listener
 from cacheservice.sources.postgres.listening.opening import Access
@@ -140,7 +140,7 @@ class KeptTests(SessionsTestCase):
 
     async def test_renewed_in_time(self) -> None:
         """After its lifetime a session is opened again: to see another address, another role's settings."""
-        self.patch(pool, "LIFETIME_S", 0.3)
+        self.patch(idle_sessions, "LIFETIME_S", 0.3)
         pid = await self.pid()
         self.assertEqual(await self.pid(), pid)
         await deferLater(reactor, 0.4)
@@ -148,7 +148,7 @@ class KeptTests(SessionsTestCase):
 
     async def test_idle_sessions_end(self) -> None:
         """One that nobody uses any more ends by itself."""
-        self.patch(pool, "IDLE_LIMIT_S", 0.2)
+        self.patch(idle_sessions, "IDLE_LIMIT_S", 0.2)
         await self.pid()
         self.assertEqual(self.status.connections, 1)
         await until(lambda: self.status.connections == 0)
