@@ -229,7 +229,7 @@ def make_service(
         if child is not None:
             child.setServiceParent(root)
     if (statsd := settings.statsd).host:
-        StatsD(metrics, statsd.host, statsd.port, statsd.prefix, database.resolve, reactor, log).setServiceParent(root)
+        StatsD(metrics, statsd, database.resolve, reactor, log).setServiceParent(root)
 
     limits = settings.limits
     max_connections, accepted = room.limit(limits.max_connections), room.plan.accepted
