@@ -29,7 +29,8 @@ from cacheservice.cache.cache import Cache
 from cacheservice.cache.drain import Drain
 from cacheservice.cache.rows import RowsBuilder
 from cacheservice.cache.snapshot import Snapshot
-from cacheservice.config import DatasetSettings
+from cacheservice.config import DatasetSettings, PersistenceSettings
+from cacheservice.refresh.restore import restore
 from cacheservice.sources.base import ReadPlan
 from cacheservice.sources.disk.store import SnapshotStore
 from cacheservice.sources.postgres import target
@@ -91,7 +92,8 @@ class Run:
     error = warning
 
     def store(self) -> SnapshotStore:
-        return SnapshotStore(self.cache, self.directory, 0.0, 2, self.drain.add, reactor, self)
+        settings = PersistenceSettings(directory=str(self.directory), min_save_interval_s=0, keep_generations=2)
+        return SnapshotStore(self.cache, settings, self.drain.add, reactor, self)
 
     async def pairs(self, count: int) -> None:
         # The first full pass over what the imports made takes 30 ms; it belongs to no save.
@@ -141,7 +143,8 @@ class Run:
         self.told.clear()
         store.startService()
         dataset = self.cache.dataset("products")
-        store._published(dataset)
+        assert dataset.snapshot is not None
+        dataset.renew(dataset.snapshot)  # which plans a save, because the rows are not on disk
         while "snapshot_saved" not in self.told:
             await deferLater(reactor, 0.005)
         self.save_s.append(self.told["snapshot_saved"]["took_s"])
@@ -149,7 +152,9 @@ class Run:
         await store.stopService()
 
     async def restore(self) -> None:
-        await self.store().restore()
+        store = self.store()
+        await restore(store, self.cache, reactor, self)
+        await store.stopService()
         snapshot = self.cache.dataset("products").snapshot
         assert snapshot is not None
         assert (snapshot.generation, snapshot.rows.count) == (self.generation, self.rows)

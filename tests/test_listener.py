@@ -24,12 +24,14 @@ from cacheservice.base.errors import DatabaseUnavailable, DeadlineExceeded
 from cacheservice.config import OWN_CHANNEL
 from cacheservice.sources.postgres.database import Database
 from cacheservice.sources.postgres.guard import GuardedConnection
-from cacheservice.sources.postgres.listener import Listener
+from cacheservice.sources.postgres.listening.listener import Listener
+from cacheservice.sources.postgres.listening.opening import Access
+from cacheservice.sources.postgres.listening.pace import Pace
 from cacheservice.sources.postgres.target import parse
 from tests.kit import pgbouncer
 from tests.kit.datasets import rows_builder
 from tests.kit.guard import LONG_S, LONGEST_GAP_S, GuardTestCase, as_awaitable, held, our_timers, settings
-from tests.kit.listening import Diary
+from tests.kit.listening import Diary, Observer
 from tests.kit.pgbouncer import running_pgbouncer
 from tests.kit.postgres import connect, query, sessions, sessions_left
 from tests.kit.readings import read_one
@@ -60,24 +62,22 @@ class ListenerTestCase(GuardTestCase):
     def close_writer(self) -> None:
         self.writer.close()
 
-    def make_listener(self, *channels: str, dsn: str | None = None, **options: Any) -> Listener:
+    def make_listener(
+        self,
+        *channels: str,
+        dsn: str | None = None,
+        connect_timeout_s: float = LONG_S,
+        heard: Callable[[str, str], object] | None = None,
+        missed: Callable[[], object] | None = None,
+        **times: float,
+    ) -> Listener:
         """Through the faulty network unless another `dsn` is given; stopped at the end of the test at the latest."""
         target = parse(dsn or self.server.dsn(database=self.database_name, port=self.network.port))
-        arguments: dict[str, Any] = {
-            "connect_timeout_s": LONG_S,
-            "heard": self.diary.heard,
-            "missed": self.diary.missed,
-            "status": self.status,
-        }
-        listener = Listener(
-            target,
-            self.direct.connector,
-            channels=channels,
-            reactor=reactor,
-            random=random.random,
-            log=self.diary.log,
-            **{**arguments, **PATIENT, **options},
-        )
+        access = Access(target, self.direct.connector, connect_timeout_s)
+        self.observer = Observer(heard or self.diary.heard, missed or self.diary.missed)
+        pace = Pace(**{**PATIENT, **times})
+        listener = Listener(access, self.observer, self.status, reactor, self.diary.log, pace)
+        listener.listen_to(channels)
         self.addCleanup(self.check_log)
         self.addCleanup(lambda: listener.stopService() if listener.running else None)
         return listener
@@ -205,8 +205,8 @@ class HearingTests(ListenerTestCase):
         others: list[tuple[str, str]] = []
         listener = await self.listening(OWN_CHANNEL, canary_interval_s=0.02)
         await self.listening("changes", canary_interval_s=0.02, heard=lambda *what: others.append(what))
-        sent = listener._canaries
-        await until(lambda: listener._canaries > sent + 5)
+        sent = listener.canaries.sent
+        await until(lambda: listener.canaries.sent > sent + 5)
         self.notify(OWN_CHANNEL, "canary of nobody")
         self.notify(OWN_CHANNEL, "something else")
         await until(lambda: others and self.diary.payloads)
@@ -252,7 +252,7 @@ class HearingTests(ListenerTestCase):
         dsn = self.server.dsn(database=self.database_name)
         for more, wanted in ("", options), ("?keepalives_idle=77", options | {"TCP_KEEPIDLE": 77}):
             listener = await self.listening("changes", dsn=dsn + more)
-            with socket.socket(fileno=os.dup(listener._session._connection.fileno())) as end:
+            with socket.socket(fileno=os.dup(listener._session.guard._connection.fileno())) as end:
                 self.assertEqual(
                     {name: end.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in options}, wanted
                 )
@@ -443,7 +443,7 @@ class ChangedChannelsTests(ListenerTestCase):
         self.notify("changes", "1")
         await until(lambda: self.status.connections == 0)
         self.assertFalse(self.status.listening_wanted)
-        listener._missed = listener.stopService
+        self.observer.missed = listener.stopService
         listener.listen_to(["changes"])
         await until(lambda: not listener.running and self.status.connections == 0)
         self.assertEqual(self.count("internal_error"), 0)
@@ -584,14 +584,14 @@ class LostTests(ListenerTestCase):
         listener = await self.listening("numbers", **QUICK)
         await self.network.refuse()
         self.network.reset()
-        await until(lambda: listener._failures > 5)
+        await until(lambda: listener.failures.count > 5)
         self.assertEqual(self.count("listening_lost"), 1)
         (lost,) = [fields for event, fields in self.diary.log.events if event == "listening_lost"]
         self.assertEqual(sorted(lost), ["error", "retry_in_s"])
         self.assertIn("refused", self.status.listening_problem)  # the newest problem, not the first
         self.network.heal()
         await self.until_proven(2)
-        self.assertEqual(listener._failures, 0)
+        self.assertEqual(listener.failures.count, 0)
 
     async def test_terminated(self) -> None:
         """A session that an administrator ends is replaced at once."""
@@ -605,8 +605,8 @@ class LostTests(ListenerTestCase):
     async def test_a_cancelled_canary(self) -> None:
         """pg_cancel_backend at any moment is no stop of ours: it listens on, or again."""
         listener = await self.listening("numbers", **{**QUICK, "canary_interval_s": 0.0})
-        sent = listener._canaries
-        while listener._canaries < sent + 60:
+        sent = listener.canaries.sent
+        while listener.canaries.sent < sent + 60:
             for pid in self.pids():
                 self.ask("SELECT pg_cancel_backend(%s)", pid)
             await deferLater(reactor, 0)
@@ -646,7 +646,7 @@ class LostTests(ListenerTestCase):
         listener = await self.listening("numbers", **{**QUICK, "connect_timeout_s": 0.5})
         self.server.freeze(backends=True)
         self.thaw_later([process.pid for process in self.server._frozen])
-        await until(lambda: listener._failures > 3)
+        await until(lambda: listener.failures.count > 3)
         self.assertFalse(self.status.listening)
         self.assertEqual(self.count("listening_lost"), 1)
         self.server.thaw()
@@ -668,7 +668,7 @@ class LostTests(ListenerTestCase):
         await until(lambda: self.status.listening_proven_at > proven_at)
         self.assertEqual(self.count("listening_lost"), 0)
         self.network.reset()
-        await until(lambda: listener._failures > 3)
+        await until(lambda: listener.failures.count > 3)
         self.server.thaw()
         self.network.heal()
         await self.until_proven(2)
@@ -679,19 +679,10 @@ class LostTests(ListenerTestCase):
         await self.network.refuse()
         listener = self.make_listener("numbers", **QUICK)
         listener.startService()
-        await until(lambda: listener._failures > 2)
+        await until(lambda: listener.failures.count > 2)
         self.assertEqual([entry[0] for entry in self.diary], ["listening_lost"])
         self.network.accept()
         await self.until_proven()
-
-    async def test_retries_wait_longer_each_time(self) -> None:
-        """From within 1 s to within 30 s, at random: a server that comes back is not rushed at."""
-        listener = self.make_listener(retry_initial_s=1.0, retry_max_s=30.0)
-        listener._random = lambda: 1.0
-        waits = [listener._lost("x") for _ in range(7)]
-        self.assertEqual(waits, [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0])
-        listener._random = lambda: 0.5
-        self.assertEqual(listener._lost("x"), 15.0)
 
 
 class CannotListenTests(ListenerTestCase):
@@ -739,8 +730,8 @@ class CannotListenTests(ListenerTestCase):
             listener = self.make_listener("changes", dsn=dsn(database=self.database_name), **options)
             listener.startService()
             await until(lambda: self.count("listening_impossible"))
-            tried = listener._canaries
-            await until(lambda: listener._canaries > tried + 2)
+            tried = listener.canaries.sent
+            await until(lambda: listener.canaries.sent > tried + 2)
             (line,) = self.lines("listening_impossible")
             self.assertIn("PgBouncer", line)
             self.assertIn("name a direct connection in postgres.dsn", self.status.listening_problem)
@@ -750,7 +741,9 @@ class CannotListenTests(ListenerTestCase):
             await listener.stopService()
             await until(lambda: self.status.connections == 0)
             # A stop amid the proof leaves what it listened to; a try that is seen to its end does not.
-            listener._retry_slowly_s = LONG_S
+            listener = self.make_listener(
+                "changes", dsn=dsn(database=self.database_name), **{**options, "retry_slowly_s": LONG_S}
+            )
             listener.startService()
             await until(lambda: self.count("listening_impossible") == 2)
             with closing(self.connect(dsn)) as side, side.cursor() as cursor:
@@ -766,7 +759,7 @@ class CannotListenTests(ListenerTestCase):
             )
             listener.startService()
             await until(lambda: self.count("listening_impossible"))
-            listener._target = parse(self.server.dsn(database=self.database_name))
+            listener.configure(parse(self.server.dsn(database=self.database_name)), LONG_S)
             await self.until_proven()
             self.assertIsNone(self.status.listening_problem)
             await listener.stopService()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import gc
-import io
 import os
 import random
 import resource
@@ -15,7 +13,6 @@ import sys
 import tempfile
 import time
 import weakref
-import zlib
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,15 +21,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import msgpack
-import zstandard
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
-from twisted.trial.unittest import SkipTest, SynchronousTestCase, TestCase
+from twisted.trial.unittest import SkipTest, TestCase
 
 from cacheservice.base import clock
 from cacheservice.base.errors import (
@@ -46,254 +39,23 @@ from cacheservice.base.errors import (
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset
 from cacheservice.cache.lag import NO_LAG
-from cacheservice.cache.rows import Rows
+from cacheservice.cache.rows import Groups
 from cacheservice.cache.snapshot import Snapshot
-from cacheservice.config import DatasetSettings
-from cacheservice.sources.disk.age import ReadOn
-from cacheservice.sources.disk.files import (
-    BLOCK_BYTES,
-    FORMAT,
-    MAGIC,
-    Header,
-    RowsUnpacker,
-    SnapshotWriter,
-    fingerprint,
-    packed,
-    read,
-)
+from cacheservice.config import DatasetSettings, PersistenceSettings
+from cacheservice.refresh.restore import restore
+from cacheservice.sources.disk.clocks import Clocks
+from cacheservice.sources.disk.format import MAGIC
 from cacheservice.sources.disk.store import SnapshotStore
-from tests.kit.datasets import rows_of
+from tests.kit.datasets import Table, rows_of
 from tests.kit.logs import Log
-from tests.kit.persistence_child import killed_after, killed_while_renewing, rows_of_generation, saved_dataset
+from tests.kit.persistence_child import killed_after, killed_while_renewing
 from tests.kit.postgres import PRIMARY
+from tests.kit.saved_files import AS_OF, file_of, noise, rows_of_generation, saved_dataset, table_of
 from tests.kit.waiting import GIVE_UP_S, until
 
-AS_OF = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 KILLS = int(os.environ.get("CACHESERVICE_TEST_KILLS", "30"))
 KILL_ROWS = 20_000
 GROUP = ("products", "prices")
-OF_FORMAT_3 = """
-Q1NTTkFQAANIAAABEtasTBootS/9ZCgAJQgA1lA9NWBVmwNAguAFLSMFPKT91sLaWge6KWag3uJO4nfkwkKbJCkl22JKd66mwejJ
-iokxYKMYHLckLgAvADAA15QZjnT6e8pPO1JMCAkBFCYBUIZvz+rnu3HQnr+VKV8c/7jJrtrm2fdXagagjVMCwunClnXUCDh/A3zs
-MJ3j8ErXC8RRBZGjIpOjIpGjJr4x15b6Y1+4v7ICunjnFv59f1j8rXQgfEyOMpBSZcGogs6ttJKsrIWsjGD1INB4OqtW+aLT6nDE
-x+JTJxoZFucZKUvKGkuP5IACYfj2vhtyZewx3w0vEgCULNvKk8vV81CZobJnLAy7apgDAESHKtFMIUBz8wzMrrSGUgAAABwRT2vC
-KLUv/SQPeQAAkZLEATHECHsiaWQiOjF94ndPolQAAAAgGqy7uyi1L/0kE5kAAIKkcm93cwGqc2l6ZV9ieXRlcwnTYllg
-"""
-"""Written by the version before `machine` was kept: generation 1 of one row."""
-
-Table = dict[bytes, bytes]
-
-
-def header_of(rows: Rows, **more: Any) -> Header:
-    fields: dict[str, Any] = {
-        "dataset": "products",
-        "generation": 7,
-        "as_of": AS_OF,
-        "database_snapshot": "730:735:730,732",
-        "rows": rows.count,
-        "size_bytes": rows.size_bytes,
-        "columns": ("id", "Größe"),
-        "fingerprint": fingerprint(saved_dataset()),
-    }
-    return Header(**fields | more)
-
-
-def file_of(rows: Rows, **more: Any) -> bytes:
-    file = io.BytesIO()
-    writer = SnapshotWriter(file, header_of(rows, **more))
-    for piece in packed(rows):
-        writer.write(piece)
-    writer.finish()
-    assert writer.size_bytes == len(file.getvalue())
-    return file.getvalue()
-
-
-def table_of(path: Path) -> tuple[Header, Table]:
-    """All of a file, or its refusal."""
-    header, blocks = read(path)
-    unpacker = RowsUnpacker(header, path.name)
-    rows = [row for block in blocks for slice_ in unpacker.slices(block) for row in slice_]
-    return header, dict(rows)
-
-
-def noise(count: int, length: int, seed: int = 1) -> Table:
-    """Rows that cannot be compressed, so that every byte of their file matters."""
-    random_ = random.Random(seed)
-    return {b"%d" % number: random_.randbytes(length) for number in range(count)}
-
-
-class Folder(SynchronousTestCase):
-    def setUp(self) -> None:
-        self.directory = Path(tempfile.mkdtemp(prefix="cacheservice-test-"))
-        self.addCleanup(shutil.rmtree, self.directory)
-        self.path = self.directory / "products.000000000007.snapshot"
-
-    def refusal(self, content: bytes) -> str:
-        """What is said of a file with that content, on one line that names it."""
-        self.path.write_bytes(content)
-        with self.assertRaises(SnapshotRejected) as caught:
-            table_of(self.path)
-        message = str(caught.exception)
-        self.assertEqual(message.splitlines(), [message])
-        self.assertIn(self.path.name, message)
-        return message
-
-
-class Format(Folder):
-    @settings(deadline=None)
-    @given(st.dictionaries(st.binary(max_size=12), st.binary(max_size=300), max_size=100), st.datetimes())
-    def test_what_is_written_is_read(self, table: Table, moment: datetime) -> None:
-        """Any keys and documents, of any bytes, come back, and the header to the microsecond."""
-        rows, as_of = rows_of(table.items()), moment.replace(tzinfo=UTC)
-        self.path.write_bytes(file_of(rows, as_of=as_of))
-        self.assertEqual(table_of(self.path), (header_of(rows, as_of=as_of), table))
-
-    def test_many_and_large_rows(self) -> None:
-        """Rows of many slices and documents of many blocks come back, and no part is larger for it."""
-        table = noise(3000, 100) | {b"large": b"x" * (5 * BLOCK_BYTES + 1), b"empty": b"", b"": random.randbytes(10**6)}
-        self.path.write_bytes(file_of(rows_of(table.items())))
-        self.assertEqual(table_of(self.path)[1], table)
-        _, blocks = read(self.path)
-        self.assertLessEqual(max(map(len, blocks)), BLOCK_BYTES)
-
-    def test_pieces_are_bounded(self) -> None:
-        """No piece holds more than 512 rows, nor more than 128 KiB if it holds more than one."""
-        for length in (10, 1000, 300_000):
-            for piece in packed(rows_of(noise(1100 if length < 10_000 else 5, length).items())):
-                rows = msgpack.unpackb(piece)
-                self.assertLessEqual(len(rows), 512)
-                self.assertTrue(len(piece) <= 136 * 1024 or len(rows) == 1)
-
-    def test_a_fingerprint_is_of_query_and_key(self) -> None:
-        """Another query or key has another fingerprint, wherever one ends and the other begins."""
-        different = [
-            saved_dataset(),
-            saved_dataset(query="SELECT * FROM products "),
-            saved_dataset(key=["id", "sku"]),
-            saved_dataset(key=["sku", "id"]),
-            saved_dataset(key="id:sku"),
-            saved_dataset(key='id","sku'),
-        ]
-        self.assertEqual(len(set(map(fingerprint, different))), len(different))
-        self.assertEqual(fingerprint(saved_dataset(interval_s=5.0)), fingerprint(saved_dataset()))
-
-    def test_a_file_of_format_3(self) -> None:
-        """A file that a released version wrote is read. Its machine is not known."""
-        self.path.write_bytes(base64.b64decode(OF_FORMAT_3))
-        header, table = table_of(self.path)
-        rows = rows_of([(b"1", b'{"id":1}')])
-        read_on = ReadOn(1_767_323_045_000_000, "there", 5_000_000, "")
-        self.assertEqual(header, header_of(rows, generation=1, read_on=read_on))
-        self.assertEqual(table, {b"1": b'{"id":1}'})
-        there, later_s = clock.Host("there", "machine"), 1_767_323_045 + 60.0
-        self.assertEqual(header.age(later_s, 7.0, there), (2.0, None))
-        uncertain = "it may have been saved on another machine"
-        self.assertEqual(header.age(later_s, 86400.0, there._replace(boot="here")), (60.0, uncertain))
-
-    def test_a_header_without_clocks(self) -> None:
-        """The age of a file of format 2 is that by the clock of the database, and uncertain."""
-        header = header_of(rows_of([]))
-        age = header.age(AS_OF.timestamp() + 60.0, 86400.0, clock.Host("here", "machine"))
-        self.assertAlmostEqual(age.seconds, 60.0, 3)
-        self.assertEqual(age.uncertain, "it was saved by an older version, by the clock of the database alone")
-
-
-class Damage(Folder):
-    def test_every_byte_of_a_small_file(self) -> None:
-        """A small file is refused with any one bit of it turned."""
-        whole = file_of(rows_of(noise(3, 20).items()))
-        for position in range(len(whole)):
-            for bit in range(8):
-                content = bytearray(whole)
-                content[position] ^= 1 << bit
-                self.refusal(bytes(content))
-
-    def test_a_thousand_bytes_of_a_large_file(self) -> None:
-        """A file of many blocks is refused with any one byte changed."""
-        whole = file_of(rows_of(noise(4000, 300).items()))
-        random_ = random.Random(2)
-        for _ in range(1000):
-            content = bytearray(whole)
-            content[random_.randrange(len(whole))] ^= random_.randrange(1, 256)
-            self.refusal(bytes(content))
-
-    def test_truncation(self) -> None:
-        """A file that ends early is refused, wherever it ends; one that is longer as well."""
-        whole = file_of(rows_of(noise(4000, 300).items()))
-        ends = {*range(0, len(whole), 4096), *range(600), *range(len(whole) - 200, len(whole))}
-        for end in sorted(ends):
-            self.assertIn("it is truncated", self.refusal(whole[:end]))
-        self.assertIn("something follows", self.refusal(whole + b"\0"))
-        self.assertIn("something follows", self.refusal(whole + whole))
-
-    def test_parts_of_another_file(self) -> None:
-        """Parts that are whole but of another file, or in another place, are refused."""
-        table = noise(2000, 300)
-        one, other = (file_of(rows_of(table.items()), generation=generation) for generation in (7, 8))
-        first = MAGIC + FORMAT.to_bytes(2, "big")
-        header_ends = [
-            len(first) + 9 + int.from_bytes(each[len(first) + 1 : len(first) + 5], "big") for each in (one, other)
-        ]
-        self.assertEqual(one[header_ends[0] : header_ends[0] + 1], b"R")
-        self.assertIn("checksum", self.refusal(one[: header_ends[0]] + other[header_ends[1] :]))
-        self.assertIn("does not begin", self.refusal(self.sealed((b"T", {"rows": 0, "size_bytes": 0}))))
-
-    def test_lengths_do_not_allocate(self) -> None:
-        """What a part, a frame or an array announces is not believed."""
-        start = MAGIC + FORMAT.to_bytes(2, "big")
-        self.assertIn("no part begins", self.refusal(start + b"H" + b"\xff" * 8))
-        bomb = zstandard.ZstdCompressor(write_checksum=True).compress(bytes(100 * BLOCK_BYTES))
-        self.assertIn("not as we write them", self.refusal(self.sealed((b"H", bomb))))
-        header = {"dataset": "products", "generation": 7, "as_of_us": 0, "database_snapshot": "", "columns": []}
-        header |= {"rows": 1, "size_bytes": 1, "fingerprint": "", "watch_state": "", "probe": ""}
-        for rows in (b"\xdd\xff\xff\xff\xff", b"\x91" * 100_000, b"\xc6\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff"):
-            # One that is too long, or one whose rest never comes.
-            self.refusal(self.sealed((b"H", header), (b"R", rows)))
-
-    def test_what_is_no_snapshot(self) -> None:
-        """What is well formed but holds something else is refused."""
-        good: dict[str, Any] = {"dataset": "p", "generation": 7, "as_of_us": 0, "database_snapshot": "", "columns": []}
-        good |= {"rows": 1, "size_bytes": 2, "fingerprint": "", "watch_state": "", "probe": ""}
-        for header in (
-            {},
-            [],
-            1,
-            good | {"rows": -1},
-            good | {"rows": True},
-            good | {"columns": [1]},
-            good | {"as_of_us": 2**63},
-            good | {"more": 1},
-        ):
-            self.assertIn("header", self.refusal(self.sealed((b"H", header))))
-        for rows in (1, [], [[b"k"]], [[b"k", b"v", b"w"]], [[1, b"v"]], [[b"k", None]], [b"kv"], [[[b"k"], b"v"]]):
-            content = self.sealed((b"H", good), (b"R", rows), (b"T", {"rows": 1, "size_bytes": 2}))
-            if rows == []:
-                self.path.write_bytes(content)  # no row at all; the store counts them
-                self.assertEqual(table_of(self.path)[1], {})
-            else:
-                self.assertIn("no rows", self.refusal(content))
-        self.assertIn("differ", self.refusal(self.sealed((b"H", good), (b"T", {"rows": 2, "size_bytes": 2}))))
-        self.assertIn("two headers", self.refusal(self.sealed((b"H", good), (b"H", good))))
-        self.assertIn("no saved snapshot", self.refusal(b"PK\x03\x04 and more"))
-        self.assertIn(
-            "format 1 is not known here, only 2 to 4", self.refusal(MAGIC + (1).to_bytes(2, "big") + b"whatever")
-        )
-
-    def sealed(self, *parts: tuple[bytes, Any]) -> bytes:
-        """A file of those parts with all its checksums right. Bytes for a header are a frame, for rows their stream."""
-        file = io.BytesIO()
-        writer = SnapshotWriter(file, header_of(rows_of([])))
-        file.seek(8)
-        file.truncate()
-        crc = zlib.crc32(file.getvalue())
-        for kind, content in parts:
-            stream = content if isinstance(content, bytes) else msgpack.packb(content)
-            compress = zstandard.ZstdCompressor(write_checksum=True).compress
-            kept = content if kind == b"H" and isinstance(content, bytes) else compress(stream)
-            crc = zlib.crc32(kind + len(kept).to_bytes(4, "big") + kept, crc)
-            file.write(kind + len(kept).to_bytes(4, "big") + crc.to_bytes(4, "big") + kept)
-        del writer
-        return file.getvalue()
 
 
 class SavingLog(Log):
@@ -333,14 +95,17 @@ class Running(TestCase):
         keep: int = 3,
         start: bool = True,
         host: clock.Host | None = None,
+        release: Callable[[Groups], None] = lambda _: None,
     ) -> Dataset:
         """The first of those datasets, in a new cache with a new store; the previous store unlocks the directory."""
         if self.snapshots is not None:
             self.snapshots.stopService()
         self.cache = Cache(datasets or [saved_dataset()], reactor.seconds)
-        self.snapshots = SnapshotStore(
-            self.cache, self.directory, interval_s, keep, lambda _: None, reactor, self.log, self.wall_clock_s, host
+        settings = PersistenceSettings(
+            directory=str(self.directory), min_save_interval_s=interval_s, keep_generations=keep
         )
+        clocks = Clocks(reactor, self.wall_clock_s, host)
+        self.snapshots = SnapshotStore(self.cache, settings, release, reactor, self.log, clocks)
         self.addCleanup(self.snapshots.stopService)
         if start:
             self.snapshots.startService()
@@ -355,6 +120,14 @@ class Running(TestCase):
         for generation in generations:
             self.publish(dataset, generation)
             await until(lambda generation=generation: generation in self.log.saved())
+
+    async def restore(self) -> None:
+        await restore(self.snapshots, self.cache, reactor, self.log)
+
+    @property
+    def problems(self) -> dict[str, str]:
+        """The datasets whose last save failed, and why."""
+        return {name: each.save_problem for name, each in self.cache.datasets.items() if each.save_problem}
 
     def saved(self, name: str) -> list[int]:
         return [generation for (generation,) in self.snapshots.saved([name])]
@@ -388,7 +161,7 @@ class Saving(Running):
         del told["took_s"]
         self.assertEqual(told, {"dataset": "products", "generation": 12, "rows": 5000, "bytes": size_bytes})
         again = self.store(start=False)
-        await self.snapshots.restore()
+        await self.restore()
         after = again.snapshot
         assert after is not None
         self.assertEqual(dict(after.rows.items()), table)
@@ -455,7 +228,9 @@ class Saving(Running):
         await self.save(self.store(), 8, 9)
         self.store(start=False)
         dataset = self.store()
-        self.snapshots._saved = {"products": {9: None, 8: None}}  # as after a restore that could not read them
+        self.snapshots._generations.note_found(
+            {"products": {9: None, 8: None}}
+        )  # as after a restore that could not read them
         await self.save(dataset, 1)
         self.assertEqual(self.files(), [self.path(1).name])
 
@@ -473,7 +248,7 @@ class Saving(Running):
         self.publish(dataset, 2)
         self.assertIsNone(first())
         second = weakref.ref(dataset.snapshot.rows)
-        await until(lambda: self.snapshots.problems)
+        await until(lambda: self.problems)
         self.publish(dataset, 3)
         self.assertIsNone(second())
         self.directory.unlink()
@@ -499,7 +274,7 @@ class Renewing(Running):
     async def restored(self, *datasets: DatasetSettings) -> Snapshot:
         await self.snapshots.stopService()
         dataset = self.store(*datasets, start=False)
-        await self.snapshots.restore()
+        await self.restore()
         assert dataset.snapshot is not None
         return dataset.snapshot
 
@@ -550,7 +325,7 @@ class Renewing(Running):
         self.assertEqual((await self.restored()).as_of, AS_OF + timedelta(seconds=50))
         dataset = self.store()
         self.path(1).unlink()
-        await self.snapshots.restore()
+        await self.restore()
         self.assertEqual(self.files(), [])
         self.publish(dataset, 1, as_of=AS_OF + timedelta(seconds=7))
         await until(lambda: self.log.saved() == [1, 1])
@@ -627,9 +402,9 @@ class Failing(Running):
         filler = self.directory / "filler"
         filler.write_bytes(bytes(100 * 1024))
         self.publish(dataset, 2, noise(400, 500))
-        await until(lambda: self.snapshots.problems)
+        await until(lambda: self.problems)
         self.assertEqual(
-            self.snapshots.problems,
+            self.problems,
             {
                 "products": f"persistence.directory: {self.directory}: no space left on device; "
                 "free some space, or name a folder on another file system"
@@ -642,7 +417,7 @@ class Failing(Running):
         self.assertEqual(len(self.log.named("snapshot_save_failed")), 1)
         filler.unlink()
         await until(lambda: 3 in self.log.saved())
-        self.assertEqual((self.snapshots.problems, len(self.log.named("snapshot_save_recovered"))), ({}, 1))
+        self.assertEqual((self.problems, len(self.log.named("snapshot_save_recovered"))), ({}, 1))
         self.assertEqual(self.saved("products"), [3, 1])
 
     async def test_a_folder_that_goes(self) -> None:
@@ -652,9 +427,9 @@ class Failing(Running):
         self.publish(dataset, 2, noise(20_000, 100))
         await until(lambda: any(name.endswith(".tmp") for name in self.files()))
         self.directory.rename(self.parent / "away")
-        await until(lambda: self.snapshots.problems)
+        await until(lambda: self.problems)
         self.assertEqual(
-            self.snapshots.problems,
+            self.problems,
             {
                 "products": f"persistence.directory: {self.directory}: no such file or directory; "
                 "make the folder, or name another one"
@@ -662,7 +437,7 @@ class Failing(Running):
         )
         self.assertEqual(table_of(self.parent / "away" / self.path(1).name)[1], dict(rows_of_generation(1, 10)))
         await until(lambda: 2 in self.log.saved())
-        self.assertEqual((self.snapshots.problems, self.files()), ({}, [self.path(2).name]))
+        self.assertEqual((self.problems, self.files()), ({}, [self.path(2).name]))
         with self.assertRaisesRegex(UnknownGeneration, "^generation 1 of products is not on disk; there are: 2$"):
             await self.snapshots.load("products", 1)
 
@@ -672,11 +447,11 @@ class Failing(Running):
         self.directory.write_bytes(b"a file where the folder should be")
         self.publish(dataset, 1)
         self.publish(self.cache.dataset("prices"), 1)
-        await until(lambda: len(self.snapshots.problems) == 2)
+        await until(lambda: len(self.problems) == 2)
         self.directory.unlink()
         with no_descriptor_left():
-            await until(lambda: "too many open files" in self.snapshots.problems["products"])
-        await until(lambda: not self.snapshots.problems)
+            await until(lambda: "too many open files" in self.problems["products"])
+        await until(lambda: not self.problems)
         told = [fields["error"] for fields in self.log.named("snapshot_save_failed") if fields["dataset"] == "products"]
         self.assertEqual(len(told), len(set(told)))
         self.assertEqual(sorted(self.log.saved()), [1, 1])
@@ -691,12 +466,12 @@ class Failing(Running):
         self.path(2, GROUP[-1]).mkdir()
         for name in GROUP:
             self.publish(self.cache.dataset(name), 2, as_of=AS_OF + timedelta(seconds=1))
-        await until(lambda: len(self.snapshots.problems) == len(GROUP))
+        await until(lambda: len(self.problems) == len(GROUP))
         self.assertEqual(
             self.files(), sorted([*(self.path(1, name).name for name in GROUP), self.path(2, GROUP[-1]).name])
         )
         self.path(2, GROUP[-1]).rmdir()
-        await until(lambda: not self.snapshots.problems)
+        await until(lambda: not self.problems)
         self.assertEqual(self.snapshots.saved(GROUP), [(2, 2), (1, 1)])
 
 
@@ -708,7 +483,7 @@ class Restoring(Running):
         change()
         refused = self.path(2).read_bytes()
         dataset = self.store(*datasets, start=False)
-        await self.snapshots.restore()
+        await self.restore()
         self.assertEqual(dataset.snapshot and self.generation_of(dataset.snapshot), left)
         self.assertEqual(self.path(2).with_suffix(".snapshot.rejected").read_bytes(), refused)
         self.assertFalse(self.path(2).exists())
@@ -741,7 +516,7 @@ class Restoring(Running):
 
     async def restored(self, *members: DatasetSettings) -> list[int | None]:
         self.store(*members, start=False)
-        await self.snapshots.restore()
+        await self.restore()
         snapshots = [dataset.snapshot for dataset in self.cache.datasets.values()]
         self.assertLessEqual(len({snapshot and snapshot.as_of for snapshot in snapshots}), 1)
         return [snapshot and self.generation_of(snapshot) for snapshot in snapshots]
@@ -779,7 +554,7 @@ class Restoring(Running):
             damaged[at] ^= 0x10
             self.path(1).write_bytes(damaged)
             dataset = self.store(start=False)
-            await self.snapshots.restore()
+            await self.restore()
             self.assertIsNone(dataset.snapshot)
             self.assertFalse(self.path(1).exists(), f"byte {at} is damaged, and the file still there")
         self.assertEqual([told for told in self.log.named("snapshot_rejected") if told.get("exc_info")], [])
@@ -796,7 +571,7 @@ class Restoring(Running):
         """So is one that was another dataset's."""
         content = file_of(rows_of([]), dataset="prices", generation=2)
         message = await self.refused(lambda: self.path(2).write_bytes(content))
-        self.assertIn("it is of another dataset, 'prices'", message)
+        self.assertIn("it belongs to another dataset, 'prices'", message)
 
     async def test_of_another_generation(self) -> None:
         """So is one that was renamed."""
@@ -810,19 +585,21 @@ class Restoring(Running):
             content = self.path(2).read_bytes()
             self.path(2).write_bytes(MAGIC + (9).to_bytes(2, "big") + content[8:])
 
-        self.assertIn("format 9 is not known", await self.refused(change))
+        self.assertIn("format 9 is unknown", await self.refused(change))
 
     async def test_rows_that_are_too_few(self) -> None:
         """So is one that is well formed, but not of as many rows as it says."""
         rows = rows_of(noise(3, 3).items())
         content = file_of(rows, generation=2, size_bytes=rows.size_bytes + 1)
-        self.assertIn("not as many as", await self.refused(lambda: self.path(2).write_bytes(content)))
+        self.assertIn(
+            "declares other numbers of rows or bytes", await self.refused(lambda: self.path(2).write_bytes(content))
+        )
 
     async def test_another_query(self) -> None:
         """Rows of another query are not served, however old: all of them are moved aside."""
         message = await self.refused(lambda: None, saved_dataset(query="SELECT 1 AS id"), left=None)
         self.assertIn(
-            "the query, the key, the probe, watch, settings or search_path of the dataset was changed", message
+            "the query, the key, the probe, watch, settings or search_path of the dataset has changed", message
         )
 
     async def test_another_key(self) -> None:
@@ -849,17 +626,17 @@ class Restoring(Running):
         os.mkfifo(self.path(4))
         self.path(0).write_bytes(b"")
         dataset = self.store(start=False)
-        await self.snapshots.restore()
+        await self.restore()
         self.assertEqual((self.generation_of(dataset.snapshot), self.saved("products")), (1, [1]))
         self.assertEqual(self.log.named("snapshot_rejected"), [])
 
     async def test_no_folder(self) -> None:
         """Without a folder there is nothing to restore, and nothing to say."""
         dataset = self.store(start=False)
-        await self.snapshots.restore()
+        await self.restore()
         self.assertEqual((dataset.snapshot, self.log.events), (None, []))
         self.directory.write_bytes(b"no folder")
-        await self.snapshots.restore()
+        await self.restore()
         (told,) = self.log.named("snapshot_restore_failed")
         problem = (
             f"persistence.directory: {self.directory}: it, or a folder above it, is a file and not a folder; "
@@ -868,8 +645,8 @@ class Restoring(Running):
         self.assertEqual(told["error"], problem)
         self.store()
         self.publish(self.cache.dataset("products"), 1)
-        await until(lambda: self.snapshots.problems)
-        self.assertEqual(self.snapshots.problems, {"products": problem})
+        await until(lambda: self.problems)
+        self.assertEqual(self.problems, {"products": problem})
 
     async def test_leftovers(self) -> None:
         """What a killed process left half written is removed; what is not ours stays."""
@@ -878,14 +655,14 @@ class Restoring(Running):
         for name in (ours, *others):
             (self.directory / name).write_bytes(b"half")
         self.store(start=False)
-        await self.snapshots.restore()
+        await self.restore()
         self.assertEqual((self.files(), self.log.events), (sorted(others), []))
 
     async def test_a_refresh_that_was_quicker(self) -> None:
         """What was read from PostgreSQL meanwhile is not replaced by something older."""
         await self.save(self.store(), 5)
         dataset = self.store(start=False)
-        restored = Deferred.fromCoroutine(self.snapshots.restore())
+        restored = Deferred.fromCoroutine(self.restore())
         self.publish(dataset, 1)
         await restored
         assert dataset.snapshot is not None
@@ -905,7 +682,7 @@ class Restoring(Running):
         ):
             self.wall_s = lambda passed_s=passed_s: time.time() + passed_s
             dataset = self.store(start=False, host=clock.Host(boot, "machine"))
-            await self.snapshots.restore()
+            await self.restore()
             self.assert_age(dataset, age_s)
 
     def assert_age(self, dataset: Dataset, age_s: float) -> None:
@@ -924,7 +701,7 @@ class Restoring(Running):
             self.assertIsNone(self.snapshot_of(dataset).age_uncertain)
             self.wall_s = lambda: time.time() + 600.0
             dataset = self.store(host=clock.Host("here", "another machine"))
-            await self.snapshots.restore()
+            await self.restore()
             self.assert_age(dataset, 600.0)
             uncertain = "it was saved on another machine" if saved_on else "it may have been saved on another machine"
             self.assertEqual(self.snapshot_of(dataset).age_uncertain, uncertain)
@@ -948,21 +725,21 @@ class Restoring(Running):
         self.publish(dataset, 1, server=PRIMARY)
         await until(self.log.saved)
         again = self.store(start=False)
-        await self.snapshots.restore()
+        await self.restore()
         assert again.snapshot is not None
         self.assertEqual(again.snapshot.server, PRIMARY)
         others: list[dict[str, Any]] = [{"system_identifier": "1"}, {"database_oid": 1}, {"role": "other"}]
         for other in others:
             again = self.store(start=False)
             self.cache.database.seen(replace(PRIMARY, **other), NO_LAG)
-            await self.snapshots.restore()
+            await self.restore()
             self.assertIsNone(again.snapshot)
             error = await self.failed(self.snapshots.load("products", 1))
             self.assertIsInstance(error, OfAnotherDatabase)
             self.assertEqual(self.files(), [self.path(1).name])
         again = self.store(start=False)
         self.cache.database.seen(replace(PRIMARY, started_us=1, timeline=2, in_recovery=True), NO_LAG)
-        await self.snapshots.restore()
+        await self.restore()
         self.assertIsNotNone(again.snapshot)
 
     async def failed(self, loading: Coroutine[Any, Any, Any]) -> Exception:
@@ -993,7 +770,7 @@ class Restoring(Running):
         self.assertEqual(await deferToThread(first.stdout.readline), b"taken\n")
         before = self.files()
         dataset = self.store()
-        await self.snapshots.restore()
+        await self.restore()
         self.assertIsNone(dataset.snapshot)
         self.assertIn("another process saves there", dataset.save_problem or "")
         self.assertTrue(self.log.named("persistence_locked"))
@@ -1008,7 +785,7 @@ class Restoring(Running):
         """Any generation on disk can be had for a rollback; what cannot says why."""
         await self.save(self.store(), 1, 2, 3)
         dataset = self.store()
-        await self.snapshots.restore()
+        await self.restore()
         self.assertEqual(self.saved("products"), [3, 2, 1])
         snapshot = await self.snapshots.load("products", 2)
         self.assertEqual((self.generation_of(snapshot), snapshot.source), (2, "disk"))
@@ -1030,9 +807,10 @@ class Restoring(Running):
         await until(lambda: 2 in self.log.saved())
         os.truncate(self.path(2), self.path(2).stat().st_size - 1)
         released: list[int] = []
-        dataset = self.store(start=False)
-        self.snapshots._release = lambda groups: released.append(sum(map(len, chain.from_iterable(groups))))
-        await self.snapshots.restore()
+        dataset = self.store(
+            start=False, release=lambda groups: released.append(sum(map(len, chain.from_iterable(groups))))
+        )
+        await self.restore()
         self.assertEqual(self.generation_of(dataset.snapshot), 1)
         self.assertEqual(len(released), 1)
         self.assertGreater(released[0], 1000)
@@ -1042,7 +820,7 @@ class Stopping(Running):
     async def stopped(self) -> None:
         """Stop, after which no thread works for it and no timer is left (trial looks for those)."""
         await self.snapshots.stopService()
-        self.assertEqual(self.snapshots._working, 0)
+        self.assertEqual(self.snapshots._work.running, 0)
         # The pool's own thread needs a moment more to note that it has nothing to do.
         await until(lambda: not reactor.getThreadPool().working)
 
@@ -1084,7 +862,7 @@ class Stopping(Running):
         self.publish(dataset, 1, noise(50_000, 100))
         await until(self.log.saved)
         dataset = self.store()
-        await self.snapshots.restore()
+        await self.restore()
         before = len(self.log.events)
         loaded = Deferred.fromCoroutine(self.snapshots.load("products", 1))
         await deferLater(reactor, 0.01)
@@ -1092,7 +870,7 @@ class Stopping(Running):
         with self.assertRaises(Stopped):
             await loaded
         dataset = self.store(start=False)
-        restored = Deferred.fromCoroutine(self.snapshots.restore())
+        restored = Deferred.fromCoroutine(self.restore())
         await deferLater(reactor, 0.01)
         await self.stopped()
         await restored
@@ -1117,7 +895,7 @@ class Killed(Running):
         for _ in range(KILLS):
             begun = await deferToThread(killed_after, self.directory, KILL_ROWS, random_.uniform(0.0, 0.15))
             dataset = self.store(start=False)
-            await self.snapshots.restore()
+            await self.restore()
             self.assertEqual(self.log.named("snapshot_rejected"), [])
             if dataset.snapshot is None:
                 self.assertEqual(begun, 1)
@@ -1132,7 +910,7 @@ class Killed(Running):
         for _ in range(KILLS // 3):
             begun, complete = await deferToThread(killed_while_renewing, self.directory, random_.uniform(0.0, 0.1))
             dataset = self.store(start=False)
-            await self.snapshots.restore()
+            await self.restore()
             assert dataset.snapshot is not None
             self.generation_of(dataset.snapshot)
             moment = int((dataset.snapshot.as_of - dataset.snapshot.modified_as_of).total_seconds())

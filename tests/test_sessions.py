@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import time
 from contextlib import closing
 from typing import Any
@@ -17,9 +16,11 @@ from twisted.internet.threads import deferToThread
 
 from cacheservice.base.errors import NoSessionLeft, QueryFailed
 from cacheservice.config import DatasetSettings
-from cacheservice.sources.postgres import sessions as pool
+from cacheservice.sources.postgres import idle_sessions
 from cacheservice.sources.postgres.database import Database
-from cacheservice.sources.postgres.listener import Listener
+from cacheservice.sources.postgres.listening.listener import Listener
+from cacheservice.sources.postgres.listening.opening import Access
+from cacheservice.sources.postgres.listening.pace import Pace
 from cacheservice.sources.postgres.target import parse
 from tests.kit import pgbouncer
 from tests.kit.datasets import rows_builder
@@ -55,20 +56,20 @@ class SessionsTestCase(GuardTestCase):
     def as_role(self, role: str) -> Database:
         return self.make_database(self.server.port, user=role, password="reads")
 
-    def make_listener(self, role: str, diary: Diary, **options: Any) -> Listener:
+    def make_listener(self, role: str, diary: Diary, **options: float) -> Listener:
         listener = Listener(
-            parse(self.server.dsn(database=self.database_name, user=role, password="reads")),
-            self.direct.connector,
-            LONG_S,
-            ["changes"],
-            diary.heard,
-            diary.missed,
+            Access(
+                parse(self.server.dsn(database=self.database_name, user=role, password="reads")),
+                self.direct.connector,
+                LONG_S,
+            ),
+            diary,
             self.status,
             reactor,
-            random.random,
             diary.log,
-            **options,
+            Pace(**options),
         )
+        listener.listen_to(["changes"])
         self.addCleanup(lambda: listener.stopService() if listener.running else None)
         return listener
 
@@ -140,7 +141,7 @@ class KeptTests(SessionsTestCase):
 
     async def test_renewed_in_time(self) -> None:
         """After its lifetime a session is opened again: to see another address, another role's settings."""
-        self.patch(pool, "LIFETIME_S", 0.3)
+        self.patch(idle_sessions, "LIFETIME_S", 0.3)
         pid = await self.pid()
         self.assertEqual(await self.pid(), pid)
         await deferLater(reactor, 0.4)
@@ -148,7 +149,7 @@ class KeptTests(SessionsTestCase):
 
     async def test_idle_sessions_end(self) -> None:
         """One that nobody uses any more ends by itself."""
-        self.patch(pool, "IDLE_LIMIT_S", 0.2)
+        self.patch(idle_sessions, "IDLE_LIMIT_S", 0.2)
         await self.pid()
         self.assertEqual(self.status.connections, 1)
         await until(lambda: self.status.connections == 0)

@@ -15,6 +15,7 @@ from twisted.internet.task import Clock, deferLater
 from twisted.trial.unittest import TestCase
 
 from cacheservice.base.errors import DatabaseUnavailable
+from cacheservice.config import StatsdSettings
 from cacheservice.ops.statsd import MOST_PACKET_BYTES, StatsD
 from tests.kit.daemon import DaemonTestCase
 from tests.kit.datasets import declared
@@ -70,7 +71,14 @@ class PushTestCase(TestCase):
         return listener, listening.getHost().port
 
     def start(self, port: int, host: str = "127.0.0.1", prefix: str = "cacheservice") -> StatsD:
-        statsd = StatsD(self.world.metrics, host, port, prefix, self.resolve, reactor, self.log, INTERVAL_S)
+        statsd = StatsD(
+            self.world.metrics,
+            StatsdSettings(host=host, port=port, prefix=prefix),
+            self.resolve,
+            reactor,
+            self.log,
+            INTERVAL_S,
+        )
         statsd.startService()
         self.addCleanup(lambda: statsd.stopService() if statsd.running else None)
         return statsd
@@ -227,7 +235,7 @@ class Stop(PushTestCase):
         def resolve(_: str) -> Deferred[Sequence[str]]:
             return Deferred()
 
-        statsd = StatsD(self.world.metrics, "metrics.example", 8125, "", resolve, clock, self.log)
+        statsd = StatsD(self.world.metrics, StatsdSettings(host="metrics.example"), resolve, clock, self.log)
         statsd.startService()
         clock.advance(100)
         self.successResultOf(statsd.stopService())

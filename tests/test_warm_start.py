@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cacheservice.sources.disk.files import SnapshotWriter, read
+from cacheservice.sources.disk.format import SnapshotWriter, read
 from tests.kit.daemon import Daemon, DaemonTestCase
 from tests.kit.postgres import fresh_database, query
 from tests.kit.waiting import GIVE_UP_S, wait_until

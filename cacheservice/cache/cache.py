@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal, NamedTuple, Protocol
 
@@ -164,8 +164,17 @@ class Cache:
         return told
 
     def configured_by(self, file: ConfigFile) -> None:
-        """Note the configuration file that is in effect, for the status."""
+        """Note the configuration file that is in effect, for the status; no newer one is refused."""
         self.config_file = file
+        self.rejection = None
+
+    def reject(self, problems: Sequence[str]) -> None:
+        """Note that a newer configuration was refused, for the status."""
+        self.rejection = Rejection(tuple(problems), self.now())
+
+    def stop(self) -> None:
+        """Note that the service begins to stop."""
+        self.stopping = True
 
     def cap_connections(self, cap: ConnectionCap) -> None:
         """Note that clients are capped, for the status."""

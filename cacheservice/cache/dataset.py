@@ -101,6 +101,15 @@ class Dataset(Served):
         """Note what the refreshes do and plan."""
         self.refresh = status
 
+    def note_save(self, problem: str | None, *, tried: bool = True) -> None:
+        """Note the problem of saving a snapshot; None once it is saved.
+
+        :param tried: whether a save has failed, which is counted; otherwise the problem was found before a save.
+        """
+        self.save_problem = problem
+        if problem is not None and tried:
+            self.counts.count_save_failure()
+
     def attempted(self, attempt: Attempt) -> None:
         """Record an attempt that has ended."""
         self.attempts.append(attempt)

@@ -10,7 +10,7 @@ import os
 import re
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Protocol
 
 from twisted.application.service import Service
 from twisted.internet.abstract import isIPAddress, isIPv6Address
@@ -22,6 +22,7 @@ from twisted.python.failure import Failure
 from cacheservice.base.errors import CacheServiceError
 from cacheservice.base.interfaces import Log, Reactor
 from cacheservice.base.timers import looping, pause
+from cacheservice.config import StatsdSettings
 from cacheservice.ops.families import Sample
 from cacheservice.ops.metrics import Metrics
 
@@ -51,23 +52,20 @@ class StatsD(Service):
     def __init__(
         self,
         metrics: Metrics,
-        host: str,
-        port: int,
-        prefix: str,
+        settings: StatsdSettings,
         resolve: Callable[[str], Awaitable[Sequence[str]]],
         reactor: Reactor,
         log: Log,
         interval_s: float = INTERVAL_S,
     ) -> None:
         self._metrics = metrics
-        self._host = host
-        self._port = port
-        self._prefix = prefix
+        self._host = settings.host
+        self._port = settings.port
+        self._lines = Lines(settings.prefix)
         self._resolve = resolve
         self._reactor = reactor
         self._log = log
         self._interval_s = interval_s
-        self._sent: dict[str, float] = {}
         self._loop = looping(reactor, self._push)
         self._pushing: Deferred[None] | None = None
         self._sender: _Sender | None = None
@@ -77,7 +75,7 @@ class StatsD(Service):
         super().startService()
         self._loop.start(self._interval_s)
 
-    def stopService(self) -> Deferred[Any]:
+    def stopService(self) -> Deferred[object]:
         """Stop; the Deferred fires when the socket is closed."""
         super().stopService()
         if self._loop.running:
@@ -103,15 +101,15 @@ class StatsD(Service):
         await self._close()
         try:
             sender = self._sender = await self._open()
-            for number, packet in enumerate(packets(self._lines()), 1):
+            for number, packet in enumerate(packets(self._lines.of(self._metrics.samples())), 1):
                 sender.send(packet)
                 if number % _PACKETS_A_TURN == 0:
                     await pause(self._reactor)
         except (OSError, CannotListenError, MessageLengthError, CacheServiceError) as error:
             problem = getattr(error, "strerror", None) or str(error)
-        self._tell(problem)
+        self._log_change(problem)
 
-    def _tell(self, problem: str | None) -> None:
+    def _log_change(self, problem: str | None) -> None:
         """Log a problem once when it begins, and once when it is over."""
         if problem is not None and self._problem is None:
             self._log.warning("statsd_unreachable", error=problem.lower(), host=self._host, port=self._port)
@@ -134,12 +132,21 @@ class StatsD(Service):
             raise
         return sender
 
-    def _close(self) -> Deferred[Any]:
+    def _close(self) -> Deferred[object]:
         sender, self._sender = self._sender, None
         return maybeDeferred(lambda: None if sender is None else sender.transport.stopListening())
 
-    def _lines(self) -> Iterator[str]:
-        for kind, sample in self._metrics.samples():
+
+class Lines:
+    """The samples in StatsD's form: gauges as they are, counters as their increase since the last push."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self._sent: dict[str, float] = {}
+
+    def of(self, samples: Iterable[tuple[str, Sample]]) -> Iterator[str]:
+        """Yield the lines of one push, and note the counters as sent."""
+        for kind, sample in samples:
             if sample.name.endswith(_OF_NO_USE):
                 continue
             key = self._key(sample)
@@ -176,13 +183,31 @@ def packets(lines: Iterable[str]) -> Iterator[bytes]:
         yield b"\n".join(waiting)
 
 
+class UdpTransport(Protocol):
+    """The transport of a UDP socket: `IUDPTransport`, and Twisted's own."""
+
+    socket: socket.socket
+
+    def connect(self, host: str, port: int, /) -> object:
+        """Send to this address only."""
+
+    def write(self, packet: bytes, /) -> object:
+        """Send a packet."""
+
+    def stopReading(self) -> object:
+        """Ignore what arrives."""
+
+    def stopListening(self) -> Deferred[None] | None:
+        """Close the socket."""
+
+
 class _Sender(DatagramProtocol):
     """The socket of one push.
 
     A refusal arrives as ICMP, after the packet that is refused.
     """
 
-    transport: Any
+    transport: UdpTransport  # type: ignore[assignment]  # Twisted declares an interface with fewer methods
     noisy = False
 
     def __init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from twisted.application.service import Service
 from twisted.internet.defer import CancelledError, Deferred, DeferredList
@@ -12,11 +12,12 @@ from twisted.python.failure import Failure
 from cacheservice.base.errors import CacheServiceError, NothingToRollBackTo, Stopped, UnknownDataset
 from cacheservice.cache.cache import Cache, Declared
 from cacheservice.cache.dataset import Dataset
-from cacheservice.cache.snapshot import Snapshot
 from cacheservice.config import DatasetSettings, groups
 from cacheservice.refresh.budget import Budget
 from cacheservice.refresh.bursts import Bursts
+from cacheservice.refresh.history import History
 from cacheservice.refresh.refresher import Process, Refresher, Shared
+from cacheservice.refresh.restore import restore
 from cacheservice.refresh.slots import Slots
 from cacheservice.sources.base import Source
 
@@ -30,22 +31,6 @@ class Limits(NamedTuple):
 
     max_connections: int
     max_load: float = 0.0
-
-
-class History(Protocol):
-    """The saved snapshots: ``cacheservice.sources.disk.store.SnapshotStore``."""
-
-    async def restore(self) -> None:
-        """Publish the newest saved snapshot of each dataset that has none. Never raises."""
-
-    def saved(self, names: Sequence[str]) -> list[tuple[int, ...]]:
-        """Return the saved generations of a dataset or, of one moment each, of a group, newest first."""
-
-    async def load(self, name: str, generation: int) -> Snapshot:
-        """Load a saved generation.
-
-        :raises CacheServiceError: if it cannot be loaded.
-        """
 
 
 class CacheService(Service):
@@ -109,7 +94,7 @@ class CacheService(Service):
 
     async def _start_warm(self, history: History, refreshers: Sequence[Refresher]) -> None:
         # Saved snapshots come first, so that readers have them before the database is asked.
-        await history.restore()
+        await restore(history, self._cache, self._process.clock, self._process.log)
         for refresher in self._still_there(refreshers):
             refresher.start()
 

@@ -54,6 +54,8 @@ from twisted.protocols.basic import LineReceiver
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.snapshot import Snapshot
 from cacheservice.cli.embedded import EmbeddedPostgres
+from cacheservice.config import PersistenceSettings
+from cacheservice.refresh.restore import restore
 from cacheservice.sources.disk.store import SnapshotStore
 from tests.kit import status
 from tests.kit.chaos import FaultyNetwork
@@ -61,9 +63,10 @@ from tests.kit.clock_shim import COMPILER, ClockShim
 from tests.kit.daemon import STOP_LIMIT_S, Daemon
 from tests.kit.datasets import rows_builder
 from tests.kit.paths import ROOT
-from tests.kit.persistence_child import SETTINGS, killed_after, rows_of_generation
+from tests.kit.persistence_child import SETTINGS, killed_after
 from tests.kit.postgres import connect, query, sessions
 from tests.kit.resp import encode
+from tests.kit.saved_files import rows_of_generation
 from tests.kit.waiting import GIVE_UP_S, wait_until
 
 RECOVERY_LIMIT_S = 5.0
@@ -1297,18 +1300,22 @@ class Shelf:
     def path(self, generation: int) -> Path:
         return self.directory / f"products.{generation:012}.snapshot"
 
+    def _store(self, cache: Cache, keep: int, said: Said) -> SnapshotStore:
+        settings = PersistenceSettings(directory=str(self.directory), min_save_interval_s=0, keep_generations=keep)
+        return SnapshotStore(cache, settings, lambda _: None, reactor, said)
+
     async def restore(self) -> tuple[Snapshot | None, Said]:
         """What a start would serve, and what it says."""
         cache, said = Cache([SETTINGS], reactor.seconds), Said()
-        store = SnapshotStore(cache, self.directory, 0.0, 2, lambda _: None, reactor, said)
-        await store.restore()
+        store = self._store(cache, 2, said)
+        await restore(store, cache, reactor, said)
         await store.stopService()  # which gives the lock of the directory back
         return cache.dataset("products").snapshot, said
 
     async def save(self, tables: Sequence[Mapping[bytes, bytes]]) -> None:
         """Each as a generation, from 1 on."""
         cache, said = Cache([SETTINGS], reactor.seconds), Said()
-        store = SnapshotStore(cache, self.directory, 0.0, len(tables), lambda _: None, reactor, said)
+        store = self._store(cache, len(tables), said)
         store.startService()
         for generation, table in enumerate(tables, 1):
             rows = rows_builder()

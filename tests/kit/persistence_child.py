@@ -19,22 +19,14 @@ from twisted.internet.defer import Deferred
 
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.snapshot import Snapshot
-from cacheservice.config import DatasetSettings
+from cacheservice.config import PersistenceSettings
+from cacheservice.refresh.restore import restore
 from cacheservice.sources.disk.store import SnapshotStore
-from tests.kit.datasets import declared, rows_builder
+from tests.kit.datasets import rows_builder
 from tests.kit.paths import ROOT
-
-
-def saved_dataset(name: str = "products", **keys: Any) -> DatasetSettings:
-    """Declare a dataset with the query of the saved files that the tests hold."""
-    return declared(name, **({"query": "SELECT * FROM products"} | keys))
-
+from tests.kit.saved_files import rows_of_generation, saved_dataset
 
 SETTINGS = saved_dataset()
-
-
-def rows_of_generation(generation: int, count: int) -> list[tuple[bytes | None, bytes]]:
-    return [(b"%d" % number, b'{"id":%d,"generation":%d}' % (number, generation)) for number in range(count)]
 
 
 class Child:
@@ -42,7 +34,8 @@ class Child:
 
     def __init__(self, directory: Path, count: int, renews: bool) -> None:
         self.cache = Cache([SETTINGS], reactor.seconds)
-        self.store = SnapshotStore(self.cache, directory, 0.0, 2, lambda _: None, reactor, self)
+        settings = PersistenceSettings(directory=str(directory), min_save_interval_s=0, keep_generations=2)
+        self.store = SnapshotStore(self.cache, settings, lambda _: None, reactor, self)
         self.count = count
         self.renews = renews
         self.renewed = 0
@@ -75,7 +68,7 @@ class Child:
         dataset.renew(replace(dataset.snapshot, as_of=as_of, content_since=since))
 
     async def run(self) -> None:
-        await self.store.restore()
+        await restore(self.store, self.cache, reactor, self)
         self.store.startService()
         self.publish()
 

@@ -133,6 +133,17 @@ class Attempts(AtTime):
         self.assertEqual(dataset.last_ended_at, START_S if outcomes else None)
 
 
+class Saves(AtTime):
+    def test_problems(self) -> None:
+        """A failed save is counted each time; a problem found before a save is not; the next save clears either."""
+        dataset = self.loaded()
+        for tried, failures in ((True, 1), (True, 2), (False, 2)):
+            dataset.note_save("no space left", tried=tried)
+            self.assertEqual((dataset.save_problem, dataset.counts.save_failures), ("no space left", failures))
+        dataset.note_save(None)
+        self.assertEqual((dataset.save_problem, dataset.counts.save_failures), (None, 2))
+
+
 class Needs(AtTime):
     def test_the_order(self) -> None:
         """Never loaded needs it most, then whoever used up the larger share of its max_age_s."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import select
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import psycopg2
 from psycopg2 import extensions
@@ -50,6 +50,13 @@ KEEPALIVES: Mapping[str, Any] = MappingProxyType(
 _LAST_SHARE = 0.05
 _LAST_MOST_S = 0.25
 """The search for an address ends this long before its own limit, so that its error can name every address tried."""
+
+
+class Notification(Protocol):
+    """A notification that the driver received."""
+
+    channel: str
+    payload: str
 
 
 class _Cursor(txpostgres.Cursor):  # type: ignore[misc]  # txpostgres has no types
@@ -91,7 +98,7 @@ class _Ear:
     """
 
     def __init__(self, reactor: Reactor, session: Session, until: float) -> None:
-        self.heard: Deferred[list[Any]] = Deferred()
+        self.heard: Deferred[list[Notification]] = Deferred()
         self._reactor = reactor
         self._session = session
         self._lost: Failure | None = None
@@ -271,7 +278,7 @@ class GuardedConnection:
 
         return self._wait(start)
 
-    def notifications(self, until: float) -> Deferred[list[Any]]:
+    def notifications(self, until: float) -> Deferred[list[Notification]]:
         """Wait for notifications; fires with up to 1000 in their order.
 
         Each has its `channel` and its `payload`. The list is empty at the moment `until` on the reactor's clock, or
@@ -280,7 +287,7 @@ class GuardedConnection:
         :raises DatabaseUnavailable: when the session is lost.
         """
 
-        def start() -> Deferred[list[Any]]:
+        def start() -> Deferred[list[Notification]]:
             self._ear = _Ear(self._reactor, self._connection.pollable(), until)
             return self._ear.heard
 

@@ -1,7 +1,6 @@
 """Opens sessions for reads, and keeps them while their next use is near.
 
-A kept session is used again if nothing has arrived on it meanwhile (its end, or the reason why the server ended it), if
-it is not too old, and if its last use succeeded: after a failure its state is unknown. `commit` resets session state
+A session is opened, then in use, and after each use idle or closed; see `IdleSessions`. `commit` resets session state
 that a query may have changed; our own statements never change it.
 """
 
@@ -20,7 +19,8 @@ from cacheservice.base.timers import pause
 from cacheservice.cache.cache import DatabaseStatus
 from cacheservice.sources.postgres.connector import Connector
 from cacheservice.sources.postgres.guard import KEEPALIVES, GuardedConnection
-from cacheservice.sources.postgres.keeping import IDLE_LIMIT_S, LIFETIME_S, Window, has_room, is_next_use_near, planned
+from cacheservice.sources.postgres.idle_sessions import IdleSessions, PooledSession, Returns
+from cacheservice.sources.postgres.keeping import has_room
 from cacheservice.sources.postgres.resolve import Resolver
 from cacheservice.sources.postgres.target import Resolve, Target
 
@@ -48,19 +48,6 @@ FROM pg_catalog.pg_roles AS r WHERE r.rolname = session_user
 """
 
 
-class _Pooled:
-    """A session of the pool.
-
-    :param target: the target where it was opened.
-    """
-
-    def __init__(self, guard: GuardedConnection, target: Target, opened_at: float) -> None:
-        self.guard = guard
-        self.target = target
-        self.opened_at = opened_at
-        self.has_room: bool | None = None  # whether the role may hold it idle; None until asked
-
-
 class Sessions:
     """Opens sessions, and keeps them between reads.
 
@@ -75,11 +62,10 @@ class Sessions:
         self._resolver = Resolver(reactor)
         self._connector = Connector(reactor, self._resolver.resolve)
         self._status = status
-        self._idle: list[_Pooled] = []  # the session used last is last
-        self._busy: dict[GuardedConnection, _Pooled] = {}
+        self._idle = IdleSessions(reactor, self._close)
+        self._returns = Returns(reactor)
+        self._busy: dict[GuardedConnection, PooledSession] = {}
         self._opening = 0  # the number of logins in progress
-        self._windows: dict[str, Window] = {}
-        self._returned: list[Deferred[bool]] = []  # waits for a session of ours to be returned
         self._make_room: Callable[[], bool] = lambda: False
         self._stopped = False
 
@@ -135,10 +121,9 @@ class Sessions:
 
         :param again_in_s: seconds until `purpose` will use a session again; 0 for any moment, None for never.
         """
-        now = self._reactor.seconds()
         if again_in_s is not None:
-            self._windows[purpose] = planned(now, again_in_s)
-        kept = self._take()
+            self._idle.plan(purpose, again_in_s)
+        kept = self._idle.take()
         if kept is None:
             return self._use_new(purpose, deadline_at, use)
         kept.guard.renew(deadline_at)
@@ -156,14 +141,14 @@ class Sessions:
         """
         pooled = self._busy[guard]
         if backend_pid != guard.pid:
-            pooled.has_room = True  # the proxy's limits apply, not the role's
+            pooled.note_room(True)  # the proxy's limits apply, not the role's
             # Both statements are one transaction of their own: another client may have left another role.
             answer = await guard.execute(f"COMMIT; SET LOCAL role TO DEFAULT; {ask}" if ask else "COMMIT")
         elif pooled.has_room is not None:
             answer = await guard.execute(f"{_RESET}; {ask}" if ask else _RESET)
         else:
             cursor = await guard.execute(_RESET + _ROOM)
-            pooled.has_room = all(has_room(limit, used) for limit, used in cursor.fetchall())
+            pooled.note_room(all(has_room(limit, used) for limit, used in cursor.fetchall()))
             answer = await guard.execute(ask) if ask else None
         return answer if ask else None
 
@@ -172,13 +157,13 @@ class Sessions:
         d.addCallback(self._use, use)
         return d
 
-    def _use(self, pooled: _Pooled, use: Use[T]) -> Deferred[T]:
+    def _use(self, pooled: PooledSession, use: Use[T]) -> Deferred[T]:
         self._busy[pooled.guard] = pooled
         d: Deferred[T] = Deferred.fromCoroutine(_used(use, pooled.guard))
         d.addBoth(self._keep_or_close, pooled)
         return d
 
-    async def _opened(self, purpose: str, deadline_at: float) -> _Pooled:
+    async def _opened(self, purpose: str, deadline_at: float) -> PooledSession:
         """Return a new session, or a returned one if no connection is left."""
         room_by, may_wait_for_logins, waits_s = -math.inf, True, iter(_COLLISION_WAITS_S)
         while True:
@@ -202,12 +187,12 @@ class Sessions:
                     await pause(self._reactor, wait_s)
                 else:
                     raise
-            kept = self._take()
+            kept = self._idle.take()
             if kept is not None:
                 kept.guard.renew(deadline_at)
                 return kept
 
-    async def _open(self, purpose: str, deadline_at: float) -> _Pooled:
+    async def _open(self, purpose: str, deadline_at: float) -> PooledSession:
         target = self._target
         guard = GuardedConnection(self._reactor, target, deadline_at)
         self._status.connections += 1
@@ -219,73 +204,33 @@ class Sessions:
             raise
         finally:
             self._opening -= 1
-        return _Pooled(guard, target, self._reactor.seconds())
+        return PooledSession(guard, target, self._reactor.seconds())
 
     async def _one_comes_back(self, until: float) -> bool:
         """Wait until a session of ours is returned.
 
         False if no session is in use, or none is returned in time.
         """
-        if not self._busy:
-            return False
-        returned: Deferred[bool] = Deferred()
-        self._returned.append(returned)
-        timer = self._reactor.callLater(max(0.0, until - self._reactor.seconds()), self._answer, returned, False)
-        try:
-            return await returned
-        finally:
-            if timer.active():
-                timer.cancel()
-            if returned in self._returned:
-                self._returned.remove(returned)
+        return bool(self._busy) and await self._returns.wait(until)
 
-    def _answer(self, returned: Deferred[bool], comes_back: bool) -> None:
-        self._returned.remove(returned)
-        returned.callback(comes_back)
-
-    def _take(self) -> _Pooled | None:
-        """Return a kept session that is as good as a new one."""
-        while self._idle:
-            pooled = self._idle.pop()
-            if self._is_young(pooled) and pooled.guard.is_quiet():
-                return pooled
-            self._close(pooled.guard)
-        return None
-
-    def _keep_or_close(self, result: Any, pooled: _Pooled) -> Any:
+    def _keep_or_close(self, result: T | Failure, pooled: PooledSession) -> T | Failure:
         del self._busy[pooled.guard]
         if not isinstance(result, Failure) and self._is_wanted(pooled):
-            pooled.guard.renew(self._reactor.seconds() + IDLE_LIMIT_S)
-            pooled.guard.on_end(lambda: self._forget(pooled))
-            self._idle.append(pooled)
+            self._idle.add(pooled)
         else:
             self._close(pooled.guard)
-        if self._returned:
-            self._answer(self._returned[0], True)
+        self._returns.returned()
         return result
 
-    def _is_wanted(self, pooled: _Pooled) -> bool:
-        if self._stopped or pooled.target != self._target or not self._is_young(pooled):
+    def _is_wanted(self, pooled: PooledSession) -> bool:
+        if self._stopped or pooled.target != self._target or not self._idle.is_young(pooled):
             return False
         # A use waits for the session, or the role has room for an idle session and a use is near.
-        if self._returned:
-            return True
-        return bool(pooled.has_room) and is_next_use_near(self._reactor.seconds(), self._windows.values())
-
-    def _is_young(self, pooled: _Pooled) -> bool:
-        return bool(self._reactor.seconds() < pooled.opened_at + LIFETIME_S)
-
-    def _forget(self, pooled: _Pooled) -> None:
-        """Remove a kept session that reached its deadline."""
-        self._idle.remove(pooled)
-        self._status.connections -= 1
+        return bool(self._returns) or (bool(pooled.has_room) and self._idle.is_use_near())
 
     def end_kept(self) -> None:
         """End the kept sessions; none is kept until the next use."""
-        self._windows.clear()
-        idle, self._idle = self._idle, []
-        for pooled in idle:
-            self._close(pooled.guard)
+        self._idle.end()
 
     def _close(self, guard: GuardedConnection) -> None:
         self._status.connections -= 1

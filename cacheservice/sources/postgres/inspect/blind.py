@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
 
 from cacheservice.sources.postgres.inspect.bodies import (
     Call,
@@ -17,18 +16,11 @@ from cacheservice.sources.postgres.inspect.bodies import (
     tables_of_functions,
     volatile,
 )
-from cacheservice.sources.postgres.inspect.links import (
-    Links,
-    Scan,
-    Value,
-    is_expression,
-    output_of,
-    sources_of,
-    value_of,
-)
+from cacheservice.sources.postgres.inspect.expressions import Value, is_expression, value_of
+from cacheservice.sources.postgres.inspect.links import Links, Scan, output_of, sources_of
 from cacheservice.sources.postgres.inspect.look import Look
 from cacheservice.sources.postgres.inspect.picks import Picks
-from cacheservice.sources.postgres.inspect.plans import nodes
+from cacheservice.sources.postgres.inspect.plans import PlanNode, nodes
 from cacheservice.sources.postgres.inspect.texts import without_comments, without_strings
 
 _PICKS = {
@@ -66,7 +58,7 @@ _CLOCK_WORDS = re.compile(r"\b(CURRENT_DATE|CURRENT_TIMESTAMP|CURRENT_TIME|LOCAL
 
 def look_for_blind_spots(
     look: Look,
-    plan: Mapping[str, Any],
+    plan: PlanNode,
     places: Sequence[int],
     origins: Sequence[tuple[int | None, int | None]],
     *,
@@ -237,7 +229,7 @@ def _is_unique(look: Look, table: str, columns: Sequence[str]) -> bool:
     return bool(unique)
 
 
-def _look_at_bodies(look: Look, plan: Mapping[str, Any], scans: Sequence[Scan]) -> None:
+def _look_at_bodies(look: Look, plan: PlanNode, scans: Sequence[Scan]) -> None:
     readings: dict[tuple[str, str], Reading] = {}
     for reading in tables_of_functions(look, _called(plan)):
         other = readings.setdefault((reading.schema, reading.table), reading)
@@ -264,14 +256,14 @@ def _look_at_bodies(look: Look, plan: Mapping[str, Any], scans: Sequence[Scan]) 
             )
 
 
-def _called(plan: Mapping[str, Any]) -> set[Call]:
+def _called(plan: PlanNode) -> set[Call]:
     functions = {
         Call(node.get("Schema"), str(node["Function Name"])) for node in nodes(plan) if "Function Name" in node
     }
     return functions.union(*map(calls_in, _expressions(plan)))
 
 
-def _look_at_functions(look: Look, plan: Mapping[str, Any]) -> None:
+def _look_at_functions(look: Look, plan: PlanNode) -> None:
     calls = _called(plan)
     certain, possible = volatile(look, calls)
     builtin = {call.name for call in calls if call.is_builtin}
@@ -297,14 +289,14 @@ def _look_at_functions(look: Look, plan: Mapping[str, Any]) -> None:
         )
 
 
-def _expressions(plan: Mapping[str, Any]) -> Iterator[str]:
+def _expressions(plan: PlanNode) -> Iterator[str]:
     for node in nodes(plan):
         for field in _EXPRESSIONS:
             value = node.get(field, ())
             yield from [value] if isinstance(value, str) else map(str, value)
 
 
-def _key_column(plan: Mapping[str, Any], links: Links, place: int, *, of_sets: bool) -> Value | None:
+def _key_column(plan: PlanNode, links: Links, place: int, *, of_sets: bool) -> Value | None:
     if of_sets:
         # A member may cast its column to the common type of all members, or have a constant instead.
         for value in map(value_of, sources_of(plan, place)):
@@ -314,7 +306,7 @@ def _key_column(plan: Mapping[str, Any], links: Links, place: int, *, of_sets: b
     return links.column_behind(output[place]) if place < len(output) else None
 
 
-def _holds_columns(plan: Mapping[str, Any], place: int) -> bool:
+def _holds_columns(plan: PlanNode, place: int) -> bool:
     """Return whether an output column is a table's column in each member of a UNION.
 
     True also if it only seems so.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import NamedTuple
 
 import psycopg2
 
@@ -12,7 +13,7 @@ from cacheservice.sources.postgres import deltas
 from cacheservice.sources.postgres.inspect.failures import finding
 from cacheservice.sources.postgres.inspect.findings import Key, Size
 from cacheservice.sources.postgres.inspect.look import STATEMENT_TIMEOUT_MS, Look
-from cacheservice.sources.postgres.inspect.plans import only_table
+from cacheservice.sources.postgres.inspect.plans import PlanNode, only_table
 from cacheservice.sources.postgres.keys import KeyForm, literal
 from cacheservice.sources.postgres.statements import rows_query
 
@@ -38,7 +39,7 @@ class Sample(NamedTuple):
     distinct: int
     nulls: int
     longest_key: int | None
-    document_bytes: Any
+    document_bytes: Decimal | None
     separated: int = 0
     """Rows with the separator within a value of the key."""
 
@@ -75,7 +76,7 @@ def key_places(look: Look) -> list[int] | None:
     return None if missing else [names.index(column) for column in look.dataset.key]
 
 
-def unique_index(look: Look, plan: Mapping[str, Any], origins: Sequence[tuple[int | None, int | None]]) -> Index | None:
+def unique_index(look: Look, plan: PlanNode, origins: Sequence[tuple[int | None, int | None]]) -> Index | None:
     """Return the unique index that makes the key unique.
 
     That is only known if each row of the query is a row of a single table.
@@ -167,7 +168,7 @@ def warn_of_collisions(look: Look, types: Sequence[KeyType], sample: Sample | No
     )
 
 
-def judge_size(look: Look, plan: Mapping[str, Any], sample: Sample | None) -> None:
+def judge_size(look: Look, plan: PlanNode, sample: Sample | None) -> None:
     rows, row_bytes = int(plan["Plan Rows"]), int(plan["Plan Width"])
     if sample is not None and sample.is_all:
         rows = sample.rows

@@ -2,37 +2,35 @@
 
 The evidence is the equalities in the query's plan; these are pure functions of EXPLAIN's JSON. A column is linked to
 the key if the plan compares the two with =, directly or through others, if both are the same column of an Append's
-members, or if one is the output of a sub-select under its own name. Names of tables are the aliases of the plan, which
-are unique within it.
+members, or if one is the output of a sub-select under its own name.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-from cacheservice.sources.postgres.inspect.plans import nodes, scanned_table
-from cacheservice.sources.postgres.inspect.texts import inside, split
+from cacheservice.sources.postgres.inspect.expressions import (
+    Value,
+    alternatives,
+    bare_value,
+    coalesced,
+    column_of,
+    columns_in,
+    conjuncts,
+    equal_sides,
+    numbered,
+    value_of,
+)
+from cacheservice.sources.postgres.inspect.plans import PlanNode, nodes, scanned_table
 
-_NAME = r'(?:"(?:[^"]|"")+"|[^\W\d][\w$]*)'
-_COLUMN = re.compile(rf"({_NAME})\.({_NAME})")
-_CAST = re.compile(rf"\(({_NAME}\.{_NAME})\)::(?:text|character varying|bigint|integer|smallint)(?![\w(])")
-"""A cast to a type in which different values stay different."""
-_CONSTANT = re.compile(r"-?\d+|'(?:[^']|'')*'(?:::[a-z][\w.]*(?: [a-z]+)*)?|\$\d+")
-_NUMBER = re.compile(r"'(-?\d+)'::(?:bigint|integer|smallint)")
-_COALESCE = re.compile(r"COALESCE\((.*)\)", re.DOTALL)
-_ANY = re.compile(r"(.+) = ANY \(ARRAY\[(.*)\]\)", re.DOTALL)
-_SAME = re.compile(r"NOT \((.+?)( IS DISTINCT FROM )(.+)\)")
 _SUB_SELECT = re.compile(r"\b(?:SubPlan|InitPlan) \d|\$\d")
 """The value of a sub-select; PostgreSQL before 17 writes $0 for the value of an InitPlan."""
 _CONDITIONS = ("Hash Cond", "Merge Cond", "Index Cond", "Recheck Cond", "Join Filter", "Filter", "TID Cond")
 _WHOLE = "q"
 """The alias of the query in `SELECT * FROM (…) AS q` of statements.whole_query()."""
 _BY_NAME = ("Subquery Scan", "CTE Scan")
-
-Value = tuple[str, str]
-"""An alias and a column; the alias is empty for a constant."""
 
 
 class Scan(NamedTuple):
@@ -51,7 +49,7 @@ class Scan(NamedTuple):
 class Links:
     """The values that are equal in all combined rows of the plan."""
 
-    def __init__(self, plan: Mapping[str, Any]) -> None:
+    def __init__(self, plan: PlanNode) -> None:
         self._above: dict[Value, Value] = {}
         found = list(nodes(plan))
         self._texts = texts = " ".join(_texts(found))
@@ -59,7 +57,7 @@ class Links:
         self.scans = list(_scans(plan, texts, looked_up=False))
         self._parents: dict[str, str] = {}
         self._comparisons = [
-            part for node in found for field in _CONDITIONS for part in _conjuncts(str(node.get(field, "")))
+            part for node in found for field in _CONDITIONS for part in conjuncts(str(node.get(field, "")))
         ]
         self._aliases = {str(node["Alias"]) for node in found if "Alias" in node}
         self.is_certain = self._join_partitions(texts) and not any(node["Node Type"] in _BY_NAME for node in found)
@@ -88,15 +86,15 @@ class Links:
 
         It may be cast, or a COALESCE of linked columns.
         """
-        if (coalesce := _COALESCE.fullmatch(inside(text))) is None:
+        if not (parts := coalesced(text)):
             value = value_of(text)
             return value if value is not None and value[0] else None
-        first, *others = map(self.column_behind, split(coalesce[1], ", "))
+        first, *others = map(self.column_behind, parts)
         if first is None or any(other is None or not self.linked(first, other) for other in others):
             return None
         return first
 
-    def may_be_missing(self, value: Value, node: Mapping[str, Any]) -> bool:
+    def may_be_missing(self, value: Value, node: PlanNode) -> bool:
         """Return whether a join at or below `node` may replace `value` by NULL.
 
         An outer join does so for a missing row.
@@ -118,19 +116,19 @@ class Links:
     def linked(self, one: Value, other: Value) -> bool:
         return self._root(one) == self._root(other)
 
-    def within_key(self, node: Mapping[str, Any], key: Sequence[Value | None]) -> bool:
+    def within_key(self, node: PlanNode, key: Sequence[Value | None]) -> bool:
         """Return whether each table scanned below `node` is compared with an outside key."""
         tied = self._tied(node, key)
         return bool(tied) and all(map(all, tied))
 
-    def partly_within_key(self, node: Mapping[str, Any], key: Sequence[Value | None]) -> bool:
+    def partly_within_key(self, node: PlanNode, key: Sequence[Value | None]) -> bool:
         """Return whether a table below is compared with the key.
 
         The other tables may then be limited to its rows as well.
         """
         return any(map(any, self._tied(node, key)))
 
-    def _tied(self, node: Mapping[str, Any], key: Sequence[Value | None]) -> list[list[bool]]:
+    def _tied(self, node: PlanNode, key: Sequence[Value | None]) -> list[list[bool]]:
         """Return for each scan below `node` which key columns it is compared with there.
 
         The key comes from outside of `node`.
@@ -178,10 +176,10 @@ class Links:
             )
 
         def ties(condition: str) -> bool:
-            first, *others = _alternatives(condition)
+            first, *others = alternatives(condition)
             if others:
                 return all(map(ties, (first, *others)))
-            equal = [{_value(side) for side in sides} for sides in _equal_sides(first)]
+            equal = [{bare_value(side) for side in sides} for sides in equal_sides(first)]
             return any(
                 all(compares(equal, column, value) for column, value in zip(columns, key, strict=True))
                 for columns in watched
@@ -204,7 +202,7 @@ class Links:
         ]
         found = False
         for condition in self._comparisons:
-            values = {(_plain(alias), _plain(column)) for alias, column in _COLUMN.findall(condition)}
+            values = columns_in(condition)
             ours = {column for alias, column in values if alias in aliases}
             if not ours or (all(alias in aliases for alias, _ in values) and not _SUB_SELECT.search(condition)):
                 continue
@@ -228,23 +226,23 @@ class Links:
 
         :returns: whether it is known which partitions belong to which table.
         """
-        columns = {(_plain(alias), _plain(column)) for alias, column in _COLUMN.findall(texts)}
+        columns = columns_in(texts)
         parents: dict[str, list[str]] = {}
-        for alias in sorted({alias for alias, _ in columns} - self._aliases, key=_numbered):
-            parents.setdefault(_numbered(alias)[0], []).append(alias)
+        for alias in sorted({alias for alias, _ in columns} - self._aliases, key=numbered):
+            parents.setdefault(numbered(alias)[0], []).append(alias)
         readings: dict[str, list[dict[tuple[str, str], str]]] = {}
-        for scan in sorted(self.scans, key=lambda scan: _numbered(scan.alias)):
-            of_name, table = readings.setdefault(_numbered(scan.alias)[0], [{}]), (scan.schema, scan.table)
+        for scan in sorted(self.scans, key=lambda scan: numbered(scan.alias)):
+            of_name, table = readings.setdefault(numbered(scan.alias)[0], [{}]), (scan.schema, scan.table)
             if table in of_name[-1]:
                 of_name.append({})
             of_name[-1][table] = scan.alias
         is_known = True
         for name, aliases in parents.items():
             of_name = readings.get(name, [])
-            first = min((_numbered(part)[1] for parts in of_name for part in parts.values()), default=0)
+            first = min((numbered(part)[1] for parts in of_name for part in parts.values()), default=0)
             if of_name and first == len(of_name):
                 # Tables come before partitions, so that the number of a table is that of its reading.
-                pairs = [(parent, of_name[_numbered(parent)[1]]) for parent in aliases if _numbered(parent)[1] < first]
+                pairs = [(parent, of_name[numbered(parent)[1]]) for parent in aliases if numbered(parent)[1] < first]
             elif of_name and len(of_name) != len(aliases):
                 is_known = False
                 continue
@@ -259,7 +257,7 @@ class Links:
         self._aliases.update(self._parents.values())
         return is_known
 
-    def _join_by_name(self, node: Mapping[str, Any], below: Mapping[str, Any], *, in_order: bool) -> None:
+    def _join_by_name(self, node: PlanNode, below: PlanNode, *, in_order: bool) -> None:
         """Join the columns of a sub-select, or of a CTE, with those of its query.
 
         :param in_order: whether they have the same order.
@@ -275,7 +273,7 @@ class Links:
         for column in columns:
             self._join((alias, column[1]), column)
         names = {column for _, column in columns}
-        ours = {_plain(column) for each, column in _COLUMN.findall(self._texts) if _plain(each) == alias}
+        ours = {column for each, column in columns_in(self._texts) if each == alias}
         if names - ours:
             self._renamed.update((alias, column) for column in ours - names)
 
@@ -285,18 +283,18 @@ class Links:
         return value
 
 
-def sources_below(node: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def sources_below(node: PlanNode) -> list[PlanNode]:
     """Return the nodes whose rows `node` reads, except sub-selects in its expressions."""
     return [each for each in node.get("Plans", ()) if each.get("Parent Relationship") not in ("InitPlan", "SubPlan")]
 
 
-def _sides_without_rows(node: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _sides_without_rows(node: PlanNode) -> list[PlanNode]:
     """Return the sides of an outer join whose rows may be missing in the result."""
     sides = {"Left": ("Inner",), "Right": ("Outer",), "Full": ("Inner", "Outer")}.get(str(node.get("Join Type")), ())
     return [each for each in sources_below(node) if each.get("Parent Relationship") in sides]
 
 
-def members_of(node: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def members_of(node: PlanNode) -> list[PlanNode]:
     """Return the nodes whose rows a set operation or a partitioned scan combines."""
     below = sources_below(node)
     if node["Node Type"] in ("Append", "Merge Append") or (node["Node Type"] == "SetOp" and len(below) > 1):
@@ -304,7 +302,7 @@ def members_of(node: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return []
 
 
-def sources_of(node: Mapping[str, Any], place: int) -> list[str]:
+def sources_of(node: PlanNode, place: int) -> list[str]:
     """Return the expressions that a column of `node` comes from.
 
     There are several if members are combined below.
@@ -322,7 +320,7 @@ def sources_of(node: Mapping[str, Any], place: int) -> list[str]:
     return [text]
 
 
-def output_of(node: Mapping[str, Any]) -> Sequence[str]:
+def output_of(node: PlanNode) -> Sequence[str]:
     """Return the expressions of the rows of `node`.
 
     The plan shows the expressions of an Append, or the like, at its first member.
@@ -333,18 +331,7 @@ def output_of(node: Mapping[str, Any]) -> Sequence[str]:
     return output
 
 
-def is_expression(text: str) -> bool:
-    """Return whether `text` of a plan is neither a column nor a constant, cast or not."""
-    return bool(text) and value_of(text) is None
-
-
-def column_of(text: str) -> Value | None:
-    """Return the alias and the column, if `text` of a plan is a plain column."""
-    match = _COLUMN.fullmatch(text)
-    return None if match is None else (_plain(match[1]), _plain(match[2]))
-
-
-def _scans(node: Mapping[str, Any], texts: str, *, looked_up: bool) -> Iterator[Scan]:
+def _scans(node: PlanNode, texts: str, *, looked_up: bool) -> Iterator[Scan]:
     looked_up = looked_up or f"hashed {node.get('Subplan Name', ' ')}" in texts
     if "Relation Name" in node:
         yield Scan(*scanned_table(node), str(node["Alias"]), looked_up)
@@ -352,72 +339,20 @@ def _scans(node: Mapping[str, Any], texts: str, *, looked_up: bool) -> Iterator[
         yield from _scans(child, texts, looked_up=looked_up)
 
 
-def _texts(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _texts(found: Sequence[PlanNode]) -> Iterator[str]:
     for node in found:
         yield from node.get("Output", ())
         yield from (str(node[field]) for field in _CONDITIONS if field in node)
 
 
-def _equalities(node: Mapping[str, Any]) -> Iterator[tuple[Value, Value]]:
+def _equalities(node: PlanNode) -> Iterator[tuple[Value, Value]]:
     for left, right in _compared(node):
-        values = _value(left), _value(right)
+        values = bare_value(left), bare_value(right)
         if values[0] is not None and values[1] is not None:
             yield values[0], values[1]
 
 
-def _compared(node: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _compared(node: PlanNode) -> Iterator[tuple[str, str]]:
     """Yield the two sides of each equality that holds for the rows of `node`."""
     for field in _CONDITIONS:
-        yield from _equal_sides(str(node.get(field, "")))
-
-
-def _equal_sides(condition: str) -> Iterator[tuple[str, str]]:
-    for part in _conjuncts(_CAST.sub(r"\1", condition)):
-        same = _SAME.fullmatch(part)
-        left, equals, right = same.groups() if same else part.partition(" = ")
-        if equals:
-            yield left, right
-
-
-def value_of(text: str) -> Value | None:
-    """Return the column or constant in `text` of a plan.
-
-    It may be below a cast that keeps its values distinct.
-    """
-    return _value(_CAST.sub(r"\1", text))
-
-
-def _value(text: str) -> Value | None:
-    text = inside(text)
-    if (number := _NUMBER.fullmatch(text)) is not None:
-        return "", number[1]
-    return column_of(text) or (("", text) if _CONSTANT.fullmatch(text) else None)
-
-
-def _conjuncts(text: str) -> Iterator[str]:
-    """Yield the conditions that all hold if `text` holds."""
-    inner = inside(text)
-    parts = list(split(inner, " AND "))
-    if len(parts) > 1:
-        for part in parts:
-            yield from _conjuncts(part)
-    else:
-        yield inner
-
-
-def _alternatives(condition: str) -> list[str]:
-    """Return the alternatives of `condition`: if it holds, at least one of them holds."""
-    inner = inside(condition)
-    if (one_of := _ANY.fullmatch(inner)) is not None:
-        return [f"{one_of[1]} = {each}" for each in split(one_of[2], ", ")]
-    return list(split(inner, " OR "))
-
-
-def _numbered(alias: str) -> tuple[str, int]:
-    """Split an alias that EXPLAIN made unique: o is ("o", 0), and o_3 is ("o", 3)."""
-    name, _, number = alias.rpartition("_")
-    return (name, int(number)) if name and number.isdecimal() else (alias, 0)
-
-
-def _plain(name: str) -> str:
-    return name[1:-1].replace('""', '"') if name.startswith('"') else name
+        yield from equal_sides(str(node.get(field, "")))

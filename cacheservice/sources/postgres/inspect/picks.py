@@ -6,11 +6,11 @@ Examples are LIMIT, windows and DISTINCT ON.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from cacheservice.sources.postgres.inspect.links import Links, Value, sources_below
-from cacheservice.sources.postgres.inspect.plans import nodes
+from cacheservice.sources.postgres.inspect.expressions import Value
+from cacheservice.sources.postgres.inspect.links import Links, sources_below
+from cacheservice.sources.postgres.inspect.plans import PlanNode, nodes
 from cacheservice.sources.postgres.inspect.texts import closes_at, inside, split
 
 _PARTITION = re.compile(r"\bPARTITION\s+BY\b", re.IGNORECASE)
@@ -29,7 +29,7 @@ class Picks:
 
     def __init__(
         self,
-        plan: Mapping[str, Any],
+        plan: PlanNode,
         links: Links,
         key: Sequence[Value | None],
         texts: Sequence[str],
@@ -57,7 +57,7 @@ class Picks:
         found = [self._fault(node) for node in nodes(self._plan) if node["Node Type"] == kind]
         return [fault for fault in found if fault is not None]
 
-    def _fault(self, node: Mapping[str, Any]) -> bool | None:
+    def _fault(self, node: PlanNode) -> bool | None:
         kind = node["Node Type"]
         if (kind == "Unique" and not self._distinct) or self._links.within_key(node, self._key):
             return None
@@ -72,7 +72,7 @@ class Picks:
             return self._columns_fault(node, columns, certain=certain)
         return self._group_fault(node, self._partitions, certain=certain)
 
-    def _group_fault(self, node: Mapping[str, Any], clauses: Sequence[Sequence[str]], *, certain: bool) -> bool | None:
+    def _group_fault(self, node: PlanNode, clauses: Sequence[Sequence[str]], *, certain: bool) -> bool | None:
         """Return the fault of a node that groups rows by the first columns of their order.
 
         `clauses` shows how many columns, which may differ between nodes.
@@ -87,7 +87,7 @@ class Picks:
         )
         return None if held else certain and not clauses and self._has_windows
 
-    def _columns_fault(self, node: Mapping[str, Any], columns: Sequence[str], *, certain: bool) -> bool | None:
+    def _columns_fault(self, node: PlanNode, columns: Sequence[str], *, certain: bool) -> bool | None:
         """Return whether groups of rows with equal `columns` hold several keys."""
         values = [value for value in map(self._links.column_behind, columns) if value is not None]
         unsure = False
@@ -105,7 +105,7 @@ class Picks:
         return False if unsure else None
 
 
-def _order_below(node: Mapping[str, Any]) -> list[str] | None:
+def _order_below(node: PlanNode) -> list[str] | None:
     """Return the sort columns of the rows that `node` reads.
 
     None if the plan does not show them.

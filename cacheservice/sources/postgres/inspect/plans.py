@@ -7,15 +7,18 @@ from typing import Any
 
 from cacheservice.sources.postgres.inspect.findings import Node
 
+PlanNode = Mapping[str, Any]
+"""A node of the JSON of EXPLAIN, with the nodes below it. Its values are texts, numbers and lists of either."""
 
-def worst_node(plan: Mapping[str, Any]) -> Node:
+
+def worst_node(plan: PlanNode) -> Node:
     """Return the node with the highest cost of its own."""
     total = max(float(plan["Total Cost"]), 1e-9)
     own_cost, node = max(_own_costs(plan, 1.0), key=lambda found: found[0])
     return Node(_node_name(node), min(1.0, own_cost / total))
 
 
-def _own_costs(node: Mapping[str, Any], times: float) -> Iterator[tuple[float, Mapping[str, Any]]]:
+def _own_costs(node: PlanNode, times: float) -> Iterator[tuple[float, PlanNode]]:
     """Yield the own cost of this node and each node below, over all its runs.
 
     The planner adds the costs of the children to each node; they are subtracted again.
@@ -37,7 +40,7 @@ def _own_costs(node: Mapping[str, Any], times: float) -> Iterator[tuple[float, M
     yield max(0.0, own) * times, node
 
 
-def _node_name(node: Mapping[str, Any]) -> str:
+def _node_name(node: PlanNode) -> str:
     """Return the name as in EXPLAIN.
 
     Examples are "Seq Scan on public.products" and "Index Scan using products_pkey on public.products".
@@ -56,13 +59,13 @@ def _node_name(node: Mapping[str, Any]) -> str:
     return name
 
 
-def nodes(node: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def nodes(node: PlanNode) -> Iterator[PlanNode]:
     yield node
     for child in node.get("Plans", ()):
         yield from nodes(child)
 
 
-def scanned_table(node: Mapping[str, Any]) -> tuple[str, str]:
+def scanned_table(node: PlanNode) -> tuple[str, str]:
     """Return the schema and the name of the table that a node scans."""
     return str(node["Schema"]), str(node["Relation Name"])
 
@@ -75,14 +78,14 @@ _ROW_BY_ROW = {
 """Nodes that return each row at most once."""
 
 
-def only_table(plan: Mapping[str, Any]) -> tuple[str, str] | None:
+def only_table(plan: PlanNode) -> tuple[str, str] | None:
     """Return the schema and name of the table, if the plan reads only one.
 
     Each of its rows must occur at most once.
     """
     tables: list[tuple[str, str]] = []
 
-    def walk(node: Mapping[str, Any]) -> bool:
+    def walk(node: PlanNode) -> bool:
         if "Relation Name" in node:
             tables.append(scanned_table(node))
         # A sub-select adds no rows; it hangs below as SubPlan or InitPlan.

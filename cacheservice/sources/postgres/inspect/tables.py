@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
 
 from cacheservice.sources.postgres.inspect.failures import step
 from cacheservice.sources.postgres.inspect.look import Look
-from cacheservice.sources.postgres.inspect.plans import nodes, scanned_table, worst_node
+from cacheservice.sources.postgres.inspect.plans import PlanNode, nodes, scanned_table, worst_node
 from cacheservice.sources.postgres.statements import FEW_ROWS, whole_query
 
 
-def explain(look: Look) -> Mapping[str, Any] | None:
+def explain(look: Look) -> PlanNode | None:
     with step(look, "EXPLAIN"):
         query = whole_query(look.dataset.query)
         plan = _plan(look, query)
@@ -25,14 +23,14 @@ def explain(look: Look) -> Mapping[str, Any] | None:
     return None
 
 
-def _plan(look: Look, statement: str) -> Mapping[str, Any]:
+def _plan(look: Look, statement: str) -> PlanNode:
     look.cursor.execute(f"EXPLAIN (FORMAT JSON, VERBOSE) {statement}")
     (answer,) = look.cursor.fetchone()
-    plan: Mapping[str, Any] = (answer if isinstance(answer, list) else json.loads(answer))[0]["Plan"]
+    plan: PlanNode = (answer if isinstance(answer, list) else json.loads(answer))[0]["Plan"]
     return plan
 
 
-def _warn_of_tables(look: Look, plan: Mapping[str, Any]) -> None:
+def _warn_of_tables(look: Look, plan: PlanNode) -> None:
     """Add hints about tables that the result does not show.
 
     These are rows that are hidden, and estimates that are guesses.

@@ -21,29 +21,19 @@ the same rows. It is written instead of the rows, and is ignored if it is damage
 
 from __future__ import annotations
 
-import hashlib
-import json
 import struct
 import zlib
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime, timedelta
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import msgpack  # type: ignore[import-untyped]  # ships no type information
 import zstandard
 
-from cacheservice.base.clock import Host
 from cacheservice.base.errors import SnapshotRejected
-from cacheservice.cache.digest import DIGEST_BYTES
-from cacheservice.cache.identity import ServerIdentity
 from cacheservice.cache.rows import STARTS, Rows
-from cacheservice.config import DatasetSettings
-from cacheservice.config.session_rules import DEFAULT_SEARCH_PATH
-from cacheservice.sources.disk.age import Age, ReadOn
+from cacheservice.sources.disk.header import Header, damaged, from_fields, to_fields
 
 MAGIC = b"CSSNAP"
 FORMAT = 4
@@ -63,130 +53,8 @@ _MOST_KEPT_BYTES = BLOCK_BYTES + BLOCK_BYTES // 128
 """zstd adds at most 1/256 to content that it cannot compress, and a frame header."""
 _LEVEL = 1
 """The fastest level to pack, as fast to unpack as any other, and no larger than level 3 for rows of JSON (measured)."""
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND = timedelta(microseconds=1)
-_FIELDS_OF_2 = {
-    "dataset": str,
-    "generation": int,
-    "as_of_us": int,
-    "database_snapshot": str,
-    "rows": int,
-    "size_bytes": int,
-    "columns": list,
-    "fingerprint": str,
-    "watch_state": str,
-    "probe": str,
-}
-_FIELDS_OF_3 = (
-    _FIELDS_OF_2
-    | {"server": dict, "content_since_us": int, "digest": bytes, "dependencies": str}
-    | {
-        "read_wall_us": int,
-        "boot": str,
-        "read_boot_us": int,
-    }
-)
-_FIELDS = _FIELDS_OF_3 | {"machine": str}
-_PARTS_OF_SERVER = {
-    "database": str,
-    "database_oid": int,
-    "role": str,
-    "in_recovery": bool,
-    "started_us": int | None,
-    "counted_since_us": int | None,
-    "timeline": int | None,
-    "system_identifier": str | None,
-}
 
 Row = tuple[bytes, bytes]
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """Describes a file: its dataset, generation and query, and its `Snapshot`.
-
-    The rows are not included. `as_of` is kept to the microsecond. `size_bytes` counts all keys and documents.
-    `watch_state`, `probe` and `dependencies` are the starting point of a delta, and empty if a delta is not possible.
-    `server` is the server that was read; `read_on` is the time of the read by the clocks of the machine that read it.
-    Both are None in files of format 2. `content_since` is the `as_of` of the first read that returned these rows, None
-    if that is this read. `digest` is the digest of the rows, None if it was not known.
-    """
-
-    dataset: str
-    generation: int
-    as_of: datetime
-    database_snapshot: str
-    rows: int
-    size_bytes: int
-    columns: tuple[str, ...]
-    fingerprint: str
-    watch_state: str = ""
-    probe: str = ""
-    server: ServerIdentity | None = None
-    content_since: datetime | None = None
-    digest: int | None = None
-    read_on: ReadOn | None = None
-    dependencies: str = ""
-
-    @property
-    def modified_as_of(self) -> datetime:
-        """Return the `as_of` of the first read that returned these rows; see `Snapshot`."""
-        return self.content_since or self.as_of
-
-    def age(self, wall_s: float, boot_s: float, host: Host) -> Age:
-        """Return the age of the rows; see `ReadOn.age`."""
-        if self.read_on is None:
-            by_database_s = wall_s - self.as_of.timestamp()
-            return Age(max(0.0, by_database_s), "it was saved by an older version, by the clock of the database alone")
-        return self.read_on.age(self.as_of, wall_s, boot_s, host)
-
-    def renews(self, saved: Header) -> bool:
-        """Return whether these are the rows of the file with the header `saved`.
-
-        Its moment may be earlier, if a standby lags more than it did.
-        """
-        return self._content() == saved._content()
-
-    def _content(self) -> tuple[object, ...]:
-        return (
-            self.dataset,
-            self.generation,
-            self.rows,
-            self.size_bytes,
-            self.columns,
-            self.fingerprint,
-            self.modified_as_of,
-        )
-
-    def check(self, settings: DatasetSettings, generation: int, name: str) -> None:
-        """Check that the file `name` fits the generation and the dataset.
-
-        :raises SnapshotRejected: if the file belongs to another dataset or generation, or if the dataset's definition
-            changed.
-        """
-        if self.dataset != settings.name:
-            raise SnapshotRejected(f"{name}: it is of another dataset, {self.dataset!r}")
-        if self.generation != generation:
-            raise SnapshotRejected(f"{name}: it is of another generation, {self.generation}")
-        if self.fingerprint != fingerprint(settings):
-            raise SnapshotRejected(
-                f"{name}: the query, the key, the probe, watch, settings or search_path of the dataset was changed "
-                "since it was saved"
-            )
-
-
-def fingerprint(settings: DatasetSettings) -> str:
-    """Return 32 hex digits that change with the definition of the rows.
-
-    The definition decides which rows a dataset has, their keys, and the starting point of a delta.
-    """
-    watched = [[watch.table, list(watch.key)] for watch in settings.watch]
-    definition: list[object] = [settings.query, list(settings.key), settings.probe, watched]
-    if settings.settings or settings.search_path not in ("", DEFAULT_SEARCH_PATH):
-        definition += [settings.search_path, dict(settings.settings)]
-    if len(settings.key) > 1 and (settings.key_separator, settings.key_escape) != (":", False):
-        definition += [settings.key_separator, settings.key_escape]
-    return hashlib.blake2b(json.dumps(definition).encode(), digest_size=16).hexdigest()
 
 
 def packed(rows: Rows) -> Generator[bytes]:
@@ -227,27 +95,7 @@ class SnapshotWriter:
         start = _START.pack(MAGIC, FORMAT)
         self._crc = zlib.crc32(start)
         self.size_bytes = file.write(start)
-        fields = {
-            "dataset": header.dataset,
-            "generation": header.generation,
-            "as_of_us": _microseconds(header.as_of),
-            "content_since_us": _microseconds(header.modified_as_of),
-            "digest": b"" if header.digest is None else header.digest.to_bytes(DIGEST_BYTES, "big"),
-            "database_snapshot": header.database_snapshot,
-            "rows": header.rows,
-            "size_bytes": header.size_bytes,
-            "columns": list(header.columns),
-            "fingerprint": header.fingerprint,
-            "watch_state": header.watch_state,
-            "probe": header.probe,
-            "server": asdict(header.server) if header.server else {},
-            "read_wall_us": header.read_on.wall_us if header.read_on else 0,
-            "boot": header.read_on.boot if header.read_on else "",
-            "read_boot_us": header.read_on.boot_us if header.read_on else 0,
-            "machine": header.read_on.machine if header.read_on else "",
-            "dependencies": header.dependencies,
-        }
-        self._write_part(_HEADER, msgpack.packb(fields))
+        self._write_part(_HEADER, msgpack.packb(to_fields(header)))
 
     def write(self, piece: bytes) -> None:
         """Write the next piece of `packed`."""
@@ -284,8 +132,8 @@ def read(path: Path) -> tuple[Header, Generator[bytes]]:
     try:
         kind, content = next(parts)
         if kind != _HEADER:
-            raise _damaged(path.name, "it does not begin with a header")
-        header = _header(content, path.name)
+            raise damaged(path.name, "it does not begin with a header")
+        header = from_fields(_unpacked(content, path.name), path.name)
     except BaseException:
         parts.close()
         raise
@@ -303,7 +151,7 @@ def read_whole_header(path: Path) -> Header:
     header, blocks = read(path)
     for _ in blocks:
         blocks.close()
-        raise _damaged(path.name, "it holds rows")
+        raise damaged(path.name, "it holds rows")
     return header
 
 
@@ -311,11 +159,11 @@ def _blocks(parts: Generator[tuple[bytes, bytes]], header: Header, name: str) ->
     try:
         for kind, content in parts:
             if kind == _HEADER:
-                raise _damaged(name, "it has two headers")
+                raise damaged(name, "it has two headers")
             if kind == _ROWS:
                 yield content
             elif _unpacked(content, name) != {"rows": header.rows, "size_bytes": header.size_bytes}:
-                raise _damaged(name, "its header and its trailer differ")
+                raise damaged(name, "its header and its trailer differ")
     finally:
         parts.close()
 
@@ -329,10 +177,10 @@ def _parts(path: Path) -> Generator[tuple[bytes, bytes]]:
         if len(start) < _START.size and start.startswith(MAGIC[: len(start)]):
             raise _truncated(name, len(start))
         if not start.startswith(MAGIC):
-            raise SnapshotRejected(f"{name}: it is no saved snapshot")
+            raise SnapshotRejected(f"{name}: it is not a saved snapshot")
         version = _START.unpack(start)[1]
         if version not in _READABLE:
-            raise SnapshotRejected(f"{name}: format {version} is not known here, only 2 to {FORMAT}")
+            raise SnapshotRejected(f"{name}: format {version} is unknown; this version reads formats 2 to {FORMAT}")
         crc = zlib.crc32(start)
         kind = b""
         while kind != _TRAILER:
@@ -342,15 +190,15 @@ def _parts(path: Path) -> Generator[tuple[bytes, bytes]]:
             kind, length, expected_crc = _PART.unpack(head)
             # Check the length before reading, because a damaged length can be huge.
             if length > _MOST_KEPT_BYTES or kind not in (_HEADER, _ROWS, _TRAILER):
-                raise _damaged(name, f"no part begins at byte {file.tell() - _PART.size}")
+                raise damaged(name, f"no part begins at byte {file.tell() - _PART.size}")
             kept = file.read(length)
             if len(kept) < length:
                 raise _truncated(name, file.tell())
             crc = _part_crc(kind, kept, crc)
             if crc != expected_crc:
-                raise _damaged(name, f"a checksum before byte {file.tell()} is wrong")
+                raise damaged(name, f"a checksum before byte {file.tell()} is wrong")
             if kind == _TRAILER and file.read(1):
-                raise _damaged(name, "something follows its trailer")
+                raise damaged(name, "there is data after its trailer")
             yield kind, _content(decompressor, kept, name)
 
 
@@ -359,63 +207,18 @@ def _content(decompressor: zstandard.ZstdDecompressor, kept: bytes, name: str) -
         # zstd allocates the announced size at once, whatever `max_output_size` is.
         announced = zstandard.get_frame_parameters(kept)
         if announced.content_size > BLOCK_BYTES or not announced.has_checksum:
-            raise _damaged(name, "a zstd frame is not as we write them")
+            raise damaged(name, "a zstd frame has no checksum, or announces too much content")
         return decompressor.decompress(kept, max_output_size=BLOCK_BYTES, allow_extra_data=False)
     except zstandard.ZstdError as error:
-        raise _damaged(name, "a zstd frame cannot be decompressed") from error
+        raise damaged(name, "a zstd frame cannot be decompressed") from error
 
 
-def _header(content: bytes, name: str) -> Header:
-    fields = _unpacked(content, name)
-    types = {key: type(value) for key, value in fields.items()} if isinstance(fields, dict) else {}
-    if types not in (_FIELDS, _FIELDS_OF_3, _FIELDS_OF_2):
-        raise _damaged(name, "its header lacks something")
-    columns = tuple(fields.pop("columns"))
-    as_of_us = fields.pop("as_of_us")
-    server = _server(fields.pop("server", {}), name)
-    wall_us, boot, boot_us = fields.pop("read_wall_us", 0), fields.pop("boot", ""), fields.pop("read_boot_us", 0)
-    machine = fields.pop("machine", "")
-    read_on = ReadOn(wall_us, boot, boot_us, machine) if wall_us else None
-    since_us, digest = fields.pop("content_since_us", as_of_us), fields.pop("digest", b"")
-    with suppress(OverflowError):
-        if (
-            all(isinstance(column, str) for column in columns)
-            and min(fields["rows"], fields["size_bytes"]) >= 0
-            and len(digest) in (0, DIGEST_BYTES)
-        ):
-            as_of, since = (_EPOCH + us * _MICROSECOND for us in (as_of_us, since_us))
-            return Header(
-                **fields,
-                columns=columns,
-                as_of=as_of,
-                server=server,
-                read_on=read_on,
-                content_since=None if since == as_of else since,
-                digest=int.from_bytes(digest, "big") if digest else None,
-            )
-    raise _damaged(name, "its header holds what cannot be")
-
-
-def _server(parts: dict[Any, Any], name: str) -> ServerIdentity | None:
-    if not parts:
-        return None
-    if parts.keys() == _PARTS_OF_SERVER.keys() and all(
-        isinstance(parts[part], kind) and (kind is bool or not isinstance(parts[part], bool))
-        for part, kind in _PARTS_OF_SERVER.items()
-    ):
-        return ServerIdentity(**parts)
-    raise _damaged(name, "its header names a server that cannot be")
-
-
-def _microseconds(moment: datetime) -> int:
-    return (moment - _EPOCH) // _MICROSECOND
-
-
-def _unpacked(content: bytes, name: str) -> Any:
+def _unpacked(content: bytes, name: str) -> object:
     try:
-        return msgpack.unpackb(content)
+        unpacked: object = msgpack.unpackb(content)
     except (ValueError, TypeError, msgpack.UnpackException) as error:
-        raise _damaged(name, "its header or trailer cannot be unpacked") from error
+        raise damaged(name, "its header or trailer cannot be unpacked") from error
+    return unpacked
 
 
 class RowsUnpacker:
@@ -449,13 +252,13 @@ class RowsUnpacker:
             unpacker.feed(block)
             for rows in unpacker:
                 if type(rows) is not tuple or not _are_rows(rows):
-                    raise _damaged(self._name, "what it holds are no rows")
+                    raise damaged(self._name, "it holds something that is not rows")
                 yield rows
         except (ValueError, TypeError, msgpack.UnpackException) as error:
-            raise _damaged(self._name, "its rows cannot be unpacked") from error
+            raise damaged(self._name, "its rows cannot be unpacked") from error
 
 
-def _are_rows(rows: tuple[Any, ...]) -> bool:
+def _are_rows(rows: tuple[tuple[object, ...], ...]) -> bool:
     if {type(row) for row in rows} - {tuple} or {len(row) for row in rows} - {2}:
         return False
     return not set(map(type, chain.from_iterable(rows))) - {bytes}
@@ -466,8 +269,4 @@ def _part_crc(kind: bytes, kept: bytes, before: int) -> int:
 
 
 def _truncated(name: str, size_bytes: int) -> SnapshotRejected:
-    return SnapshotRejected(f"{name}: it is truncated, or damaged: it ends within a part, after {size_bytes} bytes")
-
-
-def _damaged(name: str, what: str) -> SnapshotRejected:
-    return SnapshotRejected(f"{name}: it is damaged: {what}")
+    return SnapshotRejected(f"{name}: it is truncated or damaged: it ends within a part, after {size_bytes} bytes")

@@ -1,0 +1,1 @@
+"""The session that receives NOTIFYs, and the proofs that they arrive."""
