@@ -23,8 +23,9 @@ from benchmarks.figures import limit, ms, print_figures, spread
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.changes import Change
 from cacheservice.cache.counts import Histogram
-from cacheservice.cache.dataset import Attempt, Snapshot
+from cacheservice.cache.history import Attempt
 from cacheservice.cache.rows import RowsBuilder
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.config import DatasetSettings
 from cacheservice.ops.metrics import Metrics
 from cacheservice.ops.stall import BOUNDS_S, StallWatch

@@ -26,11 +26,12 @@ from benchmarks.figures import limit, mib, print_figures, spread
 from benchmarks.products import QUERY, server_with_products
 from benchmarks.stall import ms
 from cacheservice.cache.cache import Cache
-from cacheservice.cache.dataset import Snapshot
 from cacheservice.cache.drain import Drain
 from cacheservice.cache.rows import RowsBuilder
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.config import DatasetSettings, PersistenceSettings
 from cacheservice.refresh.restore import restore
+from cacheservice.sources.base import ReadPlan
 from cacheservice.sources.disk.store import SnapshotStore
 from cacheservice.sources.postgres import target
 from cacheservice.sources.postgres.database import Database
@@ -124,14 +125,14 @@ class Run:
 
     async def refresh(self) -> None:
         builder = RowsBuilder(self.drain.add)
-        reading = await self.database.read(SETTINGS, lambda: builder)
+        (reading,) = await self.database.read([ReadPlan(SETTINGS, lambda: builder)])
         self.generation += 1
         snapshot = Snapshot(
             self.generation,
             builder.finish(),
-            reading.as_of,
-            reading.read_at,
-            reading.database_snapshot,
+            reading.moment.as_of,
+            reading.moment.read_at,
+            reading.moment.database_snapshot,
             reading.columns,
         )
         assert snapshot.rows.count == self.rows

@@ -7,6 +7,7 @@ from twisted.internet.task import deferLater
 
 from cacheservice.ports import report
 from cacheservice.refresh.budget import WINDOW_S
+from cacheservice.refresh.service import Limits
 from tests.kit.service import ServiceTestCase, declare
 from tests.kit.waiting import until
 
@@ -22,7 +23,7 @@ class OnTheServer(ServiceTestCase):
             declare("second", slowly, interval_s=0.6, max_age_s=30.0),
         )
         share = 0.1
-        service.slots.budget.share = share
+        service.set_limits(Limits(2, share))
         service.startService()
         await until(lambda: all(dataset.snapshot for dataset in cache.datasets.values()))
         seen: set[str] = set()
@@ -41,6 +42,6 @@ class OnTheServer(ServiceTestCase):
         self.assertGreater(len(taken_s), 3)
         self.assertLess(len(taken_s), 30)
         # The first read of each is published, and those that follow give the same.
-        self.assertEqual((first.outcomes["published"], second.outcomes["published"]), (1, 1))
-        self.assertLessEqual(abs(first.outcomes["unchanged"] - second.outcomes["unchanged"]), 2)
+        self.assertEqual((first.counts.outcomes["published"], second.counts.outcomes["published"]), (1, 1))
+        self.assertLessEqual(abs(first.counts.outcomes["unchanged"] - second.counts.outcomes["unchanged"]), 2)
         self.assertTrue(seen)

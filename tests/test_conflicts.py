@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from contextlib import closing
 from typing import Any
 
@@ -14,7 +13,6 @@ from twisted.internet.threads import deferToThread
 from cacheservice.base.errors import Deadlock, RefreshFailed, SerializationFailed, StandbyConflict
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset
-from cacheservice.cache.drain import Drain
 from cacheservice.config import DatasetSettings
 from cacheservice.ports import report
 from cacheservice.refresh.service import CacheService
@@ -22,6 +20,7 @@ from cacheservice.sources.postgres.database import Database
 from cacheservice.sources.postgres.target import parse
 from cacheservice.sources.postgres.translate import translate
 from tests.kit.postgres import connect
+from tests.kit.readings import refreshes_of
 from tests.kit.service import ROWS, ServiceTestCase, declare
 from tests.kit.standby import running_standby
 from tests.kit.waiting import until
@@ -38,7 +37,7 @@ class OnTheServer(ServiceTestCase):
     def make_service_before(self, dsn: str, *datasets: DatasetSettings) -> tuple[CacheService, Cache]:
         cache = Cache(datasets, reactor.seconds)
         database = Database(reactor, parse(dsn), 30.0, cache.database)
-        service = CacheService(cache, database, 2, reactor, random.random, self.log, Drain(reactor))
+        service = refreshes_of(cache, database, self.log, max_connections=2)
         self.addCleanup(lambda: service.stopService() if service.running else None)
         return service, cache
 
@@ -113,7 +112,7 @@ class OnTheServer(ServiceTestCase):
             return any(words in (attempt.error or "") for attempt in list(dataset.attempts)[-1:])
 
         while not told():
-            await until(lambda: dataset.loading is not None and dataset.loading.count)
+            await until(lambda: (progress := dataset.refresh.progress) and progress.rows.count)
             self.sql(change)
             self.sql("VACUUM (TRUNCATE false) things")
             await deferLater(reactor, 0.05)

@@ -18,7 +18,7 @@ from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 
 from cacheservice.base.errors import NothingToPin, NothingToRollBackTo
-from cacheservice.cache.dataset import Attempt
+from cacheservice.cache.history import Attempt
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.http import HttpFactory
 from cacheservice.ports.http.bodies import PIECE_BYTES

@@ -17,7 +17,8 @@ from cacheservice.base.errors import BadResult, LockTimeout, QueryFailed, QueryT
 from cacheservice.cache.cache import DatabaseStatus
 from cacheservice.cache.rows import Groups, Rows, RowsBuilder, Shards
 from cacheservice.config import DatasetSettings
-from cacheservice.sources.postgres.database import Database, Wanted
+from cacheservice.sources.base import ReadPlan
+from cacheservice.sources.postgres.database import Database
 from cacheservice.sources.postgres.statements import first_rows
 from cacheservice.sources.postgres.target import parse
 from tests.kit.database import TIMEOUT_S, DatabaseTestCase
@@ -108,7 +109,7 @@ class SmallResults(DatabaseTestCase):
         last = None if rows is None else before.finish()
         sql = f"SELECT i AS id, (SELECT count(*) FROM pg_cursors) AS cursors FROM generate_series(1, {count}) AS i"
         settings = DatasetSettings(name="things", query=sql, key=("id",), timeout_s=TIMEOUT_S)
-        await self.database.read_together([Wanted(settings, lambda: builder, last=last)])
+        await self.database.read([ReadPlan(settings, lambda: builder, last=last)])
         read = builder.finish()
         seen = {json.loads(document)["cursors"] for _, document in read.items()}
         return read, max(seen, default=0)
@@ -426,11 +427,11 @@ class MomentTests(DatabaseTestCase):
         builder = rows_builder()
         reading = await self.read_into(builder, "SELECT 1 AS id, extract(epoch FROM now())::text AS now, pg_sleep(0.1)")
         ((after,),) = self.sql("SELECT clock_timestamp()")
-        self.assertTrue(before <= reading.as_of <= after, reading)
-        self.assertIs(reading.as_of.tzinfo, UTC)
-        self.assertTrue(asked_at <= reading.read_at <= reactor.seconds() - 0.1, reading)
+        self.assertTrue(before <= reading.moment.as_of <= after, reading)
+        self.assertIs(reading.moment.as_of.tzinfo, UTC)
+        self.assertTrue(asked_at <= reading.moment.read_at <= reactor.seconds() - 0.1, reading)
         now = float(json.loads(builder.finish().get(b"1") or b"")["now"])
-        self.assertLess(abs(reading.as_of - datetime.fromtimestamp(now, UTC)), timedelta(microseconds=2))
+        self.assertLess(abs(reading.moment.as_of - datetime.fromtimestamp(now, UTC)), timedelta(microseconds=2))
 
     async def test_the_snapshot_tells_what_is_in_it(self) -> None:
         """`database_snapshot` parses; a transaction before it is in it, one after it is not."""
@@ -443,7 +444,7 @@ class MomentTests(DatabaseTestCase):
                     reading = await self.read_into(rows_builder(), "SELECT 1 AS id")
             cursor.execute(
                 "SELECT pg_visible_in_snapshot(x::xid8, %s::pg_snapshot) FROM unnest(%s) AS x",
-                (reading.database_snapshot, xids),
+                (reading.moment.database_snapshot, xids),
             )
             self.assertEqual(cursor.fetchall(), [(True,), (False,)])
 
@@ -505,11 +506,11 @@ class LostSessions(DatabaseTestCase):
         for name in ("one", "two"):
             self.sql(f"CREATE TABLE {name} AS SELECT i AS id, 0 AS n FROM generate_series(1, 2000) AS i")
 
-    def wanted(self, name: str, build: Callable[[], RowsBuilder]) -> Wanted:
+    def wanted(self, name: str, build: Callable[[], RowsBuilder]) -> ReadPlan:
         settings = DatasetSettings(
             name=name, query=f"TABLE {name}", key=("id",), timeout_s=TIMEOUT_S, group="both", interval_s=5.0
         )
-        return Wanted(settings, build)
+        return ReadPlan(settings, build)
 
     async def read_losing(self, lost_in: str, chunk: int, names: Sequence[str]) -> list[dict[bytes, bytes]]:
         """Read `names` together; lose the session before the chunk of that number, with a write to all of them."""
@@ -530,13 +531,11 @@ class LostSessions(DatabaseTestCase):
         def build(name: str) -> RowsBuilder:
             return Interrupted(lose, freed.extend) if name == lost_in else RowsBuilder(freed.extend)
 
-        await self.database.read_together([self.wanted(name, lambda: RowsBuilder(freed.extend)) for name in names])
+        await self.database.read([self.wanted(name, lambda: RowsBuilder(freed.extend)) for name in names])
         self.assertEqual(self.status.connections, 1)
-        readings = await self.database.read_together(
-            [self.wanted(name, lambda name=name: build(name)) for name in names]
-        )
+        readings = await self.database.read([self.wanted(name, lambda name=name: build(name)) for name in names])
         self.assertGreater(lost, chunk)
-        self.assertEqual(len({reading.database_snapshot for reading in readings}), 1)
+        self.assertEqual(len({reading.moment.database_snapshot for reading in readings}), 1)
         self.assertGreater(sum(len(shard) for shards in freed for shard in shards), 0, "what was lost is freed")
         tables = [dict(reading.rows.finish().items()) for reading in readings if reading.rows is not None]
         self.database.stop()

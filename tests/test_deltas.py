@@ -24,17 +24,21 @@ from twisted.trial.unittest import TestCase
 from cacheservice.base import shipped
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset
-from cacheservice.cache.drain import Drain
 from cacheservice.cache.rows import RowsBuilder
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.config import DatasetSettings
 from cacheservice.refresh.service import CacheService
-from cacheservice.sources.postgres.database import Database, Reading, Wanted
+from cacheservice.sources.base import ReadPlan, ReadResult
+from cacheservice.sources.postgres import reading
+from cacheservice.sources.postgres.database import Database
 from cacheservice.sources.postgres.migrate import migrate
+from cacheservice.sources.postgres.reading import DatasetReader
 from cacheservice.sources.postgres.target import parse
+from cacheservice.sources.postgres.transaction import Transaction
 from cacheservice.sources.postgres.watch import watch
 from tests.kit.datasets import Table, rows_builder, table_of
 from tests.kit.logs import Log
+from tests.kit.readings import because_of, kind_of, refreshes_of
 from tests.kit.standby import running_standby
 from tests.kit.versions import MakeServer, running_server
 from tests.kit.waiting import GIVE_UP_S, until
@@ -78,16 +82,24 @@ class Compared(Database):
         self.whole: dict[str, tuple[str, Table]] = {}
         self.kinds: list[str] = []
         self.reasons: set[str] = set()
+        self._reader = _ReadsAllToo(self, self._transactions, self._reader._fetching)
 
-    async def _read_one(self, moment: Any, wanted: Wanted, builder: RowsBuilder) -> Reading:
-        reading = await super()._read_one(moment, wanted, builder)
-        self.kinds.append(reading.kind)
-        if reading.because:
-            self.reasons.add(reading.because)
+
+class _ReadsAllToo(DatasetReader):
+    def __init__(self, database: Compared, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._database = database
+
+    async def read(self, transaction: Transaction, read: ReadPlan, builder: RowsBuilder) -> ReadResult:
+        result = await super().read(transaction, read, builder)
+        self._database.kinds.append(kind_of(result))
+        if because := because_of(result):
+            self._database.reasons.add(because)
         again = rows_builder()
-        await self._read_all(moment, Wanted(wanted.dataset, lambda: again), again, reading)
-        self.whole[wanted.dataset.name] = (reading.database_snapshot, table_of(again.finish()))
-        return reading
+        await self._fetching.all_rows(transaction, ReadPlan(read.dataset, lambda: again), again)
+        moment = result.moment.database_snapshot
+        self._database.whole[read.dataset.name] = (moment, table_of(again.finish()))
+        return result
 
 
 @pytest.fixture(scope="class")
@@ -121,7 +133,7 @@ class Proof(TestCase):
         cache = Cache([DatasetSettings.model_validate(often | each | more) for each in declared], reactor.seconds)
         database = Compared(reactor, parse(self.read_dsn), 30.0, cache.database)
         self.log = Log()
-        service = CacheService(cache, database, 3, reactor, random.random, self.log, Drain(reactor))
+        service = refreshes_of(cache, database, self.log, max_connections=3)
         self.addCleanup(database.stop)
         self.addCleanup(lambda: service.stopService() if service.running else None)
         return service, cache, database
@@ -164,7 +176,7 @@ class Proof(TestCase):
             for dataset in cache.datasets.values():
                 await self.attempted(service, dataset)
                 # A writer's lock can end an attempt, and what was told meanwhile has begun the next one.
-                if dataset.attempts[-1].outcome != "failed" and not dataset.refreshing:
+                if dataset.attempts[-1].outcome != "failed" and not dataset.refresh.is_running:
                     self.check(dataset, database)
                 self.assertFalse(dataset.held)
             await deferLater(reactor, choose.random() * 0.02)
@@ -176,16 +188,16 @@ class Proof(TestCase):
         # Whether a writer has truncated is left to chance; the last one is not.
         self.sql("TRUNCATE prices")
         await self.until_replayed()
-        service.heard("cacheservice", "changed")
+        service.note_changed(dataset.name, ())
         # An attempt that began before it may end first, and does not know of it.
         await self.until(lambda: any("was truncated" in reason for reason in database.reasons))
         # And a full read finds nothing that the deltas missed.
         for name, dataset in cache.datasets.items():
-            ended = dataset.outcomes.total()
+            ended = dataset.counts.outcomes.total()
             service.refresh_now(name)
-            await self.until(lambda dataset=dataset, ended=ended: dataset.outcomes.total() > ended)
+            await self.until(lambda dataset=dataset, ended=ended: dataset.counts.outcomes.total() > ended)
             self.check(dataset, database)
-            self.assertEqual(dataset.differences, 0, f"seed {SEED}: {self.log.events[-5:]}")
+            self.assertEqual(dataset.counts.differences, 0, f"seed {SEED}: {self.log.events[-5:]}")
         await service.stopService()
         gc.collect()
         self.assertEqual(self.flushLoggedErrors(), [])
@@ -257,7 +269,7 @@ class Proof(TestCase):
         dataset = cache.dataset("products")
         await self.until(lambda: dataset.snapshot)
         truncated: list[Deferred[None]] = []
-        changes = database._changes
+        changes = reading._changes
 
         async def changes_while_truncated(*arguments: Any) -> Any:
             told = await changes(*arguments)
@@ -266,7 +278,7 @@ class Proof(TestCase):
             self.assertFalse(truncated[0].called)
             return told
 
-        self.patch(database, "_changes", changes_while_truncated)
+        self.patch(reading, "_changes", changes_while_truncated)
         self.sql("UPDATE products SET n = 7 WHERE id = 7")
         await self.refreshed(service, dataset, database)
         self.assertEqual(self.n(dataset, 7), [7])
@@ -274,9 +286,9 @@ class Proof(TestCase):
         await service.stopService()
 
     async def attempted(self, service: CacheService, dataset: Dataset) -> None:
-        ended = dataset.outcomes.total()
-        service.heard("cacheservice", "changed")
-        await self.until(lambda: dataset.outcomes.total() > ended)
+        ended = dataset.counts.outcomes.total()
+        service.note_changed(dataset.name, ())
+        await self.until(lambda: dataset.counts.outcomes.total() > ended)
 
     async def refreshed(self, service: CacheService, dataset: Dataset, database: Compared) -> None:
         await self.attempted(service, dataset)

@@ -16,9 +16,9 @@ from twisted.internet.threads import deferToThread
 
 from cacheservice.base import shipped
 from cacheservice.base.errors import QueryFailed
-from cacheservice.cache.dataset import Snapshot
 from cacheservice.cache.dependencies import Dependencies
-from cacheservice.sources.postgres.database import Reading, Wanted
+from cacheservice.cache.snapshot import Snapshot
+from cacheservice.sources.base import ReadPlan, ReadResult
 from cacheservice.sources.postgres.migrate import migrate
 from cacheservice.sources.postgres.watch import watch
 from tests.kit import pgbouncer
@@ -26,6 +26,7 @@ from tests.kit.datasets import rows_builder
 from tests.kit.dependencies import DependenciesTestCase
 from tests.kit.pgbouncer import running_pgbouncer
 from tests.kit.postgres import connect, drop_role
+from tests.kit.readings import because_of, how_read, kind_of
 
 WAITING = """
 SELECT l.pid FROM pg_locks AS l JOIN pg_database AS d ON d.oid = l.database
@@ -298,7 +299,7 @@ class Changes(DependenciesTestCase):
             dsn = self.server.dsn(self.reader, "reader", database=self.name)
             other = self.of(f"{dsn}?options=-c{setting}%3D7")
             reading, _ = await self.read(self.dataset(sql), since, other)
-            self.assertEqual((reading.kind, reading.because), ("all", f"the setting {setting} changed"))
+            self.assertEqual(how_read(reading), ("all", f"the setting {setting} changed"))
 
     async def test_spelling(self) -> None:
         """Names as PostgreSQL folds them, and quoted ones beside quotation marks in strings; texts of any length."""
@@ -385,7 +386,7 @@ class Changes(DependenciesTestCase):
         database = self.of(self.server.dsn(role, "reader", database=self.name))
         _, since = await self.read(self.dataset("SELECT id FROM t"), database=database)
         reading, _ = await self.read(self.dataset("SELECT id FROM t"), since, database)
-        self.assertEqual((reading.kind, reading.because), ("unchanged", None))
+        self.assertEqual(how_read(reading), ("unchanged", None))
 
     async def test_row_security(self) -> None:
         """Row security, policies, and the functions that policies call; rows that are forbidden now go."""
@@ -410,9 +411,9 @@ class Changes(DependenciesTestCase):
         ):
             self.sql(change)
             reading, since = await self.read(dataset, since)
-            self.assertEqual((reading.kind, reading.because, since.rows.count), ("all", reason, rows))
+            self.assertEqual((*how_read(reading), since.rows.count), ("all", reason, rows))
             reading, since = await self.read(dataset, since)
-            self.assertEqual(reading.kind, "unchanged")
+            self.assertEqual(kind_of(reading), "unchanged")
 
     async def test_rights(self) -> None:
         """GRANT and REVOKE are seen, of tables and of columns; what was allowed before is not served on unseen."""
@@ -459,7 +460,7 @@ class Changes(DependenciesTestCase):
             _, since = await self.read(dataset)
             self.sql("GRANT SELECT ON parts, t, owned TO pg_monitor")
             reading, _ = await self.read(dataset, since)
-            self.assertEqual((reading.kind, reading.because), ("unchanged", None), sql)
+            self.assertEqual(how_read(reading), ("unchanged", None), sql)
             self.sql(f"REVOKE {group} FROM {of}; REVOKE SELECT ON parts, t, owned FROM pg_monitor")
             with self.assertRaisesRegex(QueryFailed, "permission denied", msg=sql):
                 await self.read(dataset, since)
@@ -481,7 +482,8 @@ class Changes(DependenciesTestCase):
         self.sql("ALTER SCHEMA other RENAME TO old; ALTER SCHEMA staging RENAME TO other")
         reading, since = await self.read(dataset, since)
         self.assertEqual(
-            (reading.kind, reading.because), ("all", "the name of the schema other, or the rights on it, changed")
+            how_read(reading),
+            ("all", "the name of the schema other, or the rights on it, changed"),
         )
         self.assertEqual([key for key, _ in since.rows.items()], [b"2"])
 
@@ -498,13 +500,13 @@ class Changes(DependenciesTestCase):
         self.assertEqual(len(self.sql(KEPT.format(role=self.reader))), 2)
         self.sql(f"ALTER ROLE {self.reader} SET app.tenant = '5'")
         reading, since = await self.read(dataset, since)
-        self.assertEqual((reading.kind, reading.because), ("all", "settings of the role or the database were altered"))
+        self.assertEqual(how_read(reading), ("all", "settings of the role or the database were altered"))
         self.assertEqual([json.loads(row)["t"] for _, row in since.rows.items()], ["5"])
         self.sql(f"ALTER ROLE {self.reader} SET app.tenant = '6'")
         group = [dataset.model_copy(update={"name": f"d{number}", "group": "all"}) for number in range(9)]
-        wanted = [Wanted(each, rows_builder, since=since, most_keys=100) for each in group]
-        for reading in await self.database.read_together(wanted):
-            self.assertEqual(reading.because, "settings of the role or the database were altered")
+        wanted = [ReadPlan(each, rows_builder, since=since, most_keys=100) for each in group]
+        for reading in await self.database.read(wanted):
+            self.assertEqual(because_of(reading), "settings of the role or the database were altered")
             assert reading.rows is not None
             self.assertEqual([json.loads(row)["t"] for _, row in reading.rows.finish().items()], ["6"])
 
@@ -517,7 +519,7 @@ class Changes(DependenciesTestCase):
             self.assertEqual([json.loads(row)["t"] for _, row in since.rows.items()], [tenant])
             self.assertEqual(len(self.sql(KEPT.format(role=self.reader))), 1)
             reading, _ = await self.read(dataset, since)
-            self.assertEqual(reading.kind, "unchanged")
+            self.assertEqual(kind_of(reading), "unchanged")
 
     async def test_text_search(self) -> None:
         """Configurations, their mappings and dictionaries, also those of PostgreSQL."""
@@ -583,10 +585,10 @@ class Changes(DependenciesTestCase):
             f"{self.server.dsn(self.reader, 'reader', database=self.name)}?options=-capp.tenant%3D7"
         )
         reading, since = await self.read(dataset, since)
-        self.assertEqual((reading.kind, reading.because), ("all", "the setting app.tenant changed"))
+        self.assertEqual(how_read(reading), ("all", "the setting app.tenant changed"))
         chosen = dataset.model_copy(update={"settings": {"TimeZone": "Asia/Kolkata"}})
         reading, since = await self.read(chosen, since)
-        self.assertEqual((reading.kind, reading.because), ("all", "settings or search_path changed"))
+        self.assertEqual(how_read(reading), ("all", "settings or search_path changed"))
 
     async def test_a_snapshot_without_them(self) -> None:
         """What was read by a version that did not know them is read again."""
@@ -599,7 +601,7 @@ class Changes(DependenciesTestCase):
             1, since.rows, since.as_of, since.read_at, since.database_snapshot, probe=since.probe, server=since.server
         )
         reading, _ = await self.read(dataset, since)
-        self.assertEqual((reading.kind, reading.because), ("all", "what the query depends on is not known yet"))
+        self.assertEqual(how_read(reading), ("all", "what the query depends on is not known yet"))
 
     async def test_deltas(self) -> None:
         """Deltas have it as well: none mixes labels, and none has rows that row security forbids."""
@@ -613,20 +615,20 @@ class Changes(DependenciesTestCase):
         _, since = await self.read(dataset)
         self.sql("UPDATE t SET v = 'x' WHERE id = 1")
         reading, since = await self.read(dataset, since)
-        self.assertEqual((reading.kind, reading.because, list(reading.changed)), ("delta", None, [b"1"]))
+        self.assertEqual((*how_read(reading), list(reading.changed)), ("delta", None, [b"1"]))
         self.sql("ALTER TYPE mood RENAME VALUE 'sad' TO 'blue'; UPDATE t SET v = 'y' WHERE id = 1")
         reading, since = await self.read(dataset, since)
-        self.assertEqual((reading.kind, reading.because), ("all", "the labels of type public.mood changed"))
+        self.assertEqual(how_read(reading), ("all", "the labels of type public.mood changed"))
         self.assertIsNone(reading.may_differ)
         self.assertEqual({json.loads(document)["m"] for _, document in since.rows.items()}, {"blue"})
         reading, since = await self.read(dataset, since)
-        self.assertEqual(reading.kind, "unchanged")
+        self.assertEqual(kind_of(reading), "unchanged")
 
-    async def while_it_reads(self, wanted: Wanted, changes: Sequence[str]) -> Reading:
+    async def while_it_reads(self, wanted: ReadPlan, changes: Sequence[str]) -> ReadResult:
         """Read `HELD`, and commit one of `changes` while each of its first transactions is in the middle of it."""
         with closing(connect(self.server, self.name)) as keeper, keeper.cursor() as cursor:
             cursor.execute("SELECT pg_advisory_lock(7)")
-            d = self.database.read_together([wanted])
+            d = self.database.read([wanted])
             for change in changes:
                 while not d.called and not self.sql(WAITING):
                     await deferLater(reactor, 0.01)
@@ -649,20 +651,21 @@ class Changes(DependenciesTestCase):
         _, since = await self.read(dataset)
         self.sql("UPDATE t SET v = 'x' WHERE id = 1")
 
-        def wanted(**more: Any) -> Wanted:
-            return Wanted(dataset, rows_builder, most_keys=100, **more)
+        def wanted(**more: Any) -> ReadPlan:
+            return ReadPlan(dataset, rows_builder, most_keys=100, **more)
 
         for old, label, start in (("sad", "blue", since), ("blue", "red", None), ("red", "green", None)):
             change = f"ALTER TYPE mood RENAME VALUE '{old}' TO '{label}'"
             reading = await self.while_it_reads(wanted(since=start), [change])
             self.assertEqual(
-                (reading.kind, reading.because), ("all", "definitions that it depends on changed during the read")
+                how_read(reading),
+                ("all", "definitions that it depends on changed during the read"),
             )
             assert reading.rows is not None
             self.assertEqual({json.loads(row)["m"] for _, row in reading.rows.finish().items()}, {label})
         changes = ["GRANT UPDATE ON t TO public", "REVOKE UPDATE ON t FROM public"] * 2
         reading = await self.while_it_reads(wanted(), changes[:3])
-        self.assertEqual(reading.kind, "all")
+        self.assertEqual(kind_of(reading), "all")
         with self.assertRaisesRegex(QueryFailed, "things was read 4 times, and in the end definitions that it depends"):
             await self.while_it_reads(wanted(), changes[::-1])
 
@@ -676,16 +679,16 @@ class Changes(DependenciesTestCase):
         sql = "SELECT id, f() AS f FROM t CROSS JOIN (SELECT pg_advisory_xact_lock_shared(7)) AS held"
         dataset = self.dataset(sql, search_path="later, public")
         for change, now in ((create, "later"), (f"REVOKE USAGE ON SCHEMA later FROM {self.reader}", "public")):
-            reading = await self.while_it_reads(Wanted(dataset, rows_builder), [change])
+            reading = await self.while_it_reads(ReadPlan(dataset, rows_builder), [change])
             assert reading.rows is not None
             since = Snapshot(
                 1,
                 reading.rows.finish(),
-                reading.as_of,
-                reading.read_at,
-                reading.database_snapshot,
+                reading.moment.as_of,
+                reading.moment.read_at,
+                reading.moment.database_snapshot,
                 probe=reading.probe,
-                server=reading.server,
+                server=reading.moment.server,
                 dependencies=reading.dependencies,
             )
             _, since = await self.read(dataset, since)
@@ -700,7 +703,7 @@ class Changes(DependenciesTestCase):
         )
         dataset = self.dataset("SELECT id FROM parted", probe="SELECT pg_advisory_xact_lock_shared(7)::text")
         attach = "DELETE FROM rest WHERE id = 11; ALTER TABLE parted ATTACH PARTITION part FOR VALUES FROM (10) TO (20)"
-        reading = await self.while_it_reads(Wanted(dataset, rows_builder), [attach])
+        reading = await self.while_it_reads(ReadPlan(dataset, rows_builder), [attach])
         assert reading.rows is not None
         self.assertEqual({key for key, _ in reading.rows.finish().items()}, {b"1", b"12"})
 
@@ -737,9 +740,7 @@ class Changes(DependenciesTestCase):
             self.sql("SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhdetachpending"), [("late",)]
         )
         reading, since = await self.read(dataset, since)
-        self.assertEqual(
-            (reading.kind, reading.because), ("all", "the partitions or children of table public.sales changed")
-        )
+        self.assertEqual(how_read(reading), ("all", "the partitions or children of table public.sales changed"))
         self.assertEqual([key for key, _ in since.rows.items()], [b"1"])
 
     async def test_keys_of_a_notification(self) -> None:
@@ -752,9 +753,9 @@ class Changes(DependenciesTestCase):
 
         for change, kind in (("SELECT 1", "delta"), ("ALTER TYPE mood RENAME VALUE 'sad' TO 'blue'", "all")):
             self.sql(change)
-            wanted = Wanted(dataset, rows_builder, since=since, most_keys=100, notified=told)
-            (reading,) = await self.database.read_together([wanted])
-            self.assertEqual(reading.kind, kind)
+            wanted = ReadPlan(dataset, rows_builder, since=since, most_keys=100, notified=told)
+            (reading,) = await self.database.read([wanted])
+            self.assertEqual(kind_of(reading), kind)
 
     async def test_statements_that_are_kept(self) -> None:
         """A session of the server keeps its statements and the pinned settings hold; behind a pooler none is kept."""
@@ -762,7 +763,7 @@ class Changes(DependenciesTestCase):
         _, since = await self.read(dataset)
         for _ in range(3):
             reading, since = await self.read(dataset, since)
-            self.assertEqual(reading.kind, "unchanged")
+            self.assertEqual(kind_of(reading), "unchanged")
         text = (
             "SELECT id, (SELECT count(*) FROM pg_prepared_statements) AS kept, '\\x01'::bytea AS b FROM t WHERE id = 1"
         )
@@ -776,10 +777,10 @@ class Changes(DependenciesTestCase):
             _, since = await self.read(dataset, database=pooled)
             for _ in range(3):
                 reading, since = await self.read(dataset, since, pooled)
-                self.assertEqual(reading.kind, "unchanged")
+                self.assertEqual(kind_of(reading), "unchanged")
             self.sql("CREATE OR REPLACE VIEW v AS SELECT id, m, v || '!' AS v FROM t")
             reading, since = await self.read(dataset, since, pooled)
-            self.assertEqual((reading.kind, reading.because), ("all", "view public.v was replaced"))
+            self.assertEqual(how_read(reading), ("all", "view public.v was replaced"))
             _, snapshot = await self.read(self.dataset(text), database=pooled)
             ((_, document),) = snapshot.rows.items()
             self.assertEqual(json.loads(document)["kept"], 0)

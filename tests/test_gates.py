@@ -27,11 +27,11 @@ class Races(ServiceTestCase):
             cursor.execute("LOCK TABLE things IN ACCESS EXCLUSIVE MODE")
             service.refresh_now("things")
             # It has its snapshot by now and waits for the lock to open its cursor.
-            await until(lambda: dataset.refreshing and cache.database.connections == 1)
+            await until(lambda: dataset.refresh.is_running and cache.database.connections == 1)
             await self.until_waiting_for_a_lock()
             cursor.execute("TRUNCATE things")
             await deferToThread(other.commit)
-        await until(lambda: not dataset.refreshing)
+        await until(lambda: not dataset.refresh.is_running)
         self.assertIs(dataset.snapshot, served)
         assert dataset.held is not None
         self.assertEqual(dataset.held.reason, f"would drop {ROWS} to 0 rows, limit 50 %")

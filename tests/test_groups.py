@@ -100,9 +100,9 @@ class Together(ServiceTestCase):
         replaced = []
         for trouble, end in (("ALTER TABLE savings RENAME TO gone", "ALTER TABLE gone RENAME TO savings"), (LOST, "")):
             replaced += [weakref.ref(dataset.snapshot.rows) for dataset in datasets if dataset.snapshot]
-            failed = datasets[0].outcomes["failed"]
+            failed = datasets[0].counts.outcomes["failed"]
             self.sql(trouble)
-            while datasets[0].outcomes["failed"] < failed + 3:
+            while datasets[0].counts.outcomes["failed"] < failed + 3:
                 await deferLater(reactor, 0.05)
                 if not end:
                     self.sql(trouble)
@@ -144,7 +144,7 @@ class Together(ServiceTestCase):
         10,000, through publishes and sessions that are lost."""
         service, cache = self.make_service(*self.declared(interval_s=0.05))
         await self.start_and_load(service, cache)
-        outcomes = cache.dataset("checking").outcomes
+        outcomes = cache.dataset("checking").counts.outcomes
         ended = await self.move_money(service, cache, 1000, READINGS, lambda: outcomes["published"] >= PUBLISHES)
         self.assertGreater(ended, 0)
 
@@ -157,7 +157,7 @@ class Together(ServiceTestCase):
         ]
         service, cache = self.make_service(*declared)
         await self.start_and_load(service, cache)
-        outcomes = cache.dataset("checking").outcomes
+        outcomes = cache.dataset("checking").counts.outcomes
         ended = await self.move_money(service, cache, 300, 1000, lambda: outcomes["published"] >= 10)
         self.assertGreater(ended, 3)
 

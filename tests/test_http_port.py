@@ -25,8 +25,8 @@ from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import SynchronousTestCase
 
-from cacheservice.cache.dataset import Snapshot
 from cacheservice.cache.rows import bulk
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.ports import rejected
 from cacheservice.ports.http.bodies import PIECE_BYTES
 from cacheservice.ports.http.channel import MAX_HEAD_BYTES, MAX_HEADERS
@@ -34,7 +34,7 @@ from cacheservice.ports.http.guard import Guard
 from cacheservice.ports.http.problem import Problem
 from cacheservice.ports.throttle import LONG_WAIT_S, SHORT_WAIT_S, Throttle
 from tests.kit.clocks import started_clock
-from tests.kit.datasets import MOMENT_WITH_MS, rows_of
+from tests.kit.datasets import MOMENT_WITH_MS, planned, rows_of
 from tests.kit.http import Answer, ask_on, read_answer, read_to_the_end, statuses
 from tests.kit.http_port import ROWS, PortTestCase, buffered, encoded
 from tests.kit.waiting import GIVE_UP_S, until
@@ -167,7 +167,7 @@ class Routes(PortTestCase):
             answer = await self.assert_problem(path, 503, "prices has not been loaded yet")
             self.assertEqual(answer.headers["retry-after"], "16")
         for next_at in (self.clock.seconds(), None):
-            self.prices.next_refresh_at = next_at
+            planned(self.prices, next_at)
             self.assertEqual((await self.ask("/v1/datasets/prices")).headers["retry-after"], "1")
 
     async def test_bad_encoding(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
@@ -14,20 +13,24 @@ from twisted.internet.threads import deferToThread
 from cacheservice.base import shipped
 from cacheservice.base.errors import DatabaseUnavailable, QueryFailed
 from cacheservice.cache.cache import Cache
-from cacheservice.cache.dataset import Snapshot, State
-from cacheservice.cache.drain import Drain
+from cacheservice.cache.dataset import State
 from cacheservice.cache.lag import NO_LAG
 from cacheservice.cache.rows import RowsBuilder
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.config import DatasetSettings
 from cacheservice.ports.freshness import Freshness
 from cacheservice.refresh.service import CacheService
-from cacheservice.sources.postgres.database import Database, Reading, Wanted
+from cacheservice.sources.base import AllRows, ReadPlan, ReadResult
+from cacheservice.sources.postgres.database import Database
 from cacheservice.sources.postgres.migrate import migrate
+from cacheservice.sources.postgres.reading import DatasetReader
 from cacheservice.sources.postgres.target import parse
+from cacheservice.sources.postgres.transaction import Transaction
 from cacheservice.sources.postgres.watch import watch
 from tests.kit.database import snapshot_of_reading
 from tests.kit.datasets import MOMENT, numbered_rows, rows_builder
 from tests.kit.postgres import PRIMARY, connect, fresh_database, query
+from tests.kit.readings import because_of, kind_of, refreshes_of
 from tests.kit.refreshes import RefreshTestCase, World
 from tests.kit.service import ServiceTestCase, declare
 from tests.kit.standby import Standby, running_standby
@@ -50,7 +53,7 @@ class Elsewhere(RefreshTestCase):
         self.assertEqual(world.dataset.state(), State.FRESH)
         world.cache.database.seen(PRIMARY, NO_LAG)
         read = world.database.last
-        read.result.callback(Reading(MOMENT, read.began_at, "1:1:", rows=rows_builder(), server=PRIMARY))
+        read.result.callback(AllRows(moment=replace(read.moment, server=PRIMARY), rows=rows_builder()))
         assert world.dataset.snapshot is not None
         self.assertEqual((world.dataset.snapshot.rows.count, world.dataset.last_generation), (0, 8))
 
@@ -85,11 +88,11 @@ class OnServers(ServiceTestCase):
         self.addCleanup(database.stop)
         return database
 
-    async def read(self, database: Database, since: Snapshot | None = None, **more: Any) -> tuple[Reading, Snapshot]:
+    async def read(self, database: Database, since: Snapshot | None = None, **more: Any) -> tuple[ReadResult, Snapshot]:
         """Read `things`, by a delta or a probe if one will do; the snapshot is what the next one may start from."""
         settings = declare("things", **({"watch": [{"table": "public.things", "key": "id"}]} | more))
-        wanted = Wanted(settings, rows_builder, since=since, most_keys=1000)
-        (reading,) = await database.read_together([wanted])
+        wanted = ReadPlan(settings, rows_builder, since=since, most_keys=1000)
+        (reading,) = await database.read([wanted])
         return reading, snapshot_of_reading(reading, since)
 
     async def standby(self, **settings: str) -> Standby:
@@ -112,7 +115,7 @@ class OnServers(ServiceTestCase):
             "(SELECT oid::int FROM pg_database WHERE datname = current_database()), "
             "(SELECT timeline_id FROM pg_control_checkpoint())",
         )
-        server = reading.server
+        server = reading.moment.server
         assert server is not None
         self.assertEqual(
             (server.database, server.database_oid, server.role, server.in_recovery),
@@ -133,11 +136,11 @@ class OnServers(ServiceTestCase):
         self.addCleanup(self.sql, f"GRANT EXECUTE ON FUNCTION {functions} TO PUBLIC")
         database = self.reader(self.server.dsn(database=self.database_name, user=self.database_name, password="reader"))
         reading, snapshot = await self.read(database)
-        assert reading.server is not None
-        self.assertEqual((reading.server.system_identifier, reading.server.timeline), (None, None))
+        assert reading.moment.server is not None
+        self.assertEqual((reading.moment.server.system_identifier, reading.moment.server.timeline), (None, None))
         self.sql("UPDATE things SET n = 1 WHERE id = 7")
         reading, _ = await self.read(database, snapshot)
-        self.assertEqual((reading.kind, list(reading.changed)), ("delta", [b"7"]))
+        self.assertEqual((kind_of(reading), list(reading.changed)), ("delta", [b"7"]))
 
     async def test_a_probe_of_another_database(self) -> None:
         """An equal value of another database, or for another role, does not pass for "unchanged"."""
@@ -145,14 +148,14 @@ class OnServers(ServiceTestCase):
         database = self.reader(self.dsn())
         _, snapshot = await self.read(database, **probe)
         reading, _ = await self.read(database, snapshot, **probe)
-        self.assertEqual(reading.kind, "unchanged")
+        self.assertEqual(kind_of(reading), "unchanged")
         other = fresh_database(self.server, self.addCleanup)
         query(self.server, other, "CREATE TABLE things (id int, n int)")
         reading, _ = await self.read(self.reader(self.server.dsn(database=other)), snapshot, **probe)
-        self.assertEqual(reading.kind, "all")
-        self.assertIn("another database", reading.because or "")
+        self.assertEqual(kind_of(reading), "all")
+        self.assertIn("another database", because_of(reading) or "")
         reading, _ = await self.read(database, replace(snapshot, server=None), **probe)
-        self.assertEqual(reading.kind, "all")
+        self.assertEqual(kind_of(reading), "all")
 
     async def test_a_restart(self) -> None:
         """After a restart all is read: a transaction that had been seen may be lost."""
@@ -163,7 +166,7 @@ class OnServers(ServiceTestCase):
         await deferToThread(self.server.start)
         self.side = connect(self.server)
         reading, _ = await self.read(database, snapshot)
-        self.assertEqual(reading.because, "the server was restarted, and could have lost what had been read")
+        self.assertEqual(because_of(reading), "the server was restarted, and could have lost what had been read")
 
     async def test_an_open_transaction_on_a_standby(self) -> None:
         """CACHE.WAIT on a standby does not count a transaction that is still open on the primary."""
@@ -213,43 +216,44 @@ class OnServers(ServiceTestCase):
         self.assertIn(b"7", reading.changed)
         await deferToThread(standby.sql, "SELECT pg_promote()")
         reading, after = await self.read(database, snapshot)
-        self.assertEqual(reading.kind, "all")
-        self.assertIn("a standby, which was promoted", reading.because or "")
+        self.assertEqual(kind_of(reading), "all")
+        self.assertIn("a standby, which was promoted", because_of(reading) or "")
         self.assertIn(b'"n":9', after.rows.get(b"7") or b"")
-        assert reading.server is not None
+        assert reading.moment.server is not None
         assert snapshot.server is not None
-        self.assertEqual(reading.server.timeline, 2)
-        self.assertEqual(reading.server.system_identifier, snapshot.server.system_identifier)
-        self.assertFalse(snapshot.includes(xid, reading.server))
-        self.assertTrue(after.includes(xid, reading.server))
+        self.assertEqual(reading.moment.server.timeline, 2)
+        self.assertEqual(reading.moment.server.system_identifier, snapshot.server.system_identifier)
+        self.assertFalse(snapshot.includes(xid, reading.moment.server))
+        self.assertTrue(after.includes(xid, reading.moment.server))
 
     async def test_a_promotion_amid_a_read(self) -> None:
         """A delta that begins on the standby and ends after its promotion is repeated, and misses no change."""
         standby = await self.standby()
 
-        class Promoting(Database):
+        class Promoting(DatasetReader):
             promoted = False
 
-            async def _read_one(self, moment: Any, wanted: Wanted, builder: RowsBuilder) -> Reading:
-                if wanted.since is not None and not self.promoted:
+            async def read(self, transaction: Transaction, read: ReadPlan, builder: RowsBuilder) -> ReadResult:
+                if read.since is not None and not self.promoted:
                     self.promoted = True
                     await deferToThread(standby.sql, "SELECT pg_promote()")
-                return await super()._read_one(moment, wanted, builder)
+                return await super().read(transaction, read, builder)
 
-        database = Promoting(
-            reactor, parse(standby(database=self.database_name)), 30.0, Cache([], reactor.seconds).database
-        )
+        target = parse(standby(database=self.database_name))
+        database = Database(reactor, target, 30.0, Cache([], reactor.seconds).database)
+        promoting = Promoting(database._transactions, database._reader._fetching)
+        self.patch(database, "_reader", promoting)
         self.addCleanup(database.stop)
         _, snapshot = await self.read_amid_a_transaction(standby, database)
         reading, after = await self.read(database, snapshot)
-        self.assertTrue(database.promoted)
-        self.assertEqual(reading.kind, "all")
+        self.assertTrue(promoting.promoted)
+        self.assertEqual(kind_of(reading), "all")
         self.assertIn(b'"n":9', after.rows.get(b"7") or b"")
 
     def make_service_of(self, dsn: str, *datasets: DatasetSettings) -> tuple[CacheService, Cache]:
         cache = Cache(datasets, reactor.seconds)
         database = Database(reactor, parse(dsn), 30.0, cache.database)
-        service = CacheService(cache, database, 2, reactor, random.random, self.log, Drain(reactor))
+        service = refreshes_of(cache, database, self.log, max_connections=2)
         self.addCleanup(database.stop)
         self.addCleanup(lambda: service.stopService() if service.running else None)
         return service, cache

@@ -12,14 +12,15 @@ from twisted.trial.unittest import SkipTest
 
 from cacheservice.base import shipped
 from cacheservice.base.errors import BadResult
-from cacheservice.cache.dataset import Snapshot
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.config import DatasetSettings
-from cacheservice.sources.postgres.database import Wanted
+from cacheservice.sources.base import ReadPlan
 from cacheservice.sources.postgres.migrate import migrate
 from cacheservice.sources.postgres.watch import watch
 from tests.kit.datasets import rows_builder
 from tests.kit.dependencies import DependenciesTestCase
 from tests.kit.postgres import query
+from tests.kit.readings import because_of, how_read, kind_of
 from tests.kit.versions import NEEDS_NPM, OlderPostgres
 
 
@@ -45,7 +46,7 @@ class Keys(DependenciesTestCase):
     async def delta(self, dataset: DatasetSettings, since: Snapshot) -> tuple[dict[bytes, Any], Snapshot]:
         """What one changes, each document as its v; and the snapshot after it, whose rows stay."""
         reading, after = await self.read(dataset, since)
-        self.assertEqual((reading.kind, reading.because), ("delta", None))
+        self.assertEqual(how_read(reading), ("delta", None))
         changed = {key: document and json.loads(document)["v"] for key, document in reading.changed.items()}
         return changed, after
 
@@ -97,8 +98,8 @@ class Keys(DependenciesTestCase):
         async def told() -> frozenset[str]:
             return frozenset({r"a:b\:c", "gone:now"})
 
-        wanted = Wanted(dataset, rows_builder, since=since, most_keys=100, notified=told)
-        (reading,) = await self.database.read_together([wanted])
+        wanted = ReadPlan(dataset, rows_builder, since=since, most_keys=100, notified=told)
+        (reading,) = await self.database.read([wanted])
         self.assertEqual(set(reading.changed), {rb"a:b\:c", b"gone:now"})
         self.assertIsNone(reading.changed[b"gone:now"])
 
@@ -111,8 +112,8 @@ class Keys(DependenciesTestCase):
         async def notified() -> frozenset[str]:
             return frozenset({"1"})
 
-        wanted = Wanted(dataset, rows_builder, since=since, most_keys=100, notified=notified)
-        await self.assertFailure(self.database.read_together([wanted]), BadResult)
+        wanted = ReadPlan(dataset, rows_builder, since=since, most_keys=100, notified=notified)
+        await self.assertFailure(self.database.read([wanted]), BadResult)
 
     async def test_keys_of_a_notification_that_the_query_cannot_hold(self) -> None:
         """All is read instead, with the reason."""
@@ -124,10 +125,10 @@ class Keys(DependenciesTestCase):
             async def notified(key: str = key) -> frozenset[str]:
                 return frozenset({key})
 
-            wanted = Wanted(dataset, rows_builder, since=since, most_keys=100, notified=notified)
-            (reading,) = await self.database.read_together([wanted])
-            self.assertEqual(reading.kind, "all")
-            self.assertIn("do not fit the key of the query", reading.because or "")
+            wanted = ReadPlan(dataset, rows_builder, since=since, most_keys=100, notified=notified)
+            (reading,) = await self.database.read([wanted])
+            self.assertEqual(kind_of(reading), "all")
+            self.assertIn("do not fit the key of the query", because_of(reading) or "")
 
     async def test_keys_whose_equality_is_not_that_of_their_text(self) -> None:
         """Behind a domain, at whatever depth, is a type of others: all is read."""
@@ -150,7 +151,7 @@ class Keys(DependenciesTestCase):
             reading, _ = await self.read(dataset)
             self.assertEqual(bool(reading.watch_state), fit, column)
             if not fit:
-                self.assertIn("is not fit for deltas", reading.because or "")
+                self.assertIn("is not fit for deltas", because_of(reading) or "")
 
 
 class CaseInsensitive(DependenciesTestCase):
@@ -195,6 +196,6 @@ class CaseInsensitive(DependenciesTestCase):
                 _, since = await self.read(dataset)
                 self.sql(f"DELETE FROM {table}; INSERT INTO {table} VALUES ('anna')")
                 reading, now = await self.read(dataset, since)
-                self.assertEqual(reading.kind, "all")
-                self.assertIn(why, reading.because or "")
+                self.assertEqual(kind_of(reading), "all")
+                self.assertIn(why, because_of(reading) or "")
                 self.assertEqual([key for key, _ in now.rows.items()], [b"anna"])

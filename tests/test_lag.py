@@ -22,7 +22,8 @@ from cacheservice.cache.cache import Cache
 from cacheservice.cache.lag import NO_LAG
 from cacheservice.config import PostgresSettings
 from cacheservice.ports import report
-from cacheservice.sources.postgres.database import Database, Reading, Wanted
+from cacheservice.sources.base import ReadPlan, ReadResult
+from cacheservice.sources.postgres.database import Database
 from cacheservice.sources.postgres.inspect import inspecting
 from cacheservice.sources.postgres.migrate import migrate
 from cacheservice.sources.postgres.reader import create_reader
@@ -67,38 +68,38 @@ class OnStandbys(TestCase):
         self.addCleanup(database.stop)
         return database
 
-    async def read(self, database: Database) -> Reading:
-        (reading,) = await database.read_together([Wanted(declare("things"), rows_builder)])
-        self.assertAlmostEqual(reading.began_at - reading.read_at, reading.lag.seconds)
+    async def read(self, database: Database) -> ReadResult:
+        (reading,) = await database.read([ReadPlan(declare("things"), rows_builder)])
+        self.assertAlmostEqual(reading.moment.began_at - reading.moment.read_at, reading.moment.lag.seconds)
         return reading
 
-    async def until_lag(self, database: Database, least_s: float, words: str) -> Reading:
+    async def until_lag(self, database: Database, least_s: float, words: str) -> ReadResult:
         """Read until the lag is known to be as much; it names its cause."""
         while True:
             reading = await self.read(database)
-            if reading.lag.seconds >= least_s:
-                self.assertIn(words, reading.lag.problem)
+            if reading.moment.lag.seconds >= least_s:
+                self.assertIn(words, reading.moment.lag.problem)
                 self.assertIn(words, report.status_table(self.cache))
                 return reading
             await deferLater(reactor, 0.05)
 
     async def caught_up(self, database: Database) -> None:
-        while (await self.read(database)).lag != NO_LAG:
+        while (await self.read(database)).moment.lag != NO_LAG:
             await deferLater(reactor, 0.05)
 
     async def test_idle_paused_and_dead(self) -> None:
         """An idle primary is not lag; a paused replay is, and a primary that is dead."""
-        self.assertEqual((await self.read(self.reader(self.server.dsn()))).lag, NO_LAG)
+        self.assertEqual((await self.read(self.reader(self.server.dsn()))).moment.lag, NO_LAG)
         standby = await self.standby()
         database = self.reader(standby())
         await self.caught_up(database)
         await deferLater(reactor, 2.0)
-        self.assertEqual((await self.read(database)).lag, NO_LAG)
+        self.assertEqual((await self.read(database)).moment.lag, NO_LAG)
         self.assertIn(", a standby\n", report.status_table(self.cache) + "\n")
         await deferToThread(standby.sql, "SELECT pg_wal_replay_pause()")
         self.sql("UPDATE things SET n = 1")
         reading = await self.until_lag(database, 1.5, "paused")
-        self.assertTrue(reading.lag.known)
+        self.assertTrue(reading.moment.lag.known)
         await deferToThread(standby.sql, "SELECT pg_wal_replay_resume()")
         await self.caught_up(database)
         await deferToThread(self.server.stop, "immediate")
@@ -116,7 +117,7 @@ class OnStandbys(TestCase):
         try:
             self.sql("UPDATE things SET n = 2")
             reading = await self.until_lag(database, 6.5, "heard nothing")
-            self.assertTrue(reading.lag.known)
+            self.assertTrue(reading.moment.lag.known)
         finally:
             os.kill(receiver, signal.SIGCONT)
         await self.caught_up(database)
@@ -128,7 +129,7 @@ class OnStandbys(TestCase):
         await until(lambda: standby.sql("SELECT 1 FROM pg_roles WHERE rolname = 'reader'"))
         database = self.reader(standby(user="reader", password="reader"))
         reading = await self.until_lag(database, 1.5, "GRANT pg_read_all_stats TO reader")
-        self.assertFalse(reading.lag.known)
+        self.assertFalse(reading.moment.lag.known)
         self.sql("GRANT pg_read_all_stats TO reader")
         await self.caught_up(database)
 
@@ -145,7 +146,7 @@ class OnStandbys(TestCase):
         database = self.reader(dsn)
         await self.caught_up(database)
         await deferLater(reactor, 2.0)
-        self.assertEqual((await self.read(database)).lag, NO_LAG)
+        self.assertEqual((await self.read(database)).moment.lag, NO_LAG)
         self.assertEqual(await deferToThread(self.hints, dsn), [])
         with self.assertRaises(psycopg2.errors.InsufficientPrivilege):
             standby.sql("SELECT pid FROM cacheservice.wal_receiver()", user="unrelated", password="unrelated")
@@ -172,7 +173,7 @@ class OnStandbys(TestCase):
         self.sql("UPDATE things SET n = 3")
         database = self.reader(standby())
         reading = await self.until_lag(database, 1.5, "receives nothing")
-        self.assertFalse(reading.lag.known)
+        self.assertFalse(reading.moment.lag.known)
         late = await self.standby(recovery_min_apply_delay="1h")
         database = self.reader(late())
         self.sql("UPDATE things SET n = 4")

@@ -24,6 +24,7 @@ from cacheservice.base.errors import DatabaseUnavailable, DeadlineExceeded
 from cacheservice.config import OWN_CHANNEL
 from cacheservice.sources.postgres.database import Database
 from cacheservice.sources.postgres.guard import GuardedConnection
+from cacheservice.sources.postgres.listening.calls import Observer
 from cacheservice.sources.postgres.listening.listener import Listener
 from cacheservice.sources.postgres.listening.opening import Access
 from cacheservice.sources.postgres.listening.pace import Pace
@@ -31,9 +32,10 @@ from cacheservice.sources.postgres.target import parse
 from tests.kit import pgbouncer
 from tests.kit.datasets import rows_builder
 from tests.kit.guard import LONG_S, LONGEST_GAP_S, GuardTestCase, as_awaitable, held, our_timers, settings
-from tests.kit.listening import Diary, Observer
+from tests.kit.listening import Diary
 from tests.kit.pgbouncer import running_pgbouncer
 from tests.kit.postgres import connect, query, sessions, sessions_left
+from tests.kit.readings import read_one
 from tests.kit.standby import running_standby
 from tests.kit.waiting import until
 
@@ -771,7 +773,7 @@ class CannotListenTests(ListenerTestCase):
             query_ = "SELECT i AS id, repeat('x', 100) AS filler FROM generate_series(1, 5000) i"
             for _ in range(5):
                 into = [rows_builder(), rows_builder()]
-                reads = [database.read(settings(query_), lambda rows=rows: rows) for rows in into]
+                reads = [read_one(database, settings(query_), lambda rows=rows: rows) for rows in into]
                 for read in reads:
                     await read
                 self.assertEqual([rows.count for rows in into], [5000, 5000])

@@ -25,7 +25,8 @@ from cacheservice.base.errors import LockTimeout, MigrationFailed, QueryFailed
 from cacheservice.cache.cache import DatabaseStatus
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.config import DatasetSettings
-from cacheservice.sources.postgres.database import Database, Reading
+from cacheservice.sources.base import ReadResult
+from cacheservice.sources.postgres.database import Database
 from cacheservice.sources.postgres.migrate import migrate, migration_files
 from cacheservice.sources.postgres.oldest import too_old
 from cacheservice.sources.postgres.reader import create_reader
@@ -35,6 +36,7 @@ from tests.kit import pgbouncer
 from tests.kit.datasets import rows_builder
 from tests.kit.pgbouncer import running_pgbouncer
 from tests.kit.postgres import at_least, connect, fresh_database, query
+from tests.kit.readings import read_one
 from tests.kit.waiting import GIVE_UP_S
 
 READER = "a reader"  # quoted wherever it goes
@@ -114,12 +116,14 @@ class Migrations(TestCase):
             cursor.execute(statement)
             return list(cursor.fetchall())
 
-    def read(self, sql: str, timeout_s: float = 20) -> Deferred[Reading]:
+    def read(self, sql: str, timeout_s: float = 20) -> Deferred[ReadResult]:
         target = parse(self.server.dsn(READER, "wörd", self.database))
         database = Database(reactor, target, 5, DatabaseStatus())
         self.addCleanup(database.stop)
         self.rows = rows_builder()
-        return database.read(DatasetSettings(name="d", query=sql, key=("id",), timeout_s=timeout_s), lambda: self.rows)
+        return read_one(
+            database, DatasetSettings(name="d", query=sql, key=("id",), timeout_s=timeout_s), lambda: self.rows
+        )
 
     def test_everything_lies_in_a_schema_of_its_own(self) -> None:
         """The migrations and their bookkeeping put nothing into any schema but cacheservice."""

@@ -37,9 +37,10 @@ from cacheservice.base.errors import (
     UnknownGeneration,
 )
 from cacheservice.cache.cache import Cache
-from cacheservice.cache.dataset import Dataset, Snapshot
+from cacheservice.cache.dataset import Dataset
 from cacheservice.cache.lag import NO_LAG
 from cacheservice.cache.rows import Groups
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.config import DatasetSettings, PersistenceSettings
 from cacheservice.refresh.restore import restore
 from cacheservice.sources.disk.clocks import Clocks

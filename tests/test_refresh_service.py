@@ -62,7 +62,7 @@ class OutageTests(ServiceTestCase):
             await self.until_failed(dataset)  # what had been answered by then is published by now
         served = [dataset.snapshot for dataset in datasets]
         ages = [dataset.age_s() for dataset in datasets]
-        failures = sum(dataset.outcomes["failed"] for dataset in datasets)
+        failures = sum(dataset.counts.outcomes["failed"] for dataset in datasets)
         self.ticker.longest_gap_s = 0.0
         frozen_until = reactor.seconds() + 7
         while reactor.seconds() < frozen_until:
@@ -75,7 +75,7 @@ class OutageTests(ServiceTestCase):
             self.assertEqual(cache.not_ready(), {})
             self.assertLessEqual(cache.database.connections, 2)
         self.assertLess(self.ticker.longest_gap_s, LONGEST_GAP_S)
-        self.assertGreater(sum(dataset.outcomes["failed"] for dataset in datasets), failures)
+        self.assertGreater(sum(dataset.counts.outcomes["failed"] for dataset in datasets), failures)
         self.server.thaw()
         for dataset in datasets:
             await self.until_read(dataset, 1)
@@ -131,7 +131,7 @@ class OutageTests(ServiceTestCase):
                 await self.until_read(dataset, 1)
             seen.append((dataset.snapshot.generation, self.n(dataset)))
         self.assertEqual(seen, sorted(seen))
-        self.assertGreater(dataset.outcomes["failed"], 0)
+        self.assertGreater(dataset.counts.outcomes["failed"], 0)
         self.network.heal()
         await self.until_read(dataset, 2)
         self.assertEqual(self.n(dataset), 30)
@@ -139,7 +139,7 @@ class OutageTests(ServiceTestCase):
 
 def reads(dataset: Dataset) -> int:
     """How many attempts have read it whole, whether or not its content had changed."""
-    return dataset.outcomes["published"] + dataset.outcomes["unchanged"]
+    return dataset.counts.outcomes["published"] + dataset.counts.outcomes["unchanged"]
 
 
 class FairnessTests(ServiceTestCase):
@@ -160,14 +160,14 @@ class FairnessTests(ServiceTestCase):
             await until(lambda: first.snapshot and second.snapshot)
             # They go on while it waits, and while it fails again and again.
             for _ in range(2):
-                await until(lambda: locked.refreshing and locked.loading is not None)
-                attempts = locked.outcomes["failed"]
+                await until(lambda: locked.refresh.is_running and locked.refresh.progress is not None)
+                attempts = locked.counts.outcomes["failed"]
                 counts = reads(first), reads(second)
                 await self.until_failed(locked)
-                self.assertEqual(locked.outcomes["failed"], attempts + 1)
+                self.assertEqual(locked.counts.outcomes["failed"], attempts + 1)
                 self.assertGreater(reads(first), counts[0] + 1)
                 self.assertGreater(reads(second), counts[1] + 1)
-            self.assertEqual((first.outcomes["failed"], second.outcomes["failed"]), (0, 0))
+            self.assertEqual((first.counts.outcomes["failed"], second.counts.outcomes["failed"]), (0, 0))
             self.assertEqual([blocker.pid for blocker in locked.attempts[-1].blockers], [pid])
             cursor.execute("COMMIT")
         await until(lambda: locked.snapshot)
@@ -210,7 +210,7 @@ class StopTests(ServiceTestCase):
         self.assertEqual(our_timers(), [])
         self.assertEqual([str(c) for c in reactor.getDelayedCalls() if is_loop_of(service, c)], [])
         self.assertEqual(cache.database.connections, 0)
-        self.assertFalse(any(dataset.refreshing for dataset in cache.datasets.values()))
+        self.assertFalse(any(dataset.refresh.is_running for dataset in cache.datasets.values()))
         self.server.thaw()
         await deferLater(reactor, 0.5)
         self.assertEqual({name: len(dataset.attempts) for name, dataset in cache.datasets.items()}, attempts)
@@ -235,7 +235,7 @@ class StopTests(ServiceTestCase):
         """Nothing runs, everything waits for its interval."""
         service, cache, before = await self.prepare(*(declare(f"d{i}", interval_s=3600.0) for i in range(5)))
         await self.start_and_load(service, cache)
-        await until(lambda: not any(dataset.refreshing for dataset in cache.datasets.values()))
+        await until(lambda: not any(dataset.refresh.is_running for dataset in cache.datasets.values()))
         await self.check_stop(service, cache, before)
 
     async def test_right_after_the_start(self) -> None:
@@ -263,7 +263,7 @@ class StopTests(ServiceTestCase):
         )
         service.startService()
         await self.until_busy(1)
-        self.assertEqual(service.slots.queue_depth, 4)
+        self.assertEqual(cache.database.queued(), 4)
         for name in cache.datasets:
             self.assertFalse(service.refresh_now(name))
         await self.check_stop(service, cache, before)
@@ -280,7 +280,7 @@ class StopTests(ServiceTestCase):
         """Rows are on their way."""
         service, cache, before = await self.prepare(declare("first", SLOW_THINGS), declare("second", SLOW_THINGS))
         service.startService()
-        await until(lambda: all(d.loading is not None and d.loading.count for d in cache.datasets.values()))
+        await until(lambda: all(d.refresh.progress and d.refresh.progress.rows.count for d in cache.datasets.values()))
         await self.check_stop(service, cache, before)
         self.assertEqual([dataset.snapshot for dataset in cache.datasets.values()], [None, None])
 
@@ -304,7 +304,7 @@ class StopTests(ServiceTestCase):
         service, cache, before = await self.prepare(declare("first", **slowly), declare("second", **slowly))
         service.startService()
         for dataset in cache.datasets.values():
-            await until(lambda dataset=dataset: dataset.attempts and not dataset.refreshing)
+            await until(lambda dataset=dataset: dataset.attempts and not dataset.refresh.is_running)
         await self.check_stop(service, cache, before)
 
     async def test_waiting_for_a_lock(self) -> None:

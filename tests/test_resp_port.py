@@ -22,7 +22,7 @@ from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from cacheservice.cache.cache import Cache
-from cacheservice.cache.dataset import Snapshot
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.ports import throttle
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.listen import tcp

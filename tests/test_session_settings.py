@@ -22,6 +22,7 @@ from tests.kit import pgbouncer
 from tests.kit.datasets import rows_builder
 from tests.kit.pgbouncer import running_pgbouncer
 from tests.kit.postgres import fresh_database, query
+from tests.kit.readings import read_one
 
 # One column for each setting that is pinned, by its name; the others of the test are PostgreSQL's defaults.
 RENDERED = """
@@ -101,8 +102,8 @@ class SessionSettingsTestCase(TestCase):
         database = Database(reactor, parse(dsn), 60.0, DatabaseStatus())
         self.addCleanup(database.stop)
         settings = {"name": "things", "query": sql, "key": "id", "timeout_s": 60.0, **more}
-        reading = await database.read(DatasetSettings.model_validate(settings), rows_builder)
-        self.assertGreater(reading.as_of.year, 2024)
+        reading = await read_one(database, DatasetSettings.model_validate(settings), rows_builder)
+        self.assertGreater(reading.moment.as_of.year, 2024)
         assert reading.rows is not None
         ((_, document),) = reading.rows.finish().items()
         return json.loads(document)

@@ -28,12 +28,13 @@ from twisted.trial.unittest import TestCase
 from cacheservice import __version__
 from cacheservice.base.errors import PortUnavailable, UnknownDataset
 from cacheservice.cache.counts import Histogram
-from cacheservice.cache.dataset import Attempt, Snapshot
+from cacheservice.cache.history import Attempt
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.ops.metrics import Metrics, ServedPort
 from cacheservice.ops.stall import BOUNDS_S
 from cacheservice.ports.listen import PortService, tcp, unix
 from cacheservice.ports.status import MAX_LINE_BYTES, Commands, StatusFactory, StatusProtocol
-from tests.kit.datasets import MOMENT, declared, rows_builder, rows_of
+from tests.kit.datasets import MOMENT, declared, reading, rows_builder, rows_of
 from tests.kit.http import read_to_the_end
 from tests.kit.status_port import filled_cache
 from tests.kit.waiting import GIVE_UP_S, until
@@ -162,11 +163,12 @@ class Replies(PortTestCase):
     async def test_status_while_refreshing(self) -> None:
         """The table says who reads, how far, and who waits for a connection."""
         products, prices = self.cache.dataset("products"), self.cache.dataset("prices")
-        products.refreshing = prices.refreshing = True
-        products.loading, products.expected_rows = rows_builder(), 2000
-        products.loading.add([(b"%d" % number, b"{}") for number in range(1500)])
-        _, reading, waiting = (await self.ask("status")).split("\n")
-        self.assertIn("  reading, 1,500 of 2,000 rows  ", reading)
+        rows = rows_builder()
+        rows.add([(b"%d" % number, b"{}") for number in range(1500)])
+        reading(products, rows, 2000)
+        reading(prices, None)
+        _, first, waiting = (await self.ask("status")).split("\n")
+        self.assertIn("  reading, 1,500 of 2,000 rows  ", first)
         self.assertIn("  waiting for a connection  ", waiting)
 
     async def test_status_is_a_line_a_dataset(self) -> None:
@@ -286,9 +288,8 @@ class Replies(PortTestCase):
     async def test_json_while_reading(self) -> None:
         """progress is there while a dataset is read: the rows so far, and those expected if anybody knows."""
         products = self.cache.dataset("products")
-        products.loading = rows_builder()
         for expected in (None, 7):
-            products.expected_rows = expected
+            reading(products, rows_builder(), expected)
             progress = json.loads(await self.ask("json"))["datasets"]["products"]["progress"]
             self.assertEqual(progress, {"rows": 0, "expected_rows": expected})
 

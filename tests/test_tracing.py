@@ -66,7 +66,7 @@ class TracingTests(ServiceTestCase):
         cache = await self.served(declare("things"))
         dataset = cache.dataset("things")
         await self.until_read(dataset, 1)
-        await until(lambda: dataset.outcomes["unchanged"])
+        await until(lambda: dataset.counts.outcomes["unchanged"])
         self.sql("ALTER TABLE things RENAME TO gone")
         await self.until_failed(dataset)
         told = self.attempts("things")

@@ -40,9 +40,9 @@ class UnchangedTestCase(ServiceTestCase):
 
     async def refreshed(self, service: CacheService, dataset: Dataset) -> str:
         """Refresh as a reader who wants it fresh does; returns how it was read."""
-        ended = sum(dataset.outcomes.values())
+        ended = sum(dataset.counts.outcomes.values())
         service.refresh_since("products", reactor.seconds())
-        await until(lambda: sum(dataset.outcomes.values()) > ended and not dataset.refreshing)
+        await until(lambda: sum(dataset.counts.outcomes.values()) > ended and not dataset.refresh.is_running)
         return dataset.attempts[-1].how or str(dataset.attempts[-1].error)
 
     def served(self, dataset: Dataset) -> dict[int, int]:
@@ -82,7 +82,7 @@ class Probes(UnchangedTestCase):
         _, dataset = await self.loaded(probe="SELECT 1", interval_s=0.2, full_interval_s=1.0)
         self.sql("UPDATE products SET n = 7 WHERE id = 7")
         await until(lambda: self.served(dataset) == self.held())
-        self.assertEqual(dataset.differences, 1)
+        self.assertEqual(dataset.counts.differences, 1)
         (told,) = [fields for event, fields in self.log.events if event == "delta_differences"]
         self.assertEqual(told["keys"], ["7"])
         self.assertIn("although the probe's value did not", told["error"])
@@ -138,7 +138,7 @@ class Keys(UnchangedTestCase):
         self.assertEqual(self.served(dataset)[5], 5)
         self.sql("UPDATE products SET n = 6 WHERE id = 6")
         self.assertEqual(await self.refreshed(service, dataset), "a delta of 1 key")
-        self.assertEqual((self.served(dataset)[6], dataset.outcomes["failed"]), (6, 0))
+        self.assertEqual((self.served(dataset)[6], dataset.counts.outcomes["failed"]), (6, 0))
 
 
 class Texts(UnchangedTestCase):

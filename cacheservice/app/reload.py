@@ -23,10 +23,11 @@ from cacheservice.config import ConfigFile, Settings
 from cacheservice.ops.logs import Threshold
 from cacheservice.ports.admission import Room
 from cacheservice.ports.rotation import ClientSecrets, Rotation
-from cacheservice.refresh.service import CacheService
+from cacheservice.refresh.service import CacheService, Limits
 from cacheservice.sources.postgres import target
 from cacheservice.sources.postgres.database import Database
 from cacheservice.sources.postgres.listening.listener import Listener
+from cacheservice.sources.postgres.notifications import Notifications
 
 _AT_ONCE = frozenset(
     {
@@ -74,6 +75,7 @@ class Reload:
         refresh: CacheService,
         database: Database,
         listener: Listener,
+        notifications: Notifications,
         ports: Sequence[Limited],
         room: Room,
         rotation: Rotation,
@@ -88,6 +90,7 @@ class Reload:
         self._refresh = refresh
         self._database = database
         self._listener = listener
+        self._notifications = notifications
         self._ports = ports
         self._room = room
         self._rotation = rotation
@@ -168,10 +171,9 @@ class Reload:
         parsed = target.parse(dsn.get_secret_value())
         self._database.configure(parsed, postgres.connect_timeout_s)
         self._listener.configure(parsed, postgres.connect_timeout_s)
-        self._refresh.slots.budget.share = postgres.max_load
-        self._refresh.slots.set_limit(postgres.max_connections)
+        self._refresh.set_limits(Limits(postgres.max_connections, postgres.max_load))
         datasets = self._refresh.redeclare(list(settings.datasets.values()), moved=dsn != self._dsn)
-        self._listener.listen_to(self._refresh.channels())
+        self._listener.listen_to(self._notifications.channels())
         self._dsn, self._connect_timeout_s = dsn, postgres.connect_timeout_s
         self._threshold.set(settings.log.level)
         for port in self._ports:

@@ -22,10 +22,10 @@ from cacheservice.app.reload import Reload
 from cacheservice.app.signals import Signals
 from cacheservice.base.errors import ConfigError, PortUnavailable
 from cacheservice.base.interfaces import Log, Reactor
-from cacheservice.cache.cache import Cache, ConnectionCap, DatabaseStatus
+from cacheservice.cache.cache import Cache, ConnectionCap
 from cacheservice.cache.describe import seconds
 from cacheservice.cache.drain import Drain
-from cacheservice.config import ConfigFile, PersistenceSettings, Settings
+from cacheservice.config import ConfigFile, PersistenceSettings, Settings, StatsdSettings
 from cacheservice.ops import logs
 from cacheservice.ops.metrics import Metrics, ServedPort
 from cacheservice.ops.stall import StallWatch
@@ -40,12 +40,16 @@ from cacheservice.ports.resp.commands import Commands as RespCommands
 from cacheservice.ports.resp.protocol import RespFactory
 from cacheservice.ports.rotation import ClientSecrets, Rotation
 from cacheservice.ports.status import Commands, StatusFactory
-from cacheservice.refresh.service import CacheService
+from cacheservice.refresh.refresher import Process
+from cacheservice.refresh.service import CacheService, Limits
 from cacheservice.sources.disk.store import SnapshotStore
 from cacheservice.sources.postgres import target
 from cacheservice.sources.postgres.database import Database
+from cacheservice.sources.postgres.listening.calls import Observer
 from cacheservice.sources.postgres.listening.listener import Listener
 from cacheservice.sources.postgres.listening.opening import Access
+from cacheservice.sources.postgres.notifications import Notifications
+from cacheservice.sources.postgres.pruning import Pruning
 
 _STOP_TIMEOUT_S = 4.0
 """docs/deployment.md promises that a clean stop, including the last lines of the log, takes at most 5 s."""
@@ -165,8 +169,7 @@ def make_service(
     :param reactor: its `seconds` must be monotonic. If the wall clock were set back by an hour, every timer would be an
         hour late.
     """
-    cache = Cache(settings.datasets.values(), reactor.seconds)
-    cache.configured_by(config.config_file(os.environ))
+    cache = Cache(settings.datasets.values(), reactor.seconds, config.config_file(os.environ))
     room = _make_room(settings, cache, log)
     root = CacheServiceRoot(cache, reactor, writer, log)
     parsed = target.parse(settings.postgres.dsn.get_secret_value())
@@ -185,17 +188,19 @@ def make_service(
     refresh = CacheService(
         cache,
         database,
-        settings.postgres.max_connections,
-        reactor,
-        random.random,
-        log,
-        drain,
+        Limits(settings.postgres.max_connections, settings.postgres.max_load),
+        Process(reactor, random.random, log, drain),
         store,
-        settings.postgres.max_load,
         heard_all,
     )
+    notifications = Notifications(cache, refresh.note_changed)
     listener = _listener(
-        Access(parsed, database.connector, settings.postgres.connect_timeout_s), refresh, cache.database, reactor, log
+        Access(parsed, database.connector, settings.postgres.connect_timeout_s),
+        notifications,
+        refresh,
+        cache,
+        reactor,
+        log,
     )
     ports: list[Any] = []
     rotation = Rotation(
@@ -212,6 +217,7 @@ def make_service(
         refresh,
         database,
         listener,
+        notifications,
         ports,
         room,
         rotation,
@@ -225,11 +231,11 @@ def make_service(
     held = HeldSnapshots(cache, reactor, log, settings.limits.max_old_generations, settings.limits.max_answer_s)
     metrics = Metrics(cache, stalls.lateness, served, reactor, held.superseded)
     Signals(reactor, reloader.reload, writer.reopen, log).setServiceParent(root)
-    for child in (stalls, DatabaseService(database, listener), store, refresh, listener):
+    pruning = Pruning(cache, database, reactor, log)
+    statsd = _statsd(settings.statsd, metrics, database, reactor, log)
+    for child in (stalls, DatabaseService(database, listener), store, pruning, refresh, listener, statsd):
         if child is not None:
             child.setServiceParent(root)
-    if (statsd := settings.statsd).host:
-        StatsD(metrics, statsd, database.resolve, reactor, log).setServiceParent(root)
 
     limits = settings.limits
     max_connections, accepted = room.limit(limits.max_connections), room.plan.accepted
@@ -315,9 +321,11 @@ def _make_room(settings: Settings, cache: Cache, log: Log) -> Room:
     return room
 
 
-def _listener(access: Access, refresh: CacheService, status: DatabaseStatus, reactor: Reactor, log: Log) -> Listener:
-    listener = Listener(access, observer=refresh, status=status, reactor=reactor, log=log)
-    listener.listen_to(refresh.channels())
+def _listener(
+    access: Access, notifications: Notifications, refresh: CacheService, cache: Cache, reactor: Reactor, log: Log
+) -> Listener:
+    listener = Listener(access, Observer(notifications.heard, refresh.missed), cache.database, reactor, log)
+    listener.listen_to(notifications.channels())
     return listener
 
 
@@ -327,6 +335,14 @@ def _store(
     if not settings.directory:
         return None
     return SnapshotStore(cache, settings, release=drain.add, reactor=reactor, log=log)
+
+
+def _statsd(
+    settings: StatsdSettings, metrics: Metrics, database: Database, reactor: Reactor, log: Log
+) -> StatsD | None:
+    if not settings.host:
+        return None
+    return StatsD(metrics, settings, database.resolve, reactor, log)
 
 
 def make_log(settings: Settings, arguments: Sequence[str] = ()) -> tuple[logs.LineWriter, logs.Threshold, Any]:

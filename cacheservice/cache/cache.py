@@ -103,9 +103,12 @@ class Cache:
     `rejection` describes a newer configuration that was refused. `stopping` is set once the service begins to stop.
 
     :param now: the monotonic clock, in seconds.
+    :param config_file: the configuration file that is in effect, for the status.
     """
 
-    def __init__(self, datasets: Iterable[DatasetSettings], now: Callable[[], float]) -> None:
+    def __init__(
+        self, datasets: Iterable[DatasetSettings], now: Callable[[], float], config_file: ConfigFile | None = None
+    ) -> None:
         self.events = Events()
         self._datasets = {settings.name: Dataset(settings, now, events=self.events) for settings in datasets}
         self._last_generations: dict[str, int] = {}
@@ -116,7 +119,7 @@ class Cache:
         self.now = now
         self.started_at = now()
         self.connection_cap: ConnectionCap | None = None
-        self.config_file: ConfigFile | None = None
+        self.config_file = config_file
         self._untried = set(self._datasets)
 
     @property
@@ -179,7 +182,7 @@ class Cache:
             self._untried = {
                 name
                 for name in self._untried & self._datasets.keys()
-                if not self._datasets[name].was_tried and (self._datasets[name].settings.required or not any_required)
+                if not _was_tried(self._datasets[name]) and (self._datasets[name].settings.required or not any_required)
             }
         return bool(self._untried)
 
@@ -196,6 +199,11 @@ class Cache:
         """
         required = {name: dataset for name, dataset in self._datasets.items() if dataset.settings.required}
         return {name: d.state() for name, d in required.items() if not is_readable(d.state(), d.settings.on_expired)}
+
+
+def _was_tried(dataset: Dataset) -> bool:
+    """Return whether an attempt has ended, or a saved snapshot is served."""
+    return dataset.snapshot is not None or dataset.last_ended_at is not None
 
 
 def is_readable(state: State, on_expired: Literal["serve", "refuse"]) -> bool:

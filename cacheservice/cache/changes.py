@@ -1,4 +1,4 @@
-"""Counts the differences between two results in small steps."""
+"""The differences between two results: their number, and the rows themselves if they are few."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Set
 from itertools import islice
 from typing import NamedTuple
 
+from cacheservice.cache.delta import Delta, DeltaBuilder
 from cacheservice.cache.digest import reduced, row_digest
 from cacheservice.cache.rows import Rows
 
@@ -34,7 +35,7 @@ class ChangeCount:
     """The difference of two results: iterate to the end, one step in each turn of the reactor, then read it.
 
     A step takes less than a millisecond. `digest` is the digest of the new rows if that of the old rows is known and
-    few rows differ; None otherwise.
+    few rows differ; None otherwise. `delta` has the differing rows if they are few; None otherwise.
 
     :param expected: the keys whose rows may differ. `unexpected` lists up to ten other keys whose rows differ, and
         `unexpected_count` counts them.
@@ -49,39 +50,48 @@ class ChangeCount:
         self._added = 0
         self._changed = 0
         self._digest = old.digest if old.mask == new.mask else None
+        self._delta = DeltaBuilder(old.count)
         self._digests_left = max(_MOST_DIGESTED_ROWS, int(old.count * _MOST_DIGESTED_SHARE))
 
     def __iter__(self) -> Iterator[None]:
         work = 0
         alike = self._old.mask == self._new.mask
         for place, new in enumerate(self._new.shards()):
+            old = self._old.shard(place) if alike else None
             # Most often nothing has changed, and comparing the dicts finds that at C speed.
-            if alike and len(new) <= _STEP_ROWS and self._old.shard(place) == new:
+            if old is not None and len(new) <= _STEP_ROWS and old == new:
                 work += len(new)
             else:
-                rows = iter(new.items())
-                if self._digest is not None:
-                    work += _DIGESTED * self._digest_removed(self._old.shard(place), new)
+                rows, added_before = iter(new.items()), self._added
                 while some := list(islice(rows, _SLICE_ROWS)):
                     differing = self._count(some)
                     work += _ROW_BY_ROW * len(some) + (_DIGESTED * differing if self._digest is not None else 0)
                     if work >= _STEP_ROWS:
                         yield
                         work = 0
+                if old is not None and len(old) + self._added - added_before > len(new):
+                    work += _DIGESTED * self._count_removed(old, new)
             if work >= _STEP_ROWS:
                 yield
                 work = 0
-        if self._expected is not None and self.change.removed:
+        if self.change.removed and not alike and (self._expected is not None or not self._delta.gave_up):
             yield from self._removed_ones()
 
     @property
     def digest(self) -> int | None:
         return None if self._digest is None else reduced(self._digest)
 
-    def _digest_removed(self, old: dict[bytes, bytes], new: dict[bytes, bytes]) -> int:
-        """Remove the deleted rows from the digest; return their number."""
+    @property
+    def delta(self) -> Delta | None:
+        return self._delta.finish()
+
+    def _count_removed(self, old: dict[bytes, bytes], new: dict[bytes, bytes]) -> int:
+        """Note the rows that are missing in the new shard; return their number."""
         gone = old.keys() - new.keys()
         self._digest_those([(key, old[key]) for key in gone], [])
+        self._delta.remove(gone)
+        for key in gone:
+            self._note(key)
         return len(gone)
 
     def _digest_those(self, gone: list[tuple[bytes, bytes]], come: list[tuple[bytes, bytes]]) -> None:
@@ -109,13 +119,21 @@ class ChangeCount:
             self._note(key)
         if self._digest is not None:
             self._digest_those(gone, come)
+        if come:
+            self._delta.put(come)
         return self._added + self._changed - differing
 
     def _removed_ones(self) -> Iterator[None]:
+        """Find the removed rows of results that are laid out differently."""
+        left = self.change.removed
         for keys, _ in self._old.slices(_SLICE_ROWS):
-            for key in keys:
-                if key not in self._new:
-                    self._note(key)
+            gone = [key for key in keys if key not in self._new]
+            self._delta.remove(gone)
+            for key in gone:
+                self._note(key)
+            left -= len(gone)
+            if not left:
+                return
             yield
 
     def _note(self, key: bytes) -> None:

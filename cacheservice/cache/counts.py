@@ -65,3 +65,30 @@ class Counts:
         self.save_failures = 0
         self.resp = Reads()
         self.http = Reads()
+
+    def count_attempt(self, outcome: str, took_s: float) -> None:
+        """Count an attempt that has ended."""
+        self.outcomes[outcome] += 1
+        self.durations.observe(took_s)
+
+    def count_publish(self, added: int, changed: int, removed: int) -> None:
+        """Count the rows that a publish changed."""
+        self.added += added
+        self.changed += changed
+        self.removed += removed
+
+    def count_read(self, rows: int) -> None:
+        """Count rows that came from the database."""
+        self.rows_read += rows
+
+    def count_missed(self, ticks: int) -> None:
+        """Count starts of an interval that were skipped."""
+        self.missed_ticks += ticks
+
+    def count_differences(self, rows: int) -> None:
+        """Count rows that deltas had missed."""
+        self.differences += rows
+
+    def count_save_failure(self) -> None:
+        """Count a failure to save."""
+        self.save_failures += 1

@@ -10,9 +10,10 @@ from typing import Any
 from cacheservice import __version__
 from cacheservice.base.errors import Blocker
 from cacheservice.cache.cache import Cache, DatabaseStatus
-from cacheservice.cache.dataset import Attempt, Dataset, Held
-from cacheservice.cache.history import Point
+from cacheservice.cache.dataset import Dataset
+from cacheservice.cache.history import Attempt, Point
 from cacheservice.cache.lag import Lag
+from cacheservice.cache.served import Held
 
 
 def describe(cache: Cache) -> dict[str, Any]:
@@ -61,7 +62,7 @@ def describe_dataset(dataset: Dataset) -> dict[str, Any]:
     snapshot, settings = dataset.snapshot, dataset.settings
     return {
         "state": str(dataset.state()),
-        "refreshing": dataset.refreshing,
+        "refreshing": dataset.refresh.is_running,
         "held": _held(dataset.held),
         "pinned": dataset.pinned,
         "rows": snapshot.rows.count if snapshot else 0,
@@ -74,8 +75,8 @@ def describe_dataset(dataset: Dataset) -> dict[str, Any]:
         "timeout_s": settings.timeout_s,
         "max_age_s": settings.max_age_s,
         "source": snapshot.source if snapshot else None,
-        "progress": {"rows": dataset.loading.count, "expected_rows": dataset.expected_rows}
-        if dataset.loading
+        "progress": {"rows": progress.rows.count, "expected_rows": progress.expected}
+        if (progress := dataset.refresh.progress)
         else None,
         "consecutive_failures": dataset.consecutive_failures,
         "next_refresh_in_s": _optional_seconds(dataset.next_refresh_in_s()),
@@ -83,7 +84,7 @@ def describe_dataset(dataset: Dataset) -> dict[str, Any]:
         "last_change": snapshot.change._asdict() if snapshot and snapshot.change else None,
         "standby": _lag(snapshot.lag) if snapshot and snapshot.lag.problem else None,
         "save_problem": dataset.save_problem,
-        "without_deltas_s": _optional_seconds(dataset.whole_for_s()),
+        "without_deltas_s": _optional_seconds(dataset.without_deltas_s()),
     }
 
 

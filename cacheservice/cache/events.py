@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from cacheservice.cache.delta import Delta
+from cacheservice.cache.snapshot import Snapshot
+
 
 @dataclass(frozen=True, slots=True)
 class Event:
@@ -19,10 +22,20 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Published(Event):
-    """The dataset serves another snapshot, of this generation; `previous` is the last generation before it."""
+    """The dataset serves another snapshot.
 
-    generation: int
+    :param previous: the generation that was served before, and that `delta` applies to.
+    :param delta: how the rows differ from those served before; None if that is not known, so that any row may.
+    """
+
+    snapshot: Snapshot
     previous: int
+    delta: Delta | None = None
+
+    @property
+    def generation(self) -> int:
+        """The generation that is served from now on."""
+        return self.snapshot.generation
 
 
 class Renewed(Event):

@@ -1,18 +1,46 @@
-"""The refreshes of a dataset in the last hour, in bounded memory."""
+"""The attempts to refresh a dataset: the last ones in detail, those of the last hour in bounded memory."""
 
 from __future__ import annotations
 
 import math
 from array import array
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Literal, NamedTuple
 
+from cacheservice.base.errors import Blocker
+
 Outcome = Literal["published", "unchanged", "held", "failed"]
+Trigger = Literal["interval", "notify", "retry", "manual", "start"]
+
+KEPT_ATTEMPTS = 10
 
 SPAN_S = 3600.0
 SLOT_S = 10.0
 MOST_POINTS = int(SPAN_S / SLOT_S)
 
 _BEST_FIRST: tuple[Outcome, ...] = ("unchanged", "published", "held", "failed")
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """An attempt to refresh that has ended. Times are in seconds.
+
+    `started_at` is of this machine's wall clock, for display only. `id` is in the log, and at the server in the
+    application_name of the session.
+    """
+
+    outcome: Outcome
+    trigger: Trigger
+    started_at: datetime
+    took_s: float
+    rows: int | None = None
+    error: str | None = None
+    advice: str | None = None
+    blockers: tuple[Blocker, ...] = ()
+    id: str = ""
+    how: str = ""
+    """How the rows were read, in words: "a delta of 12 keys", "all rows, because products was truncated"."""
 
 
 class Point(NamedTuple):

@@ -18,6 +18,7 @@ from itertools import chain, islice
 from zlib import crc32
 
 from cacheservice.base.errors import BadResult, ResultTooLarge
+from cacheservice.cache.delta import Delta, DeltaBuilder
 from cacheservice.cache.digest import reduced, row_digest
 
 Shards = list[dict[bytes, bytes]]
@@ -248,6 +249,12 @@ class RowsPatch:
         self._size_bytes = old.size_bytes
         self._digest = old.digest
         self._copied: dict[int, dict[bytes, bytes]] = {}
+        self._delta = DeltaBuilder(old.count)
+
+    @property
+    def delta(self) -> Delta | None:
+        """How the new rows differ; None if it would be too large."""
+        return self._delta.finish()
 
     def put(self, key: bytes, document: bytes) -> None:
         """Set the row `key` to `document`.
@@ -272,6 +279,7 @@ class RowsPatch:
         if own is None:
             own = self._copied[place] = self.old.shard(place).copy()
         own[key] = ready
+        self._delta.put(((key, ready),))
 
     def remove(self, key: bytes) -> None:
         """Remove the row `key` if it exists."""
@@ -287,6 +295,7 @@ class RowsPatch:
         if own is None:
             own = self._copied[place] = self.old.shard(place).copy()
         del own[key]
+        self._delta.remove((key,))
 
     @property
     def count(self) -> int:

@@ -180,7 +180,7 @@ _WITHOUT_DELTAS = Family(
 
 
 def _whole_for_s(dataset: Dataset) -> float:
-    return round(dataset.whole_for_s() or 0.0, 3)
+    return round(dataset.without_deltas_s() or 0.0, 3)
 
 
 GROUPS = (

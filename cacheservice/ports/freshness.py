@@ -12,8 +12,9 @@ from twisted.internet.defer import Deferred
 from cacheservice.base.errors import UnknownDataset
 from cacheservice.base.interfaces import Clock
 from cacheservice.cache.cache import DatabaseStatus, Refreshes
-from cacheservice.cache.dataset import Dataset, Snapshot
+from cacheservice.cache.dataset import Dataset
 from cacheservice.cache.events import Ended, Event, Published, Renewed
+from cacheservice.cache.snapshot import Snapshot
 
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 2.0

@@ -14,8 +14,8 @@ from typing import Generic, Protocol, TypeVar
 from cacheservice.base.interfaces import Clock, DelayedCall, Log
 from cacheservice.base.timers import is_active
 from cacheservice.cache.cache import Cache
-from cacheservice.cache.dataset import Snapshot
 from cacheservice.cache.events import Ended, Event, Published
+from cacheservice.cache.snapshot import Snapshot
 
 T = TypeVar("T")
 

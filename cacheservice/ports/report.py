@@ -13,8 +13,9 @@ from tabulate import tabulate
 
 from cacheservice import __version__
 from cacheservice.cache.cache import Cache, ConnectionCap, DatabaseStatus, Rejection
-from cacheservice.cache.dataset import Attempt, Dataset, State
+from cacheservice.cache.dataset import Dataset, State
 from cacheservice.cache.describe import describe, describe_attempt, describe_blocker, describe_dataset, in_short
+from cacheservice.cache.history import Attempt
 from cacheservice.config import ConfigFile
 
 
@@ -106,12 +107,12 @@ def _status_row(dataset: Dataset) -> list[str]:
 
 
 def _now_and_next(dataset: Dataset) -> str:
-    if dataset.loading is not None:
-        of = f" of {dataset.expected_rows:,}" if dataset.expected_rows else ""
-        return f"reading, {dataset.loading.count:,}{of} rows"
+    if (progress := dataset.refresh.progress) is not None:
+        of = f" of {progress.expected:,}" if progress.expected else ""
+        return f"reading, {progress.rows.count:,}{of} rows"
     if (behind_s := dataset.behind_s()) is not None:
         return f"waits for postgres.max_load, {duration(behind_s)} behind its interval"
-    if dataset.refreshing:
+    if dataset.refresh.is_running:
         return "waiting for a connection"
     next_in_s = dataset.next_refresh_in_s()
     return "not planned" if next_in_s is None else f"next in {duration(next_in_s)}"
@@ -149,7 +150,7 @@ def show(dataset: Dataset) -> str:
     del fields["last_attempt"]
     settings = dataset.settings
     fields |= {
-        "missed_ticks": dataset.missed_ticks,
+        "missed_ticks": dataset.counts.missed_ticks,
         "required": settings.required,
         "key": ":".join(settings.key),
         "retry_initial_s": settings.retry_initial_s,
@@ -163,7 +164,7 @@ def show(dataset: Dataset) -> str:
         "watch": ", ".join(f"{watch.table} by {':'.join(watch.key)}" for watch in settings.watch),
         "max_delta": settings.max_delta,
         "full_interval_s": settings.full_interval_s,
-        "delta_differences": dataset.differences,
+        "delta_differences": dataset.counts.differences,
         "max_rows": settings.max_rows,
         "max_bytes": settings.max_bytes,
     }
@@ -197,10 +198,11 @@ def why(dataset: Dataset, cache: Cache) -> str:
         sentences += filter(None, [listening_sentence(cache, cache.now(), dataset)])
     if dataset.settings.watch:
         sentences += _watch_sentences(dataset, cache)
-    if dataset.differences:
+    if dataset.counts.differences:
         sentences.append(
-            f"Since the start, checks have found and mended {dataset.differences:,} differing rows of which no trigger "
-            "told: the log names keys of them (delta_differences); see that all tables of the query are watched."
+            f"Since the start, checks have found and mended {dataset.counts.differences:,} differing rows of which no "
+            "trigger told: the log names keys of them (delta_differences); see that all tables of the query are "
+            "watched."
         )
     sentences += _next_sentences(dataset)
     if cache.rejection is not None:
@@ -209,10 +211,10 @@ def why(dataset: Dataset, cache: Cache) -> str:
 
 
 def _watch_sentences(dataset: Dataset, cache: Cache) -> Iterator[str]:
-    if dataset.whole_because is not None:
+    if (without := dataset.refresh.without_deltas) is not None:
         yield (
-            f"It wants deltas, and has read all rows for {duration(dataset.whole_for_s() or 0.0)}, "
-            f"because {dataset.whole_because}."
+            f"It wants deltas, and has read all rows for {duration(dataset.without_deltas_s() or 0.0)}, "
+            f"because {without.because}."
         )
     if (problem := cache.database.prune_problem) is not None:
         yield f"Old recorded changes are not deleted, so that the database fills with them: {problem}."
@@ -229,7 +231,7 @@ def listening_sentence(cache: Cache, now: float, dataset: Dataset | None = None)
         return None
     if database.listening and database.listening_proven_at is not None:
         ago = duration(now - database.listening_proven_at)
-        if dataset is not None and dataset.whole_because is not None:
+        if dataset is not None and dataset.refresh.without_deltas is not None:
             return f"Listening, proven {ago} ago, but some changes may be seen on its interval only."
         return f"PostgreSQL tells of changes at once: listening, proven {ago} ago."
     if database.listening_problem is None:
@@ -303,23 +305,24 @@ def _failure_sentences(dataset: Dataset, cache: Cache) -> Iterator[str]:
         yield f"It could not be saved: {dataset.save_problem}. A restart would begin with what was saved before."
     if dataset.accepts_next:
         yield "The next result is published whatever the gates say, because an operator accepted it."
-    if dataset.missed_ticks:
-        yield f"{times(dataset.missed_ticks).capitalize()} a start was skipped, because a refresh was still running."
+    if dataset.counts.missed_ticks:
+        skipped = times(dataset.counts.missed_ticks).capitalize()
+        yield f"{skipped} a start was skipped, because a refresh was still running."
 
 
 def _next_sentences(dataset: Dataset) -> Iterator[str]:
-    if dataset.loading is not None:
-        of = f" of about {dataset.expected_rows:,}" if dataset.expected_rows is not None else ""
-        yield f"A refresh is running now and has read {dataset.loading.count:,}{of} rows."
+    if (progress := dataset.refresh.progress) is not None:
+        of = f" of about {progress.expected:,}" if progress.expected is not None else ""
+        yield f"A refresh is running now and has read {progress.rows.count:,}{of} rows."
     elif (behind_s := dataset.behind_s()) is not None:
         yield (
             f"A refresh has been due for {duration(behind_s)} and waits, because refreshes have used what "
             f"postgres.max_load allows: its {duration(dataset.settings.interval_s)} interval is stretched by as much."
         )
-    elif dataset.refreshing:
+    elif dataset.refresh.is_running:
         yield "A refresh is due now and waits for one of the postgres.max_connections connections."
-    if dataset.last_put_off_s:
-        yield f"Its last refresh began {duration(dataset.last_put_off_s)} late, put off by postgres.max_load."
+    if dataset.refresh.put_off_s:
+        yield f"Its last refresh began {duration(dataset.refresh.put_off_s)} late, put off by postgres.max_load."
     next_in_s = dataset.next_refresh_in_s()
     if next_in_s is not None:
         yield f"The next attempt starts in {duration(next_in_s)}."

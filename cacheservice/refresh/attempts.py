@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 from cacheservice.base.interfaces import Clock
 from cacheservice.base.timers import pause
 from cacheservice.cache.changes import Change
-from cacheservice.cache.dataset import Attempt, Dataset, Snapshot, Trigger
-from cacheservice.cache.history import Outcome
+from cacheservice.cache.dataset import Dataset
+from cacheservice.cache.delta import Delta
+from cacheservice.cache.history import Attempt, Outcome, Trigger
 from cacheservice.cache.identity import why_elsewhere
 from cacheservice.cache.rows import Rows, RowsPatch
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.refresh.gates import refusal
-from cacheservice.sources.postgres.database import Reading
+from cacheservice.sources.base import AllRows, ReadResult, Unchanged
 
 _PATCHED_A_TURN = 500
 """Keys, in half a millisecond."""
@@ -50,34 +52,33 @@ class Result(NamedTuple):
 
     :param refused: why a gate holds them; None if they may be published.
     :param base: the snapshot they follow.
-    :param change: how a delta differs from `base`; None for a full read.
+    :param change: how many rows of a delta differ from `base`; None for a full read.
+    :param delta: which ones; None if that is not known, or they are many.
     """
 
     dataset: Dataset
-    reading: Reading
+    read: ReadResult
     rows: Rows
     refused: str | None
     base: Snapshot | None = None
     change: Change | None = None
+    delta: Delta | None = None
 
     @classmethod
-    async def read(cls, clock: Clock, dataset: Dataset, reading: Reading, base: Snapshot | None) -> Result:
-        """Return what a reading brought; the rows of a delta are put into those of `base`, slice by slice.
+    async def of(cls, clock: Clock, dataset: Dataset, read: ReadResult, base: Snapshot | None) -> Result:
+        """Return the rows of a read; those of a delta are put into those of `base`, slice by slice.
 
         :param clock: `IReactorTime`.
         """
-        if dataset.settings.watch and dataset.whole_because != reading.no_delta:
-            dataset.note_deltas(reading.no_delta)
-        if reading.kind == "all":
-            assert reading.rows is not None, "a full read has rows"
-            rows = reading.rows.finish()
-            dataset.counts.rows_read += rows.count
-            return cls._judged(dataset, reading, rows, base)
+        if isinstance(read, AllRows):
+            rows = read.rows.finish()
+            dataset.counts.count_read(rows.count)
+            return cls._judged(dataset, read, rows, base)
         assert base is not None, "a delta follows something"
-        settings = dataset.settings
-        dataset.counts.rows_read += len(reading.changed)
+        settings, changed = dataset.settings, {} if isinstance(read, Unchanged) else read.changed
+        dataset.counts.count_read(len(changed))
         patch = RowsPatch(base.rows, max_rows=settings.max_rows, max_bytes=settings.max_bytes)
-        for number, (key, document) in enumerate(reading.changed.items(), 1):
+        for number, (key, document) in enumerate(changed.items(), 1):
             if document is None:
                 patch.remove(key)
             else:
@@ -85,18 +86,19 @@ class Result(NamedTuple):
             if number % _PATCHED_A_TURN == 0:
                 await pause(clock)
         change = Change(patch.added, patch.changed, patch.removed)
-        return cls._judged(dataset, reading, patch.finish() if any(change) else base.rows, base, change)
+        rows = patch.finish() if any(change) else base.rows
+        return cls._judged(dataset, read, rows, base)._replace(change=change, delta=patch.delta)
 
     @classmethod
-    def _judged(
-        cls, dataset: Dataset, reading: Reading, rows: Rows, base: Snapshot | None, change: Change | None = None
-    ) -> Result:
+    def _judged(cls, dataset: Dataset, read: ReadResult, rows: Rows, base: Snapshot | None) -> Result:
         """Return a result with what the gates of its dataset hold against it."""
         served = dataset.snapshot
-        elsewhere = served is not None and served.source != "postgres" and why_elsewhere(served.server, reading.server)
+        elsewhere = (
+            served is not None and served.source != "postgres" and why_elsewhere(served.server, read.moment.server)
+        )
         comparable = None if dataset.redefined or elsewhere else served
-        refused = refusal(comparable, rows.count, reading.columns, dataset.settings)
-        return cls(dataset, reading, rows, refused, base, change)
+        refused = refusal(comparable, rows.count, read.columns, dataset.settings)
+        return cls(dataset, read, rows, refused, base)
 
     @property
     def is_held(self) -> bool:
@@ -106,9 +108,9 @@ class Result(NamedTuple):
     @property
     def how(self) -> str:
         """How the rows were read, in words."""
-        reading = self.reading
-        if reading.kind == "all":
-            return f"all rows, because {reading.because}" if reading.because else "all rows"
-        if reading.kind == "unchanged":
+        read = self.read
+        if isinstance(read, AllRows):
+            return f"all rows, because {read.because}" if read.because else "all rows"
+        if isinstance(read, Unchanged):
             return "nothing, because nothing has changed"
-        return f"a delta of {len(reading.changed):,} key{'s' if len(reading.changed) != 1 else ''}"
+        return f"a delta of {len(read.changed):,} key{'s' if len(read.changed) != 1 else ''}"

@@ -34,10 +34,14 @@ class Budget:
     """
 
     def __init__(self, share: float, clock: Clock) -> None:
-        self.share = share
+        self._share = share
         self.clock = clock
         self._ended: deque[Use] = deque()
         self._running: set[Use] = set()
+
+    def set_share(self, share: float) -> None:
+        """Limit refreshes to another share from now on."""
+        self._share = share
 
     def begin(self, expected_s: float) -> Use:
         """Count a use from now on; the caller passes the result to `end`."""
@@ -60,7 +64,7 @@ class Budget:
 
     def fits(self, expected_s: float) -> bool:
         """Return whether a use of that expected duration may begin now."""
-        return not self.share or self._excess_s(expected_s) <= _TOLERANCE_S
+        return not self._share or self._excess_s(expected_s) <= _TOLERANCE_S
 
     def fits_in_s(self, expected_s: float) -> float:
         """Return the seconds until it fits because ended uses leave the window; infinite if that never suffices."""
@@ -81,7 +85,7 @@ class Budget:
         return math.inf
 
     def _excess_s(self, expected_s: float) -> float:
-        most_s = self.share * WINDOW_S
+        most_s = self._share * WINDOW_S
         return self.used_s() + min(expected_s, most_s) - most_s
 
     def _window_start(self) -> float:

@@ -42,8 +42,3 @@ class Claim:
     def expected_s(self) -> float:
         """Return how long it will probably take."""
         return self._timetable.took_s
-
-    def put_off(self) -> None:
-        """Note that only postgres.max_load holds it back."""
-        for dataset in self._datasets:
-            dataset.put_off = True

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-from cacheservice.base.interfaces import Clock
+from cacheservice.base.interfaces import Clock, Log
 from cacheservice.base.timers import pause
 from cacheservice.cache.changes import Change, ChangeCount
-from cacheservice.cache.dataset import Snapshot
+from cacheservice.cache.delta import Delta
 from cacheservice.cache.rows import Rows
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.refresh.attempts import Result
+from cacheservice.sources.base import AllRows, Unchanged
 
 
 class Comparison(NamedTuple):
-    """What publishing a result would change of what is served; and the snapshot it is `like`, to the byte, if any."""
+    """What publishing a result would change of what is served.
+
+    :param like: the snapshot that the result equals to the byte, if any.
+    :param delta: the rows that differ from what is served; None if nothing is served, or they are many.
+    """
 
     change: Change
     like: Snapshot | None
+    delta: Delta | None
 
 
 class Comparer:
@@ -27,7 +34,7 @@ class Comparer:
     :param logs: by dataset.
     """
 
-    def __init__(self, clock: Clock, logs: dict[str, Any]) -> None:
+    def __init__(self, clock: Clock, logs: Mapping[str, Log]) -> None:
         self._clock = clock
         self._logs = logs
 
@@ -41,18 +48,18 @@ class Comparer:
 
     async def _compared(self, result: Result, served: Snapshot | None) -> Comparison:
         if served is None:
-            return Comparison(Change(result.rows.count, 0, 0), None)
-        change = await self._change(result, served)
+            return Comparison(Change(result.rows.count, 0, 0), None, None)
+        change, delta = await self._change(result, served)
         candidate = result.dataset.candidate
         # The columns of an unchanged result were not asked for.
-        columns = served.columns if result.reading.kind == "unchanged" else result.reading.columns
+        columns = served.columns if isinstance(result.read, Unchanged) else result.read.columns
         if not any(change) and served.columns == columns:
             result.rows.note_digest(served.rows.digest)
-            return Comparison(change, served)
+            return Comparison(change, served, delta)
         # Otherwise unpin would publish, and save, once more what a rollback went back from.
         if candidate is not None and candidate.columns == columns and await self._is_equal(candidate.rows, result.rows):
-            return Comparison(change, candidate)
-        return Comparison(change, None)
+            return Comparison(change, candidate, delta)
+        return Comparison(change, None, delta)
 
     async def _is_equal(self, old: Rows, new: Rows) -> bool:
         if old is new or old.count != new.count:
@@ -62,17 +69,17 @@ class Comparer:
             await pause(self._clock)
         return not any(count.change)
 
-    async def _change(self, result: Result, served: Snapshot) -> Change:
+    async def _change(self, result: Result, served: Snapshot) -> tuple[Change, Delta | None]:
         if result.change is not None and result.base is served:
-            return result.change
-        expected = result.reading.may_differ if result.change is None and result.base is served else None
+            return result.change, result.delta
+        expected = result.read.may_differ if isinstance(result.read, AllRows) and result.base is served else None
         count = ChangeCount(served.rows, result.rows, expected)
         for _ in count:
             await pause(self._clock)
         result.rows.note_digest(count.digest)
         if count.unexpected_count:
             # Deltas have missed something: what is published now is right again, and somebody has to know.
-            result.dataset.counts.differences += count.unexpected_count
+            result.dataset.counts.count_differences(count.unexpected_count)
             self._logs[result.dataset.name].error(
                 "delta_differences",
                 count=count.unexpected_count,
@@ -83,4 +90,4 @@ class Comparer:
                 else "rows changed although the probe's value did not; a probe must see deletes, and changes that are "
                 "committed later than others which began after them",
             )
-        return count.change
+        return count.change, count.delta

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from cacheservice.base.interfaces import Clock, DelayedCall, Log
 from cacheservice.base.timers import is_active
 from cacheservice.cache.dataset import Dataset, State
@@ -34,10 +36,10 @@ class ExpiryWatch:
         self.stop()
         if self._dataset.snapshot is None:
             return
-        if self._dataset.told_expired:
+        if self._dataset.refresh.logged_expired:
             if self._dataset.state() is State.EXPIRED:
                 return  # reading took longer than max_age_s
-            self._dataset.told_expired = False
+            self._note_logged(expired=False)
             self._log.info("dataset_recovered")
         age_s = self._dataset.age_s() or 0.0
         in_s = max(0.0, self._dataset.settings.max_age_s - age_s) + _MARGIN_S
@@ -47,6 +49,9 @@ class ExpiryWatch:
         if self._dataset.state() is not State.EXPIRED:
             self.published()
             return
-        self._dataset.told_expired = True
+        self._note_logged(expired=True)
         age_s = self._dataset.age_s() or 0.0
         self._log.warning("dataset_expired", age_s=seconds(age_s), max_age_s=self._dataset.settings.max_age_s)
+
+    def _note_logged(self, *, expired: bool) -> None:
+        self._dataset.note_refresh(replace(self._dataset.refresh, logged_expired=expired))

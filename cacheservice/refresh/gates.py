@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cacheservice.cache.dataset import Snapshot
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.config import DatasetSettings
 
 

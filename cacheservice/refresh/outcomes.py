@@ -5,64 +5,59 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
 
 from cacheservice.base.errors import DatabaseUnavailable, LockTimeout, LoginRefused, RefreshFailed
 from cacheservice.base.interfaces import Clock
 from cacheservice.cache.cache import DatabaseStatus
-from cacheservice.cache.dataset import Dataset, Snapshot
 from cacheservice.cache.describe import describe_blocker, seconds
 from cacheservice.cache.identity import why_elsewhere
 from cacheservice.cache.rows import Rows
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.refresh.attempts import Result, Try
 from cacheservice.refresh.comparison import Comparer, Comparison
-from cacheservice.refresh.expiry import ExpiryWatch
+from cacheservice.refresh.members import Member
+from cacheservice.refresh.statuses import Statuses
+from cacheservice.sources.base import AllRows
 
 
 class Outcomes:
     """Publishes what the attempts of a group read, from one turn of the reactor on, or records why not.
 
+    :param status: is informed of what the database answered.
     :param clock: `IReactorTime`, monotonic.
-    :param logs: by dataset.
     """
 
-    def __init__(
-        self,
-        datasets: Sequence[Dataset],
-        status: DatabaseStatus,
-        expiries: Sequence[ExpiryWatch],
-        clock: Clock,
-        logs: dict[str, Any],
-    ) -> None:
-        self._datasets = datasets
+    def __init__(self, members: Sequence[Member], statuses: Statuses, status: DatabaseStatus, clock: Clock) -> None:
+        self._members = members
+        self._statuses = statuses
         self._status = status
-        self._expiries = expiries
         self._clock = clock
-        self._logs = logs
-        self._comparer = Comparer(clock, logs)
+        self._logs = {member.dataset.name: member.log for member in members}
+        self._comparer = Comparer(clock, self._logs)
 
     async def publish(self, results: Sequence[Result], this: Try, queued_s: float) -> None:
         """Serve all results from one turn of the reactor on; keep those of pinned datasets as candidates."""
         comparisons = await self._comparer.compare(results)
         self._status.answered()
         # Again, so that a transaction that is waited for is looked for on this server, whatever was read meanwhile.
-        self._status.seen(results[0].reading.server, results[0].reading.lag)
+        moment = results[0].read.moment
+        self._status.seen(moment.server, moment.lag)
         for result, comparison in zip(results, comparisons, strict=True):
             self._publish_one(result, comparison, this, queued_s)
-        for dataset, expiry in zip(self._datasets, self._expiries, strict=True):
-            if not dataset.pinned:
-                expiry.published()
+        for member in self._members:
+            if not member.dataset.pinned:
+                member.expiry.published()
 
     def _publish_one(self, result: Result, comparison: Comparison, this: Try, queued_s: float) -> None:
         dataset, rows = result.dataset, result.rows
-        change, like = comparison
+        change, like, delta = comparison
         if like is not None and like.rows.is_laid_out_as(rows):
             rows = like.rows
-        dataset.accepts_next = False
-        took_s = self._clock.seconds() - result.reading.began_at
+        dataset.accept_next(False)
+        took_s = self._clock.seconds() - result.read.moment.began_at
         snapshot = _snapshot(result, rows, comparison)
-        if result.reading.kind == "all":
-            dataset.checked_at = self._clock.seconds()
+        if isinstance(result.read, AllRows):
+            self._statuses.checked(dataset)
         if dataset.pinned:
             self._keep(result, snapshot, this, took_s)
             return
@@ -74,7 +69,7 @@ class Outcomes:
             dataset.attempted(this.ended("unchanged", took_s, rows.count, how=result.how))
             log.info("refresh_unchanged", **this.fields(), generation=served.generation, **fields)
             return
-        dataset.publish(snapshot)
+        dataset.publish(snapshot, delta)
         dataset.attempted(this.ended("published", took_s, rows.count, how=result.how))
         log.info(
             "refresh_published",
@@ -101,10 +96,10 @@ class Outcomes:
         self._status.answered()
         self.withdraw_what_is_elsewhere()
         (first, why_first), *_ = [(r.dataset.name, r.refused) for r in results if r.refused]
-        for dataset, reading, rows, refused, *_ in results:
-            dataset.accepts_next = False
+        for dataset, read, rows, refused, *_ in results:
+            dataset.accept_next(False)
             reason = refused or f"is of one group with {first}, whose result {why_first}"
-            took_s = self._clock.seconds() - reading.began_at
+            took_s = self._clock.seconds() - read.moment.began_at
             dataset.hold(reason, rows.count, datetime.now(UTC))
             advice = (
                 f"if the result is right, say 'accept {dataset.name if refused else first}' on the admin socket, "
@@ -126,9 +121,9 @@ class Outcomes:
             self._status.failed(str(error), login_refused=isinstance(error, LoginRefused))
         else:
             self._status.answered()
-        for dataset in self._datasets:
+        for dataset, log, _ in self._members:
             dataset.attempted(this.ended("failed", took_s, None, str(error), advice=error.advice, blockers=blockers))
-            self._logs[dataset.name].warning(
+            log.warning(
                 "refresh_failed",
                 **this.fields(),
                 error=str(error),
@@ -140,32 +135,30 @@ class Outcomes:
 
     def withdraw_what_is_elsewhere(self) -> None:
         """Stop serving what was saved from another database, once this one is reached."""
-        for dataset in self._datasets:
+        for dataset, log, _ in self._members:
             served = dataset.snapshot
             if served is None or served.source == "postgres":
                 continue
             reason = why_elsewhere(served.server, self._status.server)
             if reason is not None:
                 dataset.withdraw()
-                self._logs[dataset.name].error(
-                    "snapshot_withdrawn", error=f"the saved snapshot is not served any more: {reason}"
-                )
+                log.error("snapshot_withdrawn", error=f"the saved snapshot is not served any more: {reason}")
 
 
 def _snapshot(result: Result, rows: Rows, comparison: Comparison) -> Snapshot:
-    reading, (change, like) = result.reading, comparison
+    read, moment, (change, like, _) = result.read, result.read.moment, comparison
     return Snapshot(
         result.dataset.next_generation(),
         rows,
-        reading.as_of,
-        reading.read_at,
-        reading.database_snapshot,
-        reading.columns,
+        moment.as_of,
+        moment.read_at,
+        moment.database_snapshot,
+        read.columns,
         change=change,
-        watch_state=reading.watch_state,
-        probe=reading.probe,
-        server=reading.server,
-        lag=reading.lag,
+        watch_state=read.watch_state,
+        probe=read.probe,
+        server=moment.server,
+        lag=moment.lag,
         content_since=like.modified_as_of if like is not None else None,
-        dependencies=reading.dependencies,
+        dependencies=read.dependencies,
     )

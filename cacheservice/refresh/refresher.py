@@ -7,58 +7,56 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from twisted.internet.defer import CancelledError, Deferred
 
 from cacheservice.base.errors import RefreshFailed, Stopped, let_go
 from cacheservice.base.interfaces import Clock, Log
 from cacheservice.cache.cache import DatabaseStatus
-from cacheservice.cache.dataset import Dataset, Snapshot, rows_builder
-from cacheservice.cache.rows import Groups, RowsBuilder
+from cacheservice.cache.dataset import Dataset
+from cacheservice.cache.drain import Drain
+from cacheservice.cache.rows import RowsBuilder
+from cacheservice.cache.snapshot import Snapshot, rows_builder
 from cacheservice.refresh.attempts import Result, Try
 from cacheservice.refresh.claim import Claim
-from cacheservice.refresh.expiry import ExpiryWatch
+from cacheservice.refresh.members import members_of
 from cacheservice.refresh.notified import NotifiedKeys
 from cacheservice.refresh.operator import Operator
 from cacheservice.refresh.outcomes import Outcomes
-from cacheservice.refresh.plan import plan
 from cacheservice.refresh.slots import Slots
 from cacheservice.refresh.starts import Starts
+from cacheservice.refresh.statuses import Statuses
 from cacheservice.refresh.timetable import Due, Notifiable, Timetable
-from cacheservice.sources.postgres.database import Reading, Wanted
-from cacheservice.sources.postgres.recorded import Recorded
+from cacheservice.sources.base import AllRows, ReadPlan, ReadResult, Source
+from cacheservice.sources.plan import plan
 
 
-class Reads(Protocol):
-    """What a refresh asks of the database: ``cacheservice.sources.postgres.database.Database``."""
+class Process(NamedTuple):
+    """What the refreshes use of the process that they run in.
 
-    def read_together(self, wanted: Sequence[Wanted]) -> Deferred[list[Reading]]: ...
-
-    def prune(self, keep_s: float, timeout_s: float) -> Deferred[int]: ...
-
-    def recorded(self, timeout_s: float) -> Deferred[Recorded]: ...
-
-    def end_kept(self) -> None: ...
-
-
-class Means(NamedTuple):
-    """What all refreshers share.
-
-    :param release: takes over the rows that nobody needs any more.
     :param clock: `IReactorTime`, monotonic.
     :param random: returns a number from 0 to 1.
+    :param drain: frees dropped rows; it is stopped with the refreshes.
+    """
+
+    clock: Clock
+    random: Callable[[], float]
+    log: Log
+    drain: Drain
+
+
+class Shared(NamedTuple):
+    """What all refreshers share.
+
     :param heard_all: waits until every notification that was sent before this call has been heard; False if that
         cannot be known.
     """
 
-    database: Reads
+    process: Process
+    source: Source
     status: DatabaseStatus
     slots: Slots
-    release: Callable[[Groups], None]
-    clock: Clock
-    random: Callable[[], float]
-    log: Log
     heard_all: Callable[[], Awaitable[bool]] | None = None
 
 
@@ -70,18 +68,18 @@ class Refresher:
     tried again with backoff, never past the next start.
     """
 
-    def __init__(self, datasets: Sequence[Dataset], means: Means) -> None:
+    def __init__(self, datasets: Sequence[Dataset], shared: Shared) -> None:
         self.datasets = tuple(datasets)
-        self._means = means
-        self._clock = means.clock
-        self._logs = {dataset.name: means.log.bind(dataset=dataset.name) for dataset in datasets}
-        self._expiries = [ExpiryWatch(dataset, means.clock, self._logs[dataset.name]) for dataset in datasets]
-        self._outcomes = Outcomes(self.datasets, means.status, self._expiries, means.clock, self._logs)
-        self.operator = Operator(self.datasets, self._expiries, self._logs)
+        self._shared = shared
+        self._clock = shared.process.clock
+        self._members = members_of(datasets, shared.process.clock, shared.process.log)
+        self._statuses = Statuses(self.datasets, shared.process.clock)
+        self._outcomes = Outcomes(self._members, self._statuses, shared.status, shared.process.clock)
+        self.operator = Operator(self._members)
         self._notified = NotifiedKeys()
-        self._timetable = Timetable(datasets[0].settings, means.random)
+        self._timetable = Timetable(datasets[0].settings, shared.process.random)
         self._claim = Claim(self.datasets, self._timetable)
-        self._starts = Starts(means.clock, self._loop_started, self._tick, self._wake)
+        self._starts = Starts(shared.process.clock, self._loop_started, self._tick, self._wake)
         self._running: Deferred[None] | None = None
         self._whole_is_due = False  # an operator asked for a full read, and none has succeeded since
         self._stopping = False
@@ -90,12 +88,10 @@ class Refresher:
 
     def start(self) -> None:
         """Load now, and then at every start of an interval."""
-        for expiry in self._expiries:
-            expiry.published()  # what was restored, or is served from before
+        for member in self._members:
+            member.expiry.published()  # what was restored, or is served from before
         now = self._clock.seconds()
-        for dataset in self.datasets:
-            if dataset.snapshot is not None:
-                dataset.checked_at = dataset.checked_at or now
+        self._statuses.started()
         due = self._timetable.start(now)
         self._begin_loop()
         self._begin(due)
@@ -103,14 +99,14 @@ class Refresher:
     def settings_changed(self) -> None:
         """Apply changed settings. A running attempt keeps the old ones."""
         if not self._timetable.is_new:
-            for expiry in self._expiries:
-                expiry.published()
+            for member in self._members:
+                member.expiry.published()
         planned_at = self._timetable.settings_changed(self.datasets[0].settings, self._clock.seconds())
         if planned_at is None:
             return
         self._begin_loop()
         self._arm()
-        self._note_planned(planned_at)
+        self._statuses.planned(planned_at)
 
     def stop(self) -> Deferred[None]:
         """Start nothing more and end what runs; fires when it has. May be called again."""
@@ -160,7 +156,7 @@ class Refresher:
     def _hurry(self) -> None:
         """Hold what runs back no more for postgres.max_load, because somebody waits for it."""
         if self._claim.await_it():
-            self._means.slots.grant()
+            self._shared.slots.grant()
 
     # Starts
 
@@ -172,11 +168,11 @@ class Refresher:
 
     def _tick(self, due: int) -> None:
         started = self._timetable.interval_began()
-        for dataset in self.datasets:
+        for dataset, log, _ in self._members:
             # Those that came while the reactor was held, and this one.
-            dataset.counts.missed_ticks += due - 1 + (started is None)
+            dataset.counts.count_missed(due - 1 + (started is None))
             if started is None:
-                self._logs[dataset.name].debug("interval_skipped", missed_ticks=dataset.missed_ticks)
+                log.debug("interval_skipped", missed_ticks=dataset.counts.missed_ticks)
         self._begin_if(started)
 
     def _arm(self) -> None:
@@ -189,16 +185,12 @@ class Refresher:
 
     def _forget_plans(self) -> None:
         self._starts.stop()
-        for expiry in self._expiries:
-            expiry.stop()
-        self._note_planned(None)
-
-    def _note_planned(self, next_refresh_at: float | None) -> None:
-        for dataset in self.datasets:
-            dataset.next_refresh_at = next_refresh_at
+        for member in self._members:
+            member.expiry.stop()
+        self._statuses.planned(None)
 
     def _notifiable(self) -> Notifiable:
-        since = [dataset.whole_since for dataset in self.datasets if dataset.whole_since is not None]
+        since = [each.refresh.without_deltas.since for each in self.datasets if each.refresh.without_deltas is not None]
         may_burst = any(dataset.settings.notify for dataset in self.datasets)
         return Notifiable(may_burst, min(since, default=None))
 
@@ -210,12 +202,10 @@ class Refresher:
 
     def _begin(self, due: Due) -> None:
         now = self._clock.seconds()
-        self._note_planned(self._timetable.began(now))
+        self._statuses.planned(self._timetable.began(now))
         self._arm()
         self._claim.begin(is_awaited=due.trigger == "manual")
-        for dataset in self.datasets:
-            dataset.refreshing = True
-            dataset.due_at = now
+        self._statuses.waiting()
         running = Deferred.fromCoroutine(self._attempt(due))
         if running.called:
             self._ended(None)
@@ -225,8 +215,7 @@ class Refresher:
 
     def _ended(self, _: object) -> None:
         self._running = None
-        for dataset in self.datasets:
-            dataset.refreshing = dataset.put_off = False
+        self._statuses.idle()
         due = self._timetable.ended(self._clock.seconds(), self._notifiable())
         if not self._stopping:
             self._begin_if(due)
@@ -238,34 +227,34 @@ class Refresher:
         whole = self._whole_is_due = due.whole or self._whole_is_due
         asked_at = began_at = self._clock.seconds()
         this = Try.new(due.trigger)
-        readings: list[Reading] = []
+        found: list[ReadResult] = []
         bases: list[Snapshot | None] = []
 
-        def read() -> Deferred[list[Reading]]:
+        def read() -> Deferred[list[ReadResult]]:
             nonlocal began_at, this
             began_at = self._clock.seconds()
             self._timetable.got_slot(began_at)
             this = this.begins_now()
-            for dataset in self.datasets:
-                dataset.last_put_off_s = dataset.behind_s() or 0.0
-                dataset.put_off = False
+            self._statuses.reading()
             bases[:] = [dataset.newest() for dataset in self.datasets]
-            wanted = [self._wanted(*each, this, whole) for each in zip(self.datasets, bases, strict=True)]
-            return self._means.database.read_together(wanted).addBoth(self._note_read_and_passthrough)
+            plans = [self._read_plan(*each, this, whole) for each in zip(self.datasets, bases, strict=True)]
+            return self._shared.source.read(plans).addBoth(self._note_read_and_passthrough)
 
         try:
-            readings = await self._means.slots.run(
+            found = await self._shared.slots.run(
                 self._claim.need,
                 self._claim.is_failing,
                 read,
                 urgent=self._claim.is_urgent,
                 expected_s=self._claim.expected_s,
-                put_off=self._claim.put_off,
+                put_off=self._statuses.put_off,
             )
             if self._stopping:  # they came in spite of it, and may be of a query that is not declared any more
                 raise Stopped("the refreshes were stopped")
-            read_of = zip(self.datasets, readings, bases, strict=True)
-            results = [await Result.read(self._clock, *each) for each in read_of]
+            for dataset, each in zip(self.datasets, found, strict=True):
+                self._statuses.deltas(dataset, each.no_delta)
+            read_of = zip(self.datasets, found, bases, strict=True)
+            results = [await Result.of(self._clock, *each) for each in read_of]
             if any(result.is_held for result in results):
                 self._lose_keys()  # those that were named are not served yet; triggers keep theirs
                 self._outcomes.hold(results, this)
@@ -273,25 +262,24 @@ class Refresher:
                 await self._outcomes.publish(results, this, began_at - asked_at)
             self._whole_is_due = False
         except (Stopped, CancelledError) as error:
-            for log in self._logs.values():
-                log.debug("refresh_cancelled", **this.fields())
+            for member in self._members:
+                member.log.debug("refresh_cancelled", **this.fields())
             let_go(error)
         except RefreshFailed as error:
             self._fail(error, this, self._clock.seconds() - began_at)
             let_go(error)
         except Exception as error:
             # A bug. Log the traceback and count it as a failed refresh; the loop continues.
-            for log in self._logs.values():
-                log.error("refresh_broke", **this.fields(), exc_info=True)
+            for member in self._members:
+                member.log.error("refresh_broke", **this.fields(), exc_info=True)
             ours = RefreshFailed(f"an internal error, {type(error).__name__}; its traceback is in the log")
             self._fail(ours, this, self._clock.seconds() - began_at)
             let_go(error)
         finally:
-            for dataset in self.datasets:
-                dataset.loading = dataset.expected_rows = None
-            for reading in readings:
-                if reading.rows is not None:
-                    reading.rows.discard()
+            self._statuses.loaded()
+            for each in found:
+                if isinstance(each, AllRows):
+                    each.rows.discard()
             bases.clear()  # an error keeps this call, which cannot be cleared while it runs
 
     def _note_read_and_passthrough(self, result: Any) -> Any:
@@ -306,25 +294,28 @@ class Refresher:
         self._outcomes.withdraw_what_is_elsewhere()
         now = self._clock.seconds()
         next_at = self._timetable.failed(now, self.datasets[0].consecutive_failures)
-        self._note_planned(next_at)
+        self._statuses.planned(next_at)
         self._outcomes.fail(error, this, took_s, next_at - now)
 
-    def _wanted(self, dataset: Dataset, base: Snapshot | None, this: Try, whole: bool) -> Wanted:
+    def _read_plan(self, dataset: Dataset, base: Snapshot | None, this: Try, whole: bool) -> ReadPlan:
         settings, clock = dataset.settings, self._clock
         keys = self._notified.take(dataset.name)
-        is_due = dataset.checked_at is not None and clock.seconds() - dataset.checked_at >= settings.full_interval_s
+        checked_at = dataset.refresh.checked_at
+        is_due = checked_at is not None and clock.seconds() - checked_at >= settings.full_interval_s
         planned = plan(settings, base, keys, this.trigger, whole=whole, check_is_due=is_due)
-        dataset.expected_rows = base.rows.count if base else None
-        heard_all = self._means.heard_all
+        heard_all = self._shared.heard_all
 
         def build() -> RowsBuilder:
-            dataset.loading = builder = rows_builder(settings, self._means.release)
+            builder = rows_builder(settings, self._shared.process.drain.add)
+            self._statuses.loading(dataset, builder, base.rows.count if base else None)
             if base is not None:
                 builder.expect(base.rows.count)
             return builder
 
         def expect(rows: int) -> None:
-            dataset.expected_rows = rows
+            progress = dataset.refresh.progress
+            assert progress is not None, "the builder was made before"
+            self._statuses.loading(dataset, progress.rows, rows)
 
         async def keys_by_now() -> frozenset[str] | None:
             # The transaction sees what was sent before it began, and perhaps not what is heard meanwhile. So these keys
@@ -334,7 +325,7 @@ class Refresher:
             more = self._notified.since(dataset.name)
             return None if more is None else keys | more
 
-        return Wanted(
+        return ReadPlan(
             settings,
             build,
             # The planner's estimate is asked for only where there is no better one.

@@ -2,50 +2,45 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from twisted.application.service import Service
 from twisted.internet.defer import CancelledError, Deferred, DeferredList
 from twisted.python.failure import Failure
 
-from cacheservice.base.errors import CacheServiceError, NothingToRollBackTo, RefreshFailed, Stopped, UnknownDataset
-from cacheservice.base.interfaces import Clock, DelayedCall, Log
-from cacheservice.base.timers import is_active, looping
+from cacheservice.base.errors import CacheServiceError, NothingToRollBackTo, Stopped, UnknownDataset
 from cacheservice.cache.cache import Cache, Declared
 from cacheservice.cache.dataset import Dataset
-from cacheservice.cache.drain import Drain
-from cacheservice.config import OWN_CHANNEL, DatasetSettings, groups
+from cacheservice.config import DatasetSettings, groups
 from cacheservice.refresh.budget import Budget
+from cacheservice.refresh.bursts import Bursts
 from cacheservice.refresh.history import History
-from cacheservice.refresh.pruning import CHANGES_KEPT_S, kept_because
-from cacheservice.refresh.refresher import Means, Reads, Refresher
+from cacheservice.refresh.refresher import Process, Refresher, Shared
 from cacheservice.refresh.restore import restore
 from cacheservice.refresh.slots import Slots
-from cacheservice.sources.postgres.database import PRUNED_A_CALL
-from cacheservice.sources.postgres.deltas import watched_ids
-from cacheservice.sources.postgres.recorded import Recorded
+from cacheservice.sources.base import Source
 
-_BURST = 100
-"""This many notifications in a row are a burst: a transaction that sends thousands."""
-_BURST_PAUSE_S = 0.005
-_LONGEST_BURST_S = 0.1
-_PRUNE_INTERVAL_S = 60.0
-_PRUNE_TIMEOUT_S = 10.0
+
+class Limits(NamedTuple):
+    """What all refreshes together may use of the database.
+
+    :param max_connections: the most refreshes at once.
+    :param max_load: share of one connection's time that refreshes may use; 0 for no limit.
+    """
+
+    max_connections: int
+    max_load: float = 0.0
 
 
 class CacheService(Service):
-    """Refreshes the datasets of `cache` from `database`.
+    """Refreshes the datasets of `cache` from `source`.
 
-    Each dataset or group has a LoopingCall. At most `max_connections` refreshes run at once.
+    Each dataset or group has a LoopingCall.
 
-    :param clock: `IReactorTime`, monotonic.
-    :param random: returns a number from 0 to 1.
-    :param drain: frees dropped rows; it is stopped with this service.
     :param history: the saved snapshots, for a warm start and for rollbacks.
-    :param max_load: share of one connection's time that refreshes may use; 0 for no limit.
-    :param heard_all: waits until `heard` got every notification sent before the call; False if that is not known.
+    :param heard_all: waits until `note_changed` was called for every notification sent before; False if that is not
+        known.
     """
 
     name = "refresh"
@@ -53,31 +48,21 @@ class CacheService(Service):
     def __init__(
         self,
         cache: Cache,
-        database: Reads,
-        max_connections: int,
-        clock: Clock,
-        random: Callable[[], float],
-        log: Log,
-        drain: Drain,
+        source: Source,
+        limits: Limits,
+        process: Process,
         history: History | None = None,
-        max_load: float = 0.0,
         heard_all: Callable[[], Awaitable[bool]] | None = None,
     ) -> None:
-        self.slots = Slots(max_connections, self._any_healthy, Budget(max_load, clock))
-        cache.database.queued = lambda: self.slots.queue_depth
+        self._slots = Slots(limits.max_connections, self._any_healthy, Budget(limits.max_load, process.clock))
+        cache.database.queued = lambda: self._slots.queue_depth
         self._cache = cache
-        self._database = database
-        self._clock = clock
-        self._drain = drain
         self._history = history
-        self._log = log
-        self._means = Means(database, cache.database, self.slots, drain.add, clock, random, log, heard_all)
+        self._process = process
+        self._shared = Shared(process, source, cache.database, self._slots, heard_all)
         self._stopping = False
-        self._told: set[Refresher] = set()
-        self._burst = 0
-        self._burst_began_at = 0.0
-        self._burst_timer: DelayedCall | None = None
-        self._pruning = looping(clock, lambda: self._run(self._prune()))
+        self._changed: set[Refresher] = set()
+        self._bursts = Bursts(process.clock, self._notify)
         self._under_way: set[Deferred[None]] = set()
         self._refreshers: dict[str, Refresher] = {}
         self._ending: set[Refresher] = set()
@@ -85,16 +70,15 @@ class CacheService(Service):
             self._add([cache.dataset(settings.name) for settings in group])
 
     def _add(self, members: Sequence[Dataset]) -> Refresher:
-        refresher = Refresher(members, self._means)
+        refresher = Refresher(members, self._shared)
         if any(dataset.pinned for dataset in members):
             for dataset in members:  # one of them joined a group, and a pin is of the whole group
-                dataset.pinned = dataset.snapshot is not None
+                dataset.pin() if dataset.snapshot is not None else dataset.unpin()
         self._refreshers |= {dataset.name: refresher for dataset in members}
         return refresher
 
     def startService(self) -> None:
         super().startService()
-        self._pruning.start(_PRUNE_INTERVAL_S, now=False)
         self._start(self._each_once())
 
     def _start(self, refreshers: Iterable[Refresher]) -> None:
@@ -110,43 +94,29 @@ class CacheService(Service):
 
     async def _start_warm(self, history: History, refreshers: Sequence[Refresher]) -> None:
         # Saved snapshots come first, so that readers have them before the database is asked.
-        await restore(history, self._cache, self._clock, self._log)
+        await restore(history, self._cache, self._process.clock, self._process.log)
         for refresher in self._still_there(refreshers):
             refresher.start()
 
-    def channels(self) -> set[str]:
-        """Return the LISTEN channels of the datasets, and the service's own channel if a table is watched."""
-        declared = [dataset.settings for dataset in self._cache.datasets.values()]
-        named = {settings.notify for settings in declared if settings.notify}
-        return named | {OWN_CHANNEL} if any(settings.watch for settings in declared) else named
+    def set_limits(self, limits: Limits) -> None:
+        """Apply changed limits. Running attempts continue."""
+        self._slots.budget.set_share(limits.max_load)
+        self._slots.set_limit(limits.max_connections)
 
-    def heard(self, channel: str, payload: str) -> None:
-        """Note a notification."""
-        for name, dataset in self._cache.datasets.items():
-            if channel == OWN_CHANNEL and dataset.settings.watch and self._is_watched(dataset, payload):
-                self._changed(name, ())  # the triggers have recorded which rows
-            elif channel == dataset.settings.notify:
-                self._changed(name, _keys_of(payload))
+    def note_changed(self, name: str, keys: Sequence[str] | None) -> None:
+        """Refresh a dataset once the burst of notifications is over.
 
-    def _changed(self, name: str, keys: Sequence[str] | None) -> None:
-        """Refresh once the burst of notifications is over, because an attempt within it would see only a part."""
+        :param keys: of the changed rows; None for any row, empty if the source finds the rows by itself.
+        """
         refresher = self._refreshers[name]
         refresher.note_changed(name, keys)
-        if not self._told:
-            self._burst, self._burst_began_at = 0, self._clock.seconds()
-            self._burst_timer = self._clock.callLater(0, self._notify, 0)
-        self._told.add(refresher)
-        self._burst += 1
+        self._changed.add(refresher)
+        self._bursts.heard()
 
-    def _notify(self, heard_before: int) -> None:
-        more = self._burst - heard_before
-        is_long = self._clock.seconds() - self._burst_began_at > _LONGEST_BURST_S
-        if self._burst >= _BURST and more and not is_long:
-            self._burst_timer = self._clock.callLater(_BURST_PAUSE_S, self._notify, self._burst)
-            return
-        told, self._told = self._told, set()
+    def _notify(self) -> None:
+        changed, self._changed = self._changed, set()
         for refresher in self._each_once():
-            if refresher in told:
+            if refresher in changed:
                 refresher.notified()
 
     def missed(self) -> None:
@@ -157,48 +127,6 @@ class CacheService(Service):
         for refresher in self._each_once():
             if any(dataset.settings.watch or dataset.settings.notify for dataset in refresher.datasets):
                 refresher.notified(at_once=True)
-
-    def _is_watched(self, dataset: Dataset, payload: str) -> bool:
-        """Return whether the payload "changed 7" may be of a table that the dataset watches."""
-        newest = dataset.newest()
-        word, _, number = payload.partition(" ")
-        if word != "changed" or not number.isdecimal() or newest is None or not newest.watch_state:
-            return True
-        known = watched_ids(newest.watch_state)
-        # The state does not contain watches with a problem, and the payload may be of one of these.
-        return int(number) in known or len(known) < len(dataset.settings.watch)
-
-    async def _prune(self) -> None:
-        """Delete recorded changes that are not needed any more. A failure does not end the loop."""
-        if not any(dataset.settings.watch for dataset in self._cache.datasets.values()):
-            return
-        database = self._cache.database
-        can_delete = database.server is None or not database.server.in_recovery
-        total, until = 0, self._clock.seconds() + _PRUNE_INTERVAL_S / 2
-        try:
-            while can_delete:
-                deleted = await self._database.prune(CHANGES_KEPT_S, _PRUNE_TIMEOUT_S)
-                total += deleted
-                if deleted < PRUNED_A_CALL or self._clock.seconds() >= until:
-                    break
-            recorded = await self._database.recorded(_PRUNE_TIMEOUT_S)
-        except RefreshFailed as error:
-            self._pruned(str(error), total, None)
-        else:
-            self._pruned(kept_because(recorded, database.lag.seconds), total, recorded)
-
-    def _pruned(self, problem: str | None, deleted: int, recorded: Recorded | None) -> None:
-        database = self._cache.database
-        is_new = problem != database.prune_problem
-        count, oldest_s = (recorded.kept, recorded.oldest_s or 0.0) if recorded is not None else (None, None)
-        if recorded is not None and not recorded.may_ask:
-            oldest_s = None
-        database.pruned(problem, count, oldest_s)
-        if problem is None:
-            self._log.debug("changes_pruned", rows=deleted, kept=count)
-        else:
-            level = "warning" if is_new else "debug"
-            getattr(self._log, level)("changes_not_pruned", error=problem, kept=count, oldest_s=oldest_s)
 
     def redeclare(self, declared: Sequence[DatasetSettings], *, moved: bool = False) -> Declared:
         """Replace the declared datasets; unchanged datasets are not disturbed.
@@ -258,22 +186,19 @@ class CacheService(Service):
     def _ran(self, result: object, running: Deferred[None]) -> None:
         self._under_way.discard(running)
         if isinstance(result, Failure) and not result.check(CancelledError):
-            self._log.error("internal_error", error=result.getErrorMessage(), traceback=result.getTraceback())
+            self._process.log.error("internal_error", error=result.getErrorMessage(), traceback=result.getTraceback())
 
     def stopService(self) -> Deferred[Any]:
         """Start nothing more and end running attempts; fires when no session is left."""
         super().stopService()
         self._stopping = True
-        if self._pruning.running:
-            self._pruning.stop()
-        if is_active(self._burst_timer):
-            self._burst_timer.cancel()
+        self._bursts.stop()
         for running in list(self._under_way):
             running.cancel()
-        self.slots.stop()
+        self._slots.stop()
         stopped = DeferredList([refresher.stop() for refresher in {*self._each_once(), *self._ending}])
-        stopped.addBoth(lambda _: self._database.end_kept())
-        return stopped.addBoth(lambda _: self._drain.stop())
+        stopped.addBoth(lambda _: self._shared.source.end_kept())
+        return stopped.addBoth(lambda _: self._process.drain.stop())
 
     def refresh_now(self, name: str) -> bool:
         """``cacheservice.cache.cache.Refreshes``."""
@@ -281,7 +206,7 @@ class CacheService(Service):
 
     def accept_next(self, name: str) -> None:
         """``cacheservice.cache.cache.Refreshes``."""
-        self._cache.dataset(name).accepts_next = True
+        self._cache.dataset(name).accept_next()
 
     def pin(self, name: str) -> list[str]:
         """``cacheservice.cache.cache.Refreshes``."""
@@ -318,7 +243,7 @@ class CacheService(Service):
                 if refresher is not self._refreshers.get(dataset.name):
                     raise NothingToRollBackTo(f"{dataset.name} is not declared any more as it was then")
             except CacheServiceError as error:
-                self._log.warning("rollback_failed", dataset=dataset.name, to=generation, error=str(error))
+                self._process.log.warning("rollback_failed", dataset=dataset.name, to=generation, error=str(error))
                 return
         refresher.operator.roll_back(saved)
 
@@ -339,14 +264,3 @@ class CacheService(Service):
 
     def _any_healthy(self) -> bool:
         return any(dataset.consecutive_failures == 0 for dataset in self._cache.datasets.values())
-
-
-def _keys_of(payload: str) -> list[str] | None:
-    """Return the keys of a payload that is a JSON list of keys; None, which means any row, for other payloads."""
-    try:
-        keys = json.loads(payload)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(keys, list) or not all(isinstance(key, str | int) and not isinstance(key, bool) for key in keys):
-        return None
-    return [str(key) for key in keys]

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from cacheservice.base.backoff import full_jitter
-from cacheservice.cache.dataset import Trigger
+from cacheservice.cache.history import Trigger
 from cacheservice.config import DatasetSettings, timing
 
 CALM_S = 0.02

@@ -12,14 +12,16 @@ from twisted.internet.defer import Deferred
 from twisted.trial.unittest import TestCase
 
 from cacheservice.cache.cache import DatabaseStatus
-from cacheservice.cache.dataset import Snapshot
 from cacheservice.cache.rows import RowsBuilder
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.config import DatasetSettings
-from cacheservice.sources.postgres.database import Database, Reading
+from cacheservice.sources.base import AllRows, ReadResult
+from cacheservice.sources.postgres.database import Database
 from cacheservice.sources.postgres.target import parse
 from tests.kit.datasets import rows_builder, rows_of
 from tests.kit.postgres import fresh_database, query, sessions_left
+from tests.kit.readings import read_one
 
 TIMEOUT_S = 60.0
 
@@ -59,9 +61,9 @@ class DatabaseTestCase(TestCase):
         database: Database | None = None,
         timeout_s: float = TIMEOUT_S,
         expect: Callable[[int], None] | None = None,
-    ) -> Deferred[Reading]:
+    ) -> Deferred[ReadResult]:
         settings = DatasetSettings(name="things", query=sql, key=key or ("id",), timeout_s=timeout_s)
-        return (database or self.database).read(settings, lambda: builder, expect)
+        return read_one(database or self.database, settings, lambda: builder, expect=expect)
 
     async def rows(self, sql: str, *key: str, **options: Any) -> dict[bytes, bytes]:
         builder = rows_builder()
@@ -81,18 +83,18 @@ class DatabaseTestCase(TestCase):
         return failure
 
 
-def snapshot_of_reading(reading: Reading, since: Snapshot | None) -> Snapshot:
+def snapshot_of_reading(reading: ReadResult, since: Snapshot | None) -> Snapshot:
     """Make what a read would publish; `since` has the rows that it did not read."""
-    rows = since.rows if since is not None and reading.rows is None else rows_of({})
+    rows = since.rows if since is not None else rows_of({})
     return Snapshot(
         1,
-        rows if reading.rows is None else reading.rows.finish(),
-        reading.as_of,
-        reading.read_at,
-        reading.database_snapshot,
+        reading.rows.finish() if isinstance(reading, AllRows) else rows,
+        reading.moment.as_of,
+        reading.moment.read_at,
+        reading.moment.database_snapshot,
         reading.columns,
         watch_state=reading.watch_state,
         probe=reading.probe,
-        server=reading.server,
+        server=reading.moment.server,
         dependencies=reading.dependencies,
     )

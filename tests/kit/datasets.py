@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from cacheservice.cache.dataset import Snapshot
+from cacheservice.cache.dataset import Dataset
+from cacheservice.cache.refresh_status import Phase, Progress
 from cacheservice.cache.rows import Groups, Rows, RowsBuilder
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.config import DatasetSettings
 
 MOMENT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -23,6 +26,18 @@ def declared(name: str = "products", **keys: Any) -> DatasetSettings:
     """Declare a dataset that is refreshed every minute, the rest by default."""
     fields = {"name": name, "query": "SELECT 1 AS id", "key": "id", "interval_s": 60.0} | keys
     return DatasetSettings.model_validate(fields)
+
+
+def planned(dataset: Dataset, next_at: float | None) -> None:
+    """Plan the next attempt of a dataset, as its refresher does."""
+    dataset.note_refresh(replace(dataset.refresh, next_at=next_at))
+
+
+def reading(dataset: Dataset, rows: RowsBuilder | None, expected: int | None = None) -> None:
+    """Have a dataset read these rows, or with None wait for a connection."""
+    phase = Phase.WAITING if rows is None else Phase.READING
+    progress = None if rows is None else Progress(rows, expected)
+    dataset.note_refresh(replace(dataset.refresh, phase=phase, progress=progress))
 
 
 def rows_builder() -> RowsBuilder:

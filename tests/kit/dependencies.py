@@ -10,14 +10,16 @@ from twisted.internet import reactor
 from twisted.trial.unittest import TestCase
 
 from cacheservice.cache.cache import DatabaseStatus
-from cacheservice.cache.dataset import Snapshot
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.config import DatasetSettings
-from cacheservice.sources.postgres.database import Database, Reading, Wanted
+from cacheservice.sources.base import ReadPlan, ReadResult
+from cacheservice.sources.postgres.database import Database
 from cacheservice.sources.postgres.target import parse
 from tests.kit.database import snapshot_of_reading
 from tests.kit.datasets import rows_builder
 from tests.kit.postgres import drop_role, fresh_database, query
+from tests.kit.readings import how_read
 
 SCHEMA = """
 CREATE TYPE mood AS ENUM ('sad', 'ok');
@@ -64,10 +66,10 @@ class DependenciesTestCase(TestCase):
 
     async def read(
         self, dataset: DatasetSettings, since: Snapshot | None = None, database: Database | None = None
-    ) -> tuple[Reading, Snapshot]:
+    ) -> tuple[ReadResult, Snapshot]:
         """One attempt; what was read, and the snapshot that it makes."""
-        wanted = Wanted(dataset, rows_builder, since=since, most_keys=100)
-        (reading,) = await (database or self.database).read_together([wanted])
+        wanted = ReadPlan(dataset, rows_builder, since=since, most_keys=100)
+        (reading,) = await (database or self.database).read([wanted])
         return reading, snapshot_of_reading(reading, since)
 
     async def check(self, sql: str, changes: Sequence[tuple[str, str | None]], **more: Any) -> None:
@@ -76,8 +78,8 @@ class DependenciesTestCase(TestCase):
         _, since = await self.read(dataset)
         for change, reason in changes:
             reading, since = await self.read(dataset, since)
-            self.assertEqual((reading.kind, reading.because), ("unchanged", None), f"before {change}")
+            self.assertEqual(how_read(reading), ("unchanged", None), f"before {change}")
             self.sql(change)
             reading, since = await self.read(dataset, since)
             kind = "unchanged" if reason is None else "all"
-            self.assertEqual((reading.kind, reading.because), (kind, reason), change)
+            self.assertEqual(how_read(reading), (kind, reason), change)

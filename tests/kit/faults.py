@@ -52,7 +52,7 @@ from twisted.internet.threads import deferToThread
 from twisted.protocols.basic import LineReceiver
 
 from cacheservice.cache.cache import Cache
-from cacheservice.cache.dataset import Snapshot
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.config import PersistenceSettings
 from cacheservice.refresh.restore import restore

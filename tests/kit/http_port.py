@@ -14,13 +14,14 @@ from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import TestCase
 
 from cacheservice.cache.cache import Cache
-from cacheservice.cache.dataset import Dataset, Snapshot
+from cacheservice.cache.dataset import Dataset
 from cacheservice.cache.rows import Rows
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.http import HttpFactory
 from cacheservice.ports.listen import tcp
 from tests.kit.clocks import started_clock
-from tests.kit.datasets import MOMENT_WITH_MS, declared, rows_of
+from tests.kit.datasets import MOMENT_WITH_MS, declared, planned, rows_of
 from tests.kit.fake_refreshes import FakeRefreshes
 from tests.kit.http import Answer, ask_on, read_to_the_end
 from tests.kit.waiting import GIVE_UP_S, until
@@ -56,8 +57,8 @@ class PortTestCase(TestCase):
         self.products, self.prices = self.cache.dataset("products"), self.cache.dataset("prices")
         self.publish(encoded(ROWS), 17)
         self.clock.advance(12.3)
-        self.products.next_refresh_at = 1060.0
-        self.prices.next_refresh_at = self.clock.seconds() + 15.2
+        planned(self.products, 1060.0)
+        planned(self.prices, self.clock.seconds() + 15.2)
         self.refreshes = FakeRefreshes()
         self.factory = self.make_factory()
         self.port = tcp(reactor, "127.0.0.1", 0, self.factory)()

@@ -13,7 +13,9 @@ from twisted.internet.defer import Deferred
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.changes import Change
 from cacheservice.cache.counts import Histogram
-from cacheservice.cache.dataset import Attempt, Dataset, Snapshot
+from cacheservice.cache.dataset import Dataset
+from cacheservice.cache.history import Attempt
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.ops.metrics import Metrics
 from cacheservice.ops.stall import BOUNDS_S
 from cacheservice.ports.rejected import none_yet
@@ -110,7 +112,10 @@ class World:
             case "renew" if dataset.snapshot is not None:
                 dataset.renew(replace(dataset.snapshot, read_at=self.clock.seconds()))
             case "pin":
-                dataset.pinned = not dataset.pinned
+                if dataset.pinned:
+                    dataset.unpin()
+                elif dataset.snapshot is not None:
+                    dataset.pin()
             case "age":
                 self.clock.advance(number * 10)
             case "count":

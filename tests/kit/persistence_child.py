@@ -18,7 +18,7 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 
 from cacheservice.cache.cache import Cache
-from cacheservice.cache.dataset import Snapshot
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.config import PersistenceSettings
 from cacheservice.refresh.restore import restore
 from cacheservice.sources.disk.store import SnapshotStore

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from twisted.internet.defer import Deferred, succeed
+from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
@@ -15,9 +15,10 @@ from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset
 from cacheservice.cache.drain import Drain
 from cacheservice.config import DatasetSettings
-from cacheservice.refresh.service import CacheService
-from cacheservice.sources.postgres.database import Reading, Wanted
-from cacheservice.sources.postgres.recorded import Recorded
+from cacheservice.refresh.refresher import Process
+from cacheservice.refresh.service import CacheService, Limits
+from cacheservice.sources.base import AllRows, Moment, ReadPlan, ReadResult, Unchanged
+from cacheservice.sources.postgres.notifications import Notifications
 from tests.kit.clocks import started_clock
 from tests.kit.datasets import MOMENT, declared
 from tests.kit.logs import Log
@@ -34,7 +35,7 @@ def without_jitter(*names: str, **keys: Any) -> list[DatasetSettings]:
 class Read:
     """One read that the fake was asked for."""
 
-    def __init__(self, wanted: Wanted, began_at: float, number: int = 1) -> None:
+    def __init__(self, wanted: ReadPlan, began_at: float, number: int = 1) -> None:
         self.name = wanted.dataset.name
         self.number = number
         self.into = wanted.build()
@@ -42,7 +43,8 @@ class Read:
         self.notified = wanted.notified
         self.since = wanted.since
         self.began_at = began_at
-        self.result: Deferred[Reading] = Deferred()
+        self.moment = Moment(MOMENT, began_at, "1:1:")
+        self.result: Deferred[ReadResult] = Deferred()
 
     def complete(self, rows: int = 1, columns: int = 0) -> None:
         """Give so many rows.
@@ -52,11 +54,11 @@ class Read:
         """
         self.into.add([(b"%d" % number, b"{}") for number in range(rows)])
         names = tuple(f"column{number}" for number in range(columns or self.number))
-        self.result.callback(Reading(MOMENT, self.began_at, "1:1:", names, rows=self.into))
+        self.result.callback(AllRows(moment=self.moment, columns=names, rows=self.into))
 
     def complete_nothing(self) -> None:
         """Nothing has changed."""
-        self.result.callback(Reading(MOMENT, self.began_at, "1:1:", kind="unchanged"))
+        self.result.callback(Unchanged(moment=self.moment))
 
     def fail(self, error: Exception | None = None) -> None:
         self.result.errback(error or QueryFailed("column absent does not exist", "42703"))
@@ -69,11 +71,9 @@ class FakeDatabase:
         self.reads: list[Read] = []
         self.raising: Exception | None = None
         self.after_failure: Callable[[Failure], object] = lambda failure: failure
-        self.pruning: Callable[[float], Deferred[int]] = lambda keep_s: succeed(0)
-        self.kept = Recorded(in_recovery=False, kept=None, may_ask=False)
         self._clock = clock
 
-    def read_together(self, wanted: Sequence[Wanted]) -> Deferred[list[Reading]]:
+    def read(self, wanted: Sequence[ReadPlan]) -> Deferred[list[ReadResult]]:
         (one,) = wanted
         assert one.dataset.name not in [read.name for read in self.running], "a refresh never overlaps itself"
         read = Read(one, self._clock.seconds(), len(self.reads) + 1)
@@ -84,11 +84,8 @@ class FakeDatabase:
             raise self.raising
         return read.result.addErrback(self.after_failure).addCallback(lambda reading: [reading])
 
-    def prune(self, keep_s: float, timeout_s: float) -> Deferred[int]:
-        return self.pruning(keep_s)
-
-    def recorded(self, timeout_s: float) -> Deferred[Recorded]:
-        return succeed(self.kept)
+    def end_kept(self) -> None:
+        """Nothing is kept."""
 
     @property
     def running(self) -> list[Read]:
@@ -106,6 +103,7 @@ class World:
         self,
         *names: str,
         max_connections: int = 2,
+        max_load: float = 0.0,
         random: Callable[[], float] = lambda: 1.0,
         heard_all: Callable[[], Deferred[bool]] | None = None,
         **keys: Any,
@@ -114,16 +112,15 @@ class World:
         self.cache = Cache(without_jitter(*names or ("products",), **keys), self.clock.seconds)
         self.database = FakeDatabase(self.clock)
         self.log = Log()
+        process = Process(self.clock, random, self.log, Drain(self.clock))
         self.service = CacheService(
-            self.cache,
-            self.database,
-            max_connections,
-            self.clock,
-            random,
-            self.log,
-            Drain(self.clock),
-            heard_all=heard_all,
+            self.cache, self.database, Limits(max_connections, max_load), process, heard_all=heard_all
         )
+        self.notifications = Notifications(self.cache, self.service.note_changed)
+
+    def heard(self, channel: str, payload: str) -> None:
+        """A notification arrives."""
+        self.notifications.heard(channel, payload)
 
     @property
     def dataset(self) -> Dataset:

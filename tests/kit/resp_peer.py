@@ -18,8 +18,9 @@ from twisted.internet.stdio import StandardIO
 from twisted.protocols.basic import LineReceiver
 
 from cacheservice.cache.cache import Cache
-from cacheservice.cache.dataset import Attempt, Snapshot
+from cacheservice.cache.history import Attempt
 from cacheservice.cache.lag import NO_LAG
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.listen import tcp
 from cacheservice.ports.resp.commands import Commands

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import gc
 import json
-import random
 from typing import Any
 
 from twisted.internet import reactor
 
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset
-from cacheservice.cache.drain import Drain
 from cacheservice.config import DatasetSettings
 from cacheservice.refresh.service import CacheService
 from cacheservice.sources.postgres.database import Database
@@ -19,6 +17,7 @@ from cacheservice.sources.postgres.target import parse
 from tests.kit.guard import GuardTestCase
 from tests.kit.logs import Log
 from tests.kit.postgres import query
+from tests.kit.readings import refreshes_of
 from tests.kit.waiting import until
 
 ROWS = 200
@@ -53,7 +52,7 @@ class ServiceTestCase(GuardTestCase):
         cache = Cache(datasets, reactor.seconds)
         target = parse(self.server.dsn(database=self.database_name, port=self.network.port))
         database = Database(reactor, target, connect_timeout_s, cache.database)
-        service = CacheService(cache, database, max_connections, reactor, random.random, self.log, Drain(reactor))
+        service = refreshes_of(cache, database, self.log, max_connections=max_connections)
         self.addCleanup(self.check_log)
         self.addCleanup(database.stop)
         self.addCleanup(lambda: service.stopService() if service.running else None)
@@ -72,14 +71,14 @@ class ServiceTestCase(GuardTestCase):
 
     async def until_read(self, dataset: Dataset, more: int) -> None:
         def count() -> int:
-            return dataset.outcomes["published"] + dataset.outcomes["unchanged"]
+            return dataset.counts.outcomes["published"] + dataset.counts.outcomes["unchanged"]
 
         wanted = count() + more
         await until(lambda: count() >= wanted)
 
     async def until_failed(self, dataset: Dataset, more: int = 1) -> None:
-        wanted = dataset.outcomes["failed"] + more
-        await until(lambda: dataset.outcomes["failed"] >= wanted)
+        wanted = dataset.counts.outcomes["failed"] + more
+        await until(lambda: dataset.counts.outcomes["failed"] >= wanted)
 
     def n(self, dataset: Dataset) -> int:
         """The `n` that all rows of the served snapshot have."""

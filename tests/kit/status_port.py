@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from cacheservice.base.errors import Blocker
 from cacheservice.cache.cache import Cache
-from cacheservice.cache.dataset import Attempt, Snapshot
+from cacheservice.cache.history import Attempt
+from cacheservice.cache.snapshot import Snapshot
 from tests.kit.clocks import started_clock
-from tests.kit.datasets import MOMENT, declared, rows_builder
+from tests.kit.datasets import MOMENT, declared, planned, rows_builder
 
 BLOCKER = Blocker(42, "app", "psql", "AccessExclusiveLock", "public.products", MOMENT, "idle in transaction", "UPDATE")
 
@@ -22,11 +23,11 @@ def filled_cache(more: int = 0) -> Cache:
     products.attempted(Attempt("failed", "start", MOMENT, 1.0, None, "connection refused", "look"))
     products.publish(Snapshot(3, rows.finish(), MOMENT, 1000.0, "1:1:"))
     products.attempted(Attempt("published", "retry", MOMENT, 0.5, 2))
-    products.next_refresh_at = 1060.0
+    planned(products, 1060.0)
     for _ in range(2):
         lock = Attempt("failed", "retry", MOMENT, 27.0, None, "a lock was not granted", "end that session", (BLOCKER,))
         prices.attempted(lock)
-    prices.next_refresh_at = 1016.0
+    planned(prices, 1016.0)
     cache.database.failed("connection refused")
     clock.advance(12.3456)
     return cache

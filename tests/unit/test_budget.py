@@ -11,6 +11,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock, deferLater
 from twisted.trial.unittest import SynchronousTestCase
 
+from cacheservice.cache.refresh_status import Phase
 from cacheservice.config import DatasetSettings
 from cacheservice.ports import report
 from cacheservice.refresh.budget import WINDOW_S, Budget
@@ -75,7 +76,7 @@ class Counting(SynchronousTestCase):
 
     def test_no_limit(self) -> None:
         """Without a share everything fits."""
-        self.budget.share = 0.0
+        self.budget.set_share(0.0)
         self.use(1000)
         self.assertTrue(self.budget.fits(1e9))
 
@@ -88,7 +89,7 @@ class Counting(SynchronousTestCase):
     def test_when_it_fits(self, uses: list[tuple[float, float, float]], share: float, expected_s: float) -> None:
         """Whatever was used, overlapping or not: just before the moment that is told it does not fit, then it does."""
         self.setUp()
-        self.budget.share = share
+        self.budget.set_share(share)
         for pause_s, took_s, overlap_s in uses:
             self.clock.advance(pause_s)
             first, second = self.budget.begin(0.0), self.budget.begin(0.0)
@@ -208,7 +209,7 @@ class Waiting(SynchronousTestCase):
         """A larger share counts at once."""
         self.use_up()
         self.run_for("next", 5, expected_s=5)
-        self.slots.budget.share = 0.6
+        self.slots.budget.set_share(0.6)
         self.slots.set_limit(2)
         self.assertEqual(self.begun, ["next"])
 
@@ -221,7 +222,7 @@ class Waiting(SynchronousTestCase):
         """Whoever asks when and for how long, if it takes what was expected: in no minute more than the share is used,
         but by one that takes more than all of it; and all have their turn."""
         self.setUp()
-        self.slots.budget.share = share
+        self.slots.budget.set_share(share)
         uses: list[list[float]] = []
         pending = []
         for pause_s, took_s, need in asked:
@@ -250,8 +251,7 @@ class Waiting(SynchronousTestCase):
 
 class Refreshes(RefreshTestCase):
     def limited(self, *names: str, max_load: float, **options: Any) -> World:
-        world = World(*names, **options)
-        world.service.slots.budget.share = max_load
+        world = World(*names, max_load=max_load, **options)
         world.service.startService()
         self.addCleanup(self.stop, world)
         return world
@@ -296,20 +296,19 @@ class Refreshes(RefreshTestCase):
         self.assertTrue(world.service.refresh_now("a"))
         self.complete_after(world, 1)
         world.advance(20)
-        self.assertTrue(world.dataset.put_off)
+        self.assertIs(world.dataset.refresh.phase, Phase.PUT_OFF)
         reads = len(world.database.reads)
         world.service.refresh_since("products", world.clock.seconds())
         self.assertEqual((len(world.database.reads), world.database.last.name), (reads + 1, "products"))
-        self.assertFalse(world.dataset.put_off)
+        self.assertIs(world.dataset.refresh.phase, Phase.READING)
 
     def test_fairly(self) -> None:
         """Who is stalest against its own limit goes first, so that ages stretch in proportion to the limits."""
-        world = World("quick", "slow", max_connections=1)
+        world = World("quick", "slow", max_connections=1, max_load=0.1)
         declared = [
             DatasetSettings(name="quick", query="q", key="id", interval_s=10.0, max_age_s=30.0, jitter=0.0),
             DatasetSettings(name="slow", query="q", key="id", interval_s=10.0, max_age_s=90.0, jitter=0.0),
         ]
-        world.service.slots.budget.share = 0.1
         world.service.startService()
         world.service.redeclare(declared)
         self.addCleanup(self.stop, world)
@@ -324,6 +323,6 @@ class Refreshes(RefreshTestCase):
                     oldest[name] = max(oldest[name], dataset.need())
         ratio = oldest["quick"] / oldest["slow"]
         self.assertTrue(1 / 3 < ratio < 3, oldest)  # a slot every 20 s is a coarse measure
-        counts = {name: world.cache.dataset(name).outcomes["published"] for name in oldest}
+        counts = {name: world.cache.dataset(name).counts.outcomes["published"] for name in oldest}
         self.assertGreater(counts["quick"], counts["slow"])
         self.assertLessEqual(sum(counts.values()) * 2, 0.1 * 1800 + 6)

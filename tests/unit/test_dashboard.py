@@ -17,8 +17,8 @@ from twisted.trial.unittest import SynchronousTestCase
 from cacheservice import config
 from cacheservice.base.errors import ConfigError
 from cacheservice.cache.cache import Cache
-from cacheservice.cache.dataset import Attempt, Snapshot
-from cacheservice.cache.history import MOST_POINTS, SLOT_S, LastHour, Point
+from cacheservice.cache.history import MOST_POINTS, SLOT_S, Attempt, LastHour, Point
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.ports.http.events import HEARTBEAT_S, PERIOD_S, Feed
 from tests.kit.clocks import started_clock
 from tests.kit.datasets import MANY, MOMENT_WITH_MS, declared

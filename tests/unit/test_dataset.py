@@ -10,9 +10,11 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.base.errors import UnknownDataset
 from cacheservice.cache.cache import Cache
-from cacheservice.cache.dataset import KEPT_ATTEMPTS, Attempt, Dataset, Outcome, Snapshot, State
+from cacheservice.cache.dataset import Dataset, State
+from cacheservice.cache.history import KEPT_ATTEMPTS, Attempt, Outcome
+from cacheservice.cache.snapshot import Snapshot
 from tests.kit.clocks import START_S, started_clock
-from tests.kit.datasets import MOMENT, declared, rows_of, snapshot_of
+from tests.kit.datasets import MOMENT, declared, planned, rows_of, snapshot_of
 
 
 def snapshot(generation: int, read_at: float) -> Snapshot:
@@ -85,7 +87,7 @@ class Ages(AtTime):
         """Whatever the clock says, no age and no time to the next attempt is negative."""
         dataset = Dataset(declared(), self.clock.seconds)
         dataset.publish(snapshot(1, read_at))
-        dataset.next_refresh_at = next_at
+        planned(dataset, next_at)
         age_s, next_in_s = dataset.age_s(), dataset.next_refresh_in_s()
         assert age_s is not None
         assert next_in_s is not None
@@ -123,7 +125,7 @@ class Attempts(AtTime):
             dataset.attempted(attempt(outcome))
         self.assertEqual([kept.outcome for kept in dataset.attempts], outcomes[-KEPT_ATTEMPTS:])
         self.assertEqual(KEPT_ATTEMPTS, 10)
-        self.assertEqual(dict(dataset.outcomes), {outcome: outcomes.count(outcome) for outcome in set(outcomes)})
+        self.assertEqual(dict(dataset.counts.outcomes), {outcome: outcomes.count(outcome) for outcome in set(outcomes)})
         in_a_row = 0
         for outcome in outcomes:
             in_a_row = in_a_row + 1 if outcome == "failed" else 0

@@ -13,8 +13,8 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.base.errors import Stopped
 from cacheservice.cache.cache import Cache
-from cacheservice.cache.dataset import Snapshot
 from cacheservice.cache.rows import Rows
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.config import DatasetSettings
 from cacheservice.refresh.restore import restore
 from cacheservice.sources.disk.generations import Generations, of_one_moment

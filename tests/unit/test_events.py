@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cacheservice.cache.events import Added, Changed, Event, Events, Published, Renewed
+from tests.kit.datasets import numbered_rows, snapshot_of
 
 
 def test_who_is_notified() -> None:
@@ -14,9 +15,9 @@ def test_who_is_notified() -> None:
         events.subscribe(lambda event: heard.append(("all", event)), Published, Renewed),
     ]
     happened = [
-        Published("prices", 2, 1),
+        Published("prices", snapshot_of(numbered_rows(1), 2), 1),
         Renewed("prices"),
-        Published("products", 1, 0),
+        Published("products", snapshot_of(numbered_rows(1), 1), 0),
         Added("prices"),
         Changed("x"),
     ]

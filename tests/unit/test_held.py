@@ -6,7 +6,7 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.cache.cache import Cache
-from cacheservice.cache.dataset import Snapshot
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.config import DatasetSettings
 from cacheservice.ports.held import HeldSnapshots
 from tests.kit.datasets import MOMENT, rows_of

@@ -68,7 +68,7 @@ class Pinning(RefreshTestCase):
             dataset = self.loaded().dataset
             served = dataset.snapshot
             assert served is not None
-            dataset.pinned = pinned
+            dataset.pin() if pinned else dataset.unpin()
             dataset.roll_back(served)
             dataset.unpin()
             assert dataset.snapshot is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 from twisted.internet.defer import Deferred, fail, succeed
@@ -14,34 +14,49 @@ from cacheservice.cache.identity import ServerIdentity
 from cacheservice.cache.lag import NO_LAG, Lag
 from cacheservice.config import OWN_CHANNEL
 from cacheservice.ports.report import why
-from cacheservice.sources.postgres.database import Reading
-from cacheservice.sources.postgres.recorded import Recorded
-from tests.kit.datasets import MOMENT
+from cacheservice.sources.base import AllRows
+from cacheservice.sources.postgres.pruning import Pruning
+from cacheservice.sources.postgres.recorded import Pruned, Recorded
 from tests.kit.refreshes import World
 
 WATCH = [{"table": "products", "key": "id"}]
 OFF = "products or a partition of it lacks a trigger of ours"
 
 
-class Pruning(SynchronousTestCase):
+class FakeChanges:
+    """The recorded changes of a database."""
+
+    def __init__(self, prune: Callable[[float], Deferred[Pruned]]) -> None:
+        self._prune = prune
+        self.kept = Recorded(in_recovery=False, kept=None, may_ask=False)
+
+    def prune(self, keep_s: float, timeout_s: float) -> Deferred[Pruned]:
+        return self._prune(keep_s)
+
+    def recorded(self, timeout_s: float) -> Deferred[Recorded]:
+        return succeed(self.kept)
+
+
+class Prunes(SynchronousTestCase):
     def setUp(self) -> None:
         self.world = World(watch=WATCH)
         self.answers: list[int | Exception] = []
         self.asked_at: list[float] = []
 
-        def prune(keep_s: float) -> Deferred[int]:
+        def prune(keep_s: float) -> Deferred[Pruned]:
             self.assertEqual(keep_s, 3600.0)
             self.asked_at.append(self.world.now_s)
             answer = self.answers.pop(0) if self.answers else 0
-            return fail(answer) if isinstance(answer, Exception) else succeed(answer)
+            return fail(answer) if isinstance(answer, Exception) else succeed(Pruned(answer, answer < 10_000))
 
-        self.world.database.pruning = prune
-        self.world.service.startService()
-        self.addCleanup(self.world.service.stopService)
+        self.changes = FakeChanges(prune)
+        pruning = Pruning(self.world.cache, self.changes, self.world.clock, self.world.log)
+        pruning.startService()
+        self.addCleanup(pruning.stopService)
 
     def keep(self, oldest_s: float | None, in_the_way: str | None = None, *, in_recovery: bool = False) -> None:
         """The database keeps 1,000 recorded changes, the oldest of that age, and a minute passes."""
-        self.world.database.kept = Recorded(in_recovery, 1_000, True, oldest_s, in_the_way)
+        self.changes.kept = Recorded(in_recovery, 1_000, True, oldest_s, in_the_way)
         self.world.clock.advance(60)
 
     def why(self) -> str:
@@ -108,7 +123,7 @@ class Pruning(SynchronousTestCase):
         self.world.cache.database.seen(standby, Lag(600.0))
         self.keep(4_300.0, in_recovery=True)
         self.assertIsNone(self.facts()["prune_problem"])
-        self.world.database.kept = Recorded(in_recovery=True, kept=None, may_ask=False)
+        self.changes.kept = Recorded(in_recovery=True, kept=None, may_ask=False)
         self.world.clock.advance(60)
         self.assertIn("cacheservice migrate --reader", self.why())
         self.assertIsNone(self.facts()["oldest_recorded_change_s"])
@@ -127,23 +142,24 @@ class DeltasOff(SynchronousTestCase):
         self.world.clock.advance(2)
         read = self.world.database.last
         read.into.add([(b"1", b"{}")])
-        reading = Reading(MOMENT, read.began_at, "1:1:", rows=read.into, watch_state='{"kept": "", "tables": {}}')
-        read.result.callback(replace(reading, no_delta=no_delta, because=no_delta))
+        state = '{"kept": "", "tables": {}}'
+        result = AllRows(moment=read.moment, rows=read.into, watch_state=state, no_delta=no_delta, because=no_delta)
+        read.result.callback(result)
 
     def notify(self) -> None:
-        self.world.service.heard(OWN_CHANNEL, "changed 7")
+        self.world.heard(OWN_CHANNEL, "changed 7")
         self.world.clock.advance(0)
 
     def test_since_when(self) -> None:
         """The time counts from the first read that could not be a delta, whatever the reason, until one could."""
         dataset = self.world.dataset
-        self.assertEqual(dataset.whole_for_s(), 0.0)
-        self.assertIsNone(World().dataset.whole_for_s())
+        self.assertEqual(dataset.without_deltas_s(), 0.0)
+        self.assertIsNone(World().dataset.without_deltas_s())
         for reason in (OFF, "another"):
             self.world.service.refresh_now("products")
             self.complete(reason)
         self.world.clock.advance(5)
-        self.assertEqual(dataset.whole_for_s(), 7.0)
+        self.assertEqual(dataset.without_deltas_s(), 7.0)
         self.assertIn(
             "It wants deltas, and has read all rows for 7.00 s, because another.", why(dataset, self.world.cache)
         )
@@ -152,7 +168,7 @@ class DeltasOff(SynchronousTestCase):
         self.assertNotIn("at once", why(dataset, self.world.cache))
         self.world.service.refresh_now("products")
         self.complete()
-        self.assertEqual(dataset.whole_for_s(), 0.0)
+        self.assertEqual(dataset.without_deltas_s(), 0.0)
         self.assertIn("at once", why(dataset, self.world.cache))
 
     def test_notifications_start_refreshes(self) -> None:

@@ -14,7 +14,8 @@ from twisted.internet.defer import Deferred, succeed
 from cacheservice.base.errors import DatabaseUnavailable, LockTimeout, QueryFailed, UnknownDataset
 from cacheservice.cache.dataset import Dataset, State
 from cacheservice.cache.events import Ended, Published, Renewed
-from cacheservice.sources.postgres.database import Reading
+from cacheservice.cache.refresh_status import Phase
+from cacheservice.sources.base import Moment, ReadResult, Unchanged
 from tests.kit.datasets import MOMENT
 from tests.kit.refreshes import BLOCKER, START_S, Read, RefreshTestCase, World
 
@@ -47,7 +48,7 @@ class EqualContent(RefreshTestCase):
             self.assertEqual((renewed.generation, dataset.attempts[-1].outcome), (1, "unchanged"))
             self.assertEqual((dataset.age_s(), renewed.modified_as_of), (0.0, served.as_of))
             self.assertEqual((told, len(followed)), ([], number - 1))
-        self.assertEqual(dict(dataset.outcomes), {"published": 1, "unchanged": 2})
+        self.assertEqual(dict(dataset.counts.outcomes), {"published": 1, "unchanged": 2})
         self.assertEqual(world.log.lines[-1][1], "refresh_unchanged")
         dataset = self.read_again(world, rows=4)
         assert dataset.snapshot is not None
@@ -144,7 +145,7 @@ class Starts(RefreshTestCase):
             world.database.last.complete()
             world.advance(60 - took_s)
         self.assertEqual(world.starts, [("products", at) for at in (0, 60, 120, 180, 240)])
-        self.assertEqual(world.dataset.missed_ticks, 0)
+        self.assertEqual(world.dataset.counts.missed_ticks, 0)
 
     def test_jitter_is_earlier_and_fixed(self) -> None:
         """The share drawn once moves the first start of an interval earlier; after it they are one interval apart."""
@@ -194,7 +195,7 @@ class Notified(RefreshTestCase):
         world = self.started(notify="things", heard_all=lambda: succeed(True))
         world.database.last.complete()
         world.advance(5)
-        world.service.heard("things", '["1"]')
+        world.heard("things", '["1"]')
         world.advance(1)
         return world
 
@@ -202,17 +203,17 @@ class Notified(RefreshTestCase):
         """A read that begins again in another session gets the keys of the first try, and those heard meanwhile."""
         world = self.notified()
         self.assertEqual(self.asked(world), {"1"})
-        world.service.heard("things", '["2"]')
+        world.heard("things", '["2"]')
         self.assertEqual(self.asked(world), {"1", "2"})
         self.assertEqual(self.asked(world), {"1", "2"})
-        world.service.heard("things", "")
+        world.heard("things", "")
         self.assertEqual(self.asked(world), None)
         self.assertEqual(self.asked(world), None)
 
     def test_heard_after_the_transaction_began(self) -> None:
         """The transaction may not see the change of a key that is heard meanwhile: the next one reads it, too."""
         world = self.notified()
-        world.service.heard("things", '["2"]')
+        world.heard("things", '["2"]')
         world.advance(1)
         self.assertEqual(self.asked(world), {"1", "2"})
         world.database.last.complete_nothing()
@@ -220,7 +221,7 @@ class Notified(RefreshTestCase):
         self.assertEqual(len(world.database.reads), 3)
         self.assertEqual(self.asked(world), {"2"})
         world.database.last.complete_nothing()
-        world.service.heard("things", '["3"]')
+        world.heard("things", '["3"]')
         world.advance(1)
         self.assertEqual(self.asked(world), {"3"})
 
@@ -232,11 +233,11 @@ class Overlaps(RefreshTestCase):
         world.advance(60)
         world.advance(60)
         world.advance(10)
-        self.assertEqual((len(world.database.reads), world.dataset.missed_ticks), (1, 2))
+        self.assertEqual((len(world.database.reads), world.dataset.counts.missed_ticks), (1, 2))
         world.database.last.complete()
         world.advance_to(180)
         self.assertEqual(world.starts, [("products", 0), ("products", 180)])
-        self.assertEqual(world.dataset.missed_ticks, 2)
+        self.assertEqual(world.dataset.counts.missed_ticks, 2)
 
     def test_starts_missed_while_the_reactor_was_held(self) -> None:
         """Starts that nobody could run are counted and made up for by one, not by all."""
@@ -245,7 +246,7 @@ class Overlaps(RefreshTestCase):
         world.advance(60)
         world.database.last.complete()
         world.hold(60 * 4 + 1)
-        self.assertEqual((len(world.database.reads), world.dataset.missed_ticks), (3, 3))
+        self.assertEqual((len(world.database.reads), world.dataset.counts.missed_ticks), (3, 3))
         world.database.last.complete()
         world.advance_to(360)
         self.assertEqual(world.starts[3:], [("products", 360)])
@@ -317,7 +318,7 @@ class Bursts(RefreshTestCase):
                     read.complete()
 
         for _ in range(count):
-            world.service.heard("told", "")
+            world.heard("told", "")
             for _ in range(max(1, round(pause_s / 0.001))):
                 world.advance(min(pause_s, 0.001))
                 work()
@@ -355,7 +356,7 @@ class Bursts(RefreshTestCase):
         world = self.loaded(notify="", watch=[{"table": "public.products", "key": "id"}])
         before = len(world.database.reads)
         for _ in range(100):
-            world.service.heard("cacheservice", "changed 1")
+            world.heard("cacheservice", "changed 1")
             world.advance(0.001)
             for read in world.database.running:
                 read.complete()
@@ -364,13 +365,13 @@ class Bursts(RefreshTestCase):
     def test_while_it_fails(self) -> None:
         """Notifications do not drive a dataset that fails past its backoff."""
         world = self.loaded(retry_initial_s=4.0)
-        world.service.heard("told", "")
+        world.heard("told", "")
         world.advance(0.001)
-        world.service.heard("told", "")
+        world.heard("told", "")
         world.database.running[0].fail()
         before = len(world.database.reads)
         for _ in range(100):
-            world.service.heard("told", "")
+            world.heard("told", "")
             world.advance(0.01)
         self.assertEqual(len(world.database.reads), before)
         world.advance(4.0)
@@ -381,7 +382,7 @@ class Bursts(RefreshTestCase):
         """What waits for the end of a burst is given up at the stop."""
         world = self.loaded()
         for _ in range(50):
-            world.service.heard("told", "")
+            world.heard("told", "")
             world.advance(0.001)
             for read in world.database.running:
                 read.complete()
@@ -448,7 +449,7 @@ class Failures(RefreshTestCase):
         world.advance_to(660)
         world.database.last.complete()
         self.assertEqual([at for _, at in world.starts], [60 * number for number in range(12)])
-        self.assertEqual(world.dataset.outcomes, {"failed": 10, "published": 2})
+        self.assertEqual(world.dataset.counts.outcomes, {"failed": 10, "published": 2})
 
     def test_an_unexpected_error_is_told_with_its_traceback(self) -> None:
         """A mistake of ours is a failed attempt that names its kind, and an error in the log with the traceback."""
@@ -489,7 +490,7 @@ class Failures(RefreshTestCase):
                 if number % 2:
                     read.fail(DatabaseUnavailable("PostgreSQL did not answer within 30 s"))
         dataset = world.cache.dataset("good")
-        self.assertEqual((dataset.outcomes, dataset.missed_ticks), ({"published": 6}, 0))
+        self.assertEqual((dataset.counts.outcomes, dataset.counts.missed_ticks), ({"published": 6}, 0))
 
     def test_what_is_known_of_the_database(self) -> None:
         """A database that cannot be reached is down, one that refuses a query is up, and at first nothing is known."""
@@ -555,14 +556,14 @@ class Progress(RefreshTestCase):
         """Refreshing is true from its start to its end; what is loading is there only while it is read."""
         world = self.started("a", "products", max_connections=1)
         dataset = world.dataset
-        self.assertEqual((dataset.refreshing, dataset.loading), (True, None))
+        self.assertEqual((dataset.refresh.phase, dataset.refresh.progress), (Phase.WAITING, None))
         world.database.last.complete()
-        self.assertTrue(dataset.refreshing)
-        assert dataset.loading is not None
+        self.assertTrue(dataset.refresh.is_running)
+        assert dataset.refresh.progress is not None
         world.database.last.into.add([(b"1", b"{}"), (b"2", b"{}")])
-        self.assertEqual(dataset.loading.count, 2)
+        self.assertEqual(dataset.refresh.progress.rows.count, 2)
         world.database.last.fail()
-        self.assertEqual((dataset.refreshing, dataset.loading, dataset.expected_rows), (False, None, None))
+        self.assertEqual((dataset.refresh.is_running, dataset.refresh.progress), (False, None))
 
     def test_how_many_rows_to_expect(self) -> None:
         """The planner is asked for the first load; later the snapshot that is served is the better guess."""
@@ -570,11 +571,11 @@ class Progress(RefreshTestCase):
         first = world.database.last
         assert first.expect is not None
         first.expect(1000)
-        self.assertEqual(world.dataset.expected_rows, 1000)
+        self.assertEqual(world.dataset.refresh.progress.expected, 1000)
         first.complete(rows=7)
         world.advance(60)
         self.assertIsNone(world.database.last.expect)
-        self.assertEqual(world.dataset.expected_rows, 7)
+        self.assertEqual(world.dataset.refresh.progress.expected, 7)
 
 
 class Expiry(RefreshTestCase):
@@ -706,7 +707,7 @@ class Stopping(RefreshTestCase):
         self.assertEqual(len(world.database.reads), reads)
         self.assertEqual(len(world.log.names("refresh_failed", "refresh_published")), lines)
         for dataset in world.cache.datasets.values():
-            self.assertEqual((dataset.refreshing, dataset.loading), (False, None))
+            self.assertEqual((dataset.refresh.is_running, dataset.refresh.progress), (False, None))
             self.assertIsNone(dataset.next_refresh_in_s())
 
     def test_never_started(self) -> None:
@@ -725,7 +726,7 @@ class Stopping(RefreshTestCase):
         """What reads is cancelled and what waits is sent away; neither is told as a failure."""
         world = self.started("a", "b", "products", max_connections=1)
         self.assert_stops(world)
-        self.assertEqual(sum(world.dataset.outcomes.values()), 0)
+        self.assertEqual(sum(world.dataset.counts.outcomes.values()), 0)
 
     def test_with_one_more_asked_for(self) -> None:
         """A refresh asked for while one runs does not begin when stop ends that one."""
@@ -755,7 +756,7 @@ class Stopping(RefreshTestCase):
     def test_waits_for_what_runs(self) -> None:
         """Stop fires only when the read that it cancels has ended."""
         world = World()
-        ended: Deferred[Reading] = Deferred()
+        ended: Deferred[ReadResult] = Deferred()
         world.database.after_failure = lambda _: ended
         world.service.startService()
         stopped = world.service.stopService()
@@ -768,7 +769,7 @@ class Stopping(RefreshTestCase):
     def test_a_read_that_ends_well_nevertheless(self) -> None:
         """A read whose result comes in spite of the cancellation leaves no timer behind."""
         world = World()
-        world.database.after_failure = lambda _: Reading(MOMENT, START_S, "1:1:")
+        world.database.after_failure = lambda _: Unchanged(moment=Moment(MOMENT, START_S, "1:1:"))
         world.service.startService()
         self.stop(world)
 

@@ -57,7 +57,7 @@ class Refreshes(RefreshTestCase):
 
         def state() -> list[tuple[Any, ...]]:
             return [
-                (id(d), id(d.snapshot), id(d.candidate), id(d.held), d.pinned, d.next_refresh_at, len(d.attempts))
+                (id(d), id(d.snapshot), id(d.candidate), id(d.held), d.pinned, d.refresh.next_at, len(d.attempts))
                 for d in datasets.values()
             ]
 
@@ -99,7 +99,7 @@ class Refreshes(RefreshTestCase):
         for read in world.database.running:
             read.complete()
         self.assertEqual([at for _, at in world.starts][4:], [190])
-        self.assertEqual(world.dataset.missed_ticks, 3)
+        self.assertEqual(world.dataset.counts.missed_ticks, 3)
 
     def test_an_interval_that_is_over(self) -> None:
         """If the new interval has passed since the last start, the next one is now."""
@@ -117,7 +117,7 @@ class Refreshes(RefreshTestCase):
         world.advance(10)
         world.database.last.complete(rows=2)
         assert world.dataset.snapshot is not None
-        self.assertEqual((world.dataset.snapshot.rows.count, world.dataset.missed_ticks), (2, 0))
+        self.assertEqual((world.dataset.snapshot.rows.count, world.dataset.counts.missed_ticks), (2, 0))
         world.advance(10)
         self.assertEqual([at for _, at in world.starts], [0, 60, 80])
 
@@ -245,7 +245,7 @@ class Refreshes(RefreshTestCase):
         told = world.service.redeclare(without_jitter("a"))
         self.assertEqual(told, Declared([], [], ["products"], ["a"]))
         self.assertEqual([read.name for read in world.database.running], ["a"])
-        self.assertEqual((dataset.removed, dataset.snapshot, dataset.refreshing), (True, None, False))
+        self.assertEqual((dataset.removed, dataset.snapshot, dataset.refresh.is_running), (True, None, False))
         self.assertIsNone(dataset.next_refresh_in_s())
         for ask in (world.cache.dataset, world.service.refresh_now, world.service.accept_next):
             with self.assertRaises(UnknownDataset):

@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cacheservice.cache.dataset import Trigger
+from cacheservice.cache.history import Trigger
 from cacheservice.config import DatasetSettings
 from cacheservice.refresh.timetable import (
     CALM_S,

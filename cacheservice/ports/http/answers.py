@@ -18,9 +18,10 @@ from twisted.internet.defer import Deferred
 
 from cacheservice.base.errors import Stopped, UnknownDataset
 from cacheservice.cache.cache import Cache, Refreshes
-from cacheservice.cache.dataset import Dataset, Snapshot, State
+from cacheservice.cache.dataset import Dataset, State
 from cacheservice.cache.describe import describe_dataset, describe_hour
 from cacheservice.cache.events import Added, Changed, Ended
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.ports import report
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.held import Streamed

@@ -18,9 +18,10 @@ from twisted.logger import Logger
 
 from cacheservice.base.interfaces import Reactor
 from cacheservice.base.threads import in_thread
-from cacheservice.cache.dataset import Dataset, Snapshot
+from cacheservice.cache.dataset import Dataset
 from cacheservice.cache.events import Ended, Published
 from cacheservice.cache.rows import STARTS, Rows, unframed
+from cacheservice.cache.snapshot import Snapshot
 
 PIECE_BYTES = 64 * 1024
 """A transport asks its producer to pause when this much is buffered. A piece takes a third of a millisecond."""

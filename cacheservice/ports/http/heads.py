@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from twisted.web.http import datetimeToString
 
-from cacheservice.cache.dataset import Dataset, Snapshot
+from cacheservice.cache.dataset import Dataset
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.config import DatasetSettings
 
 

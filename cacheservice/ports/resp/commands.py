@@ -29,10 +29,11 @@ from cacheservice import __version__
 from cacheservice.base.errors import UnknownDataset
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.counts import Reads
-from cacheservice.cache.dataset import Dataset, Snapshot, State
+from cacheservice.cache.dataset import Dataset, State
 from cacheservice.cache.describe import describe_dataset
 from cacheservice.cache.events import Added, Changed, Ended, Event, Published, Renewed
 from cacheservice.cache.rows import PATCHED_GROUP_BITS, PATCHED_GROUP_MASK, Groups, Rows, Shards, bulk
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.held import Streamed
 from cacheservice.ports.resp import reply

@@ -7,8 +7,8 @@ from pathlib import Path
 from weakref import ref
 
 from cacheservice.base.errors import UnknownGeneration
-from cacheservice.cache.dataset import Snapshot
 from cacheservice.cache.rows import Rows
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.sources.disk.header import Header
 from cacheservice.sources.disk.layout import Saved, renewal_of, snapshot_path
 

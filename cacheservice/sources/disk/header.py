@@ -12,9 +12,9 @@ from typing import Any
 
 from cacheservice.base.clock import Host
 from cacheservice.base.errors import SnapshotRejected
-from cacheservice.cache.dataset import Snapshot
 from cacheservice.cache.digest import DIGEST_BYTES
 from cacheservice.cache.identity import ServerIdentity
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.config import DatasetSettings
 from cacheservice.config.session_rules import DEFAULT_SEARCH_PATH
 from cacheservice.sources.disk.age import Age, ReadOn

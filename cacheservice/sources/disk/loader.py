@@ -15,10 +15,10 @@ from cacheservice.base import file_errors
 from cacheservice.base.errors import BadResult, CacheServiceError, OfAnotherDatabase, SnapshotRejected, Stopped
 from cacheservice.base.interfaces import Clock, Log
 from cacheservice.base.timers import pause
-from cacheservice.cache.dataset import Snapshot, rows_builder
 from cacheservice.cache.dependencies import Dependencies
 from cacheservice.cache.identity import ServerIdentity, why_elsewhere
 from cacheservice.cache.rows import Groups, Rows, RowsBuilder
+from cacheservice.cache.snapshot import Snapshot, rows_builder
 from cacheservice.config import DatasetSettings
 from cacheservice.sources.disk.clocks import Clocks
 from cacheservice.sources.disk.format import RowsUnpacker

@@ -11,8 +11,8 @@ from twisted.internet.defer import Deferred
 
 from cacheservice.base.interfaces import Log, Reactor
 from cacheservice.cache.cache import Cache
-from cacheservice.cache.dataset import Snapshot
 from cacheservice.cache.rows import Groups
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.config import DatasetSettings, PersistenceSettings
 from cacheservice.sources.disk.clocks import Clocks
 from cacheservice.sources.disk.generations import Generations

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 from weakref import ref
 
-from cacheservice.cache.dataset import Snapshot
 from cacheservice.cache.rows import Rows
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.sources.disk.format import SnapshotWriter, packed
 from cacheservice.sources.disk.generations import Generations
 from cacheservice.sources.disk.header import Header

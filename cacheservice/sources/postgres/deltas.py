@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from cacheservice.base.errors import BadResult
-from cacheservice.cache.dataset import Snapshot
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.config import DatasetSettings
-from cacheservice.sources.postgres.keys import Key, literal
+from cacheservice.sources.plan import Changes, Key
+from cacheservice.sources.postgres.keys import literal
 
 # OIDs of pg_type.dat, which never change. Values of these types have the same text exactly if they are equal, whatever
 # the settings of the session that renders them. That is not true of numeric (1.0 and 1.00), citext, floats, or dates.
@@ -31,17 +32,6 @@ CANNOT_TELL = (
     "the database does not know cacheservice.changes, or this role may not call it; "
     "say: cacheservice migrate --reader NAME"
 )
-
-
-class Changes(NamedTuple):
-    """The answer of `cacheservice.changes`.
-
-    It has the state of the watched tables, the reason if a delta is not possible, and the changed keys.
-    """
-
-    state: str
-    problem: str | None
-    keys: tuple[Key, ...]
 
 
 class ChangedRows:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from cacheservice.cache.dataset import Snapshot
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.config import DatasetSettings
 from cacheservice.sources.postgres.keys import array, literal
 from cacheservice.sources.postgres.session_settings import pinned_sql

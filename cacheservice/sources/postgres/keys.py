@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cacheservice.config import DatasetSettings
+from cacheservice.sources.plan import Key
 
-Key = tuple[str | None, ...]
 ESCAPE = "\\"
 
 

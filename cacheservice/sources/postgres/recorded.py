@@ -1,4 +1,4 @@
-"""Asks for the recorded changes that the database keeps.
+"""The recorded changes that the database keeps: deletes old ones, and asks how many are left.
 
 The answer has their number, the age of the oldest, and the transaction that keeps the oldest from being deleted.
 """
@@ -8,7 +8,17 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from cacheservice.sources.postgres.guard import GuardedConnection
+from cacheservice.sources.postgres.session_settings import statement_ms
 
+_PRUNED_A_CALL = 10_000
+"""The default of `cacheservice.prune`, for each watch."""
+_PRUNE = """
+BEGIN READ WRITE;
+SET LOCAL statement_timeout = {statement_ms};
+SET LOCAL lock_timeout = {statement_ms};
+SET LOCAL client_connection_check_interval = 1000;
+SELECT cacheservice.prune({keep_s} * interval '1 s')
+"""
 # Statistics are not replicated; the counts of the last VACUUM or ANALYZE are.
 _BEGIN = """
 BEGIN READ ONLY;
@@ -58,9 +68,25 @@ class Recorded(NamedTuple):
     in_the_way: str | None = None
 
 
-async def ask(guard: GuardedConnection, statement_ms: int) -> Recorded:
+class Pruned(NamedTuple):
+    """How many recorded changes a call deleted, and whether it deleted all that are old enough."""
+
+    rows: int
+    is_complete: bool
+
+
+async def prune(guard: GuardedConnection, keep_s: float) -> Pruned:
+    """Delete recorded changes older than `keep_s`; must not be called within a transaction."""
+    cursor = await guard.execute(_PRUNE.format(statement_ms=statement_ms(guard.remaining_s()), keep_s=keep_s))
+    ((deleted,),) = cursor.fetchall()
+    await guard.execute("COMMIT")
+    return Pruned(int(deleted), int(deleted) < _PRUNED_A_CALL)
+
+
+async def ask(guard: GuardedConnection) -> Recorded:
     """Return the recorded changes; must not be called within a transaction."""
-    ((in_recovery, kept, may_ask),) = (await guard.execute(_BEGIN.format(statement_ms=statement_ms))).fetchall()
+    begin = _BEGIN.format(statement_ms=statement_ms(guard.remaining_s()))
+    ((in_recovery, kept, may_ask),) = (await guard.execute(begin)).fetchall()
     recorded = Recorded(in_recovery, None if kept is None else int(kept), may_ask)
     if may_ask:
         for oldest_s, may_be_held in (await guard.execute(_OLDEST)).fetchall():

@@ -62,6 +62,34 @@ class Limits(NamedTuple):
     idle_ms: int
 
 
+_STATEMENT_SHARE = 0.95
+"""The server's own timeouts come a little before our deadline, because its errors are more specific than silence."""
+_LOCK_SHARE = 0.9
+_SIGNIFICANT_BITS = 7
+
+
+def limits(remaining_s: float) -> Limits:
+    """Return the limits of a transaction that may take this long."""
+    remaining_ms = remaining_s * 1000
+    return Limits(statement_ms(remaining_s), rounded(remaining_ms * _LOCK_SHARE), rounded(remaining_ms))
+
+
+def statement_ms(remaining_s: float) -> int:
+    """Return the limit of a statement that may take this long, in milliseconds."""
+    return rounded(remaining_s * 1000 * _STATEMENT_SHARE)
+
+
+def rounded(number: float) -> int:
+    """Round a number for the text of a statement down, to 64 steps per octave.
+
+    The server counts each text as another statement (pg_stat_statements), so few values are used. The result is at
+    least 1, because 0 would mean "no limit".
+    """
+    whole = max(1, int(number))
+    step = 1 << max(0, whole.bit_length() - _SIGNIFICANT_BITS)
+    return whole // step * step
+
+
 _TRANSACTION_TIMEOUT_SINCE = 170_000
 
 

@@ -1,0 +1,67 @@
+"""How the rows of a result differ from those of an earlier one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+_LEAST_ROWS = 1000
+_MOST_ROWS = 50_000
+_SHARE = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """The rows that differ.
+
+    :param put: the added and changed rows: keys to documents, as bulk strings (see `cacheservice.cache.rows`).
+    :param removed: the keys of the removed rows.
+    """
+
+    put: Mapping[bytes, bytes]
+    removed: frozenset[bytes]
+
+
+class DeltaBuilder:
+    """Collects the rows that differ, and gives up if they are many.
+
+    A large delta would take memory and time, and observers would gain nothing from it.
+
+    :param rows: the number of rows of the earlier result.
+    """
+
+    __slots__ = ("_most", "_put", "_removed")
+
+    def __init__(self, rows: int) -> None:
+        self._most = min(max(_LEAST_ROWS, int(rows * _SHARE)), _MOST_ROWS)
+        self._put: dict[bytes, bytes] | None = {}
+        self._removed: set[bytes] = set()
+
+    @property
+    def gave_up(self) -> bool:
+        return self._put is None
+
+    def put(self, rows: Sequence[tuple[bytes, bytes]]) -> None:
+        """Note added or changed rows, as bulk strings."""
+        if self._put is not None:
+            self._put.update(rows)
+            if self._removed:
+                self._removed.difference_update(key for key, _ in rows)
+            self._check()
+
+    def remove(self, keys: Iterable[bytes]) -> None:
+        """Note removed rows."""
+        if self._put is not None:
+            for key in keys:
+                self._put.pop(key, None)
+                self._removed.add(key)
+            self._check()
+
+    def _check(self) -> None:
+        if self._put is not None and len(self._put) + len(self._removed) > self._most:
+            self._put = None
+            self._removed = set()
+
+    def finish(self) -> Delta | None:
+        """Return the delta; None if it would be too large."""
+        return None if self._put is None else Delta(self._put, frozenset(self._removed))

@@ -1,0 +1,62 @@
+"""Translates the notifications of the database into changed datasets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+
+from cacheservice.cache.cache import Cache
+from cacheservice.cache.dataset import Dataset
+from cacheservice.config import OWN_CHANNEL
+from cacheservice.sources.postgres.deltas import watched_ids
+
+NoteChanged = Callable[[str, Sequence[str] | None], None]
+"""Called with the name of a dataset and the keys of its changed rows: None for any row, none for recorded rows."""
+
+
+class Notifications:
+    """Knows which channels the datasets need, and which datasets a notification is about.
+
+    Applications send to a dataset's own channel, with the changed keys as JSON if they like. The triggers of watched
+    tables send to `OWN_CHANNEL`; they have recorded the keys.
+    """
+
+    def __init__(self, cache: Cache, note_changed: NoteChanged) -> None:
+        self._cache = cache
+        self._note_changed = note_changed
+
+    def channels(self) -> set[str]:
+        """Return the LISTEN channels of the datasets, and the service's own channel if a table is watched."""
+        declared = [dataset.settings for dataset in self._cache.datasets.values()]
+        named = {settings.notify for settings in declared if settings.notify}
+        return named | {OWN_CHANNEL} if any(settings.watch for settings in declared) else named
+
+    def heard(self, channel: str, payload: str) -> None:
+        """Report the datasets that a notification is about."""
+        for name, dataset in self._cache.datasets.items():
+            if channel == OWN_CHANNEL and dataset.settings.watch and _is_watched(dataset, payload):
+                self._note_changed(name, ())
+            elif channel == dataset.settings.notify:
+                self._note_changed(name, keys_of(payload))
+
+
+def _is_watched(dataset: Dataset, payload: str) -> bool:
+    """Return whether the payload "changed 7" may be of a table that the dataset watches."""
+    newest = dataset.newest()
+    word, _, number = payload.partition(" ")
+    if word != "changed" or not number.isdecimal() or newest is None or not newest.watch_state:
+        return True
+    known = watched_ids(newest.watch_state)
+    # The state does not contain watches with a problem, and the payload may be of one of these.
+    return int(number) in known or len(known) < len(dataset.settings.watch)
+
+
+def keys_of(payload: str) -> list[str] | None:
+    """Return the keys of a payload that is a JSON list of keys; None, which means any row, for other payloads."""
+    try:
+        keys = json.loads(payload)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(keys, list) or not all(isinstance(key, str | int) and not isinstance(key, bool) for key in keys):
+        return None
+    return [str(key) for key in keys]

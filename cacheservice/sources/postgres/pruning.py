@@ -1,0 +1,132 @@
+"""Deletes recorded changes that are not needed any more, each minute, and reports if they are kept too long."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from twisted.application.service import Service
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.python.failure import Failure
+
+from cacheservice.base.errors import RefreshFailed
+from cacheservice.base.interfaces import Clock, Log
+from cacheservice.base.timers import looping
+from cacheservice.cache.cache import Cache
+from cacheservice.sources.postgres.recorded import Pruned, Recorded
+
+CHANGES_KEPT_S = 3600.0
+"""A dataset that was not refreshed for longer reads all rows."""
+_MARGIN_S = 600.0
+"""Changes are deleted each minute, by the service or by cron; a transaction of some minutes is no problem."""
+
+_INTERVAL_S = 60.0
+_TIMEOUT_S = 10.0
+
+
+class Prunes(Protocol):
+    """What the pruning asks of the database: `cacheservice.sources.postgres.database.Database`."""
+
+    def prune(self, keep_s: float, timeout_s: float) -> Deferred[Pruned]: ...
+
+    def recorded(self, timeout_s: float) -> Deferred[Recorded]: ...
+
+
+class Pruning(Service):
+    """Deletes old recorded changes each minute while a table is watched.
+
+    :param cache: its `database` is informed of the outcome.
+    :param clock: `IReactorTime`, monotonic.
+    """
+
+    name = "pruning"
+
+    def __init__(self, cache: Cache, database: Prunes, clock: Clock, log: Log) -> None:
+        self._cache = cache
+        self._database = database
+        self._clock = clock
+        self._log = log
+        self._loop = looping(clock, self._begin)
+        self._running: Deferred[None] | None = None
+
+    def startService(self) -> None:
+        super().startService()
+        self._loop.start(_INTERVAL_S, now=False)
+
+    def stopService(self) -> Deferred[None]:
+        """End the loop and a running call; fires when it has ended."""
+        super().stopService()
+        if self._loop.running:
+            self._loop.stop()
+        stopped: Deferred[None] = Deferred()
+        if self._running is None:
+            stopped.callback(None)
+        else:
+            self._running.addBoth(lambda _: stopped.callback(None))
+            self._running.cancel()
+        return stopped
+
+    def _begin(self) -> Deferred[None]:
+        running = Deferred.fromCoroutine(self._prune())
+        if not running.called:
+            self._running = running
+        return running.addBoth(self._ended)
+
+    def _ended(self, result: object) -> None:
+        self._running = None
+        if isinstance(result, Failure) and not result.check(CancelledError):
+            self._log.error("internal_error", error=result.getErrorMessage(), traceback=result.getTraceback())
+
+    async def _prune(self) -> None:
+        """Delete recorded changes that are not needed any more. A failure does not end the loop."""
+        if not any(dataset.settings.watch for dataset in self._cache.datasets.values()):
+            return
+        status = self._cache.database
+        can_delete = status.server is None or not status.server.in_recovery
+        total, until = 0, self._clock.seconds() + _INTERVAL_S / 2
+        try:
+            while can_delete:
+                pruned = await self._database.prune(CHANGES_KEPT_S, _TIMEOUT_S)
+                total += pruned.rows
+                if pruned.is_complete or self._clock.seconds() >= until:
+                    break
+            recorded = await self._database.recorded(_TIMEOUT_S)
+        except RefreshFailed as error:
+            self._note(str(error), total, None)
+        else:
+            self._note(kept_because(recorded, status.lag.seconds), total, recorded)
+
+    def _note(self, problem: str | None, deleted: int, recorded: Recorded | None) -> None:
+        status = self._cache.database
+        is_new = problem != status.prune_problem
+        count, oldest_s = (recorded.kept, recorded.oldest_s or 0.0) if recorded is not None else (None, None)
+        if recorded is not None and not recorded.may_ask:
+            oldest_s = None
+        status.pruned(problem, count, oldest_s)
+        if problem is None:
+            self._log.debug("changes_pruned", rows=deleted, kept=count)
+        else:
+            log = self._log.warning if is_new else self._log.debug
+            log("changes_not_pruned", error=problem, kept=count, oldest_s=oldest_s)
+
+
+def kept_because(recorded: Recorded, lag_s: float) -> str | None:
+    """Return why changes older than `CHANGES_KEPT_S` are still there, or None if they are not.
+
+    :param lag_s: of the standby that was asked, where the deletions arrive as late as everything else.
+    """
+    if not recorded.may_ask and recorded.in_recovery:
+        return (
+            "this is a standby, and its role may not ask how old they are; on the primary run cacheservice migrate "
+            "--reader NAME"
+        )
+    if recorded.oldest_s is None or recorded.oldest_s - lag_s <= CHANGES_KEPT_S + _MARGIN_S:
+        return None
+    if recorded.in_recovery:
+        return (
+            "this is a standby, where nothing can be deleted; let cron on the primary run "
+            "SELECT cacheservice.prune('1 hour') each minute"
+        )
+    return recorded.in_the_way or (
+        "the service deletes for at most 30 s a minute and has not caught up; run SELECT cacheservice.prune('1 hour') "
+        "until it returns less than 10000"
+    )
