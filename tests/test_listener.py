@@ -24,6 +24,7 @@ from cacheservice.base.errors import DatabaseUnavailable, DeadlineExceeded
 from cacheservice.config import OWN_CHANNEL
 from cacheservice.sources.postgres.database import Database
 from cacheservice.sources.postgres.guard import GuardedConnection
+from cacheservice.sources.postgres.listening.calls import Observer
 from cacheservice.sources.postgres.listening.listener import Listener
 from cacheservice.sources.postgres.listening.opening import Access
 from cacheservice.sources.postgres.listening.pace import Pace
@@ -31,7 +32,7 @@ from cacheservice.sources.postgres.target import parse
 from tests.kit import pgbouncer
 from tests.kit.datasets import rows_builder
 from tests.kit.guard import LONG_S, LONGEST_GAP_S, GuardTestCase, as_awaitable, held, our_timers, settings
-from tests.kit.listening import Diary, Observer
+from tests.kit.listening import Diary
 from tests.kit.pgbouncer import running_pgbouncer
 from tests.kit.postgres import connect, query, sessions, sessions_left
 from tests.kit.readings import read_one

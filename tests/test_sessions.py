@@ -18,6 +18,7 @@ from cacheservice.base.errors import NoSessionLeft, QueryFailed
 from cacheservice.config import DatasetSettings
 from cacheservice.sources.postgres import idle_sessions
 from cacheservice.sources.postgres.database import Database
+from cacheservice.sources.postgres.listening.calls import Observer
 from cacheservice.sources.postgres.listening.listener import Listener
 from cacheservice.sources.postgres.listening.opening import Access
 from cacheservice.sources.postgres.listening.pace import Pace
@@ -63,7 +64,7 @@ class SessionsTestCase(GuardTestCase):
                 self.direct.connector,
                 LONG_S,
             ),
-            diary,
+            Observer(diary.heard, diary.missed),
             self.status,
             reactor,
             diary.log,

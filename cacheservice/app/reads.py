@@ -17,6 +17,7 @@ from cacheservice.refresh.service import CacheService, Limits
 from cacheservice.sources.disk.store import SnapshotStore
 from cacheservice.sources.postgres import target
 from cacheservice.sources.postgres.database import Database
+from cacheservice.sources.postgres.listening.calls import Observer
 from cacheservice.sources.postgres.listening.listener import Listener
 from cacheservice.sources.postgres.listening.opening import Access
 from cacheservice.sources.postgres.notifications import Notifications
@@ -46,7 +47,8 @@ class Reads:
         self.database = Database(reactor, parsed, postgres.connect_timeout_s, cache.database)
         self._notifications = Notifications(cache)
         access = Access(parsed, self.database.connector, postgres.connect_timeout_s)
-        self._listener = Listener(access, self._notifications, cache.database, reactor, log)
+        observer = Observer(self._notifications.heard, self._notifications.missed)
+        self._listener = Listener(access, observer, cache.database, reactor, log)
         self._store = _store(settings.persistence, cache, drain, reactor, log)
         self.refresh = CacheService(
             cache,

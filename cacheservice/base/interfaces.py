@@ -1,4 +1,4 @@
-"""The interfaces of what other parts hand in: clocks, the reactor, loggers.
+"""The interfaces of what other parts hand in: clocks, the reactor, loggers, sessions of the driver.
 
 Twisted describes its own by zope.interface, which type checkers do not read. The reactor, and `task.Clock` in tests,
 have what is declared here.
@@ -6,7 +6,7 @@ have what is declared here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, Self
 
 
@@ -68,6 +68,77 @@ class Reactor(Clock, Protocol):
 
     def listenUNIX(self, address: str, factory: Any, /, backlog: int = 50, mode: int = 0o666) -> Any:
         """Listen on a unix socket."""
+
+
+class Column(Protocol):
+    """A column of a result, as the driver of PostgreSQL describes it."""
+
+    name: str
+    type_code: int
+    table_oid: int | None
+    table_column: int | None
+
+
+class Cursor(Protocol):
+    """The result of a statement, as the driver of PostgreSQL returns it.
+
+    Values are of the types that the driver makes of PostgreSQL's; only the statement declares them.
+    """
+
+    description: Sequence[Column] | None
+    rowcount: int
+    rownumber: int
+
+    def fetchone(self) -> Any:
+        """Return the next row as a tuple; None after the last."""
+
+    def fetchmany(self, size: int, /) -> list[Any]:
+        """Return the next rows; an empty list after the last."""
+
+    def fetchall(self) -> list[Any]:
+        """Return the other rows."""
+
+    def scroll(self, value: int, mode: str = "relative") -> object:
+        """Move to another row."""
+
+
+class BlockingCursor(Cursor, Protocol):
+    """A cursor of the driver that sends statements and waits for the answers."""
+
+    connection: BlockingConnection
+
+    def execute(
+        self, statement: object, parameters: Sequence[object] | Mapping[str, object] | None = None, /
+    ) -> object:
+        """Send a statement, as text or of the driver's parts, and wait for its result."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *failure: object) -> object: ...
+
+
+class ConnectionInfo(Protocol):
+    """What the driver knows about a session."""
+
+    backend_pid: int
+
+
+class BlockingConnection(Protocol):
+    """A session of the driver that waits for each answer.
+
+    `closed` is 0 while it is open.
+    """
+
+    autocommit: bool
+    closed: int
+    server_version: int
+    info: ConnectionInfo
+
+    def cursor(self) -> BlockingCursor:
+        """Return a cursor for the next statements."""
+
+    def close(self) -> object:
+        """End the session."""
 
 
 class Log(Protocol):

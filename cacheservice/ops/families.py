@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar, cast
 
 from prometheus_client.core import Metric
 
@@ -82,6 +82,9 @@ def _in_braces(labels: Labels) -> str:
     return ",".join(f'{label}="{value}"' for label, value in sorted({"dataset": _DATASET, **labels}.items()))
 
 
+S = TypeVar("S")
+
+
 class Group(NamedTuple):
     """Families whose values change together.
 
@@ -90,8 +93,14 @@ class Group(NamedTuple):
     """
 
     families: tuple[Family, ...]
-    stamp: Callable[[Dataset], Any]
-    values: Callable[[Dataset, Any], Iterable[Values]]
+    stamp: Callable[[Dataset], object]
+    values: Callable[[Dataset, object], Iterable[Values]]
+
+
+def _group(
+    families: tuple[Family, ...], stamp: Callable[[Dataset], S], values: Callable[[Dataset, S], Iterable[Values]]
+) -> Group:
+    return Group(families, stamp, cast("Callable[[Dataset, object], Iterable[Values]]", values))
 
 
 _OUTCOMES = ("published", "unchanged", "held", "failed")
@@ -116,7 +125,7 @@ def _age_s(dataset: Dataset) -> float | None:
     return None if age_s is None else round(age_s, 3)
 
 
-def _refreshes_stamp(dataset: Dataset) -> tuple[Any, ...]:
+def _refreshes_stamp(dataset: Dataset) -> tuple[object, ...]:
     counts, snapshot = dataset.counts, dataset.snapshot
     return (
         counts.outcomes.total(),
@@ -184,9 +193,9 @@ def _whole_for_s(dataset: Dataset) -> float:
 
 
 GROUPS = (
-    Group((AGE,), _age_s, lambda _, age_s: ((() if age_s is None else (age_s,)),)),
-    Group((_WITHOUT_DELTAS,), _whole_for_s, lambda _, value: ((value,),)),
-    Group(
+    _group((AGE,), _age_s, lambda _, age_s: ((() if age_s is None else (age_s,)),)),
+    _group((_WITHOUT_DELTAS,), _whole_for_s, lambda _, value: ((value,),)),
+    _group(
         (
             Family(
                 "cacheservice_dataset_state",
@@ -198,7 +207,7 @@ GROUPS = (
         Dataset.state,
         lambda _, current: (tuple(state is current for state in State),),
     ),
-    Group(
+    _group(
         (
             Family("cacheservice_dataset_rows", "gauge", "Rows of the served snapshot."),
             Family(
@@ -277,7 +286,7 @@ GROUPS = (
         _refreshes_stamp,
         _refreshes_values,
     ),
-    Group(
+    _group(
         (
             Family(
                 "cacheservice_reads_total",

@@ -11,10 +11,10 @@ import select
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import structlog
+from structlog.typing import EventDict, Processor
 from twisted.logger import ILogObserver, LogEvent, LogLevel, formatEvent
 from zope.interface import implementer
 
@@ -115,19 +115,19 @@ class Threshold:
     def set(self, level: str) -> None:
         self._least = _LEVELS[level]
 
-    def __call__(self, _: Any, level: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    def __call__(self, _: object, level: str, event: EventDict) -> EventDict:
         """Drop events below the threshold, as a processor of structlog."""
         if _LEVELS[level] < self._least:
             raise structlog.DropEvent
         return event
 
 
-def make_logger(threshold: Threshold, line_format: str, write: Callable[[str], None], *, colors: bool = False) -> Any:
+def make_logger(threshold: Threshold, line_format: str, write: Callable[[str], None], *, colors: bool = False) -> Log:
     """Return a structlog logger that writes each event as one line.
 
     :param line_format: "json" or "console".
     """
-    renderer: list[Any]
+    renderer: list[Processor]
     if line_format == "json":
         renderer = [
             structlog.processors.format_exc_info,
@@ -139,7 +139,7 @@ def make_logger(threshold: Threshold, line_format: str, write: Callable[[str], N
             _exception_in_line,
             structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=20, sort_keys=False, timestamp_key="time"),
         ]
-    return structlog.wrap_logger(
+    logger: Log = structlog.wrap_logger(
         _Lines(write),
         processors=[
             threshold,
@@ -152,6 +152,7 @@ def make_logger(threshold: Threshold, line_format: str, write: Callable[[str], N
         context_class=dict,
         cache_logger_on_first_use=True,
     )
+    return logger
 
 
 class _Lines:
@@ -177,7 +178,7 @@ class TwistedEvents:
         level = _LEVEL_OF_TWISTED.get(event.get("log_level", LogLevel.info), "info")
         if level == "info":
             level = "debug"  # Twisted's routine events; only its warnings and errors matter
-        fields: dict[str, Any] = {"source": event.get("log_namespace", "twisted"), "message": _in_one_line(event)}
+        fields: dict[str, object] = {"source": event.get("log_namespace", "twisted"), "message": _in_one_line(event)}
         failure = event.get("log_failure")
         if failure is not None:
             fields["error"] = f"{failure.type.__name__}: {failure.getErrorMessage()}"
@@ -195,13 +196,13 @@ def _in_one_line(event: LogEvent) -> str:
     return " ".join(formatEvent(event).split())
 
 
-def _in_order(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+def _in_order(_: object, __: str, event: EventDict) -> EventDict:
     """Put the fields that every line has first, and drop those that are None."""
     first = {name: event.pop(name) for name in ("time", "level", "event")}
     return first | {name: value for name, value in event.items() if value is not None}
 
 
-def _exception_in_line(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+def _exception_in_line(_: object, __: str, event: EventDict) -> EventDict:
     """Keep a console event on one line.
 
     The renderer prints a field named `exception` on lines of its own.

@@ -10,9 +10,9 @@ with this one.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any, Protocol
+from typing import Protocol
 
 import twisted
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -47,14 +47,20 @@ Superseded = Callable[[], Mapping[tuple[str, int], int]]
 """Bytes by dataset and generation."""
 
 
+class Counted(Protocol):
+    """Counts by reason."""
+
+    def items(self) -> Iterable[tuple[str, int]]: ...
+
+
 class ServedPort(Protocol):
     """The factory of a port. `rejected` counts clients by reason."""
 
     @property
-    def clients(self) -> Collection[Any]: ...
+    def clients(self) -> Collection[object]: ...
 
     @property
-    def rejected(self) -> Mapping[Any, int]: ...
+    def rejected(self) -> Counted: ...
 
     max_connections: int
 
@@ -70,7 +76,7 @@ class _Lines:
     def __init__(self, dataset: str) -> None:
         self.families = [b""] * len(_FAMILIES)
         self._templates = [family.template(dataset) for family in _FAMILIES]
-        self._stamps: list[Any] = [_NOT_RENDERED] * len(_STAMPS)
+        self._stamps: list[object] = [_NOT_RENDERED] * len(_STAMPS)
 
     def render(self, dataset: Dataset) -> bool:
         """Render changed lines; return whether anything but the age has changed."""

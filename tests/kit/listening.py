@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from tests.kit.logs import Log
-
-
-@dataclass
-class Observer:
-    """What a listener calls."""
-
-    heard: Callable[[str, str], object]
-    missed: Callable[[], object]
 
 
 class Diary(list[tuple[Any, ...]]):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from cacheservice.base.errors import DatabaseUnavailable, NoSessionLeft, NotHeard, QueryFailed
 from cacheservice.config import OWN_CHANNEL
-from cacheservice.sources.postgres.listening.calls import Calls
+from cacheservice.sources.postgres.listening.calls import Calls, Observer
 from cacheservice.sources.postgres.listening.canaries import Canaries
 from cacheservice.sources.postgres.listening.failures import Failures, HeardNothing, Problem
 from cacheservice.sources.postgres.listening.pace import Pace
 from cacheservice.sources.postgres.listening.session import listen_sql
-from tests.kit.listening import Diary, Observer
+from tests.kit.listening import Diary
 
 
 def payload_of(sql: str) -> str:

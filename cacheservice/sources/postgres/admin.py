@@ -6,12 +6,13 @@ Their errors have one line.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
 
 import psycopg2
 
+from cacheservice.base.interfaces import BlockingConnection, BlockingCursor
 from cacheservice.sources.postgres.advice import for_login
 from cacheservice.sources.postgres.lock_watch import LockWatch
 from cacheservice.sources.postgres.oldest import too_old
@@ -69,7 +70,9 @@ class Refused(Exception):
 class Session:
     """A blocking session in autocommit; `cursor` and `connection` are the driver's."""
 
-    def __init__(self, connection: Any, cursor: Any, dsn: str, role: str, database: str) -> None:
+    def __init__(
+        self, connection: BlockingConnection, cursor: BlockingCursor, dsn: str, role: str, database: str
+    ) -> None:
         self._dsn = dsn
         self.connection = connection
         self.cursor = cursor
@@ -77,12 +80,12 @@ class Session:
         self.database = database
         """The role and the database, quoted for SQL."""
 
-    def rows(self, statement: str, parameters: tuple[Any, ...] | None = None) -> list[tuple[Any, ...]]:
+    def rows(self, statement: str, parameters: Sequence[object] | None = None) -> list[tuple[Any, ...]]:
         self.cursor.execute(statement, parameters)
         found: list[tuple[Any, ...]] = self.cursor.fetchall()
         return found
 
-    def value(self, statement: str, parameters: tuple[Any, ...] | None = None) -> Any:
+    def value(self, statement: str, parameters: Sequence[object] | None = None) -> Any:
         """Return the only value of the only row."""
         ((found,),) = self.rows(statement, parameters)
         return found
@@ -106,7 +109,7 @@ class Session:
         self.cursor.execute("COMMIT")
 
 
-def _connect_arguments(dsn: str) -> dict[str, Any]:
+def _connect_arguments(dsn: str) -> dict[str, object]:
     return parse(dsn).blocking_arguments() | {"connect_timeout": _CONNECT_TIMEOUT_S}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any
 
 from cacheservice.base.errors import Blocker, QueryFailed
 from cacheservice.sources.postgres.guard import GuardedConnection
@@ -35,6 +34,10 @@ LEFT JOIN LATERAL (
 NO_FUNCTION = ("42883", "3F000", "42501")
 """undefined function, invalid schema name, insufficient privilege"""
 
+_Text = str | bytes | None
+BlockerRow = tuple[int, _Text, _Text, _Text, _Text, float | None, _Text, _Text]
+"""The columns of either statement. Texts come as bytes over the sessions of refreshes."""
+
 
 def by_function(pid: int) -> str:
     """Return the statement that calls the function from the migrations."""
@@ -57,15 +60,23 @@ async def find_blockers(guard: GuardedConnection, pid: int) -> tuple[Blocker, ..
         if error.sqlstate not in NO_FUNCTION:
             raise
         cursor = await guard.execute(by_catalogs(pid))
-    return tuple(blocker(*row) for row in cursor.fetchall())
+    return tuple(blocker(row) for row in cursor.fetchall())
 
 
-def blocker(pid: int, *columns: Any) -> Blocker:
+def blocker(row: BlockerRow) -> Blocker:
     """Return the blocker from a row of either statement, with text or bytes."""
-    user, application, mode, relation, since, state, kind = columns
-    text = [
-        value.decode() if isinstance(value, bytes) else value
-        for value in (user, application, mode, relation, state, kind)
-    ]
-    moment = None if since is None else datetime.fromtimestamp(since, UTC)
-    return Blocker(pid, text[0], text[1], text[2], text[3], moment, text[4], text[5])
+    pid, user, application, mode, relation, since, state, kind = row
+    return Blocker(
+        pid,
+        _text(user),
+        _text(application),
+        _text(mode),
+        _text(relation),
+        None if since is None else datetime.fromtimestamp(since, UTC),
+        _text(state),
+        _text(kind),
+    )
+
+
+def _text(value: _Text) -> str | None:
+    return value.decode() if isinstance(value, bytes) else value

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from fcntl import ioctl
 from functools import partial
 from termios import FIONREAD
-from typing import Any
 
 import psycopg2
 from psycopg2 import extensions
@@ -32,9 +31,9 @@ _NOTHING_TO_READ = bytes(4)
 class Session(extensions.connection):  # type: ignore[misc]  # psycopg2 has no types
     """The driver's session, with a limit on the work of one `poll`."""
 
-    def poll(self) -> Any:
+    def poll(self) -> int:
         """Continue the operation with the data that has arrived, for at most three parts."""
-        state = super().poll()
+        state: int = super().poll()
         parts = 1
         while (
             state == extensions.POLL_READ
@@ -57,7 +56,7 @@ class Connector:
     """
 
     def __init__(
-        self, reactor: Reactor, resolve: Resolve, shuffle: Callable[[list[Any]], None] = random.shuffle
+        self, reactor: Reactor, resolve: Resolve, shuffle: Callable[[list[Address]], None] = random.shuffle
     ) -> None:
         self._reactor = reactor
         self._resolve = resolve
@@ -65,7 +64,7 @@ class Connector:
         self._memory = Memory()
         self._slow_names: set[str] = set()
 
-    def open(self, target: Target, purpose: str, by: float, defaults: Mapping[str, Any]) -> Deferred[Session]:
+    def open(self, target: Target, purpose: str, by: float, defaults: Mapping[str, object]) -> Deferred[Session]:
         """Log in at the first suitable address.
 
         Cancelling the Deferred ends the attempt.
@@ -76,7 +75,7 @@ class Connector:
         """
         return Deferred.fromCoroutine(self._open(target, purpose, by, defaults))
 
-    async def _open(self, target: Target, purpose: str, by: float, defaults: Mapping[str, Any]) -> Session:
+    async def _open(self, target: Target, purpose: str, by: float, defaults: Mapping[str, object]) -> Session:
         began_at = self._reactor.seconds()
         addresses, failed = await _LookUps(self._reactor, self._resolve, target, self._slow_names).addresses(by)
         if target.random_order:
@@ -104,7 +103,7 @@ class Connector:
                     raise not_connected([*failed, *tries.values()], target, self._reactor.seconds() - began_at)
         raise not_connected([*failed, *tries.values()], target, self._reactor.seconds() - began_at)
 
-    async def _log_in(self, arguments: dict[str, Any], limit_s: float) -> Session:
+    async def _log_in(self, arguments: Mapping[str, object], limit_s: float) -> Session:
         handshake = Handshake(self._reactor, asynchronous(Session, arguments))
         expired = False
 
@@ -175,7 +174,7 @@ class _LookUps:
     async def _look_up(self, name: str) -> Sequence[str]:
         return await self._resolve(name)
 
-    def _looked_up(self, name: str, result: Any) -> None:
+    def _looked_up(self, name: str, result: Sequence[str] | Failure) -> None:
         self._found[name] = result
         self._slow.discard(name)
         changed, self._changed = self._changed, None

@@ -14,10 +14,11 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cacheservice.cache.snapshot import Snapshot
 from cacheservice.config import DatasetSettings
+from cacheservice.sources.postgres.dependency_search import Objects
 from cacheservice.sources.postgres.keys import array, literal
 from cacheservice.sources.postgres.session_settings import pinned_sql
 
@@ -67,7 +68,7 @@ OWN_SETTINGS = """(
 """A digest of the settings that a session takes when it begins."""
 
 
-def with_session(objects: Mapping[str, Any], dataset: DatasetSettings) -> str:
+def with_session(objects: Objects, dataset: DatasetSettings) -> str:
     """Return the found objects, and a hash of the settings of the read, as text.
 
     The other functions take this text.
@@ -149,7 +150,7 @@ def versions_sql(found: str) -> str:
     return "\nUNION ALL\n".join((*state, *_catalog(objects, detailed=True)))
 
 
-def _session_state(objects: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def _session_state(objects: Objects) -> list[tuple[str, str, str]]:
     """Return the digest's parts beside the catalog, as kind, name and expression."""
     return [
         ("session", "", "concat_ws(' ', current_user, session_user)"),
@@ -173,7 +174,7 @@ _SECURITY = "concat(c.relrowsecurity, c.relforcerowsecurity, row_security_active
 _RELATION = "concat_ws(' ', c.relname, c.relnamespace, c.relkind, CASE WHEN c.relkind = 'v' THEN c.reloptions END)"
 
 
-def _catalog(objects: Mapping[str, Any], *, detailed: bool) -> list[str]:
+def _catalog(objects: Objects, *, detailed: bool) -> list[str]:
     """Return a SELECT for each catalog that holds rows of the objects.
 
     Without details they have fewer columns and fewer rows.

@@ -176,7 +176,11 @@ SELECT jsonb_build_object(
 """
 
 
-async def find(guard: GuardedConnection, dataset: DatasetSettings, type_oids: Iterable[int]) -> dict[str, Any] | None:
+Objects = dict[str, Any]
+"""Names and object identifiers by kind, as the JSON of the search returns them."""
+
+
+async def find(guard: GuardedConnection, dataset: DatasetSettings, type_oids: Iterable[int]) -> Objects | None:
     """Find the dependencies of `dataset`, in the transaction that has read it.
 
     :param type_oids: the types of the query's columns.
@@ -195,7 +199,7 @@ async def find(guard: GuardedConnection, dataset: DatasetSettings, type_oids: It
                 "types": types,
             }
         )
-        objects: dict[str, Any] = {kind: value for kind, value in json.loads(cursor.fetchone()[0]).items() if value}
+        objects: Objects = {kind: value for kind, value in json.loads(cursor.fetchone()[0]).items() if value}
         bodies, parsed = objects.pop("bodies", ()), objects.pop("parsed", ())
         if texts.keys() >= set(bodies):
             settings = {name.lower() for text in (*texts, *parsed) for name in _SETTING.findall(text)}

@@ -22,7 +22,7 @@ from txpostgres import txpostgres
 from zope.interface import implementer
 
 from cacheservice.base.errors import DatabaseUnavailable, DeadlineExceeded, ServerTooOld
-from cacheservice.base.interfaces import Reactor
+from cacheservice.base.interfaces import Cursor, Reactor
 from cacheservice.sources.postgres.connector import Connector, Session
 from cacheservice.sources.postgres.oldest import too_old
 from cacheservice.sources.postgres.target import Target
@@ -38,7 +38,7 @@ each value first, which costs as much again and fails for bytes that are not UTF
 _NOTIFICATIONS_PER_TURN = 1000
 
 # A connection that dies without a FIN is detected while idle (keepalives) and while sending (tcp_user_timeout).
-KEEPALIVES: Mapping[str, Any] = MappingProxyType(
+KEEPALIVES: Mapping[str, object] = MappingProxyType(
     {
         "keepalives": 1,
         "keepalives_idle": 10,
@@ -195,7 +195,7 @@ class GuardedConnection:
         connector: Connector,
         purpose: str,
         timeout_s: float,
-        defaults: Mapping[str, Any] = MappingProxyType({}),
+        defaults: Mapping[str, object] = MappingProxyType({}),
     ) -> None:
         """Open the session within `timeout_s` and the deadline, name look-ups included.
 
@@ -264,7 +264,7 @@ class GuardedConnection:
         socket_state.register(self._connection.pollable().fileno(), select.POLLIN | select.POLLRDHUP)
         return not socket_state.poll(0)
 
-    def execute(self, sql: str) -> Deferred[Any]:
+    def execute(self, sql: str) -> Deferred[Cursor]:
         """Send one statement; fires with its cursor once the whole answer has arrived.
 
         Only one statement may run at a time. text columns come as bytes.
@@ -272,7 +272,7 @@ class GuardedConnection:
         :raises RefreshFailed: one of its subclasses, for any failure of the server or the network.
         """
 
-        def start() -> Deferred[Any]:
+        def start() -> Deferred[Cursor]:
             self._cursor = self._connection.cursor()
             return self._cursor.execute(sql)  # type: ignore[no-any-return]
 

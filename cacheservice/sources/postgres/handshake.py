@@ -11,13 +11,12 @@ while a thread still computes for an abandoned login, which is closed when the t
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum, auto
 from threading import Thread
-from typing import Any, Literal
+from typing import Generic, Literal, Protocol, TypeVar
 
 import psycopg2
-from psycopg2 import extensions
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReadWriteDescriptor
 from twisted.python.failure import Failure
@@ -39,6 +38,22 @@ _DEFAULT, _VERBOSE = 1, 2
 """PGVerbosity of libpq-fe.h. A verbose error contains its SQLSTATE, which the driver drops for a refused login."""
 
 
+class RawSession(Protocol):
+    """A session of the driver that may not be logged in yet."""
+
+    closed: int
+    pgconn_ptr: int
+
+    def fileno(self) -> int:
+        """Return the descriptor of its socket."""
+
+    def close(self) -> object:
+        """Close it."""
+
+
+S = TypeVar("S", bound=RawSession)
+
+
 class _State(Enum):
     WAITING = auto()
     COMPUTING = auto()
@@ -47,7 +62,7 @@ class _State(Enum):
 
 
 @implementer(IReadWriteDescriptor)
-class Handshake:
+class Handshake(Generic[S]):
     """Runs one login; `opened` fires with the driver's session or a `psycopg2.Error`.
 
     Cancelling `opened` ends the login.
@@ -55,8 +70,8 @@ class Handshake:
     :param connect: makes an asynchronous session of the driver that has begun to connect.
     """
 
-    def __init__(self, reactor: Reactor, connect: Callable[[], Any]) -> None:
-        self.opened: Deferred[Any] = Deferred(lambda _: self._abandon())
+    def __init__(self, reactor: Reactor, connect: Callable[[], S]) -> None:
+        self.opened: Deferred[S] = Deferred(lambda _: self._abandon())
         self._reactor = reactor
         self._state = _State.WAITING
         self._session = connect()
@@ -124,7 +139,7 @@ class Handshake:
             self._session.close()
 
 
-def asynchronous(factory: type[extensions.connection], arguments: dict[str, Any]) -> Callable[[], Any]:
+def asynchronous(factory: type[S], arguments: Mapping[str, object]) -> Callable[[], S]:
     """Return the `connect` of a `Handshake`.
 
     It begins to connect with the driver's `arguments`, and neither waits nor computes.

@@ -10,11 +10,11 @@ import threading
 from collections.abc import Mapping
 from contextlib import closing
 from types import TracebackType
-from typing import Any
 
 import psycopg2
 
 from cacheservice.base.errors import Blocker
+from cacheservice.base.interfaces import BlockingCursor
 from cacheservice.cache.describe import describe_blocker
 from cacheservice.sources.postgres import blockers
 
@@ -33,7 +33,7 @@ class LockWatch:
     :param pid: the server process of the command's session.
     """
 
-    def __init__(self, arguments: Mapping[str, Any], pid: int) -> None:
+    def __init__(self, arguments: Mapping[str, object], pid: int) -> None:
         self._arguments = {**arguments, "application_name": _APPLICATION_NAME}
         self._pid = pid
         self._found: tuple[Blocker, ...] = ()
@@ -73,11 +73,11 @@ class LockWatch:
             return  # the command reports that it waited, without a name
 
 
-def _ask(cursor: Any, pid: int) -> tuple[Blocker, ...]:
+def _ask(cursor: BlockingCursor, pid: int) -> tuple[Blocker, ...]:
     try:
         cursor.execute(blockers.by_function(pid))
     except psycopg2.Error as error:
         if error.pgcode not in blockers.NO_FUNCTION:
             raise
         cursor.execute(blockers.by_catalogs(pid))
-    return tuple(blockers.blocker(*row) for row in cursor.fetchall())
+    return tuple(blockers.blocker(row) for row in cursor.fetchall())

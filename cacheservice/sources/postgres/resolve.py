@@ -10,7 +10,7 @@ import socket
 from collections.abc import Callable, Sequence
 from functools import partial
 from threading import Thread
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from twisted.internet._resolver import GAIResolver
 from twisted.internet.address import IPv4Address, IPv6Address
@@ -49,6 +49,9 @@ class _Addresses:
             self._done.errback(DatabaseUnavailable(f'the name look-up of "{self._name}" found no address'))
 
 
+T = TypeVar("T")
+
+
 class Resolver:
     """Looks names up in a few threads of its own, which `stop` abandons.
 
@@ -81,8 +84,7 @@ class Resolver:
         if not self._pool.started:
             self._pool.start()
         done: Deferred[Sequence[str]] = Deferred()
-        receiver: Any = _Addresses(done)
-        self._resolver.resolveHostName(receiver, name)
+        self._resolver.resolveHostName(cast("IResolutionReceiver", _Addresses(done)), name)
         return done
 
     def _answer(self, result: Sequence[str] | Failure, name: str, waiting: list[Deferred[Sequence[str]]]) -> None:
@@ -102,7 +104,7 @@ class Resolver:
             self._pool.adjustPoolsize(0, 0)
 
 
-def _look_up(getaddrinfo: Callable[..., Any], *arguments: Any) -> Any:
+def _look_up(getaddrinfo: Callable[..., T], *arguments: object) -> T:
     try:
         return getaddrinfo(*arguments)
     except ValueError as error:

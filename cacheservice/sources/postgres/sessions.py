@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
 from cacheservice.base.errors import DatabaseUnavailable, DeadlineExceeded, NoSessionLeft, let_go
-from cacheservice.base.interfaces import Reactor
+from cacheservice.base.interfaces import Cursor, Reactor
 from cacheservice.base.timers import pause
 from cacheservice.cache.cache import DatabaseStatus
 from cacheservice.sources.postgres.connector import Connector
@@ -131,7 +131,7 @@ class Sessions:
         d.addErrback(self._again_if_lost, purpose, deadline_at, use)
         return d
 
-    async def commit(self, guard: GuardedConnection, backend_pid: int, ask: str = "") -> Any:
+    async def commit(self, guard: GuardedConnection, backend_pid: int, ask: str = "") -> Cursor | None:
         """End the transaction, and prepare the session for its next use.
 
         :param backend_pid: the server process of the transaction. If it differs from the session's own, it belongs to a
@@ -143,19 +143,18 @@ class Sessions:
         if backend_pid != guard.pid:
             pooled.note_room(True)  # the proxy's limits apply, not the role's
             # Both statements are one transaction of their own: another client may have left another role.
-            answer = await guard.execute(f"COMMIT; SET LOCAL role TO DEFAULT; {ask}" if ask else "COMMIT")
+            end = "COMMIT; SET LOCAL role TO DEFAULT" if ask else "COMMIT"
         elif pooled.has_room is not None:
-            answer = await guard.execute(f"{_RESET}; {ask}" if ask else _RESET)
+            end = _RESET
         else:
             cursor = await guard.execute(_RESET + _ROOM)
             pooled.note_room(all(has_room(limit, used) for limit, used in cursor.fetchall()))
-            answer = await guard.execute(ask) if ask else None
+            return await guard.execute(ask) if ask else None
+        answer = await guard.execute(f"{end}; {ask}" if ask else end)
         return answer if ask else None
 
     def _use_new(self, purpose: str, deadline_at: float, use: Use[T]) -> Deferred[T]:
-        d: Deferred[Any] = Deferred.fromCoroutine(self._opened(purpose, deadline_at))
-        d.addCallback(self._use, use)
-        return d
+        return Deferred.fromCoroutine(self._opened(purpose, deadline_at)).addCallback(self._use, use)
 
     def _use(self, pooled: PooledSession, use: Use[T]) -> Deferred[T]:
         self._busy[pooled.guard] = pooled
@@ -236,7 +235,7 @@ class Sessions:
         self._status.connections -= 1
         guard.close_and_passthrough(None)
 
-    def _again_if_lost(self, failure: Failure, purpose: str, deadline_at: float, use: Use[T]) -> Any:
+    def _again_if_lost(self, failure: Failure, purpose: str, deadline_at: float, use: Use[T]) -> Deferred[T] | Failure:
         if not failure.check(DatabaseUnavailable) or failure.check(DeadlineExceeded):
             return failure
         let_go(failure.value)

@@ -6,6 +6,8 @@ transaction that asked only then would take the snapshot for up to date.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
 from cacheservice.cache.lag import NO_LAG, Lag, Receiver, Seen, StandbyFacts, lag_of
@@ -101,7 +103,7 @@ class Standbys:
         return lag
 
 
-def _facts(row: tuple[Any, ...]) -> StandbyFacts | None:
+def _facts(row: Sequence[Any]) -> StandbyFacts | None:
     role, in_recovery, started_us, now, received, replayed, committed, checkpoint, paused, timeout, delay, *rest = row
     if not in_recovery:
         return None
@@ -125,5 +127,5 @@ def _facts(row: tuple[Any, ...]) -> StandbyFacts | None:
     )
 
 
-def _seconds(moment: Any) -> float | None:
+def _seconds(moment: float | Decimal | None) -> float | None:
     return None if moment is None else float(moment)

@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 from urllib.parse import quote
 
 import psycopg2
@@ -76,7 +75,7 @@ class Target:
             return None
         return float(seconds) if seconds > 0 else None
 
-    def connect_arguments(self, address: Address, session_attrs: str, purpose: str) -> dict[str, Any]:
+    def connect_arguments(self, address: Address, session_attrs: str, purpose: str) -> dict[str, object]:
         """Return the arguments of `psycopg2.connect` for one address.
 
         libpq resolves names with a blocking call, so `hostaddr` holds the address; `host` stays for the verification of
@@ -93,13 +92,13 @@ class Target:
         # Kerberos would block; the documents must be UTF-8 whatever the database's encoding is.
         return parameters | {"gssencmode": "disable", "client_encoding": "UTF8"}
 
-    def blocking_arguments(self) -> dict[str, Any]:
+    def blocking_arguments(self) -> dict[str, object]:
         """Return the arguments for a blocking `psycopg2.connect`.
 
         They are the connection string, and libpq chooses between the addresses itself. sslrootcert=system becomes the
         system's bundle, because the OpenSSL in the driver's wheel looks in a directory of its build machine.
         """
-        parameters: dict[str, Any] = dict(self._parameters)
+        parameters: dict[str, object] = dict(self._parameters)
         if self._value("sslrootcert", "PGSSLROOTCERT") == "system":
             bundle = next(filter(os.path.exists, (os.environ.get("SSL_CERT_FILE", ""), *_SYSTEM_BUNDLES)), None)
             if bundle is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Protocol
 
 import psycopg2
 
@@ -38,13 +38,21 @@ _BYTES = re.compile(r"0x[0-9a-f]{2}( 0x[0-9a-f]{2})*")
 _QUOTED = re.compile(r'"[^"]*"')
 
 
+class Diagnostics(Protocol):
+    """What the server reported about an error, as the driver returns it."""
+
+    message_primary: str | None
+    source_function: str | None
+    message_detail: str | None
+
+
 def translate(error: psycopg2.Error, target: Target, *, connecting: bool = False) -> RefreshFailed:
     """Return our exception for any exception of the driver.
 
     The caller raises it `from` the driver's.
     """
     sqlstate: str = getattr(error, "pgcode", None) or ""
-    diagnostics = getattr(error, "diag", None)
+    diagnostics: Diagnostics | None = getattr(error, "diag", None)
     told = (diagnostics and diagnostics.message_primary) or str(error)
     if connecting and (spent := no_descriptor_left(told)) is not None:
         return spent
@@ -52,7 +60,7 @@ def translate(error: psycopg2.Error, target: Target, *, connecting: bool = False
     # Before the password is removed: a short password may be part of the words that decide the advice.
     todo = advice.for_login(sqlstate, told) if connecting else advice.for_query(sqlstate)
     message = target.redact(told)
-    if sqlstate in (_SERIALIZATION_FAILURE, _DEADLOCK_DETECTED) and not connecting:
+    if diagnostics and sqlstate in (_SERIALIZATION_FAILURE, _DEADLOCK_DETECTED) and not connecting:
         return _try_again(sqlstate, message, diagnostics)
     if connecting or _SESSION_LOST.fullmatch(sqlstate) or not sqlstate:
         what = lead_of(told) if connecting else "the connection to PostgreSQL was lost"
@@ -71,7 +79,7 @@ def translate(error: psycopg2.Error, target: Target, *, connecting: bool = False
     return QueryFailed(f"PostgreSQL: {message} (SQLSTATE {sqlstate})", sqlstate, todo)
 
 
-def _try_again(sqlstate: str, message: str, diagnostics: Any) -> QueryFailed:
+def _try_again(sqlstate: str, message: str, diagnostics: Diagnostics) -> QueryFailed:
     """Return the error for a conflict that another try may avoid.
 
     A standby uses the same codes if replay took precedence (PostgreSQL manual, 26.4.2). Between two statements it ends

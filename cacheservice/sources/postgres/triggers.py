@@ -12,10 +12,11 @@ a table with a column whose cast to text is the user's own function.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from psycopg2 import sql
 
+from cacheservice.base.interfaces import BlockingCursor
 from cacheservice.config import OWN_CHANNEL
 
 EVENTS = ("insert", "update", "delete", "truncate")
@@ -174,7 +175,7 @@ _TRANSITION = {
 
 
 def recording(
-    cursor: Any,
+    cursor: BlockingCursor,
     number: int,
     relation: int,
     key: Sequence[str],
@@ -254,7 +255,7 @@ def _unknown(array: str, width: int) -> sql.Composable:
     return sql.SQL(" OR ").join(firsts)
 
 
-def triggers(cursor: Any, number: int, table: Table) -> list[str]:
+def triggers(cursor: BlockingCursor, number: int, table: Table) -> list[str]:
     # ALWAYS: the triggers also fire in replicated sessions (session_replication_role). A user who disables and enables
     # triggers removes ALWAYS, which the next refresh detects.
     statements = [
@@ -293,6 +294,6 @@ def trigger(number: int, event: str) -> str:
     return f"cacheservice_{number}_{event}"
 
 
-def text(cursor: Any, template: str, *values: sql.Composable, **named: sql.Composable) -> str:
+def text(cursor: BlockingCursor, template: str, *values: sql.Composable, **named: sql.Composable) -> str:
     text: str = sql.SQL(template).format(*values, **named).as_string(cursor)
     return text

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from psycopg2 import sql
 
 from cacheservice.base.errors import WatchFailed
+from cacheservice.base.interfaces import BlockingCursor
 from cacheservice.sources.postgres import admin
 from cacheservice.sources.postgres.admin import LOCK_TIMEOUT_MS, SCHEMA, Refused, Session
 from cacheservice.sources.postgres.triggers import EVENTS, ROW, Table, recording, text, trigger, triggers
@@ -164,7 +164,7 @@ def _has(session: Session, table: str) -> bool:
     return bool(session.value("SELECT to_regclass(%s) IS NOT NULL", (f"{SCHEMA}.{table}",)))
 
 
-def _named(cursor: Any, table: str) -> tuple[int, str, str]:
+def _named(cursor: BlockingCursor, table: str) -> tuple[int, str, str]:
     """Return the OID, the full name and the kind of a relation ("t": temporary)."""
     # The server splits and folds the name by its own rules.
     cursor.execute(
@@ -176,7 +176,7 @@ def _named(cursor: Any, table: str) -> tuple[int, str, str]:
     return oid, sql.Identifier(schema, relation).as_string(cursor), kind
 
 
-def _find(cursor: Any, table: str, key: Sequence[str]) -> Table:
+def _find(cursor: BlockingCursor, table: str, key: Sequence[str]) -> Table:
     oid, name, kind = _named(cursor, table)
     if kind not in _TABLE_KINDS:
         raise WatchFailed(f"{name} is no table that can have such triggers; watch the tables that it reads")
@@ -228,7 +228,7 @@ WITH RECURSIVE family AS (
 """
 
 
-def _other_parent(cursor: Any, oid: int) -> tuple[str, str] | None:
+def _other_parent(cursor: BlockingCursor, oid: int) -> tuple[str, str] | None:
     """Return a descendant of the table and a parent of it outside the family, or None."""
     cursor.execute(
         f"""{_FAMILY}
@@ -243,7 +243,7 @@ def _other_parent(cursor: Any, oid: int) -> tuple[str, str] | None:
     return found
 
 
-def _family(cursor: Any, oid: int) -> list[tuple[str, str]]:
+def _family(cursor: BlockingCursor, oid: int) -> list[tuple[str, str]]:
     """Return the names and kinds of a table and its descendants, the table first."""
     cursor.execute(
         f"""{_FAMILY}
@@ -264,7 +264,7 @@ def _numbers_of_triggers(session: Session, oid: int) -> list[int]:
     return [number for (number,) in found]
 
 
-def _registering(cursor: Any, number: int, table: Table, key: Sequence[str], notify: bool) -> str:
+def _registering(cursor: BlockingCursor, number: int, table: Table, key: Sequence[str], notify: bool) -> str:
     return text(
         cursor,
         "INSERT INTO cacheservice.watched (id, relation, key_columns, notifies, form)\n"
@@ -351,7 +351,7 @@ def _removing(session: Session, number: int, family: Sequence[str]) -> list[str]
     ]
 
 
-def _run(cursor: Any, statements: Sequence[str], dry_run: bool, say: Callable[[str], None]) -> None:
+def _run(cursor: BlockingCursor, statements: Sequence[str], dry_run: bool, say: Callable[[str], None]) -> None:
     if dry_run:
         # One transaction, as in a real run: since_xid is the transaction that creates the triggers.
         say("\n".join([_BEGIN, *statements, "COMMIT;"]))

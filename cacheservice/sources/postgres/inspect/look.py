@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
+from cacheservice.base.interfaces import BlockingConnection, BlockingCursor
 from cacheservice.config import DatasetSettings
 from cacheservice.sources.postgres.inspect.findings import Finding, Inspection, Server
 from cacheservice.sources.postgres.lock_watch import LockWatch
@@ -20,8 +21,8 @@ class Look:
     Checks add to `found`. `cursor` and `connection` are the driver's.
     """
 
-    connection: Any
-    cursor: Any
+    connection: BlockingConnection
+    cursor: BlockingCursor
     dsn: str
     server: Server
     dataset: DatasetSettings

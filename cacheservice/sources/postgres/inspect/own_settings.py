@@ -6,8 +6,8 @@ They come from ALTER ROLE and ALTER DATABASE.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+from cacheservice.base.interfaces import BlockingCursor
 from cacheservice.config import DatasetSettings
 from cacheservice.sources.postgres.inspect.findings import Finding
 from cacheservice.sources.postgres.session_settings import RENDERING
@@ -23,7 +23,7 @@ ORDER BY lower(split_part(c.setting, '=', 1)), s.setrole = 0, s.setdatabase = 0
 """Settings of a new session of this role. The more specific setting wins (PostgreSQL manual, ALTER ROLE)."""
 
 
-def own_settings(cursor: Any, datasets: Sequence[DatasetSettings]) -> list[Finding]:
+def own_settings(cursor: BlockingCursor, datasets: Sequence[DatasetSettings]) -> list[Finding]:
     """Return a hint for each setting of the role that differs from a dataset's own.
 
     The dataset's setting is the pinned one.

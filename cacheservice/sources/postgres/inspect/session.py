@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from typing import Any
 
 import psycopg2
 
 from cacheservice.base.errors import InspectionFailed
+from cacheservice.base.interfaces import BlockingConnection, BlockingCursor
 from cacheservice.cache.lag import GRANT
 from cacheservice.config import DatasetSettings, PostgresSettings
 from cacheservice.sources.postgres import deltas
@@ -44,7 +44,11 @@ class Inspector:
     """A session to inspect datasets with; `inspecting` opens and closes it."""
 
     def __init__(
-        self, connection: Any, arguments: Mapping[str, Any], dsn: str, datasets: Sequence[DatasetSettings]
+        self,
+        connection: BlockingConnection,
+        arguments: Mapping[str, object],
+        dsn: str,
+        datasets: Sequence[DatasetSettings],
     ) -> None:
         """Read the server's facts.
 
@@ -143,7 +147,7 @@ def _look_at_all(look: Look) -> None:
     look_for_blind_spots(look, plan, places, origins, looks_fine=len(look.found.findings) == found_before)
 
 
-def _server(connection: Any, datasets: Sequence[DatasetSettings]) -> Server:
+def _server(connection: BlockingConnection, datasets: Sequence[DatasetSettings]) -> Server:
     with connection.cursor() as cursor:
         cursor.execute(
             "SELECT current_setting('server_version'), current_database(), format('%I', current_user), "
@@ -194,7 +198,7 @@ def _server(connection: Any, datasets: Sequence[DatasetSettings]) -> Server:
     return server
 
 
-def _is_pgpool(cursor: Any) -> bool:
+def _is_pgpool(cursor: BlockingCursor) -> bool:
     try:
         cursor.execute("SHOW pool_version")
     except psycopg2.Error:

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import dataclass
 
 from twisted.python.failure import Failure
 
 from cacheservice.base.interfaces import Log
 
 
-class Observer(Protocol):
-    """The receiver of notifications. It is called in the reactor's thread, and must be quick."""
+@dataclass(slots=True)
+class Observer:
+    """What a listener calls, in the reactor's thread. Both must be quick.
 
-    def heard(self, channel: str, payload: str) -> object:
-        """Note a notification."""
+    :param heard: called with the channel and the payload of each notification.
+    :param missed: called when notifications may have been missed: after each proof that a new session listens,
+        including the first, and when channels were added.
+    """
 
-    def missed(self) -> object:
-        """Note that notifications may have been missed.
-
-        It is called after each proof that a new session listens, including the first, and when channels were added.
-        """
+    heard: Callable[[str, str], object]
+    missed: Callable[[], object]
 
 
 class Calls:
