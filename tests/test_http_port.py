@@ -1202,7 +1202,7 @@ class Token(PortTestCase):
         """
         guard = self.factory._guard
         assert guard is not None
-        guard._throttle = throttle = Throttle(self.clock.seconds)  # it stands still
+        guard.passwords.throttle = throttle = Throttle(self.clock.seconds)  # it stands still
         right, path = {"Authorization": f"Bearer {self.token}"}, "/v1/datasets/products/rows/1"
         for _ in range(60):
             throttle.failed("127.0.0.1")

@@ -12,6 +12,7 @@ from cacheservice.cache.dataset import Dataset, State
 from cacheservice.cache.events import Added, Changed, Events
 from cacheservice.cache.identity import ServerIdentity
 from cacheservice.cache.lag import NO_LAG, Lag
+from cacheservice.cache.reading import is_readable
 from cacheservice.config import ConfigFile, DatasetSettings
 
 
@@ -196,11 +197,6 @@ class Cache:
         """
         required = {name: dataset for name, dataset in self._datasets.items() if dataset.settings.required}
         return {name: d.state() for name, d in required.items() if not is_readable(d.state(), d.settings.on_expired)}
-
-
-def is_readable(state: State, on_expired: Literal["serve", "refuse"]) -> bool:
-    """Return whether a dataset in `state` can be read. With `on_expired = "serve"` the age does not matter."""
-    return state is not State.NEVER_LOADED and not (state is State.EXPIRED and on_expired == "refuse")
 
 
 class Refreshes(Protocol):
