@@ -11,9 +11,10 @@ from twisted.trial.unittest import TestCase
 
 from cacheservice.cache.cache import Cache
 from cacheservice.config import DatasetSettings
+from cacheservice.ports.clients import Limits
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.held import HeldSnapshots
-from cacheservice.ports.http import HttpFactory
+from cacheservice.ports.http import AccessSettings, HttpFactory, Served
 from cacheservice.ports.listen import tcp
 from cacheservice.ports.resp.commands import Commands
 from cacheservice.ports.resp.protocol import RespFactory
@@ -48,13 +49,10 @@ class OnThePorts(TestCase):
         freshness = Freshness(FakeRefreshes(), self.cache.database, reactor)  # type: ignore[arg-type]
         self.resp = RespFactory(self.cache, Commands(self.cache, freshness, ""), 100, 60, reactor, held=self.held)
         self.http = HttpFactory(
-            cache=self.cache,
-            freshness=freshness,
-            refreshes=FakeRefreshes(),  # type: ignore[arg-type]
-            max_connections=100,
-            idle_timeout_s=60,
-            reactor=reactor,
-            held=self.held,
+            Served(self.cache, freshness, FakeRefreshes()),  # type: ignore[arg-type]
+            AccessSettings(),
+            Limits(100, 60, held=self.held),
+            reactor,
         )
         self.ports = {}
         for name, factory in (("resp", self.resp), ("http", self.http)):
