@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Any, Literal
+from typing import Literal
+
+from twisted.internet.defer import Deferred
 
 from cacheservice.ports.http.guard import ADMIN_TOKEN, READ_TOKEN, Guard
 from cacheservice.ports.http.messages import Request
@@ -18,7 +20,7 @@ from cacheservice.ports.rotation import Look, no_files
 
 Rights = Literal["read", "admin"]
 
-Checking = Coroutine[Any, Any, None]
+Checking = Coroutine[Deferred[object], object, None]
 """Ends once a wrong token has become right, because its file was read again; raises the refusal otherwise."""
 
 

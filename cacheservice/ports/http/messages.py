@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Coroutine, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from twisted.internet.defer import Deferred
 
@@ -54,7 +54,7 @@ class Reply(NamedTuple):
     endless: bool = False
 
 
-Later = Coroutine[Any, Any, Reply] | Deferred[Reply]
+Later = Coroutine[Deferred[object], object, Reply] | Deferred[Reply]
 """A reply that is not ready. A Deferred fires without further events; a coroutine waits for one, such as a refresh."""
 
 
