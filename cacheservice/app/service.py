@@ -38,8 +38,7 @@ from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.held import HeldSnapshots
 from cacheservice.ports.http import AccessSettings, HttpFactory, Served
 from cacheservice.ports.listen import PortService, tcp, unix
-from cacheservice.ports.resp.commands import Commands as RespCommands
-from cacheservice.ports.resp.protocol import RespFactory
+from cacheservice.ports.resp.connection import RespFactory
 from cacheservice.ports.rotation import ClientSecrets, Rotation
 from cacheservice.ports.status import Commands, StatusFactory
 from cacheservice.refresh.service import CacheService
@@ -263,19 +262,18 @@ def make_service(
         ports.append(admin)
         _add_port(root, "admin", "admin.socket", unix(reactor, settings.admin.socket, admin), admin)
     if settings.resp.enabled:
-        commands = RespCommands(cache, freshness, settings.resp.password.get_secret_value())
+        silence_timeout_s = settings.resp.idle_timeout_s
         served["resp"] = resp = RespFactory(
-            cache,
-            commands,
-            max_connections,
-            limits.idle_timeout_s,
-            reactor,
-            door("resp", reserve=0),
-            held,
-            settings.resp.idle_timeout_s,
+            cache=cache,
+            freshness=freshness,
+            limits=Limits(
+                max_connections, limits.idle_timeout_s, silence_timeout_s, door=door("resp", reserve=0), held=held
+            ),
+            clock=reactor,
+            password=settings.resp.password.get_secret_value(),
             look=rotation.look,
         )
-        rotation.watch(lambda secrets: commands.replace_password(secrets.password))
+        rotation.watch(lambda secrets: resp.replace_password(secrets.password))
         ports.append(resp)
         _add_port(root, "resp", "resp.port", tcp(reactor, settings.resp.host, settings.resp.port, resp, accepted), resp)
     if settings.http.enabled:
@@ -287,7 +285,7 @@ def make_service(
                 allow_data=config.is_loopback(settings.http.host) or limits.allow_anonymous,
                 look=rotation.look,
             ),
-            Limits(max_connections, limits.idle_timeout_s, door("http"), held),
+            Limits(max_connections, limits.idle_timeout_s, door=door("http"), held=held),
             reactor,
         )
         rotation.watch(lambda secrets: http.replace_tokens(secrets.token, secrets.admin_token))

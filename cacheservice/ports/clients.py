@@ -83,12 +83,15 @@ class Limits:
 
     :param idle_timeout_s: a client is dropped if it does not read its replies, or does not complete its request, within
         this time.
+    :param silence_timeout_s: a client is dropped if it sends no request within this time; 0 for never. Only of the RESP
+        port: other ports drop silent clients after `idle_timeout_s`.
     :param door: admits clients; None for a door that closes only at `max_connections`.
     :param held: tracks the replies in progress; None for no limit.
     """
 
     max_connections: int
     idle_timeout_s: float
+    silence_timeout_s: float = 0.0
     door: Door | None = None
     held: HeldSnapshots | None = None
 
