@@ -28,9 +28,10 @@ from twisted.trial.unittest import SynchronousTestCase
 from cacheservice.cache.rows import bulk
 from cacheservice.cache.snapshot import Snapshot
 from cacheservice.ports import rejected
+from cacheservice.ports.client_socket import Phase
 from cacheservice.ports.http.bodies import PIECE_BYTES
-from cacheservice.ports.http.channel import MAX_HEAD_BYTES, MAX_HEADERS
 from cacheservice.ports.http.guard import Guard
+from cacheservice.ports.http.head import MAX_HEAD_BYTES, MAX_HEADERS
 from cacheservice.ports.http.problem import Problem
 from cacheservice.ports.throttle import LONG_WAIT_S, SHORT_WAIT_S, Throttle
 from tests.kit.clocks import started_clock
@@ -509,7 +510,7 @@ class MaxAge(PortTestCase):
         self.assertEqual((answer.status, answer.headers["content-type"]), (503, "application/problem+json"))
         problem = answer.json()
         self.assertEqual((problem["age_s"], problem["max_age_s"]), (42.3, 5))
-        self.assertIn("products is 42.3 s old, asked for was at most 5 s", problem["detail"])
+        self.assertIn("products is 42.3 s old; max_age=5 was requested", problem["detail"])
         self.assertIn("retry-after", answer.headers)
         self.assertIn("not been loaded", (await never).json()["detail"])
 
@@ -745,7 +746,7 @@ class Streaming(PortTestCase):
             reading = deferToThread(lambda: len(statuses(read_to_the_end(client))))
             channel.dataReceived(requests)
             turns = 0
-            while channel.requests:
+            while channel.phase is not Phase.READING:
                 turns += 1
                 await deferLater(reactor, 0)
             self.assertGreater(turns, 1)
@@ -1200,9 +1201,9 @@ class Token(PortTestCase):
 
         Theirs are refused at once, and so is the right token of an address that has not sent it.
         """
-        guard = self.factory._guard
+        guard = self.factory.guard
         assert guard is not None
-        guard._throttle = throttle = Throttle(self.clock.seconds)  # it stands still
+        guard.passwords.throttle = throttle = Throttle(self.clock.seconds)  # it stands still
         right, path = {"Authorization": f"Bearer {self.token}"}, "/v1/datasets/products/rows/1"
         for _ in range(60):
             throttle.failed("127.0.0.1")

@@ -24,12 +24,12 @@ from cacheservice.ops.stall import StallWatch
 from cacheservice.ops.statsd import StatsD
 from cacheservice.ports import admission
 from cacheservice.ports.admission import Door, Room
+from cacheservice.ports.clients import Limits
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.held import HeldSnapshots
-from cacheservice.ports.http import HttpFactory
+from cacheservice.ports.http import AccessSettings, HttpFactory, Served
 from cacheservice.ports.listen import PortService, tcp, unix
-from cacheservice.ports.resp.commands import Commands as RespCommands
-from cacheservice.ports.resp.protocol import RespFactory
+from cacheservice.ports.resp.connection import RespFactory
 from cacheservice.ports.rotation import ClientSecrets, Rotation
 from cacheservice.ports.status import Commands, StatusFactory
 from cacheservice.sources.postgres.target import Resolve
@@ -93,36 +93,31 @@ def make_service(
         ports.append(admin)
         _add_port(root, "admin", "admin.socket", unix(reactor, settings.admin.socket, admin), admin)
     if settings.resp.enabled:
-        commands = RespCommands(cache, freshness, settings.resp.password.get_secret_value())
+        silence_timeout_s = settings.resp.idle_timeout_s
         served["resp"] = resp = RespFactory(
-            cache,
-            commands,
-            max_connections,
-            limits.idle_timeout_s,
-            reactor,
-            door("resp", reserve=0),
-            held,
-            settings.resp.idle_timeout_s,
+            cache=cache,
+            freshness=freshness,
+            limits=Limits(
+                max_connections, limits.idle_timeout_s, silence_timeout_s, door=door("resp", reserve=0), held=held
+            ),
+            clock=reactor,
+            password=settings.resp.password.get_secret_value(),
             look=rotation.look,
         )
-        rotation.watch(lambda secrets: commands.replace_password(secrets.password))
+        rotation.watch(lambda secrets: resp.replace_password(secrets.password))
         ports.append(resp)
         _add_port(root, "resp", "resp.port", tcp(reactor, settings.resp.host, settings.resp.port, resp, accepted), resp)
     if settings.http.enabled:
         served["http"] = http = HttpFactory(
-            cache=cache,
-            freshness=freshness,
-            refreshes=refresh,
-            max_connections=max_connections,
-            idle_timeout_s=limits.idle_timeout_s,
-            reactor=reactor,
-            token=settings.http.token.get_secret_value(),
-            admin_token=settings.http.admin_token.get_secret_value(),
-            allow_data=config.is_loopback(settings.http.host) or limits.allow_anonymous,
-            exposition=metrics,
-            held=held,
-            door=door("http"),
-            look=rotation.look,
+            Served(cache, freshness, refresh, metrics),
+            AccessSettings(
+                token=settings.http.token.get_secret_value(),
+                admin_token=settings.http.admin_token.get_secret_value(),
+                allow_data=config.is_loopback(settings.http.host) or limits.allow_anonymous,
+                look=rotation.look,
+            ),
+            Limits(max_connections, limits.idle_timeout_s, door=door("http"), held=held),
+            reactor,
         )
         rotation.watch(lambda secrets: http.replace_tokens(secrets.token, secrets.admin_token))
         ports.append(http)

@@ -12,6 +12,7 @@ from cacheservice.cache.dataset import Dataset, State
 from cacheservice.cache.events import Added, Changed, Events
 from cacheservice.cache.identity import ServerIdentity
 from cacheservice.cache.lag import NO_LAG, Lag
+from cacheservice.cache.reading import is_readable
 from cacheservice.config import ConfigFile, DatasetSettings
 
 
@@ -213,11 +214,6 @@ class Cache:
 def _was_tried(dataset: Dataset) -> bool:
     """Return whether an attempt has ended, or a saved snapshot is served."""
     return dataset.snapshot is not None or dataset.last_ended_at is not None
-
-
-def is_readable(state: State, on_expired: Literal["serve", "refuse"]) -> bool:
-    """Return whether a dataset in `state` can be read. With `on_expired = "serve"` the age does not matter."""
-    return state is not State.NEVER_LOADED and not (state is State.EXPIRED and on_expired == "refuse")
 
 
 class Refreshes(Protocol):
