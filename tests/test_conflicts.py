@@ -16,11 +16,11 @@ from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset
 from cacheservice.cache.drain import Drain
 from cacheservice.config import DatasetSettings
-from cacheservice.ports import report
 from cacheservice.refresh.service import CacheService
 from cacheservice.sources.postgres.database import Database
 from cacheservice.sources.postgres.target import parse
 from cacheservice.sources.postgres.translate import translate
+from tests.kit import views
 from tests.kit.postgres import connect
 from tests.kit.service import ROWS, ServiceTestCase, declare
 from tests.kit.standby import running_standby
@@ -43,7 +43,7 @@ class OnTheServer(ServiceTestCase):
         return service, cache
 
     def why(self, dataset: Dataset, cache: Cache, error: type[RefreshFailed]) -> str:
-        why = report.why(dataset, cache)
+        why = views.why(dataset, cache)
         self.assertIn(error.advice, why)
         return why
 

@@ -30,9 +30,9 @@ from twisted.trial.unittest import TestCase
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.http import HttpFactory
 from cacheservice.ports.listen import tcp
+from cacheservice.ports.operator_commands import Commands as StatusCommands
 from cacheservice.ports.resp.commands import Commands as RespCommands
 from cacheservice.ports.resp.protocol import RespFactory
-from cacheservice.ports.status import Commands as StatusCommands
 from cacheservice.ports.status import StatusFactory
 from cacheservice.ports.throttle import Throttle
 from tests.kit.clocks import started_clock

@@ -23,8 +23,8 @@ from cacheservice.app.reload import Reload
 from cacheservice.app.signals import Signals
 from cacheservice.base.errors import ConfigError, PortUnavailable
 from cacheservice.base.interfaces import Log, Reactor
+from cacheservice.base.text import seconds
 from cacheservice.cache.cache import Cache, ConnectionCap
-from cacheservice.cache.describe import seconds
 from cacheservice.cache.drain import Drain
 from cacheservice.config import ConfigFile, PersistenceSettings, Settings
 from cacheservice.ops import logs
@@ -37,10 +37,11 @@ from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.held import HeldSnapshots
 from cacheservice.ports.http import HttpFactory
 from cacheservice.ports.listen import PortService, tcp, unix
+from cacheservice.ports.operator_commands import Commands
 from cacheservice.ports.resp.commands import Commands as RespCommands
 from cacheservice.ports.resp.protocol import RespFactory
 from cacheservice.ports.rotation import ClientSecrets, Rotation
-from cacheservice.ports.status import Commands, StatusFactory
+from cacheservice.ports.status import StatusFactory
 from cacheservice.refresh.service import CacheService
 from cacheservice.sources.disk.store import SnapshotStore
 from cacheservice.sources.postgres import target

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from cacheservice.base.text import iso
+
 
 class CacheServiceError(Exception):
     """The base class of the tree. It is never raised itself."""
@@ -141,9 +143,9 @@ class QueryTimeout(QueryFailed):
 
 @dataclass(frozen=True, slots=True)
 class Blocker:
-    """A session that held a lock which a refresh was waiting for, at that time.
+    """A session that held a lock for which a refresh was waiting, at that time.
 
-    Fields that the role may not read are None.
+    Fields that the role may not read are None. As text it is a description without them.
     """
 
     pid: int
@@ -154,6 +156,26 @@ class Blocker:
     transaction_since: datetime | None
     state: str | None
     statement_kind: str | None
+
+    def __str__(self) -> str:
+        words = f"session {self.pid}"
+        if self.user:
+            words += f" of {self.user}"
+        if self.application:
+            words += f" ({self.application})"
+        if self.lock_mode:
+            words += f" holds {self.lock_mode}"
+            if self.relation:
+                words += f" on {self.relation}"
+        else:
+            words += " holds the lock"
+        if self.transaction_since:
+            words += f", in a transaction since {iso(self.transaction_since)}"
+        if self.state:
+            words += f", {self.state}"
+        if self.statement_kind:
+            words += f", {'running' if self.state == 'active' else 'last ran'} {self.statement_kind}"
+        return words
 
 
 class LockTimeout(QueryFailed):

@@ -16,10 +16,10 @@ from rich.text import Text
 
 from cacheservice import config
 from cacheservice.base.errors import ConfigError
-from cacheservice.cli.picture import size
 from cacheservice.cli.terminal import console_of_output, show
 from cacheservice.sources.postgres import target
 from cacheservice.sources.postgres.inspect import Finding, Inspection, Server, inspect_text, inspecting
+from cacheservice.views.words import size
 
 
 @click.command()

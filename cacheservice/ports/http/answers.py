@@ -19,9 +19,7 @@ from twisted.internet.defer import Deferred
 from cacheservice.base.errors import Stopped, UnknownDataset
 from cacheservice.cache.cache import Cache, Refreshes
 from cacheservice.cache.dataset import Dataset, Snapshot, State
-from cacheservice.cache.describe import describe_dataset, describe_hour
 from cacheservice.cache.events import Added, Changed, Ended
-from cacheservice.ports import report
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.held import Streamed
 from cacheservice.ports.http import assets, commands, conditions, heads, negotiation, parameters
@@ -32,6 +30,8 @@ from cacheservice.ports.http.events import Feed
 from cacheservice.ports.http.guard import CHALLENGE, Guard
 from cacheservice.ports.http.heads import JSON, JSON_GZIP, NDJSON, NDJSON_GZIP, Dates, SnapshotHeads
 from cacheservice.ports.http.problem import Problem
+from cacheservice.views import collect, explain
+from cacheservice.views import json as as_json
 
 _JSON = b"application/json"
 _METRICS_TEXT = b"text/plain"
@@ -245,14 +245,15 @@ class Answers:
     def _about(self, request: Request, name: bytes, what: bytes) -> Reply:
         if what == b"status":
             _check(request)
-            return self._live(200, describe_dataset(self._dataset(name)), request)
+            return self._live(200, as_json.dataset(collect.dataset(self._dataset(name))), request)
         if what == b"why":
             _check(request)
             return self._why(self._dataset(name), request)
         if what == b"history":
             _check(request)
             now = self._cache.now()
-            return self._live(200, describe_hour(self._dataset(name).last_hour.points(now), now), request)
+            points = collect.points(self._dataset(name).last_hour.points(now), now)
+            return self._live(200, as_json.hour(points), request)
         if what in commands.COMMANDS:
             if self._guard is not None and self._guard.is_for_commands:
                 raise Problem(405, "commands are sent with POST", b"Allow: POST\r\n")
@@ -261,11 +262,12 @@ class Answers:
 
     def _why(self, dataset: Dataset, request: Request) -> Reply:
         chosen = _negotiated(request, (_JSON, _TEXT))
-        words = report.why(dataset, self._cache)
+        details = collect.details(dataset, self._cache)
+        sentences = explain.why(details, collect.service(self._cache), collect.database(self._cache))
         if chosen == _JSON:
-            return self._live(200, {"dataset": dataset.name, "sentences": words.split("\n")})
+            return self._live(200, {"dataset": dataset.name, "sentences": sentences})
         head = heads.plain_head(200, b"text/plain; charset=utf-8", self._wall_s())
-        return Reply(head + b"X-Content-Type-Options: nosniff\r\n", words.encode() + b"\n")
+        return Reply(head + b"X-Content-Type-Options: nosniff\r\n", "\n".join(sentences).encode() + b"\n")
 
     # The dashboard
 
@@ -379,7 +381,7 @@ class Answers:
         fields = ("state", "rows", "bytes", "generation", "as_of", "age_s")
         listed = []
         for name, dataset in self._cache.datasets.items():
-            described = describe_dataset(dataset)
+            described = as_json.dataset(collect.dataset(dataset))
             path = f"/v1/datasets/{quote(name)}"
             links = {"self": path, "row": path + "/rows/{key}", "status": path + "/status"}
             listed.append({"name": name} | {field: described[field] for field in fields} | {"links": links})

@@ -15,17 +15,12 @@ from typing import Any, NamedTuple
 from twisted.internet.defer import Deferred
 
 from cacheservice.base.interfaces import Clock, DelayedCall
+from cacheservice.base.text import in_short, seconds
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset
-from cacheservice.cache.describe import (
-    describe_database,
-    describe_dataset,
-    describe_point,
-    describe_service,
-    in_short,
-    seconds,
-)
 from cacheservice.ports.http.bodies import Piece, cut
+from cacheservice.views import collect
+from cacheservice.views import json as as_json
 
 PERIOD_S = 1.0
 """The time between two scans of the datasets, so that a client gets at most one event in it."""
@@ -154,7 +149,7 @@ class Feed:
         return event
 
     def _make_event(self, seen: int) -> bytes:
-        service = describe_service(self._cache)
+        service = as_json.service(collect.service(self._cache))
         head = _packed({"service": service, **self._describe_rest()})[:-1].encode()
         if self._names_version > seen:
             head += b',"names":' + _packed(self._names).encode()
@@ -164,16 +159,16 @@ class Feed:
 
     def _describe_rest(self) -> dict[str, Any]:
         """Return the state outside datasets, without values that change all the time."""
-        database, rejection = self._cache.database, self._cache.rejection
+        rejection = self._cache.rejection
         return {
-            "postgres": describe_database(database),
+            "postgres": as_json.database(collect.database(self._cache)),
             "configuration_rejected": None if rejection is None else in_short(rejection.problems),
         }
 
     def _describe(self, dataset: Dataset) -> dict[str, Any]:
         now = self._cache.now()
         newest, behind_s = dataset.last_hour.newest(), dataset.behind_s()
-        return describe_dataset(dataset) | {
+        return as_json.dataset(collect.dataset(dataset)) | {
             "told_at_s": round(now - self._cache.started_at, 3),
             "required": dataset.settings.required,
             "group": dataset.settings.group,
@@ -182,7 +177,7 @@ class Feed:
             "behind_s": None if behind_s is None else seconds(behind_s),
             "differences": dataset.differences,
             "save_problem": dataset.save_problem,
-            "newest_point": None if newest is None else describe_point(newest, now),
+            "newest_point": None if newest is None else as_json.point(collect.point(newest, now)),
         }
 
 

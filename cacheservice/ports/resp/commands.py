@@ -30,7 +30,6 @@ from cacheservice.base.errors import UnknownDataset
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.counts import Reads
 from cacheservice.cache.dataset import Dataset, Snapshot, State
-from cacheservice.cache.describe import describe_dataset
 from cacheservice.cache.events import Added, Changed, Ended, Event, Published, Renewed
 from cacheservice.cache.rows import PATCHED_GROUP_BITS, PATCHED_GROUP_MASK, Groups, Rows, Shards, bulk
 from cacheservice.ports.freshness import Freshness
@@ -39,6 +38,8 @@ from cacheservice.ports.resp import reply
 from cacheservice.ports.resp.reply import CHUNK_ROWS, CommandError
 from cacheservice.ports.resp.requests import integer
 from cacheservice.ports.resp.scan import END_OF_DATASET, MAX_COUNT, SortedShards, glob, numbered, scan_rows
+from cacheservice.views import collect
+from cacheservice.views import json as as_json
 
 if TYPE_CHECKING:
     from cacheservice.ports.resp.protocol import RespProtocol
@@ -624,7 +625,7 @@ class Commands:
         return reply.encode(list(self._cache.datasets), client.protocol)
 
     def cache_info(self, client: RespProtocol, words: Words) -> Reply:
-        return reply.encode(describe_dataset(self._dataset(words[1])), client.protocol)
+        return reply.encode(as_json.dataset(collect.dataset(self._dataset(words[1]))), client.protocol)
 
     def cache_age(self, client: RespProtocol, words: Words) -> Reply:
         self.rows(words[1])

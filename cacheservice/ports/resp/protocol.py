@@ -20,9 +20,9 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from cacheservice.base.interfaces import Clock, DelayedCall
+from cacheservice.base.text import iso
 from cacheservice.base.timers import after, is_active
 from cacheservice.cache.cache import Cache
-from cacheservice.cache.describe import iso
 from cacheservice.cache.events import Event, Published
 from cacheservice.cache.rows import bulk
 from cacheservice.ports import rejected

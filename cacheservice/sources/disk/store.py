@@ -31,12 +31,12 @@ from cacheservice.base.errors import (
     UnknownGeneration,
 )
 from cacheservice.base.interfaces import DelayedCall, Log, Reactor
+from cacheservice.base.text import seconds
 from cacheservice.base.threads import in_thread
 from cacheservice.base.timers import is_active, pause
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset, Snapshot, rows_builder
 from cacheservice.cache.dependencies import Dependencies
-from cacheservice.cache.describe import seconds
 from cacheservice.cache.events import Ended, Event, Published, Renewed
 from cacheservice.cache.identity import why_elsewhere
 from cacheservice.cache.rows import Groups, Rows, RowsBuilder
