@@ -93,7 +93,8 @@ class Process(DaemonTestCase):
         self.assertEqual(elsewhere.returncode, 1)
         self.assertRegex(
             elsewhere.stderr,
-            r"^cacheservice: no answer from 127\.0\.0\.99:8000: .*; the service may listen elsewhere, see --host and --port: "
+            r"^cacheservice: no answer from 127\.0\.0\.99:8000: .*; the service may listen elsewhere, "
+            r"see --host and --port: "
             r"cacheservice\.toml: line 1, column 3: .*\n$",
         )
 

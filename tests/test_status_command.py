@@ -84,7 +84,7 @@ class BrokenFile(CommandLine):
         told = self.command("status", CACHESERVICE_STATUS__HOST="127.0.0.99")
         self.assertEqual(told.returncode, 1)
         self.assertRegex(
-            told.stderr, r"no answer from 127\.0\.0\.99:8000: .* The working directory has no cacheservice\.toml; if the"
+            told.stderr, r"no answer from 127\.0\.0\.99:8000: .* The working directory has no cacheservice\.toml; if "
         )
 
     def test_tail_without_the_resp_port(self) -> None:
