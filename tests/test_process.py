@@ -151,7 +151,7 @@ class Process(DaemonTestCase):
         self.assertEqual((told.returncode, told.stdout), (2, ""))
         self.assertRegex(
             told.stderr,
-            rf"^cacheservice\.toml: line {line}, column 14: .*; nothing was sent: fix this first, or name the "
+            rf"^cacheservice\.toml: line {line}, column 14: .*; nothing was sent: fix the configuration, or name the "
             r"admin socket with --socket\n$",
         )
         told = self.command("reload", "--socket", str(socket_path))

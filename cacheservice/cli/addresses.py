@@ -29,7 +29,9 @@ def status_address(host: str | None, port: int | None, *, guess: bool = False) -
     if port is None and problem is None and seen.status.port == 0:
         problem = "status.port is 0, any free port; the log names the port in service_started"
     if problem is not None and not guess:
-        raise AddressUnknown(f"{problem}; the status port is not known: use --port (and --host), or fix this first")
+        raise AddressUnknown(
+            f"{problem}; the status port is not known: use --port (and --host), or fix the configuration"
+        )
     if problem is None and host is None:
         problem = seen.problem("status", "host")
     if problem is not None:
@@ -76,7 +78,9 @@ def admin_socket(path: str | None) -> UnixSocket:
         return UnixSocket(path)
     seen = config.glance(os.environ)
     if (problem := seen.problem("admin", "socket")) is not None:
-        raise AddressUnknown(f"{problem}; nothing was sent: fix this first, or name the admin socket with --socket")
+        raise AddressUnknown(
+            f"{problem}; nothing was sent: fix the configuration, or name the admin socket with --socket"
+        )
     if seen.admin.socket:
         return UnixSocket(seen.admin.socket)
     if seen.is_absent:

@@ -111,9 +111,10 @@ _TO_TRY = """
 The service is running. In another terminal:
 
   Look:     http://127.0.0.1:{http_port}/      in a browser (operator's token: demo)
-            {status}
-            {ask} --watch               (live; for each publish: {program} tail{tail_ports})
+            {program} status{port}      (live: add --watch)
+            {program} tail{tail_ports}
             {program} why products{port}
+            echo status | nc -N 127.0.0.1 {status_port}
   Check:    CACHESERVICE_CONFIG={configuration} CACHESERVICE_POSTGRES__DSN={owner} {program} check --db
   Read:     redis-cli -p {resp_port} GET products:42
             redis-cli -p {resp_port} HGETALL feature_flags
@@ -286,17 +287,15 @@ class Demo:
     def _what_to_try(
         self, directory: Path, status_port: int, resp_port: int, http_port: int, admin_socket: Path
     ) -> str:
-        program = "cacheservice" if shutil.which("cacheservice") else f"{quote(sys.executable)} -m cacheservice"
         port = "" if status_port == _STATUS_PORT else f" --port {status_port}"
         tail_ports = port if resp_port == _RESP_PORT else f"{port} --resp-port {resp_port}"
         return _TO_TRY.format(
-            program=program,
+            program=_program(),
             port=port,
             tail_ports=tail_ports,
             configuration=quote(str(directory / "cacheservice.toml")),
             owner=_quoted(self._psql()[-1]),
-            status=f"echo status | nc -N 127.0.0.1 {status_port}      (or, without nc: {program} status{port})",
-            ask=f"{program} status{port}",
+            status_port=status_port,
             psql=" ".join(map(_quoted, self._psql())),
             postgres_pid=self._postgres.pid,
             revive_after_s=_REVIVE_AFTER_S,
@@ -306,6 +305,14 @@ class Demo:
             http_port=http_port,
             kept=f" The data remain in {directory}." if self._directory else "",
         )
+
+
+def _program() -> str:
+    """Return the command that a user can enter: short if it is on the PATH."""
+    if shutil.which("cacheservice"):
+        return "cacheservice"
+    beside = Path(sys.executable).with_name("cacheservice")
+    return quote(str(beside)) if beside.exists() else f"{quote(sys.executable)} -m cacheservice"
 
 
 @contextmanager

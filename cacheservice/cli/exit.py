@@ -58,6 +58,9 @@ def usage_line(error: click.UsageError) -> str:
     """Return the command, the error and a pointer to the help, in one line."""
     command = error.ctx.command_path if error.ctx else "cacheservice"
     message = error.format_message()
+    if isinstance(error, click.NoSuchOption):
+        near = f" Did you mean {' or '.join(sorted(error.possibilities))}?" if error.possibilities else ""
+        message = f"no such option {error.option_name}.{near}"
     ending = "" if message.endswith((".", "?")) else "."
     if not message[1:2].isupper():  # such as the name of a variable
         message = f"{message[:1].lower()}{message[1:]}"

@@ -53,6 +53,10 @@ def where(command: Callable[P, R]) -> Callable[P, R]:
         "--host", "-H", metavar="HOST", help="The host of the status port.  [default: as configured, or 127.0.0.1]"
     )
     port = click.option(
-        "--port", "-p", type=click.IntRange(1, 65535), help="The status port.  [default: as configured, or 8000]"
+        "--port",
+        "-p",
+        type=click.IntRange(1, 65535),
+        metavar="PORT",
+        help="The status port.  [default: as configured, or 8000]",
     )
     return host(port(timeout(10.0)(command)))

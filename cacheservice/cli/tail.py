@@ -136,6 +136,7 @@ def _report_polling(why: str) -> None:
 @click.option(
     "--resp-port",
     type=click.IntRange(0, 65535),
+    metavar="PORT",
     help="The RESP port; 0 to do without.  [default: as configured, or 6380]",
 )
 @where
