@@ -216,7 +216,8 @@ class Commands(FromTheWheel):
         self.assertEqual(ended.returncode, 1)
         self.assertEqual(
             ended.stderr,
-            "cacheservice.toml: not found in the working directory; write one or name it in CACHESERVICE_CONFIG\n"
+            "cacheservice.toml: not found in the working directory; create it, "
+            "or name another file in CACHESERVICE_CONFIG\n"
             "CACHESERVICE_MIGRATE_DSN: not set, so the configuration was read for postgres.dsn; "
             "set the variable, or fix the configuration\n",
         )

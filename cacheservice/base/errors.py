@@ -61,7 +61,7 @@ class RefreshFailed(CacheServiceError):
     The service retries without intervention. `advice` is the next step for an operator.
     """
 
-    advice = "nothing to do: it is tried again by itself"
+    advice = "nothing to do: the service retries"
 
 
 class DatabaseUnavailable(RefreshFailed):
@@ -70,7 +70,7 @@ class DatabaseUnavailable(RefreshFailed):
     Check the server and the network path to it. The service reconnects without intervention.
     """
 
-    advice = "check that PostgreSQL runs and can be reached from here"
+    advice = "check that PostgreSQL is running and can be reached from this machine"
 
 
 class DeadlineExceeded(DatabaseUnavailable):
@@ -79,7 +79,7 @@ class DeadlineExceeded(DatabaseUnavailable):
     Look for a frozen or overloaded server or a lost network path, or raise timeout_s.
     """
 
-    advice = "look for a frozen or overloaded server or a lost network path; or raise timeout_s"
+    advice = "look for a frozen or overloaded server, or a lost network path; or raise timeout_s"
 
 
 class NoSessionLeft(DatabaseUnavailable):
@@ -105,7 +105,7 @@ class LoginRefused(DatabaseUnavailable):
 class ServerTooOld(DatabaseUnavailable):
     """The server is older than PostgreSQL 14. Its session is closed before any query."""
 
-    advice = "upgrade the server, or read from another"
+    advice = "upgrade the server, or read from another one"
 
 
 class NotHeard(DatabaseUnavailable):
@@ -114,7 +114,7 @@ class NotHeard(DatabaseUnavailable):
     If it does not recover, look for a proxy between the service and the server that pools transactions.
     """
 
-    advice = "connect to the server itself, not through a proxy that pools transactions"
+    advice = "connect to the server directly, not through a proxy that pools transactions"
 
 
 class QueryFailed(RefreshFailed):
@@ -123,7 +123,7 @@ class QueryFailed(RefreshFailed):
     `sqlstate` is the five-character code of the PostgreSQL manual, appendix A.
     """
 
-    advice = "correct the query, or what it reads"
+    advice = "fix the query, or the objects that it reads"
 
     def __init__(self, message: str, sqlstate: str = "", advice: str | None = None) -> None:
         super().__init__(message)
@@ -209,7 +209,7 @@ class SerializationFailed(QueryFailed):
     It must be retried.
     """
 
-    advice = "nothing to do unless it repeats: the database asks for a retry, which comes by itself"
+    advice = "nothing to do unless it repeats: PostgreSQL requires a retry, and the service retries"
 
 
 class Deadlock(QueryFailed):
@@ -231,13 +231,13 @@ class BadResult(RefreshFailed):
     Fix the query or the key setting. The message names the key.
     """
 
-    advice = "correct the query or its key"
+    advice = "fix the query or its key"
 
 
 class ResultTooLarge(BadResult):
     """The result exceeded max_rows or max_bytes. Raise the limit, or select less."""
 
-    advice = "select less, or raise the limit"
+    advice = "select fewer rows or columns, or raise the limit"
 
 
 class SnapshotRejected(CacheServiceError):

@@ -457,7 +457,8 @@ class Telling(SynchronousTestCase):
         answer = self.ask()
         self.result.callback(Reloaded(Declared([], [], [], ["a"]), [], FILE._replace(is_replaced=True)))
         self.assertIn(
-            "is an old one: it was replaced where it is mounted from; mount its folder", self.successResultOf(answer)
+            "has been replaced where it is mounted from; mount its folder to get the new file",
+            self.successResultOf(answer),
         )
 
     def test_refused(self) -> None:
