@@ -31,8 +31,8 @@ from cacheservice.ports.clients import Limits
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.http import AccessSettings, HttpFactory, Served
 from cacheservice.ports.listen import tcp
+from cacheservice.ports.operator_commands import Commands as StatusCommands
 from cacheservice.ports.resp.connection import RespFactory
-from cacheservice.ports.status import Commands as StatusCommands
 from cacheservice.ports.status import StatusFactory
 from cacheservice.ports.throttle import Throttle
 from tests.kit.clocks import started_clock

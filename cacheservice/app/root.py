@@ -15,8 +15,8 @@ from cacheservice import __version__
 from cacheservice.app.start import print_error
 from cacheservice.base.errors import PortUnavailable
 from cacheservice.base.interfaces import Log, Reactor
+from cacheservice.base.text import seconds
 from cacheservice.cache.cache import Cache
-from cacheservice.cache.describe import seconds
 from cacheservice.ops import logs
 from cacheservice.ports.listen import PortService
 

@@ -29,9 +29,10 @@ from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.held import HeldSnapshots
 from cacheservice.ports.http import AccessSettings, HttpFactory, Served
 from cacheservice.ports.listen import PortService, tcp, unix
+from cacheservice.ports.operator_commands import Commands
 from cacheservice.ports.resp.connection import RespFactory
 from cacheservice.ports.rotation import ClientSecrets, Rotation
-from cacheservice.ports.status import Commands, StatusFactory
+from cacheservice.ports.status import StatusFactory
 from cacheservice.sources.postgres.target import Resolve
 
 _MANY_DESCRIPTORS = 1 << 20

@@ -17,14 +17,14 @@ from cacheservice.base.errors import ConfigError, QueryFailed, Stopped, UnknownD
 from cacheservice.cache.cache import Cache, Declared, Rejection, Reloaded
 from cacheservice.cache.dataset import State
 from cacheservice.config import ConfigFile
-from cacheservice.ports import report
 from cacheservice.ports.freshness import Freshness
+from cacheservice.ports.operator_commands import Commands
 from cacheservice.ports.resp.datasets import Datasets
 from cacheservice.ports.resp.fast_get import FastGets
 from cacheservice.ports.resp.reply import CommandError
-from cacheservice.ports.status import Commands
 from cacheservice.refresh.budget import Budget
 from cacheservice.refresh.slots import Slots
+from tests.kit import views
 from tests.kit.postgres import PRIMARY
 from tests.kit.refreshes import RefreshTestCase, World, without_jitter
 from tests.kit.resp_session import FakeLink, make_server
@@ -171,14 +171,14 @@ class Refreshes(RefreshTestCase):
             world.service.redeclare(without_jitter("products", **change))
             assert world.dataset.snapshot is not None
             self.assertIs(world.dataset.snapshot.rows, before.rows)
-            self.assertIn("before the last reload", report.why(world.dataset, world.cache))
+            self.assertIn("before the last reload", views.why(world.dataset, world.cache))
             self.assertIsNotNone(world.database.last.expect)
             world.database.last.complete(rows=1)
             after = world.dataset.snapshot
             assert after is not None
             self.assertEqual((after.generation, after.rows.count, world.dataset.held), (2, 1, None))
             self.assertEqual(after.change, (0, 0, 99))
-            self.assertNotIn("before the last reload", report.why(world.dataset, world.cache))
+            self.assertNotIn("before the last reload", views.why(world.dataset, world.cache))
             # From here on it is compared as ever.
             self.refresh(world, "products", rows=0)
             self.assertIsNotNone(world.dataset.held)
@@ -458,7 +458,8 @@ class Telling(SynchronousTestCase):
         answer = self.ask()
         self.result.callback(Reloaded(Declared([], [], [], ["a"]), [], FILE._replace(is_replaced=True)))
         self.assertIn(
-            "is an old one: it was replaced where it is mounted from; mount its folder", self.successResultOf(answer)
+            "has been replaced where it is mounted from; mount its folder to get the new file",
+            self.successResultOf(answer),
         )
 
     def test_refused(self) -> None:
@@ -489,8 +490,8 @@ class Telling(SynchronousTestCase):
         self.cache.rejection = Rejection((problem, "b", "c"), self.now_s)
         self.now_s += 12
         told = f"rejected 12 s ago: {problem} (and 2 more)"
-        head = report.status_table(self.cache).splitlines()[0]
+        head = views.status_table(self.cache).splitlines()[0]
         self.assertTrue(head.endswith(f", up 12 s, configuration {told}"), head)
-        self.assertIn(f"It was {told}.", report.why(dataset, self.cache))
+        self.assertIn(f"It was {told}.", views.why(dataset, self.cache))
         self.cache.rejection = None
-        self.assertNotIn("rejected", report.status_table(self.cache) + report.why(dataset, self.cache))
+        self.assertNotIn("rejected", views.status_table(self.cache) + views.why(dataset, self.cache))

@@ -14,18 +14,13 @@ from typing import NamedTuple
 
 from twisted.internet.defer import Deferred
 
-from cacheservice.base.interfaces import Clock, DelayedCall
+from cacheservice.base.interfaces import Clock, DelayedCall, Json
+from cacheservice.base.text import in_short, seconds
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset
-from cacheservice.cache.describe import (
-    describe_database,
-    describe_dataset,
-    describe_point,
-    describe_service,
-    in_short,
-    seconds,
-)
 from cacheservice.ports.http.bodies import Piece, cut
+from cacheservice.views import collect
+from cacheservice.views import json as as_json
 
 PERIOD_S = 1.0
 """The time between two scans of the datasets, so that a client gets at most one event in it."""
@@ -155,7 +150,7 @@ class Feed:
         return event
 
     def _make_event(self, seen: int) -> bytes:
-        service = describe_service(self._cache)
+        service = as_json.service(collect.service(self._cache))
         head = _packed({"service": service, **self._describe_rest()})[:-1].encode()
         if self._names_version > seen:
             head += b',"names":' + _packed(self._names).encode()
@@ -163,18 +158,18 @@ class Feed:
         # The comment lets a client check that the stream is alive without parsing events.
         return b': alive\nevent: state\ndata: %b,"datasets":{%b}}\n\n' % (head, members)
 
-    def _describe_rest(self) -> dict[str, object]:
+    def _describe_rest(self) -> dict[str, Json]:
         """Return the state outside datasets, without values that change all the time."""
-        database, rejection = self._cache.database, self._cache.rejection
+        rejection = self._cache.rejection
         return {
-            "postgres": describe_database(database),
+            "postgres": as_json.database(collect.database(self._cache)),
             "configuration_rejected": None if rejection is None else in_short(rejection.problems),
         }
 
-    def _describe(self, dataset: Dataset) -> dict[str, object]:
+    def _describe(self, dataset: Dataset) -> dict[str, Json]:
         now = self._cache.now()
         newest, behind_s = dataset.last_hour.newest(), dataset.behind_s()
-        return describe_dataset(dataset) | {
+        return as_json.dataset(collect.dataset(dataset)) | {
             "told_at_s": round(now - self._cache.started_at, 3),
             "required": dataset.settings.required,
             "group": dataset.settings.group,
@@ -183,7 +178,7 @@ class Feed:
             "behind_s": None if behind_s is None else seconds(behind_s),
             "differences": dataset.counts.differences,
             "save_problem": dataset.save_problem,
-            "newest_point": None if newest is None else describe_point(newest, now),
+            "newest_point": None if newest is None else as_json.point(collect.point(newest, now)),
         }
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from urllib.parse import quote
 
 from cacheservice.cache.cache import Cache
-from cacheservice.cache.describe import describe_dataset, describe_hour
-from cacheservice.ports import report
 from cacheservice.ports.http import heads
 from cacheservice.ports.http.messages import JSON_TYPE, Reply, Request, WallClock, live, negotiated
 from cacheservice.ports.http.reads import Reads
+from cacheservice.views import collect, explain
+from cacheservice.views import json as as_json
 
 _TEXT = b"text/plain"
 _LISTED = ("state", "rows", "bytes", "generation", "as_of", "age_s")
@@ -29,26 +29,27 @@ class Reports:
     def all_datasets(self, request: Request) -> Reply:
         listed = []
         for name, dataset in self._cache.datasets.items():
-            described = describe_dataset(dataset)
+            described = as_json.dataset(collect.dataset(dataset))
             path = f"/v1/datasets/{quote(name)}"
             links = {"self": path, "row": path + "/rows/{key}", "status": path + "/status"}
             listed.append({"name": name} | {field: described[field] for field in _LISTED} | {"links": links})
         return live(200, {"datasets": listed}, self._wall_s(), request)
 
     def status(self, request: Request, name: bytes) -> Reply:
-        return live(200, describe_dataset(self._reads.dataset(name)), self._wall_s(), request)
+        return live(200, as_json.dataset(collect.dataset(self._reads.dataset(name))), self._wall_s(), request)
 
     def history(self, request: Request, name: bytes) -> Reply:
         now = self._cache.now()
-        hour = self._reads.dataset(name).last_hour
-        return live(200, describe_hour(hour.points(now), now), self._wall_s(), request)
+        points = collect.points(self._reads.dataset(name).last_hour.points(now), now)
+        return live(200, as_json.hour(points), self._wall_s(), request)
 
     def why(self, request: Request, name: bytes) -> Reply:
         """Return the reasons for the state as JSON, or as text with one sentence per line."""
         dataset = self._reads.dataset(name)
         chosen = negotiated(request, (JSON_TYPE, _TEXT))
-        words = report.why(dataset, self._cache)
+        details = collect.details(dataset, self._cache)
+        sentences = explain.why(details, collect.service(self._cache), collect.database(self._cache))
         if chosen == JSON_TYPE:
-            return live(200, {"dataset": dataset.name, "sentences": words.split("\n")}, self._wall_s())
+            return live(200, {"dataset": dataset.name, "sentences": sentences}, self._wall_s())
         head = heads.plain_head(200, b"text/plain; charset=utf-8", self._wall_s())
-        return Reply(head + b"X-Content-Type-Options: nosniff\r\n", words.encode() + b"\n")
+        return Reply(head + b"X-Content-Type-Options: nosniff\r\n", "\n".join(sentences).encode() + b"\n")

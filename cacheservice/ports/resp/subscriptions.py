@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Protocol
 
+from cacheservice.base.text import iso
 from cacheservice.cache.cache import Cache
-from cacheservice.cache.describe import iso
 from cacheservice.cache.events import Event, Published
 
 _PREFIX = b"cache:"

@@ -6,12 +6,13 @@ from twisted.internet.defer import Deferred
 
 from cacheservice.base.errors import UnknownDataset
 from cacheservice.cache.dataset import Dataset
-from cacheservice.cache.describe import describe_dataset
 from cacheservice.ports.resp import reply
 from cacheservice.ports.resp.commands.arguments import number_in
 from cacheservice.ports.resp.datasets import Datasets
 from cacheservice.ports.resp.reply import CommandError
 from cacheservice.ports.resp.server import Client, Command, Reply, Words
+from cacheservice.views import collect
+from cacheservice.views import json as as_json
 
 _MAX_WAIT_MS = 86_400_000
 
@@ -21,7 +22,7 @@ def cache_list(datasets: Datasets, client: Client, _: Words) -> Reply:
 
 
 def cache_info(datasets: Datasets, client: Client, words: Words) -> Reply:
-    return reply.encode(describe_dataset(datasets.find(words[1])), client.protocol)
+    return reply.encode(as_json.dataset(collect.dataset(datasets.find(words[1]))), client.protocol)
 
 
 def cache_age(datasets: Datasets, client: Client, words: Words) -> Reply:
