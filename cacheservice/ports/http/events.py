@@ -65,7 +65,7 @@ class Feed:
         self._described: dict[str, _Described] = {}
         self._names: tuple[str, ...] = ()
         self._names_version = 0
-        self._rest: dict[str, object] = {}
+        self._rest: dict[str, Json] = {}
         self._sent_at = 0.0
         self._events: dict[int, bytes] = {}
         self._waiting: list[Deferred[None]] = []
