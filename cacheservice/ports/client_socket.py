@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from twisted.internet import protocol
-from twisted.internet.interfaces import IHalfCloseableProtocol, IPullProducer
+from twisted.internet.interfaces import IPullProducer
 from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -93,7 +93,7 @@ def shown(address: Address) -> str:
     return f"{address.host}:{address.port}" if isinstance(address, IpAddress) else ""
 
 
-@implementer(IHalfCloseableProtocol, IPullProducer)
+@implementer(IPullProducer)
 class ClientSocket(protocol.Protocol):
     """The socket of one client.
 
@@ -257,18 +257,6 @@ class ClientSocket(protocol.Protocol):
         address = shown(self.transport.getPeer())
         self.abort()
         return address
-
-    def readConnectionLost(self) -> None:
-        """Handle the end of the client's input."""
-        self.input_ended = True
-        if self.phase in ENDING:
-            self.transport.loseConnection()
-        else:
-            self.input_over()
-
-    def input_over(self) -> None:
-        """Continue after the end of the client's input; the client may still read."""
-        raise NotImplementedError
 
     def writeConnectionLost(self) -> None:
         """Wait for the client to close, because all output has been sent."""

@@ -32,8 +32,10 @@ from collections.abc import Callable, Iterator
 from typing import Protocol, TypeVar, runtime_checkable
 
 from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.interfaces import IHalfCloseableProtocol
 from twisted.internet.protocol import connectionDone
 from twisted.python.failure import Failure
+from zope.interface import implementer
 
 from cacheservice.ports.client_socket import ENDING, READING, STREAMING, WAITING, YIELDED, ClientSocket
 from cacheservice.ports.held import Hold, Streamed
@@ -56,6 +58,7 @@ class Closeable(Protocol):
     def close(self) -> None: ...
 
 
+@implementer(IHalfCloseableProtocol)
 class Connection(ClientSocket):
     """The connection of one client; the docstring of the module lists its states."""
 
@@ -220,6 +223,18 @@ class Connection(ClientSocket):
             pieces.close()
 
     # The end
+
+    def readConnectionLost(self) -> None:
+        """Handle the end of the client's input."""
+        self.input_ended = True
+        if self.phase in ENDING:
+            self.transport.loseConnection()
+        else:
+            self.input_over()
+
+    def input_over(self) -> None:
+        """Continue after the end of the client's input; the client may still read."""
+        raise NotImplementedError
 
     def finish(self, *, linger: bool = True) -> None:
         self.end_stream()

@@ -13,7 +13,8 @@ from twisted.trial.unittest import SynchronousTestCase
 from cacheservice.ports.connection import BYTES_PER_TURN
 from cacheservice.ports.resp.inline import ProtocolViolation
 from cacheservice.ports.resp.server import COMMANDS_PER_TURN, Command
-from cacheservice.ports.resp.session import Mode, Step
+from cacheservice.ports.resp.session import Step
+from cacheservice.ports.resp.state import Mode
 from cacheservice.ports.throttle import LONG_WAIT_S, SHORT_WAIT_S
 from tests.kit.clocks import started_clock
 from tests.kit.resp import Words, encode

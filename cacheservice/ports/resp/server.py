@@ -73,7 +73,7 @@ class Transaction:
 
 
 class Client(Protocol):
-    """A session, as commands use it. See `cacheservice.ports.resp.session` for the meaning."""
+    """A session, as commands use it; see `cacheservice.ports.resp.state`."""
 
     id: int
     server: Server

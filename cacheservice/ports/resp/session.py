@@ -12,17 +12,6 @@ ANSWER  The next reply is `pending`: an iterator or a Deferred. Call `work` agai
 CLOSE   The session has ended: send the replies, then close the connection.
 ABORT   The client is not a Redis client: close the connection at once.
 ======  ==============================================================================================
-
-The mode of a session determines the commands that may run:
-
-==========  ==============================================================================================
-mode        meaning
-==========  ==============================================================================================
-LOCKED      The client has to send the password first: AUTH or HELLO.
-PLAIN       All commands run.
-QUEUING     After MULTI: commands are queued until EXEC or DISCARD.
-SUBSCRIBED  The client has subscriptions in version 2 of the protocol: only a few commands run.
-==========  ==============================================================================================
 """
 
 from __future__ import annotations
@@ -42,7 +31,6 @@ from cacheservice.ports.resp.reply import CommandError
 from cacheservice.ports.resp.requests import RequestParser
 from cacheservice.ports.resp.server import (
     COMMANDS_PER_TURN,
-    PASSWORD,
     InMulti,
     Link,
     Reply,
@@ -51,15 +39,13 @@ from cacheservice.ports.resp.server import (
     Words,
     printable,
 )
+from cacheservice.ports.resp.state import LOCKED, PLAIN, SUBSCRIBED, ClientState
 
 _MOST_QUEUED = 10_000
 """The most commands in one MULTI block."""
-_MOST_MESSAGES = 1000
-"""The most publishes that wait for a subscriber to read."""
 _CROSS_PROTOCOL = (b"post", b"host:")
 _NOAUTH = reply.error("NOAUTH Authentication required.")
 _INTERNAL_ERROR = reply.error("ERR internal error; its traceback is in the log")
-_NO_CHANNELS: frozenset[bytes] = frozenset()
 
 
 class Step(enum.Enum):
@@ -72,64 +58,28 @@ class Step(enum.Enum):
     ABORT = enum.auto()
 
 
-class Mode(enum.Enum):
-    """The commands that may run; see the docstring of the module."""
-
-    LOCKED = enum.auto()
-    PLAIN = enum.auto()
-    QUEUING = enum.auto()
-    SUBSCRIBED = enum.auto()
-
-
 # Globals, because a look-up in the class would take longer than the comparison.
 _READ, _MORE, _ANSWER, _CLOSE, _ABORT = Step
-_LOCKED, _PLAIN, _QUEUING, _SUBSCRIBED = Mode
 
 
-class Session:
-    """The state of one client.
+class Session(ClientState):
+    """Runs the commands of one client.
+
+    `step` is how to continue after `work`; `pending` is the reply for the step ANSWER.
 
     :param number: the id that CLIENT ID returns.
     """
 
-    __slots__ = (
-        "_left",
-        "_parser",
-        "channels",
-        "id",
-        "in_transaction",
-        "last_command",
-        "library_name",
-        "library_version",
-        "link",
-        "messages",
-        "mode",
-        "name",
-        "pending",
-        "protocol",
-        "server",
-        "step",
-        "transaction",
-    )
+    __slots__ = ("_left", "_parser", "pending", "step")
 
     _log = Logger()
 
     def __init__(self, server: Server, number: int, link: Link) -> None:
-        self.id = number
-        self.server = server
-        self.link = link
-        self.protocol = 2
-        self.name = self.library_name = self.library_version = b""
-        self.channels: frozenset[bytes] = _NO_CHANNELS
-        self.messages: list[bytes] = []
-        self.transaction: Transaction | None = None
-        self.in_transaction = False
-        self.last_command = b""
+        self._parser = RequestParser()
+        self._left: list[list[bytes]] = []
         self.step = _READ
         self.pending: Iterator[bytes] | Deferred[bytes] | None = None
-        self._left: list[list[bytes]] = []
-        self._parser = RequestParser()
-        self._settle(is_locked=server.password.is_required)
+        super().__init__(server, number, link)
 
     # The input
 
@@ -159,7 +109,7 @@ class Session:
             return [self.refuse(violation)]
         server = self.server
         self.step = _READ
-        out: list[bytes] = server.fast.hits(batch) if self.mode is _PLAIN else []
+        out: list[bytes] = server.fast.hits(batch) if self.mode is PLAIN else []
         size_bytes = sum(map(len, out))
         if size_bytes >= BYTES_PER_TURN:
             size_bytes = server.fast.cut(batch, out, BYTES_PER_TURN)
@@ -169,7 +119,7 @@ class Session:
         self._left = batch[done:]
         if done:
             self.last_command = batch[done - 1][0]
-            server.commands_processed += done
+            server.count_commands(done)
         if self.step is _READ and (self._left or not self._parser.exhausted):
             self.step = _MORE
         return out
@@ -179,7 +129,7 @@ class Session:
         server = self.server
         by_word, datasets = server.table.by_word, server.datasets
         for words in batch[len(out) :] if out else batch:
-            command = by_word.get(words[0]) if self.mode is _PLAIN else None
+            command = by_word.get(words[0]) if self.mode is PLAIN else None
             try:
                 if command is not None and command.least <= len(words) <= command.most:
                     answer = command.run(datasets, self, words)
@@ -221,9 +171,9 @@ class Session:
             self.step = _ABORT
             return b""
         known = table.by_name.get(name)
-        if mode is _LOCKED and not (known and known.without_password):
+        if mode is LOCKED and not (known and known.without_password):
             return _NOAUTH
-        if mode is _SUBSCRIBED and not (known and known.while_subscribed):
+        if mode is SUBSCRIBED and not (known and known.while_subscribed):
             raise CommandError(
                 f"ERR Can't execute '{printable(name)}': only (P|S)SUBSCRIBE / (P|S)UNSUBSCRIBE / PING / QUIT / RESET "
                 "are allowed in this context"
@@ -250,54 +200,6 @@ class Session:
         transaction.queue.append(words)
         return reply.QUEUED
 
-    # What commands change
-
-    def _settle(self, *, is_locked: bool = False) -> None:
-        if is_locked:
-            self.mode = _LOCKED
-        elif self.transaction is not None:
-            self.mode = _QUEUING
-        else:
-            self.mode = _SUBSCRIBED if self.channels and self.protocol == 2 else _PLAIN
-        self._parser.set_authenticated(not is_locked)
-
-    @property
-    def is_authenticated(self) -> bool:
-        """Whether the client may read."""
-        return self.mode is not _LOCKED
-
-    def let_in(self, host: str) -> None:
-        """Note that the client has sent the correct password."""
-        self.server.passwords.accept(host, PASSWORD)
-        self._settle()
-
-    def speak(self, protocol: int) -> None:
-        """Use version 2 or 3 of the protocol from now on."""
-        self.protocol = protocol
-        self._settle()
-
-    def set_name(self, name: bytes) -> None:
-        self.name = name
-
-    def set_library(self, *, name: bytes | None = None, version: bytes | None = None) -> None:
-        """Set what the client reports about its library."""
-        if name is not None:
-            self.library_name = name
-        if version is not None:
-            self.library_version = version
-
-    def begin(self) -> None:
-        """Begin a transaction."""
-        self.transaction = Transaction()
-        self._settle()
-
-    def end_transaction(self) -> Transaction | None:
-        """End and return the transaction; None if there is none."""
-        transaction, self.transaction = self.transaction, None
-        if transaction is not None:
-            self._settle()
-        return transaction
-
     def run_queued(self, words: Words, datasets: Datasets) -> bytes | Iterator[bytes]:
         """Run a command of a transaction; its error is its reply."""
         self.in_transaction = True
@@ -312,44 +214,11 @@ class Session:
         finally:
             self.in_transaction = False
 
-    def subscribe(self, channel: bytes) -> None:
-        self.channels |= {channel}
-        self.server.subscriptions.add(channel, self)
-        self._settle()
+    # Changes by commands
 
-    def unsubscribe(self, channel: bytes) -> None:
-        if channel in self.channels:
-            self.channels -= {channel}
-            self.server.subscriptions.remove(channel, self)
-            self._settle()
-
-    def push(self, channel: bytes, message: bytes) -> None:
-        """Send a message to a subscriber.
-
-        A subscriber that does not read is dropped, as Redis does at its output limit.
-        """
-        if len(self.messages) >= _MOST_MESSAGES:
-            self.link.drop_slow()
-            return
-        self.messages.append(reply.push([b"message", channel, message], self.protocol))
-        self.link.deliver()
-
-    def take_messages(self) -> list[bytes]:
-        """Return the messages that are to be sent."""
-        messages, self.messages = self.messages, []
-        return messages
-
-    def reset(self) -> None:
-        """Become as a new session, except for its id and its library."""
-        self.leave()
-        self.protocol, self.name, self.transaction = 2, b"", None
-        self._settle(is_locked=self.server.password.is_required)
-
-    def leave(self) -> None:
-        """End all subscriptions."""
-        for channel in self.channels:
-            self.server.subscriptions.remove(channel, self)
-        self.channels = _NO_CHANNELS
+    def _settle(self, *, is_locked: bool = False) -> None:
+        super()._settle(is_locked=is_locked)
+        self._parser.set_authenticated(not is_locked)
 
     def close(self) -> None:
         """Close the connection after the replies so far."""
