@@ -54,7 +54,7 @@ class Service:
         builder = RowsBuilder(lambda _: None)
         builder.add([(b"1", b"{}")])
         self._rows = builder.finish()
-        self.metrics = Metrics(self._cache, Histogram(BOUNDS_S), {}, self._turns)
+        self.metrics = Metrics(self._cache, Histogram(BOUNDS_S), self._turns)
         self.refresh()
 
     def refresh(self) -> None:

@@ -30,7 +30,7 @@ from cacheservice.base.errors import PortUnavailable, UnknownDataset
 from cacheservice.cache.counts import Histogram
 from cacheservice.cache.history import Attempt
 from cacheservice.cache.snapshot import Snapshot
-from cacheservice.ops.metrics import Metrics, ServedPort
+from cacheservice.ops.metrics import Metrics
 from cacheservice.ops.stall import BOUNDS_S
 from cacheservice.ports.listen import PortService, tcp, unix
 from cacheservice.ports.operator_commands import Commands
@@ -85,9 +85,9 @@ class PortTestCase(TestCase):
 
     async def setUp(self) -> None:
         self.cache = filled_cache(self.more_datasets)
-        ports: dict[str, ServedPort] = {}
-        metrics = Metrics(self.cache, Histogram(BOUNDS_S), ports, reactor)
-        self.factory = ports["status"] = self.make_factory(Commands(self.cache, monitor=metrics.monitor_lines))
+        metrics = Metrics(self.cache, Histogram(BOUNDS_S), reactor)
+        self.factory = self.make_factory(Commands(self.cache, monitor=metrics.monitor_lines))
+        metrics.add_port("status", self.factory)
         self.port = self.listen()
         self.addCleanup(self.close)
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pydantic import SecretStr
 from twisted.application.service import Service
 
+from cacheservice.base.errors import Stopped
 from cacheservice.base.interfaces import Log, Reactor
-from cacheservice.cache.cache import Cache
+from cacheservice.cache.cache import Cache, Refreshes
 from cacheservice.cache.drain import Drain
 from cacheservice.config import PersistenceSettings, PostgresSettings, Settings
 from cacheservice.refresh.refresher import Process
@@ -37,6 +38,17 @@ class DatabaseService(Service):
         self._database.stop()
 
 
+class NoReads:
+    """The parts of a process that does not read: none. What clients request of the refreshes is refused."""
+
+    def __init__(self) -> None:
+        self.requests: Refreshes = _Refused()
+
+    def services(self) -> Iterator[Service]:
+        """Return no service."""
+        return iter(())
+
+
 class Reads:
     """Builds the parts that fill `cache`, and reconfigures them."""
 
@@ -58,6 +70,7 @@ class Reads:
             self._store,
             self._listener.heard_all,
         )
+        self.requests: Refreshes = self.refresh
         self._pruning = Pruning(cache, self.database, reactor, log)
         self._notifications.deliver_to(self.refresh)
         self._listener.listen_to(self._notifications.channels())
@@ -85,6 +98,32 @@ class Reads:
     def listen(self) -> None:
         """Listen to the channels that the declared datasets need now."""
         self._listener.listen_to(self._notifications.channels())
+
+
+class _Refused:
+    """Refuses what clients request of the refreshes."""
+
+    def refresh_now(self, name: str) -> bool:
+        raise _does_not_read()
+
+    def accept_next(self, name: str) -> None:
+        raise _does_not_read()
+
+    def pin(self, name: str) -> list[str]:
+        raise _does_not_read()
+
+    def unpin(self, name: str) -> list[str]:
+        raise _does_not_read()
+
+    def roll_back(self, name: str) -> dict[str, int]:
+        raise _does_not_read()
+
+    def refresh_since(self, name: str, moment: float) -> None:
+        raise _does_not_read()
+
+
+def _does_not_read() -> Stopped:
+    return Stopped("this process does not refresh its datasets; ask the one that does")
 
 
 def _limits(postgres: PostgresSettings) -> Limits:

@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from pydantic import SecretStr
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
 from cacheservice import config
+from cacheservice.app.ports import Ports
 from cacheservice.app.reads import Reads
+from cacheservice.app.start import load_with_file
 from cacheservice.base.errors import ConfigError
 from cacheservice.base.interfaces import Log, Reactor
 from cacheservice.base.threads import in_thread
 from cacheservice.cache.cache import Cache, Reloaded
 from cacheservice.config import ConfigFile, Settings
 from cacheservice.ops.logs import Threshold
-from cacheservice.ports.admission import Room
-from cacheservice.ports.rotation import ClientSecrets, Rotation
 from cacheservice.sources.postgres import target
 
 _AT_ONCE = frozenset(
@@ -46,52 +46,35 @@ _SECRET_INTERVAL_S = 5.0
 _OF_DATASETS = frozenset({"defaults", "datasets"})
 
 
-class Limited(Protocol):
-    """The limits of a port's factory that a reload changes."""
+class Process(NamedTuple):
+    """What a reload uses of its process.
 
-    max_connections: int
-    idle_timeout_s: float
+    :param reactor: `IReactorThreads`.
+    """
+
+    reactor: Reactor
+    threshold: Threshold
+    log: Log
 
 
 class Reload:
     """Reads the configuration again on request, one read at a time.
 
     :param started: the settings with which the service was started.
-    :param load: reads the configuration (it blocks) and returns its file too; raises `ConfigError`.
-    :param ports: the factories, which get the new limits.
-    :param room: the descriptors for clients, whatever the configured limits are.
-    :param rotation: gets the new secrets of the ports.
-    :param reactor: `IReactorThreads`.
     """
 
-    def __init__(
-        self,
-        started: Settings,
-        load: Callable[[], tuple[Settings, ConfigFile]],
-        cache: Cache,
-        reads: Reads,
-        ports: Sequence[Limited],
-        room: Room,
-        rotation: Rotation,
-        threshold: Threshold,
-        reactor: Reactor,
-        log: Log,
-    ) -> None:
+    def __init__(self, started: Settings, cache: Cache, reads: Reads, ports: Ports, process: Process) -> None:
         self._started = started
         self._dsn = started.postgres.dsn
-        self._load = load
+        self._connect_timeout_s = started.postgres.connect_timeout_s
         self._cache = cache
         self._reads = reads
         self._ports = ports
-        self._room = room
-        self._rotation = rotation
-        self._threshold = threshold
-        self._reactor = reactor
-        self._log = log
-        self._connect_timeout_s = started.postgres.connect_timeout_s
+        self._reactor, self._threshold, self._log = process
         self._asked: list[Deferred[Reloaded]] = []
         self._running = False
         self._secret_read_at = -math.inf
+        cache.database.watch_refused_logins(self.login_refused)
 
     def reload(self) -> Deferred[Reloaded]:
         """Read the configuration in a thread, then apply it in one turn of the reactor.
@@ -147,7 +130,7 @@ class Reload:
 
     async def _reload(self) -> Reloaded:
         try:
-            settings, file = await in_thread(self._reactor, self._load)
+            settings, file = await in_thread(self._reactor, load_with_file)
         except ConfigError as error:
             self._cache.reject(error.problems)
             self._log.error("config_rejected", error="; ".join(error.problems))
@@ -163,10 +146,7 @@ class Reload:
         self._reads.listen()
         self._dsn, self._connect_timeout_s = dsn, postgres.connect_timeout_s
         self._threshold.set(settings.log.level)
-        for port in self._ports:
-            port.max_connections = self._room.limit(settings.limits.max_connections)
-            port.idle_timeout_s = settings.limits.idle_timeout_s
-        self._rotation.take(ClientSecrets.of(settings).by_key())
+        self._ports.apply(settings)
         reloaded = Reloaded(datasets, _needs_restart(self._started, settings), file)
         self._cache.configured_by(file)
         self._log.info(

@@ -36,7 +36,7 @@ class CacheServiceRoot(MultiService):
 
     def __init__(self, cache: Cache, reactor: Reactor, writer: logs.LineWriter, log: Log) -> None:
         super().__init__()
-        self._cache = cache
+        self.cache = cache
         self._reactor = reactor
         self._writer = writer
         self._log = log
@@ -70,7 +70,7 @@ class CacheServiceRoot(MultiService):
     def stopService(self) -> Deferred[Any]:
         """Stop all children. The Deferred fires when all have stopped, or after 4 s."""
         Service.stopService(self)
-        self._cache.stop()
+        self.cache.stop()
         self._log.info("service_stopping")
         stopped = Deferred.fromCoroutine(self._stop_in_order())
         stopped.addTimeout(_STOP_TIMEOUT_S, cast("IReactorTime", self._reactor))

@@ -62,7 +62,8 @@ class ServedPort(Protocol):
     @property
     def rejected(self) -> Counted: ...
 
-    max_connections: int
+    @property
+    def max_connections(self) -> int: ...
 
 
 class _Lines:
@@ -101,7 +102,6 @@ class Metrics:
     """All metrics of the service.
 
     :param lateness: of the reactor's ticks, in seconds; see `StallWatch`.
-    :param ports: the factories by the names of their ports; may be filled later.
     :param clock: `IReactorTime`.
     :param superseded: returns the bytes of each generation that only replies in progress keep in memory.
     """
@@ -110,20 +110,24 @@ class Metrics:
         self,
         cache: Cache,
         lateness: Histogram,
-        ports: Mapping[str, ServedPort],
         clock: Clock,
         superseded: Superseded = dict,
     ) -> None:
         self._cache = cache
+        self._ports: dict[str, ServedPort] = {}
         self._clock = clock
         # A registry of its own; the library's global one is shared by the whole process.
         self._of_service = CollectorRegistry()
-        self._of_service.register(_Service(cache, lateness, ports, superseded))
+        self._of_service.register(_Service(cache, lateness, self._ports, superseded))
         ProcessCollector(registry=self._of_service)
         self._lines: dict[str, _Lines] = {}
         cache.events.subscribe(lambda event: self._lines.pop(event.dataset, None), Ended)
         # Lines are rendered when an attempt ends, so that refreshes do not make the next scrape slower.
         cache.events.subscribe(self._attempt_ended, AttemptEnded)
+
+    def add_port(self, name: str, port: ServedPort) -> None:
+        """Have the metrics include the clients of a port."""
+        self._ports[name] = port
 
     def _attempt_ended(self, event: Event) -> None:
         dataset = self._cache.datasets.get(event.dataset)

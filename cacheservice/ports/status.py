@@ -246,6 +246,11 @@ class StatusFactory(ServerFactory):
     def buildProtocol(self, addr: object) -> StatusProtocol:  # type: ignore[override]  # its `factory` has another type
         return StatusProtocol(self)
 
+    def set_limits(self, max_connections: int, idle_timeout_s: float) -> None:
+        """Apply changed limits; existing connections stay."""
+        self.max_connections = max_connections
+        self.idle_timeout_s = idle_timeout_s
+
     def close_clients(self) -> None:
         """Abort every connection now."""
         for client in list(self.clients):

@@ -69,8 +69,8 @@ class World:
         self.clock = CountingClock()
         self.cache = Cache(map(declared, names or ("products", "prices")), self.clock.seconds)
         self.lateness = Histogram(BOUNDS_S)
-        self.ports = {"resp": Port({1, 2}, 10, none_yet())}
-        self.metrics = Metrics(self.cache, self.lateness, self.ports, self.clock)
+        self.metrics = Metrics(self.cache, self.lateness, self.clock)
+        self.metrics.add_port("resp", Port({1, 2}, 10, none_yet()))
 
     def text(self, *, openmetrics: bool = False) -> bytes:
         coming = Deferred.fromCoroutine(self.metrics.exposition(openmetrics=openmetrics))

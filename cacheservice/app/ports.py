@@ -1,0 +1,201 @@
+"""The half of the service that serves: the ports, and what they share."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple, Protocol
+
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IListeningPort
+
+from cacheservice import config
+from cacheservice.base.interfaces import Log, Reactor
+from cacheservice.cache.cache import Cache, ConnectionCap, Refreshes, Reloaded
+from cacheservice.config import Settings
+from cacheservice.ops.metrics import Metrics, ServedPort
+from cacheservice.ports import admission
+from cacheservice.ports.admission import Door, Room
+from cacheservice.ports.clients import Limits
+from cacheservice.ports.freshness import Freshness
+from cacheservice.ports.held import HeldSnapshots
+from cacheservice.ports.http import AccessSettings, HttpFactory, Served
+from cacheservice.ports.listen import PortService, tcp, unix
+from cacheservice.ports.operator_commands import Commands
+from cacheservice.ports.resp.connection import RespFactory
+from cacheservice.ports.rotation import ClientSecrets, Rotation
+from cacheservice.ports.status import StatusFactory
+
+_MANY_DESCRIPTORS = 1 << 20
+"""The number of descriptors to plan for if the process has no limit of open files."""
+
+
+class Factory(ServedPort, Protocol):
+    """What the composition asks of the factory of a port."""
+
+    def set_limits(self, max_connections: int, idle_timeout_s: float) -> None:
+        """Apply changed limits; existing connections stay."""
+
+    def close_clients(self) -> None:
+        """Abort every connection now."""
+
+
+class _Port(NamedTuple):
+    name: str
+    setting: str
+    factory: Factory
+    listen: Callable[[], IListeningPort]
+
+
+class Shared(NamedTuple):
+    """What all ports share.
+
+    :param refreshes: carries out what clients request of the refreshes.
+    :param metrics: renders the metrics; the ports are added to it.
+    """
+
+    cache: Cache
+    refreshes: Refreshes
+    metrics: Metrics
+    held: HeldSnapshots
+    reactor: Reactor
+    log: Log
+
+
+class Ports:
+    """Builds the ports of a configuration, and applies changed limits and secrets to them."""
+
+    def __init__(self, settings: Settings, shared: Shared) -> None:
+        self._settings = settings
+        self._shared = shared
+        self._room = _make_room(settings, shared.cache, shared.log)
+        self._freshness = Freshness(shared.refreshes, shared.cache.database, shared.reactor)
+        self._ports: list[_Port] = []
+        self._rotation = Rotation(
+            ClientSecrets.of(settings),
+            partial(config.client_secrets_in_files, os.environ),
+            has_files=bool(config.client_secret_files(os.environ)),
+            reactor=shared.reactor,
+            log=shared.log,
+        )
+
+    def services(self) -> Iterator[PortService]:
+        """Return the services of the ports, in the order in which they were added."""
+        for port in self._ports:
+            service = PortService(port.setting, port.listen, port.factory.close_clients)
+            service.setName(port.name)
+            yield service
+
+    def apply(self, settings: Settings) -> None:
+        """Apply changed limits and secrets to every port."""
+        limits = settings.limits
+        for port in self._ports:
+            port.factory.set_limits(self._room.limit(limits.max_connections), limits.idle_timeout_s)
+        self._rotation.take(ClientSecrets.of(settings).by_key())
+
+    def add_status(self) -> None:
+        """Add the status port."""
+        shared, status = self._shared, self._settings.status
+        factory = self._status_factory("status", Commands(shared.cache, monitor=shared.metrics.monitor_lines))
+        self._add("status", "status.port", factory, self._tcp(status.host, status.port, factory))
+
+    def add_admin(self, reload: Callable[[], Deferred[Reloaded]]) -> None:
+        """Add the admin socket, if it is configured.
+
+        :param reload: reads the configuration again.
+        """
+        shared, path = self._shared, self._settings.admin.socket
+        if path:
+            commands = Commands(shared.cache, shared.refreshes, reload, shared.metrics.monitor_lines)
+            factory = self._status_factory("admin", commands)
+            self._add("admin", "admin.socket", factory, unix(shared.reactor, path, factory))
+
+    def add_resp(self) -> None:
+        """Add the RESP port, if it is enabled."""
+        shared, resp = self._shared, self._settings.resp
+        if not resp.enabled:
+            return
+        factory = RespFactory(
+            cache=shared.cache,
+            freshness=self._freshness,
+            limits=self._limits("resp", silence_timeout_s=resp.idle_timeout_s, reserve=0),
+            clock=shared.reactor,
+            password=resp.password.get_secret_value(),
+            look=self._rotation.look,
+        )
+        self._rotation.watch(lambda secrets: factory.replace_password(secrets.password))
+        self._add("resp", "resp.port", factory, self._tcp(resp.host, resp.port, factory))
+
+    def add_http(self) -> None:
+        """Add the HTTP port, if it is enabled."""
+        shared, http = self._shared, self._settings.http
+        if not http.enabled:
+            return
+        access = AccessSettings(
+            token=http.token.get_secret_value(),
+            admin_token=http.admin_token.get_secret_value(),
+            allow_data=config.is_loopback(http.host) or self._settings.limits.allow_anonymous,
+            look=self._rotation.look,
+        )
+        served = Served(shared.cache, self._freshness, shared.refreshes, shared.metrics)
+        factory = HttpFactory(served, access, self._limits("http"), shared.reactor)
+        self._rotation.watch(lambda secrets: factory.replace_tokens(secrets.token, secrets.admin_token))
+        self._add("http", "http.port", factory, self._tcp(http.host, http.port, factory))
+
+    def _add(self, name: str, setting: str, factory: Factory, listen: Callable[[], IListeningPort]) -> None:
+        self._ports.append(_Port(name, setting, factory, listen))
+        self._shared.metrics.add_port(name, factory)
+
+    def _status_factory(self, name: str, commands: Commands) -> StatusFactory:
+        limits = self._limits(name)
+        return StatusFactory(
+            commands, limits.max_connections, limits.idle_timeout_s, self._shared.reactor, self._door(name)
+        )
+
+    def _limits(self, name: str, *, silence_timeout_s: float = 0.0, reserve: int | None = None) -> Limits:
+        limits = self._settings.limits
+        return Limits(
+            self._room.limit(limits.max_connections),
+            limits.idle_timeout_s,
+            silence_timeout_s,
+            door=self._door(name, reserve),
+            held=self._shared.held,
+        )
+
+    def _door(self, name: str, reserve: int | None = None) -> Door:
+        reserve = self._room.plan.reserve if reserve is None else reserve
+        return Door(name, self._room, reserve, self._shared.log, self._shared.reactor.seconds)
+
+    def _tcp(
+        self, host: str, port: int, factory: RespFactory | HttpFactory | StatusFactory
+    ) -> Callable[[], IListeningPort]:
+        return tcp(self._shared.reactor, host, port, factory, self._room.plan.accepted)
+
+
+def _make_room(settings: Settings, cache: Cache, log: Log) -> Room:
+    """Return the descriptors that the ports may use.
+
+    Log a warning if the limit of open files allows fewer connections than the configuration.
+    """
+    ports = 2 + bool(settings.admin.socket) + settings.resp.enabled + settings.http.enabled
+    room = Room(admission.plan(_raise_descriptor_limit(), settings.postgres.max_connections, ports))
+    configured, open_files = settings.limits.max_connections, room.plan.descriptors
+    limit = room.limit(configured)
+    if limit < configured:
+        cache.cap_connections(ConnectionCap(limit, configured, open_files))
+        advice = "raise the limit of open files, or lower limits.max_connections"
+        log.warning("connections_capped", limit=limit, configured=configured, open_files=open_files, advice=advice)
+    return room
+
+
+def _raise_descriptor_limit() -> int:
+    """Raise the soft limit of open files to the hard limit, and return it.
+
+    Ten thousand clients need more descriptors than the usual soft limit of 1024.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return _MANY_DESCRIPTORS if hard == resource.RLIM_INFINITY else hard
