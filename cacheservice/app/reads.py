@@ -13,7 +13,7 @@ from cacheservice.base.interfaces import Log, Reactor
 from cacheservice.cache.cache import Cache, Refreshes
 from cacheservice.cache.drain import Drain
 from cacheservice.config import PersistenceSettings, PostgresSettings, Settings
-from cacheservice.refresh.refresher import Process
+from cacheservice.refresh.process import Process
 from cacheservice.refresh.service import CacheService, Limits
 from cacheservice.sources.disk.store import SnapshotStore
 from cacheservice.sources.postgres import target

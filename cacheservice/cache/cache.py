@@ -19,7 +19,7 @@ from cacheservice.config import ConfigFile, DatasetSettings
 class DatabaseStatus:
     """What the last attempts found out about PostgreSQL.
 
-    - `connections`: open sessions. `queued`: returns the number of refreshes that wait for a session.
+    - `connections`: open sessions.
     - `listening_wanted`: whether any dataset needs notifications. `listening`: whether they arrive, last proven at
       `listening_proven_at` on the monotonic clock. `listening_problem`: why they do not.
     - `server`: the server that was read last, None before the first read. `lag`: how far it was behind its primary.
@@ -38,7 +38,7 @@ class DatabaseStatus:
         self.listening = False
         self.listening_proven_at: float | None = None
         self.listening_problem: str | None = None
-        self.queued: Callable[[], int] = lambda: 0
+        self._queued: Callable[[], int] = lambda: 0
         self._login_refused: Callable[[], None] | None = None
         self.recorded_changes: int | None = None
         self.oldest_change_s: float | None = None
@@ -47,6 +47,38 @@ class DatabaseStatus:
     def pruned(self, problem: str | None, kept: int | None, oldest_s: float | None) -> None:
         """Note that old recorded changes were deleted, or why not; None stands for an unknown count or age."""
         self.prune_problem, self.recorded_changes, self.oldest_change_s = problem, kept, oldest_s
+
+    def count_queue_by(self, queued: Callable[[], int]) -> None:
+        """Have `queued` return the number of refreshes that wait for a session."""
+        self._queued = queued
+
+    def queued(self) -> int:
+        """Return the number of refreshes that wait for a session."""
+        return self._queued()
+
+    def session_opened(self) -> None:
+        """Count an open session."""
+        self.connections += 1
+
+    def session_closed(self) -> None:
+        """Count a session that is not open any more."""
+        self.connections -= 1
+
+    def want_listening(self, wanted: bool) -> None:
+        """Note whether any dataset needs notifications."""
+        self.listening_wanted = wanted
+
+    def listens(self, proven_at: float) -> None:
+        """Note that notifications arrive, as was proven at a moment on the monotonic clock."""
+        self.listening, self.listening_proven_at, self.listening_problem = True, proven_at, None
+
+    def hears_nothing(self, problem: str) -> None:
+        """Note why notifications do not arrive."""
+        self.listening, self.listening_problem = False, problem
+
+    def stopped_listening(self) -> None:
+        """Note that nothing listens, and that nothing is wrong with that."""
+        self.listening, self.listening_proven_at, self.listening_problem = False, None, None
 
     def answered(self) -> None:
         self.state, self.error = "up", None

@@ -69,9 +69,6 @@ class Served:
         """Whether the served snapshot is the result of another query or key than the dataset has now."""
         return self.snapshot is not None and self._served_definition != self.settings.definition
 
-    def next_generation(self) -> int:
-        return self.last_generation + 1
-
     def newest(self) -> Snapshot | None:
         """Return the snapshot that the next result follows: the served one, or the candidate of a pinned dataset.
 
@@ -123,7 +120,7 @@ class Served:
 
     def restore(self, saved: Snapshot) -> None:
         """Serve `saved` under its own generation, or under the next one if its own has been used since."""
-        self.publish(replace(saved, generation=max(saved.generation, self.next_generation())))
+        self.publish(replace(saved, generation=max(saved.generation, self.last_generation + 1)))
 
     def withdraw(self) -> None:
         """Serve nothing until the next publish, because the served snapshot is of another database."""
@@ -150,7 +147,7 @@ class Served:
         if self.snapshot is not None and candidate.rows is self.snapshot.rows and not self.snapshot.rolled_back_to:
             self.renew(replace(candidate, generation=self.snapshot.generation, change=self.snapshot.change))
         else:
-            self.publish(replace(candidate, generation=self.next_generation()))
+            self.publish(replace(candidate, generation=self.last_generation + 1))
 
     def roll_back(self, saved: Snapshot) -> None:
         """Serve `saved` under the next generation and pin it.
@@ -158,7 +155,7 @@ class Served:
         The snapshot that was served becomes the candidate if there is none.
         """
         newest = self.candidate or (None if self.redefined else self.snapshot)
-        self.publish(replace(saved, generation=self.next_generation(), change=None, rolled_back_to=saved.generation))
+        self.publish(replace(saved, generation=self.last_generation + 1, change=None, rolled_back_to=saved.generation))
         self.pinned = True
         self.candidate = None if newest is None else replace(newest, change=None)
 

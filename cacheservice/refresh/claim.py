@@ -41,4 +41,4 @@ class Claim:
 
     def expected_s(self) -> float:
         """Return how long it will probably take."""
-        return self._timetable.took_s
+        return self._timetable.last.took_s

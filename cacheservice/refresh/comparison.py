@@ -11,7 +11,7 @@ from cacheservice.cache.changes import Change, ChangeCount
 from cacheservice.cache.delta import Delta
 from cacheservice.cache.rows import Rows
 from cacheservice.cache.snapshot import Snapshot
-from cacheservice.refresh.attempts import Result
+from cacheservice.refresh.results import Result
 from cacheservice.sources.base import AllRows, Unchanged
 
 

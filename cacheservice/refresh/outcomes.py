@@ -13,9 +13,9 @@ from cacheservice.cache.cache import DatabaseStatus
 from cacheservice.cache.identity import why_elsewhere
 from cacheservice.cache.rows import Rows
 from cacheservice.cache.snapshot import Snapshot
-from cacheservice.refresh.attempts import Result, Try
 from cacheservice.refresh.comparison import Comparer, Comparison
 from cacheservice.refresh.members import Member
+from cacheservice.refresh.results import Result, Try
 from cacheservice.refresh.statuses import Statuses
 from cacheservice.sources.base import AllRows
 
@@ -148,7 +148,7 @@ class Outcomes:
 def _snapshot(result: Result, rows: Rows, comparison: Comparison) -> Snapshot:
     read, moment, (change, like, _) = result.read, result.read.moment, comparison
     return Snapshot(
-        result.dataset.next_generation(),
+        result.dataset.last_generation + 1,
         rows,
         moment.as_of,
         moment.read_at,

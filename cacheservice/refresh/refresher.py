@@ -7,43 +7,28 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 from twisted.internet.defer import CancelledError, Deferred
 
 from cacheservice.base.errors import RefreshFailed, Stopped, let_go
-from cacheservice.base.interfaces import Clock, Log
 from cacheservice.cache.cache import DatabaseStatus
 from cacheservice.cache.dataset import Dataset
-from cacheservice.cache.drain import Drain
-from cacheservice.cache.rows import RowsBuilder
-from cacheservice.cache.snapshot import Snapshot, rows_builder
-from cacheservice.refresh.attempts import Result, Try
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.refresh.claim import Claim
 from cacheservice.refresh.members import members_of
-from cacheservice.refresh.notified import NotifiedKeys
 from cacheservice.refresh.operator import Operator
 from cacheservice.refresh.outcomes import Outcomes
+from cacheservice.refresh.planning import Planning
+from cacheservice.refresh.process import Process
+from cacheservice.refresh.results import Result, Try
 from cacheservice.refresh.slots import Slots
 from cacheservice.refresh.starts import Starts
 from cacheservice.refresh.statuses import Statuses
 from cacheservice.refresh.timetable import Due, Notifiable, Timetable
-from cacheservice.sources.base import AllRows, ReadPlan, ReadResult, Source
-from cacheservice.sources.plan import plan
+from cacheservice.sources.base import AllRows, ReadResult, Source
 
-
-class Process(NamedTuple):
-    """What the refreshes use of the process that they run in.
-
-    :param clock: `IReactorTime`, monotonic.
-    :param random: returns a number from 0 to 1.
-    :param drain: frees dropped rows; it is stopped with the refreshes.
-    """
-
-    clock: Clock
-    random: Callable[[], float]
-    log: Log
-    drain: Drain
+T = TypeVar("T")
 
 
 class Shared(NamedTuple):
@@ -76,7 +61,7 @@ class Refresher:
         self._statuses = Statuses(self.datasets, shared.process.clock)
         self._outcomes = Outcomes(self._members, self._statuses, shared.status, shared.process.clock)
         self.operator = Operator(self._members)
-        self._notified = NotifiedKeys()
+        self._planning = Planning(self._statuses, shared.process, shared.heard_all)
         self._timetable = Timetable(datasets[0].settings, shared.process.random)
         self._claim = Claim(self.datasets, self._timetable)
         self._starts = Starts(shared.process.clock, self._loop_started, self._tick, self._wake)
@@ -127,7 +112,7 @@ class Refresher:
     def refresh_now(self) -> bool:
         """Start an attempt that begins after this call and reads all; False if it follows one that is running."""
         was_running = self._timetable.is_running
-        self._begin_if(self._timetable.refresh_now())
+        self._begin(self._timetable.refresh_now())
         if was_running:
             self._hurry()
         return not was_running
@@ -135,13 +120,13 @@ class Refresher:
     def refresh_since(self, moment: float) -> None:
         """See to it that an attempt begins at or after `moment`, unless one that did is running already."""
         was_running = self._timetable.is_running
-        self._begin_if(self._timetable.refresh_since(moment))
+        self._begin(self._timetable.refresh_since(moment))
         if was_running:
             self._hurry()
 
     def note_changed(self, name: str, keys: Iterable[str] | None) -> None:
         """Note that a dataset has changed, in these rows or with None in any row; `notified` is to follow."""
-        self._notified.add(name, keys)
+        self._planning.note_changed(name, keys)
         self._timetable.heard(self._clock.seconds())
 
     def notified(self, *, at_once: bool = False) -> None:
@@ -150,7 +135,7 @@ class Refresher:
         :param at_once: do not wait for a retry, because the database has just been proven to be there.
         """
         due = self._timetable.notified(self._clock.seconds(), self._notifiable(), at_once=at_once)
-        self._begin_if(due)
+        self._begin(due)
         self._arm()
 
     def _hurry(self) -> None:
@@ -161,10 +146,10 @@ class Refresher:
     # Starts
 
     def _begin_loop(self) -> None:
-        self._starts.begin(self._timetable.first_start_in_s(self._clock.seconds()), self._timetable.interval_s)
+        self._starts.begin(self._timetable.grid.starts_in_s(self._clock.seconds()), self._timetable.grid.interval_s)
 
     def _loop_started(self) -> None:
-        self._timetable.loop_started(self._clock.seconds())
+        self._timetable.grid.loop_started(self._clock.seconds())
 
     def _tick(self, due: int) -> None:
         started = self._timetable.interval_began()
@@ -173,14 +158,14 @@ class Refresher:
             dataset.counts.count_missed(due - 1 + (started is None))
             if started is None:
                 log.debug("interval_skipped", missed_ticks=dataset.counts.missed_ticks)
-        self._begin_if(started)
+        self._begin(started)
 
     def _arm(self) -> None:
         if not self._stopping:
             self._starts.arm(self._timetable.wake_at())
 
     def _wake(self) -> None:
-        self._begin_if(self._timetable.wake(self._clock.seconds(), self._notifiable()))
+        self._begin(self._timetable.wake(self._clock.seconds(), self._notifiable()))
         self._arm()
 
     def _forget_plans(self) -> None:
@@ -196,11 +181,9 @@ class Refresher:
 
     # Attempts
 
-    def _begin_if(self, due: Due | None) -> None:
-        if due is not None:
-            self._begin(due)
-
-    def _begin(self, due: Due) -> None:
+    def _begin(self, due: Due | None) -> None:
+        if due is None:
+            return
         now = self._clock.seconds()
         self._statuses.planned(self._timetable.began(now))
         self._arm()
@@ -218,7 +201,7 @@ class Refresher:
         self._statuses.idle()
         due = self._timetable.ended(self._clock.seconds(), self._notifiable())
         if not self._stopping:
-            self._begin_if(due)
+            self._begin(due)
             self._arm()
 
     async def _attempt(self, due: Due) -> None:
@@ -237,8 +220,13 @@ class Refresher:
             this = this.begins_now()
             self._statuses.reading()
             bases[:] = [dataset.newest() for dataset in self.datasets]
-            plans = [self._read_plan(*each, this, whole) for each in zip(self.datasets, bases, strict=True)]
-            return self._shared.source.read(plans).addBoth(self._note_read_and_passthrough)
+            members = zip(self.datasets, bases, strict=True)
+            plans = [self._planning.read_plan(*each, this, whole=whole) for each in members]
+            return self._shared.source.read(plans).addBoth(ended)
+
+        def ended(result: T) -> T:
+            self._timetable.read(self._clock.seconds())
+            return result
 
         try:
             found = await self._shared.slots.run(
@@ -256,7 +244,9 @@ class Refresher:
             read_of = zip(self.datasets, found, bases, strict=True)
             results = [await Result.of(self._clock, *each) for each in read_of]
             if any(result.is_held for result in results):
-                self._lose_keys()  # those that were named are not served yet; triggers keep theirs
+                self._planning.lose_keys(
+                    self.datasets
+                )  # those that were named are not served yet; triggers keep theirs
                 self._outcomes.hold(results, this)
             else:
                 await self._outcomes.publish(results, this, began_at - asked_at)
@@ -282,59 +272,10 @@ class Refresher:
                     each.rows.discard()
             bases.clear()  # an error keeps this call, which cannot be cleared while it runs
 
-    def _note_read_and_passthrough(self, result: Any) -> Any:
-        self._timetable.read(self._clock.seconds())
-        return result
-
-    def _lose_keys(self) -> None:
-        self._notified.forget(dataset.name for dataset in self.datasets if dataset.settings.notify)
-
     def _fail(self, error: RefreshFailed, this: Try, took_s: float) -> None:
-        self._lose_keys()
+        self._planning.lose_keys(self.datasets)
         self._outcomes.withdraw_what_is_elsewhere()
         now = self._clock.seconds()
         next_at = self._timetable.failed(now, self.datasets[0].consecutive_failures)
         self._statuses.planned(next_at)
         self._outcomes.fail(error, this, took_s, next_at - now)
-
-    def _read_plan(self, dataset: Dataset, base: Snapshot | None, this: Try, whole: bool) -> ReadPlan:
-        settings, clock = dataset.settings, self._clock
-        keys = self._notified.take(dataset.name)
-        checked_at = dataset.refresh.checked_at
-        is_due = checked_at is not None and clock.seconds() - checked_at >= settings.full_interval_s
-        planned = plan(settings, base, keys, this.trigger, whole=whole, check_is_due=is_due)
-        heard_all = self._shared.heard_all
-
-        def build() -> RowsBuilder:
-            builder = rows_builder(settings, self._shared.process.drain.add)
-            self._statuses.loading(dataset, builder, base.rows.count if base else None)
-            if base is not None:
-                builder.expect(base.rows.count)
-            return builder
-
-        def expect(rows: int) -> None:
-            progress = dataset.refresh.progress
-            assert progress is not None, "the builder was made before"
-            self._statuses.loading(dataset, progress.rows, rows)
-
-        async def keys_by_now() -> frozenset[str] | None:
-            # The transaction sees what was sent before it began, and perhaps not what is heard meanwhile. So these keys
-            # stay for the attempt that follows, and for this one if it has to begin again in another session.
-            if keys is None or heard_all is None or not await heard_all():
-                return None
-            more = self._notified.since(dataset.name)
-            return None if more is None else keys | more
-
-        return ReadPlan(
-            settings,
-            build,
-            # The planner's estimate is asked for only where there is no better one.
-            expect if base is None else None,
-            base.rows if base else None,
-            planned.since,
-            check=planned.check,
-            most_keys=planned.most_keys,
-            notified=keys_by_now if planned.use_keys else None,
-            trust_probe=planned.trust_probe,
-            attempt=this.id,
-        )

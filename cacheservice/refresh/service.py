@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from twisted.application.service import Service
-from twisted.internet.defer import CancelledError, Deferred, DeferredList
-from twisted.python.failure import Failure
+from twisted.internet.defer import Deferred, DeferredList
 
-from cacheservice.base.errors import CacheServiceError, NothingToRollBackTo, Stopped, UnknownDataset
+from cacheservice.base.errors import NothingToRollBackTo, Stopped
+from cacheservice.base.tasks import Tasks
 from cacheservice.cache.cache import Cache, Declared
 from cacheservice.cache.dataset import Dataset
 from cacheservice.config import DatasetSettings, groups
 from cacheservice.refresh.budget import Budget
 from cacheservice.refresh.bursts import Bursts
 from cacheservice.refresh.history import History
-from cacheservice.refresh.refresher import Process, Refresher, Shared
+from cacheservice.refresh.process import Process
+from cacheservice.refresh.refresher import Refresher, Shared
+from cacheservice.refresh.registry import Registry
 from cacheservice.refresh.restore import restore
+from cacheservice.refresh.rollback import earlier_generations, load_generations
 from cacheservice.refresh.slots import Slots
 from cacheservice.sources.base import Source
 
@@ -55,31 +58,25 @@ class CacheService(Service):
         heard_all: Callable[[], Awaitable[bool]] | None = None,
     ) -> None:
         self._slots = Slots(limits.max_connections, self._any_healthy, Budget(limits.max_load, process.clock))
-        cache.database.queued = lambda: self._slots.queue_depth
+        cache.database.count_queue_by(lambda: self._slots.queue_depth)
         self._cache = cache
         self._history = history
         self._process = process
-        self._shared = Shared(process, source, cache.database, self._slots, heard_all)
+        self._source = source
         self._stopping = False
         self._changed: set[Refresher] = set()
         self._bursts = Bursts(process.clock, self._notify)
-        self._under_way: set[Deferred[None]] = set()
-        self._refreshers: dict[str, Refresher] = {}
+        self._tasks = Tasks(process.log)
+        shared = Shared(process, source, cache.database, self._slots, heard_all)
+        self._refreshers = Registry(shared, self._groups(dataset.settings for dataset in cache.datasets.values()))
         self._ending: set[Refresher] = set()
-        for group in groups(dataset.settings for dataset in cache.datasets.values()):
-            self._add([cache.dataset(settings.name) for settings in group])
 
-    def _add(self, members: Sequence[Dataset]) -> Refresher:
-        refresher = Refresher(members, self._shared)
-        if any(dataset.pinned for dataset in members):
-            for dataset in members:  # one of them joined a group, and a pin is of the whole group
-                dataset.pin() if dataset.snapshot is not None else dataset.unpin()
-        self._refreshers |= {dataset.name: refresher for dataset in members}
-        return refresher
+    def _groups(self, declared: Iterable[DatasetSettings]) -> list[list[Dataset]]:
+        return [[self._cache.dataset(settings.name) for settings in group] for group in groups(declared)]
 
     def startService(self) -> None:
         super().startService()
-        self._start(self._each_once())
+        self._start(self._refreshers.each())
 
     def _start(self, refreshers: Iterable[Refresher]) -> None:
         """Start refreshers; those that serve nothing yet start after the saved snapshots have been restored."""
@@ -90,12 +87,12 @@ class CacheService(Service):
             else:
                 cold.append(refresher)
         if self._history is not None and cold:
-            self._run(self._start_warm(self._history, cold))
+            self._tasks.run(self._start_warm(self._history, cold))
 
     async def _start_warm(self, history: History, refreshers: Sequence[Refresher]) -> None:
         # Saved snapshots come first, so that readers have them before the database is asked.
         await restore(history, self._cache, self._process.clock, self._process.log)
-        for refresher in self._still_there(refreshers):
+        for refresher in self._refreshers.still_there(refreshers):
             refresher.start()
 
     def set_limits(self, limits: Limits) -> None:
@@ -108,14 +105,14 @@ class CacheService(Service):
 
         :param keys: of the changed rows; None for any row, empty if the source finds the rows by itself.
         """
-        refresher = self._refreshers[name]
+        refresher = self._refreshers.find(name)
         refresher.note_changed(name, keys)
         self._changed.add(refresher)
         self._bursts.heard()
 
     def _notify(self) -> None:
         changed, self._changed = self._changed, set()
-        for refresher in self._each_once():
+        for refresher in self._refreshers.each():
             if refresher in changed:
                 refresher.notified()
 
@@ -123,8 +120,8 @@ class CacheService(Service):
         """Look for changes whose notifications may have been missed."""
         for name, dataset in self._cache.datasets.items():
             if dataset.settings.watch or dataset.settings.notify:
-                self._refreshers[name].note_changed(name, None if dataset.settings.notify else ())
-        for refresher in self._each_once():
+                self._refreshers.find(name).note_changed(name, None if dataset.settings.notify else ())
+        for refresher in self._refreshers.each():
             if any(dataset.settings.watch or dataset.settings.notify for dataset in refresher.datasets):
                 refresher.notified(at_once=True)
 
@@ -139,30 +136,22 @@ class CacheService(Service):
         """
         if not self.running:
             raise Stopped("the service is stopping")
-        before = self._each_once()
         definitions = {name: dataset.settings.reading for name, dataset in self._cache.datasets.items()}
         told = self._cache.declare(declared)
         if moved:
             for dataset in self._cache.datasets.values():
                 dataset.forget_transactions()
             told = told._replace(changed=[name for name in definitions if name not in told.removed], unchanged=[])
-        kept = {
-            frozenset(dataset.name for dataset in refresher.datasets): refresher
-            for refresher in before
+        keepable = [
+            refresher
+            for refresher in self._refreshers.each()
             if not moved and all(d.settings.reading == definitions[d.name] for d in refresher.datasets)
-        }
-        self._refreshers, begun = {}, []
-        for group in groups(declared):
-            members = [self._cache.dataset(settings.name) for settings in group]
-            refresher = kept.get(frozenset(dataset.name for dataset in members))
-            if refresher is None:
-                begun.append(self._add(members))
-                continue
-            self._refreshers |= {dataset.name: refresher for dataset in members}
-            if not all(dataset.name in told.unchanged for dataset in members):
+        ]
+        ended, begun, kept = self._refreshers.replace(self._groups(declared), keepable)
+        for refresher in kept:
+            if not all(dataset.name in told.unchanged for dataset in refresher.datasets):
                 refresher.settings_changed()
-        current = set(self._refreshers.values())
-        self._run(self._replace([refresher for refresher in before if refresher not in current], begun))
+        self._tasks.run(self._replace(ended, begun))
         return told
 
     async def _replace(self, ended: Sequence[Refresher], begun: Sequence[Refresher]) -> None:
@@ -170,39 +159,22 @@ class CacheService(Service):
         self._ending.update(ended)
         await DeferredList([refresher.stop() for refresher in list(self._ending)])
         self._ending.difference_update(ended)
-        self._start(self._still_there(begun))
-
-    def _still_there(self, refreshers: Iterable[Refresher]) -> list[Refresher]:
-        """Return the refreshers that have not been replaced since."""
-        current = set(self._refreshers.values())
-        return [refresher for refresher in refreshers if refresher in current]
-
-    def _run(self, work: Coroutine[Any, Any, None]) -> Deferred[None]:
-        """Run `work` until it ends or the service stops."""
-        running = Deferred.fromCoroutine(work)
-        self._under_way.add(running)
-        return running.addBoth(self._ran, running)
-
-    def _ran(self, result: object, running: Deferred[None]) -> None:
-        self._under_way.discard(running)
-        if isinstance(result, Failure) and not result.check(CancelledError):
-            self._process.log.error("internal_error", error=result.getErrorMessage(), traceback=result.getTraceback())
+        self._start(self._refreshers.still_there(begun))
 
     def stopService(self) -> Deferred[Any]:
         """Start nothing more and end running attempts; fires when no session is left."""
         super().stopService()
         self._stopping = True
         self._bursts.stop()
-        for running in list(self._under_way):
-            running.cancel()
+        self._tasks.cancel()
         self._slots.stop()
-        stopped = DeferredList([refresher.stop() for refresher in {*self._each_once(), *self._ending}])
-        stopped.addBoth(lambda _: self._shared.source.end_kept())
+        stopped = DeferredList([refresher.stop() for refresher in {*self._refreshers.each(), *self._ending}])
+        stopped.addBoth(lambda _: self._source.end_kept())
         return stopped.addBoth(lambda _: self._process.drain.stop())
 
     def refresh_now(self, name: str) -> bool:
         """``cacheservice.cache.cache.Refreshes``."""
-        return self._refresher(name).refresh_now()
+        return self._refreshers.find(name).refresh_now()
 
     def accept_next(self, name: str) -> None:
         """``cacheservice.cache.cache.Refreshes``."""
@@ -210,57 +182,34 @@ class CacheService(Service):
 
     def pin(self, name: str) -> list[str]:
         """``cacheservice.cache.cache.Refreshes``."""
-        return self._refresher(name).operator.pin()
+        return self._refreshers.find(name).operator.pin()
 
     def unpin(self, name: str) -> list[str]:
         """``cacheservice.cache.cache.Refreshes``."""
-        return self._refresher(name).operator.unpin()
+        return self._refreshers.find(name).operator.unpin()
 
     def roll_back(self, name: str) -> dict[str, int]:
         """``cacheservice.cache.cache.Refreshes``."""
-        refresher = self._refresher(name)
-        names = [dataset.name for dataset in refresher.datasets]
+        refresher = self._refreshers.find(name)
         if self._history is None:
             raise NothingToRollBackTo("nothing is saved; set persistence.directory")
-        current = []
-        for dataset in refresher.datasets:
-            if (served := dataset.snapshot) is None:
-                raise NothingToRollBackTo(f"{dataset.name} has not been loaded yet")
-            current.append(served.rolled_back_to or served.generation)
-        for saved in self._history.saved(names):
-            # A dataset whose content did not change has the same generation at both moments.
-            if list(saved) != current and all(was <= now for was, now in zip(saved, current, strict=True)):
-                self._run(self._roll_back(self._history, refresher, saved))
-                return dict(zip(names, saved, strict=True))
-        group = f" together with its group ({', '.join(names)})" if len(names) > 1 else ""
-        raise NothingToRollBackTo(f"no generation of {name} before {current[names.index(name)]} is saved{group}")
+        generations = earlier_generations(name, refresher.datasets, self._history)
+        self._tasks.run(self._roll_back(self._history, refresher, generations))
+        return dict(zip([dataset.name for dataset in refresher.datasets], generations, strict=True))
 
     async def _roll_back(self, history: History, refresher: Refresher, generations: Sequence[int]) -> None:
-        saved = []
-        for dataset, generation in zip(refresher.datasets, generations, strict=True):
-            try:
-                saved.append(await history.load(dataset.name, generation))
-                if refresher is not self._refreshers.get(dataset.name):
-                    raise NothingToRollBackTo(f"{dataset.name} is not declared any more as it was then")
-            except CacheServiceError as error:
-                self._process.log.warning("rollback_failed", dataset=dataset.name, to=generation, error=str(error))
-                return
-        refresher.operator.roll_back(saved)
+        def still_declared() -> bool:
+            return bool(self._refreshers.still_there([refresher]))
+
+        saved = await load_generations(refresher.datasets, generations, history, still_declared, self._process.log)
+        if saved is not None:
+            refresher.operator.roll_back(saved)
 
     def refresh_since(self, name: str, moment: float) -> None:
         """``cacheservice.cache.cache.Refreshes``."""
         if self._stopping:
             raise Stopped("the service is stopping")
-        self._refresher(name).refresh_since(moment)
-
-    def _each_once(self) -> list[Refresher]:
-        return list(dict.fromkeys(self._refreshers.values()))
-
-    def _refresher(self, name: str) -> Refresher:
-        try:
-            return self._refreshers[name]
-        except KeyError:
-            raise UnknownDataset(f"unknown dataset '{name}'") from None
+        self._refreshers.find(name).refresh_since(moment)
 
     def _any_healthy(self) -> bool:
         return any(dataset.consecutive_failures == 0 for dataset in self._cache.datasets.values())

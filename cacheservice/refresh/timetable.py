@@ -63,8 +63,99 @@ class State(enum.Enum):
     RUNNING = enum.auto()
 
 
+class Grid:
+    """The starts of the intervals: at a fixed phase, one interval apart.
+
+    The first of them comes earlier than an interval from the start, not later, so that the first snapshot is not stale
+    before the second arrives.
+
+    :param share: from 0 to 1, of the jitter by which it comes earlier.
+    """
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self.interval_s = 0.0
+        self._earlier_s = 0.0
+        self._phase_at = 0.0
+
+    def take(self, settings: DatasetSettings) -> None:
+        """Use the interval of these settings from the next `begin` on."""
+        self.interval_s = settings.interval_s
+        self._earlier_s = settings.interval_s * settings.jitter * self._share
+
+    def begin(self, now: float, since: float) -> None:
+        """Count the interval from an earlier moment; the next start is not before `now`."""
+        self._phase_at = now + max(0.0, self.interval_s - self._earlier_s - (now - since))
+
+    def loop_started(self, now: float) -> None:
+        """Take the phase of the loop, which starts later than planned if the reactor was held."""
+        self._phase_at = now
+
+    def starts_in_s(self, now: float) -> float:
+        """Return the seconds until the loop is to start."""
+        return max(0.0, self._phase_at - now)
+
+    def next_start_at(self, now: float) -> float:
+        """Return the next start of an interval after `now`."""
+        passed = math.floor((now - self._phase_at) / self.interval_s)
+        return self._phase_at + max(0, passed + 1) * self.interval_s
+
+    @property
+    def phase_at(self) -> float:
+        """When the loop starts, or has started."""
+        return self._phase_at
+
+
+class _Bursts:
+    """When a notification starts an attempt: at once, or at the end of its burst, which would see only a part."""
+
+    def __init__(self) -> None:
+        self.calm_at = math.inf
+        self._began_at = 0.0
+        self._heard_at = -math.inf
+
+    def heard(self, now: float) -> None:
+        """Note that a notification arrived."""
+        self._heard_at = now
+
+    def forget(self) -> None:
+        """Plan nothing: an attempt begins, and reads what they are about."""
+        self.calm_at = math.inf
+
+    def begin(self, now: float, what: Notifiable, last: LastAttempt) -> bool:
+        """Return whether an attempt begins now; otherwise it begins at `calm_at`."""
+        self._began_at = now
+        return self.is_over(now, what, last)
+
+    def is_over(self, now: float, what: Notifiable, last: LastAttempt) -> bool:
+        """Return whether the burst has ended; otherwise `calm_at` is when to ask again."""
+        self.calm_at = math.inf
+        if what.full_since is not None and what.full_since < last.began_at:
+            # Without a pause each change would be a read of everything, one after the other.
+            rested_at = last.ended_at + max(FULL_READ_PAUSE_S, FULL_READ_PAUSE_TIMES * last.took_s)
+            if now < rested_at:
+                self.calm_at = rested_at
+                return False
+        calm_at = min(max(self._heard_at, last.ended_at) + CALM_S, self._began_at + LONGEST_BURST_S)
+        is_first = last.ended_at + CALM_S <= self._began_at
+        if is_first or now >= calm_at or not what.may_burst:
+            return True
+        self.calm_at = calm_at
+        return False
+
+
+class LastAttempt(NamedTuple):
+    """The last attempt: when it got its slot, when it ended, and how long it read."""
+
+    began_at: float = 0.0
+    ended_at: float = -math.inf
+    took_s: float = 0.0
+
+
 class Timetable:
     """Decides when attempts begin.
+
+    `grid` has the starts of the intervals, `last` the last attempt.
 
     :param settings: of any dataset of the group; a group has in common what decides when.
     :param random: returns a number from 0 to 1. The phase is drawn from it once, each retry again.
@@ -72,24 +163,18 @@ class Timetable:
 
     def __init__(self, settings: DatasetSettings, random: Callable[[], float]) -> None:
         self._random = random
-        self._share = random()
+        self.grid = Grid(random())
         self._state = State.NEW
         self._take(settings)
-        self._phase_at = 0.0
         self._last_start_at = 0.0
         self._retry_at = math.inf
-        self._calm_at = math.inf
-        self._burst_began_at = 0.0
-        self._notified_at = -math.inf
-        self._began_at = 0.0
-        self._ended_at = -math.inf
-        self._took_s = 0.0
+        self._bursts = _Bursts()
+        self.last = LastAttempt()
         self._next: Due | None = None
 
     def _take(self, settings: DatasetSettings) -> None:
         self._timing = timing(settings)
-        self.interval_s = settings.interval_s
-        self._earlier_s = settings.interval_s * settings.jitter * self._share
+        self.grid.take(settings)
         self._retry_wait_s = full_jitter(settings.retry_initial_s, settings.retry_max_s, self._random)
 
     @property
@@ -100,48 +185,25 @@ class Timetable:
     def is_running(self) -> bool:
         return self._state is State.RUNNING
 
-    @property
-    def began_at(self) -> float:
-        """When the running attempt, or the last one, got its slot; infinite while it waits for one."""
-        return self._began_at
-
-    @property
-    def took_s(self) -> float:
-        """How long the last attempt read."""
-        return self._took_s
-
     # Plans
-
-    def next_start_at(self, now: float) -> float:
-        """Return the next start of an interval after `now`."""
-        passed = math.floor((now - self._phase_at) / self.interval_s)
-        return self._phase_at + max(0, passed + 1) * self.interval_s
 
     def wake_at(self) -> float | None:
         """Return when `wake` is to be called; None if nothing but the interval is planned."""
-        at = min(self._retry_at, self._calm_at)
+        at = min(self._retry_at, self._bursts.calm_at)
         return None if at == math.inf else at
 
     def planned_at(self, now: float) -> float:
         """Return when the next attempt is planned, as far as that is known."""
-        return min(self._retry_at, self.next_start_at(now))
+        return min(self._retry_at, self.grid.next_start_at(now))
 
     # What happens
 
     def start(self, now: float) -> Due:
-        """Load now, and from then on at every start of an interval.
-
-        The first of these comes earlier than an interval from now, not later, so that the first snapshot is not stale
-        before the second arrives.
-        """
+        """Load now, and from then on at every start of an interval."""
         self._state = State.IDLE
         self._last_start_at = now
-        self._phase_at = now + self.interval_s - self._earlier_s
+        self.grid.begin(now, now)
         return Due("start")
-
-    def loop_started(self, now: float) -> None:
-        """Take the phase of the loop, which starts later than planned if the reactor was held."""
-        self._phase_at = now
 
     def settings_changed(self, settings: DatasetSettings, now: float) -> float | None:
         """Apply changed settings; return when the next attempt is planned if that has moved, else None.
@@ -154,15 +216,10 @@ class Timetable:
         if timing(settings) == self._timing:
             return None
         self._take(settings)
-        passed_s = now - self._last_start_at
-        self._phase_at = now + max(0.0, self.interval_s - self._earlier_s - passed_s)
-        if self._retry_at >= self._phase_at:
+        self.grid.begin(now, self._last_start_at)
+        if self._retry_at >= self.grid.phase_at:
             self._retry_at = math.inf
-        return min(self._retry_at, self._phase_at)
-
-    def first_start_in_s(self, now: float) -> float:
-        """Return the seconds until the loop is to start."""
-        return max(0.0, self._phase_at - now)
+        return min(self._retry_at, self.grid.phase_at)
 
     def interval_began(self) -> Due | None:
         """Return the attempt of an interval; None, because one is running and this start is skipped."""
@@ -182,14 +239,14 @@ class Timetable:
         if self.is_new:
             return None
         if self.is_running:
-            if self._began_at < moment and not (self._next and self._next.whole):
+            if self.last.began_at < moment and not (self._next and self._next.whole):
                 self._next = Due("manual")
             return None
         return Due("manual")
 
     def heard(self, now: float) -> None:
         """Note that a notification arrived; `notified` follows once its burst has been heard."""
-        self._notified_at = now
+        self._bursts.heard(now)
 
     def notified(self, now: float, what: Notifiable, *, at_once: bool = False) -> Due | None:
         """Return the attempt that notifications start now, if any; else it is planned.
@@ -199,77 +256,59 @@ class Timetable:
         if self.is_new:
             return None
         if self.is_running:
-            if self._began_at < now:
+            if self.last.began_at < now:
                 self._next = self._next or Due("notify")
             return None
         if at_once:
             return Due("notify")
         # Writers must not drive a retry past its backoff: it reads what they changed.
-        if self._retry_at < math.inf or self._calm_at < math.inf:
+        if self._retry_at < math.inf or self._bursts.calm_at < math.inf:
             return None
-        return self._when_calm(now, what)
+        return Due("notify") if self._bursts.begin(now, what, self.last) else None
 
     def wake(self, now: float, what: Notifiable) -> Due | None:
         """Return the attempt that was planned for this moment."""
         if self._retry_at <= now:
             self._retry_at = math.inf
             return Due("retry")
-        if self._calm_at <= now:
-            self._calm_at = math.inf
-            return self._calm_or_later(now, what)
+        if self._bursts.calm_at <= now and self._bursts.is_over(now, what, self.last):
+            return Due("notify")
         return None
 
     def began(self, now: float) -> float:
         """Note that an attempt begins, and return when the one after it is planned."""
         assert not self.is_running, "an attempt never overlaps another one"
         self._state = State.RUNNING
-        self._retry_at = self._calm_at = math.inf
+        self._retry_at = math.inf
+        self._bursts.forget()
         self._next = None
         # It waits for a slot, and so it begins after whatever moment is asked for now.
-        self._began_at = math.inf
-        return self.next_start_at(now)
+        self.last = self.last._replace(began_at=math.inf)
+        return self.grid.next_start_at(now)
 
     def got_slot(self, now: float) -> None:
         """Note that the running attempt reads from now on."""
-        self._began_at = self._last_start_at = now
+        self._last_start_at = now
+        self.last = self.last._replace(began_at=now)
 
     def read(self, now: float) -> None:
         """Note that the running attempt has read, or failed to."""
-        self._took_s = now - self._began_at
+        self.last = self.last._replace(took_s=now - self.last.began_at)
 
     def failed(self, now: float, failures_before: int) -> float:
         """Plan a retry, unless the next start comes first; return when the next attempt is planned."""
         retry_at = now + self._retry_wait_s(failures_before)
-        if retry_at < self.next_start_at(now):
+        if retry_at < self.grid.next_start_at(now):
             self._retry_at = retry_at
         return self.planned_at(now)
 
     def ended(self, now: float, what: Notifiable) -> Due | None:
         """Note that no attempt runs any more, and return the one that follows at once."""
         self._state = State.IDLE
-        self._ended_at = now
+        self.last = self.last._replace(ended_at=now)
         due, self._next = self._next, None
         if due is None or due.trigger != "notify":
             return due
-        return self._when_calm(now, what) if self._retry_at == math.inf else None
-
-    # Bursts
-
-    def _when_calm(self, now: float, what: Notifiable) -> Due | None:
-        """Begin now, or at the end of a burst of notifications: an attempt within it would see only a part."""
-        self._burst_began_at = now
-        return self._calm_or_later(now, what)
-
-    def _calm_or_later(self, now: float, what: Notifiable) -> Due | None:
-        if what.full_since is not None and what.full_since < self._began_at:
-            # Without a pause each change would be a read of everything, one after the other.
-            rested_at = self._ended_at + max(FULL_READ_PAUSE_S, FULL_READ_PAUSE_TIMES * self._took_s)
-            if now < rested_at:
-                self._calm_at = rested_at
-                return None
-        calm_at = min(max(self._notified_at, self._ended_at) + CALM_S, self._burst_began_at + LONGEST_BURST_S)
-        is_first = self._ended_at + CALM_S <= self._burst_began_at
-        if is_first or now >= calm_at or not what.may_burst:
-            return Due("notify")
-        self._calm_at = calm_at
+        if self._retry_at == math.inf and self._bursts.begin(now, what, self.last):
+            return due
         return None

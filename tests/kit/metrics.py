@@ -88,7 +88,7 @@ class World:
         change = Change(count, 1, 2)
         dataset.publish(
             Snapshot(
-                dataset.next_generation(),
+                dataset.last_generation + 1,
                 numbered_rows(count),
                 MOMENT_WITH_MS,
                 self.clock.seconds(),

@@ -15,7 +15,7 @@ from cacheservice.cache.cache import Cache
 from cacheservice.cache.drain import Drain
 from cacheservice.cache.rows import RowsBuilder
 from cacheservice.config import DatasetSettings
-from cacheservice.refresh.refresher import Process
+from cacheservice.refresh.process import Process
 from cacheservice.refresh.service import CacheService, Limits
 from cacheservice.sources.base import AllRows, ChangedRows, ReadPlan, ReadResult, Source
 from cacheservice.sources.postgres.database import Database

@@ -15,7 +15,7 @@ from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset
 from cacheservice.cache.drain import Drain
 from cacheservice.config import DatasetSettings
-from cacheservice.refresh.refresher import Process
+from cacheservice.refresh.process import Process
 from cacheservice.refresh.service import CacheService, Limits
 from cacheservice.sources.base import AllRows, Moment, ReadPlan, ReadResult, Unchanged
 from cacheservice.sources.postgres.notifications import Notifications

@@ -66,13 +66,13 @@ class Refreshes(RefreshTestCase):
         before = state()
         self.assertTrue(datasets["a"].candidate)
         self.assertTrue(datasets["b"].held)
-        loops = {name: world.service._refreshers[name]._starts._loop for name in datasets}
+        loops = {name: world.service._refreshers.find(name)._starts._loop for name in datasets}
         told = world.service.redeclare(without_jitter("c", "new", "b", "a", jitter=0.1))
         self.assertEqual(told, Declared(["new"], [], [], ["c", "b", "a"]))
         self.assertEqual(list(world.cache.datasets), ["c", "new", "b", "a"])
         self.assertEqual({name: world.cache.dataset(name) for name in "abc"}, datasets)
         self.assertEqual(state(), before)
-        self.assertEqual({name: world.service._refreshers[name]._starts._loop for name in datasets}, loops)
+        self.assertEqual({name: world.service._refreshers.find(name)._starts._loop for name in datasets}, loops)
         self.assertTrue(all(loop.running for loop in loops.values()))
         self.assertEqual([read.name for read in world.database.running], ["new"])
 

@@ -49,7 +49,7 @@ class Actor:
             self.began.append((self.now, due.trigger))
 
     def got_slot(self) -> None:
-        if self.timetable.is_running and self.timetable.began_at == math.inf:
+        if self.timetable.is_running and self.timetable.last.began_at == math.inf:
             self.timetable.got_slot(self.now)
             self.read_at.append(self.now)
 
@@ -61,7 +61,7 @@ class Actor:
         if fails:
             next_at = self.timetable.failed(self.now, self.failures)
             self.failures += 1
-            assert self.now <= next_at <= self.timetable.next_start_at(self.now), "never past the next start"
+            assert self.now <= next_at <= self.timetable.grid.next_start_at(self.now), "never past the next start"
         else:
             self.failures = 0
         self.begin(self.timetable.ended(self.now, self.what))
@@ -74,9 +74,9 @@ class Actor:
         """Let the time pass, with all starts and wakes on the way in their order."""
         while True:
             wake_at = self.timetable.wake_at()
-            start_at = self.timetable.next_start_at(self.now)
+            start_at = self.timetable.grid.next_start_at(self.now)
             if start_at <= self.now:  # by a rounding
-                start_at += self.timetable.interval_s
+                start_at += self.timetable.grid.interval_s
             at = min(math.inf if wake_at is None else wake_at, start_at)
             if at > to:
                 break
@@ -152,7 +152,7 @@ def test_retries(count: int, initial_s: float, interval_s: float, seed: int) -> 
     actor = Actor(seed, interval_s=interval_s, retry_initial_s=initial_s, retry_max_s=2 * initial_s)
     for failures in range(count):
         bound_s = initial_s * min(2**failures, 2)
-        ended_at, next_start_at = actor.now, actor.timetable.next_start_at(actor.now)
+        ended_at, next_start_at = actor.now, actor.timetable.grid.next_start_at(actor.now)
         actor.end(fails=True)
         planned_at = actor.timetable.planned_at(actor.now)
         assert planned_at <= min(ended_at + bound_s, next_start_at) + 1e-6
@@ -192,7 +192,7 @@ def test_a_changed_interval_counts_from_the_last_start() -> None:
         actor.pass_time(1010.0)
         assert actor.timetable.settings_changed(declared(jitter=0), actor.now) is None
         assert actor.timetable.settings_changed(declared(jitter=0, interval_s=interval_s), actor.now) == expected_at
-        assert actor.timetable.first_start_in_s(actor.now) == expected_at - 1010.0
+        assert actor.timetable.grid.starts_in_s(actor.now) == expected_at - 1010.0
 
 
 def test_what_is_asked_for_before_the_start_comes_with_it() -> None:

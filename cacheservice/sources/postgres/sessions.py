@@ -194,7 +194,7 @@ class Sessions:
     async def _open(self, purpose: str, deadline_at: float) -> PooledSession:
         target = self._target
         guard = GuardedConnection(self._reactor, target, deadline_at)
-        self._status.connections += 1
+        self._status.session_opened()
         self._opening += 1
         try:
             await guard.connect(self._connector, purpose, self._connect_timeout_s, KEEPALIVES)
@@ -232,7 +232,7 @@ class Sessions:
         self._idle.end()
 
     def _close(self, guard: GuardedConnection) -> None:
-        self._status.connections -= 1
+        self._status.session_closed()
         guard.close_and_passthrough(None)
 
     def _again_if_lost(self, failure: Failure, purpose: str, deadline_at: float, use: Use[T]) -> Deferred[T] | Failure:

@@ -102,13 +102,13 @@ class Listener(Service):
         return succeed(False) if self._session is None else self._session.heard_all()
 
     def _begin(self) -> None:
-        self._status.listening_wanted = bool(self._channels)
+        self._status.want_listening(bool(self._channels))
         if self._channels and self._loop is None:
             self._loop = Deferred.fromCoroutine(self._keep_listening())
             self._loop.addBoth(self._ended)
 
     def _end(self) -> Deferred[None]:
-        self._status.listening_wanted = False
+        self._status.want_listening(False)
         loop = self._loop
         if loop is None:
             return succeed(None)
@@ -123,9 +123,7 @@ class Listener(Service):
     def _ended(self, result: object) -> None:
         self._loop = None
         self.failures = Failures(self._pace)
-        self._status.listening = False
-        self._status.listening_proven_at = None
-        self._status.listening_problem = None
+        self._status.stopped_listening()
         if isinstance(result, Failure) and not result.check(CancelledError):
             log_internal_error(self._log, result)
         if self.running:
@@ -156,14 +154,13 @@ class Listener(Service):
 
     def _proven(self, at: float) -> None:
         """Report that notifications arrive; the log has a line for each change, not for each proof."""
-        status = self._status
-        status.listening, status.listening_proven_at, status.listening_problem = True, at, None
+        self._status.listens(at)
         if self.failures.proven():
             self._log.info("listening_began", channels=len(self._channels))
 
     def _report(self, problem: Problem) -> None:
         """Report why nothing listens; the log has a line for each change, not for each try."""
-        self._status.listening, self._status.listening_problem = False, problem.text
+        self._status.hears_nothing(problem.text)
         if not problem.is_new:
             return
         if problem.kind == "lost":

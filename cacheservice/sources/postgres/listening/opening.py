@@ -58,7 +58,7 @@ class ListenerSessions:
         """
         access = self._access
         guard = GuardedConnection(self._reactor, access.target, self._reactor.seconds() + access.connect_timeout_s)
-        self._status.connections += 1
+        self._status.session_opened()
         self._guards.append(guard)
         try:
             await guard.connect(access.connector, purpose, access.connect_timeout_s, KEEPALIVES)
@@ -66,7 +66,7 @@ class ListenerSessions:
             await use(guard)
         finally:
             guard.close_and_passthrough(None)
-            self._status.connections -= 1
+            self._status.session_closed()
             self._guards.remove(guard)
 
     def give_up(self) -> bool:
