@@ -7,9 +7,9 @@ from collections.abc import Awaitable, Callable, Iterable
 from cacheservice.cache.dataset import Dataset
 from cacheservice.cache.rows import RowsBuilder
 from cacheservice.cache.snapshot import Snapshot, rows_builder
-from cacheservice.refresh.results import Try
 from cacheservice.refresh.notified import NotifiedKeys
 from cacheservice.refresh.process import Process
+from cacheservice.refresh.results import Try
 from cacheservice.refresh.statuses import Statuses
 from cacheservice.sources.base import ReadPlan
 from cacheservice.sources.plan import plan
