@@ -5,9 +5,9 @@ from __future__ import annotations
 from twisted.internet import reactor
 from twisted.internet.task import deferLater
 
-from cacheservice.ports import report
 from cacheservice.refresh.budget import WINDOW_S
 from cacheservice.refresh.service import Limits
+from tests.kit import views
 from tests.kit.service import ServiceTestCase, declare
 from tests.kit.waiting import until
 
@@ -30,7 +30,7 @@ class OnTheServer(ServiceTestCase):
         ends_at = reactor.seconds() + 20
         while reactor.seconds() < ends_at:
             await deferLater(reactor, 0.1)
-            seen.update(line for line in report.status_table(cache).splitlines() if "behind its interval" in line)
+            seen.update(line for line in views.status_table(cache).splitlines() if "behind its interval" in line)
         first, second = cache.datasets.values()
         taken_s = [
             fields["took_s"]

@@ -216,9 +216,10 @@ class Commands(FromTheWheel):
         self.assertEqual(ended.returncode, 1)
         self.assertEqual(
             ended.stderr,
-            "cacheservice.toml: not found in the working directory; write one or name it in CACHESERVICE_CONFIG\n"
-            "CACHESERVICE_MIGRATE_DSN: not set, so that the configuration was read for postgres.dsn; "
-            "set it, or correct that\n",
+            "cacheservice.toml: not found in the working directory; create it, "
+            "or name another file in CACHESERVICE_CONFIG\n"
+            "CACHESERVICE_MIGRATE_DSN: not set, so the configuration was read for postgres.dsn; "
+            "set the variable, or fix the configuration\n",
         )
 
     def test_a_list_with_commas(self) -> None:
@@ -230,7 +231,7 @@ class Commands(FromTheWheel):
             (ended.returncode, ended.stderr),
             (
                 2,
-                "cacheservice migrate: --select a,b: a name has no comma; repeat --select for each table. "
+                "cacheservice migrate: --select a,b: a name does not contain a comma; repeat --select for each table. "
                 "See: cacheservice migrate --help\n",
             ),
         )
@@ -255,8 +256,8 @@ class Commands(FromTheWheel):
             ended = self.run_program("migrate", "--reader", name, **dsn)
             self.assertEqual(ended.returncode, 0, ended.stderr)
             self.assertIn(
-                "it has no password yet, and cannot log in where the server wants one; set it with "
-                f'\\password "{name}" in psql, or run this again with CACHESERVICE_READER_PASSWORD or '
+                "it has no password yet, and cannot log in if the server requires one; set one with "
+                f'\\password "{name}" in psql, or run this command again with CACHESERVICE_READER_PASSWORD or '
                 "CACHESERVICE_READER_PASSWORD_FILE\n",
                 ended.stdout,
             )
@@ -320,7 +321,7 @@ class Demo(FromTheWheel):
             except OSError:
                 pass  # taken by somebody else already, which is as good
             demo = self.start()
-            said = self.read_until(demo, "Ctrl-C ends all of it.")
+            said = self.read_until(demo, "Ctrl-C stops everything.")
         self.assertIn("Port 8000 is taken", said)
         port = int(re.search(r"the status port is (\d+) instead", said)[1])
         postmaster = int(re.search(r"kill -QUIT (\d+)", said)[1])
@@ -344,7 +345,7 @@ class Demo(FromTheWheel):
         self.read_until(demo, "PostgreSQL has ended")
         self.assertEqual(ask(("127.0.0.1", port), "ruok"), "imok")
         self.assertGreater(json.loads(ask(("127.0.0.1", port), "json"))["datasets"]["products"]["rows"], 0)
-        self.read_until(demo, "PostgreSQL runs again")
+        self.read_until(demo, "PostgreSQL is running again")
         generation = json.loads(ask(("127.0.0.1", port), "json"))["datasets"]["products"]["generation"]
         limit = time.monotonic() + LIMIT_S
         while json.loads(ask(("127.0.0.1", port), "json"))["datasets"]["products"]["generation"] == generation:

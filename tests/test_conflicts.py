@@ -14,11 +14,11 @@ from cacheservice.base.errors import Deadlock, RefreshFailed, SerializationFaile
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset
 from cacheservice.config import DatasetSettings
-from cacheservice.ports import report
 from cacheservice.refresh.service import CacheService
 from cacheservice.sources.postgres.database import Database
 from cacheservice.sources.postgres.target import parse
 from cacheservice.sources.postgres.translate import translate
+from tests.kit import views
 from tests.kit.postgres import connect
 from tests.kit.readings import refreshes_of
 from tests.kit.service import ROWS, ServiceTestCase, declare
@@ -42,7 +42,7 @@ class OnTheServer(ServiceTestCase):
         return service, cache
 
     def why(self, dataset: Dataset, cache: Cache, error: type[RefreshFailed]) -> str:
-        why = report.why(dataset, cache)
+        why = views.why(dataset, cache)
         self.assertIn(error.advice, why)
         return why
 

@@ -14,11 +14,11 @@ from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 
 from cacheservice.base.errors import BadResult, LockTimeout, QueryFailed, QueryTimeout, ResultTooLarge
-from cacheservice.cache.cache import DatabaseStatus
 from cacheservice.cache.rows import Groups, Rows, RowsBuilder, Shards
 from cacheservice.config import DatasetSettings
 from cacheservice.sources.base import ReadPlan
 from cacheservice.sources.postgres.database import Database
+from cacheservice.sources.postgres.fetching import Fetching
 from cacheservice.sources.postgres.statements import first_rows
 from cacheservice.sources.postgres.target import parse
 from tests.kit.database import TIMEOUT_S, DatabaseTestCase
@@ -159,22 +159,21 @@ class SmallResults(DatabaseTestCase):
     async def test_a_result_that_has_outgrown_one_answer(self) -> None:
         """If the query cannot run twice within the deadline, that fails one attempt and not the next one, too."""
 
-        class Late(Database):
+        class Late(Fetching):
             runs: ClassVar[list[str]] = []
 
-            async def _read_at_once(self, *arguments: Any) -> bool:
+            async def _at_once(self, *arguments: Any) -> bool:
                 self.runs.append("at once")
-                return await super()._read_at_once(*arguments)
+                return await super()._at_once(*arguments)
 
-            async def _read_by_cursor(self, *arguments: Any) -> Any:
+            async def _by_cursor(self, *arguments: Any) -> Any:
                 self.runs.append("cursor")
                 if self.runs == ["at once", "cursor"]:
                     raise QueryTimeout("the query took longer than its deadline allows", "57014")
-                return await super()._read_by_cursor(*arguments)
+                return await super()._by_cursor(*arguments)
 
-        self.database.stop()
-        self.database = Late(reactor, parse(self.server.dsn(database=self.name)), 60.0, DatabaseStatus())
-        self.addCleanup(self.database.stop)
+        reader = self.database._reader
+        self.patch(reader, "_fetching", Late(reactor, reader._fetching._statements))
         with self.assertRaises(QueryTimeout):
             await self.read_like(3, 600)
         for _ in range(2):  # the second one tries again, because the last result was small

@@ -251,7 +251,7 @@ def demo() -> Iterator[Demo]:
         with subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True) as process:
             try:
                 limit = time.monotonic() + 2 * LIMIT_S
-                while "Ctrl-C ends all of it." not in (said := Path(output.name).read_text(encoding="utf-8")):
+                while "Ctrl-C stops everything." not in (said := Path(output.name).read_text(encoding="utf-8")):
                     assert process.poll() is None, said
                     assert time.monotonic() < limit, said
                     time.sleep(0.1)

@@ -178,7 +178,7 @@ class Watching(FreshTestCase):
         served = {key: row["n"] for key, row in self.rows(daemon).items()}
         self.assertEqual(served, {str(i): n for i, n in self.sql("TABLE things")})
         self.assertIn(", listening", daemon.ask("status").splitlines()[0])
-        self.assertIn("listening, proven", daemon.ask("why things"))
+        self.assertIn("the service is listening, tested", daemon.ask("why things"))
 
     def test_no_change(self) -> None:
         """A delta after which all is as it was is `unchanged`: the generation stays, the age is new."""
@@ -403,7 +403,7 @@ class Falling(FreshTestCase):
         self.assertEqual((line["count"], sorted(line["keys"]), line["dataset"]), (2, ["4", "5"], "things"))
         self.until_n(daemon, 4, 10)
         self.assertEqual((self.n(daemon, 5), self.n(daemon, 3)), (10, 1))
-        self.assertIn("checks have found and mended 2 differing rows", daemon.ask("why things"))
+        self.assertIn("full reads have found and corrected 2 rows that differ", daemon.ask("why things"))
 
 
 class Notified(FreshTestCase):

@@ -27,12 +27,12 @@ from twisted.internet.threads import deferToThread
 from twisted.logger import LogEvent, globalLogPublisher
 from twisted.trial.unittest import TestCase
 
+from cacheservice.ports.clients import Limits
 from cacheservice.ports.freshness import Freshness
-from cacheservice.ports.http import HttpFactory
+from cacheservice.ports.http import AccessSettings, HttpFactory, Served
 from cacheservice.ports.listen import tcp
-from cacheservice.ports.resp.commands import Commands as RespCommands
-from cacheservice.ports.resp.protocol import RespFactory
-from cacheservice.ports.status import Commands as StatusCommands
+from cacheservice.ports.operator_commands import Commands as StatusCommands
+from cacheservice.ports.resp.connection import RespFactory
 from cacheservice.ports.status import StatusFactory
 from cacheservice.ports.throttle import Throttle
 from tests.kit.clocks import started_clock
@@ -272,10 +272,15 @@ class Resp(UnderAttack, TestCase):
     most_events = 1  # that it spoke another protocol
 
     def make_factory(self, secret: str) -> RespFactory:
-        commands = RespCommands(self.cache, Freshness(FakeRefreshes(), self.cache.database, reactor), secret)
-        factory = RespFactory(self.cache, commands, MAX_CONNECTIONS, 300, reactor)
+        factory = RespFactory(
+            cache=self.cache,
+            freshness=Freshness(FakeRefreshes(), self.cache.database, reactor),
+            limits=Limits(MAX_CONNECTIONS, 300),
+            clock=reactor,
+            password=secret,
+        )
         # All of the many wrong passwords come from one address; they are forgiven at once, and so each waits briefly.
-        factory.throttle = Throttle(lambda: reactor.seconds() * FORGIVING)
+        factory.server.passwords.throttle = Throttle(lambda: reactor.seconds() * FORGIVING)
         return factory
 
     def in_peace(self, client: socket.socket) -> None:
@@ -343,13 +348,10 @@ class Http(UnderAttack, TestCase):
     def make_factory(self, secret: str) -> HttpFactory:
         freshness = Freshness(FakeRefreshes(), self.cache.database, reactor)
         return HttpFactory(
-            cache=self.cache,
-            freshness=freshness,
-            refreshes=FakeRefreshes(),
-            max_connections=MAX_CONNECTIONS,
-            idle_timeout_s=300,
-            reactor=reactor,
-            token=secret,
+            Served(self.cache, freshness, FakeRefreshes()),
+            AccessSettings(token=secret),
+            Limits(MAX_CONNECTIONS, 300),
+            reactor,
         )
 
     def in_peace(self, client: socket.socket) -> None:

@@ -19,10 +19,10 @@ from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 
 from cacheservice.cache.cache import Cache
+from cacheservice.ports.clients import Limits
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.listen import tcp
-from cacheservice.ports.resp.commands import Commands
-from cacheservice.ports.resp.protocol import RespFactory
+from cacheservice.ports.resp.connection import RespFactory
 from cacheservice.refresh.service import CacheService
 from tests.kit.postgres import connect
 from tests.kit.resp import Client, encode
@@ -165,8 +165,8 @@ class Together(ServiceTestCase):
         self, service: CacheService, cache: Cache, end_sessions_each: int, readings: int, enough: Callable[[], object]
     ) -> int:
         """Check the sum while money moves; end the service's sessions after so many transactions. Returns how many."""
-        commands = Commands(cache, Freshness(service, cache.database, reactor), "")
-        factory = RespFactory(cache, commands, 100, 60.0, reactor)
+        freshness = Freshness(service, cache.database, reactor)
+        factory = RespFactory(cache=cache, freshness=freshness, limits=Limits(100, 60.0), clock=reactor)
         port: Any = tcp(reactor, "127.0.0.1", 0, factory)()
         stop = threading.Event()
         self.addCleanup(stop.set)

@@ -11,12 +11,12 @@ from twisted.trial.unittest import TestCase
 
 from cacheservice.cache.cache import Cache
 from cacheservice.config import DatasetSettings
+from cacheservice.ports.clients import Limits
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.held import HeldSnapshots
-from cacheservice.ports.http import HttpFactory
+from cacheservice.ports.http import AccessSettings, HttpFactory, Served
 from cacheservice.ports.listen import tcp
-from cacheservice.ports.resp.commands import Commands
-from cacheservice.ports.resp.protocol import RespFactory
+from cacheservice.ports.resp.connection import RespFactory
 from tests.kit.datasets import rows_of, snapshot_of
 from tests.kit.fake_refreshes import FakeRefreshes
 from tests.kit.logs import Log
@@ -46,15 +46,13 @@ class OnThePorts(TestCase):
         self.cache, self.log = cache_of("a"), Log()
         self.held = HeldSnapshots(self.cache, reactor, self.log, 2, 600.0)
         freshness = Freshness(FakeRefreshes(), self.cache.database, reactor)  # type: ignore[arg-type]
-        self.resp = RespFactory(self.cache, Commands(self.cache, freshness, ""), 100, 60, reactor, held=self.held)
+        limits = Limits(100, 60, held=self.held)
+        self.resp = RespFactory(cache=self.cache, freshness=freshness, limits=limits, clock=reactor)
         self.http = HttpFactory(
-            cache=self.cache,
-            freshness=freshness,
-            refreshes=FakeRefreshes(),  # type: ignore[arg-type]
-            max_connections=100,
-            idle_timeout_s=60,
-            reactor=reactor,
-            held=self.held,
+            Served(self.cache, freshness, FakeRefreshes()),  # type: ignore[arg-type]
+            AccessSettings(),
+            Limits(100, 60, held=self.held),
+            reactor,
         )
         self.ports = {}
         for name, factory in (("resp", self.resp), ("http", self.http)):

@@ -21,13 +21,13 @@ from cacheservice.base import shipped
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.lag import NO_LAG
 from cacheservice.config import PostgresSettings
-from cacheservice.ports import report
 from cacheservice.sources.base import ReadPlan, ReadResult
 from cacheservice.sources.postgres.database import Database
 from cacheservice.sources.postgres.inspect import inspecting
 from cacheservice.sources.postgres.migrate import migrate
 from cacheservice.sources.postgres.reader import create_reader
 from cacheservice.sources.postgres.target import parse
+from tests.kit import views
 from tests.kit.datasets import rows_builder
 from tests.kit.service import declare
 from tests.kit.standby import Standby, running_standby
@@ -79,7 +79,7 @@ class OnStandbys(TestCase):
             reading = await self.read(database)
             if reading.moment.lag.seconds >= least_s:
                 self.assertIn(words, reading.moment.lag.problem)
-                self.assertIn(words, report.status_table(self.cache))
+                self.assertIn(words, views.status_table(self.cache))
                 return reading
             await deferLater(reactor, 0.05)
 
@@ -95,7 +95,7 @@ class OnStandbys(TestCase):
         await self.caught_up(database)
         await deferLater(reactor, 2.0)
         self.assertEqual((await self.read(database)).moment.lag, NO_LAG)
-        self.assertIn(", a standby\n", report.status_table(self.cache) + "\n")
+        self.assertIn(", a standby\n", views.status_table(self.cache) + "\n")
         await deferToThread(standby.sql, "SELECT pg_wal_replay_pause()")
         self.sql("UPDATE things SET n = 1")
         reading = await self.until_lag(database, 1.5, "paused")

@@ -93,7 +93,8 @@ class Process(DaemonTestCase):
         self.assertEqual(elsewhere.returncode, 1)
         self.assertRegex(
             elsewhere.stderr,
-            r"^cacheservice: no answer from 127\.0\.0\.99:8000: .*; it may listen elsewhere, see --host and --port: "
+            r"^cacheservice: no answer from 127\.0\.0\.99:8000: .*; the service may listen elsewhere, "
+            r"see --host and --port: "
             r"cacheservice\.toml: line 1, column 3: .*\n$",
         )
 
@@ -150,7 +151,7 @@ class Process(DaemonTestCase):
         self.assertEqual((told.returncode, told.stdout), (2, ""))
         self.assertRegex(
             told.stderr,
-            rf"^cacheservice\.toml: line {line}, column 14: .*; nothing was sent: correct this first, or name the "
+            rf"^cacheservice\.toml: line {line}, column 14: .*; nothing was sent: fix the configuration, or name the "
             r"admin socket with --socket\n$",
         )
         told = self.command("reload", "--socket", str(socket_path))

@@ -42,7 +42,7 @@ class OnServers(DatabaseTestCase):
         recorded = await self.database.recorded(TIMEOUT_S)
         self.assertGreater(recorded.oldest_s or 0.0, 10_000)
         self.assertIsNone(recorded.in_the_way)
-        self.assertEqual(await self.database.prune(3600.0, TIMEOUT_S), 1)
+        self.assertEqual(await self.database.prune(3600.0, TIMEOUT_S), (1, True))
         recorded = await self.database.recorded(TIMEOUT_S)
         self.assertTrue(recorded.may_ask)
         self.assertIsNone(recorded.oldest_s)
@@ -83,7 +83,7 @@ class OnServers(DatabaseTestCase):
             self.sql(statement)
             recorded = await self.database.recorded(TIMEOUT_S)
             self.assertEqual((recorded.may_ask, recorded.oldest_s), (False, None))
-        self.assertEqual(await self.database.prune(3600.0, TIMEOUT_S), 1)
+        self.assertEqual(await self.database.prune(3600.0, TIMEOUT_S), (1, True))
 
     async def test_a_standby(self) -> None:
         """It answers, too."""

@@ -353,5 +353,5 @@ class UnderTwistd(DaemonTestCase):
         self.reload(table("stays"), table("products", "generate_series(1, 7) AS id"), more=more)
         wait_until(lambda: self.dataset(daemon, "products")["rows"] == 7, "the new query's rows")
         self.admin("rollback products")
-        self.assertIn("was changed since it was saved", daemon.event("rollback_failed")["error"])
+        self.assertIn("has changed since it was saved", daemon.event("rollback_failed")["error"])
         self.assertEqual(self.dataset(daemon, "products")["rows"], 7)

@@ -29,6 +29,7 @@ from tests.kit.guard import LONG_S, GuardTestCase
 from tests.kit.listening import Diary
 from tests.kit.pgbouncer import running_pgbouncer
 from tests.kit.postgres import connect, sessions
+from tests.kit.readings import read_one
 from tests.kit.waiting import until
 
 
@@ -79,7 +80,7 @@ class SessionsTestCase(GuardTestCase):
         """Refresh a dataset of one row; returns its one value as text."""
         settings = {"name": name, "query": f"SELECT 1 AS id, ({sql})::text AS value", "key": ("id",), "timeout_s": 60.0}
         dataset = DatasetSettings.model_validate({**settings, "interval_s": interval_s, **more})
-        reading = await (database or self.direct).read(dataset, rows_builder)
+        reading = await read_one(database or self.direct, dataset, rows_builder)
         ((_, document),) = reading.rows.finish().items()
         value: str = json.loads(document)["value"]
         return value

@@ -84,7 +84,7 @@ class BrokenFile(CommandLine):
         told = self.command("status", CACHESERVICE_STATUS__HOST="127.0.0.99")
         self.assertEqual(told.returncode, 1)
         self.assertRegex(
-            told.stderr, r"no answer from 127\.0\.0\.99:8000: .* The working directory has no cacheservice\.toml; if it"
+            told.stderr, r"no answer from 127\.0\.0\.99:8000: .* The working directory has no cacheservice\.toml; if "
         )
 
     def test_tail_without_the_resp_port(self) -> None:
@@ -103,7 +103,7 @@ class BrokenFile(CommandLine):
             assert tail.stderr is not None
             self.assertRegex(
                 tail.stderr.readline(),
-                r"publishes are seen by their numbers, .*: cacheservice\.toml: line 1, .*; see --resp-port\n$",
+                r"publishes are detected by polling, .*: cacheservice\.toml: line 1, .*; see --resp-port\n$",
             )
         finally:
             tail.terminate()
@@ -212,7 +212,7 @@ class Watch(CommandLine):
         terminal.read_until_screen(r"^cacheservice \S+ at \S+: ready, PostgreSQL up, .*\n(.*\n)*good +fresh", GIVE_UP_S)
         daemon.kill()
         for age in (r"[\d.]+", r"[3-9][\d.]*"):
-            notice = rf"^no answer from 127\.0\.0\.1:\d+: .*\nBelow is its answer of {age} s ago"
+            notice = rf"^no answer from 127\.0\.0\.1:\d+: .*\nTrying again every second\. The last answer, {age} s ago:"
             terminal.read_until_screen(rf"{notice}(.*\n)*good +fresh", GIVE_UP_S)
         self.service(GOOD).wait_until_ready()
         terminal.read_until_screen(r"^cacheservice \S+ at \S+: ready", GIVE_UP_S)
@@ -261,7 +261,7 @@ class Watch(CommandLine):
 
     def test_nobody_there(self) -> None:
         """Without a service at the start, it reports that and waits, in a terminal and in a pipe; it can be ended."""
-        waiting = r"^no answer from 127\.0\.0\.1:\d+: connection refused; .*\nIt is asked again each second"
+        waiting = r"^no answer from 127\.0\.0\.1:\d+: connection refused; .*\nTrying again every second"
         terminal = self.terminal("status", "--watch", "--port", str(self.port), columns=120)
         terminal.read_until_screen(waiting, GIVE_UP_S)
         pipes = [self.watching(*arguments, "--port", str(self.port)) for arguments in ((), ("--json",))]
@@ -269,7 +269,7 @@ class Watch(CommandLine):
             assert pipe.stderr is not None
             self.assertRegex(
                 pipe.stderr.readline(),
-                r"^cacheservice: no answer from \S+: connection refused; .*\?.* It is asked again each second\.\n$",
+                r"^cacheservice: no answer from \S+: connection refused; .*\?.* Trying again every second\.\n$",
             )
         self.service(GOOD).wait_until_ready()
         terminal.read_until_screen(r"^cacheservice \S+ at \S+: ready(.*\n)*good +fresh", GIVE_UP_S)
@@ -286,7 +286,7 @@ class Watch(CommandLine):
         """Each signal ends it with its exit code, before a service has ever answered."""
         for end, code in ((Terminal.interrupt, 130), (lambda terminal: terminal.process.terminate(), 143)):
             terminal = self.terminal("status", "--watch", "--port", str(self.port))
-            terminal.read_until_screen("It is asked again each second", GIVE_UP_S)
+            terminal.read_until_screen("Trying again every second", GIVE_UP_S)
             end(terminal)
             self.assertEqual(terminal.wait(GIVE_UP_S), code)
             self.assertGreater(terminal.raw.rfind("\x1b[?1049l"), terminal.raw.rfind("\x1b[?1049h"))
@@ -394,7 +394,7 @@ class Check(CommandLine):
         daemon.event("config_rejected")
         told = self.command("status", "--check", "--port", str(self.port))
         self.assertEqual(told.returncode, 1)
-        self.assertIn("the newest configuration rejected", told.stdout)
+        self.assertIn("the newest configuration was rejected", told.stdout)
 
     def test_critical(self) -> None:
         """An expired dataset, and a required one that was never loaded, are critical: exit code 2."""

@@ -33,10 +33,11 @@ from cacheservice.cache.snapshot import Snapshot
 from cacheservice.ops.metrics import Metrics, ServedPort
 from cacheservice.ops.stall import BOUNDS_S
 from cacheservice.ports.listen import PortService, tcp, unix
-from cacheservice.ports.status import MAX_LINE_BYTES, Commands, StatusFactory, StatusProtocol
+from cacheservice.ports.operator_commands import Commands
+from cacheservice.ports.status import MAX_LINE_BYTES, StatusFactory, StatusProtocol
 from tests.kit.datasets import MOMENT, declared, reading, rows_builder, rows_of
 from tests.kit.http import read_to_the_end
-from tests.kit.status_port import filled_cache
+from tests.kit.status_port import BLOCKER, filled_cache
 from tests.kit.waiting import GIVE_UP_S, until
 
 # What a connected client does with its socket.
@@ -238,6 +239,8 @@ class Replies(PortTestCase):
                             "took_s": 0.5,
                             "rows": 2,
                             "error": None,
+                            "advice": None,
+                            "blocked_by": [],
                         },
                         "last_change": None,
                         "standby": None,
@@ -269,6 +272,8 @@ class Replies(PortTestCase):
                             "took_s": 27.0,
                             "rows": None,
                             "error": "a lock was not granted",
+                            "advice": "end that session",
+                            "blocked_by": [str(BLOCKER)],
                         },
                         "last_change": None,
                         "standby": None,
@@ -707,7 +712,7 @@ class Admin(PortTestCase):
         """accept lets the next result of one dataset through, and says how to have it now."""
         await self.assert_asks(
             "accept products",
-            "OK products: the next result is published whatever the gates say; 'refresh products' reads it now",
+            "OK products: the next result is published even if a gate refuses it; 'refresh products' reads it now",
         )
         self.assertEqual(self.refreshes.accepted, ["products"])
         await self.assert_asks("accept nope", "ERROR unknown dataset 'nope'; status lists them")

@@ -117,7 +117,7 @@ class Tail(CommandLine):
             tail.send_signal(signal.SIGINT)
             _, errors = tail.communicate(timeout=GIVE_UP_S)
         self.assertEqual(told, last - first + 1)
-        self.assertRegex(errors, r"^cacheservice: publishes are seen by their numbers, .*see --resp-port\n$")
+        self.assertRegex(errors, r"^cacheservice: publishes are detected by polling, .*see --resp-port\n$")
 
     def test_a_restart(self) -> None:
         """It tells when the service goes, when it is back as another process, and goes on."""
@@ -163,7 +163,7 @@ class Tail(CommandLine):
         self.service(GOOD).wait_until_ready()
         told = self.command("tail", "goof")
         self.assertEqual((told.returncode, told.stdout), (1, ""))
-        self.assertEqual(told.stderr, "cacheservice: unknown dataset 'goof'; 'cacheservice status' shows them all\n")
+        self.assertEqual(told.stderr, "cacheservice: unknown dataset 'goof'; 'cacheservice status' lists them\n")
         told = self.command("tail", "--port", str(free_port()))
         self.assertRegex(told.stderr, r"^cacheservice: no answer from \S+: .*\n$")
 

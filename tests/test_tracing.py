@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset
 from cacheservice.config import DatasetSettings
-from cacheservice.ports import report
 from cacheservice.sources.postgres.target import parse
+from tests.kit import views
 from tests.kit.postgres import query, sessions
 from tests.kit.service import ServiceTestCase, declare
 from tests.kit.waiting import until
@@ -58,7 +58,7 @@ class TracingTests(ServiceTestCase):
         self.assertEqual(self.attempts("slow")[0], ("refresh_published", first))
         self.assertEqual(session.application_name, f"cacheservice slow {first}")
         self.assertNotIn(first, session.query, "each text would be another statement in pg_stat_statements")
-        [line] = [line for line in report.show(dataset).splitlines() if f", id {first}" in line]
+        [line] = [line for line in views.show(dataset, cache).splitlines() if f", id {first}" in line]
         self.assertRegex(line, "^attempt: .* start published in ")
 
     async def test_each_attempt_has_its_own(self) -> None:

@@ -250,7 +250,7 @@ class Rollback(WarmStartTestCase):
         wait_until(lambda: self.things(daemon)["generation"] == 4, "the rollback")
         things = self.things(daemon)
         self.assertEqual((self.n(daemon), things["pinned"], things["source"]), (2, True, "disk"))
-        self.assertIn("rolled back to what was saved as generation 2", daemon.ask("why things"))
+        self.assertIn("rolled back to the saved generation 2", daemon.ask("why things"))
         self.admin("rollback things")
         wait_until(lambda: self.things(daemon)["generation"] == 5, "the second rollback")
         self.assertEqual(self.n(daemon), 1)

@@ -581,7 +581,7 @@ class Commands(Watching):
         self.assertEqual(self.rows(), [(1, ["1"])])
         self.sql("UPDATE items SET name = 'c'")
         told = self.run_command("unwatch", "items")
-        self.assertEqual((told.exit_code, told.output), (0, 'changes of "public"."items" are recorded no more\n'))
+        self.assertEqual((told.exit_code, told.output), (0, 'changes of "public"."items" are no longer recorded\n'))
         self.assertEqual(self.state(), empty)
         self.sql("UPDATE items SET name = 'd'")
         self.assertEqual(self.rows(), [])

@@ -16,7 +16,7 @@ import psycopg2
 
 from benchmarks.jepsen.judge import Judge
 from benchmarks.jepsen.money import SCHEMA, START_LIMIT_S
-from cacheservice.cli.embedded import EmbeddedPostgres, _free_port, _programs
+from cacheservice.cli.embedded import EmbeddedPostgres, free_port, program_folder
 
 
 class Node:
@@ -49,7 +49,7 @@ class Node:
         self.folder.mkdir()
         os.chown(self.folder, self._owner.st_uid, self._owner.st_gid)
         source = ["-h", primary.data, "-p", str(primary.port), "-U", "postgres"]
-        command = [_programs() / "pg_basebackup", *source, "-D", self.data, "-X", "stream", "-c", "fast", "-R"]
+        command = [program_folder() / "pg_basebackup", *source, "-D", self.data, "-X", "stream", "-c", "fast", "-R"]
         subprocess.run(command, check=True, cwd=self.folder, stdin=subprocess.DEVNULL, **self._identity)
 
     def start(self) -> None:
@@ -67,7 +67,7 @@ class Node:
         arguments = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                [_programs() / "postgres", "-D", self.data, *arguments],
+                [program_folder() / "postgres", "-D", self.data, *arguments],
                 cwd=self.data,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -129,7 +129,7 @@ class Cluster:
         first.run_sql(SCHEMA, "bank")
         first.stop("fast")
         self.primary = Node(directory / "first", first.port, first)
-        self.standby = Node(directory / "second", _free_port(), first)
+        self.standby = Node(directory / "second", free_port(), first)
         self.primary.start()
 
     def add_standby(self) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.jepsen.judge import Life
 from benchmarks.jepsen.money import GROUPS, INTERVAL_S, SLOW, TABLES, WATCHED
 from benchmarks.service import ROOT, TAC
-from cacheservice.cli.embedded import _free_port
+from cacheservice.cli.embedded import free_port
 
 CONFIGURATION = """
 [postgres]
@@ -53,7 +53,7 @@ class Service:
         self.name = name
         self.directory = directory / name
         self.directory.mkdir()
-        self.ports = {"status": _free_port(), "resp": _free_port(), "http": _free_port()}
+        self.ports = {"status": free_port(), "resp": free_port(), "http": free_port()}
         self.life = Life(0)
         self._process: subprocess.Popen[bytes] | None = None
         self.admin = self.directory / "admin.sock"

@@ -15,19 +15,16 @@ from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
 from cacheservice import config
+from cacheservice.app.reads import Reads
 from cacheservice.base.errors import ConfigError
 from cacheservice.base.interfaces import Log, Reactor
 from cacheservice.base.threads import in_thread
-from cacheservice.cache.cache import Cache, Rejection, Reloaded
+from cacheservice.cache.cache import Cache, Reloaded
 from cacheservice.config import ConfigFile, Settings
 from cacheservice.ops.logs import Threshold
 from cacheservice.ports.admission import Room
 from cacheservice.ports.rotation import ClientSecrets, Rotation
-from cacheservice.refresh.service import CacheService, Limits
 from cacheservice.sources.postgres import target
-from cacheservice.sources.postgres.database import Database
-from cacheservice.sources.postgres.listening.listener import Listener
-from cacheservice.sources.postgres.notifications import Notifications
 
 _AT_ONCE = frozenset(
     {
@@ -72,10 +69,7 @@ class Reload:
         started: Settings,
         load: Callable[[], tuple[Settings, ConfigFile]],
         cache: Cache,
-        refresh: CacheService,
-        database: Database,
-        listener: Listener,
-        notifications: Notifications,
+        reads: Reads,
         ports: Sequence[Limited],
         room: Room,
         rotation: Rotation,
@@ -87,10 +81,7 @@ class Reload:
         self._dsn = started.postgres.dsn
         self._load = load
         self._cache = cache
-        self._refresh = refresh
-        self._database = database
-        self._listener = listener
-        self._notifications = notifications
+        self._reads = reads
         self._ports = ports
         self._room = room
         self._rotation = rotation
@@ -134,11 +125,9 @@ class Reload:
             "dsn_read_again", reason="the server refused the login, and the file of postgres.dsn has changed"
         )
         self._dsn = dsn
-        parsed = target.parse(dsn.get_secret_value())
-        self._database.configure(parsed, self._connect_timeout_s)
-        self._listener.configure(parsed, self._connect_timeout_s)
+        self._reads.connect_to(dsn, self._connect_timeout_s)
         # All datasets are read at once, as after a reload that changes the DSN.
-        self._refresh.redeclare([dataset.settings for dataset in self._cache.datasets.values()], moved=True)
+        self._reads.refresh.redeclare([dataset.settings for dataset in self._cache.datasets.values()], moved=True)
 
     def _not_used(self, failure: Failure) -> None:
         self._log.error("internal_error", error=failure.getErrorMessage(), traceback=failure.getTraceback())
@@ -160,7 +149,7 @@ class Reload:
         try:
             settings, file = await in_thread(self._reactor, self._load)
         except ConfigError as error:
-            self._cache.rejection = Rejection(error.problems, self._cache.now())
+            self._cache.reject(error.problems)
             self._log.error("config_rejected", error="; ".join(error.problems))
             raise
         return self._apply(settings, file)
@@ -168,12 +157,10 @@ class Reload:
     def _apply(self, settings: Settings, file: ConfigFile) -> Reloaded:
         postgres, dsn = settings.postgres, settings.postgres.dsn
         # Before the datasets, because refreshes that start at once use it.
-        parsed = target.parse(dsn.get_secret_value())
-        self._database.configure(parsed, postgres.connect_timeout_s)
-        self._listener.configure(parsed, postgres.connect_timeout_s)
-        self._refresh.set_limits(Limits(postgres.max_connections, postgres.max_load))
-        datasets = self._refresh.redeclare(list(settings.datasets.values()), moved=dsn != self._dsn)
-        self._listener.listen_to(self._notifications.channels())
+        self._reads.connect_to(dsn, postgres.connect_timeout_s)
+        self._reads.limit(postgres)
+        datasets = self._reads.refresh.redeclare(list(settings.datasets.values()), moved=dsn != self._dsn)
+        self._reads.listen()
         self._dsn, self._connect_timeout_s = dsn, postgres.connect_timeout_s
         self._threshold.set(settings.log.level)
         for port in self._ports:
@@ -182,7 +169,6 @@ class Reload:
         self._rotation.take(ClientSecrets.of(settings).by_key())
         reloaded = Reloaded(datasets, _needs_restart(self._started, settings), file)
         self._cache.configured_by(file)
-        self._cache.rejection = None
         self._log.info(
             "config_reloaded",
             added=datasets.added,

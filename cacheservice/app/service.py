@@ -2,163 +2,41 @@
 
 from __future__ import annotations
 
-import gc
 import os
-import random
 import resource
-import sys
-from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
-from twisted.application.service import MultiService, Service
-from twisted.internet.defer import Deferred, maybeDeferred
-from twisted.internet.interfaces import IReactorTime
-from twisted.python.failure import Failure
+from twisted.application.service import MultiService
 
-from cacheservice import __version__, config
-from cacheservice.app import signals
+from cacheservice import config
+from cacheservice.app.reads import Reads
 from cacheservice.app.reload import Reload
+from cacheservice.app.root import CacheServiceRoot
 from cacheservice.app.signals import Signals
-from cacheservice.base.errors import ConfigError, PortUnavailable
+from cacheservice.app.start import load_with_file
 from cacheservice.base.interfaces import Log, Reactor
 from cacheservice.cache.cache import Cache, ConnectionCap
-from cacheservice.cache.describe import seconds
-from cacheservice.cache.drain import Drain
-from cacheservice.config import ConfigFile, PersistenceSettings, Settings, StatsdSettings
+from cacheservice.config import Settings, StatsdSettings
 from cacheservice.ops import logs
 from cacheservice.ops.metrics import Metrics, ServedPort
 from cacheservice.ops.stall import StallWatch
 from cacheservice.ops.statsd import StatsD
 from cacheservice.ports import admission
 from cacheservice.ports.admission import Door, Room
+from cacheservice.ports.clients import Limits
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.held import HeldSnapshots
-from cacheservice.ports.http import HttpFactory
+from cacheservice.ports.http import AccessSettings, HttpFactory, Served
 from cacheservice.ports.listen import PortService, tcp, unix
-from cacheservice.ports.resp.commands import Commands as RespCommands
-from cacheservice.ports.resp.protocol import RespFactory
+from cacheservice.ports.operator_commands import Commands
+from cacheservice.ports.resp.connection import RespFactory
 from cacheservice.ports.rotation import ClientSecrets, Rotation
-from cacheservice.ports.status import Commands, StatusFactory
-from cacheservice.refresh.refresher import Process
-from cacheservice.refresh.service import CacheService, Limits
-from cacheservice.sources.disk.store import SnapshotStore
-from cacheservice.sources.postgres import target
-from cacheservice.sources.postgres.database import Database
-from cacheservice.sources.postgres.listening.calls import Observer
-from cacheservice.sources.postgres.listening.listener import Listener
-from cacheservice.sources.postgres.listening.opening import Access
-from cacheservice.sources.postgres.notifications import Notifications
-from cacheservice.sources.postgres.pruning import Pruning
+from cacheservice.ports.status import StatusFactory
+from cacheservice.sources.postgres.target import Resolve
 
-_STOP_TIMEOUT_S = 4.0
-"""docs/deployment.md promises that a clean stop, including the last lines of the log, takes at most 5 s."""
 _MANY_DESCRIPTORS = 1 << 20
 """The number of descriptors to plan for if the process has no limit of open files."""
-_STOPPED_LAST = frozenset({"status", "http"})
-"""Ports that serve probes. They close last, so that probes can see that the service is stopping."""
-
-
-def load_settings(environ: Mapping[str, str]) -> Settings:
-    """Load the configuration of this environment.
-
-    :raises ConfigError: with every problem of the configuration.
-    """
-    return config.load(environ, target.problem)
-
-
-def load_settings_or_exit(environ: Mapping[str, str]) -> Settings:
-    """Load the configuration, or print its problems and exit with code 1.
-
-    Each problem is one line on standard error. Used at the start of a program.
-    """
-    try:
-        return load_settings(environ)
-    except ConfigError as error:
-        _tell(str(error))
-        raise SystemExit(1) from None
-
-
-class CacheServiceRoot(MultiService):
-    """Runs all parts: starts them in order and stops them one by one in reverse order.
-
-    `MultiService` would stop all children at the same time. Here ports close before the refreshes that they may
-    request. The ports that serve probes are an exception: they report that the service is stopping until everything
-    else has stopped.
-    """
-
-    def __init__(self, cache: Cache, reactor: Reactor, writer: logs.LineWriter, log: Log) -> None:
-        super().__init__()
-        self._cache = cache
-        self._reactor = reactor
-        self._writer = writer
-        self._log = log
-        self._started_at = reactor.seconds()
-
-    def privilegedStartService(self) -> None:
-        """Bind the ports, or print one line about a port in use and exit.
-
-        twistd would show the exception with a traceback.
-        """
-        try:
-            super().privilegedStartService()
-        except PortUnavailable as error:
-            _tell(f"cacheservice: {error}")
-            raise SystemExit(1) from None
-
-    def startService(self) -> None:
-        # Imported modules stay for good. The first full collection over them would block the reactor for 40 ms.
-        gc.collect()
-        gc.freeze()
-        self._writer.start()
-        self._reactor.addSystemEventTrigger("after", "shutdown", self._writer.stop)
-        ports = {
-            str(port.name): _address(port.address)
-            for port in self
-            if isinstance(port, PortService) and port.address is not None
-        }
-        self._log.info("service_started", version=__version__, pid=os.getpid(), **ports)
-        super().startService()
-
-    def stopService(self) -> Deferred[Any]:
-        """Stop all children. The Deferred fires when all have stopped, or after 4 s."""
-        Service.stopService(self)
-        self._cache.stopping = True
-        self._log.info("service_stopping")
-        stopped = Deferred.fromCoroutine(self._stop_in_order())
-        stopped.addTimeout(_STOP_TIMEOUT_S, cast("IReactorTime", self._reactor))
-        return stopped.addBoth(self._tell_stopped)
-
-    async def _stop_in_order(self) -> None:
-        last_first = list(self)[::-1]
-        children = sorted(last_first, key=lambda child: child.name in _STOPPED_LAST)
-        try:
-            while children:
-                await maybeDeferred(children.pop(0).stopService)
-        finally:
-            for child in children:  # the time is up: stop the remaining children without waiting for them
-                maybeDeferred(child.stopService).addErrback(self._tell_broken)
-
-    def _tell_broken(self, failure: Failure) -> None:
-        self._log.error("internal_error", error=failure.getErrorMessage(), traceback=failure.getTraceback())
-
-    def _tell_stopped(self, result: object) -> None:
-        clean = result is None
-        self._log.info("service_stopped", clean=clean, uptime_s=seconds(self._reactor.seconds() - self._started_at))
-
-
-class DatabaseService(Service):
-    """Closes the sessions that the database layer keeps between reads."""
-
-    name = "postgres"
-
-    def __init__(self, database: Database, listener: Listener) -> None:
-        self._database = database
-        self._database.make_room_by(listener.give_up_session)  # with few connections, refreshes have priority
-
-    def stopService(self) -> None:
-        super().stopService()
-        self._database.stop()
 
 
 def make_service(
@@ -172,36 +50,8 @@ def make_service(
     cache = Cache(settings.datasets.values(), reactor.seconds, config.config_file(os.environ))
     room = _make_room(settings, cache, log)
     root = CacheServiceRoot(cache, reactor, writer, log)
-    parsed = target.parse(settings.postgres.dsn.get_secret_value())
-    database = Database(
-        reactor,
-        parsed,
-        settings.postgres.connect_timeout_s,
-        cache.database,
-    )
-    drain = Drain(reactor)
-    store = _store(settings.persistence, cache, drain, reactor, log)
-
-    async def heard_all() -> bool:
-        return await listener.heard_all()
-
-    refresh = CacheService(
-        cache,
-        database,
-        Limits(settings.postgres.max_connections, settings.postgres.max_load),
-        Process(reactor, random.random, log, drain),
-        store,
-        heard_all,
-    )
-    notifications = Notifications(cache, refresh.note_changed)
-    listener = _listener(
-        Access(parsed, database.connector, settings.postgres.connect_timeout_s),
-        notifications,
-        refresh,
-        cache,
-        reactor,
-        log,
-    )
+    reads = Reads(settings, cache, reactor, log)
+    refresh = reads.refresh
     ports: list[Any] = []
     rotation = Rotation(
         ClientSecrets.of(settings),
@@ -210,30 +60,15 @@ def make_service(
         reactor=reactor,
         log=log,
     )
-    reloader = Reload(
-        settings,
-        _load_with_file,
-        cache,
-        refresh,
-        database,
-        listener,
-        notifications,
-        ports,
-        room,
-        rotation,
-        threshold,
-        reactor,
-        log,
-    )
+    reloader = Reload(settings, load_with_file, cache, reads, ports, room, rotation, threshold, reactor, log)
     cache.database.watch_refused_logins(reloader.login_refused)
     served: dict[str, ServedPort] = {}
     stalls = StallWatch(reactor)
     held = HeldSnapshots(cache, reactor, log, settings.limits.max_old_generations, settings.limits.max_answer_s)
     metrics = Metrics(cache, stalls.lateness, served, reactor, held.superseded)
     Signals(reactor, reloader.reload, writer.reopen, log).setServiceParent(root)
-    pruning = Pruning(cache, database, reactor, log)
-    statsd = _statsd(settings.statsd, metrics, database, reactor, log)
-    for child in (stalls, DatabaseService(database, listener), store, pruning, refresh, listener, statsd):
+    statsd = _statsd(settings.statsd, metrics, reads.database.resolve, reactor, log)
+    for child in (stalls, *reads.services(), statsd):
         if child is not None:
             child.setServiceParent(root)
 
@@ -259,50 +94,36 @@ def make_service(
         ports.append(admin)
         _add_port(root, "admin", "admin.socket", unix(reactor, settings.admin.socket, admin), admin)
     if settings.resp.enabled:
-        commands = RespCommands(cache, freshness, settings.resp.password.get_secret_value())
+        silence_timeout_s = settings.resp.idle_timeout_s
         served["resp"] = resp = RespFactory(
-            cache,
-            commands,
-            max_connections,
-            limits.idle_timeout_s,
-            reactor,
-            door("resp", reserve=0),
-            held,
-            settings.resp.idle_timeout_s,
+            cache=cache,
+            freshness=freshness,
+            limits=Limits(
+                max_connections, limits.idle_timeout_s, silence_timeout_s, door=door("resp", reserve=0), held=held
+            ),
+            clock=reactor,
+            password=settings.resp.password.get_secret_value(),
             look=rotation.look,
         )
-        rotation.watch(lambda secrets: commands.replace_password(secrets.password))
+        rotation.watch(lambda secrets: resp.replace_password(secrets.password))
         ports.append(resp)
         _add_port(root, "resp", "resp.port", tcp(reactor, settings.resp.host, settings.resp.port, resp, accepted), resp)
     if settings.http.enabled:
         served["http"] = http = HttpFactory(
-            cache=cache,
-            freshness=freshness,
-            refreshes=refresh,
-            max_connections=max_connections,
-            idle_timeout_s=limits.idle_timeout_s,
-            reactor=reactor,
-            token=settings.http.token.get_secret_value(),
-            admin_token=settings.http.admin_token.get_secret_value(),
-            allow_data=config.is_loopback(settings.http.host) or limits.allow_anonymous,
-            exposition=metrics,
-            held=held,
-            door=door("http"),
-            look=rotation.look,
+            Served(cache, freshness, refresh, metrics),
+            AccessSettings(
+                token=settings.http.token.get_secret_value(),
+                admin_token=settings.http.admin_token.get_secret_value(),
+                allow_data=config.is_loopback(settings.http.host) or limits.allow_anonymous,
+                look=rotation.look,
+            ),
+            Limits(max_connections, limits.idle_timeout_s, door=door("http"), held=held),
+            reactor,
         )
         rotation.watch(lambda secrets: http.replace_tokens(secrets.token, secrets.admin_token))
         ports.append(http)
         _add_port(root, "http", "http.port", tcp(reactor, settings.http.host, settings.http.port, http, accepted), http)
     return root
-
-
-def _load_with_file() -> tuple[Settings, ConfigFile]:
-    """Return the current settings and the file that they were read from.
-
-    :raises ConfigError: with every problem of the configuration.
-    """
-    file = config.config_file(os.environ)  # first: a version that is written during the load must not count as read
-    return load_settings(os.environ), file
 
 
 def _make_room(settings: Settings, cache: Cache, log: Log) -> Room:
@@ -321,58 +142,16 @@ def _make_room(settings: Settings, cache: Cache, log: Log) -> Room:
     return room
 
 
-def _listener(
-    access: Access, notifications: Notifications, refresh: CacheService, cache: Cache, reactor: Reactor, log: Log
-) -> Listener:
-    listener = Listener(access, Observer(notifications.heard, refresh.missed), cache.database, reactor, log)
-    listener.listen_to(notifications.channels())
-    return listener
-
-
-def _store(
-    settings: PersistenceSettings, cache: Cache, drain: Drain, reactor: Reactor, log: Log
-) -> SnapshotStore | None:
-    if not settings.directory:
-        return None
-    return SnapshotStore(cache, settings, release=drain.add, reactor=reactor, log=log)
-
-
-def _statsd(
-    settings: StatsdSettings, metrics: Metrics, database: Database, reactor: Reactor, log: Log
-) -> StatsD | None:
+def _statsd(settings: StatsdSettings, metrics: Metrics, resolve: Resolve, reactor: Reactor, log: Log) -> StatsD | None:
     if not settings.host:
         return None
-    return StatsD(metrics, settings, database.resolve, reactor, log)
-
-
-def make_log(settings: Settings, arguments: Sequence[str] = ()) -> tuple[logs.LineWriter, logs.Threshold, Any]:
-    """Return the log writer (not started), the log threshold and the logger.
-
-    :param arguments: those of twistd, which may name a log file. Without one the log goes to standard output.
-    """
-    path = signals.log_file(arguments)
-    try:
-        writer = logs.LineWriter(logs.destination(path), logs.lost_line, path)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        _tell(f"cacheservice: --logfile: {path}: {reason}; name a file that can be written")
-        raise SystemExit(1) from None
-    threshold = logs.Threshold(settings.log.level)
-    log = logs.make_logger(threshold, settings.log.format, writer.write, colors=path is None and os.isatty(1))
-    return writer, threshold, log
+    return StatsD(metrics, settings, resolve, reactor, log)
 
 
 def _add_port(root: MultiService, name: str, setting: str, listen: Any, factory: Any) -> None:
     port = PortService(setting, listen, factory.close_clients)
     port.setName(name)
     port.setServiceParent(root)
-
-
-def _address(address: Any) -> str:
-    if hasattr(address, "port"):
-        host = f"[{address.host}]" if ":" in address.host else address.host
-        return f"{host}:{address.port}"
-    return os.fsdecode(address.name)
 
 
 def _raise_descriptor_limit() -> int:
@@ -384,8 +163,3 @@ def _raise_descriptor_limit() -> int:
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return _MANY_DESCRIPTORS if hard == resource.RLIM_INFINITY else hard
-
-
-def _tell(text: str) -> None:
-    # twistd replaces sys.stderr by an object that logs.
-    print(text, file=sys.__stderr__, flush=True)  # for a person at a terminal, before there is a log

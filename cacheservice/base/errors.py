@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from cacheservice.base.text import iso
+
 
 class CacheServiceError(Exception):
     """The base class of the tree. It is never raised itself."""
@@ -59,7 +61,7 @@ class RefreshFailed(CacheServiceError):
     The service retries without intervention. `advice` is the next step for an operator.
     """
 
-    advice = "nothing to do: it is tried again by itself"
+    advice = "nothing to do: the service retries"
 
 
 class DatabaseUnavailable(RefreshFailed):
@@ -68,7 +70,7 @@ class DatabaseUnavailable(RefreshFailed):
     Check the server and the network path to it. The service reconnects without intervention.
     """
 
-    advice = "check that PostgreSQL runs and can be reached from here"
+    advice = "check that PostgreSQL is running and can be reached from this machine"
 
 
 class DeadlineExceeded(DatabaseUnavailable):
@@ -77,7 +79,7 @@ class DeadlineExceeded(DatabaseUnavailable):
     Look for a frozen or overloaded server or a lost network path, or raise timeout_s.
     """
 
-    advice = "look for a frozen or overloaded server or a lost network path; or raise timeout_s"
+    advice = "look for a frozen or overloaded server, or a lost network path; or raise timeout_s"
 
 
 class NoSessionLeft(DatabaseUnavailable):
@@ -103,7 +105,7 @@ class LoginRefused(DatabaseUnavailable):
 class ServerTooOld(DatabaseUnavailable):
     """The server is older than PostgreSQL 14. Its session is closed before any query."""
 
-    advice = "upgrade the server, or read from another"
+    advice = "upgrade the server, or read from another one"
 
 
 class NotHeard(DatabaseUnavailable):
@@ -112,7 +114,7 @@ class NotHeard(DatabaseUnavailable):
     If it does not recover, look for a proxy between the service and the server that pools transactions.
     """
 
-    advice = "connect to the server itself, not through a proxy that pools transactions"
+    advice = "connect to the server directly, not through a proxy that pools transactions"
 
 
 class QueryFailed(RefreshFailed):
@@ -121,7 +123,7 @@ class QueryFailed(RefreshFailed):
     `sqlstate` is the five-character code of the PostgreSQL manual, appendix A.
     """
 
-    advice = "correct the query, or what it reads"
+    advice = "fix the query, or the objects that it reads"
 
     def __init__(self, message: str, sqlstate: str = "", advice: str | None = None) -> None:
         super().__init__(message)
@@ -141,9 +143,9 @@ class QueryTimeout(QueryFailed):
 
 @dataclass(frozen=True, slots=True)
 class Blocker:
-    """A session that held a lock which a refresh was waiting for, at that time.
+    """A session that held a lock for which a refresh was waiting, at that time.
 
-    Fields that the role may not read are None.
+    Fields that the role may not read are None. As text it is a description without them.
     """
 
     pid: int
@@ -154,6 +156,26 @@ class Blocker:
     transaction_since: datetime | None
     state: str | None
     statement_kind: str | None
+
+    def __str__(self) -> str:
+        words = f"session {self.pid}"
+        if self.user:
+            words += f" of {self.user}"
+        if self.application:
+            words += f" ({self.application})"
+        if self.lock_mode:
+            words += f" holds {self.lock_mode}"
+            if self.relation:
+                words += f" on {self.relation}"
+        else:
+            words += " holds the lock"
+        if self.transaction_since:
+            words += f", in a transaction since {iso(self.transaction_since)}"
+        if self.state:
+            words += f", {self.state}"
+        if self.statement_kind:
+            words += f", {'running' if self.state == 'active' else 'last ran'} {self.statement_kind}"
+        return words
 
 
 class LockTimeout(QueryFailed):
@@ -187,7 +209,7 @@ class SerializationFailed(QueryFailed):
     It must be retried.
     """
 
-    advice = "nothing to do unless it repeats: the database asks for a retry, which comes by itself"
+    advice = "nothing to do unless it repeats: PostgreSQL requires a retry, and the service retries"
 
 
 class Deadlock(QueryFailed):
@@ -209,13 +231,13 @@ class BadResult(RefreshFailed):
     Fix the query or the key setting. The message names the key.
     """
 
-    advice = "correct the query or its key"
+    advice = "fix the query or its key"
 
 
 class ResultTooLarge(BadResult):
     """The result exceeded max_rows or max_bytes. Raise the limit, or select less."""
 
-    advice = "select less, or raise the limit"
+    advice = "select fewer rows or columns, or raise the limit"
 
 
 class SnapshotRejected(CacheServiceError):

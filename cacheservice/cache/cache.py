@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal, NamedTuple, Protocol
 
@@ -12,6 +12,7 @@ from cacheservice.cache.dataset import Dataset, State
 from cacheservice.cache.events import Added, Changed, Events
 from cacheservice.cache.identity import ServerIdentity
 from cacheservice.cache.lag import NO_LAG, Lag
+from cacheservice.cache.reading import is_readable
 from cacheservice.config import ConfigFile, DatasetSettings
 
 
@@ -164,8 +165,17 @@ class Cache:
         return told
 
     def configured_by(self, file: ConfigFile) -> None:
-        """Note the configuration file that is in effect, for the status."""
+        """Note the configuration file that is in effect, for the status; no newer one is refused."""
         self.config_file = file
+        self.rejection = None
+
+    def reject(self, problems: Sequence[str]) -> None:
+        """Note that a newer configuration was refused, for the status."""
+        self.rejection = Rejection(tuple(problems), self.now())
+
+    def stop(self) -> None:
+        """Note that the service begins to stop."""
+        self.stopping = True
 
     def cap_connections(self, cap: ConnectionCap) -> None:
         """Note that clients are capped, for the status."""
@@ -204,11 +214,6 @@ class Cache:
 def _was_tried(dataset: Dataset) -> bool:
     """Return whether an attempt has ended, or a saved snapshot is served."""
     return dataset.snapshot is not None or dataset.last_ended_at is not None
-
-
-def is_readable(state: State, on_expired: Literal["serve", "refuse"]) -> bool:
-    """Return whether a dataset in `state` can be read. With `on_expired = "serve"` the age does not matter."""
-    return state is not State.NEVER_LOADED and not (state is State.EXPIRED and on_expired == "refuse")
 
 
 class Refreshes(Protocol):

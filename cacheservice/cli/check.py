@@ -6,7 +6,6 @@ import json
 import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import click
 from rich.console import Group, RenderableType
@@ -16,24 +15,25 @@ from rich.text import Text
 
 from cacheservice import config
 from cacheservice.base.errors import ConfigError
-from cacheservice.cli.picture import size
+from cacheservice.cli import exit
 from cacheservice.cli.terminal import console_of_output, show
 from cacheservice.sources.postgres import target
 from cacheservice.sources.postgres.inspect import Finding, Inspection, Server, inspect_text, inspecting
+from cacheservice.views.words import plural, size
 
 
 @click.command()
-@click.option("--db", "with_database", is_flag=True, help="Ask the database about each dataset; it reads, no more.")
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--db", "with_database", is_flag=True, help="Also check each dataset against the database (read-only).")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def check(with_database: bool, as_json: bool) -> None:
-    """Validate the configuration; every problem on a line of its own.
+    """Validate the configuration, and report each problem on its own line.
 
-    With --db also ask the database about each dataset, as the service's role and in the transaction of a refresh, but
-    without reading all of it: columns and types, whether the key is unique, rows, bytes and cost as estimated, the
-    costliest node of the plan, missing privileges with the GRANT to run, and whether what `watch`, `notify` and
-    `probe` need is there. Rows and bytes are the planner's estimates; run ANALYZE where they are far off.
+    With --db, also check each dataset against the database, as the service's role and in the transaction of a refresh,
+    but without reading all rows: columns and types, whether the key is unique, estimated rows, bytes and cost, the
+    costliest node of the plan, missing privileges with the GRANT to run, and the objects that `watch`, `notify` and
+    `probe` need. Rows and bytes are the planner's estimates; run ANALYZE if they are far off.
 
-    Exit code 0 if all is well, 1 if there is a problem. Hints are none.
+    Exit code 0 if all is well, 1 if there is a problem. Hints do not count.
 
     \b
     Examples:
@@ -46,7 +46,7 @@ def check(with_database: bool, as_json: bool) -> None:
         return
     settings = config.load(os.environ, target.problem)
     datasets = list(settings.datasets.values())
-    count = f"{len(datasets)} dataset{'s' if len(datasets) != 1 else ''}"
+    count = plural(len(datasets), "dataset")
     # While libpq runs, Python's handlers do not, so Ctrl-C would wait for a server that does not answer.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     valid = f"the configuration is valid: {count}"
@@ -69,52 +69,55 @@ def check(with_database: bool, as_json: bool) -> None:
             show(console, _dataset(found))
     click.echo()
     if problems:
-        click.echo(f"{problems} problem{'s' if problems != 1 else ''}")
-        raise click.exceptions.Exit(1)
+        click.echo(plural(problems, "problem"))
+        raise click.exceptions.Exit(exit.FAILURE)
     click.echo(f"no problem: {count} can be read")
 
 
 def _print_json(with_database: bool) -> None:
     """Print one object: the problems of the configuration and the database's findings."""
-    answer: dict[str, Any] = {"problems": [], "server": None, "datasets": {}}
     try:
         settings = config.load(os.environ, target.problem)
     except ConfigError as error:
-        click.echo(json.dumps(answer | {"problems": list(error.problems)}, ensure_ascii=False, indent=2))
-        raise click.exceptions.Exit(1) from None
+        _print_object(error.problems, None, [])
+        raise click.exceptions.Exit(exit.FAILURE) from None
     datasets = list(settings.datasets.values())
-    ok = True
+    server = None
     if with_database:
         with inspecting(settings.postgres, datasets) as inspector:
-            answer["server"] = _as_object(inspector.server)
-            ok = not _problem_count(inspector.server.findings)
-            for dataset in datasets:
-                found = inspector.inspect(dataset)
-                ok = ok and found.ok
-                answer["datasets"][dataset.name] = _as_object(found) | {"ok": found.ok}
+            server, found = inspector.server, [inspector.inspect(dataset) for dataset in datasets]
     else:
-        for dataset in datasets:
-            found = inspect_text(dataset)
-            answer["datasets"][dataset.name] = _as_object(found) | {"ok": found.ok}
-    click.echo(json.dumps(answer, ensure_ascii=False, indent=2))
-    if not ok:
-        raise click.exceptions.Exit(1)
+        found = [inspect_text(dataset) for dataset in datasets]
+    _print_object((), server, found)
+    if (server is not None and _problem_count(server.findings)) or not all(each.ok for each in found):
+        raise click.exceptions.Exit(exit.FAILURE)
 
 
-def _as_object(found: Server | Inspection) -> dict[str, Any]:
-    """Return the fields by their names; named tuples become objects as well."""
+def _print_object(problems: Sequence[str], server: Server | None, found: Sequence[Inspection]) -> None:
+    datasets = {each.name: _fields(each) | {"ok": each.ok} for each in found}
+    everything = {
+        "problems": list(problems),
+        "server": None if server is None else _fields(server),
+        "datasets": datasets,
+    }
+    click.echo(json.dumps(everything, ensure_ascii=False, indent=2))
 
-    def plain(value: Any) -> Any:
-        if hasattr(value, "_asdict"):
-            return {name: plain(each) for name, each in value._asdict().items()}
-        if isinstance(value, list | tuple):
-            return [plain(each) for each in value]
-        return value
 
-    fields = {name: plain(getattr(found, name)) for name in found.__slots__}
+def _fields(found: Server | Inspection) -> dict[str, object]:
+    """Return the fields by their names, as JSON values."""
+    fields = {name: _plain(getattr(found, name)) for name in found.__slots__}
     if isinstance(found, Inspection) and found.size is not None:
-        fields["size"]["bytes"] = found.size.bytes
+        fields["size"] = {**found.size._asdict(), "bytes": found.size.bytes}
     return fields
+
+
+def _plain(value: object) -> object:
+    """Return a JSON value; a named tuple becomes an object."""
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return {name: _plain(each) for name, each in value._asdict().items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value
 
 
 def _problem_count(findings: Iterable[Finding]) -> int:
@@ -144,15 +147,17 @@ def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
     if found.columns:
         yield "columns", ", ".join(f"{column.name} {column.type}" for column in found.columns)
     if found.key is not None:
-        words = {True: "unique", False: "NOT unique", None: "unique or not is unknown"}[found.key.unique]
+        words = {True: "unique", False: "NOT unique", None: "not known to be unique"}[found.key.unique]
         columns = ", ".join(f"{column.name} {column.type}" for column in found.key.columns)
         yield "key", f"{columns}: {words} ({found.key.how})"
     if found.size is not None:
         of = f"{found.size.row_bytes:,} bytes a row"
         if found.size.document_bytes:
             of = f"{found.size.document_bytes:,} bytes a document"
-        rows = f"about {found.size.rows:,} row{'s' if found.size.rows != 1 else ''}"
-        yield "size", f"{rows}, {size(found.size.bytes)} ({of}), cost {found.size.cost:,.0f}"
+        yield (
+            "size",
+            f"about {plural(found.size.rows, 'row')}, {size(found.size.bytes)} ({of}), cost {found.size.cost:,.0f}",
+        )
     if found.worst is not None:
         yield "plan", f"{found.worst.name}, {100 * found.worst.share:.0f} % of the cost"
     if found.deltas:

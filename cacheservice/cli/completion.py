@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 from click.shell_completion import get_completion_class
 
@@ -14,14 +12,15 @@ _PROGRAM = "cacheservice"
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(context: click.Context, shell: str) -> None:
-    """Print the script that makes SHELL complete commands, options, and the datasets of the configuration file.
+    """Print a script that makes SHELL complete commands, options, and the datasets of the configuration file.
 
     \b
     Examples:
-      source <(cacheservice completion bash)                              bash, now and here
+      source <(cacheservice completion bash)                              bash, this session only
       cacheservice completion bash > ~/.local/share/bash-completion/completions/cacheservice
       cacheservice completion zsh > "${fpath[1]}/_cacheservice"           zsh
       cacheservice completion fish > ~/.config/fish/completions/cacheservice.fish
     """
-    script: Any = get_completion_class(shell)
+    script = get_completion_class(shell)
+    assert script is not None, "click knows all choices"
     click.echo(script(context.find_root().command, {}, _PROGRAM, f"_{_PROGRAM.upper()}_COMPLETE").source())

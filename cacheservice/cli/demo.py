@@ -16,19 +16,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from importlib import resources
 from pathlib import Path
 from shlex import quote
 from types import FrameType, TracebackType
-from typing import Any, NamedTuple
+from typing import IO, NamedTuple
 
 import click
 
 from cacheservice.base import file_errors, shipped
-from cacheservice.base.errors import DemoFailed
-from cacheservice.cli.embedded import EmbeddedPostgres
+from cacheservice.base.errors import DemoFailed, NoAnswer
+from cacheservice.cli import exit
+from cacheservice.cli.client import UnixSocket, ask_once
+from cacheservice.cli.embedded import EmbeddedPostgres, free_port
 from cacheservice.sources.postgres.migrate import migrate
 from cacheservice.sources.postgres.reader import create_reader
 from cacheservice.sources.postgres.watch import watch
@@ -106,27 +108,28 @@ watch = [{{table = "shop.customers", key = "id"}}, {{table = "shop.permissions",
 """
 
 _TO_TRY = """
-The service runs. In another terminal:
+The service is running. In another terminal:
 
-  Look:     http://127.0.0.1:{http_port}/      in a browser (its operator's token is: demo)
-            {status}
-            {ask} --watch               (live; or each publish as it comes: {program} tail{tail_ports})
+  Look:     http://127.0.0.1:{http_port}/      in a browser (operator's token: demo)
+            {program} status{port}      (live: add --watch)
+            {program} tail{tail_ports}
             {program} why products{port}
+            echo status | nc -N 127.0.0.1 {status_port}
   Check:    CACHESERVICE_CONFIG={configuration} CACHESERVICE_POSTGRES__DSN={owner} {program} check --db
   Read:     redis-cli -p {resp_port} GET products:42
             redis-cli -p {resp_port} HGETALL feature_flags
             curl -i http://127.0.0.1:{http_port}/v1/datasets/prices/rows/42:EUR
   Change:   {psql} -c "UPDATE shop.prices SET amount = 1.23 WHERE product_id = 42"
-            redis-cli -p {resp_port} GET prices:42:EUR      (it is there at once)
+            redis-cli -p {resp_port} GET prices:42:EUR      (the new price is there at once)
   Lock it:  {psql} -c "BEGIN; LOCK TABLE shop.products; SELECT pg_sleep(20)"
-            {program} why products{port}        (after 5 s it names the session that holds the lock)
-  Freeze:   kill -STOP {postgres_pid} $(pgrep -P {postgres_pid})     watch the ages rise, nothing else changes
-            kill -CONT {postgres_pid} $(pgrep -P {postgres_pid})     watch it recover
-  Crash:    kill -QUIT {postgres_pid}       the demo starts the database again after {revive_after_s:.0f} s
+            {program} why products{port}        (after 5 s: the session that holds the lock)
+  Freeze:   kill -STOP {postgres_pid} $(pgrep -P {postgres_pid})     ages rise, nothing else changes
+            kill -CONT {postgres_pid} $(pgrep -P {postgres_pid})     the service recovers
+  Crash:    kill -QUIT {postgres_pid}       the demo restarts the database after {revive_after_s:.0f} s
   Refresh:  echo "refresh all" | nc -NU {admin_socket}
   Log:      tail -f {log}
 
-Ctrl-C ends all of it.{kept}
+Ctrl-C stops everything.{kept}
 """
 
 
@@ -160,7 +163,7 @@ class Demo:
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
         with suppress(OSError):  # the terminal may be closed
-            click.echo("\nEnding the service and its PostgreSQL …")
+            click.echo("\nStopping the service and its PostgreSQL …")
         self._end()
 
     def _end(self) -> None:
@@ -176,7 +179,8 @@ class Demo:
         while self._service.poll() is None:
             self._revive()
             time.sleep(0.5)
-        raise DemoFailed(f"the service ended by itself, exit code {self._service.returncode}: {self._last_line()}")
+        code, line = self._service.returncode, self._last_line()
+        raise DemoFailed(f"the service has ended with exit code {code}; the last line of its log: {line}")
 
     def _start(self) -> None:
         directory = self._resources.enter_context(_folder(self._directory))
@@ -185,16 +189,16 @@ class Demo:
         self._resources.callback(self._postgres.stop)
         self._postgres.start()
         password = self._fill_shop()
-        self._life = self._resources.enter_context(_child(self._life_command(), stderr=subprocess.DEVNULL))
+        self._life = self._resources.enter_context(_child(self._life_command()))
         dsn = self._postgres.dsn(_READER, password, _DATABASE)
         for tries_left in range(_MOST_STARTS - 1, -1, -1):
-            ports = _Ports(_free_port(_STATUS_PORT), _free_port(_RESP_PORT), _free_port(_HTTP_PORT))
+            ports = _Ports(_port(_STATUS_PORT), _port(_RESP_PORT), _port(_HTTP_PORT))
             self._start_service(directory, dsn, ports)
             if self._is_ready(directory / _ADMIN_SOCKET):
                 break
             # Another demo that starts at the same time may have taken a port that was free.
-            if not tries_left or "cannot listen" not in self._last_line():
-                raise DemoFailed(f"the service did not become ready: {self._last_line()}")
+            if not tries_left or self._service.poll() is None or all(map(_is_free, ports)):
+                raise DemoFailed(f"the service did not become ready; the last line of its log: {self._last_line()}")
         for name, port, usual in zip(("status", "RESP", "HTTP"), ports, _USUAL_PORTS, strict=True):
             if port != usual:
                 click.echo(f"Port {usual} is taken: the {name} port is {port} instead.")
@@ -218,13 +222,13 @@ class Demo:
         self._log = directory / "service.log"
         with self._log.open("wb") as log:
             self._service = self._resources.enter_context(
-                _child(command, env=environment, cwd=directory, stdout=log, stderr=subprocess.STDOUT)
+                _child(command, log, environment=environment, directory=directory)
             )
 
     def _fill_shop(self) -> str:
         """Create the shop, if missing, and its reader; return the reader's new password."""
         if _DATABASE not in self._postgres.run_sql("SELECT datname FROM pg_database").split():
-            click.echo("Filling a small shop: 98,000 rows of products, prices, flags and permissions …")
+            click.echo("Creating a small shop: 98,000 rows of products, prices, flags and permissions …")
             self._postgres.create_database(_DATABASE)
             self._postgres.run_sql(resources.files("cacheservice.cli").joinpath("shop.sql").read_text(), _DATABASE)
         owner = self._postgres.dsn(database=_DATABASE)
@@ -255,13 +259,13 @@ class Demo:
         if not self._postgres.running:
             if self._down_since is None:
                 self._down_since = time.monotonic()
-                click.echo(f"PostgreSQL has ended; it is started again in {_REVIVE_AFTER_S:.0f} s.")
+                click.echo(f"PostgreSQL has ended; the demo restarts it in {_REVIVE_AFTER_S:.0f} s.")
             elif time.monotonic() - self._down_since > _REVIVE_AFTER_S:
                 self._down_since = None
                 self._postgres.start()
-                click.echo(f"PostgreSQL runs again, as process {self._postgres.pid}.")
+                click.echo(f"PostgreSQL is running again, as process {self._postgres.pid}.")
         elif self._life.poll() is not None:
-            self._life = self._resources.enter_context(_child(self._life_command(), stderr=subprocess.DEVNULL))
+            self._life = self._resources.enter_context(_child(self._life_command()))
 
     def _is_ready(self, admin_socket: Path) -> bool:
         """Wait; return True if the service becomes ready in time.
@@ -270,11 +274,8 @@ class Demo:
         """
         limit = time.monotonic() + _ANSWER_LIMIT_S
         while time.monotonic() < limit and self._service.poll() is None:
-            with suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
-                connection.settimeout(1)
-                connection.connect(str(admin_socket))
-                connection.sendall(b"ready\n")
-                if connection.recv(64).startswith(b"ready"):
+            with suppress(NoAnswer):
+                if ask_once(UnixSocket(str(admin_socket)), "ready", 1.0) == "ready":
                     return True
             time.sleep(0.1)
         return False
@@ -286,17 +287,15 @@ class Demo:
     def _what_to_try(
         self, directory: Path, status_port: int, resp_port: int, http_port: int, admin_socket: Path
     ) -> str:
-        program = "cacheservice" if shutil.which("cacheservice") else f"{quote(sys.executable)} -m cacheservice"
         port = "" if status_port == _STATUS_PORT else f" --port {status_port}"
         tail_ports = port if resp_port == _RESP_PORT else f"{port} --resp-port {resp_port}"
         return _TO_TRY.format(
-            program=program,
+            program=_program(),
             port=port,
             tail_ports=tail_ports,
             configuration=quote(str(directory / "cacheservice.toml")),
             owner=_quoted(self._psql()[-1]),
-            status=f"echo status | nc -N 127.0.0.1 {status_port}      (or, without nc: {program} status{port})",
-            ask=f"{program} status{port}",
+            status_port=status_port,
             psql=" ".join(map(_quoted, self._psql())),
             postgres_pid=self._postgres.pid,
             revive_after_s=_REVIVE_AFTER_S,
@@ -304,8 +303,16 @@ class Demo:
             log=quote(str(self._log)),
             resp_port=resp_port,
             http_port=http_port,
-            kept=f" The data stay in {directory}." if self._directory else "",
+            kept=f" The data remain in {directory}." if self._directory else "",
         )
+
+
+def _program() -> str:
+    """Return the command that a user can enter: short if it is on the PATH."""
+    if shutil.which("cacheservice"):
+        return "cacheservice"
+    beside = Path(sys.executable).with_name("cacheservice")
+    return quote(str(beside)) if beside.exists() else f"{quote(sys.executable)} -m cacheservice"
 
 
 @contextmanager
@@ -326,12 +333,26 @@ def _folder(directory: Path | None) -> Iterator[Path]:
 
 
 @contextmanager
-def _child(command: list[str], **how: Any) -> Iterator[subprocess.Popen[bytes]]:
+def _child(
+    command: list[str],
+    output: IO[bytes] | int = subprocess.DEVNULL,
+    *,
+    environment: Mapping[str, str] | None = None,
+    directory: Path | None = None,
+) -> Iterator[subprocess.Popen[bytes]]:
     """Start a child process that the terminal's Ctrl-C does not reach.
 
     The demo ends its children itself, in order.
     """
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, **how)  # noqa: S603
+    process = subprocess.Popen(  # noqa: S603  # our own programs, no shell
+        command,
+        env=environment,
+        cwd=directory,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     try:
         yield process
     finally:
@@ -350,38 +371,40 @@ def _quoted(word: str) -> str:
     return quote(word)
 
 
-def _free_port(wanted: int) -> int:
-    """Return `wanted`, or a free port if it is in use."""
-    for port in (wanted, 0):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return int(probe.getsockname()[1])
-    raise DemoFailed("no free port on 127.0.0.1")
+def _port(wanted: int) -> int:
+    """Return `wanted`, or another free port if it is in use."""
+    return wanted if _is_free(wanted) else free_port()
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def _interrupt(number: int, _: FrameType | None) -> None:
-    raise SystemExit(128 + number)
+    raise SystemExit(exit.by_signal(number))
 
 
 @click.command()
 @click.option(
     "--directory",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Keep everything here for the next start. Without it, in a new folder that is removed at the end.",
+    help="Keep the data in this folder for the next start.  [default: a new folder that is removed at the end]",
 )
 def demo(directory: Path | None) -> None:
-    """Start an embedded PostgreSQL with a small shop in it that never rests, and the service in front of it.
+    """Start an embedded PostgreSQL with a small shop whose data keep changing, and the service in front of it.
 
-    Ctrl-C ends all of it (exit code 130), as Ctrl-\\ and a closed terminal do; under nohup it goes on.
+    Ctrl-C stops everything (exit code 130), and so do Ctrl-\\ and closing the terminal. Under nohup it continues.
 
     \b
     Examples:
       cacheservice demo
-      cacheservice demo --directory ./shop      and again, with the data of before
+      cacheservice demo --directory ./shop      the next start has the same data
     """
     with Demo(directory) as running:
         running.wait()

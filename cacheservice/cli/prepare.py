@@ -17,8 +17,8 @@ from cacheservice.sources.postgres import target
 from cacheservice.sources.postgres.migrate import migrate as apply_migrations
 from cacheservice.sources.postgres.reader import create_reader
 from cacheservice.sources.postgres.target import parse
-from cacheservice.sources.postgres.watch import unwatch as take_triggers
-from cacheservice.sources.postgres.watch import watch as put_triggers
+from cacheservice.sources.postgres.watch import unwatch as remove_triggers
+from cacheservice.sources.postgres.watch import watch as create_triggers
 
 _VARIABLE = "CACHESERVICE_MIGRATE_DSN"
 _PASSWORD = "CACHESERVICE_READER_PASSWORD"  # noqa: S105  # the name of a variable
@@ -27,7 +27,8 @@ _owner_dsn = click.option(
     "--dsn",
     envvar=_VARIABLE,
     show_envvar=True,
-    help="Where, as the tables' owner, who may create a schema. Without it, postgres.dsn of the configuration.",
+    help="The database, as the owner of the tables, who may create a schema.  [default: postgres.dsn of the "
+    "configuration]",
 )
 
 
@@ -36,31 +37,32 @@ _owner_dsn = click.option(
 @click.option(
     "--owner",
     metavar="ROLE",
-    help="The role that owns what is made, if it is not the session's: that of the tables, so that it can run `watch`.",
+    help="The role that is to own the schema: the owner of the tables, so that it can run `watch`.  [default: the role "
+    "of the session]",
 )
-@click.option("--reader", metavar="NAME", help="Also make this role: it may log in and read what it is granted.")
+@click.option("--reader", metavar="NAME", help="Also create this role for the service, with the right to log in.")
 @click.option(
-    "--select", "tables", metavar="TABLE", multiple=True, help="A table that the reader may read; repeatable."
+    "--select", "tables", metavar="TABLE", multiple=True, help="Grant the reader SELECT on this table; repeatable."
 )
 def migrate(dsn: str | None, owner: str | None, reader: str | None, tables: tuple[str, ...]) -> None:
-    """Bring what the service needs into the database: the schema `cacheservice`; with --reader, a role for the service.
+    """Create or update the schema `cacheservice` in the database; with --reader, also create a role for the service.
 
-    Each migration is one transaction: a run that is interrupted leaves nothing behind, and the next one goes on.
+    Each migration is one transaction: an interrupted run leaves nothing behind, and the next run continues.
 
-    The reader's password is taken from CACHESERVICE_READER_PASSWORD, or the file that CACHESERVICE_READER_PASSWORD_FILE
-    names; without either, set one with psql's \\password.
+    The reader's password comes from CACHESERVICE_READER_PASSWORD, or from the file that
+    CACHESERVICE_READER_PASSWORD_FILE names. Without either, set one with psql's \\password.
 
     \b
-    Examples (a DSN without a password in it may also stand behind --dsn):
+    Examples (a DSN without a password may also be the value of --dsn):
       CACHESERVICE_MIGRATE_DSN=postgresql://owner@db/shop cacheservice migrate
       cacheservice migrate --reader cache_reader --select public.products --select public.prices
       CACHESERVICE_MIGRATE_DSN=postgresql://dba@db/shop cacheservice migrate --owner shop_owner
     """
     if tables and not reader:
-        raise click.UsageError("--select goes with --reader")
+        raise click.UsageError("--select requires --reader")
     for table in tables:
         if "," in re.sub(r'"(?:[^"]|"")*"', "", table):
-            raise click.UsageError(f"--select {table}: a name has no comma; repeat --select for each table")
+            raise click.UsageError(f"--select {table}: a name does not contain a comma; repeat --select for each table")
     dsn, source = _checked(dsn)
     password = _reader_password() if reader else None
     names = apply_migrations(dsn, shipped.folder("migrations"), owner, source)
@@ -70,28 +72,29 @@ def migrate(dsn: str | None, owner: str | None, reader: str | None, tables: tupl
         click.echo(f"the role {reader} may log in and read {', '.join(tables) or 'nothing yet: grant it SELECT'}")
         if made.has_password is False:
             click.echo(
-                "it has no password yet, and cannot log in where the server wants one; set it with "
-                f"\\password {made.name} in psql, or run this again with {_PASSWORD} or {_PASSWORD}_FILE"
+                "it has no password yet, and cannot log in if the server requires one; set one with "
+                f"\\password {made.name} in psql, or run this command again with {_PASSWORD} or {_PASSWORD}_FILE"
             )
         if made.grant is not None:
-            click.echo(f"to read from a standby it has to see how far that is behind; as a superuser: {made.grant}")
+            click.echo(f"to read from a standby, it must see how far that is behind; as a superuser, run: {made.grant}")
 
 
 @click.command()
 @click.argument("table")
-@click.option("--key", metavar="COLUMN", multiple=True, required=True, help="The column that names a row; repeatable.")
-@click.option("--notify/--no-notify", default=True, show_default=True, help="Whether each commit is told at once.")
-@click.option("--dry-run", is_flag=True, help="Print the SQL, one transaction, and do nothing.")
+@click.option("--key", metavar="COLUMN", multiple=True, required=True, help="A column of the key; repeatable.")
+@click.option("--notify/--no-notify", default=True, show_default=True, help="Notify the service of each commit.")
+@click.option("--dry-run", is_flag=True, help="Print the SQL, one transaction, and change nothing.")
 @_owner_dsn
 def watch(table: str, key: tuple[str, ...], notify: bool, dry_run: bool, dsn: str | None) -> None:
-    """Put triggers on TABLE that record the keys of changed rows, so that a refresh reads only these.
+    """Create triggers on TABLE that record the keys of changed rows, so that a refresh reads only these rows.
 
     Then add to the dataset: watch = [{table = "TABLE", key = "COLUMN"}]. A NOTIFY takes a lock that serialises the
     commits of the whole database, and PostgreSQL cannot prepare a transaction (PREPARE TRANSACTION) that has sent one.
-    With --no-notify writers avoid both, and changes are seen each interval_s.
+    With --no-notify, writers avoid both, and changes are seen at the next interval.
 
-    Run it as the owner of the table: the triggers run with the privileges of the role that creates them. Run it again
-    after partitions were attached or detached, or triggers disabled and enabled. It waits at most 5 s for writers.
+    Run the command as the owner of the table: the triggers run with the privileges of the role that creates them. Run
+    it again after partitions were attached or detached, or triggers disabled and enabled. It waits at most 5 s for
+    writers.
 
     \b
     Examples:
@@ -99,27 +102,32 @@ def watch(table: str, key: tuple[str, ...], notify: bool, dry_run: bool, dsn: st
       cacheservice watch public.prices --key product_id --key currency --no-notify
     """
     dsn, source = _checked(dsn)
-    names = put_triggers(dsn, table, key, notify, dry_run, click.echo, source)
+    names = create_triggers(dsn, table, key, notify, dry_run, click.echo, source)
     if not dry_run:
         click.echo(f"changes of {', '.join(names)} are recorded by {', '.join(key)}")
 
 
 @click.command()
 @click.argument("table")
-@click.option("--key", metavar="COLUMN", multiple=True, help="Of which watch of the table; without it, of every one.")
-@click.option("--dry-run", is_flag=True, help="Print the SQL, one transaction, and do nothing.")
+@click.option(
+    "--key",
+    metavar="COLUMN",
+    multiple=True,
+    help="A column of the key of the watch to remove; repeatable. Without it, all watches of the table are removed.",
+)
+@click.option("--dry-run", is_flag=True, help="Print the SQL, one transaction, and change nothing.")
 @_owner_dsn
 def unwatch(table: str, key: tuple[str, ...], dry_run: bool, dsn: str | None) -> None:
-    """Take the triggers of `watch` off TABLE again, with what they recorded.
+    """Remove the triggers of `watch` from TABLE, and the changes that they recorded.
 
     \b
     Example:
       cacheservice unwatch public.products
     """
     dsn, source = _checked(dsn)
-    names = take_triggers(dsn, table, key, dry_run, click.echo, source)
+    names = remove_triggers(dsn, table, key, dry_run, click.echo, source)
     if not dry_run:
-        click.echo(f"changes of {', '.join(names)} are recorded no more")
+        click.echo(f"changes of {', '.join(names)} are no longer recorded")
 
 
 def _checked(dsn: str | None) -> tuple[str, str]:
@@ -131,7 +139,10 @@ def _checked(dsn: str | None) -> tuple[str, str]:
         try:
             dsn = config.load(os.environ, target.problem).postgres.dsn.get_secret_value()
         except ConfigError as error:
-            hint = f"{_VARIABLE}: not set, so that the configuration was read for postgres.dsn; set it, or correct that"
+            hint = (
+                f"{_VARIABLE}: not set, so the configuration was read for postgres.dsn; set the variable, or fix the "
+                "configuration"
+            )
             raise ConfigError([*error.problems, hint]) from error
         source = config.dsn_source(os.environ)
     else:
@@ -153,7 +164,7 @@ def _refuse_password_in_arguments() -> None:
             continue
         if target.has_password:
             raise click.UsageError(
-                "a password in the arguments shows in the process list; put the DSN into CACHESERVICE_MIGRATE_DSN"
+                "a password in the arguments is visible in the process list; set CACHESERVICE_MIGRATE_DSN instead"
             )
 
 

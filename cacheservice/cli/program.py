@@ -1,7 +1,4 @@
-"""Ends every command with a one-line error and the right exit code.
-
-The error names the next step.
-"""
+"""The group of all commands: a help in sections, late imports, one-line errors and exit codes."""
 
 from __future__ import annotations
 
@@ -9,16 +6,18 @@ import difflib
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import NamedTuple, NoReturn
 
 import click
 
-from cacheservice.base.errors import AddressUnknown, CacheServiceError, ConfigError
+from cacheservice.cli import exit
+from cacheservice.cli.terminal import print_error
 
-_USAGE = 2
+Sections = Mapping[str, Mapping[str, "Listed"]]
+"""The commands by name, by the title of their section in the help."""
 
 
 class Listed(NamedTuple):
@@ -32,15 +31,19 @@ class Listed(NamedTuple):
 
 
 class Program(click.Group):
-    """The group of all commands.
+    """The group of all commands. Each command is imported on demand."""
 
-    Its help has sections, and each error is one line without a traceback.
-
-    :param sections: the commands by name, by the title of their section in the help.
-    """
-
-    def __init__(self, *args: Any, sections: Mapping[str, Mapping[str, Listed]], **settings: Any) -> None:
-        super().__init__(*args, **settings)
+    def __init__(
+        self,
+        name: str | None = None,
+        *,
+        sections: Sections,
+        callback: Callable[..., object] | None = None,
+        params: list[click.Parameter] | None = None,
+        help: str | None = None,
+        context_settings: dict[str, object] | None = None,
+    ) -> None:
+        super().__init__(name, callback=callback, params=params, help=help, context_settings=context_settings)
         self._sections = sections
         self._listed = {name: listed for section in sections.values() for name, listed in section.items()}
 
@@ -65,55 +68,45 @@ class Program(click.Group):
         name = args[0]
         if name not in self._listed and not ctx.resilient_parsing:
             near = difflib.get_close_matches(name, self._listed, 1)
-            hint = f"Did you mean '{near[0]}'?" if near else f"There are {', '.join(self._listed)}."
+            hint = f"Did you mean '{near[0]}'?" if near else f"The commands are {', '.join(self._listed)}."
             raise click.UsageError(f"no such command '{name}'. {hint}", ctx)
         return super().resolve_command(ctx, args)
 
-    def main(self, *args: Any, **settings: Any) -> Any:
-        """Run a command, and exit with the code that a shell expects.
-
-        The codes are 0, the command's own code, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C, and 141 for a
-        closed pipe.
-        """
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        *_: object,
+        **extra: object,
+    ) -> NoReturn:
+        """Run a command, and exit with its code; see `exit`."""
         for stream in (sys.stdout, sys.stderr):
             # Characters that the terminal cannot show become question marks instead of an error.
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")
-        settings |= {"standalone_mode": False, "prog_name": settings.get("prog_name") or "cacheservice"}
         try:
-            code = super().main(*args, **settings)
+            code = super().main(args, prog_name or "cacheservice", complete_var, standalone_mode=False)
         except click.exceptions.NoArgsIsHelpError as error:
             error.show()
-            sys.exit(_USAGE)
-        except click.UsageError as error:
-            tell(in_one_line(error))
-            sys.exit(_USAGE)
-        except click.ClickException as error:
-            tell(f"cacheservice: {error.format_message()}")
-            sys.exit(error.exit_code)
-        except click.Abort:
-            sys.exit(128 + signal.SIGINT)
-        except ConfigError as error:
-            tell(str(error))  # each problem names its place itself
-            sys.exit(1)
-        except AddressUnknown as error:
-            tell(str(error))  # as for ConfigError
-            sys.exit(_USAGE)
-        except CacheServiceError as error:
-            tell(f"cacheservice: {error}")
-            sys.exit(1)
-        except OSError as error:
-            what = f"{error.filename}: " if error.filename else ""
-            tell(f"cacheservice: {what}{(error.strerror or str(error)).lower()}")
-            sys.exit(1)
-        sys.exit(code if isinstance(code, int) else 0)
+            sys.exit(exit.USAGE)
+        except Exception as error:
+            ending = exit.ending(error)
+            if ending is None:
+                raise
+            if ending.text:
+                print_error(ending.text)
+            sys.exit(ending.code)
+        sys.exit(code if isinstance(code, int) else exit.OK)
 
-    def make_context(self, *args: Any, **settings: Any) -> click.Context:
-        with _while_somebody_reads():
-            return super().make_context(*args, **settings)  # it prints --help and --version
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: object
+    ) -> click.Context:
+        with _while_output_is_read():
+            return super().make_context(info_name, args, parent, **extra)  # it prints --help and --version
 
-    def invoke(self, ctx: click.Context) -> Any:
-        with _while_somebody_reads():
+    def invoke(self, ctx: click.Context) -> object:
+        with _while_output_is_read():
             return super().invoke(ctx)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -124,8 +117,8 @@ class Program(click.Group):
 
 
 @contextmanager
-def _while_somebody_reads() -> Iterator[None]:
-    """End the command silently if its reader has gone, such as `head`."""
+def _while_output_is_read() -> Iterator[None]:
+    """End the command silently if the reader of its output has gone, such as `head`."""
     try:
         try:
             yield
@@ -134,19 +127,4 @@ def _while_somebody_reads() -> Iterator[None]:
     except BrokenPipeError:
         # Python would flush the rest at exit, and print an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise click.exceptions.Exit(128 + signal.SIGPIPE) from None
-
-
-def tell(line: str) -> None:
-    """Print a line to standard error."""
-    click.echo(line, err=True)
-
-
-def in_one_line(error: click.UsageError) -> str:
-    """Return the command, the error and a pointer to the help, in one line."""
-    command = error.ctx.command_path if error.ctx else "cacheservice"
-    message = error.format_message()
-    ending = "" if message.endswith((".", "?")) else "."
-    if not message[1:2].isupper():  # such as the name of a variable
-        message = f"{message[:1].lower()}{message[1:]}"
-    return f"{command}: {message}{ending} See: {command} --help"
+        raise click.exceptions.Exit(exit.by_signal(signal.SIGPIPE)) from None

@@ -10,9 +10,10 @@ from cacheservice.base import shipped
 
 @click.command()
 def run() -> None:
-    """Run the service in the foreground: what `twistd -noy tac/cacheservice.tac --pidfile=` runs.
+    """Run the service in the foreground, as `twistd -noy tac/cacheservice.tac --pidfile=` does.
 
-    SIGTERM and Ctrl-C stop it within 5 s, SIGHUP makes it read the configuration again. It logs to standard output.
+    SIGTERM and Ctrl-C stop the service within 5 s. SIGHUP makes it read the configuration again. The log goes to
+    standard output.
 
     \b
     Examples:

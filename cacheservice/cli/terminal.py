@@ -30,3 +30,8 @@ def show(console: Console, drawn: RenderableType) -> None:
     with console.capture() as capture:
         console.print(drawn)
     click.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
+
+
+def print_error(line: str) -> None:
+    """Print a line to standard error."""
+    click.echo(line, err=True)

@@ -1,4 +1,4 @@
-"""The keys that the tables of the configuration may hold, and where a value stands."""
+"""The keys that the tables of the configuration may contain, and the places of values."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pydantic.fields import FieldInfo
 
 from cacheservice.config.models import DatasetSettings, DefaultsSettings, Settings, WatchSettings
 
-# Where a value stands: ("datasets", "products", "interval_s"); () is the file itself.
 Place = tuple[str, ...]
+"""The place of a value: ("datasets", "products", "interval_s"); () is the file itself."""
 
 
 def keys_of(table: str) -> dict[str, FieldInfo]:

@@ -60,7 +60,7 @@ def load(environ: Mapping[str, str], dsn_problem: Callable[[str], str | None]) -
     if file_problem is not None:
         problems[()] = file_problem
     elif absent and (problems or settings is None):
-        problems[()] = f"not found in the working directory; write one or name it in {PREFIX}CONFIG"
+        problems[()] = f"not found in the working directory; create it, or name another file in {PREFIX}CONFIG"
 
     def label(place: Place) -> str:
         if place in variables:

@@ -1,4 +1,4 @@
-"""The tables of the file with the values of the environment over them."""
+"""Merges the tables of the file, the values of the environment, and the defaults."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from cacheservice.config.models import DefaultsSettings
 
 
 def as_table(value: object) -> dict[str, Any]:
-    """`value` if it is a table, else an empty one; the models report what should have been a table."""
+    """Return `value` if it is a table, else an empty one; the models report the other values."""
     return value if isinstance(value, dict) else {}
 
 
 def overlay(in_file: Mapping[str, Any], values: Mapping[Place, object]) -> dict[str, Any]:
-    """The file's tables with the environment's values put into them."""
+    """Return the file's tables with the values of the environment in them."""
     declared: dict[str, Any] = {"postgres": {}, "datasets": {}, **in_file}
     for (*tables, key), value in values.items():
         table = declared
@@ -31,7 +31,7 @@ def defaults_in(declared: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_defaults(declared: Mapping[str, Any]) -> dict[str, Any]:
-    """`declared` with each dataset holding its name and what it inherits."""
+    """Return `declared` with the name and the inherited values in each dataset."""
     if not isinstance(declared["datasets"], dict):
         return dict(declared)
     inherited = defaults_in(declared)

@@ -34,7 +34,7 @@ from cacheservice.config.values import (
 
 
 class Table(BaseModel):
-    """A TOML table. Strict, because TOML has types: a number in quotes is a slip, and true is no number."""
+    """A TOML table. Strict, because TOML has types: a number in quotes is a mistake, and true is not a number."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True, hide_input_in_errors=True
@@ -70,14 +70,12 @@ class StatusSettings(Table):
         default="127.0.0.1",
         description='address that the status port listens on: an IP address, "localhost", or "::" for all',
     )
-    port: int = Field(
-        default=8000, ge=0, le=65535, description="TCP port that answers status questions; 0 = any free one"
-    )
+    port: int = Field(default=8000, ge=0, le=65535, description="TCP port of the status port; 0 = any free one")
 
 
 class AdminSettings(Table):
     socket: str = Field(
-        default="", description="path of the unix socket that takes commands, made with mode 600; empty = off"
+        default="", description="path of the unix socket for commands, created with mode 600; empty = off"
     )
 
 
@@ -90,7 +88,7 @@ class RespSettings(Table):
     port: int = Field(default=6380, ge=0, le=65535, description="TCP port of the Redis protocol; 0 = any free one")
     password: SecretStr = Field(default=SecretStr(""), description="when set, clients must AUTH with it")
     idle_timeout_s: Annotated[float, Field(ge=0), AfterValidator(held_by_a_timer)] = Field(
-        default=0.0, description="seconds after which a client that asks nothing is dropped; 0 = never, as in Redis"
+        default=0.0, description="seconds after which an idle client is disconnected; 0 = never, as in Redis"
     )
 
 
@@ -107,7 +105,7 @@ class HttpSettings(Table):
     )
     admin_token: SecretStr = Field(
         default=SecretStr(""),
-        description="when set, clients with it may also refresh, accept, pin and roll back; else HTTP is read-only",
+        description="when set, clients that send it may refresh, accept, pin and roll back; else HTTP is read-only",
     )
 
 
@@ -119,13 +117,13 @@ class LimitsSettings(Table):
     )
     idle_timeout_s: TimerSeconds = Field(
         default=300.0,
-        description="seconds of silence after which a client is dropped; on RESP, only within a request or an answer",
+        description="seconds of silence after which a client is disconnected; on RESP, only during a request or reply",
     )
     max_old_generations: int = Field(
         default=4, ge=1, description="generations of a dataset, besides the served one, that slow readers may keep"
     )
     max_answer_s: TimerSeconds = Field(
-        default=600.0, description="seconds that an answer may take once newer data are served"
+        default=600.0, description="seconds that a reply may still take once newer data are served"
     )
     allow_anonymous: bool = Field(
         default=False, description="whether other machines may read data without a password or a token"
@@ -136,14 +134,13 @@ class LogSettings(Table):
     level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="least severity that is logged"
     )
-    format: Literal["json", "console"] = Field(
-        default="json", description='"json" for machines, "console" for a person'
-    )
+    format: Literal["json", "console"] = Field(default="json", description='"json" for machines, "console" for people')
 
 
 class PersistenceSettings(Table):
     directory: str = Field(
-        default="", description="folder in which snapshots are saved for a warm start, made with mode 700; empty = off"
+        default="",
+        description="folder in which snapshots are saved for a warm start, created with mode 700; empty = off",
     )
     min_save_interval_s: float = Field(default=60.0, ge=0, description="minimum seconds between two saves of a dataset")
     keep_generations: int = Field(
@@ -152,22 +149,24 @@ class PersistenceSettings(Table):
 
 
 class StatsdSettings(Table):
-    host: str = Field(default="", description="name or address of the StatsD server that metrics go to; empty = off")
-    port: int = Field(default=8125, ge=1, le=65535, description="its UDP port")
+    host: str = Field(default="", description="name or address of the StatsD server for metrics; empty = off")
+    port: int = Field(default=8125, ge=1, le=65535, description="UDP port of the StatsD server")
     prefix: Annotated[str, AfterValidator(statsd_prefix)] = Field(
         default="cacheservice", description="prefix of the metric names, before a dot"
     )
 
 
 class WatchSettings(Table):
-    """A table with the triggers of `cacheservice watch`, and its columns whose values name a row of the dataset."""
+    """A table with the triggers of `cacheservice watch`, and its columns whose values identify a row of the dataset."""
 
     table: Annotated[str, AfterValidator(relation)] = Field(description="a table that the query reads, with its schema")
-    key: Annotated[tuple[str, ...], BeforeValidator(columns)] = Field(description="its columns that hold the key")
+    key: Annotated[tuple[str, ...], BeforeValidator(columns)] = Field(
+        description="the columns of the table that contain the key"
+    )
 
 
 class DefaultsSettings(Table):
-    """The keys that every dataset takes from ``[defaults]`` unless it sets them itself."""
+    """The keys that a dataset inherits from ``[defaults]`` unless it sets them itself."""
 
     interval_s: TimerSeconds = Field(
         default=600.0, description="seconds from the start of one refresh to the start of the next"
@@ -176,7 +175,7 @@ class DefaultsSettings(Table):
         default=30.0, description="deadline of a whole refresh in seconds, connecting included"
     )
     max_age_s: float = Field(
-        # interval_s is absent when it was refused; the refusal is what gets reported then.
+        # interval_s is absent if it was refused; then its refusal is reported.
         default_factory=lambda earlier: 3 * earlier.get("interval_s", 1.0),
         gt=0,
         description="age in seconds past which a snapshot is expired; 3 x interval_s unless set",
@@ -217,7 +216,7 @@ class DefaultsSettings(Table):
         description="datasets of a group are read in one transaction, and published together or not at all",
     )
     watch: Annotated[tuple[WatchSettings, ...], BeforeValidator(tables_of_watch)] = Field(
-        default=(), description="tables, each with its key, whose changed rows are read alone; see Deltas"
+        default=(), description="tables, each with its key, whose changed rows are read instead of all rows; see Deltas"
     )
     max_delta: float = Field(
         default=0.1,
@@ -229,9 +228,11 @@ class DefaultsSettings(Table):
         default=3600.0,
         description="with watch, probe or notify: seconds after which everything is read again, as a check",
     )
-    search_path: SearchPath = Field(default="", description="as postgres.search_path, for this query; empty = that")
+    search_path: SearchPath = Field(
+        default="", description="like postgres.search_path, for this query; empty = that one"
+    )
     settings: SessionSettings = Field(
-        default={}, description="as postgres.settings, for this query, beside and over those"
+        default={}, description="like postgres.settings, for this query; added to those, or overriding them"
     )
     key_separator: str = Field(
         default=":",
@@ -255,12 +256,12 @@ class DatasetSettings(DefaultsSettings):
 
     @property
     def definition(self) -> tuple[object, ...]:
-        """What decides which rows there are and what they are called."""
+        """The values that decide which rows there are, and their keys."""
         return self.query, self.key, *((self.key_separator, self.key_escape) if len(self.key) > 1 else ())
 
     @property
     def reading(self) -> tuple[object, ...]:
-        """What decides how it is read."""
+        """The values that decide how the dataset is read."""
         return *self.definition, self.probe, self.watch, self.notify, self.search_path, self.settings
 
     @field_validator("key_escape")
@@ -268,7 +269,7 @@ class DatasetSettings(DefaultsSettings):
     def _of_one_character(cls, key_escape: bool, earlier: ValidationInfo) -> bool:
         separator = earlier.data.get("key_separator", ":")
         if key_escape and (len(separator) != 1 or separator == "\\"):
-            raise ValueError("needs a key_separator of one character, other than a backslash")
+            raise ValueError("requires a key_separator of one character other than a backslash")
         return key_escape
 
     @field_validator("retry_max_s")
@@ -285,7 +286,7 @@ _DatasetName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,62}$")]
 class Settings(Table):
     """The whole configuration, frozen. `datasets` is read-only and in the order of declaration.
 
-    Each dataset already holds what `defaults` and `postgres` give it.
+    Each dataset already contains the values that it inherits from `defaults` and `postgres`.
     """
 
     postgres: PostgresSettings
@@ -308,13 +309,13 @@ class Settings(Table):
         if not datasets:
             raise ValueError("none declared; add a [datasets.NAME] table with query and key")
         postgres = earlier.data.get("postgres")
-        if postgres is None:  # it was refused, which is what gets reported
+        if postgres is None:  # it was refused, and the refusal is reported
             return MappingProxyType(dict(datasets))
         return MappingProxyType({name: _of_session(dataset, postgres) for name, dataset in datasets.items()})
 
 
 def _of_session(dataset: DatasetSettings, postgres: PostgresSettings) -> DatasetSettings:
-    """`dataset` with what holds for all sessions where it chooses nothing itself."""
+    """Return `dataset` with the settings of all sessions, unless it has its own."""
     return dataset.model_copy(
         update={
             "search_path": dataset.search_path or postgres.search_path,

@@ -14,6 +14,8 @@ from cacheservice.config.keys import Place, dotted, keys_at, keys_of
 from cacheservice.config.merge import as_table, defaults_in
 from cacheservice.config.models import Settings
 
+_DATASET_NAME = "a dataset's name must begin with a letter and have at most 63 lower-case letters, digits and _"
+
 
 def refusals(refused: ValidationError, declared: Mapping[str, Any]) -> dict[Place, str]:
     """Return the problems that the models reported, by the places of the refused values."""
@@ -24,7 +26,7 @@ def refusals(refused: ValidationError, declared: Mapping[str, Any]) -> dict[Plac
         if error["type"] == "default_factory_not_called":  # it follows from another error, which is reported
             continue
         if place[-1] == "[key]" and error["type"] != "extra_forbidden":  # pydantic's place for the name of a dataset
-            problems[place[:-1]] = "a dataset's name is a letter, then letters, digits or _, all lower case, at most 63"
+            problems[place[:-1]] = _DATASET_NAME
             continue
         message = problem_of(error, place)
         match place:
@@ -69,12 +71,16 @@ def problem_of(error: ErrorDetails, place: Place) -> str:
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
+    """Return the problem of an unknown name, with the most similar known one, or all."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"unknown {what}; " + (f'did you mean "{near[0]}"?' if near else f"known are {', '.join(known)}")
 
 
 def order_of(datasets: Sequence[str]) -> Callable[[Place], tuple[int, ...]]:
-    """A sort key for places: tables as documented, `datasets` as declared, keys as documented; unknown ones last."""
+    """Return a sort key for places.
+
+    Tables and keys are in the order of the documentation, datasets in that of declaration; unknown ones are last.
+    """
 
     def index(name: str, names: Sequence[str]) -> int:
         return names.index(name) if name in names else len(names)

@@ -22,33 +22,33 @@ def timing(dataset: DatasetSettings) -> tuple[float, ...]:
 
 
 def problems(settings: Settings) -> dict[Place, str]:
-    """Return what is wrong with values that are each possible alone, by place."""
+    """Return the problems between values that are each valid alone, by place."""
     return _group_problems(settings) | _watch_problems(settings) | _token_problems(settings)
 
 
 def _group_problems(settings: Settings) -> dict[Place, str]:
-    """Where datasets of one group differ in what there is only one of for all of them."""
+    """Return where datasets of one group differ in a value that they must share."""
     found: dict[Place, str] = {}
     for first, *others in groups(settings.datasets.values()):
         for other in others:
             for key in _OF_A_GROUP:
                 if getattr(other, key) != (common := getattr(first, key)):
                     found["datasets", other.name, key] = (
-                        f"must be {common:g} as that of {first.name}, which is in the same group"
+                        f"must be {common:g}, as in {first.name}, which is in the same group"
                     )
             for key in _OF_A_TRANSACTION:
                 if getattr(other, key) != getattr(first, key):
                     found["datasets", other.name, key] = (
-                        f"must be as that of {first.name}, which is in the same group, and is read with it"
+                        f"must be as in {first.name}, which is in the same group and is read in the same transaction"
                     )
     return found
 
 
 def _watch_problems(settings: Settings) -> dict[Place, str]:
-    """Where the key of a watched table has another number of columns than that of its dataset."""
+    """Return where the keys of a watched table and of its dataset differ in their number of columns."""
     return {
         ("datasets", dataset.name, "watch", str(number), "key"): (
-            f"must be {len(dataset.key)} column{'s' if len(dataset.key) > 1 else ''}, as the key of {dataset.name} is"
+            f"must have {len(dataset.key)} column{'s' if len(dataset.key) > 1 else ''}, as the key of {dataset.name}"
         )
         for dataset in settings.datasets.values()
         for number, watch in enumerate(dataset.watch)
@@ -61,11 +61,11 @@ def _token_problems(settings: Settings) -> dict[Place, str]:
     token, admin_token = settings.http.token, settings.http.admin_token
     if not token.get_secret_value() or token != admin_token:
         return {}
-    return {("http", "admin_token"): "must be another than http.token, which may only read"}
+    return {("http", "admin_token"): "must differ from http.token, which may only read"}
 
 
 def groups(datasets: Iterable[DatasetSettings]) -> list[list[DatasetSettings]]:
-    """The datasets that are refreshed together, in the order of declaration; most are alone."""
+    """Return the datasets that are refreshed together, in the order of declaration; most are alone."""
     found: dict[tuple[str, str], list[DatasetSettings]] = {}
     for dataset in datasets:
         found.setdefault((dataset.group, "" if dataset.group else dataset.name), []).append(dataset)
@@ -73,7 +73,7 @@ def groups(datasets: Iterable[DatasetSettings]) -> list[list[DatasetSettings]]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a port that listens on `host`, an IP address or "localhost"."""
+    """Return whether only this machine reaches a port that listens on `host`, an IP address or "localhost"."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -81,7 +81,7 @@ def is_loopback(host: str) -> bool:
 
 
 def is_open_to_all(declared: Mapping[str, Any]) -> bool:
-    """Whether the RESP port would serve data to other machines without asking who they are."""
+    """Return whether the RESP port would serve data to other machines without a password."""
     resp, limits = as_table(declared.get("resp")), as_table(declared.get("limits"))
     served = resp.get("enabled", True) is not False
     allowed = resp.get("password") or limits.get("allow_anonymous") is True

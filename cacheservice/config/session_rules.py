@@ -21,21 +21,24 @@ _REFUSED: Mapping[str, str] = {
     "client_connection_check_interval": _BY_THE_SERVICE + "so that an abandoned query ends",
     "cursor_tuple_fraction": _BY_THE_SERVICE + "because it reads to the end",
     "application_name": "the service names its sessions for each attempt; set application_name in postgres.dsn",
-    "search_path": "it has a key of its own: search_path",
-    "client_encoding": "documents are UTF-8",
+    "search_path": "use the key search_path",
+    "client_encoding": "documents are always UTF-8",
     "session_authorization": "log in as that role, in postgres.dsn",
     "role": "log in as that role, in postgres.dsn",
     "default_transaction_read_only": _READ_ONLY,
     "transaction_read_only": _READ_ONLY,
-    "default_transaction_isolation": "a dataset is read at one moment",
-    "transaction_isolation": "a dataset is read at one moment",
-    "default_transaction_deferrable": "it has no effect on what the service runs",
-    "transaction_deferrable": "it has no effect on what the service runs",
+    "default_transaction_isolation": "a dataset is read from one snapshot",
+    "transaction_isolation": "a dataset is read from one snapshot",
+    "default_transaction_deferrable": "it has no effect on the transactions of the service",
+    "transaction_deferrable": "it has no effect on the transactions of the service",
 }
 
 
 def search_path(value: str) -> str:
-    """:raises ValueError: if it is not a list of schemas as SQL writes it."""
+    """Return the search path with the schema of temporary objects last.
+
+    :raises ValueError: if it is not a list of schemas as SQL writes it.
+    """
     if not value:
         return value
     if not _SEARCH_PATH.fullmatch(value):
@@ -46,9 +49,9 @@ def search_path(value: str) -> str:
 
 
 def session_settings(value: object) -> object:
-    """The names and values of settings as text, for a table of them.
+    """Return a table of settings with its names and values as text.
 
-    :raises ValueError: with the name that is not possible, and why.
+    :raises ValueError: with the name that is refused, and the reason.
     """
     if not isinstance(value, Mapping):
         return value
@@ -56,17 +59,17 @@ def session_settings(value: object) -> object:
         if not _SETTING.fullmatch(name):
             raise ValueError(f"{name!r} is not the name of a setting of PostgreSQL")
         if (reason := _REFUSED.get(name.lower())) is not None:
-            raise ValueError(f"{name} is not to be chosen here: {reason}")
+            raise ValueError(f"{name} cannot be set here: {reason}")
         if not isinstance(chosen, str | int | float):
             raise ValueError(f"{name} must be text, a number, true or false")
     lowered = [name.lower() for name in value]
     if twice := sorted({name for name in lowered if lowered.count(name) > 1}):
-        raise ValueError(f"{twice[0]} is chosen twice")
+        raise ValueError(f"{twice[0]} is set twice")
     return {name: _text(chosen) for name, chosen in value.items()}
 
 
 def merged(general: Mapping[str, str], own: Mapping[str, str]) -> Mapping[str, str]:
-    """The settings of both, `own` over `general`; case makes no difference in their names."""
+    """Return both tables of settings, `own` over `general`; the case of names makes no difference."""
     names = {name.lower() for name in own}
     inherited = {name: value for name, value in general.items() if name.lower() not in names}
     return {**inherited, **own}

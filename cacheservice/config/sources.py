@@ -27,9 +27,10 @@ PREFIX = "CACHESERVICE_"
 
 
 class ConfigFile(NamedTuple):
-    """The file that was read, and when it was modified; None if there is none.
+    """The configuration file, and when it was modified; None if there is no file.
 
-    One that `is_replaced` has no name any more: a file that is mounted by itself, and was replaced where it comes from.
+    :param is_replaced: whether it has no name any more: a file that is mounted by itself keeps its old content after
+        it was replaced where it is mounted from.
     """
 
     path: str
@@ -41,12 +42,12 @@ class ConfigFile(NamedTuple):
             return f"{self.path}, which does not exist"
         words = f"{self.path}, modified {self.modified_at.isoformat(timespec='seconds')}"
         if self.is_replaced:
-            words += ", which is an old one: it was replaced where it is mounted from; mount its folder"
+            words += ", which has been replaced where it is mounted from; mount its folder to get the new file"
         return words
 
 
 def config_file(environ: Mapping[str, str]) -> ConfigFile:
-    """Return which file `load` reads, as it is now. Blocks for a look at the disk."""
+    """Return the file that `load` would read now. It accesses the disk."""
     path = Path(environ.get("CACHESERVICE_CONFIG") or DEFAULT_FILE).absolute()
     try:
         seen = path.stat()
@@ -56,7 +57,7 @@ def config_file(environ: Mapping[str, str]) -> ConfigFile:
 
 
 def dsn_in_file(environ: Mapping[str, str]) -> SecretStr | None:
-    """Return the DSN that its file holds now; None if no file is named, or it cannot be read. Blocks."""
+    """Return the DSN in its file; None if no file is named, or if it cannot be read. It accesses the disk."""
     path = environ.get(f"{PREFIX}POSTGRES__DSN_FILE")
     try:
         return SecretStr(Path(path).read_text(encoding="utf-8").removesuffix("\n")) if path else None
@@ -71,7 +72,7 @@ def dsn_source(environ: Mapping[str, str]) -> str:
 
 
 def client_secrets_in_files(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the secrets of the ports that have files, by their keys; without those that cannot be read. Blocks."""
+    """Return the secrets of the ports in their files, by key, except unreadable ones. It accesses the disk."""
     found = {}
     for key, path in client_secret_files(environ).items():
         with suppress(OSError, ValueError):
@@ -86,7 +87,7 @@ def client_secret_files(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def read_file(file: str) -> tuple[dict[str, Any], str | None]:
-    """The file's tables, or none and what is wrong with it."""
+    """Return the file's tables and None, or no tables and the problem."""
     try:
         text = Path(file).read_text(encoding="utf-8-sig")  # editors of Windows begin a file with a byte order mark
         return tomllib.loads(text), None
@@ -112,13 +113,13 @@ def why_unreadable(error: OSError | ValueError) -> str:
         case UnicodeDecodeError(start=index):
             return f"byte {index + 1} is not UTF-8"
         case _:
-            return "it is no path"
+            return "it is not a path"
 
 
 def read_environment(environ: Mapping[str, str]) -> tuple[dict[Place, str], dict[Place, object], dict[Place, str]]:
-    """Three things by place: the variable that speaks of it, the value that it gives, and what is wrong with it.
+    """Return the variables, their values and their problems, each by the place of the key.
 
-    A name without "__" is not ours: Kubernetes sets CACHESERVICE_PORT and CACHESERVICE_SERVICE_HOST by itself.
+    A name without "__" is ignored: Kubernetes sets CACHESERVICE_PORT and CACHESERVICE_SERVICE_HOST for its own use.
     """
     variables: dict[Place, str] = {}
     values: dict[Place, object] = {}
@@ -137,8 +138,8 @@ def read_environment(environ: Mapping[str, str]) -> tuple[dict[Place, str], dict
         if tables[0] not in Settings.model_fields:
             problems[place] = unknown_name("table", tables[0], Settings.model_fields)
         elif tables == ["datasets"]:
-            problems[place] = f"names a dataset but none of its keys; for its query write {variable}__QUERY"
-        elif re.search("[\ud800-\udfff]", text):  # how os.environ holds bytes that are not UTF-8
+            problems[place] = f"names a dataset but not a key of it; for its query, set {variable}__QUERY"
+        elif re.search("[\ud800-\udfff]", text):  # os.environ represents bytes that are not UTF-8 in this way
             problems[place] = "must be text in UTF-8"
             values[place] = _REFUSED
         elif not in_secret_file:
@@ -147,7 +148,7 @@ def read_environment(environ: Mapping[str, str]) -> tuple[dict[Place, str], dict
             try:
                 secret = Path(text).read_text(encoding="utf-8").removesuffix("\n")
             except (OSError, ValueError) as error:
-                # Not its path: somebody may have put the secret itself there.
+                # Without the path: the variable may contain the secret itself by mistake.
                 problems[place] = f"the file that it names cannot be read: {why_unreadable(error)}"
                 values[place] = _REFUSED
             else:
@@ -159,16 +160,16 @@ def _place_of_variable(variable: str) -> Place:
     table, _, rest = variable.removeprefix(PREFIX).lower().partition("__")
     if table != "datasets":
         return table, rest
-    name, separator, key = rest.rpartition("__")  # a dataset's name may hold "__" or end in "_"; a key does neither
+    name, separator, key = rest.rpartition("__")  # a dataset's name may contain "__" or end in "_"; a key does neither
     return (table, name, key) if separator else (table, key)
 
 
-# No key takes an empty table, so the models refuse it in the words that they have for a value in the file.
+# No key accepts an empty table, so the models refuse it with the same words as a value in the file.
 _REFUSED: Mapping[str, object] = MappingProxyType({})
 
 
 def _as_toml(text: str, field: FieldInfo | None) -> object:
-    """`text` as TOML would hold it for `field`: "30" is a number only where a number is wanted."""
+    """Return `text` as a TOML value for `field`: "30" is a number only if the key is a number."""
     try:
         if field is not None and field.annotation in (bool, int, float):
             return TypeAdapter(field.annotation).validate_strings(text)

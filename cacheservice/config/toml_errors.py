@@ -1,4 +1,4 @@
-"""tomllib's errors with what to do about them: where, what, and the fix, in one line."""
+"""Adds the next step to tomllib's errors: the place, the cause and the fix, in one line."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import tomllib
 _FIXES = (
     (r"Cannot declare .* twice", "write this table once, with all of its keys, or give one of the two another name"),
     (r"Cannot overwrite a value", "a key is set twice; remove one of the two"),
-    (r"Cannot", "a table in braces is complete where it is written; add its keys there"),
+    (r"Cannot", "a table in braces cannot be extended later; add its keys inside the braces"),
     (r"Expected '='", "write it as key = value"),
     (r"Unclosed array", "close the list with ]"),
     (r"Unclosed inline table", "close the table with }, on the line on which it begins"),
     (r"Expected '\]+' at the end", "close the table's name with ], as in [datasets.products]"),
-    (r"Unescaped", "write \\\\ for a backslash, or use single quotes, which take it as it is"),
+    (r"Unescaped", "write \\\\ for a backslash, or use single quotes, in which a backslash stands for itself"),
     (r"Expected newline", "write one key on a line; text needs quotes"),
     (r"Invalid value", 'write text in quotes; numbers, true and false without; a list as ["a", "b"]'),
-    (r"Invalid (initial|statement)", "a name consists of letters, digits, _ and -; any other needs quotes"),
+    (r"Invalid (initial|statement)", "a bare name consists of letters, digits, _ and -; other names need quotes"),
     (r"character", "remove the character, or write it as \\uXXXX in double quotes"),
 )
 _OPEN_QUOTES = re.compile(r"(Illegal|Found invalid) character '\\n'|Unterminated|Expected \"'+\"")
@@ -32,7 +32,7 @@ _QUOTES = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
-"""Comments, texts in quotes, and quotes that open and are not closed: none of those lies within another."""
+"""Comments, texts in quotes, and quotes that open and are not closed: none of these lies within another."""
 _NAMES = re.compile(r"Cannot declare \((.*?),?\) twice")
 
 
@@ -54,7 +54,7 @@ def explained(error: tomllib.TOMLDecodeError, text: str) -> str:
 
 
 def _open_quotes(text: str) -> str:
-    """The first quotes in `text` that are not closed, and where they open."""
+    """Return where the first unclosed quotes in `text` open, and the fix; empty if all are closed."""
     for match in _QUOTES.finditer(text):
         if (kind := match.lastgroup) is None:
             continue
@@ -68,7 +68,7 @@ def _open_quotes(text: str) -> str:
 
 
 def _by_place(text: str, line: int, column: int) -> str:
-    """What is wrong and how to fix it, where the characters before and at that place show more than the error does."""
+    """Return a better cause and fix, if the characters at that place show more than the error; else nothing."""
     row = text.split("\n")[line - 1]
     before, at = row[: column - 1], row[column - 1 : column]
     if at.isdecimal() and _LEADING_ZERO.search(before):

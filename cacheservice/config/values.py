@@ -1,4 +1,4 @@
-"""What single values may be. The text of a ValueError is the problem, word for word."""
+"""Validates single values. The text of a ValueError is the problem, word for word."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cacheservice.base import query_text
 from cacheservice.config import session_rules
 
 OWN_CHANNEL = "cacheservice"
-"""On which the triggers of watch notify, and the service proves that it listens."""
+"""The channel of the triggers of watch, on which the service also tests that it receives notifications."""
 
 
 def held_by_a_timer(seconds: float) -> float:
@@ -28,7 +28,7 @@ def without_lookup(host: str) -> str:
             ipaddress.ip_address(host)
         except ValueError:
             raise ValueError(
-                'must be an IP address or "localhost": another name would need a blocking look-up'
+                'must be an IP address or "localhost": other names would need a blocking look-up'
             ) from None
     return host
 
@@ -42,7 +42,7 @@ def columns(value: object) -> tuple[object, ...]:
 
 def channel(name: str) -> str:
     if "\0" in name:
-        raise ValueError("must not hold a NUL")
+        raise ValueError("must not contain a NUL character")
     if len(name.encode()) > 63:
         raise ValueError("must be at most 63 bytes long, as PostgreSQL's names are")
     if name == OWN_CHANNEL:

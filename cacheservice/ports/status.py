@@ -7,9 +7,7 @@ The admin socket speaks the same protocol and adds commands that change the serv
 
 from __future__ import annotations
 
-import difflib
-import inspect
-from collections.abc import Callable, Coroutine, Sized
+from collections.abc import Callable
 from typing import Any
 
 from twisted.internet.defer import Deferred
@@ -21,186 +19,15 @@ from twisted.protocols.policies import TimeoutMixin
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from cacheservice import __version__
-from cacheservice.base.errors import CacheServiceError, ConfigError, UnknownDataset
 from cacheservice.base.interfaces import Clock
-from cacheservice.cache.cache import Cache, Refreshes, Reloaded
-from cacheservice.cache.describe import in_short
-from cacheservice.ports import rejected, report
+from cacheservice.ports import rejected
 from cacheservice.ports.admission import RESERVE_S, Door, open_door
+from cacheservice.ports.operator_commands import Commands
 
 MAX_LINE_BYTES = 256
 _LINGER_S = 2.0
 """The time that a client has to close the connection after the last reply. If the service closed first with unread
 input, it would send a reset that overtakes the reply (RFC 1122, 4.2.2.13)."""
-_SHOWN_COMMAND_CHARACTERS = 40
-
-
-class Commands:
-    """The commands of a port.
-
-    Each is a method that returns its reply without the line's end. Its docstring is its help text.
-
-    :param refreshes: the target of the admin commands; None on the status port.
-    :param reload: reads the configuration again, for the admin socket; its failure is a `CacheServiceError`.
-    :param monitor: returns the lines of `mntr`.
-    """
-
-    def __init__(
-        self,
-        cache: Cache,
-        refreshes: Refreshes | None = None,
-        reload: Callable[[], Deferred[Reloaded]] | None = None,
-        monitor: Callable[[], Coroutine[Any, Any, str]] | None = None,
-    ) -> None:
-        self._cache = cache
-        self._refreshes = refreshes
-        self._reload_now = reload
-        self._monitor = monitor
-        self._questions: dict[str, Callable[..., str | Deferred[str]]] = {
-            "ruok": self._ruok,
-            "ready": self._ready,
-            "status": self._status,
-            "json": self._json,
-            "mntr": self._mntr,
-            "show": self._show,
-            "why": self._why,
-            "version": self._version,
-            "help": self._help,
-        }
-        self._changes: dict[str, Callable[..., str | Deferred[str]]] = {
-            "refresh": self._refresh,
-            "accept": self._accept,
-            "pin": self._pin,
-            "unpin": self._unpin,
-            "rollback": self._rollback,
-            "reload": self._reload,
-        }
-
-    def answer(self, command: str) -> str | Deferred[str]:
-        """Return the reply to one command with its arguments, now or later.
-
-        A reply that begins with ERROR reports a problem.
-        """
-        name, *arguments = command.split()
-        method: Callable[..., str | Deferred[str]] | None = self._questions.get(name)
-        if method is None and name in self._changes:
-            if self._refreshes is None:
-                return f"ERROR {name} is an admin command"
-            method = self._changes[name]
-        if method is None:
-            return self._unknown_command(name)
-        wanted = list(inspect.signature(method).parameters.values())
-        required = [each for each in wanted if each.default is inspect.Parameter.empty]
-        if not len(required) <= len(arguments) <= len(wanted):
-            return f"ERROR {name} takes {_count(wanted, required)}: {_usage(name, method)}"
-        try:
-            return method(*arguments)
-        except UnknownDataset:
-            return self._unknown_dataset(arguments[0])
-        except CacheServiceError as error:
-            return f"ERROR {error}"
-
-    def _ruok(self) -> str:
-        """alive, nothing more: imok"""
-        return "imok"
-
-    def _ready(self) -> str:
-        """ready, or notready and which required datasets are why"""
-        return report.ready_line(self._cache)
-
-    def _status(self, name: str = "") -> str:
-        """a table for a person; with a name, of that dataset alone"""
-        return report.status_table(self._cache, self._cache.dataset(name) if name else None)
-
-    def _json(self) -> str:
-        """everything, as one line of JSON"""
-        return report.json_line(self._cache)
-
-    def _mntr(self) -> str | Deferred[str]:
-        """key<TAB>value lines for a collector"""
-        if self._monitor is None:
-            return "ERROR no metrics are collected here"
-        return Deferred.fromCoroutine(self._monitor())
-
-    def _show(self, name: str) -> str:
-        """the fields of one dataset and its last 10 attempts"""
-        return report.show(self._cache.dataset(name))
-
-    def _why(self, name: str) -> str:
-        """in sentences: the state of one dataset, what failed, who blocks it, what to do, when it tries next"""
-        return report.why(self._cache.dataset(name), self._cache)
-
-    def _version(self) -> str:
-        """the version of this service"""
-        return f"cacheservice {__version__}"
-
-    def _help(self) -> str:
-        """this text"""
-        commands = self._questions | (self._changes if self._refreshes is not None else {})
-        lines = {_usage(name, method): inspect.getdoc(method) for name, method in commands.items()}
-        lines |= {"prompt": "keep the connection open", "quit": "close it", "A;B": "several commands on one line"}
-        width = max(map(len, lines))
-        return "\n".join(f"{command:{width}}  {text}" for command, text in lines.items())
-
-    def _refresh(self, name: str) -> str:
-        """start a refresh of one dataset, or of all"""
-        assert self._refreshes is not None
-        names = list(self._cache.datasets) if name == "all" else [self._cache.dataset(name).name]
-        replies = []
-        for each in names:
-            started = self._refreshes.refresh_now(each)
-            replies.append(f"OK {each}: refresh {'started' if started else 'follows the one that is running'}")
-        return "\n".join(replies)
-
-    def _accept(self, name: str) -> str:
-        """publish the next result although a gate would hold it, once"""
-        assert self._refreshes is not None
-        self._refreshes.accept_next(self._cache.dataset(name).name)
-        return f"OK {name}: the next result is published whatever the gates say; 'refresh {name}' reads it now"
-
-    def _pin(self, name: str) -> str:
-        """serve what is served now, whatever is read, until unpin"""
-        assert self._refreshes is not None
-        replies = [f"OK {each}: pinned, {self._served(each)}" for each in self._refreshes.pin(name)]
-        return "\n".join(replies)
-
-    def _unpin(self, name: str) -> str:
-        """serve the newest result again, and those that come"""
-        assert self._refreshes is not None
-        replies = [f"OK {each}: not pinned, {self._served(each)}" for each in self._refreshes.unpin(name)]
-        return "\n".join(replies)
-
-    def _rollback(self, name: str) -> str:
-        """serve the saved generation before the one that is served, pinned"""
-        assert self._refreshes is not None
-        replies = [
-            f"OK {each}: going back to saved generation {generation}, which is then pinned; 'why {each}' tells when"
-            for each, generation in self._refreshes.roll_back(name).items()
-        ]
-        return "\n".join(replies)
-
-    def _reload(self) -> Deferred[str]:
-        """re-read the configuration; the reply comes when it is in effect, or was refused"""
-        assert self._reload_now is not None
-        return self._reload_now().addCallbacks(_reloaded, _not_reloaded)
-
-    def _served(self, name: str) -> str:
-        snapshot = self._cache.dataset(name).snapshot
-        return f"generation {snapshot.generation} is served" if snapshot else "nothing is loaded yet"
-
-    def _unknown_command(self, name: str) -> str:
-        if name in ("prompt", "quit"):
-            return f"ERROR {name} takes no argument: {name}"
-        known = [*self._questions, *(self._changes if self._refreshes is not None else ()), "prompt", "quit"]
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean '{near[0]}'?" if near else "try help"
-        return f"ERROR unknown command '{_shown(name)}'; {hint}"
-
-    def _unknown_dataset(self, name: str) -> str:
-        near = difflib.get_close_matches(name, list(self._cache.datasets), 1)
-        hint = f"did you mean '{near[0]}'?" if near else "status lists them"
-        return f"ERROR unknown dataset '{_shown(name)}'; {hint}"
 
 
 @implementer(IHalfCloseableProtocol)
@@ -423,40 +250,3 @@ class StatusFactory(ServerFactory):
         """Abort every connection now."""
         for client in list(self.clients):
             client.transport.abortConnection()
-
-
-def _reloaded(reloaded: Reloaded) -> str:
-    datasets = reloaded.datasets
-    counts = ", ".join(f"{len(names)} {fate}" for fate, names in datasets._asdict().items())
-    rest = f"; at the next start: {', '.join(reloaded.needs_restart)}" if reloaded.needs_restart else ""
-    return f"OK reloaded: {counts}{rest}; from {reloaded.file}"
-
-
-def _not_reloaded(failure: Failure) -> str:
-    failure.trap(CacheServiceError)
-    error = failure.value
-    if not isinstance(error, ConfigError):
-        return f"ERROR {error}"
-    # The first line is a summary; more lines follow only if it omits a problem.
-    more = [] if len(error.problems) < 2 else list(error.problems)
-    return "\n".join([f"ERROR {in_short(error.problems)}", *more])
-
-
-def _count(wanted: Sized, required: Sized) -> str:
-    if len(required) < len(wanted):
-        return "at most one argument"
-    return "one argument" if wanted else "no argument"
-
-
-def _usage(name: str, method: Callable[..., Any]) -> str:
-    """Return the command and its argument: show NAME, status [NAME]."""
-    words = [
-        each.name.upper() if each.default is inspect.Parameter.empty else f"[{each.name.upper()}]"
-        for each in inspect.signature(method).parameters.values()
-    ]
-    return " ".join([name, *words])
-
-
-def _shown(word: str) -> str:
-    cut = word[:_SHOWN_COMMAND_CHARACTERS]
-    return cut.encode("unicode_escape").decode()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from cacheservice.base.interfaces import Clock, DelayedCall, Log
+from cacheservice.base.text import seconds
 from cacheservice.base.timers import is_active
 from cacheservice.cache.dataset import Dataset, State
-from cacheservice.cache.describe import seconds
 
 _MARGIN_S = 0.001
 """A dataset is expired when its age is greater than its limit, not equal to it."""

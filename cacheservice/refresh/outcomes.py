@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 
 from cacheservice.base.errors import DatabaseUnavailable, LockTimeout, LoginRefused, RefreshFailed
 from cacheservice.base.interfaces import Clock
+from cacheservice.base.text import seconds
 from cacheservice.cache.cache import DatabaseStatus
-from cacheservice.cache.describe import describe_blocker, seconds
 from cacheservice.cache.identity import why_elsewhere
 from cacheservice.cache.rows import Rows
 from cacheservice.cache.snapshot import Snapshot
@@ -127,7 +127,7 @@ class Outcomes:
                 "refresh_failed",
                 **this.fields(),
                 error=str(error),
-                blocked_by=[describe_blocker(blocker) for blocker in blockers] or None,
+                blocked_by=[str(blocker) for blocker in blockers] or None,
                 took_s=seconds(took_s),
                 retry_in_s=seconds(retry_in_s),
                 consecutive_failures=dataset.consecutive_failures,

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from cacheservice.base.errors import Stopped
 from cacheservice.base.interfaces import Clock, Log
+from cacheservice.base.text import seconds
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset
-from cacheservice.cache.describe import seconds
 from cacheservice.config import groups
 from cacheservice.refresh.history import History
 

@@ -25,3 +25,13 @@ class CountingClock(Clock):
     def callLater(self, *arguments: Any) -> Any:
         self.turns += 1
         return super().callLater(*arguments)
+
+
+def one_turn(clock: Clock) -> None:
+    """Make the calls that are due now, but not those that they schedule, as a turn of the reactor does."""
+    due = [call for call in clock.getDelayedCalls() if call.getTime() <= clock.seconds()]
+    for call in due:
+        if call.active():  # type: ignore[attr-defined]  # of IDelayedCall
+            clock.calls.remove(call)  # type: ignore[arg-type]  # the same objects
+            call.called = 1  # type: ignore[attr-defined]
+            call.func(*call.args, **call.kw)  # type: ignore[attr-defined]

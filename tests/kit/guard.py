@@ -26,6 +26,7 @@ from cacheservice.sources.postgres.target import parse
 from tests.kit.chaos import FaultyNetwork
 from tests.kit.datasets import rows_builder
 from tests.kit.postgres import connect, fresh_database, sessions_left
+from tests.kit.readings import read_one
 from tests.kit.waiting import until
 
 ROUNDS = 50
@@ -110,7 +111,7 @@ class GuardTestCase(TestCase):
 
     def read(self, query: str = QUICK, timeout_s: float = LONG_S, database: Database | None = None) -> Deferred[Any]:
         """Through the faulty network unless another `database` is given."""
-        return (database or self.database).read(settings(query, timeout_s), rows_builder)
+        return read_one(database or self.database, settings(query, timeout_s), rows_builder)
 
     def guard(self, timeout_s: float = LONG_S, host: str = "127.0.0.1", port: int | None = None) -> GuardedConnection:
         target = parse(self.server.dsn(database=self.database_name, host=host, port=port))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cacheservice.cli.embedded import _free_port
+from cacheservice.cli import embedded
 
 
 def free_port() -> int:
@@ -10,4 +10,4 @@ def free_port() -> int:
 
     The kernel does not give it to a client meanwhile.
     """
-    return _free_port()
+    return embedded.free_port()

@@ -116,7 +116,8 @@ class World:
         self.service = CacheService(
             self.cache, self.database, Limits(max_connections, max_load), process, heard_all=heard_all
         )
-        self.notifications = Notifications(self.cache, self.service.note_changed)
+        self.notifications = Notifications(self.cache)
+        self.notifications.deliver_to(self.service)
 
     def heard(self, channel: str, payload: str) -> None:
         """A notification arrives."""

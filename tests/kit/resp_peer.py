@@ -21,10 +21,10 @@ from cacheservice.cache.cache import Cache
 from cacheservice.cache.history import Attempt
 from cacheservice.cache.lag import NO_LAG
 from cacheservice.cache.snapshot import Snapshot
+from cacheservice.ports.clients import Limits
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.listen import tcp
-from cacheservice.ports.resp.commands import Commands
-from cacheservice.ports.resp.protocol import RespFactory
+from cacheservice.ports.resp.connection import RespFactory
 from tests.kit.datasets import MOMENT, declared, rows_builder
 from tests.kit.fake_refreshes import FakeRefreshes
 from tests.kit.postgres import PRIMARY
@@ -90,8 +90,13 @@ def main() -> None:
     password = sys.argv[1] if len(sys.argv) > 1 else ""
     row_count = sys.argv[2] if len(sys.argv) > 2 else ROWS
     cache = filled_cache(reactor.seconds, int(row_count))
-    commands = Commands(cache, Freshness(FakeRefreshes(), cache.database, reactor), password)
-    factory = RespFactory(cache, commands, 10_000, 300, reactor)
+    factory = RespFactory(
+        cache=cache,
+        freshness=Freshness(FakeRefreshes(), cache.database, reactor),
+        limits=Limits(10_000, 300),
+        clock=reactor,
+        password=password,
+    )
     port = tcp(reactor, "127.0.0.1", 0, factory)()
     orders = Orders(cache, factory)
     StandardIO(orders)

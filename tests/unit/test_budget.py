@@ -13,9 +13,9 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.cache.refresh_status import Phase
 from cacheservice.config import DatasetSettings
-from cacheservice.ports import report
 from cacheservice.refresh.budget import WINDOW_S, Budget
 from cacheservice.refresh.slots import Slots
+from tests.kit import views
 from tests.kit.refreshes import RefreshTestCase, World
 
 
@@ -278,13 +278,13 @@ class Refreshes(RefreshTestCase):
         world = self.limited(max_load=0.25, interval_s=20.0, max_age_s=600.0)
         self.complete_after(world, 12)
         world.advance(20)
-        self.assertIn("waits for postgres.max_load, 12 s behind its interval", report.status_table(world.cache))
-        self.assertIn("A refresh has been due for 12 s and waits", report.why(world.dataset, world.cache))
+        self.assertIn("waits for postgres.max_load, 12 s behind its interval", views.status_table(world.cache))
+        self.assertIn("A refresh has been due for 12 s and waits", views.why(world.dataset, world.cache))
         self.assertEqual(world.cache.database.queued(), 1)
         while len(world.database.reads) < 2:
             world.advance(1)
-        self.assertIn("late, put off by postgres.max_load", report.why(world.dataset, world.cache))
-        self.assertNotIn("behind its interval", report.status_table(world.cache))
+        self.assertIn("late, delayed by postgres.max_load", views.why(world.dataset, world.cache))
+        self.assertNotIn("behind its interval", views.status_table(world.cache))
         self.assertEqual(world.cache.database.queued(), 0)
 
     def test_what_is_not_put_off(self) -> None:

@@ -55,7 +55,7 @@ class WhatLoads(Loading):
         toml = f"{DSN}[datasets.a]\n{group}interval_s = 5\n[datasets.b]\n{group}interval_s = 6\nmax_age_s = 99\n"
         with self.assertRaises(ConfigError) as caught:
             self.load(toml)
-        problem = f"{FILE}: datasets.b.interval_s: must be 5 as that of a, which is in the same group"
+        problem = f"{FILE}: datasets.b.interval_s: must be 5, as in a, which is in the same group"
         self.assertEqual(caught.exception.problems, (problem,))
         self.load(toml.replace("interval_s = 6", "interval_s = 5"))
 
@@ -234,7 +234,7 @@ class Environment(Loading):
             PRODUCTS, POSTGRES__DSN="\udce9", DEFAULTS__JITTER="1", **{"DATASETS__\udce9__MAX_ROWS": "1"}
         )
         self.assertEqual(problems[0], "CACHESERVICE_POSTGRES__DSN: must be text in UTF-8")
-        self.assertTrue(any("a dataset's name is" in problem for problem in problems))
+        self.assertTrue(any("a dataset's name must begin" in problem for problem in problems))
 
     def test_given_twice(self) -> None:
         """A variable beside its _FILE is a problem, because one of them is a mistake."""
@@ -262,8 +262,8 @@ class Environment(Loading):
                 'CACHESERVICE_STATUS__PORT__MAX: unknown key; did you mean "port"?',
                 'CACHESERVICE_STATUS__PROT: unknown key; did you mean "port"?',
                 f"CACHESERVICE_DEFAULTS__QUERY: unknown key; known are {inheritable}",
-                "CACHESERVICE_DATASETS__PRODUCTS: names a dataset but none of its keys; "
-                "for its query write CACHESERVICE_DATASETS__PRODUCTS__QUERY",
+                "CACHESERVICE_DATASETS__PRODUCTS: names a dataset but not a key of it; "
+                "for its query, set CACHESERVICE_DATASETS__PRODUCTS__QUERY",
                 'CACHESERVICE_DATASETS__PRODUCTS__INTERVL_S: unknown key; did you mean "interval_s"?',
                 f"CACHESERVICE_DATASETS__PRODUCTS__NAME: unknown key; known are query, key, {inheritable}",
                 'CACHESERVICE_STATSU__HOST: unknown table; did you mean "status"?',
@@ -317,7 +317,7 @@ class Problems(Loading):
         number, whole, flag = "must be a number", "must be a whole number", "must be true or false"
         table, text = "must be a table", "must be text in quotes"
         timer = "must be at most 2000000 (23 days): the reactor's timers hold at most 24 days"
-        address = 'must be an IP address or "localhost": another name would need a blocking look-up'
+        address = 'must be an IP address or "localhost": other names would need a blocking look-up'
         columns = "must be the name of a column, or a list of such names"
         for key, value, problem in (
             ("postgres.dsn", '""', "must not be empty"),
@@ -484,7 +484,7 @@ class Problems(Loading):
 
     def test_names_of_datasets(self) -> None:
         """A dataset's name is [a-z][a-z0-9_]{0,62}; another one is told on one line, as TOML writes it."""
-        rule = "a dataset's name is a letter, then letters, digits or _, all lower case, at most 63"
+        rule = "a dataset's name must begin with a letter and have at most 63 lower-case letters, digits and _"
         for header in ("Products", "9x", "a-b", '"a b"', '"a\\nb"', "p" * 64, "_x"):
             toml = DSN + PRODUCTS.replace("products", header)
             self.assertEqual(self.problem_of(toml), f"datasets.{header}: {rule}")
@@ -495,7 +495,7 @@ class Problems(Loading):
         none = f"{FILE}: datasets: none declared; add a [datasets.NAME] table with query and key"
         self.assertEqual(self.problems(""), [dsn, none])
         Path(FILE).unlink()
-        absent = f"{FILE}: not found in the working directory; write one or name it in CACHESERVICE_CONFIG"
+        absent = f"{FILE}: not found in the working directory; create it, or name another file in CACHESERVICE_CONFIG"
         self.assertEqual(self.problems(), [absent])
         self.assertEqual(self.problems(POSTGRES__DSN=SECRET, RESP__HOST="::"), [absent])
         found = self.problems(STATUS__PORT="-1")
@@ -588,7 +588,7 @@ class UnreadableFile(Loading):
             ("[a\nb=1", "line 1, column 3: expected ']'", "close the table's name with ]"),
             ('x = "a\\q"', "line 1, column 9: unescaped", "use single quotes"),
             ("a = 1 b = 2", "line 1, column 7: expected newline", "one key on a line"),
-            ("é = 1", "line 1, column 1: invalid statement", "any other needs quotes"),
+            ("é = 1", "line 1, column 1: invalid statement", "other names need quotes"),
             ("[[w]]\n[w]", "line 2, column 3: [w] is declared twice", "another name"),
             ("x = {a = 1}\n[x.b]", "line 2, column 5: ", "; "),
         ):
@@ -618,8 +618,8 @@ class UnreadableFile(Loading):
         self.assertEqual(
             self.problems("[]", STATUS__PORT="x", DATASETS__PRODUCTS__MAX_ROWS="1"),
             [
-                f"{FILE}: line 1, column 2: invalid initial character for a key part; a name consists of letters, "
-                "digits, _ and -; any other needs quotes",
+                f"{FILE}: line 1, column 2: invalid initial character for a key part; a bare name consists of letters, "
+                "digits, _ and -; other names need quotes",
                 "CACHESERVICE_STATUS__PORT: must be a whole number",
             ],
         )

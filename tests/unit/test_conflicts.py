@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cacheservice.base.errors import Deadlock, SerializationFailed, StandbyConflict
-from cacheservice.ports import report
+from tests.kit import views
 from tests.kit.refreshes import RefreshTestCase
 
 
@@ -14,7 +14,7 @@ class Retries(RefreshTestCase):
         for kind in (StandbyConflict, SerializationFailed, Deadlock):
             world = self.started(interval_s=60.0)
             world.database.last.fail(kind(f"words of {kind.__name__}", "40001"))
-            why = report.why(world.dataset, world.cache)
+            why = views.why(world.dataset, world.cache)
             self.assertIn(f"words of {kind.__name__}", why)
             self.assertIn(kind.advice, why)
             told.add(kind.advice)

@@ -275,5 +275,5 @@ class Configuration(SynchronousTestCase):
         with self.assertRaises(ConfigError) as caught:
             self.load(CACHESERVICE_HTTP__TOKEN="swordfish", CACHESERVICE_HTTP__ADMIN_TOKEN="swordfish")
         (problem,) = [line for line in caught.exception.problems if "ADMIN_TOKEN" in line]
-        self.assertIn("must be another than http.token", problem)
+        self.assertIn("must differ from http.token", problem)
         self.assertNotIn("swordfish", str(caught.exception))

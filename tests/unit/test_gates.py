@@ -10,10 +10,10 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.cache.snapshot import Snapshot
 from cacheservice.config import DatasetSettings
-from cacheservice.ports.report import show, status_table, why
 from cacheservice.refresh.gates import refusal
 from tests.kit.datasets import numbered_rows, snapshot_of
 from tests.kit.refreshes import RefreshTestCase
+from tests.kit.views import show, status_table, why
 
 
 def settings_with(**keys: Any) -> DatasetSettings:
@@ -121,10 +121,10 @@ class Holding(RefreshTestCase):
         world.database.last.complete(rows=12)
         self.assertIn("fresh, held", status_table(world.cache))
         self.assertIn("held: the result would drop 100 to 12 rows, limit 50 %", status_table(world.cache))
-        self.assertIn('held: {"reason": "would drop 100 to 12 rows, limit 50 %"', show(world.dataset))
+        self.assertIn('held: {"reason": "would drop 100 to 12 rows, limit 50 %"', show(world.dataset, world.cache))
         words = why(world.dataset, world.cache)
-        self.assertIn("The newest result is held back, for 0.0", words)
-        self.assertIn("now: it would drop 100 to 12 rows, limit 50 %.", words)
+        self.assertIn("The newest result has been held for 0.0", words)
+        self.assertIn(" s: it would drop 100 to 12 rows, limit 50 %.", words)
         self.assertIn("say 'accept products' on the admin socket", words)
         world.service.accept_next("products")
         self.assertIn("because an operator accepted it", why(world.dataset, world.cache))

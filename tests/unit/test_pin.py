@@ -5,9 +5,9 @@ from __future__ import annotations
 from cacheservice.base.errors import NothingToPin, UnknownDataset
 from cacheservice.cache.dataset import Dataset
 from cacheservice.cache.events import Ended, Published
-from cacheservice.ports.report import show, status_table, why
-from cacheservice.ports.status import Commands
+from cacheservice.ports.operator_commands import Commands
 from tests.kit.refreshes import RefreshTestCase, World
+from tests.kit.views import show, status_table, why
 
 
 class Pinning(RefreshTestCase):
@@ -114,7 +114,7 @@ class Pinning(RefreshTestCase):
         self.assertEqual(commands.answer("pin products"), "OK products: pinned, generation 1 is served")
         self.refreshed(world, 99)
         self.assertIn("fresh, pinned", status_table(world.cache))
-        self.assertIn("pinned: true", show(world.dataset))
+        self.assertIn("pinned: true", show(world.dataset, world.cache))
         self.assertIn(
             "nothing newer is served; a result with 99 rows waits for 'unpin products'.",
             why(world.dataset, world.cache),

@@ -9,15 +9,14 @@ from twisted.internet.defer import Deferred, fail, succeed
 from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.base.errors import QueryFailed
-from cacheservice.cache.describe import describe
 from cacheservice.cache.identity import ServerIdentity
 from cacheservice.cache.lag import NO_LAG, Lag
 from cacheservice.config import OWN_CHANNEL
-from cacheservice.ports.report import why
 from cacheservice.sources.base import AllRows
 from cacheservice.sources.postgres.pruning import Pruning
 from cacheservice.sources.postgres.recorded import Pruned, Recorded
 from tests.kit.refreshes import World
+from tests.kit.views import database_object, why
 
 WATCH = [{"table": "products", "key": "id"}]
 OFF = "products or a partition of it lacks a trigger of ours"
@@ -63,8 +62,7 @@ class Prunes(SynchronousTestCase):
         return why(self.world.dataset, self.world.cache)
 
     def facts(self) -> dict[str, Any]:
-        found: dict[str, Any] = describe(self.world.cache)["postgres"]
-        return found
+        return database_object(self.world.cache)
 
     def logged(self) -> list[str]:
         """The levels of the log's lines about changes that are not deleted."""
@@ -88,7 +86,7 @@ class Prunes(SynchronousTestCase):
         self.assertIsNone(self.facts()["oldest_recorded_change_s"])
         self.keep(10.0)
         self.assertEqual(self.logged(), ["warning", "debug"])
-        self.assertIn("are not deleted, so that the database fills with them: permission denied", self.why())
+        self.assertIn("are not deleted and pile up in the database: permission denied", self.why())
         self.assertIn("permission denied", self.facts()["prune_problem"])
         self.keep(10.0)
         self.assertNotIn("not deleted", self.why())
@@ -102,7 +100,7 @@ class Prunes(SynchronousTestCase):
         self.keep(4_201.0, "session 7 of shop")
         self.keep(4_261.0, "session 7 of shop")
         self.assertEqual(self.logged(), ["warning", "debug"])
-        self.assertIn("fills with them: session 7 of shop.", self.why())
+        self.assertIn("pile up in the database: session 7 of shop.", self.why())
         self.keep(4_321.0)
         self.assertIn("has not caught up", self.why())
         self.keep(3_600.0)
@@ -161,15 +159,15 @@ class DeltasOff(SynchronousTestCase):
         self.world.clock.advance(5)
         self.assertEqual(dataset.without_deltas_s(), 7.0)
         self.assertIn(
-            "It wants deltas, and has read all rows for 7.00 s, because another.", why(dataset, self.world.cache)
+            "Deltas do not work: all rows have been read for 7.00 s, because another.", why(dataset, self.world.cache)
         )
         self.world.cache.database.listening_wanted = self.world.cache.database.listening = True
         self.world.cache.database.listening_proven_at = self.world.clock.seconds()
-        self.assertNotIn("at once", why(dataset, self.world.cache))
+        self.assertNotIn("arrive as notifications", why(dataset, self.world.cache))
         self.world.service.refresh_now("products")
         self.complete()
         self.assertEqual(dataset.without_deltas_s(), 0.0)
-        self.assertIn("at once", why(dataset, self.world.cache))
+        self.assertIn("arrive as notifications", why(dataset, self.world.cache))
 
     def test_notifications_start_refreshes(self) -> None:
         """Also of a watch that the state does not describe; each after a pause of four times the last read."""

@@ -17,15 +17,17 @@ from cacheservice.base.errors import ConfigError, QueryFailed, Stopped, UnknownD
 from cacheservice.cache.cache import Cache, Declared, Rejection, Reloaded
 from cacheservice.cache.dataset import State
 from cacheservice.config import ConfigFile
-from cacheservice.ports import report
 from cacheservice.ports.freshness import Freshness
-from cacheservice.ports.resp.commands import Commands as RespCommands
+from cacheservice.ports.operator_commands import Commands
+from cacheservice.ports.resp.datasets import Datasets
+from cacheservice.ports.resp.fast_get import FastGets
 from cacheservice.ports.resp.reply import CommandError
-from cacheservice.ports.status import Commands
 from cacheservice.refresh.budget import Budget
 from cacheservice.refresh.slots import Slots
+from tests.kit import views
 from tests.kit.postgres import PRIMARY
 from tests.kit.refreshes import RefreshTestCase, World, without_jitter
+from tests.kit.resp_session import FakeLink, make_server
 from tests.kit.slots import Job
 
 FILE = ConfigFile("/etc/cacheservice.toml", datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), False)
@@ -150,15 +152,15 @@ class Refreshes(RefreshTestCase):
     def test_on_expired_at_once(self) -> None:
         """Whether an expired snapshot is served is as declared now, also for what is looked up without a question."""
         world = self.loaded()
-        commands = RespCommands(world.cache, Freshness(world.service, world.cache.database, world.clock), "")
+        fast, datasets = FastGets(world.cache), Datasets(world.cache)
         get = [[b"GET", b"products:0"]]
         world.advance(50)
         for on_expired, answers in (("serve", 1), ("refuse", 0), ("serve", 1)):
             world.service.redeclare(without_jitter("products", max_age_s=40.0, on_expired=on_expired))
-            self.assertEqual(len(commands.hits(get)), answers)
+            self.assertEqual(len(fast.hits(get)), answers)
         world.service.redeclare(without_jitter("products", max_age_s=40.0, on_expired="refuse"))
         with self.assertRaisesRegex(CommandError, "^STALE products is 50 s old, limit 40 s$"):
-            commands.rows(b"products")
+            datasets.rows(b"products")
 
     def test_another_query(self) -> None:
         """The old result is served until the new one is there, which is read at once and compared with nothing."""
@@ -169,14 +171,14 @@ class Refreshes(RefreshTestCase):
             world.service.redeclare(without_jitter("products", **change))
             assert world.dataset.snapshot is not None
             self.assertIs(world.dataset.snapshot.rows, before.rows)
-            self.assertIn("before the last reload", report.why(world.dataset, world.cache))
+            self.assertIn("before the last reload", views.why(world.dataset, world.cache))
             self.assertIsNotNone(world.database.last.expect)
             world.database.last.complete(rows=1)
             after = world.dataset.snapshot
             assert after is not None
             self.assertEqual((after.generation, after.rows.count, world.dataset.held), (2, 1, None))
             self.assertEqual(after.change, (0, 0, 99))
-            self.assertNotIn("before the last reload", report.why(world.dataset, world.cache))
+            self.assertNotIn("before the last reload", views.why(world.dataset, world.cache))
             # From here on it is compared as ever.
             self.refresh(world, "products", rows=0)
             self.assertIsNotNone(world.dataset.held)
@@ -257,14 +259,14 @@ class Refreshes(RefreshTestCase):
     def test_nothing_keeps_what_is_removed(self) -> None:
         """Its rows go as soon as nobody reads them, whatever port has served them."""
         world = self.loaded("a", "products", rows=10)
-        commands = RespCommands(world.cache, Freshness(world.service, world.cache.database, world.clock), "")
-        self.assertEqual(commands.hits([[b"GET", b"products:1"]]), [b"$2\r\n{}\r\n"])
+        client = FakeLink(make_server(world.cache, world.clock))
+        self.assertEqual(client.ask("GET", "products:1"), b"$2\r\n{}\r\n")
         assert world.dataset.snapshot is not None
         rows = weakref.ref(world.dataset.snapshot.rows)
         world.service.redeclare(without_jitter("a"))
         gc.collect()
         self.assertIsNone(rows())
-        self.assertEqual(commands.hits([[b"GET", b"products:1"]]), [])
+        self.assertEqual(client.ask("GET", "products:1"), b"-ERR unknown dataset 'products'\r\n")
 
     def test_removed_and_added_again(self) -> None:
         """It is loaded as a new one, and its generations go on, so that none is ever two different results."""
@@ -401,12 +403,11 @@ class Scans(RefreshTestCase):
         world = self.started("a", "b", "c", "d")
         while world.database.running:
             world.database.running[0].complete(rows=20)
-        commands = RespCommands(world.cache, Freshness(world.service, world.cache.database, world.clock), "")
+        client = FakeLink(make_server(world.cache, world.clock))
 
         def scan(cursor: bytes) -> tuple[bytes, set[bytes]]:
-            answer = commands.scan(None, [b"SCAN", cursor, b"COUNT", b"5"])  # type: ignore[arg-type]
-            words = (answer if isinstance(answer, bytes) else b"".join(answer)).split(b"\r\n")  # type: ignore[arg-type]
-            return words[2], set(words[5::2])
+            ((following, page),) = client.ask_all(("SCAN", cursor, "COUNT", 5))
+            return following, set(page)
 
         for names in (["b", "c"], ["new", "c", "b", "a"], ["b", "c", "d", "e", "f"]):
             cursor, seen = scan(b"0")
@@ -457,7 +458,8 @@ class Telling(SynchronousTestCase):
         answer = self.ask()
         self.result.callback(Reloaded(Declared([], [], [], ["a"]), [], FILE._replace(is_replaced=True)))
         self.assertIn(
-            "is an old one: it was replaced where it is mounted from; mount its folder", self.successResultOf(answer)
+            "has been replaced where it is mounted from; mount its folder to get the new file",
+            self.successResultOf(answer),
         )
 
     def test_refused(self) -> None:
@@ -488,8 +490,8 @@ class Telling(SynchronousTestCase):
         self.cache.rejection = Rejection((problem, "b", "c"), self.now_s)
         self.now_s += 12
         told = f"rejected 12 s ago: {problem} (and 2 more)"
-        head = report.status_table(self.cache).splitlines()[0]
+        head = views.status_table(self.cache).splitlines()[0]
         self.assertTrue(head.endswith(f", up 12 s, configuration {told}"), head)
-        self.assertIn(f"It was {told}.", report.why(dataset, self.cache))
+        self.assertIn(f"It was {told}.", views.why(dataset, self.cache))
         self.cache.rejection = None
-        self.assertNotIn("rejected", report.status_table(self.cache) + report.why(dataset, self.cache))
+        self.assertNotIn("rejected", views.status_table(self.cache) + views.why(dataset, self.cache))

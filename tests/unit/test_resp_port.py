@@ -7,20 +7,17 @@ from random import Random
 from typing import Any
 from weakref import ref
 
-import hiredis
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.cache.cache import Cache
-from cacheservice.ports.freshness import Freshness
-from cacheservice.ports.resp.commands import Commands
 from cacheservice.ports.resp.scan import END_OF_DATASET, SortedShards, numbered, scan_rows
 from tests.kit.datasets import declared, rows_of
-from tests.kit.fake_refreshes import FakeRefreshes
 from tests.kit.resp import Words
 from tests.kit.resp_peer import publish
+from tests.kit.resp_session import FakeLink, make_server
 
 key_sets = st.sets(st.integers(0, 60), max_size=50)
 
@@ -29,21 +26,18 @@ class Scans(SynchronousTestCase):
     def setUp(self) -> None:
         clock = Clock()
         self.cache = Cache([declared(name) for name in ("one", "two", "three")], clock.seconds)
-        self.commands = Commands(self.cache, Freshness(FakeRefreshes(), self.cache.database, clock), "")
+        self.server = make_server(self.cache, clock)
+        self.client = FakeLink(self.server)
 
     def test_what_is_frozen_ends_with_its_reader(self) -> None:
         """What a transaction reads is let go when it ends, and not only when the garbage is collected."""
         gc.disable()
         self.addCleanup(gc.enable)
-        frozen = ref(self.commands.frozen())
+        frozen = ref(self.server.datasets.frozen())
         self.assertIsNone(frozen())
 
     def page(self, *words: bytes | str | int) -> tuple[bytes, list[bytes]]:
-        told = [str(word).encode() if not isinstance(word, bytes) else word for word in words]
-        answer = self.commands.by_name[told[0].lower()].run(self.commands, None, told)  # type: ignore[arg-type]  # scans ask nothing of it
-        reader = hiredis.Reader()
-        reader.feed(answer if isinstance(answer, bytes) else b"".join(answer))  # type: ignore[arg-type]
-        cursor, found = reader.gets()
+        ((cursor, found),) = self.client.ask_all(words)
         assert int(cursor) < 2**53, "some clients keep a cursor in a double"
         return cursor, found
 
@@ -92,7 +86,7 @@ class Scans(SynchronousTestCase):
                 break
         kinds = {b"one": b"hash"} | {b"one:%d" % key: b"string" for key in keys}
         part = {b"*": b"", b"one*": b"one", b"*1*": b"1"}[pattern]
-        hashes = {name for name, each in self.commands._datasets.items() if each.snapshot}
+        hashes = {name.encode() for name in self.server.datasets.snapshots()}
         everything = kinds | dict.fromkeys(hashes, b"hash") | {b"two:%d" % k: b"string" for k in self.keys_of("two")}
         expected = {key for key, each in everything.items() if part in key and kind in (None, each)}
         self.assertEqual(set(found), expected)

@@ -41,13 +41,13 @@ class Declared(SynchronousTestCase):
         """What would break the service is refused with the reason, and so is a name or a list that cannot be one."""
         for name, reason in {
             "statement_timeout": "the service sets it for each transaction, by timeout_s",
-            "SEARCH_PATH": "it has a key of its own: search_path",
-            "client_encoding": "documents are UTF-8",
+            "SEARCH_PATH": "use the key search_path",
+            "client_encoding": "documents are always UTF-8",
             "role": "log in as that role, in postgres.dsn",
         }.items():
             self.assertEqual(
                 self.problems(f"settings = {{{name} = 'x'}}\n{self.DATASET}"),
-                [f"postgres.settings: {name} is not to be chosen here: {reason}"],
+                [f"postgres.settings: {name} cannot be set here: {reason}"],
             )
         self.assertEqual(
             self.problems(f"{self.DATASET}settings = {{'a; DROP TABLE b' = 'x'}}"),
@@ -55,7 +55,7 @@ class Declared(SynchronousTestCase):
         )
         self.assertEqual(
             self.problems(f"{self.DATASET}settings = {{jit = 'on', JIT = 'off'}}"),
-            ["datasets.a.settings: jit is chosen twice"],
+            ["datasets.a.settings: jit is set twice"],
         )
         self.assertEqual(
             self.problems(f"{self.DATASET}settings = {{jit = []}}"),
@@ -73,7 +73,7 @@ class Declared(SynchronousTestCase):
         self.assertEqual(
             self.problems(f'{self.DATASET}{group}{other}{group}search_path = "ext"\nsettings = {{jit = "off"}}'),
             [
-                f"datasets.b.{key}: must be as that of a, which is in the same group, and is read with it"
+                f"datasets.b.{key}: must be as in a, which is in the same group and is read in the same transaction"
                 for key in ("search_path", "settings")
             ],
         )

@@ -11,7 +11,8 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice import __version__
-from cacheservice.ports.status import Commands, StatusFactory, StatusProtocol
+from cacheservice.ports.operator_commands import Argument, Command, Commands
+from cacheservice.ports.status import StatusFactory, StatusProtocol
 from tests.kit.status_port import filled_cache
 
 
@@ -128,7 +129,8 @@ class Timeouts(SynchronousTestCase):
 
     def test_a_bug_in_a_command(self) -> None:
         """A command that raises what nobody expected is an ERROR line and a traceback in the log."""
-        self.factory.commands._questions["ruok"] = lambda: str(1 // 0)
+        broken = Command(Argument.NONE, "a bug", lambda _: str(1 // 0))
+        self.patch(self.factory.commands, "_commands", {**self.factory.commands._commands, "ruok": broken})
         self.protocol.dataReceived(b"ruok;version\n")
         said = f"ERROR an internal error; its traceback is in the log\ncacheservice {__version__}\n"
         self.assertEqual(self.wire.value().decode(), said)

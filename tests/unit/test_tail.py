@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,27 +15,31 @@ from typing import Any, NoReturn
 from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.base.errors import NoAnswer
-from cacheservice.cli.asking import Address, Answer
-from cacheservice.cli.tail import Event, Follower, in_words
+from cacheservice.cli import tail
+from cacheservice.cli.client import Address, Answer
+from cacheservice.cli.follow import Event, Follower
+from cacheservice.cli.tail_words import in_words
+from cacheservice.views.facts import Attempt, Change, Database, Dataset, Facts, Service
 
-module = sys.modules[Follower.__module__]
-"""The package has the command under that name."""
+MOMENT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 
-def answer(generation: int, pid: int = 1, **fields: Any) -> Answer:
-    dataset = {
-        "generation": generation,
-        "state": "fresh",
-        "as_of": "2026-01-02T03:04:05Z",
-        "age_s": 1.0,
-        "max_age_s": 3.0,
-        "last_change": {"added": 0, "changed": generation, "removed": 0},
-        "last_attempt": None,
-        "consecutive_failures": 0,
-        "next_refresh_in_s": 1.0,
-        **fields,
-    }
-    return Answer(0.0, "", {"service": {"pid": pid}, "datasets": {"a": dataset}})
+def status(generation: int, pid: int = 1, **fields: Any) -> Facts:
+    """Return the facts about a service with one dataset, `a`."""
+    dataset = Dataset(
+        name="a",
+        state="fresh",
+        interval_s=1.0,
+        timeout_s=1.0,
+        max_age_s=3.0,
+        generation=generation,
+        as_of=MOMENT,
+        age_s=1.0,
+        last_change=Change(0, generation, 0),
+        next_refresh_in_s=1.0,
+    )
+    service = Service("1.0", ready=True, pid=pid)
+    return Facts(MOMENT, service, Database(), {"a": replace(dataset, **fields)})
 
 
 def message(generation: int) -> bytes:
@@ -56,13 +60,13 @@ class Passwords(SynchronousTestCase):
             sent.append(password)
             raise NoAnswer("there is none")
 
-        self.patch(module, "Subscription", subscription)
-        self.patch(module, "tell", sent.append)
-        answer: Any = None  # not asked before a subscription
+        self.patch(tail, "Subscription", subscription)
+        self.patch(tail, "print_error", sent.append)
+        answer = Answer(0.0, "", status(1))
         for password in ("first", "second"):
             secret.write_text(f"{password}\n")
-            ports = module._Ports(Address("127.0.0.1", 1), Address("127.0.0.1", 2), 1.0)
-            self.assertFalse(ports._subscribe(answer, ["items"]))
+            ports = tail.Ports(Address("127.0.0.1", 1), Address("127.0.0.1", 2), 1.0)
+            self.assertFalse(ports.subscribe(answer, ["items"]))
         self.assertEqual([each for each in sent if "publishes" not in each], ["first", "second"])
 
 
@@ -74,7 +78,7 @@ class Following(SynchronousTestCase):
         self.assertEqual(self.poll(5), [])
 
     def poll(self, generation: int, *, subscribed: bool = True, **fields: Any) -> list[Mapping[str, Any]]:
-        polled = answer(generation, **fields)
+        polled = status(generation, **fields)
         events = [*self.follower.restart(polled), *self.follower.poll(polled, subscribed=subscribed)]
         return [{"event": event.name, **event.fields} for event in events]
 
@@ -126,17 +130,19 @@ class Following(SynchronousTestCase):
 
     def test_an_attempt_is_told_once(self) -> None:
         """A failure that several polls see is one event, in words that say when it is tried again."""
-        attempt = {"outcome": "failed", "trigger": "retry", "started_at": "2026-01-02T03:04:05Z", "took_s": 0.5}
-        failing = {"last_attempt": attempt | {"rows": None, "error": "no table"}, "consecutive_failures": 2}
+        failing = {
+            "last_attempt": Attempt("failed", "retry", MOMENT, 0.5, error="no table"),
+            "consecutive_failures": 2,
+        }
         (event,) = self.poll(5, **failing)
         self.assertEqual(self.poll(5, **failing), [])
         self.assertEqual(event["event"], "refresh_failed")
-        words = in_words(Event(datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), "refresh_failed", "a", event)).plain
+        words = in_words(Event(MOMENT, "refresh_failed", "a", event)).plain
         self.assertEqual(words, "03:04:05.000Z  a  failed  no table (after 0.50 s, 2 in a row, next try in 1.00 s)")
 
     def test_a_publish_without_a_row(self) -> None:
         """The first load of an empty table has no rows; later, no row differs."""
         for generation, expected in ((1, "generation 1, no rows"), (2, "generation 2, no row differs")):
             fields = {"generation": generation, "added": 0, "changed": 0, "removed": 0}
-            event = Event(datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), "refresh_published", "a", fields)
+            event = Event(MOMENT, "refresh_published", "a", fields)
             self.assertEqual(in_words(event).plain, f"03:04:05.000Z  a  published  {expected}")

@@ -10,14 +10,15 @@ from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 from cacheservice.base.interfaces import Clock
-from cacheservice.base.timers import pause
 from cacheservice.ports.http.problem import Problem
+from cacheservice.ports.passwords import Passwords
 from cacheservice.ports.rejected import Rejected
 from cacheservice.ports.rotation import Look, no_files
-from cacheservice.ports.throttle import LONG_WAIT_S, Throttle
+from cacheservice.ports.throttle import LONG_WAIT_S
 
 _CHALLENGE = b'WWW-Authenticate: Bearer realm="cacheservice"'
-_ADMIN_TOKEN = "http.admin_token"  # noqa: S105  # the name of the setting
+READ_TOKEN, ADMIN_TOKEN = "http.token", "http.admin_token"
+"""The names of the settings."""
 CHALLENGE = _CHALLENGE + b"\r\n"
 
 
@@ -38,17 +39,14 @@ class Guard:
     ) -> None:
         self.is_for_reading = bool(token)
         self.is_for_commands = bool(admin_token)
-        self._rejected = rejected
-        self._clock = clock
-        self._look = look
-        self._throttle = Throttle(clock.seconds)
+        self.passwords = Passwords(clock, rejected, look)
         self.replace(token, admin_token)
 
     def replace(self, token: str, admin_token: str) -> None:
         """Accept only these tokens from now on."""
-        named = {"http.token": token, _ADMIN_TOKEN: admin_token}
+        named = {READ_TOKEN: token, ADMIN_TOKEN: admin_token}
         self._tokens = {name: each.encode() for name, each in named.items() if each}
-        self._admin_tokens = {_ADMIN_TOKEN: admin_token.encode()} if admin_token else {}
+        self._admin_tokens = {ADMIN_TOKEN: admin_token.encode()} if admin_token else {}
 
     def accepts(self, host: str, authorization: bytes) -> bool:
         """Return True if an Authorization header has a token that may read.
@@ -67,7 +65,7 @@ class Guard:
     def _accepts(self, host: str, authorization: bytes, tokens: Mapping[str, bytes]) -> bool:
         found = _found(authorization, tokens)
         for name in found:
-            self._throttle.succeeded(host, name)
+            self.passwords.accept(host, name)
         return bool(found)
 
     def admit(self, host: str, authorization: bytes) -> None:
@@ -78,37 +76,29 @@ class Guard:
 
         :raises Problem: 429.
         """
-        if not self._throttle.is_full(host):
+        if not self.passwords.is_full(host):
             return
-        proven = {name: token for name, token in self._tokens.items() if self._throttle.is_proven(host, name)}
-        if not _found(authorization, proven):
-            self._rejected["auth_failed"] += 1
+        checked = {name: token for name, token in self._tokens.items() if self.passwords.is_checked(host, name)}
+        if not _found(authorization, checked):
+            self.passwords.count_refusal()
             raise Problem(429, "too many wrong tokens from this address", b"Retry-After: %d\r\n" % LONG_WAIT_S)
 
-    def refuse_missing(self, setting: str = "http.token") -> NoReturn:
+    def refuse_missing(self, setting: str = READ_TOKEN) -> NoReturn:
         """Refuse a request without a token.
 
         :raises Problem: 401, without delay: a missing token is not a guess.
         """
-        self._rejected["auth_failed"] += 1
+        self.passwords.count_refusal()
         raise Problem(401, f'this needs "Authorization: Bearer …" with the token of {setting}', CHALLENGE)
 
-    async def refuse_wrong(self, host: str, is_right: Callable[[], bool], setting: str = "http.token") -> None:
+    async def refuse_wrong(self, host: str, is_right: Callable[[], bool], setting: str = READ_TOKEN) -> None:
         """Refuse a wrong token unless its file contains it by now.
 
         :param is_right: checks the token again after the files have been read.
         :raises Problem: 401, after the delay for the failures of this address.
         """
-        # Counted first: otherwise guesses would be free while the files are read.
-        wait_s = self._throttle.failed(host)
-        looking = self._look()
-        if looking is not None:
-            await looking
-            if is_right():
-                self._throttle.withdraw(host)
-                return
-        self._rejected["auth_failed"] += 1
-        await pause(self._clock, wait_s)
+        if await self.passwords.refuse(host, is_right):
+            return
         raise Problem(401, f"this is not the token of {setting}", _CHALLENGE + b', error="invalid_token"\r\n')
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from itertools import chain
-from typing import Any
+from typing import TypeAlias
 
 from cacheservice.cache.rows import bulk
 
@@ -34,6 +34,10 @@ class Status(str):
     __slots__ = ()
 
 
+Value: TypeAlias = "bool | int | float | str | bytes | Sequence[Value] | Set[Status] | Mapping[str, Value] | None"
+"""A nested value of a reply."""
+
+
 def error(message: str) -> bytes:
     """Encode an error reply, in one line."""
     return b"-%b\r\n" % " ".join(message.split()).encode("utf-8", "replace")
@@ -52,11 +56,8 @@ def map_header(pairs: int, protocol: int) -> bytes:
     return b"%%%d\r\n" % pairs if protocol == 3 else b"*%d\r\n" % (2 * pairs)
 
 
-def encode(value: Any, protocol: int) -> bytes:
-    """Encode a nested value.
-
-    Its types are None, bool, int, float, str, bytes, sequence, Status, set and mapping.
-    """
+def encode(value: Value, protocol: int) -> bytes:
+    """Encode a nested value. The members of a set are sorted, so that all processes send the same bytes."""
     match value:
         case None:
             return NIL[protocol]
@@ -78,13 +79,13 @@ def encode(value: Any, protocol: int) -> bytes:
             return map_header(len(value), protocol) + b"".join(encode(item, protocol) for item in items)
         case Set():
             header = b"~%d\r\n" % len(value) if protocol == 3 else array_header(len(value))
-            return header + b"".join(encode(item, protocol) for item in value)
+            return header + b"".join(encode(item, protocol) for item in sorted(value))
         case Sequence():
             return array_header(len(value)) + b"".join(encode(item, protocol) for item in value)
     raise TypeError(f"no reply is made of {type(value).__name__}")
 
 
-def push(values: Sequence[Any], protocol: int) -> bytes:
+def push(values: Sequence[Value], protocol: int) -> bytes:
     """Encode a message without a command: a push in version 3, an array in 2."""
     header = b">%d\r\n" % len(values) if protocol == 3 else array_header(len(values))
     return header + b"".join(encode(value, protocol) for value in values)

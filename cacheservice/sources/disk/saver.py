@@ -13,10 +13,10 @@ from twisted.internet.defer import Deferred
 
 from cacheservice.base.errors import Stopped
 from cacheservice.base.interfaces import Clock, DelayedCall, Log
+from cacheservice.base.text import seconds
 from cacheservice.base.timers import is_active
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset
-from cacheservice.cache.describe import seconds
 from cacheservice.cache.events import Event, Published, Renewed
 from cacheservice.cache.snapshot import Snapshot
 from cacheservice.sources.disk.clocks import Clocks

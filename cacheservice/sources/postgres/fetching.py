@@ -13,6 +13,7 @@ import psycopg2
 from cacheservice.base.interfaces import Reactor
 from cacheservice.base.timers import pause
 from cacheservice.cache.rows import RowsBuilder
+from cacheservice.config import DatasetSettings
 from cacheservice.sources.base import ReadPlan
 from cacheservice.sources.postgres import deltas
 from cacheservice.sources.postgres.blocked import BlockedStatements
@@ -58,9 +59,7 @@ class Fetching:
                 return _columns(await transaction.guard.execute(columns_query(dataset.query)))
             # If the time does not suffice to run the query twice, the next attempt must not try one answer again.
             self._outgrown.add(dataset.name)
-        await self.execute(transaction, f"DECLARE rows NO SCROLL CURSOR FOR {rows_sql}", dataset.name)
-        columns = _columns(await transaction.guard.execute(columns_query(dataset.query)))
-        await self._fetch_all(transaction.guard, builder)
+        columns = await self._by_cursor(transaction, dataset, rows_sql, builder)
         self._outgrown.discard(dataset.name)
         return columns
 
@@ -129,6 +128,15 @@ class Fetching:
             await transaction.guard.execute("SELECT 1")  # raises why the session ended before all rows were unpacked
             raise
         return True
+
+    async def _by_cursor(
+        self, transaction: Transaction, dataset: DatasetSettings, rows_sql: str, builder: RowsBuilder
+    ) -> list[Column]:
+        """Fetch any number of rows, and return the query's columns."""
+        await self.execute(transaction, f"DECLARE rows NO SCROLL CURSOR FOR {rows_sql}", dataset.name)
+        columns = _columns(await transaction.guard.execute(columns_query(dataset.query)))
+        await self._fetch_all(transaction.guard, builder)
+        return columns
 
     async def _fetch_all(self, guard: GuardedConnection, into: RowsBuilder | deltas.ChangedRows) -> None:
         # The first chunks are small, because the size of a row is not known yet.

@@ -15,7 +15,6 @@ import psycopg2
 
 from cacheservice.base.errors import Blocker
 from cacheservice.base.interfaces import BlockingCursor
-from cacheservice.cache.describe import describe_blocker
 from cacheservice.sources.postgres import blockers
 
 _AFTER_S = 0.3
@@ -57,7 +56,7 @@ class LockWatch:
     @property
     def sessions(self) -> str:
         """Return a description of the blocking sessions; empty if none is known."""
-        return "; ".join(describe_blocker(blocker) for blocker in self._found)
+        return "; ".join(str(blocker) for blocker in self._found)
 
     def _run(self) -> None:
         if self._ended.wait(_AFTER_S):

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset
 from cacheservice.config import OWN_CHANNEL
 from cacheservice.sources.postgres.deltas import watched_ids
 
-NoteChanged = Callable[[str, Sequence[str] | None], None]
-"""Called with the name of a dataset and the keys of its changed rows: None for any row, none for recorded rows."""
+
+class Receiver(Protocol):
+    """The receiver of changes: `cacheservice.refresh.service.CacheService`."""
+
+    def note_changed(self, name: str, keys: Sequence[str] | None) -> object:
+        """Note changed rows of a dataset: None for any row, no keys if triggers have recorded the rows."""
+
+    def missed(self) -> object:
+        """Look for changes whose notifications may have been missed."""
 
 
 class Notifications:
@@ -21,9 +29,13 @@ class Notifications:
     tables send to `OWN_CHANNEL`; they have recorded the keys.
     """
 
-    def __init__(self, cache: Cache, note_changed: NoteChanged) -> None:
+    def __init__(self, cache: Cache) -> None:
         self._cache = cache
-        self._note_changed = note_changed
+        self._receivers: list[Receiver] = []
+
+    def deliver_to(self, receiver: Receiver) -> None:
+        """Report changes to `receiver`, too, from now on."""
+        self._receivers.append(receiver)
 
     def channels(self) -> set[str]:
         """Return the LISTEN channels of the datasets, and the service's own channel if a table is watched."""
@@ -38,6 +50,15 @@ class Notifications:
                 self._note_changed(name, ())
             elif channel == dataset.settings.notify:
                 self._note_changed(name, keys_of(payload))
+
+    def missed(self) -> None:
+        """Report that notifications may have been missed."""
+        for receiver in self._receivers:
+            receiver.missed()
+
+    def _note_changed(self, name: str, keys: Sequence[str] | None) -> None:
+        for receiver in self._receivers:
+            receiver.note_changed(name, keys)
 
 
 def _is_watched(dataset: Dataset, payload: str) -> bool:

@@ -1,0 +1,99 @@
+"""The half of the service that reads: the database, the saved snapshots, and the refreshes that fill the cache."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+from pydantic import SecretStr
+from twisted.application.service import Service
+
+from cacheservice.base.interfaces import Log, Reactor
+from cacheservice.cache.cache import Cache
+from cacheservice.cache.drain import Drain
+from cacheservice.config import PersistenceSettings, PostgresSettings, Settings
+from cacheservice.refresh.refresher import Process
+from cacheservice.refresh.service import CacheService, Limits
+from cacheservice.sources.disk.store import SnapshotStore
+from cacheservice.sources.postgres import target
+from cacheservice.sources.postgres.database import Database
+from cacheservice.sources.postgres.listening.calls import Observer
+from cacheservice.sources.postgres.listening.listener import Listener
+from cacheservice.sources.postgres.listening.opening import Access
+from cacheservice.sources.postgres.notifications import Notifications
+from cacheservice.sources.postgres.pruning import Pruning
+
+
+class DatabaseService(Service):
+    """Closes the sessions that the database layer keeps between reads."""
+
+    name = "postgres"
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def stopService(self) -> None:
+        super().stopService()
+        self._database.stop()
+
+
+class Reads:
+    """Builds the parts that fill `cache`, and reconfigures them."""
+
+    def __init__(self, settings: Settings, cache: Cache, reactor: Reactor, log: Log) -> None:
+        postgres = settings.postgres
+        parsed = target.parse(postgres.dsn.get_secret_value())
+        drain = Drain(reactor)
+        self.database = Database(reactor, parsed, postgres.connect_timeout_s, cache.database)
+        self._notifications = Notifications(cache)
+        access = Access(parsed, self.database.connector, postgres.connect_timeout_s)
+        observer = Observer(self._notifications.heard, self._notifications.missed)
+        self._listener = Listener(access, observer, cache.database, reactor, log)
+        self._store = _store(settings.persistence, cache, drain, reactor, log)
+        self.refresh = CacheService(
+            cache,
+            self.database,
+            _limits(postgres),
+            Process(reactor, random.random, log, drain),
+            self._store,
+            self._listener.heard_all,
+        )
+        self._pruning = Pruning(cache, self.database, reactor, log)
+        self._notifications.deliver_to(self.refresh)
+        self._listener.listen_to(self._notifications.channels())
+        self.database.make_room_by(self._listener.give_up_session)  # with few connections, refreshes have priority
+
+    def services(self) -> Iterator[Service]:
+        """Return the services in the order of their start."""
+        yield DatabaseService(self.database)
+        if self._store is not None:
+            yield self._store
+        yield self._pruning
+        yield self.refresh
+        yield self._listener
+
+    def connect_to(self, dsn: SecretStr, connect_timeout_s: float) -> None:
+        """Open sessions with these settings from now on."""
+        parsed = target.parse(dsn.get_secret_value())
+        self.database.configure(parsed, connect_timeout_s)
+        self._listener.configure(parsed, connect_timeout_s)
+
+    def limit(self, postgres: PostgresSettings) -> None:
+        """Apply changed limits of the refreshes."""
+        self.refresh.set_limits(_limits(postgres))
+
+    def listen(self) -> None:
+        """Listen to the channels that the declared datasets need now."""
+        self._listener.listen_to(self._notifications.channels())
+
+
+def _limits(postgres: PostgresSettings) -> Limits:
+    return Limits(postgres.max_connections, postgres.max_load)
+
+
+def _store(
+    settings: PersistenceSettings, cache: Cache, drain: Drain, reactor: Reactor, log: Log
+) -> SnapshotStore | None:
+    if not settings.directory:
+        return None
+    return SnapshotStore(cache, settings, release=drain.add, reactor=reactor, log=log)

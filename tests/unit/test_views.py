@@ -1,0 +1,195 @@
+"""Laws of the facts that operators see, and of their JSON; on values and on a cache without a service."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from datetime import UTC, datetime
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from cacheservice.cache.cache import ConnectionCap
+from cacheservice.cache.changes import Change
+from cacheservice.cache.history import Attempt
+from cacheservice.cache.identity import ServerIdentity
+from cacheservice.cache.lag import Lag
+from cacheservice.cache.snapshot import Snapshot
+from cacheservice.views import collect, explain, facts, parse, words
+from cacheservice.views import json as as_json
+from tests.kit.datasets import MOMENT, declared, reading, rows_of
+from tests.kit.status_port import BLOCKER, filled_cache
+
+AT = datetime(2026, 1, 2, 3, 4, 6, tzinfo=UTC)
+NOT_IN_JSON = {
+    facts.Service: {"stopping", "configured_at"},
+    facts.Database: {"listening_proven_s"},
+    facts.Attempt: {"id", "how"},
+    facts.Dataset: {"behind_s"},
+}
+"""The fields that only a renderer of the same process gets."""
+
+
+class Json(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.cache = filled_cache()
+
+    def through_json(self) -> tuple[facts.Facts, facts.Facts]:
+        """Return the facts of the cache, and the same facts as another process reads them."""
+        here = collect.everything(self.cache)
+        return here, parse.facts(as_json.line(here), AT)
+
+    def test_another_process_reads_the_same_facts(self) -> None:
+        """All fields survive, to the millisecond, except those that are not in the JSON."""
+        products = self.cache.dataset("products")
+        change, lag = Change(1, 2, 3), Lag(15.0, False, "replay is paused")
+        products.publish(Snapshot(4, rows_of({}), MOMENT, 1000.0, "", change=change, lag=lag, age_uncertain="x"))
+        products.hold("would drop rows", 7, MOMENT)
+        products.note_save("full")
+        products.pin()
+        reading(products, None)
+        self.cache.reject(("a", "b"))
+        self.cache.connection_cap = ConnectionCap(1, 2, 3)
+        self.cache.database.seen(ServerIdentity("shop", 5, "reader", in_recovery=True, started_us=1), lag)
+        self.cache.database.pruned("denied", 5, 7.0)
+        here, there = self.through_json()
+        self.assertEqual(self.plain(here.service), self.plain(there.service))
+        self.assertEqual(self.plain(here.database), self.plain(there.database))
+        self.assertEqual(list(here.datasets), list(there.datasets))
+        for name, dataset in here.datasets.items():
+            self.assertEqual(self.plain(dataset), self.plain(there.datasets[name]))
+        self.assertEqual(there.datasets["prices"].blocked_by, (str(BLOCKER),))
+
+    def plain(self, value: object) -> object:
+        """Return the fields that are in the JSON, rounded as there."""
+        if isinstance(value, float):
+            return round(value, 3)
+        if type(value).__module__ != facts.__name__:
+            return value
+        hidden = NOT_IN_JSON.get(type(value), set())  # type: ignore[call-overload]
+        names = [field.name for field in fields(value) if field.name not in hidden]  # type: ignore[arg-type]
+        return {name: self.plain(getattr(value, name)) for name in names}
+
+    def test_an_older_service(self) -> None:
+        """Members that it does not have yet count as null."""
+        everything = json.loads(as_json.line(collect.everything(self.cache)))
+        for name in ("connection_cap", "configuration_rejected", "not_ready"):
+            del everything["service"][name]
+        for name in ("listening_problem", "standby", "prune_problem"):
+            del everything["postgres"][name]
+        for dataset in everything["datasets"].values():
+            for name in ("save_problem", "age_uncertain", "standby"):
+                del dataset[name]
+            for name in ("advice", "blocked_by"):
+                del dataset["last_attempt"][name]
+        there = parse.facts(json.dumps(everything), AT)
+        self.assertIsNone(there.service.connection_cap)
+        self.assertIsNone(there.datasets["products"].save_problem)
+        self.assertEqual((there.datasets["prices"].advice, there.datasets["prices"].blocked_by), (None, ()))
+
+    def test_another_server(self) -> None:
+        """JSON that is not the status of a service, and text that is not JSON, are refused."""
+        good = json.loads(as_json.line(collect.everything(self.cache)))
+        for bad in ("imok", "", "[]", "{}", '{"service":1}', json.dumps(good | {"datasets": []}),
+                    json.dumps(good | {"service": {"ready": True}}), json.dumps(good | {"postgres": None}),
+                    json.dumps(good | {"datasets": {"a": {"age_s": "old"}}})):  # fmt: skip
+            with self.assertRaises(ValueError, msg=bad):
+                parse.facts(bad, AT)
+
+    def test_some_datasets_only(self) -> None:
+        """The line keeps all members of the chosen datasets, also unknown ones."""
+        everything = json.loads(as_json.line(collect.everything(self.cache)))
+        everything["datasets"]["prices"]["new"] = 1
+        line = json.dumps(everything)
+        self.assertIs(as_json.only_datasets(line, ()), line)
+        self.assertEqual(
+            json.loads(as_json.only_datasets(line, ("prices",))),
+            everything | {"datasets": {"prices": everything["datasets"]["prices"]}},
+        )
+
+
+class Why(SynchronousTestCase):
+    """The sentences about a dataset, on values."""
+
+    def setUp(self) -> None:
+        self.dataset = facts.Dataset(
+            name="products",
+            state="fresh",
+            interval_s=10.0,
+            timeout_s=5.0,
+            max_age_s=60.0,
+            rows=1,
+            generation=3,
+            as_of=MOMENT,
+            age_s=1.0,
+        )
+        self.details = facts.Details(dataset=self.dataset, settings=declared("products"))
+
+    def why(self, details: facts.Details | None = None, **dataset: object) -> list[str]:
+        details = details or self.details
+        details = replace(details, dataset=replace(self.dataset, **dataset))  # type: ignore[arg-type]
+        return explain.why(details, facts.Service("1.0", ready=True), facts.Database(state="up"))
+
+    def test_fresh(self) -> None:
+        """It is the age with its limit, and the generation."""
+        self.assertEqual(
+            self.why(),
+            [
+                "products is fresh: it is 1.00 s old, the limit is 60 s.",
+                "Generation 3 with 1 row is served, as of 2026-01-02T03:04:05+00:00 by the database's clock.",
+            ],
+        )
+
+    def test_stale_and_expired(self) -> None:
+        """What readers get depends on on_expired, once the dataset is expired."""
+        good = "Readers get the last good snapshot."
+        self.assertIn(f"its interval is 10 s. {good}", self.why(state="stale", age_s=16.0)[0])
+        self.assertIn(f"the limit is 60 s. {good}", self.why(state="expired", age_s=61.0)[0])
+        settings = declared("products").model_copy(update={"on_expired": "refuse"})
+        refusing = replace(self.details, settings=settings)
+        self.assertIn("the limit is 60 s. Readers get an error.", self.why(refusing, state="expired", age_s=61.0)[0])
+
+    def test_skipped_starts(self) -> None:
+        """They are counted."""
+        for count, expected in ((1, "1 scheduled refresh was"), (2, "2 scheduled refreshes were")):
+            details = replace(self.details, missed_ticks=count)
+            self.assertIn(f"{expected} skipped, because the previous one was still running.", self.why(details))
+
+    def test_the_advice_follows_its_problem(self) -> None:
+        """That of a failure comes before a result held earlier, that of the held result after it."""
+        held = facts.Held("would drop rows", MOMENT, 1)
+        for outcome, before in (("failed", True), ("held", False)):
+            attempt = facts.Attempt(outcome, "interval", MOMENT, 1.0, error="e", advice="look")
+            sentences = self.why(held=held, last_attempt=attempt, consecutive_failures=int(before))
+            todo = sentences.index("What to do: look.")
+            found = next(number for number, text in enumerate(sentences) if "has been held for" in text)
+            self.assertEqual(todo < found, before)
+            self.assertEqual(sentences.count("What to do: look."), 1)
+
+
+class Words(SynchronousTestCase):
+    def test_durations(self) -> None:
+        """Two units at most, the larger one first."""
+        for value_s, expected in (
+            (-1.0, "0.00 s"), (0.123, "0.12 s"), (9.99, "9.99 s"), (47.4, "47 s"), (119.4, "119 s"), (120.0, "2 min"),
+            (200.0, "3 min 20 s"), (7200.0, "2 h"), (18120.0, "5 h 2 min"), (172800.0, "2 d"), (273600.0, "3 d 4 h"),
+        ):  # fmt: skip
+            self.assertEqual(words.duration(value_s), expected)
+
+    def test_sizes(self) -> None:
+        """Powers of 1024."""
+        for count, expected in ((512, "512 B"), (2048, "2.0 KiB"), (1_992_294, "1.9 MiB"), (5 << 40, "5120.0 GiB")):
+            self.assertEqual(words.size(count), expected)
+
+    def test_a_blocker(self) -> None:
+        """A description omits what the role may not see."""
+        self.assertEqual(
+            str(replace(BLOCKER, user=None, lock_mode=None, relation=None, transaction_since=None, state="active")),
+            "session 42 (psql) holds the lock, active, running UPDATE",
+        )
+
+    def test_the_last_attempt(self) -> None:
+        """A failure has its error, any other outcome its duration."""
+        dataset = filled_cache().dataset("prices")
+        self.assertEqual(words.last_attempt(collect.dataset(dataset)), "failed twice: a lock was not granted")
+        dataset.attempted(Attempt("unchanged", "retry", MOMENT, 0.25))
+        self.assertEqual(words.last_attempt(collect.dataset(dataset)), "unchanged in 0.25 s")
