@@ -508,7 +508,9 @@ class Servers(Inspecting):
         """A database that cannot be reached is one line without a password, with what to do."""
         with self.assertRaises(InspectionFailed) as caught:
             self.look("SELECT 1 AS id", dsn=f"postgresql://me:hidden-word@127.0.0.1:{free_port()}/x")
-        self.assertRegex(str(caught.exception), r"^PostgreSQL refused the connection: .*; check that PostgreSQL is running")
+        self.assertRegex(
+            str(caught.exception), r"^PostgreSQL refused the connection: .*; check that PostgreSQL is running"
+        )
         self.assertNotIn("hidden-word", str(caught.exception))
         self.assertNotIn("\n", str(caught.exception))
 
