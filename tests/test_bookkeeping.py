@@ -145,7 +145,7 @@ class Writers(Bookkeeping):
             if table != "pruned":
                 with self.assertRaises(WatchFailed) as failed:
                     self.watch("items")
-                self.assertIn("say first: cacheservice migrate", str(failed.exception))
+                self.assertIn("run cacheservice migrate first", str(failed.exception))
             self.assertEqual(migrate(self.dsn, FOLDER)[0], "0002_changes")
             self.assertEqual(self.sql(TRIGGERS), [])
             self.sql(*self.WRITES)
@@ -213,7 +213,7 @@ class Writers(Bookkeeping):
         query(self.server, name, "CREATE TABLE items (id int)")
         with self.assertRaises(WatchFailed) as failed:
             watch(dsn, "items", ("id",), False, False, self.fail)
-        self.assertIn("say first: cacheservice migrate", str(failed.exception))
+        self.assertIn("run cacheservice migrate first", str(failed.exception))
         migrate(dsn, FOLDER)
         watch(dsn, "items", ("id",), False, False, self.fail)
         query(self.server, name, "UPDATE cacheservice.watched SET form = 1")

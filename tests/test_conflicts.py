@@ -59,7 +59,7 @@ class OnTheServer(ServiceTestCase):
             await until(lambda: self.ask(waiting) == [(1,)])
             await deferToThread(cursor.execute, "SELECT pg_advisory_xact_lock(1)")  # until ours has been ended
             await until(lambda: dataset.attempts)
-            self.assertIn("a deadlock", self.why(dataset, cache, Deadlock))
+            self.assertIn("deadlock: ", self.why(dataset, cache, Deadlock))
             self.assertEqual((dataset.attempts[-1].outcome, cache.database.state), ("failed", "up"))
             cursor.execute("COMMIT")
         await until(lambda: dataset.snapshot)
@@ -75,7 +75,7 @@ class OnTheServer(ServiceTestCase):
         ours = translate(error, parse("host=localhost"))
         self.assertIsInstance(ours, SerializationFailed)
         self.assertEqual(
-            (ours.sqlstate, str(ours)), ("40001", "the query could not be kept apart from concurrent changes")
+            (ours.sqlstate, str(ours)), ("40001", "the query could not be isolated from concurrent changes")
         )
 
     def serialization_failure(self) -> psycopg2.Error:
@@ -128,7 +128,7 @@ class OnTheServer(ServiceTestCase):
         service.startService()
         await until(lambda: dataset.snapshot)
         served = dataset.snapshot
-        words = f"the standby ended the query to go on replaying its primary: {words}"
+        words = f"the standby ended the query to continue replaying its primary: {words}"
         await self.conflict(dataset, change, words)
         self.assertIn(words, self.why(dataset, cache, StandbyConflict))
         self.assertEqual(cache.database.state, "up")

@@ -347,7 +347,7 @@ class Falling(FreshTestCase):
         """Without the migrations, all is read each time, and the log says what to do."""
         daemon = self.service(self.dataset(WATCH), superuser=True, listening=False)
         self.until_read(daemon, "the database does not know cacheservice.changes")
-        self.assertIn("say: cacheservice migrate --reader NAME", self.reads(daemon)[0])
+        self.assertIn("run cacheservice migrate --reader NAME", self.reads(daemon)[0])
 
     def test_without_rights(self) -> None:
         """So it does for a reader that may not call the function."""

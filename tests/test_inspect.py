@@ -387,9 +387,9 @@ class Problems(Inspecting):
         sql = "SELECT id FROM shop.products"
         self.assertIn("probe: ", self.problem(sql, probe="SELECT 1 / 0")[0])
         self.assertIn("more than one row", self.problem(sql, probe=sql)[0])
-        self.assertIn("gives NULL", self.hint(sql, probe="SELECT NULL")[0])
+        self.assertIn("returns NULL", self.hint(sql, probe="SELECT NULL")[0])
         self.assertIn("a DELETE does not change the greatest value", self.hint(sql, probe="SELECT max(1)")[0])
-        self.assertEqual(self.hint(sql, notify="Products")[1], 'say: NOTIFY "Products"')
+        self.assertEqual(self.hint(sql, notify="Products")[1], 'use NOTIFY "Products"')
         self.assertTrue(self.look(sql, notify="products", probe="SELECT 1; -- one").ok)
 
     def test_a_watch_beside_a_failing_query(self) -> None:
@@ -408,7 +408,7 @@ class Problems(Inspecting):
         sql = "SELECT id, name FROM shop.products"
         table = {"watch": [{"table": "shop.products", "key": "id"}]}
         self.assertEqual(self.look(sql).deltas, "possible: cacheservice watch shop.products --key id")
-        self.assertEqual(self.problem(sql, **table)[1], "say: cacheservice migrate --reader postgres")
+        self.assertEqual(self.problem(sql, **table)[1], "run cacheservice migrate --reader postgres")
         migrate(self.owner, shipped.folder("migrations"))
         self.assertEqual(
             self.problem(sql, **table),
@@ -479,7 +479,7 @@ class Servers(Inspecting):
             found = self.look("SELECT id FROM shop.products", dsn=dsn(database=self.database), **self.WATCHED)
         self.assertTrue(found.ok)
         self.assertTrue(self.seen.standby)
-        self.assertIn("takes no LISTEN: it", self.seen.findings[0].text)
+        self.assertIn("does not work on a standby: it", self.seen.findings[0].text)
 
     def test_a_pooler(self) -> None:
         """A pooler is noticed, whatever it calls itself, and everything else is found through it."""
@@ -508,7 +508,9 @@ class Servers(Inspecting):
         """A database that cannot be reached is one line without a password, with what to do."""
         with self.assertRaises(InspectionFailed) as caught:
             self.look("SELECT 1 AS id", dsn=f"postgresql://me:hidden-word@127.0.0.1:{free_port()}/x")
-        self.assertRegex(str(caught.exception), r"^PostgreSQL refused the connection: .*; check that PostgreSQL runs")
+        self.assertRegex(
+            str(caught.exception), r"^PostgreSQL refused the connection: .*; check that PostgreSQL is running"
+        )
         self.assertNotIn("hidden-word", str(caught.exception))
         self.assertNotIn("\n", str(caught.exception))
 

@@ -261,7 +261,7 @@ class FewConnectionsTests(SessionsTestCase):
             await self.pid(database)
         await until(lambda: self.status.listening_problem)
         self.assertFalse(self.status.listening)
-        self.assertIn("no connection is left to listen with", self.status.listening_problem or "")
+        self.assertIn("no connection is left for listening", self.status.listening_problem or "")
         await listener.stopService()
 
     async def test_a_listener_that_is_being_connected(self) -> None:

@@ -630,9 +630,9 @@ class Commands(Watching):
             ("", "id", "invalid name syntax"),
             ("items", "nome", '"public"."items" has no column nome; it has id, name'),
             ("items", "ctid", '"public"."items" has no column ctid'),
-            ("seen", "id", '"public"."seen" is no table that can have such triggers; watch the tables that it reads'),
+            ("seen", "id", '"public"."seen" cannot have such triggers; watch the tables that it reads'),
             ("kept", "id", "watch the tables that it reads"),
-            (f"{schema}.{passing}", "id", "is no table that can have such triggers"),
+            (f"{schema}.{passing}", "id", "cannot have such triggers"),
             ("sales_1", "id", "is a partition or a child of sales; watch that"),
             ("pg_class", "oid", "system catalog"),
         ):
@@ -649,7 +649,7 @@ class Commands(Watching):
         """It is told to be."""
         self.dsn = self.server.dsn(database=fresh_database(self.server, self.addCleanup))
         for command, told in (
-            (("watch", "items", "--key", "id"), "say first: cacheservice migrate"),
+            (("watch", "items", "--key", "id"), "run cacheservice migrate first"),
             (("unwatch", "items"), "items is not watched: the database has no schema cacheservice"),
         ):
             result = self.run_command(*command)

@@ -97,7 +97,7 @@ TLS_AND_LIMITS = {
     "FATAL:  28000: connection requires a valid client certificate": "sslcert=FILE",
     "session is read-only": "target_session_attrs=primary",
     "server is in hot standby mode": "target_session_attrs",
-    "Connection refused": "check that PostgreSQL runs",
+    "Connection refused": "check that PostgreSQL is running",
     'the name look-up of "db" found no address': "name server",
 }
 

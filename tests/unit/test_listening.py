@@ -77,7 +77,7 @@ def test_where_listen_cannot_work() -> None:
     assert not each.failed(QueryFailed("cannot execute LISTEN during recovery", sqlstate="25006")).is_new
     none_left = each.failed(NoSessionLeft("too many connections"))
     assert (none_left.kind, none_left.is_new) == ("impossible", True)
-    assert none_left.text == "refreshes go first, and no connection is left to listen with: too many connections"
+    assert none_left.text == "refreshes have priority, and no connection is left for listening: too many connections"
     assert each.failed(HeardNothing("no canary")).kind == "lost"
     assert "PgBouncer" in each.failed(HeardNothing("no canary")).text
     assert each.failed(DatabaseUnavailable("refused")).kind == "lost"

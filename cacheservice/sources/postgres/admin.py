@@ -187,12 +187,12 @@ def explained(dsn: str, error: psycopg2.Error, role: str, database: str) -> str:
 
 def _locked(watch: LockWatch) -> str:
     """Return the error for a lock that was not granted in time."""
-    what = f"{watch.relation} is in use" if watch.relation else "another session is in the way"
+    what = f"{watch.relation} is in use" if watch.relation else "another session blocks it"
     waited = f"the lock was not granted within {LOCK_TIMEOUT_MS // 1000} s"
     error = f"{what}: {waited}, and writers should not wait longer behind it"
     if watch.sessions:
         return f"{error}. It was blocked: {watch.sessions}; end that session, or wait for it, and try again"
-    return f"{error}; try again when no long transaction uses the table and no other such command runs"
+    return f"{error}; try again when no long transaction uses the table and no other cacheservice command runs"
 
 
 def restore_rights(session: Session) -> None:

@@ -48,12 +48,12 @@ _REFUSED = (
 _TLS = (
     (
         r"server does not support SSL|server does not support TLS",
-        "switch TLS on at the server (ssl = on), or use sslmode=prefer where the network can be trusted",
+        "enable TLS on the server (ssl = on), or use sslmode=prefer if the network can be trusted",
     ),
     (
         r"root certificate file|no certificate or crl found",
         "name the file of the authority that signed the server's certificate: sslrootcert=FILE, "
-        "or sslrootcert=system for those that the system trusts",
+        "or sslrootcert=system for authorities that the system trusts",
     ),
     (
         r"certificate verify failed|self.signed certificate|unable to get (local )?issuer|unknown ca",
@@ -72,10 +72,10 @@ _TLS = (
     ),
     (
         r"unsupported protocol|wrong version number|alert protocol version|no protocols available",
-        "let both sides speak a common TLS version: ssl_min_protocol_version of the server and of postgres.dsn",
+        "allow a common TLS version on both sides: ssl_min_protocol_version of the server and of postgres.dsn",
     ),
     (r"invalid response to SSL negotiation", "check host and port in postgres.dsn: the server is not PostgreSQL"),
-    (r"\bSSL\b", "check the certificates and sslmode on both sides; the server's log has its view of it"),
+    (r"\bSSL\b", "check the certificates and sslmode on both sides; the server's log has more details"),
 )
 _NO_SQLSTATE = (
     (r"name look-up|could not translate host name", "check the host's name in postgres.dsn, and the name server"),
@@ -83,7 +83,7 @@ _NO_SQLSTATE = (
     (r'database ".*" does not exist', _BY_SQLSTATE["3D000"]),
     (r"too many|connection slots", _BY_SQLSTATE["53300"]),
     (r"Permission denied|No such file or directory", "check the path of the server's socket in postgres.dsn"),
-    (r"Connection refused", "check that PostgreSQL runs, and the host and port in postgres.dsn"),
+    (r"Connection refused", "check that PostgreSQL is running, and check the host and port in postgres.dsn"),
     (
         r"timeout expired|timed out",
         "look for a frozen or overloaded server or a lost network path, and check the host and port in postgres.dsn",

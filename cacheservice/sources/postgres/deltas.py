@@ -30,7 +30,7 @@ CAN_TELL = """
 """True if this role may call the function; a call without that right would end the transaction."""
 CANNOT_TELL = (
     "the database does not know cacheservice.changes, or this role may not call it; "
-    "say: cacheservice migrate --reader NAME"
+    "run cacheservice migrate --reader NAME"
 )
 
 

@@ -138,8 +138,8 @@ def _make_role(session: Session, name: str, password: str | None) -> bool:
             raise
         reader = role.as_string(session.cursor)
         raise Refused(
-            f"PostgreSQL: {told}: {reader} exists, and {session.role} may not change it; as the "
-            f"role that made it, or as a superuser: GRANT {reader} TO {session.role} WITH ADMIN OPTION;"
+            f"PostgreSQL: {told}: {reader} exists, and {session.role} may not change it; run as the "
+            f"role that created it, or as a superuser: GRANT {reader} TO {session.role} WITH ADMIN OPTION;"
         ) from error
     return not present
 
@@ -181,6 +181,6 @@ def _grant_select(session: Session, table: str, role: sql.Identifier) -> None:
         # right already.
         if not session.value(may, (reader, name, right)):
             raise Refused(
-                f"{session.role} may not grant {right} on {what.lower()}{name}; run it as the owner of {name}, or have "
-                f"that say: GRANT {right} ON {what}{name} TO {reader};"
+                f"{session.role} may not grant {right} on {what.lower()}{name}; run it as the owner of {name}, or "
+                f"have the owner run: GRANT {right} ON {what}{name} TO {reader};"
             )

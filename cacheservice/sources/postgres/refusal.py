@@ -85,7 +85,9 @@ def not_connected(failed: Sequence[Tried], target: Target, waited_s: float) -> D
     for each in failed:
         if (spent := no_descriptor_left(each.cause)) is not None:
             return spent
-    told = target.redact("; ".join(f"{where}: {cause or 'it failed without a reason'}" for where, cause, *_ in failed))
+    told = target.redact(
+        "; ".join(f"{where}: {cause or 'it failed, and no reason was reported'}" for where, cause, *_ in failed)
+    )
     if all(each.silent for each in failed):
         return DeadlineExceeded(f"PostgreSQL did not accept a session within {waited_s:.3g} s ({told})")
     error = _kind(failed)(f"{lead([cause for _, cause, *_ in failed])}: {told}")

@@ -17,7 +17,7 @@ from cacheservice.sources.postgres.addresses import Address
 _DEFAULT_PORT = "5432"
 _NOT_SUPPORTED = {
     "service": "name host, port, user and dbname instead",
-    "hostaddr": "give the address as host",
+    "hostaddr": "set the address as host",
 }
 _IDENTIFIER_BYTES = 63
 """PostgreSQL truncates application_name at this length."""
@@ -162,7 +162,7 @@ def parse(dsn: str) -> Target:
             raise ValueError(f"{name}= is not supported; {instead}")
     hosts, ports = parameters.get("host", "").split(","), parameters.get("port", _DEFAULT_PORT).split(",")
     if len(ports) not in (1, len(hosts)):
-        raise ValueError(f"{len(ports)} ports for {len(hosts)} hosts; give one, or one for each host")
+        raise ValueError(f"{len(ports)} ports for {len(hosts)} hosts; set one, or one for each host")
     if not all(port == "" or (port.isascii() and port.isdigit() and 0 < int(port) < 65536) for port in ports):
         raise ValueError("a port must be a number from 1 to 65535")
     if parameters.get("sslrootcert") == "system" and parameters.get("sslmode", "verify-full") != "verify-full":

@@ -56,7 +56,7 @@ def translate(error: psycopg2.Error, target: Target, *, connecting: bool = False
     told = (diagnostics and diagnostics.message_primary) or str(error)
     if connecting and (spent := no_descriptor_left(told)) is not None:
         return spent
-    told = told or f"{type(error).__name__} without a reason"
+    told = told or f"{type(error).__name__} without a message"
     # Before the password is removed: a short password may be part of the words that decide the advice.
     todo = advice.for_login(sqlstate, told) if connecting else advice.for_query(sqlstate)
     message = target.redact(told)
@@ -88,7 +88,7 @@ def _try_again(sqlstate: str, message: str, diagnostics: Diagnostics) -> QueryFa
     of_recovery = _OF_RECOVERY.search(message) or _RECOVERY_FUNCTION.search(diagnostics.source_function or "")
     if of_recovery:
         why = f": {diagnostics.message_detail}".rstrip(".") if diagnostics.message_detail else ""
-        return StandbyConflict(f"the standby ended the query to go on replaying its primary{why}", sqlstate)
+        return StandbyConflict(f"the standby ended the query to continue replaying its primary{why}", sqlstate)
     if sqlstate == _DEADLOCK_DETECTED:
-        return Deadlock("the query and another session waited for each other's locks, a deadlock", sqlstate)
-    return SerializationFailed("the query could not be kept apart from concurrent changes", sqlstate)
+        return Deadlock("deadlock: the query and another session waited for each other's locks", sqlstate)
+    return SerializationFailed("the query could not be isolated from concurrent changes", sqlstate)

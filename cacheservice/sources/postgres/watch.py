@@ -157,7 +157,9 @@ def _transaction(dsn: str, dsn_source: str, *, restore: bool) -> Iterator[Sessio
 def _require_tables(session: Session) -> None:
     form = "SELECT count(*) FROM pg_attribute WHERE attrelid = to_regclass('cacheservice.watched') AND attname = 'form'"
     if not _has(session, "changes") or not session.value(form):
-        raise WatchFailed("what `watch` needs is missing in this database; say first: cacheservice migrate")
+        raise WatchFailed(
+            "this database lacks the tables that `cacheservice watch` needs; run cacheservice migrate first"
+        )
 
 
 def _has(session: Session, table: str) -> bool:
@@ -179,7 +181,7 @@ def _named(cursor: BlockingCursor, table: str) -> tuple[int, str, str]:
 def _find(cursor: BlockingCursor, table: str, key: Sequence[str]) -> Table:
     oid, name, kind = _named(cursor, table)
     if kind not in _TABLE_KINDS:
-        raise WatchFailed(f"{name} is no table that can have such triggers; watch the tables that it reads")
+        raise WatchFailed(f"{name} cannot have such triggers; watch the tables that it reads")
     cursor.execute(
         "SELECT attname, attgenerated::text FROM pg_attribute WHERE attrelid = %s AND attnum > 0 AND NOT attisdropped",
         (oid,),

@@ -31,11 +31,11 @@ _PICKS = {
 """Nodes that are harmless if they see only the rows of one key."""
 _NODES = {
     "Recursive Union": "a recursive query computes a row from other rows",
-    "Sample Scan": "TABLESAMPLE takes other rows each time",
+    "Sample Scan": "TABLESAMPLE takes different rows each time",
 }
 _KINDS = {
     "m": "is a materialized view, whose REFRESH fires no trigger",
-    "f": "is a foreign table, which others change unseen",
+    "f": "is a foreign table, whose changes fire no trigger here",
 }
 _EXPRESSIONS = (
     "Output",
@@ -89,7 +89,9 @@ def look_for_blind_spots(
         if any(faults):
             _add(look, why)
         elif faults:
-            _hint(look, f"{why}, unless these have the same key", "see that it takes only rows with the key of the row")
+            _hint(
+                look, f"{why}, unless these have the same key", "check that it takes only rows with the key of the row"
+            )
     _look_at_functions(look, plan)
     found_before = len(look.found.findings)
     computed = [
@@ -242,7 +244,7 @@ def _look_at_bodies(look: Look, plan: PlanNode, scans: Sequence[Scan]) -> None:
             _hint(
                 look,
                 f"{reading.function} reads {table}, and may read rows with another key",
-                f"see that it reads only rows of {table} with the key of the row",
+                f"check that it reads only rows of {table} with the key of the row",
             )
         elif (schema, name) in scanned:
             continue

@@ -62,7 +62,7 @@ def warn_of_same_names(look: Look) -> None:
     names = [column.name for column in look.found.columns]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        look.add("hint", f"columns of the same name: {', '.join(twice)}", "name them apart with AS")
+        look.add("hint", f"columns of the same name: {', '.join(twice)}", "rename one with AS")
 
 
 def key_places(look: Look) -> list[int] | None:
@@ -132,7 +132,7 @@ def take_sample(look: Look) -> Sample | None:
         look.cursor.execute("ROLLBACK TO SAVEPOINT sample")
         if error.pgcode == "57014":
             text = f"no {SAMPLE_ROWS:,} rows of it came within {_SAMPLE_TIMEOUT_MS // 1000} s; its deadline is "
-            look.add("hint", f"{text}timeout_s = {look.dataset.timeout_s:g}", "see that it is long enough")
+            look.add("hint", f"{text}timeout_s = {look.dataset.timeout_s:g}", "check that it is long enough")
         else:
             look.found.findings.append(finding(look, "the rows", error))
         return None
@@ -179,11 +179,13 @@ def judge_size(look: Look, plan: PlanNode, sample: Sample | None) -> None:
     dataset = look.dataset
     if dataset.max_rows and size.rows > dataset.max_rows:
         look.add(
-            "problem", f"about {size.rows:,} rows pass max_rows = {dataset.max_rows:,}", "raise it, or select less"
+            "problem", f"about {size.rows:,} rows exceed max_rows = {dataset.max_rows:,}", "raise it, or select less"
         )
     if dataset.max_bytes and size.bytes > dataset.max_bytes:
         look.add(
-            "problem", f"about {size.bytes:,} bytes pass max_bytes = {dataset.max_bytes:,}", "raise it, or select less"
+            "problem",
+            f"about {size.bytes:,} bytes exceed max_bytes = {dataset.max_bytes:,}",
+            "raise it, or select less",
         )
     if sample is not None and sample.is_all and sample.rows < dataset.min_rows:
         look.add("problem", f"{sample.rows:,} rows are fewer than min_rows = {dataset.min_rows:,}: it would be held")
@@ -199,14 +201,14 @@ def judge_key(
         look.add("problem", f"the key is NULL in {sample.nulls:,} of {sample.rows:,} rows", "leave them out with WHERE")
     elif index is not None and not index.not_null:
         look.add(
-            "hint", "the key may become NULL, which fails a refresh", "make the column NOT NULL, or leave them out"
+            "hint", "the key may become NULL, and then a refresh fails", "make the column NOT NULL, or leave them out"
         )
     if sample is not None and sample.longest_key is not None and sample.longest_key > 65536:
         look.add("problem", "a key is longer than 64 KiB", "choose another key")
     if index is not None:
         return Key(columns, True, f"unique index {index.name}", fit)
     if sample is None:
-        return Key(columns, None, "neither an index nor a sample tells", fit)
+        return Key(columns, None, "neither an index nor a sample shows it", fit)
     how = f"all {sample.rows:,} rows counted" if sample.is_all else f"counted in a sample of {sample.rows:,} rows"
     twice = sample.rows - sample.nulls - sample.distinct
     if twice:

@@ -46,7 +46,7 @@ def compare_paths(look: Look) -> None:
             look.add(
                 "problem",
                 f"search_path: with the role's own, {own_path}, the query means something else: {told}",
-                f'if that is what is meant, set search_path = "{own_path}" for the dataset or in [postgres]; '
+                f'if that is intended, set search_path = "{own_path}" for the dataset or in [postgres]; '
                 "if not, name the schemas in the query",
             )
 

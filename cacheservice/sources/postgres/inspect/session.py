@@ -165,16 +165,16 @@ def _server(connection: BlockingConnection, datasets: Sequence[DatasetSettings])
         server.findings.append(
             Finding(
                 "hint",
-                f"a standby takes no LISTEN: {', '.join(heard)} will be refreshed on their intervals only",
-                "read from the primary where changes are to be seen at once",
+                f"LISTEN does not work on a standby: {', '.join(heard)} will be refreshed on their intervals only",
+                "read from the primary if changes must be seen at once",
             )
         )
     if standby and not sees_receiver:
         server.findings.append(
             Finding(
                 "hint",
-                f"{role} may not see whether this standby hears from its primary: while that is idle, ages count from "
-                "its last commit",
+                f"{role} may not see whether this standby hears from its primary: while the primary is idle, ages "
+                "count from its last commit",
                 f"on the primary: {GRANT.format(role=role)};",
             )
         )

@@ -49,8 +49,8 @@ def _warn_of_tables(look: Look, plan: PlanNode) -> None:
     )
     for table, hidden, unknown in look.cursor.fetchall():
         if hidden:
-            text = f"row security is active on {table}: {look.server.role} gets the rows that its policies let it see"
-            look.add("hint", text, "see that those are all that are meant")
+            text = f"row security is active on {table}: {look.server.role} gets only the rows that its policies allow"
+            look.add("hint", text, "check that these are all the rows that you need")
         if unknown:
             text = f"{table} has never been analyzed: rows, bytes and cost are guesses"
             look.add("hint", text, f"ANALYZE {table};")

@@ -73,7 +73,7 @@ def look_at_probe(look: Look) -> None:
     with step(look, "probe"):
         look.cursor.execute(probe_query(look.dataset.probe))
         if look.cursor.fetchone()[0] is None:
-            look.add("hint", "probe: it gives NULL now; while it does, nothing is fetched after the first load")
+            look.add("hint", "probe: it returns NULL now; while it does, no rows are read after the first load")
     look.found.findings.extend(_probe_findings(look.dataset))
 
 
@@ -107,7 +107,7 @@ def look_at_channel(look: Look) -> None:
     channel = look.dataset.notify
     if channel and not re.fullmatch(r"[a-z_][a-z0-9_$]*", channel):
         quoted = channel.replace('"', '""')
-        look.add("hint", f'notify: the channel "{channel}" has to be quoted', f'say: NOTIFY "{quoted}"')
+        look.add("hint", f'notify: the channel "{channel}" has to be quoted', f'use NOTIFY "{quoted}"')
 
 
 def _no_deltas(why: str) -> Finding:

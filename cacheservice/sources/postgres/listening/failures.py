@@ -21,7 +21,7 @@ _SILENT_SESSIONS = 2
 _READ_ONLY = "25006"
 """The SQLSTATE of LISTEN during recovery."""
 _STANDBY = "the server is a standby, where LISTEN cannot work"
-_NO_CONNECTION = "refreshes go first, and no connection is left to listen with"
+_NO_CONNECTION = "refreshes have priority, and no connection is left for listening"
 _POOLED = (
     "LISTEN does not work here, as behind a proxy that pools transactions (PgBouncer); "
     "name a direct connection in postgres.dsn"
