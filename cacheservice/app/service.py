@@ -249,7 +249,7 @@ def make_service(
     freshness = Freshness(refresh, cache.database, reactor)
     questions = Commands(cache, monitor=metrics.monitor_lines)
     served["status"] = status = StatusFactory(
-        questions, max_connections, limits.idle_timeout_s, reactor, door("status")
+        questions, Limits(max_connections, limits.idle_timeout_s, door=door("status")), reactor
     )
     ports.append(status)
     listen = tcp(reactor, settings.status.host, settings.status.port, status, accepted)
@@ -257,7 +257,7 @@ def make_service(
     if settings.admin.socket:
         all_commands = Commands(cache, refresh, reloader.reload, metrics.monitor_lines)
         served["admin"] = admin = StatusFactory(
-            all_commands, max_connections, limits.idle_timeout_s, reactor, door("admin")
+            all_commands, Limits(max_connections, limits.idle_timeout_s, door=door("admin")), reactor
         )
         ports.append(admin)
         _add_port(root, "admin", "admin.socket", unix(reactor, settings.admin.socket, admin), admin)

@@ -49,6 +49,10 @@ class Wire:
         self.protocol = protocol
         protocol.makeConnection(self)  # type: ignore[arg-type]  # it has what the connections use
 
+    @property
+    def is_open(self) -> bool:
+        return self.ended is None
+
     # What a test does
 
     def receive(self, data: bytes) -> None:
