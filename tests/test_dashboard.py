@@ -19,8 +19,6 @@ from twisted.internet.threads import deferToThread
 
 from cacheservice.base.errors import NothingToPin, NothingToRollBackTo
 from cacheservice.cache.dataset import Attempt
-from cacheservice.ports.freshness import Freshness
-from cacheservice.ports.http import HttpFactory
 from cacheservice.ports.http.bodies import PIECE_BYTES
 from tests.kit.daemon import DaemonTestCase
 from tests.kit.datasets import MANY, MOMENT_WITH_MS, declared
@@ -379,19 +377,9 @@ class Operators(FakeRefreshes):
 class CommandsTestCase(EventsTestCase):
     admin_token = "operate"
 
-    def make_factory(self) -> HttpFactory:
+    def commanded(self) -> Operators:
         self.operators = Operators()
-        return HttpFactory(
-            cache=self.cache,
-            freshness=Freshness(self.refreshes, self.cache.database, self.clock),
-            refreshes=self.operators,
-            max_connections=self.max_connections,
-            idle_timeout_s=self.idle_timeout_s,
-            reactor=reactor,
-            token=self.token,
-            admin_token=self.admin_token,
-            allow_data=self.allow_data,
-        )
+        return self.operators
 
     async def command(self, path: str, token: str = "operate", method: str = "POST", **headers: str) -> Answer:
         return await self.ask(f"/v1/datasets/{path}", method, Authorization=f"Bearer {token}", **headers)

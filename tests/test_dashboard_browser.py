@@ -326,9 +326,7 @@ class States(BrowserTestCase):
         wait_until(lambda: int(self.row("products", "generation")) > generation, "the next generation")
         self.assertEqual(self.js("return document.querySelectorAll('#dataset-products canvas').length"), 1)
         label = self.find("#dataset-products .chart").accessible_name
-        self.assertRegex(
-            label, r"^In the last 5 min readers were given data at most \d+ s old; the slowest attempt took "
-        )
+        self.assertRegex(label, r"^In the last 5 min readers got data at most \d+ s old; the slowest attempt took ")
 
     def test_a_reload(self) -> None:
         """A dataset that a new configuration brings is there, one that is gone is not, and the others stay."""
@@ -557,9 +555,9 @@ class Reach(BrowserTestCase):
         for _ in range(20):
             self.find("body").send_keys(Keys.TAB) if focused.active_element.tag_name == "body" else None
             focused.active_element.send_keys(Keys.TAB)
-            if focused.active_element.accessible_name == "Why is it so: products":
+            if focused.active_element.accessible_name == "Why? The state of products":
                 break
-        self.assertEqual(focused.active_element.accessible_name, "Why is it so: products")
+        self.assertEqual(focused.active_element.accessible_name, "Why? The state of products")
         self.assertNotEqual(focused.active_element.value_of_css_property("outline-style"), "none")
         focused.active_element.send_keys(Keys.ENTER)
         self.wait_for("#details-why", "products is fresh")
@@ -568,14 +566,14 @@ class Reach(BrowserTestCase):
         self.wait_for("#details-why", "is held back")
         focused.active_element.send_keys(Keys.ESCAPE)
         wait_until(lambda: not self.find("#details").is_displayed(), "the end of the dialog")
-        self.assertEqual(focused.active_element.accessible_name, "Why is it so: products")
+        self.assertEqual(focused.active_element.accessible_name, "Why? The state of products")
         self.sql("INSERT INTO products SELECT n, '' FROM generate_series(4, 100) AS n")
         self.wait_for_state("products", "fresh")
         self.assertEqual(self.order()[-1], "products")
         self.sql("DELETE FROM products WHERE id > 3")
         self.wait_for_state("products", "fresh, held")
         self.assertEqual(self.order()[-1], "calm")
-        self.assertEqual(focused.active_element.accessible_name, "Why is it so: products")
+        self.assertEqual(focused.active_element.accessible_name, "Why? The state of products")
 
     def test_for_a_screen_reader(self) -> None:
         """There are landmarks and one main heading; each control has a name; each dataset is an item with a heading."""

@@ -29,7 +29,7 @@ from twisted.trial.unittest import TestCase
 
 from cacheservice.ports.clients import Limits
 from cacheservice.ports.freshness import Freshness
-from cacheservice.ports.http import HttpFactory
+from cacheservice.ports.http import AccessSettings, HttpFactory, Served
 from cacheservice.ports.listen import tcp
 from cacheservice.ports.resp.connection import RespFactory
 from cacheservice.ports.status import Commands as StatusCommands
@@ -348,13 +348,10 @@ class Http(UnderAttack, TestCase):
     def make_factory(self, secret: str) -> HttpFactory:
         freshness = Freshness(FakeRefreshes(), self.cache.database, reactor)
         return HttpFactory(
-            cache=self.cache,
-            freshness=freshness,
-            refreshes=FakeRefreshes(),
-            max_connections=MAX_CONNECTIONS,
-            idle_timeout_s=300,
-            reactor=reactor,
-            token=secret,
+            Served(self.cache, freshness, FakeRefreshes()),
+            AccessSettings(token=secret),
+            Limits(MAX_CONNECTIONS, 300),
+            reactor,
         )
 
     def in_peace(self, client: socket.socket) -> None:

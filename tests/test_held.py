@@ -14,7 +14,7 @@ from cacheservice.config import DatasetSettings
 from cacheservice.ports.clients import Limits
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.held import HeldSnapshots
-from cacheservice.ports.http import HttpFactory
+from cacheservice.ports.http import AccessSettings, HttpFactory, Served
 from cacheservice.ports.listen import tcp
 from cacheservice.ports.resp.connection import RespFactory
 from tests.kit.datasets import rows_of, snapshot_of
@@ -49,13 +49,10 @@ class OnThePorts(TestCase):
         limits = Limits(100, 60, held=self.held)
         self.resp = RespFactory(cache=self.cache, freshness=freshness, limits=limits, clock=reactor)
         self.http = HttpFactory(
-            cache=self.cache,
-            freshness=freshness,
-            refreshes=FakeRefreshes(),  # type: ignore[arg-type]
-            max_connections=100,
-            idle_timeout_s=60,
-            reactor=reactor,
-            held=self.held,
+            Served(self.cache, freshness, FakeRefreshes()),  # type: ignore[arg-type]
+            AccessSettings(),
+            Limits(100, 60, held=self.held),
+            reactor,
         )
         self.ports = {}
         for name, factory in (("resp", self.resp), ("http", self.http)):

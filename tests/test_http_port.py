@@ -23,17 +23,13 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
-from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.cache.dataset import Snapshot
 from cacheservice.cache.rows import bulk
-from cacheservice.ports import rejected
+from cacheservice.ports.client_socket import Phase
 from cacheservice.ports.http.bodies import PIECE_BYTES
-from cacheservice.ports.http.channel import MAX_HEAD_BYTES, MAX_HEADERS
-from cacheservice.ports.http.guard import Guard
-from cacheservice.ports.http.problem import Problem
-from cacheservice.ports.throttle import LONG_WAIT_S, SHORT_WAIT_S, Throttle
-from tests.kit.clocks import started_clock
+from cacheservice.ports.http.head import MAX_HEAD_BYTES, MAX_HEADERS
+from cacheservice.ports.throttle import Throttle
 from tests.kit.datasets import MOMENT_WITH_MS, rows_of
 from tests.kit.http import Answer, ask_on, read_answer, read_to_the_end, statuses
 from tests.kit.http_port import ROWS, PortTestCase, buffered, encoded
@@ -509,7 +505,7 @@ class MaxAge(PortTestCase):
         self.assertEqual((answer.status, answer.headers["content-type"]), (503, "application/problem+json"))
         problem = answer.json()
         self.assertEqual((problem["age_s"], problem["max_age_s"]), (42.3, 5))
-        self.assertIn("products is 42.3 s old, asked for was at most 5 s", problem["detail"])
+        self.assertIn("products is 42.3 s old; max_age=5 was requested", problem["detail"])
         self.assertIn("retry-after", answer.headers)
         self.assertIn("not been loaded", (await never).json()["detail"])
 
@@ -745,7 +741,7 @@ class Streaming(PortTestCase):
             reading = deferToThread(lambda: len(statuses(read_to_the_end(client))))
             channel.dataReceived(requests)
             turns = 0
-            while channel.requests:
+            while channel.phase is not Phase.READING:
                 turns += 1
                 await deferLater(reactor, 0)
             self.assertGreater(turns, 1)
@@ -1200,7 +1196,7 @@ class Token(PortTestCase):
 
         Theirs are refused at once, and so is the right token of an address that has not sent it.
         """
-        guard = self.factory._guard
+        guard = self.factory.guard
         assert guard is not None
         guard.passwords.throttle = throttle = Throttle(self.clock.seconds)  # it stands still
         right, path = {"Authorization": f"Bearer {self.token}"}, "/v1/datasets/products/rows/1"
@@ -1226,78 +1222,6 @@ class Token(PortTestCase):
         good = f"Authorization: Bearer {self.token}\r\n".encode()
         text = await self.exchange(b"GET /v1/datasets HTTP/1.1\r\nHost: a\r\n" + good + good + b"\r\n")
         self.assertEqual(statuses(text), [400])
-
-
-class Guesses(SynchronousTestCase):
-    def setUp(self) -> None:
-        self.clock = started_clock()
-        self.guard = Guard("secret", "", rejected.none_yet(), self.clock)
-
-    def guess(self, host: str = "192.0.2.1") -> list[Problem]:
-        problems: list[Problem] = []
-        self.guard.admit(host, b"Bearer wrong")
-        refused = Deferred.fromCoroutine(self.guard.refuse_wrong(host, lambda: False))
-        refused.addErrback(lambda failure: problems.append(failure.value))
-        return problems
-
-    def waited_s(self, host: str = "192.0.2.1") -> float:
-        """How long one more guess waits for its answer."""
-        problems = self.guess(host)
-        began_at = self.clock.seconds()
-        while not problems:
-            self.clock.advance(min(call.getTime() for call in self.clock.getDelayedCalls()) - self.clock.seconds())
-        self.assertEqual(problems[0].status, 401)
-        return float(self.clock.seconds() - began_at)
-
-    def test_a_guess_waits(self) -> None:
-        """As the throttle of each port has it: see test_throttle.py."""
-        waits = [round(self.waited_s(), 3) for _ in range(30)]
-        self.assertEqual((waits[0], waits[-1]), (SHORT_WAIT_S, LONG_WAIT_S))
-
-    def test_many_at_once_are_refused_unread(self) -> None:
-        """Guesses in parallel are no way around the wait: with 32 waiting, not even the right token is looked at."""
-        waiting = [self.guess() for _ in range(32)]
-        with self.assertRaises(Problem) as caught:
-            self.guard.admit("192.0.2.1", b"Bearer secret")
-        self.assertEqual(caught.exception.status, 429)
-        self.guard.admit("192.0.2.2", b"Bearer secret")
-        self.clock.advance(LONG_WAIT_S)
-        self.assertTrue(all(waiting))
-        self.guard.admit("192.0.2.1", b"Bearer secret")
-
-    def test_each_token_proves_itself_only(self) -> None:
-        """An address that has sent the token for reading cannot guess at the other one while its places are taken."""
-        self.guard = Guard("secret", "admin", rejected.none_yet(), self.clock)
-        self.assertTrue(self.guard.accepts("192.0.2.1", b"Bearer secret"))
-        self.assertFalse(self.guard.accepts_commands("192.0.2.1", b"Bearer secret"))
-        self.assertFalse(self.guard.accepts("192.0.2.1", b"Basic admin"))
-        waiting = [self.guess() for _ in range(32)]
-        self.guard.admit("192.0.2.1", b"Bearer secret")
-        for guess in (b"Bearer admin", b"Basic secret", b"Bearer wrong", b""):
-            with self.assertRaises(Problem) as caught:
-                self.guard.admit("192.0.2.1", guess)
-            self.assertEqual(caught.exception.status, 429)
-        self.clock.advance(LONG_WAIT_S)
-        self.assertTrue(all(waiting))
-        self.assertTrue(self.guard.accepts_commands("192.0.2.1", b"Bearer admin"))
-        waiting = [self.guess() for _ in range(32)]
-        self.guard.admit("192.0.2.1", b"Bearer admin")
-        # A replaced token proves its address for the next one.
-        self.guard.replace("new secret", "admin")
-        self.guard.admit("192.0.2.1", b"Bearer new secret")
-        with self.assertRaises(Problem):
-            self.guard.admit("192.0.2.1", b"Bearer secret")
-        self.clock.advance(LONG_WAIT_S)
-
-    def test_a_guesser_that_goes(self) -> None:
-        """A wait that is cancelled leaves no timer, and its place stays taken: going is no way around the wait."""
-        for _ in range(32):
-            refused = Deferred.fromCoroutine(self.guard.refuse_wrong("192.0.2.1", lambda: False))
-            refused.addErrback(lambda _: None)
-            refused.cancel()
-        self.assertEqual(self.clock.getDelayedCalls(), [])
-        with self.assertRaises(Problem):
-            self.guard.admit("192.0.2.1", b"Bearer secret")
 
 
 class ProbesOnly(PortTestCase):

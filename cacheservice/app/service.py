@@ -36,7 +36,7 @@ from cacheservice.ports.admission import Door, Room
 from cacheservice.ports.clients import Limits
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.held import HeldSnapshots
-from cacheservice.ports.http import HttpFactory
+from cacheservice.ports.http import AccessSettings, HttpFactory, Served
 from cacheservice.ports.listen import PortService, tcp, unix
 from cacheservice.ports.resp.connection import RespFactory
 from cacheservice.ports.rotation import ClientSecrets, Rotation
@@ -278,19 +278,15 @@ def make_service(
         _add_port(root, "resp", "resp.port", tcp(reactor, settings.resp.host, settings.resp.port, resp, accepted), resp)
     if settings.http.enabled:
         served["http"] = http = HttpFactory(
-            cache=cache,
-            freshness=freshness,
-            refreshes=refresh,
-            max_connections=max_connections,
-            idle_timeout_s=limits.idle_timeout_s,
-            reactor=reactor,
-            token=settings.http.token.get_secret_value(),
-            admin_token=settings.http.admin_token.get_secret_value(),
-            allow_data=config.is_loopback(settings.http.host) or limits.allow_anonymous,
-            exposition=metrics,
-            held=held,
-            door=door("http"),
-            look=rotation.look,
+            Served(cache, freshness, refresh, metrics),
+            AccessSettings(
+                token=settings.http.token.get_secret_value(),
+                admin_token=settings.http.admin_token.get_secret_value(),
+                allow_data=config.is_loopback(settings.http.host) or limits.allow_anonymous,
+                look=rotation.look,
+            ),
+            Limits(max_connections, limits.idle_timeout_s, door=door("http"), held=held),
+            reactor,
         )
         rotation.watch(lambda secrets: http.replace_tokens(secrets.token, secrets.admin_token))
         ports.append(http)

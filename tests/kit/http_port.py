@@ -13,11 +13,12 @@ from twisted.internet.defer import Deferred
 from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import TestCase
 
-from cacheservice.cache.cache import Cache
+from cacheservice.cache.cache import Cache, Refreshes
 from cacheservice.cache.dataset import Dataset, Snapshot
 from cacheservice.cache.rows import Rows
+from cacheservice.ports.clients import Limits
 from cacheservice.ports.freshness import Freshness
-from cacheservice.ports.http import HttpFactory
+from cacheservice.ports.http import AccessSettings, HttpFactory, Served
 from cacheservice.ports.listen import tcp
 from tests.kit.clocks import started_clock
 from tests.kit.datasets import MOMENT_WITH_MS, declared, rows_of
@@ -46,6 +47,7 @@ class PortTestCase(TestCase):
     idle_timeout_s = 120.0
     head_timeout_s = 120.0
     token = ""
+    admin_token = ""
     allow_data = True
     on_expired = "serve"
 
@@ -64,17 +66,18 @@ class PortTestCase(TestCase):
         self.addCleanup(self.close)
 
     def make_factory(self) -> HttpFactory:
+        freshness = Freshness(self.refreshes, self.cache.database, self.clock)
         return HttpFactory(
-            cache=self.cache,
-            freshness=Freshness(self.refreshes, self.cache.database, self.clock),
-            refreshes=self.refreshes,
-            max_connections=self.max_connections,
-            idle_timeout_s=self.idle_timeout_s,
-            reactor=reactor,
-            token=self.token,
-            allow_data=self.allow_data,
+            Served(self.cache, freshness, self.commanded()),
+            AccessSettings(self.token, self.admin_token, self.allow_data),
+            Limits(self.max_connections, self.idle_timeout_s),
+            reactor,
             head_timeout_s=self.head_timeout_s,
         )
+
+    def commanded(self) -> Refreshes:
+        """Return the refreshes that commands reach."""
+        return self.refreshes
 
     def publish(self, rows: Rows, generation: int, dataset: Dataset | None = None) -> None:
         (dataset or self.products).publish(Snapshot(generation, rows, MOMENT_WITH_MS, self.clock.seconds(), "1:1:"))
@@ -128,8 +131,8 @@ class PortTestCase(TestCase):
         return answer
 
 
-def buffered(channel: Any) -> int:
+def buffered(connection: Any) -> int:
     """Bytes that wait in memory for a client, or came from it too early."""
-    transport = channel.transport
+    transport = connection.transport
     waiting = len(transport.dataBuffer) - transport.offset + transport._tempDataLen
-    return waiting + len(channel._buffer) + sum(map(len, channel._dataBuffer))
+    return waiting + connection._parser.waiting_bytes

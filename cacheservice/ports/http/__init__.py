@@ -1,5 +1,6 @@
-"""The HTTP port: serves datasets and rows as JSON, and the probes."""
+"""The HTTP port: serves datasets and rows as JSON, the dashboard, and the probes."""
 
-from cacheservice.ports.http.channel import HttpFactory
+from cacheservice.ports.http.access import AccessSettings
+from cacheservice.ports.http.factory import HttpFactory, Served
 
-__all__ = ["HttpFactory"]
+__all__ = ["AccessSettings", "HttpFactory", "Served"]

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
 
 from cacheservice.base.errors import NothingToPin, NothingToRollBackTo, Stopped
 from cacheservice.cache.cache import Refreshes
+from cacheservice.ports.http import conditions
+from cacheservice.ports.http.messages import Reply, Request, WallClock, live
 from cacheservice.ports.http.problem import Problem
+from cacheservice.ports.http.reads import Reads
 
-Done = tuple[int, dict[str, Any]]
+Done = tuple[int, Mapping[str, object]]
 """The status of the response (202 if the command has only started) and its JSON value."""
 
 
@@ -55,3 +57,29 @@ def _roll_back(refreshes: Refreshes, name: str) -> Done:
 COMMANDS: Mapping[bytes, Callable[[Refreshes, str], Done]] = MappingProxyType(
     {b"refresh": _refresh, b"accept": _accept, b"pin": _pin, b"unpin": _unpin, b"rollback": _roll_back}
 )
+
+
+class Commands:
+    """Runs the commands of requests.
+
+    Browsers never send the Authorization header that a command needs on behalf of another site.
+
+    :param wall_s: returns seconds since the epoch, for dates.
+    """
+
+    def __init__(self, reads: Reads, refreshes: Refreshes, wall_s: WallClock) -> None:
+        self._reads = reads
+        self._refreshes = refreshes
+        self._wall_s = wall_s
+
+    def run(self, request: Request, name: bytes, command: bytes) -> Reply:
+        """Run a command on a dataset; `name` is as in the path."""
+        headers = request.headers
+        if b"transfer-encoding" in headers or headers.get(b"content-length", b"0").strip(b"0"):
+            raise Problem(413, "a command takes no request body")
+        dataset = self._reads.dataset(name)
+        if b"if-match" in headers:
+            # If-Match refers to a representation of the target, and a command has none (RFC 9110, 13.1.1).
+            raise conditions.precondition_failed()
+        status, value = run(command, self._refreshes, dataset.name)
+        return live(status, value, self._wall_s(), request)

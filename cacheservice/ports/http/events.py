@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from twisted.internet.defer import Deferred
 
@@ -37,7 +37,7 @@ TURN_S = 0.002
 (measured)."""
 
 
-class _Told(NamedTuple):
+class _Described(NamedTuple):
     """The last description of one dataset.
 
     It has the version of the state, the traits that it was made from, and the JSON member.
@@ -52,7 +52,8 @@ class Feed:
     """Sends all listeners the same bytes, rendered once.
 
     A slow listener gets all changes since its last event in one event. The feed scans the datasets once a second while
-    it has listeners, a few in each turn of the reactor. It needs no notification of changes.
+    it has listeners, a few in each turn of the reactor. It does not use `cache.events`, because most of the state that
+    it shows changes without an event: a dataset becomes stale, rows arrive, a start is planned, a save fails.
 
     :param clock: `IReactorTime`, monotonic.
     :param turn_s: how long a scan may block the reactor before it continues in the next turn.
@@ -66,11 +67,11 @@ class Feed:
         self._timer: DelayedCall | None = None
         self._version = 0
         self._is_current = self._has_changed = False
-        self._told: dict[str, _Told] = {}
+        self._described: dict[str, _Described] = {}
         self._names: tuple[str, ...] = ()
         self._names_version = 0
-        self._rest: dict[str, Any] = {}
-        self._told_at = 0.0
+        self._rest: dict[str, object] = {}
+        self._sent_at = 0.0
         self._events: dict[int, bytes] = {}
         self._waiting: list[Deferred[None]] = []
 
@@ -92,9 +93,9 @@ class Feed:
                     event, seen = self._event(seen), self._version
                     yield from cut(event)
                 else:
-                    told: Deferred[None] = Deferred()
-                    self._waiting.append(told)
-                    yield told
+                    woken: Deferred[None] = Deferred()
+                    self._waiting.append(woken)
+                    yield woken
         finally:
             self._listeners -= 1
             if not self._listeners:
@@ -120,10 +121,10 @@ class Feed:
                 return
         self._timer = self._clock.callLater(PERIOD_S, self._look)
         now: float = self._clock.seconds()
-        if self._has_changed or not self._is_current or now - self._told_at >= HEARTBEAT_S:
+        if self._has_changed or not self._is_current or now - self._sent_at >= HEARTBEAT_S:
             self._version += 1
             self._is_current, self._has_changed = True, False
-            self._told_at = now
+            self._sent_at = now
             self._events.clear()
             waiting, self._waiting = self._waiting, []
             for each in waiting:
@@ -133,15 +134,15 @@ class Feed:
         """Record the changes of all datasets, one dataset per step."""
         version, datasets = self._version + 1, self._cache.datasets
         for name, dataset in datasets.items():
-            told, traits = self._told.get(name), _traits(dataset)
-            if told is None or told.traits != traits:
+            described, traits = self._described.get(name), _traits(dataset)
+            if described is None or described.traits != traits:
                 member = f"{json.dumps(name)}:{_packed(self._describe(dataset))}".encode()
-                self._told[name] = _Told(version, traits, member)
+                self._described[name] = _Described(version, traits, member)
                 self._has_changed = True
             yield
         if self._names != tuple(datasets):
             self._names, self._names_version, self._has_changed = tuple(datasets), version, True
-            self._told = {name: self._told[name] for name in datasets}
+            self._described = {name: self._described[name] for name in datasets}
         rest = self._describe_rest()
         if rest != self._rest:
             self._rest, self._has_changed = rest, True
@@ -158,11 +159,11 @@ class Feed:
         head = _packed({"service": service, **self._describe_rest()})[:-1].encode()
         if self._names_version > seen:
             head += b',"names":' + _packed(self._names).encode()
-        members = b",".join([told.member for told in self._told.values() if told.version > seen])
+        members = b",".join([each.member for each in self._described.values() if each.version > seen])
         # The comment lets a client check that the stream is alive without parsing events.
         return b': alive\nevent: state\ndata: %b,"datasets":{%b}}\n\n' % (head, members)
 
-    def _describe_rest(self) -> dict[str, Any]:
+    def _describe_rest(self) -> dict[str, object]:
         """Return the state outside datasets, without values that change all the time."""
         database, rejection = self._cache.database, self._cache.rejection
         return {
@@ -170,7 +171,7 @@ class Feed:
             "configuration_rejected": None if rejection is None else in_short(rejection.problems),
         }
 
-    def _describe(self, dataset: Dataset) -> dict[str, Any]:
+    def _describe(self, dataset: Dataset) -> dict[str, object]:
         now = self._cache.now()
         newest, behind_s = dataset.last_hour.newest(), dataset.behind_s()
         return describe_dataset(dataset) | {

@@ -17,7 +17,8 @@ from cacheservice.ports.rotation import Look, no_files
 from cacheservice.ports.throttle import LONG_WAIT_S
 
 _CHALLENGE = b'WWW-Authenticate: Bearer realm="cacheservice"'
-_ADMIN_TOKEN = "http.admin_token"  # noqa: S105  # the name of the setting
+READ_TOKEN, ADMIN_TOKEN = "http.token", "http.admin_token"
+"""The names of the settings."""
 CHALLENGE = _CHALLENGE + b"\r\n"
 
 
@@ -43,9 +44,9 @@ class Guard:
 
     def replace(self, token: str, admin_token: str) -> None:
         """Accept only these tokens from now on."""
-        named = {"http.token": token, _ADMIN_TOKEN: admin_token}
+        named = {READ_TOKEN: token, ADMIN_TOKEN: admin_token}
         self._tokens = {name: each.encode() for name, each in named.items() if each}
-        self._admin_tokens = {_ADMIN_TOKEN: admin_token.encode()} if admin_token else {}
+        self._admin_tokens = {ADMIN_TOKEN: admin_token.encode()} if admin_token else {}
 
     def accepts(self, host: str, authorization: bytes) -> bool:
         """Return True if an Authorization header has a token that may read.
@@ -82,7 +83,7 @@ class Guard:
             self.passwords.count_refusal()
             raise Problem(429, "too many wrong tokens from this address", b"Retry-After: %d\r\n" % LONG_WAIT_S)
 
-    def refuse_missing(self, setting: str = "http.token") -> NoReturn:
+    def refuse_missing(self, setting: str = READ_TOKEN) -> NoReturn:
         """Refuse a request without a token.
 
         :raises Problem: 401, without delay: a missing token is not a guess.
@@ -90,7 +91,7 @@ class Guard:
         self.passwords.count_refusal()
         raise Problem(401, f'this needs "Authorization: Bearer …" with the token of {setting}', CHALLENGE)
 
-    async def refuse_wrong(self, host: str, is_right: Callable[[], bool], setting: str = "http.token") -> None:
+    async def refuse_wrong(self, host: str, is_right: Callable[[], bool], setting: str = READ_TOKEN) -> None:
         """Refuse a wrong token unless its file contains it by now.
 
         :param is_right: checks the token again after the files have been read.

@@ -27,12 +27,12 @@ export class Hour {
   }
 
   /** Adds the newest point, which replaces the previous point of its slot. */
-  add(point, toldAt) {
+  add(point, reportedAt) {
     while (this.points.length && this.points.at(-1).slot >= point.slot) this.points.pop();
-    while (this.points.length && this.points[0].at < toldAt - HOUR_S) this.points.shift();
+    while (this.points.length && this.points[0].at < reportedAt - HOUR_S) this.points.shift();
     this.points.push({
       slot: point.slot,
-      at: toldAt - point.ago_s,
+      at: reportedAt - point.ago_s,
       took: point.took_s,
       age: point.age_s,
       outcome: point.outcome,
@@ -66,7 +66,7 @@ function wordsOf(points, failed, ageNow, shown) {
   return {
     short: `${age === null ? "" : `age ≤ ${age}, `}took ≤ ${slowest}`,
     long:
-      `In the last ${span} readers were given ${age === null ? "no data" : `data at most ${age} old`}; the slowest attempt took ${slowest}` +
+      `In the last ${span} readers got ${age === null ? "no data" : `data at most ${age} old`}; the slowest attempt took ${slowest}` +
       (bad ? `; attempts failed or were held in ${bad} of ${points.length} spans of 10 seconds.` : "; none failed or was held."),
   };
 }
@@ -172,7 +172,7 @@ function large(element, data, { height, now, scale, values, series, hooks = {}, 
 export function details(agesElement, timesElement, dataset, now) {
   const c = colours();
   const hourAt = (moment) => dataset.hour.at(moment, dataset.at(moment).age);
-  const maxAge = dataset.told.max_age_s;
+  const maxAge = dataset.latest.max_age_s;
   let at = now;
   const clock = () => at;
   const first = hourAt(now);

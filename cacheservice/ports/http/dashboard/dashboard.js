@@ -64,13 +64,13 @@ function takeState({ service, postgres, configuration_rejected: rejected, datase
     state.datasets = new Map(names.map((name) => [name, state.datasets.get(name) ?? new Dataset(name)]));
     rows.declare(state.datasets);
   }
-  for (const [name, told] of Object.entries(datasets)) state.datasets.get(name)?.take(told);
+  for (const [name, description] of Object.entries(datasets)) state.datasets.get(name)?.take(description);
   if (names) {
-    for (const row of rows.rows.values()) row.told(rows.isAdmin);
+    for (const row of rows.rows.values()) row.update(rows.isAdmin);
     setHidden($("datasets"), false);
   }
   update();
-  for (const name of Object.keys(datasets)) if (rows.rows.has(name)) rows.told(name, now());
+  for (const name of Object.keys(datasets)) if (rows.rows.has(name)) rows.update(name, now());
   if (isFirst) for (const row of rows.seen) fetchHour(row.dataset);
   if (state.opened && datasets[state.opened.name]) refreshDetails();
 }
@@ -98,7 +98,7 @@ function refused(status, detail) {
     connect();
     return;
   }
-  const given = state.token;
+  const sentToken = state.token;
   // A client without access must not see the state any more.
   Object.assign(state, { token: "", lost: null, service: null });
   showConnection();
@@ -107,7 +107,7 @@ function refused(status, detail) {
   sessionStorage.removeItem(TOKEN);
   setHidden($("datasets"), true);
   setHidden($("ask"), false);
-  setText($("ask-problem"), given || status !== 401 ? sentence(detail) : "");
+  setText($("ask-problem"), sentToken || status !== 401 ? sentence(detail) : "");
   setText($("headline"), "Locked");
   setText($("summary"), "");
   setHidden($("vitals"), true);
@@ -141,18 +141,18 @@ function update() {
   const counts = { fine: 0, warning: 0, alarm: 0, waiting: 0, held: 0 };
   let newest = null;
   for (const [name, dataset] of state.datasets) {
-    if (!dataset.told) continue;
+    if (!dataset.latest) continue;
     const { age, level, state: word } = dataset.at(at);
-    const { told } = dataset;
+    const { latest } = dataset;
     levels.set(name, level);
     counts[level] += 1;
-    if (told.held) counts.held += 1;
-    if (age !== null && told.source === "postgres") newest = Math.min(newest ?? Infinity, age);
+    if (latest.held) counts.held += 1;
+    if (age !== null && latest.source === "postgres") newest = Math.min(newest ?? Infinity, age);
     if (level !== "alarm" && level !== "warning") continue;
     if (word === "expired" || word === "stale") problems[word].push(name);
     else if (word === "never_loaded") problems["never loaded"].push(name);
-    else if (told.held) problems.held.push(name);
-    else if (told.consecutive_failures) problems.failing.push(name);
+    else if (latest.held) problems.held.push(name);
+    else if (latest.consecutive_failures) problems.failing.push(name);
     else problems.other.push(name);
   }
   announceChanges();
@@ -175,7 +175,7 @@ function filter() {
     if (only && level !== "alarm" && level !== "warning") return false;
     if (!text || name.includes(text)) return true;
     const dataset = state.datasets.get(name);
-    return Boolean(dataset?.told) && dataset.at(at).words.includes(text);
+    return Boolean(dataset?.latest) && dataset.at(at).words.includes(text);
   };
   const shown = rows.filter(wanted);
   setText($("shown"), text || only ? `${words.count(shown)} of ${words.plural(rows.rows.size, "dataset")} shown` : "");
@@ -188,14 +188,14 @@ function open(dataset) {
   fetchHour(dataset);
 }
 
-async function send(dataset, command, said) {
+async function send(dataset, command, describe) {
   const path = `v1/datasets/${encodeURIComponent(dataset.name)}/${command}`;
   const answer = await ask(path, { token: state.token, method: "POST" });
-  say(dataset, said(answer));
+  showResult(dataset, describe(answer));
 }
 
-function say(dataset, text) {
-  if (state.opened === dataset) $("details-said").textContent = text;
+function showResult(dataset, text) {
+  if (state.opened === dataset) $("details-result").textContent = text;
   else announce(`${dataset.name}: ${text}`);
 }
 
@@ -208,18 +208,18 @@ async function refresh(dataset) {
 }
 
 function confirmAccept(dataset) {
-  const { held } = dataset.told;
+  const { held } = dataset.latest;
   $("confirm-title").textContent = `Accept the next result of ${dataset.name}?`;
   $("confirm-text").textContent = held
-    ? `The newest one, with ${words.plural(held.rows, "row")}, is held back: it ${sentence(held.reason).toLowerCase()[0]}${sentence(held.reason).slice(1)}`
-    : "Nothing is held back any more.";
+    ? `The newest result, with ${words.plural(held.rows, "row")}, is held back: it ${sentence(held.reason).toLowerCase()[0]}${sentence(held.reason).slice(1)}`
+    : "No result is held back any more.";
   const dialog = $("confirm");
   dialog.returnValue = "";
   dialog.onclose = async () => {
     if (dialog.returnValue !== "accept") return;
     try {
       await send(dataset, "accept", () => "The next result is accepted.");
-      await send(dataset, "refresh", (answer) => `Accepted; refresh ${answer.refresh}.`);
+      await send(dataset, "refresh", (answer) => `The next result is accepted. Refresh ${answer.refresh}.`);
     } catch (error) {
       failed(dataset, error);
     }
@@ -228,10 +228,10 @@ function confirmAccept(dataset) {
 }
 
 function failed(dataset, error) {
-  say(dataset, sentence(error.message));
+  showResult(dataset, sentence(error.message));
   if (state.opened !== dataset) {
     open(dataset);
-    $("details-said").textContent = sentence(error.message);
+    $("details-result").textContent = sentence(error.message);
   }
 }
 

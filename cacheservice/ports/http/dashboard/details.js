@@ -9,7 +9,7 @@ export function openDetails(dataset) {
   state.opened = dataset;
   $("details-name").textContent = dataset.name;
   $("details-why").replaceChildren(paragraph("…"));
-  $("details-said").textContent = "";
+  $("details-result").textContent = "";
   $("details").showModal();
   refreshDetails();
   drawDetails();
@@ -24,7 +24,7 @@ export async function refreshDetails() {
   try {
     ({ sentences } = await ask(`v1/datasets/${encodeURIComponent(dataset.name)}/why`, { token: state.token }));
   } catch (error) {
-    sentences = [`The reasons cannot be asked for now: ${sentence(error.message)}`];
+    sentences = [`The reasons are not available now: ${sentence(error.message)}`];
   }
   if (state.opened !== dataset) return;
   $("details-why").replaceChildren(...sentences.map(paragraph));
@@ -32,32 +32,32 @@ export async function refreshDetails() {
 }
 
 export function showDetailsHead() {
-  const { told } = state.opened;
+  const { latest } = state.opened;
   const at = state.opened.at(now());
   $("details").dataset.level = at.level;
   setShape($("details-shape"), at.shape);
-  setText($("details-state"), `${at.words}${at.age === null ? "" : `, age ${words.duration(at.age)} of ${words.duration(told.max_age_s)}`}`);
+  setText($("details-state"), `${at.words}${at.age === null ? "" : `, age ${words.duration(at.age)} of ${words.duration(latest.max_age_s)}`}`);
   setHidden($("details-refresh"), state.access !== "admin");
-  setHidden($("details-accept"), state.access !== "admin" || !told.held);
+  setHidden($("details-accept"), state.access !== "admin" || !latest.held);
 }
 
-function showFacts({ told }) {
-  const attempt = told.last_attempt;
+function showFacts({ latest }) {
+  const attempt = latest.last_attempt;
   const facts = {
-    rows: words.count(told.rows),
-    size: words.bytes(told.bytes),
-    generation: words.count(told.generation),
-    "as of": told.as_of ? words.moment(told.as_of, told.age_s) : "–",
-    "last change": words.changeWords(told.last_change),
-    interval: words.duration(told.interval_s),
-    "time limit of a refresh": words.duration(told.timeout_s),
-    "greatest age": words.duration(told.max_age_s),
-    "once expired": told.on_expired === "refuse" ? "readers get an error" : "still served",
-    required: told.required ? "yes" : "no",
-    group: told.group || "none",
-    "came from": told.source ?? "–",
+    rows: words.count(latest.rows),
+    size: words.bytes(latest.bytes),
+    generation: words.count(latest.generation),
+    "as of": latest.as_of ? words.moment(latest.as_of, latest.age_s) : "–",
+    "last change": words.changeWords(latest.last_change),
+    interval: words.duration(latest.interval_s),
+    "time limit of a refresh": words.duration(latest.timeout_s),
+    "greatest age": words.duration(latest.max_age_s),
+    "once expired": latest.on_expired === "refuse" ? "readers get an error" : "still served",
+    required: latest.required ? "yes" : "no",
+    group: latest.group || "none",
+    source: latest.source ?? "–",
     "last attempt": attempt ? `${attempt.outcome} in ${words.took(attempt.took_s)}, by ${attempt.trigger}` : "none yet",
-    "failed in a row": words.count(told.consecutive_failures),
+    "consecutive failures": words.count(latest.consecutive_failures),
   };
   $("details-facts").replaceChildren(
     ...Object.entries(facts).map(([term, fact]) => {

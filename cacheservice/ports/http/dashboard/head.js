@@ -36,7 +36,7 @@ export function showHead(problems, counts, newest) {
   const icon = level === "lost" && lostIcon ? lostIcon : `assets/icon-${level}.svg`;
   if ($("icon").getAttribute("href") !== icon) $("icon").setAttribute("href", icon);
   document.title = `${headline} – cacheservice`;
-  setText($("summary"), state.lost ? "What is below is as it was told last; ages go on counting." : summary(problems, counts, newest, down, isDeaf));
+  setText($("summary"), state.lost ? "The list below is as of the last event; ages keep counting." : summary(problems, counts, newest, down, isDeaf));
 
   const answers = postgres.state === "unknown" ? "not asked yet" : postgres.state;
   const lags = postgres.standby !== null && postgres.standby.problem !== "";
@@ -53,18 +53,18 @@ export function showHead(problems, counts, newest) {
 }
 
 function summary(problems, counts, newest, down, isDeaf) {
-  const said = [];
+  const sentences = [];
   if (down) {
     const read = newest === null ? "" : ` The newest data were read ${words.duration(newest)} ago.`;
-    said.push(`${sentence(state.postgres.error ?? "PostgreSQL does not answer")}${read} ${nextTry()}`);
+    sentences.push(`${sentence(state.postgres.error ?? "PostgreSQL does not answer")}${read} ${nextTry()}`);
   }
-  const labels = { expired: "Expired", stale: "Stale", "never loaded": "Never loaded", held: "Held back", failing: "Failing", other: "To look at" };
-  for (const [kind, names] of Object.entries(problems)) if (names.length) said.push(`${labels[kind]}: ${listed(names)}.`);
-  if (isDeaf) said.push(`Changes are not heard at once: ${sentence(state.postgres.listening_problem)}`);
-  if (state.postgres.standby?.problem) said.push(`PostgreSQL is ${standby()}: ${sentence(state.postgres.standby.problem)}`);
-  if (state.service.connection_cap) said.push(capped(state.service.connection_cap));
-  if (state.rejected !== null) said.push(`The newest configuration is not in effect: ${sentence(state.rejected)}`);
-  if (said.length) return said.join(" ");
+  const labels = { expired: "Expired", stale: "Stale", "never loaded": "Never loaded", held: "Held back", failing: "Failing", other: "Other problems" };
+  for (const [kind, names] of Object.entries(problems)) if (names.length) sentences.push(`${labels[kind]}: ${listed(names)}.`);
+  if (isDeaf) sentences.push(`Notifications of changes do not arrive: ${sentence(state.postgres.listening_problem)}`);
+  if (state.postgres.standby?.problem) sentences.push(`PostgreSQL is ${standby()}: ${sentence(state.postgres.standby.problem)}`);
+  if (state.service.connection_cap) sentences.push(capped(state.service.connection_cap));
+  if (state.rejected !== null) sentences.push(`The newest configuration is not in effect: ${sentence(state.rejected)}`);
+  if (sentences.length) return sentences.join(" ");
   if (counts.waiting) return `${words.plural(counts.fine, "dataset")} of ${counts.fine + counts.waiting} are loaded and within their limits.`;
   return counts.fine === 1 ? "The one dataset is within its limits." : `All ${words.count(counts.fine)} datasets are within their limits.`;
 }
@@ -79,7 +79,7 @@ const capped = ({ limit, configured, open_files }) =>
 
 /** Describes the next attempt to reach the database, by the first dataset that is due. */
 function nextTry() {
-  const waits = [...state.datasets.values()].map((dataset) => (dataset.told.progress ? 0 : dataset.at(now()).nextIn ?? Infinity));
+  const waits = [...state.datasets.values()].map((dataset) => (dataset.latest.progress ? 0 : dataset.at(now()).nextIn ?? Infinity));
   const first = Math.min(...waits);
   return first === 0 ? "It is tried again right now." : first < Infinity ? `It is tried again in ${words.duration(Math.ceil(first))}.` : "";
 }

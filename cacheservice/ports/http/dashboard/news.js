@@ -11,10 +11,10 @@ let newsTimer = null;
 /** Announces the datasets whose state has changed since the last call, except new ones. */
 export function announceChanges() {
   for (const [name, dataset] of state.datasets) {
-    if (!dataset.told) continue;
-    const said = dataset.at(now()).words;
-    if (dataset.said !== undefined && dataset.said !== said) announce(`${name} is ${said}.`);
-    dataset.said = said;
+    if (!dataset.latest) continue;
+    const { words } = dataset.at(now());
+    if (dataset.announced !== undefined && dataset.announced !== words) announce(`${name} is ${words}.`);
+    dataset.announced = words;
   }
 }
 
@@ -23,8 +23,8 @@ export function announce(text) {
   news.push(text);
   newsTimer ??= setTimeout(() => {
     newsTimer = null;
-    const said = news.length > MOST_AT_ONCE ? [...news.slice(0, MOST_AT_ONCE), `And ${news.length - MOST_AT_ONCE} more changes.`] : [...news];
+    const texts = news.length > MOST_AT_ONCE ? [...news.slice(0, MOST_AT_ONCE), `And ${news.length - MOST_AT_ONCE} more changes.`] : [...news];
     news.length = 0;
-    $("announcer").textContent = said.join(" ");
+    $("announcer").textContent = texts.join(" ");
   }, QUIET_MS);
 }

@@ -23,8 +23,8 @@ export const state = {
 export const now = () => state.clock.uptime + (performance.now() - state.clock.at) / 1000;
 
 /** Returns true if a dataset was not read because the database is down. */
-export function isDown(told) {
-  return state.postgres?.state === "down" && told.last_attempt?.error === state.postgres.error;
+export function isDown(latest) {
+  return state.postgres?.state === "down" && latest.last_attempt?.error === state.postgres.error;
 }
 
 export function isLost() {

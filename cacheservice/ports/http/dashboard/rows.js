@@ -4,6 +4,7 @@ import { Hour, spark } from "./charts.js";
 import { setHidden, setShape, setText } from "./page.js";
 import * as words from "./words.js";
 
+const LABELS = { why: "Why? The state of", refresh: "Refresh", accept: "Accept … the next result of" };
 const RANK = { alarm: 0, warning: 1, waiting: 2, fine: 3 };
 
 /** The last event of one dataset, and its state since then by the clock. */
@@ -14,27 +15,27 @@ export class Dataset {
     this.hourIsWhole = false;
   }
 
-  take(told) {
-    this.told = told;
-    if (told.newest_point) this.hour.add(told.newest_point, told.told_at_s);
+  take(latest) {
+    this.latest = latest;
+    if (latest.newest_point) this.hour.add(latest.newest_point, latest.told_at_s);
   }
 
   /** Returns its state at `now` on the service's clock, in seconds. */
   at(now) {
-    const { told } = this;
-    const since = Math.max(0, now - told.told_at_s);
+    const { latest } = this;
+    const since = Math.max(0, now - latest.told_at_s);
     const on = (value) => (value === null || value === undefined ? null : value + since);
-    const age = on(told.age_s);
+    const age = on(latest.age_s);
     return {
       age,
-      since: told.held ? Math.max(0, (Date.now() - Date.parse(told.held.since)) / 1000) : 0, // whether to show the day
-      nextIn: told.next_refresh_in_s === null ? null : Math.max(0, told.next_refresh_in_s - since),
-      endedAgo: on(told.newest_point?.ago_s) ?? 0,
-      behind: on(told.behind_s),
-      state: words.stateOf(told, age),
-      level: words.levelOf(told, age),
-      shape: words.shapeOf(told, age),
-      words: words.stateWords(told, age),
+      since: latest.held ? Math.max(0, (Date.now() - Date.parse(latest.held.since)) / 1000) : 0, // whether to show the day
+      nextIn: latest.next_refresh_in_s === null ? null : Math.max(0, latest.next_refresh_in_s - since),
+      endedAgo: on(latest.newest_point?.ago_s) ?? 0,
+      behind: on(latest.behind_s),
+      state: words.stateOf(latest, age),
+      level: words.levelOf(latest, age),
+      shape: words.shapeOf(latest, age),
+      words: words.stateWords(latest, age),
     };
   }
 }
@@ -64,27 +65,27 @@ class Row {
     this.parts.name.textContent = dataset.name;
     for (const action of ["why", "refresh", "accept"]) {
       this.parts[action].addEventListener("click", () => actions[action](dataset));
-      this.parts[action].setAttribute("aria-label", `${{ why: "Why is it so:", refresh: "Refresh", accept: "Accept the next result of" }[action]} ${dataset.name}`);
+      this.parts[action].setAttribute("aria-label", `${LABELS[action]} ${dataset.name}`);
     }
   }
 
   /** Updates the parts that change only with an event. */
-  told(isAdmin) {
-    const { told } = this.dataset;
+  update(isAdmin) {
+    const { latest } = this.dataset;
     const { parts } = this;
-    setText(parts.rows, told.generation ? words.count(told.rows) : "–");
-    setText(parts.bytes, told.generation ? words.bytes(told.bytes) : "–");
-    setText(parts.generation, told.generation ? words.count(told.generation) : "–");
-    setText(parts.change, words.changeWords(told.last_change));
-    const notch = (told.interval_s + told.timeout_s) / told.max_age_s;
+    setText(parts.rows, latest.generation ? words.count(latest.rows) : "–");
+    setText(parts.bytes, latest.generation ? words.bytes(latest.bytes) : "–");
+    setText(parts.generation, latest.generation ? words.count(latest.generation) : "–");
+    setText(parts.change, words.changeWords(latest.last_change));
+    const notch = (latest.interval_s + latest.timeout_s) / latest.max_age_s;
     setHidden(parts.notch, notch >= 1);
     parts.notch.style.left = `${notch * 100}%`;
-    setText(parts["age-limit"], told.age_s === null ? "" : `of ${words.duration(told.max_age_s)}`);
+    setText(parts["age-limit"], latest.age_s === null ? "" : `of ${words.duration(latest.max_age_s)}`);
     setHidden(parts.refresh, !isAdmin);
-    setHidden(parts.accept, !isAdmin || !told.held);
-    setHidden(parts.loading, !told.progress?.rows); // before the first row, the service may still be connecting
-    if (told.progress) {
-      const { rows, expected_rows: expected } = told.progress;
+    setHidden(parts.accept, !isAdmin || !latest.held);
+    setHidden(parts.loading, !latest.progress?.rows); // before the first row, the service may still be connecting
+    if (latest.progress) {
+      const { rows, expected_rows: expected } = latest.progress;
       // Without an expected number of rows, the bar is indeterminate.
       if (expected) this.progress.value = Math.min(1, rows / expected);
       else this.progress.removeAttribute("value");
@@ -98,19 +99,19 @@ class Row {
   tick(now, { isDown, isLost }) {
     const at = this.dataset.at(now);
     if (isLost()) at.nextIn = undefined; // the current activity of the service is unknown
-    const { told } = this.dataset;
+    const { latest } = this.dataset;
     const { parts } = this;
     if (this.element.dataset.level !== at.level) this.element.dataset.level = at.level;
     this.element.dataset.state = at.state;
     setShape(this.use, at.shape);
     setText(parts.state, at.words);
     setText(parts["age-now"], at.age === null ? "none yet" : words.duration(at.age));
-    setText(parts.next, words.nextWords(told, at.nextIn));
-    const share = at.age === null ? 0 : Math.min(1, at.age / told.max_age_s);
+    setText(parts.next, words.nextWords(latest, at.nextIn));
+    const share = at.age === null ? 0 : Math.min(1, at.age / latest.max_age_s);
     parts.fill.style.transform = `scaleX(${share.toFixed(3)})`;
     const isProblem = at.level === "alarm" || at.level === "warning";
-    setHidden(parts.sentence, !isProblem && !told.pinned);
-    if (!parts.sentence.hidden) setPieces(parts.sentence, words.problem(told, at, isDown(told)));
+    setHidden(parts.sentence, !isProblem && !latest.pinned);
+    if (!parts.sentence.hidden) setPieces(parts.sentence, words.problem(latest, at, isDown(latest)));
   }
 
   draw(now) {
@@ -164,16 +165,17 @@ export class Rows {
     this.order = [];
   }
 
-  told(name, now) {
+  /** Shows the last event of a dataset. */
+  update(name, now) {
     const row = this.rows.get(name);
-    row.told(this.isAdmin);
+    row.update(this.isAdmin);
     row.tick(now, this.actions);
     if (this.seen.has(row)) row.draw(now);
   }
 
   setAdmin(isAdmin) {
     this.isAdmin = isAdmin;
-    for (const row of this.rows.values()) row.told(isAdmin);
+    for (const row of this.rows.values()) row.update(isAdmin);
   }
 
   /** Sorts problems first; within a level by the configuration's order, so that rows do not move as they age. */
@@ -214,9 +216,9 @@ export class Rows {
     for (const row of all ? this.rows.values() : this.seen) row.tick(now, this.actions);
   }
 
-  /** Redraws the visible charts; with `anew` from scratch, after colours or sizes have changed. */
-  redraw(now, anew = false) {
-    for (const row of this.rows.values()) if (anew) row.forgetPlot();
+  /** Redraws the visible charts; with `fromScratch` as new charts, after colours or sizes have changed. */
+  redraw(now, fromScratch = false) {
+    for (const row of this.rows.values()) if (fromScratch) row.forgetPlot();
     for (const row of this.seen) row.draw(now);
   }
 

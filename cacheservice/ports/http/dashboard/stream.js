@@ -24,7 +24,7 @@ class Refused extends Error {
 export class Stream {
   constructor({ token, event, lost, refused }) {
     this.token = token;
-    this.told = { event, lost, refused };
+    this.handlers = { event, lost, refused };
     this.stopped = false;
     this.failures = 0;
     this.#run();
@@ -48,7 +48,7 @@ export class Stream {
         await this.#once();
       } catch (error) {
         if (error instanceof Refused && [401, 403].includes(error.status)) {
-          if (!this.stopped) this.told.refused(error.status, error.message);
+          if (!this.stopped) this.handlers.refused(error.status, error.message);
           return;
         }
         why = error instanceof Refused ? error.message : this.silent ? "it went silent" : "it cannot be reached";
@@ -58,7 +58,7 @@ export class Stream {
       const most = Math.min(LONGEST_PAUSE_MS, FIRST_PAUSE_MS * 2 ** this.failures);
       const pause = most / 2 + (Math.random() * most) / 2;
       this.failures += 1;
-      this.told.lost(why, performance.now() + pause);
+      this.handlers.lost(why, performance.now() + pause);
       await new Promise((resolve) => {
         this.wake = resolve;
         setTimeout(resolve, pause);
@@ -109,7 +109,7 @@ export class Stream {
     }
     if (!data.length || this.stopped) return;
     this.failures = 0;
-    this.told.event(name, JSON.parse(data.join("\n")));
+    this.handlers.event(name, JSON.parse(data.join("\n")));
   }
 }
 
@@ -129,8 +129,8 @@ export async function ask(path, { token, method = "GET" } = {}) {
 
 async function detailOf(response) {
   try {
-    return (await response.json()).detail ?? `it answers ${response.status}`;
+    return (await response.json()).detail ?? `the response has status ${response.status}`;
   } catch {
-    return `it answers ${response.status}`;
+    return `the response has status ${response.status}`;
   }
 }

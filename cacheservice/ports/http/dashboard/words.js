@@ -89,8 +89,8 @@ export function changeWords(change) {
 export function nextWords(dataset, nextIn) {
   if (nextIn === undefined) return "not known";
   if (dataset.progress) return dataset.consecutive_failures ? "trying now" : "reading now";
-  if (dataset.behind_s !== null) return "waits for max_load";
-  if (dataset.refreshing) return "waits its turn";
+  if (dataset.behind_s !== null) return "waiting for max_load";
+  if (dataset.refreshing) return "waiting for a slot";
   return nextIn === null ? "not planned" : `in ${duration(Math.ceil(nextIn))}`;
 }
 
@@ -102,41 +102,41 @@ export function nextWords(dataset, nextIn) {
  */
 export function problem(dataset, { age, since, nextIn, endedAgo, behind }, isDown) {
   const state = stateOf(dataset, age);
-  const said = [];
+  const pieces = [];
   if (age === null) {
-    said.push({ strong: "Nothing has been loaded yet" }, ", so readers get nothing.");
+    pieces.push({ strong: "Nothing has been loaded yet" }, ", so readers get an error.");
   } else {
-    said.push("The data are ", { strong: `from ${moment(dataset.as_of, age)}, ${duration(age)} ago` });
+    pieces.push("The data are ", { strong: `from ${moment(dataset.as_of, age)}, ${duration(age)} ago` });
     const limit = `the limit is ${duration(dataset.max_age_s)}`;
     if (state === "expired") {
-      said.push(`; ${limit}, and readers ${dataset.on_expired === "refuse" ? "get an error" : "still get them"}.`);
+      pieces.push(`; ${limit}, and readers ${dataset.on_expired === "refuse" ? "get an error" : "still get them"}.`);
     } else if (state === "stale") {
-      said.push(`, and should be read every ${duration(dataset.interval_s)}; ${limit}.`);
+      pieces.push(`, and should be read every ${duration(dataset.interval_s)}; ${limit}.`);
     } else {
-      said.push(", which is within the limits.");
+      pieces.push(", which is within the limits.");
     }
   }
   const number = dataset.consecutive_failures;
   if (number) {
-    said.push(` ${number > 1 ? `The last ${count(number)} refreshes` : "The last refresh"} failed, ${duration(endedAgo)} ago`);
-    said.push(isDown ? ", because PostgreSQL is down." : `: ${sentenceEnd(dataset.last_attempt?.error ?? "no reason is known")}`);
+    pieces.push(` ${number > 1 ? `The last ${count(number)} refreshes` : "The last refresh"} failed, ${duration(endedAgo)} ago`);
+    pieces.push(isDown ? ", because PostgreSQL is down." : `: ${sentenceEnd(dataset.last_attempt?.error ?? "no reason is known")}`);
   }
   if (dataset.held) {
     const rows = plural(dataset.held.rows, "row");
-    said.push(` The newest result, with ${rows}, is `, { strong: `held back since ${moment(dataset.held.since, since)}` });
-    said.push(`: it ${sentenceEnd(dataset.held.reason)}`);
+    pieces.push(` The newest result, with ${rows}, is `, { strong: `held back since ${moment(dataset.held.since, since)}` });
+    pieces.push(`: it ${sentenceEnd(dataset.held.reason)}`);
   }
-  if (dataset.pinned) said.push(" An operator has pinned it, so nothing newer is served.");
-  if (dataset.accepts_next) said.push(" An operator has accepted the next result, whatever the gates say.");
-  if (dataset.age_uncertain) said.push(` Their age is uncertain until the next refresh: ${sentenceEnd(dataset.age_uncertain)}`);
-  if (dataset.save_problem) said.push(` It cannot be saved: ${sentenceEnd(dataset.save_problem)}`);
-  if (dataset.differences) said.push(` Checks have corrected ${plural(dataset.differences, "row")} whose change no trigger recorded.`);
-  said.push(" ", { strong: nextSentence(dataset, nextIn, behind) });
-  return said;
+  if (dataset.pinned) pieces.push(" An operator has pinned it, so nothing newer is served.");
+  if (dataset.accepts_next) pieces.push(" An operator has accepted the next result, even if a gate refuses it.");
+  if (dataset.age_uncertain) pieces.push(` Their age is uncertain until the next refresh: ${sentenceEnd(dataset.age_uncertain)}`);
+  if (dataset.save_problem) pieces.push(` It cannot be saved: ${sentenceEnd(dataset.save_problem)}`);
+  if (dataset.differences) pieces.push(` Checks have corrected ${plural(dataset.differences, "row")} whose change no trigger recorded.`);
+  pieces.push(" ", { strong: nextSentence(dataset, nextIn, behind) });
+  return pieces;
 }
 
 function nextSentence(dataset, nextIn, behind) {
-  if (nextIn === undefined) return "What the service does now is not known.";
+  if (nextIn === undefined) return "The current activity of the service is unknown.";
   if (dataset.progress) return dataset.consecutive_failures ? "It is tried again right now." : "It is being read right now.";
   if (dataset.behind_s !== null) return `A refresh has been due for ${duration(behind)}, and waits for postgres.max_load.`;
   if (dataset.refreshing) return "A refresh is due now, and waits for a connection.";

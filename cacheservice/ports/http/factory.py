@@ -1,0 +1,89 @@
+"""Assembles the HTTP port: the handlers of its routes, and the factory of its connections."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from cacheservice.base.interfaces import Reactor
+from cacheservice.cache.cache import Cache, Refreshes
+from cacheservice.ports.clients import Limits
+from cacheservice.ports.freshness import Freshness
+from cacheservice.ports.http import assets
+from cacheservice.ports.http.access import Access, AccessSettings
+from cacheservice.ports.http.bodies import GzipBodies
+from cacheservice.ports.http.commands import Commands
+from cacheservice.ports.http.connection import HEAD_TIMEOUT_S, HttpClients
+from cacheservice.ports.http.data import Data
+from cacheservice.ports.http.digests import Digests
+from cacheservice.ports.http.events import Feed
+from cacheservice.ports.http.guard import Guard
+from cacheservice.ports.http.messages import WallClock
+from cacheservice.ports.http.monitors import Exposition, MetricsPage, Probes
+from cacheservice.ports.http.pages import Pages
+from cacheservice.ports.http.reads import Reads
+from cacheservice.ports.http.reports import Reports
+from cacheservice.ports.http.routes import Handlers, Routes, table
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """The parts of the service behind the port.
+
+    :param freshness: serves ``?max_age=``.
+    :param refreshes: the target of commands.
+    :param exposition: renders /metrics; None for no such page.
+    """
+
+    cache: Cache
+    freshness: Freshness
+    refreshes: Refreshes
+    exposition: Exposition | None = None
+
+
+class HttpFactory(HttpClients):
+    """Creates the connections of the HTTP port.
+
+    :param reactor: `IReactorTime`, monotonic, and `IReactorThreads`.
+    :param head_timeout_s: from the first byte of a request's head to its last.
+    :param wall_s: returns seconds since the epoch, for dates.
+    """
+
+    def __init__(
+        self,
+        served: Served,
+        access: AccessSettings,
+        limits: Limits,
+        reactor: Reactor,
+        head_timeout_s: float = HEAD_TIMEOUT_S,
+        wall_s: WallClock = time.time,
+    ) -> None:
+        super().__init__(limits, reactor, head_timeout_s)
+        self.bodies = GzipBodies(reactor)
+        self.feed = Feed(served.cache, reactor)
+        self.guard = None
+        if access.token or access.admin_token:
+            self.guard = Guard(access.token, access.admin_token, self.rejected, reactor, look=access.look)
+        checked = Access(self.guard, access.allow_data)
+        reads = Reads(served.cache, served.freshness, wall_s)
+        exposition = served.exposition
+        handlers = Handlers(
+            data=Data(reads, self.bodies, Digests(reactor)),
+            reports=Reports(served.cache, reads, wall_s),
+            commands=Commands(reads, served.refreshes, wall_s),
+            probes=Probes(served.cache, wall_s),
+            pages=Pages(assets.load(), self.feed, checked, wall_s),
+            metrics=None if exposition is None else MetricsPage(exposition, self.bodies, wall_s),
+        )
+        self.routes = Routes(table(handlers, has_commands=checked.has_commands), checked, wall_s)
+
+    def replace_tokens(self, token: str, admin_token: str) -> None:
+        """Require these tokens from now on. Open event streams continue."""
+        if self.guard is not None:
+            self.guard.replace(token, admin_token)
+
+    def close_clients(self) -> None:
+        """Abort every connection now."""
+        super().close_clients()
+        self.feed.stop()
+        self.bodies.forget()
