@@ -49,10 +49,10 @@ _OF_DATASETS = frozenset({"defaults", "datasets"})
 
 
 class Limited(Protocol):
-    """The limits of a port's factory that a reload changes."""
+    """The factory of a port, whose limits a reload changes."""
 
-    max_connections: int
-    idle_timeout_s: float
+    def set_limits(self, *, max_connections: int, idle_timeout_s: float) -> None:
+        """Apply other limits from now on."""
 
 
 class Reload:
@@ -175,8 +175,10 @@ class Reload:
         self._dsn, self._connect_timeout_s = dsn, postgres.connect_timeout_s
         self._threshold.set(settings.log.level)
         for port in self._ports:
-            port.max_connections = self._room.limit(settings.limits.max_connections)
-            port.idle_timeout_s = settings.limits.idle_timeout_s
+            port.set_limits(
+                max_connections=self._room.limit(settings.limits.max_connections),
+                idle_timeout_s=settings.limits.idle_timeout_s,
+            )
         self._rotation.take(ClientSecrets.of(settings).by_key())
         reloaded = Reloaded(datasets, _needs_restart(self._started, settings), file)
         self._cache.configured_by(file)

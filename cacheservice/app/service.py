@@ -243,32 +243,26 @@ def make_service(
     limits = settings.limits
     max_connections, accepted = room.limit(limits.max_connections), room.plan.accepted
 
-    def door(port: str, reserve: int = room.plan.reserve) -> Door:
-        return Door(port, room, reserve, log, reactor.seconds)
+    def clients(port: str, reserve: int = room.plan.reserve, silence_timeout_s: float = 0.0) -> Limits:
+        door = Door(port, room, reserve, log, reactor.seconds)
+        return Limits(max_connections, limits.idle_timeout_s, silence_timeout_s, door, held)
 
     freshness = Freshness(refresh, cache.database, reactor)
     questions = Commands(cache, monitor=metrics.monitor_lines)
-    served["status"] = status = StatusFactory(
-        questions, Limits(max_connections, limits.idle_timeout_s, door=door("status")), reactor
-    )
+    served["status"] = status = StatusFactory(questions, clients("status"), reactor)
     ports.append(status)
     listen = tcp(reactor, settings.status.host, settings.status.port, status, accepted)
     _add_port(root, "status", "status.port", listen, status)
     if settings.admin.socket:
         all_commands = Commands(cache, refresh, reloader.reload, metrics.monitor_lines)
-        served["admin"] = admin = StatusFactory(
-            all_commands, Limits(max_connections, limits.idle_timeout_s, door=door("admin")), reactor
-        )
+        served["admin"] = admin = StatusFactory(all_commands, clients("admin"), reactor)
         ports.append(admin)
         _add_port(root, "admin", "admin.socket", unix(reactor, settings.admin.socket, admin), admin)
     if settings.resp.enabled:
-        silence_timeout_s = settings.resp.idle_timeout_s
         served["resp"] = resp = RespFactory(
             cache=cache,
             freshness=freshness,
-            limits=Limits(
-                max_connections, limits.idle_timeout_s, silence_timeout_s, door=door("resp", reserve=0), held=held
-            ),
+            limits=clients("resp", reserve=0, silence_timeout_s=settings.resp.idle_timeout_s),
             clock=reactor,
             password=settings.resp.password.get_secret_value(),
             look=rotation.look,
@@ -285,7 +279,7 @@ def make_service(
                 allow_data=config.is_loopback(settings.http.host) or limits.allow_anonymous,
                 look=rotation.look,
             ),
-            Limits(max_connections, limits.idle_timeout_s, door=door("http"), held=held),
+            clients("http"),
             reactor,
         )
         rotation.watch(lambda secrets: http.replace_tokens(secrets.token, secrets.admin_token))

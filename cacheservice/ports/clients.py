@@ -99,7 +99,7 @@ class Limits:
 class ClientFactory(ServerFactory, Generic[C]):
     """Creates the connections of a port, and keeps what they share.
 
-    `rejected` counts refused clients by reason. A reload assigns `max_connections` and `idle_timeout_s`.
+    `rejected` counts refused clients by reason.
 
     :param clock: `IReactorTime`, monotonic.
     """
@@ -115,6 +115,11 @@ class ClientFactory(ServerFactory, Generic[C]):
         self.turns = Turns(clock)
         self.clients: set[C] = set()
         self.rejected = rejected.none_yet()
+
+    def set_limits(self, *, max_connections: int, idle_timeout_s: float) -> None:
+        """Apply other limits from now on. Connected clients stay, even if they are too many."""
+        self.max_connections = max_connections
+        self.idle_timeout_s = idle_timeout_s
 
     def close_clients(self) -> None:
         """Abort every connection now."""
