@@ -376,7 +376,7 @@ class Status(UnderAttack, TestCase):
     kind = "status"
 
     def make_factory(self, secret: str) -> StatusFactory:
-        return StatusFactory(StatusCommands(self.cache), MAX_CONNECTIONS, 300, reactor)
+        return StatusFactory(StatusCommands(self.cache), Limits(MAX_CONNECTIONS, 300), reactor)
 
     def replies(self) -> dict[str, str]:
         commands = StatusCommands(self.cache)

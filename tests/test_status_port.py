@@ -32,6 +32,7 @@ from cacheservice.cache.history import Attempt
 from cacheservice.cache.snapshot import Snapshot
 from cacheservice.ops.metrics import Metrics
 from cacheservice.ops.stall import BOUNDS_S
+from cacheservice.ports.clients import Limits
 from cacheservice.ports.listen import PortService, tcp, unix
 from cacheservice.ports.operator_commands import Commands
 from cacheservice.ports.status import MAX_LINE_BYTES, StatusFactory, StatusProtocol
@@ -92,7 +93,7 @@ class PortTestCase(TestCase):
         self.addCleanup(self.close)
 
     def make_factory(self, commands: Commands) -> StatusFactory:
-        return StatusFactory(commands, self.max_connections, self.idle_timeout_s, reactor)
+        return StatusFactory(commands, Limits(self.max_connections, self.idle_timeout_s), reactor)
 
     def listen(self) -> IListeningPort:
         return tcp(reactor, "127.0.0.1", 0, self.factory)()
@@ -565,7 +566,7 @@ class Load(PortTestCase):
 
         self.addCleanup(sent.set)
         flooding = self.converse(flood)
-        await until(lambda: any(client._choked for client in self.factory.clients))
+        await until(lambda: any(client.is_choked for client in self.factory.clients))
         one_reply = len(await self.ask("json"))
         for _ in range(20):
             self.assertEqual(await self.ask("ruok"), "imok")
@@ -769,7 +770,7 @@ class InTheWay(TestCase):
         self.addCleanup(self.directory.rmdir)
         self.path = self.directory / "admin.sock"
         self.addCleanup(lambda: self.path.unlink(missing_ok=True))
-        self.factory = StatusFactory(Commands(filled_cache()), 10, 60.0, reactor)
+        self.factory = StatusFactory(Commands(filled_cache()), Limits(10, 60.0), reactor)
 
     def service(self, path: Path) -> PortService:
         return PortService("admin.socket", unix(reactor, str(path), self.factory), self.factory.close_clients)

@@ -35,7 +35,7 @@ _MANY_DESCRIPTORS = 1 << 20
 class Factory(ServedPort, Protocol):
     """What the composition asks of the factory of a port."""
 
-    def set_limits(self, max_connections: int, idle_timeout_s: float) -> None:
+    def set_limits(self, *, max_connections: int, idle_timeout_s: float) -> None:
         """Apply changed limits; existing connections stay."""
 
     def close_clients(self) -> None:
@@ -92,7 +92,8 @@ class Ports:
         """Apply changed limits and secrets to every port."""
         limits = settings.limits
         for port in self._ports:
-            port.factory.set_limits(self._room.limit(limits.max_connections), limits.idle_timeout_s)
+            most = self._room.limit(limits.max_connections)
+            port.factory.set_limits(max_connections=most, idle_timeout_s=limits.idle_timeout_s)
         self._rotation.take(ClientSecrets.of(settings).by_key())
 
     def add_status(self) -> None:
@@ -149,10 +150,7 @@ class Ports:
         self._shared.metrics.add_port(name, factory)
 
     def _status_factory(self, name: str, commands: Commands) -> StatusFactory:
-        limits = self._limits(name)
-        return StatusFactory(
-            commands, limits.max_connections, limits.idle_timeout_s, self._shared.reactor, self._door(name)
-        )
+        return StatusFactory(commands, self._limits(name), self._shared.reactor)
 
     def _limits(self, name: str, *, silence_timeout_s: float = 0.0, reserve: int | None = None) -> Limits:
         limits = self._settings.limits

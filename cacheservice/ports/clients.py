@@ -116,8 +116,8 @@ class ClientFactory(ServerFactory, Generic[C]):
         self.clients: set[C] = set()
         self.rejected = rejected.none_yet()
 
-    def set_limits(self, max_connections: int, idle_timeout_s: float) -> None:
-        """Apply changed limits; existing connections stay."""
+    def set_limits(self, *, max_connections: int, idle_timeout_s: float) -> None:
+        """Apply other limits from now on. Connected clients stay, even if they are too many."""
         self.max_connections = max_connections
         self.idle_timeout_s = idle_timeout_s
 

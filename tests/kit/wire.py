@@ -49,6 +49,10 @@ class Wire:
         self.protocol = protocol
         protocol.makeConnection(self)  # type: ignore[arg-type]  # it has what the connections use
 
+    @property
+    def is_open(self) -> bool:
+        return self.ended is None
+
     # What a test does
 
     def receive(self, data: bytes) -> None:
@@ -136,5 +140,7 @@ class Wire:
 
     def _end(self, how: str) -> None:
         if self.ended is None:
-            self.ended, self.is_reading = how, False
-            self.protocol.connectionLost(Failure(ConnectionLost() if how == "aborted" else ConnectionDone()))
+            self.ended, self.is_reading, self.queue = how, False, b""
+            protocol = self.protocol
+            del self.protocol  # as Twisted does
+            protocol.connectionLost(Failure(ConnectionLost() if how == "aborted" else ConnectionDone()))

@@ -326,7 +326,7 @@ class Admission(ConnectionTestCase):
     def test_reserve(self) -> None:
         """Over the limit a client has little time, and is turned away for the next one."""
         self.factory.door = Door("", Room(), 1, None, self.clock.seconds)
-        self.factory.max_connections = 1
+        self.factory.set_limits(max_connections=1, idle_timeout_s=IDLE_S)
         (inside, _), (first, first_wire) = self.connect(), self.connect()
         self.assertEqual((inside.is_admitted, first.is_admitted), (True, False))
         _, second_wire = self.connect()

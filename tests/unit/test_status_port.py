@@ -4,39 +4,15 @@ from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from twisted.internet.error import ConnectionDone
 from twisted.internet.task import Clock
-from twisted.internet.testing import StringTransport
-from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice import __version__
+from cacheservice.ports.clients import Limits
 from cacheservice.ports.operator_commands import Argument, Command, Commands
-from cacheservice.ports.status import StatusFactory, StatusProtocol
+from cacheservice.ports.status import StatusFactory
 from tests.kit.status_port import filled_cache
-
-
-class Wire(StringTransport):
-    """A transport that can close either way, as TCP's does."""
-
-    protocol: StatusProtocol
-    open = True
-
-    def loseWriteConnection(self) -> None:
-        self.protocol.writeConnectionLost()
-
-    def loseConnection(self) -> None:
-        self.abortConnection()
-
-    def abortConnection(self) -> None:
-        if self.open:
-            self.open = False
-            self.protocol.connectionLost(Failure(ConnectionDone()))
-
-    @property
-    def reading(self) -> bool:
-        return self.open and self.producerState == "producing"
-
+from tests.kit.wire import Wire
 
 WORDS = [
     b"prompt",
@@ -57,28 +33,26 @@ WORDS = [
 class AnyBytes(SynchronousTestCase):
     def setUp(self) -> None:
         self.clock = Clock()
-        self.factory = StatusFactory(Commands(filled_cache()), 10, 60.0, self.clock)
+        self.factory = StatusFactory(Commands(filled_cache()), Limits(10, 60.0), self.clock)
         self.addCleanup(lambda: self.assertEqual(self.clock.getDelayedCalls(), []))
 
     def talk(self, chunks: list[bytes]) -> list[str]:
         """What the server says to the chunks and the end of input after them, until the connection is closed."""
         protocol = self.factory.buildProtocol(None)
-        wire = Wire()
-        wire.protocol = protocol
-        protocol.makeConnection(wire)
+        wire = Wire(protocol)
         for chunk in chunks:
-            while wire.open and not wire.reading:
+            while wire.is_open and not wire.is_reading:
                 self.clock.advance(0.001)
-            if wire.open:
+            if wire.is_open:
                 protocol.dataReceived(chunk)
-        while wire.open and not wire.reading:
+        while wire.is_open and not wire.is_reading:
             self.clock.advance(0.001)
-        if wire.open:
+        if wire.is_open:
             protocol.readConnectionLost()
         self.clock.advance(10)
-        self.assertFalse(wire.open)
+        self.assertFalse(wire.is_open)
         self.assertEqual((self.factory.clients, self.flushLoggedErrors()), (set(), []))
-        return wire.value().decode().split("\n")
+        return wire.sent.decode().split("\n")
 
     @settings(deadline=None)
     @given(st.lists(st.binary(max_size=600), max_size=8))
@@ -99,11 +73,9 @@ class AnyBytes(SynchronousTestCase):
 class Timeouts(SynchronousTestCase):
     def setUp(self) -> None:
         self.clock = Clock()
-        self.factory = StatusFactory(Commands(filled_cache()), 10, 60.0, self.clock)
+        self.factory = StatusFactory(Commands(filled_cache()), Limits(10, 60.0), self.clock)
         self.protocol = self.factory.buildProtocol(None)
-        self.wire = Wire()
-        self.wire.protocol = self.protocol
-        self.protocol.makeConnection(self.wire)
+        self.wire = Wire(self.protocol)
         self.addCleanup(lambda: self.assertEqual(self.clock.getDelayedCalls(), []))
 
     def test_each_line_counts(self) -> None:
@@ -116,16 +88,16 @@ class Timeouts(SynchronousTestCase):
             self.protocol.dataReceived(b"ne\n")
             self.clock.advance(0)
         self.clock.advance(59)
-        self.assertTrue(self.wire.open)
+        self.assertTrue(self.wire.is_open)
         self.clock.advance(1)
-        self.assertFalse(self.wire.open)
+        self.assertFalse(self.wire.is_open)
 
     def test_a_client_that_does_not_close(self) -> None:
         """After the last word a client that does not close is dropped soon."""
         self.protocol.dataReceived(b"ruok\n")
-        self.assertTrue(self.wire.open)
+        self.assertTrue(self.wire.is_open)
         self.clock.advance(5)
-        self.assertFalse(self.wire.open)
+        self.assertFalse(self.wire.is_open)
 
     def test_a_bug_in_a_command(self) -> None:
         """A command that raises what nobody expected is an ERROR line and a traceback in the log."""
@@ -133,6 +105,6 @@ class Timeouts(SynchronousTestCase):
         self.patch(self.factory.commands, "_commands", {**self.factory.commands._commands, "ruok": broken})
         self.protocol.dataReceived(b"ruok;version\n")
         said = f"ERROR an internal error; its traceback is in the log\ncacheservice {__version__}\n"
-        self.assertEqual(self.wire.value().decode(), said)
+        self.assertEqual(self.wire.sent.decode(), said)
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
         self.clock.advance(5)

@@ -195,6 +195,8 @@ class RespConnection(Connection):
         self._unsent = None
         session.leave()
         server.left(session)
+        # Without this cycle their memory is free at once.
+        del self.session
 
 
 class RespFactory(ClientFactory[RespConnection]):

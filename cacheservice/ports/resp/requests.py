@@ -8,6 +8,7 @@ they are split.
 
 from __future__ import annotations
 
+import enum
 import os
 import re
 from itertools import islice
@@ -40,12 +41,46 @@ _MARK = os.urandom(8).hex().encode()
 _MARK_LINE = b"+" + _MARK + b"\r\n"
 
 
+class _By(enum.Enum):
+    """The parser of the bytes in the buffer."""
+
+    HIREDIS = enum.auto()
+    HERE_ONCE = enum.auto()
+    """This module, to the end of one request: hiredis cannot begin within a request."""
+    HERE = enum.auto()
+    """This module, until the buffer is empty: input that hiredis does not know seldom comes alone."""
+
+
+_HIREDIS, _HERE_ONCE, _HERE = _By
+
+
 class RequestParser:
-    """Takes bytes and returns commands: lists of at least one bytes object."""
+    """Takes bytes and returns commands: lists of at least one bytes object.
+
+    `exhausted` is True if more bytes must be fed before more commands can be taken. `authenticated` is False while the
+    limits for clients without a password apply.
+    """
+
+    __slots__ = (
+        "_arguments",
+        "_arguments_bytes",
+        "_batch",
+        "_buffer",
+        "_by",
+        "_doubtful",
+        "_fast",
+        "_given",
+        "_single",
+        "_verified_bytes",
+        "_violation",
+        "_wanted_arguments",
+        "authenticated",
+        "exhausted",
+    )
 
     def __init__(self) -> None:
         self.authenticated = True
-        self.exhausted = True  # the rest is incomplete: more must be fed before more can be taken
+        self.exhausted = True
         self._fast = hiredis.Reader()
         self._single: list[bytes] | None = None
         # The bytes fed to hiredis, until it has returned all of their commands, and the number that it has returned.
@@ -53,9 +88,9 @@ class RequestParser:
         self._given = 0
         self._doubtful = False
         self._verified_bytes = 0
-        # The bytes after them. While `_here` is set, this class parses them: all, or to the end of one request.
+        # The bytes after them.
         self._buffer = bytearray()
-        self._here = self._here_to_the_end = False
+        self._by = _HIREDIS
         self._wanted_arguments = 0
         self._arguments: list[bytes] = []
         self._arguments_bytes = 0
@@ -75,7 +110,7 @@ class RequestParser:
 
         :raises ProtocolViolation: if a request does not end within 64 MiB.
         """
-        if self.exhausted and not self._here and self.authenticated:
+        if self.exhausted and self._by is _HIREDIS and self.authenticated:
             self._single = _two_words(data)
             if self._single is not None:
                 self.exhausted = False
@@ -156,18 +191,18 @@ class RequestParser:
         self._fast = hiredis.Reader()
         self._batch, self._given = b"", -taken
         # Input that hiredis cannot parse seldom comes alone, and to alternate between the parsers is quadratic.
-        self._here, self._here_to_the_end = True, not incomplete
+        self._by = _HERE_ONCE if incomplete else _HERE
 
     def _take_here(self, commands: list[list[bytes]], most: int) -> None:
         """Parse commands without hiredis, until hiredis can take the rest."""
         while self._buffer and len(commands) < most:
-            if not self._here:
+            if self._by is _HIREDIS:
                 data = bytes(self._buffer)
                 if self.authenticated and _is_plain(data):
                     self._buffer.clear()
                     self._feed_fast(data)
                     return
-                self._here = self._here_to_the_end = True
+                self._by = _HERE
             try:
                 command = self._next_here()
             except ProtocolViolation as violation:
@@ -180,9 +215,9 @@ class RequestParser:
                 break
             if command:
                 commands.append(command)
-            if not self._here_to_the_end or not self._buffer:
-                self._here = self._here_to_the_end = False
-        self.exhausted = not self._buffer or (self._here and len(commands) < most)
+            if self._by is _HERE_ONCE or not self._buffer:
+                self._by = _HIREDIS
+        self.exhausted = not self._buffer or (self._by is not _HIREDIS and len(commands) < most)
 
     def _next_here(self) -> list[bytes] | None:
         """Return the next command: empty for an empty request, None if incomplete."""

@@ -71,6 +71,10 @@ class Transaction:
         self.queue: list[Words] = []
         self.is_broken = False
 
+    def refuse(self) -> None:
+        """Note that a command was refused, so that EXEC runs none of them."""
+        self.is_broken = True
+
 
 class Client(Protocol):
     """A session, as commands use it; see `cacheservice.ports.resp.state`."""

@@ -187,7 +187,7 @@ class Session(ClientState):
                 self.end_transaction()
                 raise CommandError(f"EXECABORT Transaction discarded because of: {str(error)[4:]}") from None
             if self.transaction is not None:
-                self.transaction.is_broken = True
+                self.transaction.refuse()
             raise
         return command.run(self.server.datasets, self, words)
 
