@@ -17,7 +17,7 @@ from typing import Any
 
 import psycopg2
 
-from cacheservice.cli.embedded import EmbeddedPostgres, _programs
+from cacheservice.cli.embedded import EmbeddedPostgres, program_folder
 from tests.kit.ports import free_port
 
 START_LIMIT_S = 60
@@ -85,7 +85,7 @@ def running_standby(
         common: dict[str, Any] = {"cwd": folder, "stdin": subprocess.DEVNULL, **server_identity(server)}
         primary = f"host={server.socket_directory} port={server.port} user=postgres"
         source = ["-h", server.socket_directory, "-p", str(server.port), "-U", "postgres"]
-        copy = [_programs() / "pg_basebackup", *source, "-D", data, "-X", "stream", "-c", "fast", "-R"]
+        copy = [program_folder() / "pg_basebackup", *source, "-D", data, "-X", "stream", "-c", "fast", "-R"]
         subprocess.run(copy, check=True, capture_output=True, **common)
         options = {
             **server.settings,

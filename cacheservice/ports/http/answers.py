@@ -263,7 +263,7 @@ class Answers:
     def _why(self, dataset: Dataset, request: Request) -> Reply:
         chosen = _negotiated(request, (_JSON, _TEXT))
         details = collect.details(dataset, self._cache)
-        sentences = explain.why(details, collect.service(self._cache), collect.database(self._cache))
+        sentences = explain.why(details, collect.database(self._cache), collect.rejection(self._cache))
         if chosen == _JSON:
             return self._live(200, {"dataset": dataset.name, "sentences": sentences})
         head = heads.plain_head(200, b"text/plain; charset=utf-8", self._wall_s())
