@@ -6,12 +6,14 @@ Ages and durations are in seconds, sizes in bytes, times in ISO 8601.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import TypeAlias
 
 from cacheservice.base.text import iso, seconds
 from cacheservice.views.facts import Attempt, Database, Dataset, Facts, Lag, Point, Service
 
-Object = dict[str, object]
+Value: TypeAlias = "bool | int | float | str | Sequence[Value] | Mapping[str, Value] | None"
+Object = dict[str, Value]
 
 
 def line(facts: Facts) -> str:
