@@ -18,7 +18,7 @@ import psutil
 import pytest
 from twisted.trial.unittest import SynchronousTestCase
 
-from cacheservice.cli.demo import _quoted
+from cacheservice.cli.demo_texts import quoted
 from cacheservice.cli.embedded import EmbeddedPostgres
 from tests.kit.paths import ROOT
 from tests.kit.postgres import fresh_database, query
@@ -308,7 +308,7 @@ class Demo(FromTheWheel):
     def test_words_for_a_shell(self) -> None:
         """What the demo prints is one word to a shell, whatever is in the path."""
         for word in ("plain", "a b", "host='/a b/c' port=1", "it's", 'say "x"', "$HOME", "`id`"):
-            ended = subprocess.run(["/bin/sh", "-c", f"printf %s {_quoted(word)}"], capture_output=True, check=True)
+            ended = subprocess.run(["/bin/sh", "-c", f"printf %s {quoted(word)}"], capture_output=True, check=True)
             self.assertEqual(ended.stdout.decode(), word)
 
     def test_the_demo_lives_breaks_recovers_and_leaves_nothing(self) -> None:

@@ -20,16 +20,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from importlib import resources
 from pathlib import Path
-from shlex import quote
 from types import FrameType, TracebackType
-from typing import IO, NamedTuple
+from typing import IO
 
 import click
 
 from cacheservice.base import file_errors, shipped
 from cacheservice.base.errors import DemoFailed, NoAnswer
-from cacheservice.cli import exit
+from cacheservice.cli import demo_texts, exit
 from cacheservice.cli.client import UnixSocket, ask_once
+from cacheservice.cli.demo_texts import REVIVE_AFTER_S, USUAL_PORTS, Place, Ports
 from cacheservice.cli.embedded import EmbeddedPostgres, free_port
 from cacheservice.sources.postgres.migrate import migrate
 from cacheservice.sources.postgres.reader import create_reader
@@ -44,99 +44,10 @@ _WATCHED = {
     "shop.customers": ["id"],
     "shop.permissions": ["customer_id"],
 }
-_STATUS_PORT = 8000
-_RESP_PORT = 6380
-_HTTP_PORT = 8080
-_USUAL_PORTS = (_STATUS_PORT, _RESP_PORT, _HTTP_PORT)
-_ADMIN_SOCKET = "admin.sock"
 _MOST_STARTS = 5
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _ANSWER_LIMIT_S = 30.0
 _STOP_LIMIT_S = 10.0
-_REVIVE_AFTER_S = 10.0
-"""How long a database that another process ended stays down, so that users can watch the effect."""
-
-_CONFIGURATION = """\
-# Made by `cacheservice demo`. The database is named by CACHESERVICE_POSTGRES__DSN, which holds a password.
-[status]
-port = {status_port}
-
-[resp]
-port = {resp_port}
-
-[http]
-port = {http_port}
-admin_token = "demo"
-
-[admin]
-socket = "{admin_socket}"
-
-[log]
-format = "console"
-
-[defaults]
-timeout_s = 5
-
-[datasets.products]
-query = "SELECT id, sku, name, category, stock FROM shop.products"
-key = "id"
-interval_s = 5
-watch = [{{table = "shop.products", key = "id"}}]
-
-[datasets.prices]
-query = "SELECT product_id, currency, amount FROM shop.prices"
-key = ["product_id", "currency"]
-interval_s = 10
-watch = [{{table = "shop.prices", key = ["product_id", "currency"]}}]
-
-[datasets.feature_flags]
-query = "SELECT name, enabled, rollout_percent FROM shop.feature_flags"
-key = "name"
-interval_s = 5
-notify = "feature_flags"
-
-[datasets.permissions]
-query = '''
-SELECT c.id AS customer_id, c.name, array_agg(p.permission ORDER BY p.permission) AS permissions
-FROM shop.customers AS c JOIN shop.permissions AS p ON p.customer_id = c.id
-GROUP BY c.id
-'''
-key = "customer_id"
-interval_s = 15
-required = false
-watch = [{{table = "shop.customers", key = "id"}}, {{table = "shop.permissions", key = "customer_id"}}]
-"""
-
-_TO_TRY = """
-The service is running. In another terminal:
-
-  Look:     http://127.0.0.1:{http_port}/      in a browser (operator's token: demo)
-            {program} status{port}      (live: add --watch)
-            {program} tail{tail_ports}
-            {program} why products{port}
-            echo status | nc -N 127.0.0.1 {status_port}
-  Check:    CACHESERVICE_CONFIG={configuration} CACHESERVICE_POSTGRES__DSN={owner} {program} check --db
-  Read:     redis-cli -p {resp_port} GET products:42
-            redis-cli -p {resp_port} HGETALL feature_flags
-            curl -i http://127.0.0.1:{http_port}/v1/datasets/prices/rows/42:EUR
-  Change:   {psql} -c "UPDATE shop.prices SET amount = 1.23 WHERE product_id = 42"
-            redis-cli -p {resp_port} GET prices:42:EUR      (the new price is there at once)
-  Lock it:  {psql} -c "BEGIN; LOCK TABLE shop.products; SELECT pg_sleep(20)"
-            {program} why products{port}        (after 5 s: the session that holds the lock)
-  Freeze:   kill -STOP {postgres_pid} $(pgrep -P {postgres_pid})     ages rise, nothing else changes
-            kill -CONT {postgres_pid} $(pgrep -P {postgres_pid})     the service recovers
-  Crash:    kill -QUIT {postgres_pid}       the demo restarts the database after {revive_after_s:.0f} s
-  Refresh:  echo "refresh all" | nc -NU {admin_socket}
-  Log:      tail -f {log}
-
-Ctrl-C stops everything.{kept}
-"""
-
-
-class _Ports(NamedTuple):
-    status: int
-    resp: int
-    http: int
 
 
 class Demo:
@@ -184,6 +95,7 @@ class Demo:
 
     def _start(self) -> None:
         directory = self._resources.enter_context(_folder(self._directory))
+        self._place = Place(directory, is_kept=self._directory is not None)
         click.echo(f"Starting an embedded PostgreSQL in {directory} …")
         self._postgres = EmbeddedPostgres(directory / "postgres")
         self._resources.callback(self._postgres.stop)
@@ -192,37 +104,29 @@ class Demo:
         self._life = self._resources.enter_context(_child(self._life_command()))
         dsn = self._postgres.dsn(_READER, password, _DATABASE)
         for tries_left in range(_MOST_STARTS - 1, -1, -1):
-            ports = _Ports(_port(_STATUS_PORT), _port(_RESP_PORT), _port(_HTTP_PORT))
-            self._start_service(directory, dsn, ports)
-            if self._is_ready(directory / _ADMIN_SOCKET):
+            ports = Ports(*map(_port, USUAL_PORTS))
+            self._start_service(dsn, ports)
+            if self._is_ready():
                 break
             # Another demo that starts at the same time may have taken a port that was free.
             if not tries_left or self._service.poll() is None or all(map(_is_free, ports)):
                 raise DemoFailed(f"the service did not become ready; the last line of its log: {self._last_line()}")
-        for name, port, usual in zip(("status", "RESP", "HTTP"), ports, _USUAL_PORTS, strict=True):
+        for name, port, usual in zip(("status", "RESP", "HTTP"), ports, USUAL_PORTS, strict=True):
             if port != usual:
                 click.echo(f"Port {usual} is taken: the {name} port is {port} instead.")
-        click.echo(self._what_to_try(directory, *ports, directory / _ADMIN_SOCKET))
+        click.echo(demo_texts.what_to_try(self._place, ports, self._psql(), self._postgres.pid))
 
-    def _start_service(self, directory: Path, dsn: str, ports: _Ports) -> None:
-        configuration = directory / "cacheservice.toml"
-        configuration.write_text(
-            _CONFIGURATION.format(
-                status_port=ports.status,
-                resp_port=ports.resp,
-                http_port=ports.http,
-                admin_socket=directory / _ADMIN_SOCKET,
-            )
-        )
+    def _start_service(self, dsn: str, ports: Ports) -> None:
+        place = self._place
+        place.configuration.write_text(demo_texts.configuration(place, ports))
         environment = {name: value for name, value in os.environ.items() if not name.startswith("CACHESERVICE_")}
-        environment |= {"CACHESERVICE_CONFIG": str(configuration), "CACHESERVICE_POSTGRES__DSN": dsn}
+        environment |= {"CACHESERVICE_CONFIG": str(place.configuration), "CACHESERVICE_POSTGRES__DSN": dsn}
         click.echo("Starting the service …")
         command = [sys.executable, "-m", "cacheservice", "run"]
         # Into a file: on the terminal the log would push the instructions off the screen within half a minute.
-        self._log = directory / "service.log"
-        with self._log.open("wb") as log:
+        with place.log.open("wb") as log:
             self._service = self._resources.enter_context(
-                _child(command, log, environment=environment, directory=directory)
+                _child(command, log, environment=environment, directory=place.directory)
             )
 
     def _fill_shop(self) -> str:
@@ -259,60 +163,31 @@ class Demo:
         if not self._postgres.running:
             if self._down_since is None:
                 self._down_since = time.monotonic()
-                click.echo(f"PostgreSQL has ended; the demo restarts it in {_REVIVE_AFTER_S:.0f} s.")
-            elif time.monotonic() - self._down_since > _REVIVE_AFTER_S:
+                click.echo(f"PostgreSQL has ended; the demo restarts it in {REVIVE_AFTER_S:.0f} s.")
+            elif time.monotonic() - self._down_since > REVIVE_AFTER_S:
                 self._down_since = None
                 self._postgres.start()
                 click.echo(f"PostgreSQL is running again, as process {self._postgres.pid}.")
         elif self._life.poll() is not None:
             self._life = self._resources.enter_context(_child(self._life_command()))
 
-    def _is_ready(self, admin_socket: Path) -> bool:
+    def _is_ready(self) -> bool:
         """Wait; return True if the service becomes ready in time.
 
         It asks over the admin socket, because a port might belong to another demo.
         """
+        socket_path = UnixSocket(str(self._place.admin_socket))
         limit = time.monotonic() + _ANSWER_LIMIT_S
         while time.monotonic() < limit and self._service.poll() is None:
             with suppress(NoAnswer):
-                if ask_once(UnixSocket(str(admin_socket)), "ready", 1.0) == "ready":
+                if ask_once(socket_path, "ready", 1.0) == "ready":
                     return True
             time.sleep(0.1)
         return False
 
     def _last_line(self) -> str:
-        *_, last = ["its log is empty", *self._log.read_text(errors="replace").splitlines()]
+        *_, last = ["its log is empty", *self._place.log.read_text(errors="replace").splitlines()]
         return last
-
-    def _what_to_try(
-        self, directory: Path, status_port: int, resp_port: int, http_port: int, admin_socket: Path
-    ) -> str:
-        port = "" if status_port == _STATUS_PORT else f" --port {status_port}"
-        tail_ports = port if resp_port == _RESP_PORT else f"{port} --resp-port {resp_port}"
-        return _TO_TRY.format(
-            program=_program(),
-            port=port,
-            tail_ports=tail_ports,
-            configuration=quote(str(directory / "cacheservice.toml")),
-            owner=_quoted(self._psql()[-1]),
-            status_port=status_port,
-            psql=" ".join(map(_quoted, self._psql())),
-            postgres_pid=self._postgres.pid,
-            revive_after_s=_REVIVE_AFTER_S,
-            admin_socket=quote(str(admin_socket)),
-            log=quote(str(self._log)),
-            resp_port=resp_port,
-            http_port=http_port,
-            kept=f" The data remain in {directory}." if self._directory else "",
-        )
-
-
-def _program() -> str:
-    """Return the command that a user can enter: short if it is on the PATH."""
-    if shutil.which("cacheservice"):
-        return "cacheservice"
-    beside = Path(sys.executable).with_name("cacheservice")
-    return quote(str(beside)) if beside.exists() else f"{quote(sys.executable)} -m cacheservice"
 
 
 @contextmanager
@@ -362,13 +237,6 @@ def _child(
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def _quoted(word: str) -> str:
-    """Quote a word for a shell; in double quotes if that is easier to read."""
-    if re.fullmatch(r"[\w./ ='-]+", word) and re.search("[ ']", word):
-        return f'"{word}"'
-    return quote(word)
 
 
 def _port(wanted: int) -> int:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from cacheservice.config.keys import Place
 from cacheservice.config.models import DefaultsSettings
 
 
-def as_table(value: object) -> dict[str, Any]:
+def as_table(value: object) -> dict[str, object]:
     """Return `value` if it is a table, else an empty one; the models report the other values."""
     return value if isinstance(value, dict) else {}
 
 
-def overlay(in_file: Mapping[str, Any], values: Mapping[Place, object]) -> dict[str, Any]:
+def overlay(in_file: Mapping[str, object], values: Mapping[Place, object]) -> dict[str, object]:
     """Return the file's tables with the values of the environment in them."""
-    declared: dict[str, Any] = {"postgres": {}, "datasets": {}, **in_file}
+    declared: dict[str, object] = {"postgres": {}, "datasets": {}, **in_file}
     for (*tables, key), value in values.items():
         table = declared
         for name in tables:
@@ -25,12 +24,12 @@ def overlay(in_file: Mapping[str, Any], values: Mapping[Place, object]) -> dict[
     return declared
 
 
-def defaults_in(declared: Mapping[str, Any]) -> dict[str, Any]:
+def defaults_in(declared: Mapping[str, object]) -> dict[str, object]:
     defaults = as_table(declared.get("defaults"))
     return {key: value for key, value in defaults.items() if key in DefaultsSettings.model_fields}
 
 
-def with_defaults(declared: Mapping[str, Any]) -> dict[str, Any]:
+def with_defaults(declared: Mapping[str, object]) -> dict[str, object]:
     """Return `declared` with the name and the inherited values in each dataset."""
     if not isinstance(declared["datasets"], dict):
         return dict(declared)

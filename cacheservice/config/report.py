@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -17,7 +16,7 @@ from cacheservice.config.models import Settings
 _DATASET_NAME = "a dataset's name must begin with a letter and have at most 63 lower-case letters, digits and _"
 
 
-def refusals(refused: ValidationError, declared: Mapping[str, Any]) -> dict[Place, str]:
+def refusals(refused: ValidationError, declared: Mapping[str, object]) -> dict[Place, str]:
     """Return the problems that the models reported, by the places of the refused values."""
     inherited = defaults_in(declared)
     problems: dict[Place, str] = {}
@@ -30,7 +29,9 @@ def refusals(refused: ValidationError, declared: Mapping[str, Any]) -> dict[Plac
             continue
         message = problem_of(error, place)
         match place:
-            case ("datasets", name, key) if key in inherited and key not in as_table(declared["datasets"].get(name)):
+            case ("datasets", name, key) if key in inherited and key not in as_table(
+                as_table(declared["datasets"]).get(name)
+            ):
                 place, message = ("defaults", key), f"{message}, in {dotted(place[:2])}"
         problems.setdefault(place, message)  # the models read [defaults] first, so its own message stays
     return problems

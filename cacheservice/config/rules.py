@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from cacheservice.config.keys import Place
 from cacheservice.config.merge import as_table
@@ -80,7 +79,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def is_open_to_all(declared: Mapping[str, Any]) -> bool:
+def is_open_to_all(declared: Mapping[str, object]) -> bool:
     """Return whether the RESP port would serve data to other machines without a password."""
     resp, limits = as_table(declared.get("resp")), as_table(declared.get("limits"))
     served = resp.get("enabled", True) is not False

@@ -10,7 +10,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pydantic import SecretStr, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -86,7 +86,7 @@ def client_secret_files(environ: Mapping[str, str]) -> dict[str, str]:
     return {key: environ[variable] for key, variable in variables.items() if environ.get(variable)}
 
 
-def read_file(file: str) -> tuple[dict[str, Any], str | None]:
+def read_file(file: str) -> tuple[dict[str, object], str | None]:
     """Return the file's tables and None, or no tables and the problem."""
     try:
         text = Path(file).read_text(encoding="utf-8-sig")  # editors of Windows begin a file with a byte order mark

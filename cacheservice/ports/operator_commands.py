@@ -127,7 +127,7 @@ def _questions(cache: Cache, monitor: Monitor | None) -> Mapping[str, Command]:
 
     def why(name: str) -> str:
         details = collect.details(cache.dataset(name), cache)
-        return "\n".join(explain.why(details, collect.service(cache), collect.database(cache)))
+        return "\n".join(explain.why(details, collect.database(cache), collect.rejection(cache)))
 
     nothing, name, optional_name = Argument.NONE, Argument.NAME, Argument.OPTIONAL_NAME
     return {

@@ -24,7 +24,7 @@ def everything(cache: Cache) -> Facts:
 
 def service(cache: Cache) -> Service:
     """Return the facts about the process."""
-    cap, rejection, file = cache.connection_cap, cache.rejection, cache.config_file
+    cap, file = cache.connection_cap, cache.config_file
     return Service(
         version=__version__,
         ready=cache.is_ready,
@@ -32,12 +32,16 @@ def service(cache: Cache) -> Service:
         uptime_s=cache.now() - cache.started_at,
         not_ready={name: str(state) for name, state in cache.not_ready().items()},
         connection_cap=None if cap is None else facts.ConnectionCap(cap.limit, cap.configured, cap.open_files),
-        rejection=None
-        if rejection is None
-        else facts.Rejection(in_short(rejection.problems), cache.now() - rejection.at),
+        rejection=rejection(cache),
         stopping=cache.stopping,
         configured_at=None if file is None else file.modified_at,
     )
+
+
+def rejection(cache: Cache) -> facts.Rejection | None:
+    """Return the newer configuration that was refused, if any."""
+    refused = cache.rejection
+    return None if refused is None else facts.Rejection(in_short(refused.problems), cache.now() - refused.at)
 
 
 def database(cache: Cache) -> Database:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cacheservice.views.facts import Database, Dataset, Details, Service
+from cacheservice.views.facts import Database, Dataset, Details, Rejection
 from cacheservice.views.words import duration, lag, plural, rejected, times
 
 
-def why(details: Details, service: Service, database: Database) -> list[str]:
+def why(details: Details, database: Database, rejection: Rejection | None = None) -> list[str]:
     """Return sentences about the state, its cause, any blockers and the next step."""
     sentences = [*_state(details), *_standby(details.dataset), *_failure(details), *_operators(details)]
     settings = details.settings
@@ -24,8 +24,8 @@ def why(details: Details, service: Service, database: Database) -> list[str]:
             "watched."
         )
     sentences += _next(details)
-    if service.rejection is not None:
-        sentences.append(f"The newest configuration is not in effect. It was {rejected(service.rejection)}.")
+    if rejection is not None:
+        sentences.append(f"The newest configuration is not in effect. It was {rejected(rejection)}.")
     return sentences
 
 

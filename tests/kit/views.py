@@ -12,7 +12,7 @@ from cacheservice.views import json as as_json
 
 def why(dataset: Dataset, cache: Cache) -> str:
     """Return the reply to `why`."""
-    return "\n".join(explain.why(collect.details(dataset, cache), collect.service(cache), collect.database(cache)))
+    return "\n".join(explain.why(collect.details(dataset, cache), collect.database(cache), collect.rejection(cache)))
 
 
 def status_table(cache: Cache) -> str:

@@ -127,7 +127,7 @@ class Why(SynchronousTestCase):
     def why(self, details: facts.Details | None = None, **dataset: object) -> list[str]:
         details = details or self.details
         details = replace(details, dataset=replace(self.dataset, **dataset))  # type: ignore[arg-type]
-        return explain.why(details, facts.Service("1.0", ready=True), facts.Database(state="up"))
+        return explain.why(details, facts.Database(state="up"))
 
     def test_fresh(self) -> None:
         """It is the age with its limit, and the generation."""

@@ -48,7 +48,7 @@ class Reports:
         dataset = self._reads.dataset(name)
         chosen = negotiated(request, (JSON_TYPE, _TEXT))
         details = collect.details(dataset, self._cache)
-        sentences = explain.why(details, collect.service(self._cache), collect.database(self._cache))
+        sentences = explain.why(details, collect.database(self._cache), collect.rejection(self._cache))
         if chosen == JSON_TYPE:
             return live(200, {"dataset": dataset.name, "sentences": sentences}, self._wall_s())
         head = heads.plain_head(200, b"text/plain; charset=utf-8", self._wall_s())
