@@ -327,15 +327,16 @@ class Folder:
 
 _DATE = r"(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun), \d{2} \w{3} \d{4}"
 _DIGEST = r"\b(?=[a-f]*\d)[0-9a-f]{8}\b"
+_DURATION = r"\b\d[\d.]* (?:s|min|h|d)\b(?: \d+ (?:s|min|h)\b)?"
 _NUMBER = r"\d[\d,.:]*"
-_VARIED = (_DATE, _DIGEST, _NUMBER)
+_VARIED = (_DATE, _DIGEST, _DURATION, _NUMBER)
 _VARYING = re.compile(f"({'|'.join(_VARIED)}|…|[ \\t]+)")
 
 
 def pattern(shown: str) -> re.Pattern[str]:
     """What a shown output stands for: any numbers in the place of its numbers, … for anything, blanks for blanks.
 
-    The same with dates and digests.
+    The same with dates, digests and durations: "up 13 s" stands for "up 3 min 5 s".
     """
     any_of = {"…": r"[^\n]*", " ": r"[ \t]+", "\t": r"[ \t]+"}
     made = ""
