@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pydantic import SecretStr
 from twisted.internet.defer import Deferred
@@ -122,7 +122,7 @@ class Reload:
         asked, self._asked = self._asked, []
         Deferred.fromCoroutine(self._reload()).addBoth(self._ended, asked)
 
-    def _ended(self, result: Any, asked: Sequence[Deferred[Reloaded]]) -> None:
+    def _ended(self, result: Reloaded | Failure, asked: Sequence[Deferred[Reloaded]]) -> None:
         self._running = False
         self._begin()
         for each in asked:
@@ -172,5 +172,5 @@ def _needs_restart(started: Settings, settings: Settings) -> list[str]:
     ]
 
 
-def _differ(key: str, started: Any, now: Any) -> bool:
+def _differ(key: str, started: object, now: object) -> bool:
     return bool(started) != bool(now) if key in _AT_ONCE_IF_SET else started != now

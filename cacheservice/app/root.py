@@ -7,6 +7,7 @@ import os
 from typing import Any, cast
 
 from twisted.application.service import MultiService, Service
+from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.python.failure import Failure
@@ -94,8 +95,9 @@ class CacheServiceRoot(MultiService):
         self._log.info("service_stopped", clean=clean, uptime_s=seconds(self._reactor.seconds() - self._started_at))
 
 
-def _address(address: Any) -> str:
-    if hasattr(address, "port"):
+def _address(address: object) -> str:
+    if isinstance(address, IPv4Address | IPv6Address):
         host = f"[{address.host}]" if ":" in address.host else address.host
         return f"{host}:{address.port}"
-    return os.fsdecode(address.name)
+    assert isinstance(address, UNIXAddress), "ports listen on IP addresses and unix sockets"
+    return os.fsdecode(address.name or b"")

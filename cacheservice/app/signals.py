@@ -11,7 +11,7 @@ import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred
@@ -19,7 +19,9 @@ from twisted.scripts import twistd
 
 from cacheservice.base.errors import CacheServiceError
 from cacheservice.base.interfaces import Log, Reactor
+from cacheservice.cache.cache import Reloaded
 
+_Handler = Callable[[int, FrameType | None], object]
 _TWISTD_LOG = "twistd.log"
 """The file that twistd logs to by default as a daemon."""
 
@@ -58,7 +60,7 @@ class Signals(Service):
     name = "signals"
 
     def __init__(
-        self, reactor: Reactor, reload: Callable[[], Deferred[Any]], reopen_log: Callable[[], str | None], log: Log
+        self, reactor: Reactor, reload: Callable[[], Deferred[Reloaded]], reopen_log: Callable[[], str | None], log: Log
     ) -> None:
         self._reopen_log = reopen_log
         self._log = log
@@ -83,11 +85,11 @@ class Signals(Service):
 
     def _install(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._once(signal.getsignal(number)))
+            signal.signal(number, self._once(cast("_Handler", signal.getsignal(number))))
         if self._came_early:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def _once(self, stop: Any) -> Callable[[int, FrameType | None], None]:
+    def _once(self, stop: _Handler) -> _Handler:
         def first(number: int, frame: FrameType | None) -> None:
             signal.signal(signal.SIGTERM, _end_at_once)
             signal.signal(signal.SIGINT, _end_at_once)

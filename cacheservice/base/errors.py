@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Self
 
 from cacheservice.base.text import iso
 
@@ -62,6 +63,11 @@ class RefreshFailed(CacheServiceError):
     """
 
     advice = "nothing to do: the service retries"
+
+    def advised(self, advice: str) -> Self:
+        """Return this error with another next step."""
+        self.advice = advice
+        return self
 
 
 class DatabaseUnavailable(RefreshFailed):

@@ -35,41 +35,41 @@ class Clock(Protocol):
     def seconds(self) -> float:
         """Return the time in seconds; only differences mean something."""
 
-    def callLater(self, delay: float, callable: Callable[..., Any], /, *args: object, **kw: object) -> DelayedCall:
+    def callLater(self, delay: float, callable: Callable[..., object], /, *args: object, **kw: object) -> DelayedCall:
         """Call after so many seconds, in a turn of the reactor of its own."""
 
 
 class Reactor(Clock, Protocol):
     """What the service asks of Twisted's reactor."""
 
-    def addReader(self, reader: Any, /) -> object:
+    def addReader(self, reader: object, /) -> object:
         """Call `doRead` of an `IReadDescriptor` when its descriptor can be read."""
 
-    def removeReader(self, reader: Any, /) -> object:
+    def removeReader(self, reader: object, /) -> object:
         """Undo `addReader`."""
 
-    def addWriter(self, writer: Any, /) -> object:
+    def addWriter(self, writer: object, /) -> object:
         """Call `doWrite` of an `IWriteDescriptor` when its descriptor can be written."""
 
-    def removeWriter(self, writer: Any, /) -> object:
+    def removeWriter(self, writer: object, /) -> object:
         """Undo `addWriter`."""
 
-    def callFromThread(self, callable: Callable[..., Any], /, *args: object, **kw: object) -> object:
+    def callFromThread(self, callable: Callable[..., object], /, *args: object, **kw: object) -> object:
         """Call in the reactor's thread; the one method that other threads may use."""
 
-    def callWhenRunning(self, callable: Callable[..., Any], /, *args: object, **kw: object) -> object:
+    def callWhenRunning(self, callable: Callable[..., object], /, *args: object, **kw: object) -> object:
         """Call once the reactor runs."""
 
-    def addSystemEventTrigger(self, phase: str, eventType: str, callable: Callable[..., Any], /) -> object:
+    def addSystemEventTrigger(self, phase: str, eventType: str, callable: Callable[..., object], /) -> object:
         """Call before, during or after an event such as "shutdown"."""
 
     def getThreadPool(self) -> Any:
         """Return the reactor's `ThreadPool`."""
 
-    def listenUDP(self, port: int, protocol: Any, /, interface: str = "") -> Any:
+    def listenUDP(self, port: int, protocol: object, /, interface: str = "") -> Any:
         """Bind a UDP port."""
 
-    def listenUNIX(self, address: str, factory: Any, /, backlog: int = 50, mode: int = 0o666) -> Any:
+    def listenUNIX(self, address: str, factory: object, /, backlog: int = 50, mode: int = 0o666) -> Any:
         """Listen on a unix socket."""
 
 

@@ -45,6 +45,22 @@ class Reads:
     def __init__(self) -> None:
         self.hits = self.misses = self.loading = self.stale = 0
 
+    def hit(self, count: int = 1) -> None:
+        """Count documents that were found; a negative number takes some back."""
+        self.hits += count
+
+    def miss(self, count: int = 1) -> None:
+        """Count rows that do not exist."""
+        self.misses += count
+
+    def refuse_loading(self) -> None:
+        """Count a refusal because the dataset has not been loaded."""
+        self.loading += 1
+
+    def refuse_stale(self) -> None:
+        """Count a refusal because the dataset is too old."""
+        self.stale += 1
+
 
 class Counts:
     """The counters of one dataset, since its name was first declared.

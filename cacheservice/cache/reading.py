@@ -55,7 +55,7 @@ def served(dataset: Dataset, reads: Reads | None = None) -> Snapshot:
     if dataset.settings.on_expired == "refuse" and not is_readable(dataset.state(), "refuse"):
         age_s, limit_s = dataset.age_s() or 0.0, dataset.settings.max_age_s
         if reads is not None:
-            reads.stale += 1
+            reads.refuse_stale()
         raise TooOld(f"{dataset.name} is {age_s:.0f} s old, limit {limit_s:g} s", age_s, limit_s)
     return snapshot
 
@@ -68,12 +68,12 @@ def not_fresh(dataset: Dataset, max_age_s: float, reads: Reads) -> Refused:
     age_s = dataset.age_s()
     if age_s is None:
         return _not_loaded(dataset, reads)
-    reads.stale += 1
+    reads.refuse_stale()
     message = f"{dataset.name} is {age_s:.1f} s old; max_age={max_age_s:g} was requested"
     return TooOld(message, age_s, max_age_s)
 
 
 def _not_loaded(dataset: Dataset, reads: Reads | None) -> NotLoaded:
     if reads is not None:
-        reads.loading += 1
+        reads.refuse_loading()
     return NotLoaded(dataset)

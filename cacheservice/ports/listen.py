@@ -90,7 +90,7 @@ def tcp(
     def listen() -> IListeningPort:
         interface = _ALL_IPV4 if host == _ALL and not _has_ipv6() else address
         listening: Any = Port(port, factory, BACKLOG, interface, reactor)  # type: ignore[arg-type]
-        listening.most_accepted = most_accepted
+        listening.accept_at_most(most_accepted)
         listening.startListening()
         return listening  # type: ignore[no-any-return]
 

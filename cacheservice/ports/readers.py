@@ -143,6 +143,10 @@ class Port(tcp.Port):
     most_accepted = 100
     """The connections accepted in one turn. A refused connection, too, holds a descriptor until it is closed."""
 
+    def accept_at_most(self, connections: int) -> None:
+        """Limit the connections accepted in one turn."""
+        self.most_accepted = connections
+
     def startListening(self) -> None:
         super().startListening()
         self.readers = Readers(self.reactor, self.factory)

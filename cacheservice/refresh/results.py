@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import secrets
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from cacheservice.base.errors import Blocker
 from cacheservice.base.interfaces import Clock
 from cacheservice.base.timers import pause
 from cacheservice.cache.changes import Change
@@ -37,10 +38,20 @@ class Try(NamedTuple):
         return self._replace(began_on=datetime.now(UTC))
 
     def ended(
-        self, outcome: Outcome, took_s: float, rows: int | None, error: str | None = None, **more: Any
+        self,
+        outcome: Outcome,
+        took_s: float,
+        rows: int | None,
+        error: str | None = None,
+        *,
+        advice: str | None = None,
+        blockers: tuple[Blocker, ...] = (),
+        how: str = "",
     ) -> Attempt:
         """Return the record of its end."""
-        return Attempt(outcome, self.trigger, self.began_on, took_s, rows, error, id=self.id, **more)
+        return Attempt(
+            outcome, self.trigger, self.began_on, took_s, rows, error, advice, tuple(blockers), id=self.id, how=how
+        )
 
     def fields(self) -> dict[str, str]:
         """Return the fields that its log lines have in common."""

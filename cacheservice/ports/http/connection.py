@@ -125,7 +125,7 @@ class HttpConnection(Connection):
 
     def _wait(self, exchange: Exchange, reply: Later) -> None:
         coming = reply if isinstance(reply, Deferred) else Deferred.fromCoroutine(reply)
-        exchange.ends_with_input = coming is not reply
+        exchange.wait(for_an_event=coming is not reply)
         self.wait_for(coming, self._arrived, self._failed)
 
     def _arrived(self, reply: Reply) -> None:

@@ -45,9 +45,9 @@ class Data:
     def _row(self, request: Request, snapshot: Snapshot, ready: SnapshotHeads, key: bytes) -> Reply | Later:
         dataset, document = ready.dataset, snapshot.rows.get(key)
         if document is None:
-            dataset.counts.http.misses += 1
+            dataset.counts.http.miss()
             raise Problem(404, f"{dataset.name} has no row '{key[:_SHOWN_KEY_BYTES].decode(errors='replace')}'")
-        dataset.counts.http.hits += 1
+        dataset.counts.http.hit()
         size_bytes = len(document)
         headers = request.headers
         if b"accept" in headers:
@@ -88,7 +88,7 @@ class Data:
 
     def _whole_tagged(self, request: Request, snapshot: Snapshot, ready: SnapshotHeads) -> Reply:
         dataset, rows, headers = ready.dataset, snapshot.rows, request.headers
-        dataset.counts.http.hits += 1
+        dataset.counts.http.hit()
         lines = b"accept" in headers and negotiated(request, (JSON_TYPE, NDJSON.content_type)) == NDJSON.content_type
         zipped = b"accept-encoding" in headers and wants_gzip(headers, rows.size_bytes)
         form = (NDJSON_GZIP if zipped else NDJSON) if lines else (JSON_GZIP if zipped else JSON)

@@ -63,6 +63,13 @@ class Exchange:
     def host(self) -> str:
         return self._client.host()
 
+    def wait(self, *, for_an_event: bool) -> None:
+        """Note that the reply comes later.
+
+        :param for_an_event: whether it waits for an event, so that a client that has closed its side is gone.
+        """
+        self.ends_with_input = for_an_event
+
     def reply(self, routes: Routes) -> Reply | Later:
         """Return the reply, now or later; a refusal is a reply as well."""
         try:

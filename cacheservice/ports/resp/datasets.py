@@ -150,9 +150,9 @@ class Datasets:
         """Return the rows of the hash `key`, and count it as one read."""
         rows, reads = self.hash_to_read(key)
         if rows is None:
-            reads.misses += 1
+            reads.miss()
         else:
-            reads.hits += 1
+            reads.hit()
         return rows
 
     def kind(self, key: bytes) -> str:

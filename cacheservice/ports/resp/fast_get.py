@@ -63,7 +63,7 @@ class FastGets:
                 if name != last:
                     if answers:
                         number = len(answers)
-                        reads.hits += number - counted  # noqa: F821  # bound with the first answer
+                        reads.hit(number - counted)  # noqa: F821  # bound with the first answer
                         counted = number
                     (shards, groups, mask, reads), last = self._served[name], name
                 if shards:
@@ -74,7 +74,7 @@ class FastGets:
         except (KeyError, ValueError):
             pass  # no such dataset or row; more or fewer than two words
         if answers:
-            reads.hits += len(answers) - counted
+            reads.hit(len(answers) - counted)
         return answers
 
     def cut(self, batch: Sequence[Sequence[bytes]], answers: list[bytes], most_bytes: int) -> int:
@@ -87,7 +87,7 @@ class FastGets:
             size_bytes += len(answer)
             if size_bytes >= most_bytes:
                 for _, key in batch[number : len(answers)]:
-                    self._served[key.partition(b":")[0]][-1].hits -= 1
+                    self._served[key.partition(b":")[0]][-1].hit(-1)
                 del answers[number:]
                 break
         return size_bytes

@@ -93,9 +93,7 @@ def not_connected(failed: Sequence[Tried], target: Target, waited_s: float) -> D
     error = _kind(failed)(f"{lead([cause for _, cause, *_ in failed])}: {told}")
     by_weight = sorted(failed, key=lambda each: not each.sqlstate)  # the server that answered has the best explanation
     best = next(filter(None, (advice.for_login(each.sqlstate, each.cause) for each in by_weight)), None)
-    if best is not None:
-        error.advice = target.redact(best)
-    return error
+    return error if best is None else error.advised(target.redact(best))
 
 
 def _kind(failed: Sequence[Tried]) -> type[DatabaseUnavailable]:
@@ -118,8 +116,7 @@ def no_descriptor_left(message: str) -> DatabaseUnavailable | None:
     if not open_files:
         return None
     spent = DatabaseUnavailable(f"no connection could be opened: all {open_files} open files of the process are used")
-    spent.advice = "raise the limit of open files (LimitNOFILE=, ulimit -n), or lower limits.max_connections"
-    return spent
+    return spent.advised("raise the limit of open files (LimitNOFILE=, ulimit -n), or lower limits.max_connections")
 
 
 def _spent_open_files() -> int:

@@ -65,9 +65,7 @@ def translate(error: psycopg2.Error, target: Target, *, connecting: bool = False
     if connecting or _SESSION_LOST.fullmatch(sqlstate) or not sqlstate:
         what = lead_of(told) if connecting else "the connection to PostgreSQL was lost"
         unavailable = DatabaseUnavailable(f"{what}: {message}")
-        if todo is not None:
-            unavailable.advice = todo
-        return unavailable
+        return unavailable if todo is None else unavailable.advised(todo)
     if sqlstate == _LOCK_NOT_AVAILABLE:
         return LockTimeout("waited for a lock as long as the deadline allows", sqlstate)
     if sqlstate == _QUERY_CANCELED:

@@ -59,5 +59,5 @@ def in_slices(header: bytes, items: Sequence[T], some: Callable[[Sequence[T]], b
 def count_reads(reads: Reads, answers: Sequence[bytes], nil: bytes) -> None:
     """Count answers as hits or misses."""
     missed = answers.count(nil)
-    reads.misses += missed
-    reads.hits += len(answers) - missed
+    reads.miss(missed)
+    reads.hit(len(answers) - missed)

@@ -20,9 +20,9 @@ def get(datasets: Datasets, client: Client, words: Words) -> Reply:
     if found is None:
         if not colon:
             raise CommandError(WRONG_TYPE)
-        reads.misses += 1
+        reads.miss()
         return reply.NIL[client.protocol]
-    reads.hits += 1
+    reads.hit()
     return found
 
 

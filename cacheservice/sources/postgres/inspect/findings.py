@@ -1,4 +1,4 @@
-"""The results of an inspection: records without behaviour."""
+"""The results of an inspection."""
 
 from __future__ import annotations
 
@@ -75,6 +75,23 @@ class Inspection:
     worst: Node | None = None
     deltas: str = ""
     findings: list[Finding] = field(default_factory=list)
+
+    def note_columns(self, columns: tuple[Column, ...]) -> None:
+        self.columns = columns
+
+    def note_key(self, key: Key) -> None:
+        self.key = key
+
+    def note_size(self, size: Size) -> None:
+        self.size = size
+
+    def note_worst(self, node: Node | None) -> None:
+        """Note the most expensive node of the plan."""
+        self.worst = node
+
+    def note_deltas(self, deltas: str) -> None:
+        """Note what is known about deltas, in words."""
+        self.deltas = deltas
 
     @property
     def ok(self) -> bool:

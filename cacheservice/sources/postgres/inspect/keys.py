@@ -175,7 +175,8 @@ def judge_size(look: Look, plan: PlanNode, sample: Sample | None) -> None:
     elif sample is not None:
         rows = max(rows, sample.rows)
     document_bytes = round(sample.document_bytes) if sample and sample.document_bytes is not None else None
-    look.found.size = size = Size(rows, row_bytes, document_bytes, float(plan["Total Cost"]))
+    size = Size(rows, row_bytes, document_bytes, float(plan["Total Cost"]))
+    look.found.note_size(size)
     dataset = look.dataset
     if dataset.max_rows and size.rows > dataset.max_rows:
         look.add(

@@ -127,7 +127,8 @@ def _look_at_all(look: Look) -> None:
         look_at_watches(look, ())
         return
     types = keys.types_of(look, [column.type_code for column in described])
-    look.found.columns = tuple(Column(column.name, kind.name) for column, kind in zip(described, types, strict=True))
+    columns = zip(described, types, strict=True)
+    look.found.note_columns(tuple(Column(column.name, kind.name) for column, kind in columns))
     keys.warn_of_same_names(look)
     places = keys.key_places(look)
     if places is None:
@@ -141,7 +142,7 @@ def _look_at_all(look: Look) -> None:
     sample = keys.take_sample(look)
     keys.judge_size(look, plan, sample)
     key_types = [types[place] for place in places]
-    look.found.key = keys.judge_key(look, places, key_types, index, sample)
+    look.found.note_key(keys.judge_key(look, places, key_types, index, sample))
     found_before = len(look.found.findings)
     describe_deltas(look, [kind.oid for kind in key_types], origins if index else [])
     look_for_blind_spots(look, plan, places, origins, looks_fine=len(look.found.findings) == found_before)

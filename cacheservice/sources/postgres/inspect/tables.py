@@ -17,7 +17,7 @@ def explain(look: Look) -> PlanNode | None:
         if int(plan["Plan Rows"]) > FEW_ROWS:
             # A refresh reads that many rows through a cursor, for which the planner makes no parallel plan.
             plan = _plan(look, f"DECLARE rows NO SCROLL CURSOR FOR {query}")
-        look.found.worst = worst_node(plan)
+        look.found.note_worst(worst_node(plan))
         _warn_of_tables(look, plan)
         return plan
     return None

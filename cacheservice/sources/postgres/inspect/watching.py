@@ -18,10 +18,10 @@ def describe_deltas(look: Look, key_oids: Sequence[int], origins: Sequence[tuple
     dataset, key = look.dataset, look.found.key
     assert key is not None
     if not dataset.watch:
-        look.found.deltas = _possible(look, origins) if key.fit else "not by a key of that type"
+        look.found.note_deltas(_possible(look, origins) if key.fit else "not by a key of that type")
         return
     tables = ", ".join(f"{watch.table} by {':'.join(watch.key)}" for watch in dataset.watch)
-    look.found.deltas = f"watches {tables}"
+    look.found.note_deltas(f"watches {tables}")
     look_at_watches(look, key_oids)
 
 
