@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.python.failure import Failure
 
 from cacheservice.base.errors import Blocker, CacheServiceError, LockTimeout
-from cacheservice.base.interfaces import Reactor
+from cacheservice.base.interfaces import Cursor, Reactor
 from cacheservice.sources.postgres.blockers import find_blockers
 from cacheservice.sources.postgres.guard import GuardedConnection
 from cacheservice.sources.postgres.sessions import Sessions
@@ -25,7 +23,7 @@ class BlockedStatements:
         self._reactor = reactor
         self._sessions = sessions
 
-    async def execute(self, guard: GuardedConnection, sql: str, name: str, pid: int, deadline_at: float) -> Any:
+    async def execute(self, guard: GuardedConnection, sql: str, name: str, pid: int, deadline_at: float) -> Cursor:
         """Execute a statement; if it waits for most of its time, ask which sessions block it.
 
         :param name: of the dataset or group, for the application_name of the session that asks.

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import psycopg2
 
-from cacheservice.base.interfaces import Reactor
+from cacheservice.base.interfaces import Cursor, Reactor
 from cacheservice.base.timers import pause
 from cacheservice.cache.rows import RowsBuilder
 from cacheservice.config import DatasetSettings
@@ -81,7 +81,7 @@ class Fetching:
             await self._fetch_all(transaction.guard, found)
         return found.rows
 
-    async def execute(self, transaction: Transaction, sql: str, name: str) -> Any:
+    async def execute(self, transaction: Transaction, sql: str, name: str) -> Cursor:
         """Execute a statement that may wait for a lock; return the driver's cursor.
 
         :raises LockTimeout: with the blocking sessions, if they were found.
@@ -155,15 +155,15 @@ class Fetching:
             cursor = await pending
         await guard.execute("CLOSE rows")
 
-    async def _unpack(self, cursor: Any, into: RowsBuilder | deltas.ChangedRows) -> None:
+    async def _unpack(self, cursor: Cursor, into: RowsBuilder | deltas.ChangedRows) -> None:
         while rows := cursor.fetchmany(_SLICE_ROWS):
             into.add(rows)
             if cursor.rownumber < cursor.rowcount:
                 await pause(self._reactor)
 
 
-def _columns(cursor: Any) -> list[Column]:
-    return [Column(column.name, column.type_code) for column in cursor.description]
+def _columns(cursor: Cursor) -> list[Column]:
+    return [Column(column.name, column.type_code) for column in cursor.description or ()]
 
 
 def _fetch(rows: int) -> str:
@@ -175,7 +175,7 @@ def _next_chunk_rows(last: int, taken: RowsBuilder | deltas.ChangedRows) -> int:
     return rounded(min(last * 4, _MOST_CHUNK_ROWS, _CHUNK_BYTES // max(1, average_bytes)))
 
 
-def _planned_rows(plan: Any) -> int:
+def _planned_rows(plan: list[Any] | str | bytes) -> int:
     """Return the planner's estimate; the driver may have parsed the JSON already."""
     parsed = plan if isinstance(plan, list) else json.loads(plan)
     return int(parsed[0]["Plan"]["Plan Rows"])
