@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 
 from cacheservice.cache.counts import Counts
-from cacheservice.cache.events import AttemptEnded, Event, Events, Observer
+from cacheservice.cache.events import AttemptEnded, Event, Events, Noted, Observer
 from cacheservice.cache.history import KEPT_ATTEMPTS, Attempt, LastHour
 from cacheservice.cache.refresh_status import RefreshStatus
 from cacheservice.cache.served import Served
@@ -99,7 +99,9 @@ class Dataset(Served):
 
     def note_refresh(self, status: RefreshStatus) -> None:
         """Note what the refreshes do and plan."""
-        self.refresh = status
+        if status != self.refresh:
+            self.refresh = status
+            self._events.notify(Noted(self.name))
 
     def note_save(self, problem: str | None, *, tried: bool = True) -> None:
         """Note the problem of saving a snapshot; None once it is saved.
@@ -109,6 +111,7 @@ class Dataset(Served):
         self.save_problem = problem
         if problem is not None and tried:
             self.counts.count_save_failure()
+        self._events.notify(Noted(self.name))
 
     def attempted(self, attempt: Attempt) -> None:
         """Record an attempt that has ended."""

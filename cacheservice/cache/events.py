@@ -53,6 +53,13 @@ class AttemptEnded(Event):
     """An attempt to refresh it has ended; it is the last of the dataset's `attempts`."""
 
 
+class Noted(Event):
+    """Something else that operators see of it has changed.
+
+    That is what its refreshes do or plan, a held result, a pin, an acceptance, or a problem of saving.
+    """
+
+
 class Added(Event):
     """The configuration has added it."""
 

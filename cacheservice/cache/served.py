@@ -7,7 +7,7 @@ from datetime import datetime
 
 from cacheservice.cache.counts import Counts
 from cacheservice.cache.delta import Delta
-from cacheservice.cache.events import Ended, Events, Published, Renewed
+from cacheservice.cache.events import Ended, Events, Noted, Published, Renewed
 from cacheservice.cache.snapshot import Snapshot
 from cacheservice.config import DatasetSettings
 
@@ -111,12 +111,14 @@ class Served:
     def hold(self, reason: str, rows: int, on: datetime) -> None:
         """Keep serving the same snapshot, because a gate refused the newest result."""
         self.held = Held(reason, self.held.since if self.held else on, rows)
+        self._events.notify(Noted(self.name))
 
     def keep(self, candidate: Snapshot) -> None:
         """Keep the newest result of a pinned dataset until `unpin`."""
         assert self.pinned, "only a pinned dataset keeps a candidate"
         self.candidate = candidate
         self.held = None
+        self._events.notify(Noted(self.name))
 
     def restore(self, saved: Snapshot) -> None:
         """Serve `saved` under its own generation, or under the next one if its own has been used since."""
@@ -126,21 +128,25 @@ class Served:
         """Serve nothing until the next publish, because the served snapshot is of another database."""
         self._generation_before = self.last_generation
         self.snapshot = self.candidate = None
+        self._events.notify(Noted(self.name))
 
     # Operators
 
     def accept_next(self, accepts: bool = True) -> None:
         """Let the next result pass the gates; with False, that result has come."""
         self.accepts_next = accepts
+        self._events.notify(Noted(self.name))
 
     def pin(self) -> None:
         """Serve the same snapshot until `unpin`; results that arrive become candidates."""
         assert self.snapshot is not None, "there is nothing to pin"
         self.pinned = True
+        self._events.notify(Noted(self.name))
 
     def unpin(self) -> None:
         """Serve the newest result again, and each result that follows it."""
         self.pinned = False
+        self._events.notify(Noted(self.name))
         candidate, self.candidate = self.candidate, None
         if candidate is None:
             return
