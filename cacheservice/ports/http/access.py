@@ -74,7 +74,7 @@ class Access:
         return level is Level.OPEN or (self.reads_freely and level in (Level.PUBLIC, Level.READ))
 
     def check(self, level: Level, request: Request) -> Checking | None:
-        """Return None if the request has this access; otherwise raise the refusal, or return it for later.
+        """Return None if the request has this access, or a refusal that takes a while.
 
         :raises Problem: 401 without a token, 403 for a token that may only read, and on a port that serves no data;
             429 if too many wrong tokens wait.

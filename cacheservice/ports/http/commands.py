@@ -11,6 +11,7 @@ from types import MappingProxyType
 from cacheservice.base.errors import NothingToPin, NothingToRollBackTo, Stopped
 from cacheservice.cache.cache import Refreshes
 from cacheservice.ports.http import conditions
+from cacheservice.ports.http.head import announces_body
 from cacheservice.ports.http.messages import Reply, Request, WallClock, live
 from cacheservice.ports.http.problem import Problem
 from cacheservice.ports.http.reads import Reads
@@ -74,11 +75,10 @@ class Commands:
 
     def run(self, request: Request, name: bytes, command: bytes) -> Reply:
         """Run a command on a dataset; `name` is as in the path."""
-        headers = request.headers
-        if b"transfer-encoding" in headers or headers.get(b"content-length", b"0").strip(b"0"):
+        if announces_body(request.headers):
             raise Problem(413, "a command takes no request body")
         dataset = self._reads.dataset(name)
-        if b"if-match" in headers:
+        if b"if-match" in request.headers:
             # If-Match refers to a representation of the target, and a command has none (RFC 9110, 13.1.1).
             raise conditions.precondition_failed()
         status, value = run(command, self._refreshes, dataset.name)

@@ -58,7 +58,10 @@ class HttpClients(ClientFactory["HttpConnection"]):
 
 
 class HttpConnection(Connection):
-    """The connection of one client; its path from `dataReceived` to `send` is hot (benchmarks.http)."""
+    """The connection of one client.
+
+    Its path from `dataReceived` to `send` is hot (benchmarks.http).
+    """
 
     factory: HttpClients
     # Rendering takes longer than sending: this is 0.7 ms. A client that does not read costs this much memory.
@@ -159,7 +162,10 @@ class HttpConnection(Connection):
         return f"too many connections, the limit is {self.factory.max_connections}"
 
     def _refuse(self, status: int, detail: str) -> None:
-        """Refuse an invalid request, or one over the limit, and finish: the bytes after it cannot be parsed."""
+        """Refuse an invalid request, or one over the limit, and finish.
+
+        The bytes after it cannot be parsed.
+        """
         if status == 503:
             self.note_refusal()
         else:
@@ -170,7 +176,10 @@ class HttpConnection(Connection):
             self.finish()
 
     def finish(self, *, linger: bool = True) -> None:
-        """Send no more responses. A client over the limit need not close first: this frees its place at once."""
+        """Send no more responses.
+
+        A client over the limit need not close first, so that its place is free at once.
+        """
         self._parser.close()
         self.restart_limit()
         super().finish(linger=linger and self.is_admitted)

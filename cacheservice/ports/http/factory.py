@@ -1,4 +1,4 @@
-"""Assembles the HTTP port: the handlers of its routes, and the factory of its connections."""
+"""Assembles the HTTP port from the handlers of its routes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers requests for the dashboard: its page, its other files and its event stream."""
+"""Answers requests for the dashboard: its files and its event stream."""
 
 from __future__ import annotations
 

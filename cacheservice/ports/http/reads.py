@@ -49,7 +49,7 @@ class Reads:
         cache.events.subscribe(lambda event: self._heads.pop(event.dataset, None), Added, Changed, Ended)
 
     def answer(self, request: Request, name: bytes, answer: Answer, key: bytes = b"") -> Reply | Later:
-        """Return the reply of `answer` to a read of a dataset, which may wait for a refresh.
+        """Return the reply of `answer` to a read, which may wait for a refresh.
 
         :param name: as in the path.
         :raises Problem: if the dataset is unknown or may not be served now, or for invalid parameters.
@@ -74,7 +74,7 @@ class Reads:
             raise (_unknown(error) if name else _nameless()) from None
 
     def later_heads(self, ready: SnapshotHeads, snapshot: Snapshot) -> SnapshotHeads:
-        """Return the heads of a snapshot again, for a reply that took so long that they may have aged."""
+        """Return the heads of a snapshot as of now, for a reply that took a while."""
         return self._new_heads(ready.dataset, snapshot, ready.asked_max_age_s)
 
     async def _when_fresh(

@@ -1,4 +1,4 @@
-"""Answers requests about datasets: the list, a status, the reasons for it, and its last hour."""
+"""Answers requests about datasets: list, status, reasons, last hour."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""The routes of the HTTP port in one table, and the steps from a request to its handler.
+"""The routes of the HTTP port, in one table.
 
-Under /v1/ access is checked first, so that a client without the token does not learn what exists. Elsewhere the method
-and the parameters are checked first.
+It also has the steps from a request to its handler.
+
+Under /v1/ access is checked first, so that a client without the token does not learn what exists. Elsewhere the form of
+a request, its method and its parameters, is checked first.
 """
 
 from __future__ import annotations
@@ -121,7 +123,7 @@ class Routes:
         raise _nothing_at(path)
 
     def _check(self, request: Request, route: Route, path: bytes) -> Checking | None:
-        """Check the access of a request; outside of /v1/ its method and its parameters before that."""
+        """Check the access of a request, and outside of /v1/ first its form."""
         if path[:4] != _SECRET:
             _check_form(request, route)
             return self._access.check(route.level, request)
@@ -144,7 +146,10 @@ class Routes:
 
 
 def is_probe(request: Request) -> bool:
-    """Return True if the request is for a probe or the metrics, which are served over the limit of connections."""
+    """Return True if the request is for a probe or the metrics.
+
+    They are served over the limit of connections, too.
+    """
     return request.target.partition(b"?")[0] in _OPEN_PATHS
 
 
