@@ -22,8 +22,8 @@ from cacheservice.cache.cache import Cache
 from cacheservice.cache.snapshot import Snapshot
 from cacheservice.ports import throttle
 from cacheservice.ports.client_socket import Phase
+from cacheservice.ports.clients import BYTES_PER_TURN
 from cacheservice.ports.clients import Limits as ClientLimits
-from cacheservice.ports.connection import BYTES_PER_TURN
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.listen import tcp
 from cacheservice.ports.resp.catalogue import catalogue

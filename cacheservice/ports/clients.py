@@ -16,6 +16,8 @@ from cacheservice.ports import rejected
 from cacheservice.ports.admission import Door, open_door
 from cacheservice.ports.held import HeldSnapshots, Unlimited
 
+BYTES_PER_TURN = 256 * 1024
+"""The most bytes that one client gets before the other clients have their turn, without the last piece."""
 TURN_S = 0.001
 """The time for which the clients that continue in one turn may block the reactor together, without the last step."""
 

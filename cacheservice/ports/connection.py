@@ -38,10 +38,9 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from cacheservice.ports.client_socket import ENDING, READING, STREAMING, WAITING, YIELDED, ClientSocket
+from cacheservice.ports.clients import BYTES_PER_TURN
 from cacheservice.ports.held import Hold, Streamed
 
-BYTES_PER_TURN = 256 * 1024
-"""The most bytes that one client gets before the other clients have their turn, without the last piece."""
 READ_AHEAD_BYTES = 64 * 1024
 """The most bytes read of a client that waits for a reply. Reading detects its disconnection."""
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
-from cacheservice.ports.connection import BYTES_PER_TURN
+from cacheservice.ports.clients import BYTES_PER_TURN
 from cacheservice.ports.resp.inline import ProtocolViolation
 from cacheservice.ports.resp.server import COMMANDS_PER_TURN, Command
 from cacheservice.ports.resp.session import Step

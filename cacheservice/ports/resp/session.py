@@ -23,7 +23,7 @@ from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from cacheservice.ports.connection import BYTES_PER_TURN
+from cacheservice.ports.clients import BYTES_PER_TURN
 from cacheservice.ports.resp import reply
 from cacheservice.ports.resp.datasets import Datasets
 from cacheservice.ports.resp.inline import ProtocolViolation

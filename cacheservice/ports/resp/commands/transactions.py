@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain
 
-from cacheservice.ports.connection import BYTES_PER_TURN
+from cacheservice.ports.clients import BYTES_PER_TURN
 from cacheservice.ports.held import Streamed
 from cacheservice.ports.resp import reply
 from cacheservice.ports.resp.datasets import Datasets
