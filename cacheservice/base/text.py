@@ -20,3 +20,8 @@ def in_short(problems: Sequence[str]) -> str:
     """Return the first problem of a configuration, and the number of the others."""
     first, *others = problems
     return f"{first} (and {len(others)} more)" if others else first
+
+
+def printable(text: str) -> str:
+    """Return `text` with escapes for characters that cannot be printed, so that it stays one line on a terminal."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)

@@ -18,6 +18,7 @@ from itertools import chain, islice
 from zlib import crc32
 
 from cacheservice.base.errors import BadResult, ResultTooLarge
+from cacheservice.base.text import printable
 from cacheservice.cache.delta import Delta, DeltaBuilder
 from cacheservice.cache.digest import reduced, row_digest
 
@@ -325,10 +326,5 @@ def _refuse_length(key: bytes) -> None:
 
 
 def _shown(key: bytes) -> str:
-    text = "".join(map(_printable, key[:_SHOWN_KEY_BYTES].decode("utf-8", "replace")))
+    text = printable(key[:_SHOWN_KEY_BYTES].decode("utf-8", "replace"))
     return f'"{text}"' if len(key) <= _SHOWN_KEY_BYTES else f'"{text}…"'
-
-
-def _printable(character: str) -> str:
-    # A key may contain any character, and an error is one line on a terminal.
-    return character if character.isprintable() else character.encode("unicode_escape").decode()

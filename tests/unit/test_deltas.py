@@ -12,7 +12,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.cache.drain import Drain
 from cacheservice.cache.rows import Rows, RowsBuilder, RowsPatch, Shards
-from cacheservice.sources.postgres.keys import literal
+from cacheservice.sources.postgres.quoting import literal
 from tests.kit.datasets import Table, table_of
 
 

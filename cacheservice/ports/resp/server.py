@@ -260,7 +260,4 @@ def wrong_number(name: str) -> CommandError:
 
 def printable(word: bytes) -> str:
     """Return a word of a client as printable text, at most 128 bytes of it."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in word[:128].decode("utf-8", "backslashreplace")
-    )
+    return text.printable(word[:128].decode("utf-8", "backslashreplace"))

@@ -14,7 +14,7 @@ from cacheservice.base.errors import BadResult
 from cacheservice.cache.snapshot import Snapshot
 from cacheservice.config import DatasetSettings
 from cacheservice.sources.plan import Changes, Key
-from cacheservice.sources.postgres.keys import literal
+from cacheservice.sources.postgres.quoting import literal
 
 # OIDs of pg_type.dat, which never change. Values of these types have the same text exactly if they are equal, whatever
 # the settings of the session that renders them. That is not true of numeric (1.0 and 1.00), citext, floats, or dates.

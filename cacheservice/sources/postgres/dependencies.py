@@ -19,7 +19,7 @@ from typing import NamedTuple
 from cacheservice.cache.snapshot import Snapshot
 from cacheservice.config import DatasetSettings
 from cacheservice.sources.postgres.dependency_search import Objects
-from cacheservice.sources.postgres.keys import array, literal
+from cacheservice.sources.postgres.quoting import array, literal
 from cacheservice.sources.postgres.session_settings import pinned_sql
 
 _MOST_REMEMBERED = 256

@@ -14,7 +14,7 @@ from typing import Any
 
 from cacheservice.config import DatasetSettings
 from cacheservice.sources.postgres.guard import GuardedConnection
-from cacheservice.sources.postgres.keys import array
+from cacheservice.sources.postgres.quoting import array
 from cacheservice.sources.postgres.session_settings import OF_THE_ROLE
 
 _PLAIN = re.compile(r"[^\W\d][\w$]*")

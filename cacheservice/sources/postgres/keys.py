@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from cacheservice.config import DatasetSettings
 from cacheservice.sources.plan import Key
+from cacheservice.sources.postgres.quoting import array, literal
 
 ESCAPE = "\\"
 
@@ -81,17 +82,3 @@ class KeyForm:
         """Return the same condition for keys as they are served."""
         # "C", because a nondeterministic collation could match a different key.
         return f'({self.sql(columns)}) COLLATE "C" = ANY ({array(keys)})'
-
-
-def array(values: Iterable[object]) -> str:
-    """Return a literal of an array of `values` without duplicates."""
-    texts = [str(value) for value in dict.fromkeys(values)]
-    if any('"' in text or "\\" in text for text in texts):
-        texts = [text.replace("\\", "\\\\").replace('"', '\\"') for text in texts]
-    return literal('{"' + '","'.join(texts) + '"}' if texts else "{}")
-
-
-def literal(text: str) -> str:
-    """Return `text` as an SQL literal, valid for any standard_conforming_strings."""
-    quoted = text.replace("'", "''")
-    return f"'{quoted}'" if "\\" not in quoted else " E'" + quoted.replace("\\", "\\\\") + "'"

@@ -19,7 +19,8 @@ from cacheservice.sources.plan import Changes, Key, Known, NotifiedRows
 from cacheservice.sources.postgres import deltas
 from cacheservice.sources.postgres.fetching import Column, Fetching
 from cacheservice.sources.postgres.keys import KeyForm
-from cacheservice.sources.postgres.statements import first_rows, probe_query, quoted, whole_query
+from cacheservice.sources.postgres.quoting import quoted
+from cacheservice.sources.postgres.statements import first_rows, probe_query, whole_query
 from cacheservice.sources.postgres.transaction import ReadAllAgain, Transaction, Transactions
 
 _DATA_EXCEPTION = "22"

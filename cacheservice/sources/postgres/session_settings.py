@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from cacheservice.config import DatasetSettings
 from cacheservice.config.session_rules import DEFAULT_SEARCH_PATH
-from cacheservice.sources.postgres.keys import literal
+from cacheservice.sources.postgres.quoting import literal
 
 RENDERING: Mapping[str, str] = MappingProxyType(
     {

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from cacheservice.base.query_text import without_semicolon
 from cacheservice.sources.postgres.keys import KeyForm
+from cacheservice.sources.postgres.quoting import quoted
 
 _PLAIN = KeyForm()
 FEW_ROWS = 500
@@ -61,8 +62,3 @@ def whole_query(query: str) -> str:
 def probe_query(probe: str) -> str:
     """Return the SQL whose only value is the probe's, as text."""
     return f"SELECT (\n{without_semicolon(probe)}\n)::text"
-
-
-def quoted(identifier: str) -> str:
-    """Return `identifier` quoted for SQL, whatever characters it has."""
-    return '"' + identifier.replace('"', '""') + '"'

@@ -23,8 +23,8 @@ from cacheservice.sources.base import Moment, ReadPlan, ReadResult, Unchanged
 from cacheservice.sources.postgres import deltas, dependencies, dependency_search
 from cacheservice.sources.postgres.blocked import BlockedStatements
 from cacheservice.sources.postgres.guard import GuardedConnection
-from cacheservice.sources.postgres.keys import literal
 from cacheservice.sources.postgres.prepared import Prepared
+from cacheservice.sources.postgres.quoting import literal
 from cacheservice.sources.postgres.server import LIFE, Life, Servers
 from cacheservice.sources.postgres.session_settings import (
     begin_reading,

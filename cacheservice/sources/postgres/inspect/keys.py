@@ -14,7 +14,8 @@ from cacheservice.sources.postgres.inspect.failures import finding
 from cacheservice.sources.postgres.inspect.findings import Key, Size
 from cacheservice.sources.postgres.inspect.look import STATEMENT_TIMEOUT_MS, Look
 from cacheservice.sources.postgres.inspect.plans import PlanNode, only_table
-from cacheservice.sources.postgres.keys import KeyForm, literal
+from cacheservice.sources.postgres.keys import KeyForm
+from cacheservice.sources.postgres.quoting import literal
 from cacheservice.sources.postgres.statements import rows_query
 
 _SAMPLE_TIMEOUT_MS = 5000
