@@ -11,6 +11,7 @@ from typing import Protocol
 
 from twisted.internet.defer import Deferred
 
+from cacheservice.base import text
 from cacheservice.cache.cache import Cache
 from cacheservice.ports.client_socket import IpAddress
 from cacheservice.ports.freshness import Freshness
