@@ -114,7 +114,7 @@ def main() -> None:
 def watched_server(rows: int) -> Iterator[EmbeddedPostgres]:
     with server_with_products(rows) as server:
         migrate(server.dsn(), ROOT / "migrations")
-        watch(server.dsn(), _TABLE, ["id"], notify=True, dry_run=False, say=print)
+        watch(server.dsn(), _TABLE, ["id"], notify=True, dry_run=False, show=print)
         server.run_sql("CREATE SEQUENCE prices")
         yield server
 

@@ -121,7 +121,7 @@ class Proof(TestCase):
         migrate(self.dsn, shipped.folder("migrations"))
         for table, key in (("products", ["id"]), ("prices", ["product_id"]), ("prices", ["product_id", "currency"])):
             # A transaction that has notified cannot be prepared.
-            watch(self.dsn, table, key, notify=False, dry_run=False, say=lambda _: None)
+            watch(self.dsn, table, key, notify=False, dry_run=False, show=lambda _: None)
 
     def sql(self, statement: str) -> None:
         with closing(psycopg2.connect(self.dsn)) as connection, connection.cursor() as cursor:
@@ -242,7 +242,7 @@ class Proof(TestCase):
             "CREATE TABLE sales_b PARTITION OF sales FOR VALUES IN ('b');"
             "INSERT INTO sales SELECT i, 'a', 0 FROM generate_series(1, 50) AS i"
         )
-        watch(self.dsn, "sales", ["id"], notify=False, dry_run=False, say=lambda _: None)
+        watch(self.dsn, "sales", ["id"], notify=False, dry_run=False, show=lambda _: None)
         service, cache, database = self.service(
             {"name": "sales", "query": "TABLE sales", "key": "id", "watch": [{"table": "public.sales", "key": "id"}]}
         )

@@ -610,7 +610,7 @@ class Changes(DependenciesTestCase):
             f"GRANT USAGE ON SCHEMA cacheservice TO {self.reader}; "
             f"GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA cacheservice TO {self.reader}"
         )
-        watch(self.server.dsn(database=self.name), "public.t", ["id"], notify=False, dry_run=False, say=lambda _: None)
+        watch(self.server.dsn(database=self.name), "public.t", ["id"], notify=False, dry_run=False, show=lambda _: None)
         dataset = self.dataset("SELECT id, m FROM w", probe="", watch=[{"table": "public.t", "key": "id"}])
         _, since = await self.read(dataset)
         self.sql("UPDATE t SET v = 'x' WHERE id = 1")
@@ -646,7 +646,7 @@ class Changes(DependenciesTestCase):
             f"GRANT USAGE ON SCHEMA cacheservice TO {self.reader}; "
             f"GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA cacheservice TO {self.reader}"
         )
-        watch(self.server.dsn(database=self.name), "public.t", ["id"], notify=False, dry_run=False, say=lambda _: None)
+        watch(self.server.dsn(database=self.name), "public.t", ["id"], notify=False, dry_run=False, show=lambda _: None)
         dataset = self.dataset(HELD, probe="", watch=[{"table": "public.t", "key": "id"}])
         _, since = await self.read(dataset)
         self.sql("UPDATE t SET v = 'x' WHERE id = 1")
@@ -727,7 +727,7 @@ class Changes(DependenciesTestCase):
             f"GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA cacheservice TO {self.reader}"
         )
         dsn = self.server.dsn(database=self.name)
-        watch(dsn, "public.sales", ["id"], notify=False, dry_run=False, say=lambda _: None)
+        watch(dsn, "public.sales", ["id"], notify=False, dry_run=False, show=lambda _: None)
         dataset = self.dataset("SELECT id FROM sales", probe="", watch=[{"table": "public.sales", "key": "id"}])
         _, since = await self.read(dataset)
         with closing(connect(self.server, self.name)) as user, user.cursor() as using:

@@ -132,7 +132,7 @@ class Together(ServiceTestCase):
             checking.held.reason,
             f"is of one group with savings, whose result would drop {ACCOUNTS} to 1 rows, limit 50 %",
         )
-        self.assertIn("say 'accept savings'", str(checking.attempts[-1].advice))
+        self.assertIn("send 'accept savings'", str(checking.attempts[-1].advice))
         service.accept_next("savings")
         service.refresh_now("savings")
         await until(lambda: checking.held is None and checking.snapshot is not served)

@@ -78,7 +78,7 @@ class OnServers(ServiceTestCase):
         await super().setUp()
         self.sql("ALTER TABLE things ADD PRIMARY KEY (id)")
         await deferToThread(migrate, self.dsn(), shipped.folder("migrations"))
-        await deferToThread(watch, self.dsn(), "things", ["id"], notify=False, dry_run=False, say=lambda _: None)
+        await deferToThread(watch, self.dsn(), "things", ["id"], notify=False, dry_run=False, show=lambda _: None)
 
     def dsn(self) -> str:
         return self.server.dsn(database=self.database_name)

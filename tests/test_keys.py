@@ -37,7 +37,7 @@ class Keys(DependenciesTestCase):
             f"GRANT USAGE ON SCHEMA cacheservice TO {self.reader}; "
             f"GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA cacheservice TO {self.reader}"
         )
-        watch(dsn, "public.cc", ["a", "b"], notify=False, dry_run=False, say=lambda _: None)
+        watch(dsn, "public.cc", ["a", "b"], notify=False, dry_run=False, show=lambda _: None)
 
     def of_pairs(self, **more: Any) -> DatasetSettings:
         watched = [{"table": "public.cc", "key": ["a", "b"]}]
@@ -145,7 +145,7 @@ class Keys(DependenciesTestCase):
         )
         self.sql(f"GRANT SELECT ON of_domains TO {self.reader}")
         for column, fit in (("one", False), ("two", False), ("three", True)):
-            watch(self.server.dsn(database=self.name), "of_domains", [column], notify=False, dry_run=False, say=len)
+            watch(self.server.dsn(database=self.name), "of_domains", [column], notify=False, dry_run=False, show=len)
             watched = [{"table": "public.of_domains", "key": column}]
             dataset = self.dataset("TABLE of_domains", key=column, probe="", watch=watched)
             reading, _ = await self.read(dataset)
@@ -190,7 +190,7 @@ class CaseInsensitive(DependenciesTestCase):
         ):
             with self.subTest(table=table):
                 self.sql(f"INSERT INTO {table} VALUES ('Anna')")
-                watch(dsn, table, ["word"], notify=False, dry_run=False, say=lambda _: None)
+                watch(dsn, table, ["word"], notify=False, dry_run=False, show=lambda _: None)
                 watched = [{"table": f"public.{table}", "key": "word"}]
                 dataset = self.dataset(f"TABLE {table}", key="word", probe="", watch=watched)
                 _, since = await self.read(dataset)

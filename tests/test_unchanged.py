@@ -96,7 +96,7 @@ class Probes(UnchangedTestCase):
             ["id"],
             notify=False,
             dry_run=False,
-            say=lambda _: None,
+            show=lambda _: None,
         )
         watched = [{"table": "public.products", "key": "id"}]
         service, dataset = await self.loaded(probe="SELECT 1", watch=watched)
@@ -121,7 +121,7 @@ class Keys(UnchangedTestCase):
         self.sql("ALTER TABLE products ALTER id TYPE int8")
         dsn = self.server.dsn(database=self.database_name)
         migrate(dsn, shipped.folder("migrations"))
-        watch(dsn, "products", ["id"], notify=False, dry_run=False, say=lambda _: None)
+        watch(dsn, "products", ["id"], notify=False, dry_run=False, show=lambda _: None)
         declared = declare(
             "products",
             "SELECT id::int2, n FROM products WHERE id < 1000",
@@ -171,7 +171,7 @@ class Texts(UnchangedTestCase):
         """The server counts a DECLARE as another statement for each list of keys, before PostgreSQL 16."""
         dsn = self.server.dsn(database=self.database_name)
         migrate(dsn, shipped.folder("migrations"))
-        watch(dsn, "products", ["id"], notify=False, dry_run=False, say=lambda _: None)
+        watch(dsn, "products", ["id"], notify=False, dry_run=False, show=lambda _: None)
         self.sql("INSERT INTO products SELECT i, 0 FROM generate_series(101, 2000) AS i")
         self.sql(f"ALTER DATABASE {self.database_name} SET log_statement = 'all'")
         service, dataset = await self.loaded(watch=[{"table": "public.products", "key": "id"}], max_delta=0.5)

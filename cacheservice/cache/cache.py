@@ -177,24 +177,24 @@ class Cache:
             )
             for name, settings in wanted.items()
         }
-        told = Declared([], [], [], [])
+        fates = Declared([], [], [], [])
         for name, dataset in self._datasets.items():
             if name not in before:
-                told.added.append(name)
+                fates.added.append(name)
                 self.events.notify(Added(name))
             elif dataset.settings != wanted[name]:
-                told.changed.append(name)
+                fates.changed.append(name)
                 dataset.change(wanted[name])
                 self.events.notify(Changed(name))
             else:
-                told.unchanged.append(name)
-        told.removed.extend(name for name in before if name not in wanted)
-        for name in told.removed:
+                fates.unchanged.append(name)
+        fates.removed.extend(name for name in before if name not in wanted)
+        for name in fates.removed:
             # A generation that readers have seen is never used again, not even if the dataset is declared again.
             self._last_generations[name] = before[name].last_generation
             self._counts[name] = before[name].counts
             before[name].end()
-        return told
+        return fates
 
     def configured_by(self, file: ConfigFile) -> None:
         """Note the configuration file that is in effect, for the status; no newer one is refused."""

@@ -138,7 +138,7 @@ class Demo:
         owner = self._postgres.dsn(database=_DATABASE)
         migrate(owner, shipped.folder("migrations"))
         for table, key in _WATCHED.items():
-            watch(owner, table, key, notify=True, dry_run=False, say=click.echo)
+            watch(owner, table, key, notify=True, dry_run=False, show=click.echo)
         password = secrets.token_urlsafe(24)
         create_reader(owner, _READER, _TABLES, password)
         return password

@@ -23,7 +23,7 @@ _SPARE_SESSIONS = 3
 """The listening session, the session of an operator's refresh, and a session that is being closed."""
 _MOST_RESERVE = 16
 _MOST_ACCEPTED = 100
-_TOLD_INTERVAL_S = 60.0
+_LOG_INTERVAL_S = 60.0
 
 
 class Plan(NamedTuple):
@@ -101,8 +101,8 @@ class Door:
         self._now = now
         self._inside = 0
         self._in_reserve: dict[Guest, None] = {}
-        self._told_at: float | None = None
-        self._not_told = 0
+        self._logged_at: float | None = None
+        self._not_logged = 0
 
     def admit(self, guest: Guest, limit: int) -> bool:
         """Return True if `guest` is below the limit.
@@ -130,19 +130,19 @@ class Door:
 
     def note_refusal(self, limit: int) -> None:
         """Log, at most once a minute, that connections were refused."""
-        self._not_told += 1
+        self._not_logged += 1
         now = self._now()
-        if self._log is not None and (self._told_at is None or now - self._told_at >= _TOLD_INTERVAL_S):
+        if self._log is not None and (self._logged_at is None or now - self._logged_at >= _LOG_INTERVAL_S):
             by_files = self._inside < limit or self._room.plan.clients <= limit
             self._log.warning(
                 "clients_turned_away",
                 port=self._port,
-                count=self._not_told,
+                count=self._not_logged,
                 clients=self._inside,
                 limit=limit,
                 open_files=self._room.plan.descriptors if by_files else None,
             )
-            self._told_at, self._not_told = now, 0
+            self._logged_at, self._not_logged = now, 0
 
 
 def open_door(now: Callable[[], float]) -> Door:

@@ -43,7 +43,7 @@ class StatusProtocol(Connection):
         """Close the connection: its reserve place is needed, or it was silent too long."""
         self.note_refusal()
         if self.phase in (READING, YIELDED) and not self.is_choked:
-            self._say(f"ERROR too many connections, the limit is {self.factory.max_connections}")
+            self._reply(f"ERROR too many connections, the limit is {self.factory.max_connections}")
             self.finish(linger=False)
         else:
             self.abort()
@@ -82,14 +82,14 @@ class StatusProtocol(Connection):
             self.restart_limit()
             if len(line) > MAX_LINE_BYTES:
                 self.factory.rejected["protocol_error"] += 1
-                self._say(f"ERROR the line is longer than {MAX_LINE_BYTES} bytes")
+                self._reply(f"ERROR the line is longer than {MAX_LINE_BYTES} bytes")
                 self.finish()
                 return
             self._commands = [
                 command for part in line.decode("utf-8", "replace").split(";") if (command := part.strip())
             ]
             if not self._commands:
-                self._say("ERROR no command; try help")
+                self._reply("ERROR no command; try help")
         self._run()
 
     def _next_line(self) -> bytes | None:
@@ -114,7 +114,7 @@ class StatusProtocol(Connection):
                 return
             if command == "prompt":
                 self._prompting = True
-                self._say("")
+                self._reply("")
                 continue
             answer = self._answer(command)
             if isinstance(answer, Deferred):
@@ -122,7 +122,7 @@ class StatusProtocol(Connection):
                 if self.phase is WAITING:
                     self.transport.pauseProducing()
                 return
-            self._say(answer)
+            self._reply(answer)
             if self.phase is not READING:
                 return  # the connection has been lost
         if self._prompting and (self._input or not self.input_ended):
@@ -132,7 +132,7 @@ class StatusProtocol(Connection):
 
     def _arrived(self, reply: str) -> None:
         """Send a reply that was not ready, then continue with the line."""
-        self._say(reply)
+        self._reply(reply)
         if self.phase is READING:
             self._run()
 
@@ -149,7 +149,7 @@ class StatusProtocol(Connection):
         self._log.failure("a status command failed", failure)
         return "ERROR an internal error; its traceback is in the log"
 
-    def _say(self, reply: str) -> None:
+    def _reply(self, reply: str) -> None:
         text = f"{reply}\n" if reply else ""
         if self._prompting:
             text += "\n"

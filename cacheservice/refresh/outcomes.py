@@ -85,7 +85,7 @@ class Outcomes:
         dataset, count = result.dataset, snapshot.rows.count
         dataset.keep(snapshot)
         kept = f"waits as a candidate, because {dataset.name} is pinned"
-        advice = f"say 'unpin {dataset.name}' on the admin socket to serve it"
+        advice = f"send 'unpin {dataset.name}' to the admin socket to serve it"
         dataset.attempted(this.ended("held", took_s, count, kept, advice=advice, how=result.how))
         self._logs[dataset.name].info(
             "refresh_held", **this.fields(), error=f"the result {kept}", rows=count, took_s=seconds(took_s)
@@ -102,8 +102,8 @@ class Outcomes:
             took_s = self._clock.seconds() - read.moment.began_at
             dataset.hold(reason, rows.count, datetime.now(UTC))
             advice = (
-                f"if the result is right, say 'accept {dataset.name if refused else first}' on the admin socket, "
-                "which lets the next one through; if not, correct the data, and the next one clears it by itself"
+                f"if the result is right, send 'accept {dataset.name if refused else first}' to the admin socket, "
+                "which publishes the next one; if not, correct the data, and the next result ends the hold"
             )
             dataset.attempted(this.ended("held", took_s, rows.count, reason, advice=advice))
             self._logs[dataset.name].warning(

@@ -137,11 +137,11 @@ class CacheService(Service):
         if not self.running:
             raise Stopped("the service is stopping")
         definitions = {name: dataset.settings.reading for name, dataset in self._cache.datasets.items()}
-        told = self._cache.declare(declared)
+        fates = self._cache.declare(declared)
         if moved:
             for dataset in self._cache.datasets.values():
                 dataset.forget_transactions()
-            told = told._replace(changed=[name for name in definitions if name not in told.removed], unchanged=[])
+            fates = fates._replace(changed=[name for name in definitions if name not in fates.removed], unchanged=[])
         keepable = [
             refresher
             for refresher in self._refreshers.each()
@@ -149,10 +149,10 @@ class CacheService(Service):
         ]
         ended, begun, kept = self._refreshers.replace(self._groups(declared), keepable)
         for refresher in kept:
-            if not all(dataset.name in told.unchanged for dataset in refresher.datasets):
+            if not all(dataset.name in fates.unchanged for dataset in refresher.datasets):
                 refresher.settings_changed()
         self._tasks.run(self._replace(ended, begun))
-        return told
+        return fates
 
     async def _replace(self, ended: Sequence[Refresher], begun: Sequence[Refresher]) -> None:
         """Start new refreshers once no attempt of the old ones runs, because refreshes never overlap."""

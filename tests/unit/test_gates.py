@@ -125,6 +125,6 @@ class Holding(RefreshTestCase):
         words = why(world.dataset, world.cache)
         self.assertIn("The newest result has been held for 0.0", words)
         self.assertIn(" s: it would drop 100 to 12 rows, limit 50 %.", words)
-        self.assertIn("say 'accept products' on the admin socket", words)
+        self.assertIn("send 'accept products' to the admin socket", words)
         world.service.accept_next("products")
         self.assertIn("because an operator accepted it", why(world.dataset, world.cache))

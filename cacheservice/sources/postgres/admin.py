@@ -124,7 +124,7 @@ def session(dsn: str, application_name: str, dsn_source: str = "postgres.dsn") -
         connection = psycopg2.connect(**_connect_arguments(dsn), application_name=application_name)
     except psycopg2.Error as error:
         todo = for_login(error.pgcode or "", str(error), dsn_source)
-        raise Refused(told_by(dsn, error) + (f"; {todo}" if todo else "")) from error
+        raise Refused(message_of(dsn, error) + (f"; {todo}" if todo else "")) from error
     with closing(connection):
         connection.autocommit = True
         if (refusal := too_old(connection.server_version)) is not None:
@@ -143,7 +143,7 @@ def session(dsn: str, application_name: str, dsn_source: str = "postgres.dsn") -
             raise Refused(explained(dsn, error, role, database)) from error
 
 
-def told_by(dsn: str, error: psycopg2.Error) -> str:
+def message_of(dsn: str, error: psycopg2.Error) -> str:
     """Return the server's message in one line without a password."""
     message = (error.diag.message_primary if error.diag else None) or str(error)
     return f"PostgreSQL: {parse(dsn).redact(message)}"
@@ -180,9 +180,9 @@ def next_step(message: str, role: str, database: str) -> str:
 
 def explained(dsn: str, error: psycopg2.Error, role: str, database: str) -> str:
     """Return the server's message, with the next step if it is known."""
-    told = told_by(dsn, error)
-    advice = next_step(told, role, database) if error.pgcode == "42501" else ""
-    return f"{told}; {advice}" if advice else told
+    message = message_of(dsn, error)
+    advice = next_step(message, role, database) if error.pgcode == "42501" else ""
+    return f"{message}; {advice}" if advice else message
 
 
 def _locked(watch: LockWatch) -> str:

@@ -22,13 +22,13 @@ _INTEGERS = frozenset({20, 21, 23, 26})
 _TEXTS = frozenset({18, 19, 25, 1043})
 _OTHERS = frozenset({16, 2950})
 
-CAN_TELL = """
+CAN_ASK = """
 (SELECT EXISTS (
     SELECT FROM pg_proc AS p JOIN pg_namespace AS n ON n.oid = p.pronamespace
     WHERE n.nspname = 'cacheservice' AND p.proname = 'changes'
       AND has_schema_privilege(n.oid, 'USAGE') AND has_function_privilege(p.oid, 'EXECUTE')))"""
 """True if this role may call the function; a call without that right would end the transaction."""
-CANNOT_TELL = (
+CANNOT_ASK = (
     "the database does not know cacheservice.changes, or this role may not call it; "
     "run cacheservice migrate --reader NAME"
 )

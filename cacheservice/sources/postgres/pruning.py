@@ -17,7 +17,7 @@ from cacheservice.sources.postgres.recorded import Pruned, Recorded
 CHANGES_KEPT_S = 3600.0
 """A dataset that was not refreshed for longer reads all rows."""
 _MARGIN_S = 600.0
-"""Changes are deleted each minute, by the service or by cron; a transaction of some minutes is no problem."""
+"""Changes are deleted each minute, by the service or by cron; a transaction of some minutes does no harm."""
 
 _INTERVAL_S = 60.0
 _TIMEOUT_S = 10.0

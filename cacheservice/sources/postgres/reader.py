@@ -133,12 +133,12 @@ def _make_role(session: Session, name: str, password: str | None) -> bool:
                     sql.SQL("ALTER ROLE {} SET {} = {}").format(role, sql.Identifier(setting), values)
                 )
     except psycopg2.errors.InsufficientPrivilege as error:
-        told = str(error.diag.message_primary)
-        if not present or "create role" in told:
+        message = str(error.diag.message_primary)
+        if not present or "create role" in message:
             raise
         reader = role.as_string(session.cursor)
         raise Refused(
-            f"PostgreSQL: {told}: {reader} exists, and {session.role} may not change it; run as the "
+            f"PostgreSQL: {message}: {reader} exists, and {session.role} may not change it; run as the "
             f"role that created it, or as a superuser: GRANT {reader} TO {session.role} WITH ADMIN OPTION;"
         ) from error
     return not present

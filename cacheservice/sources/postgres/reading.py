@@ -158,7 +158,7 @@ async def _probe(transaction: Transaction, dataset: DatasetSettings) -> str:
 
 async def _changes(transaction: Transaction, read: ReadPlan) -> Changes:
     if not transaction.can_record:
-        return Changes("", deltas.CANNOT_TELL, ())
+        return Changes("", deltas.CANNOT_ASK, ())
     dataset, since = read.dataset, read.since
     cursor = await transaction.guard.execute(deltas.changes_sql(dataset, since, read.most_keys))
     return deltas.changes(cursor.fetchall(), dataset, since)

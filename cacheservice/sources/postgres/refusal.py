@@ -85,12 +85,12 @@ def not_connected(failed: Sequence[Tried], target: Target, waited_s: float) -> D
     for each in failed:
         if (spent := no_descriptor_left(each.cause)) is not None:
             return spent
-    told = target.redact(
+    causes = target.redact(
         "; ".join(f"{where}: {cause or 'it failed, and no reason was reported'}" for where, cause, *_ in failed)
     )
     if all(each.silent for each in failed):
-        return DeadlineExceeded(f"PostgreSQL did not accept a session within {waited_s:.3g} s ({told})")
-    error = _kind(failed)(f"{lead([cause for _, cause, *_ in failed])}: {told}")
+        return DeadlineExceeded(f"PostgreSQL did not accept a session within {waited_s:.3g} s ({causes})")
+    error = _kind(failed)(f"{lead([cause for _, cause, *_ in failed])}: {causes}")
     by_weight = sorted(failed, key=lambda each: not each.sqlstate)  # the server that answered has the best explanation
     best = next(filter(None, (advice.for_login(each.sqlstate, each.cause) for each in by_weight)), None)
     return error if best is None else error.advised(target.redact(best))

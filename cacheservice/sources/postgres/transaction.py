@@ -46,7 +46,7 @@ SELECT set_config('application_name', {attempt_name}, true);
 {ask}
 """
 _ASK = """\
-SELECT {pinning}, extract(epoch FROM now()), pg_current_snapshot()::text, pg_backend_pid(), {can_tell},
+SELECT {pinning}, extract(epoch FROM now()), pg_current_snapshot()::text, pg_backend_pid(), {can_ask},
        concat_ws(' ', {digests}), {own_settings}, {path}::text, {life}"""
 """The pinned settings come first, because a digest is of the settings in effect."""
 _BEGIN_SEARCH = "SAVEPOINT search; SET LOCAL lock_timeout = 500"
@@ -151,7 +151,7 @@ class Transactions:
         asks_settings = guard not in self._own_settings or any(each.since is None for each in plans)
         ask = _ASK.format(
             pinning=pinning_expression(first.settings) if keeps else "''",
-            can_tell=deltas.CAN_TELL if lock else "false",
+            can_ask=deltas.CAN_ASK if lock else "false",
             digests=", ".join(dependencies.digest_of(each.since) for each in asked) or "''",
             path=dependencies.PATH,
             own_settings=dependencies.OWN_SETTINGS if asks_settings else "''",

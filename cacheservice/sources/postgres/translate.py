@@ -53,17 +53,17 @@ def translate(error: psycopg2.Error, target: Target, *, connecting: bool = False
     """
     sqlstate: str = getattr(error, "pgcode", None) or ""
     diagnostics: Diagnostics | None = getattr(error, "diag", None)
-    told = (diagnostics and diagnostics.message_primary) or str(error)
-    if connecting and (spent := no_descriptor_left(told)) is not None:
+    original = (diagnostics and diagnostics.message_primary) or str(error)
+    if connecting and (spent := no_descriptor_left(original)) is not None:
         return spent
-    told = told or f"{type(error).__name__} without a message"
+    original = original or f"{type(error).__name__} without a message"
     # Before the password is removed: a short password may be part of the words that decide the advice.
-    todo = advice.for_login(sqlstate, told) if connecting else advice.for_query(sqlstate)
-    message = target.redact(told)
+    todo = advice.for_login(sqlstate, original) if connecting else advice.for_query(sqlstate)
+    message = target.redact(original)
     if diagnostics and sqlstate in (_SERIALIZATION_FAILURE, _DEADLOCK_DETECTED) and not connecting:
         return _try_again(sqlstate, message, diagnostics)
     if connecting or _SESSION_LOST.fullmatch(sqlstate) or not sqlstate:
-        what = lead_of(told) if connecting else "the connection to PostgreSQL was lost"
+        what = lead_of(original) if connecting else "the connection to PostgreSQL was lost"
         unavailable = DatabaseUnavailable(f"{what}: {message}")
         return unavailable if todo is None else unavailable.advised(todo)
     if sqlstate == _LOCK_NOT_AVAILABLE:

@@ -30,7 +30,7 @@ def watch(
     key: Sequence[str],
     notify: bool,
     dry_run: bool,
-    say: Callable[[str], None],
+    show: Callable[[str], None],
     dsn_source: str = "postgres.dsn",
 ) -> list[str]:
     """Record the keys of all rows of `table` that change from now on.
@@ -63,7 +63,7 @@ def watch(
             *triggers(cursor, number, found),
             *_owning(session, number),
         ]
-        _run(cursor, statements, dry_run, say)
+        _run(cursor, statements, dry_run, show)
     return list(found.family)
 
 
@@ -72,7 +72,7 @@ def unwatch(
     table: str,
     key: Sequence[str],
     dry_run: bool,
-    say: Callable[[str], None],
+    show: Callable[[str], None],
     dsn_source: str = "postgres.dsn",
 ) -> list[str]:
     """Undo `watch`; without a key, undo every watch of the table.
@@ -89,7 +89,7 @@ def unwatch(
             cursor.execute(_ONE_AT_A_TIME)
         tidying = _tidying(session, None) if has_records else []
         if tidying and session.value("SELECT to_regclass(%s) IS NULL", (table,)):
-            _run(cursor, tidying, dry_run, say)
+            _run(cursor, tidying, dry_run, show)
             return [table]
         oid, name, _ = _named(cursor, table)
         numbers = []
@@ -107,7 +107,7 @@ def unwatch(
             raise WatchFailed(f"{name} is not watched{' by ' + ', '.join(key) if key else ''}")
         family = [member for member, _ in _family(cursor, oid)]
         removing = [each for number in numbers for each in _removing(session, number, family)]
-        _run(cursor, [*tidying, *removing], dry_run, say)
+        _run(cursor, [*tidying, *removing], dry_run, show)
     return family
 
 
@@ -353,10 +353,10 @@ def _removing(session: Session, number: int, family: Sequence[str]) -> list[str]
     ]
 
 
-def _run(cursor: BlockingCursor, statements: Sequence[str], dry_run: bool, say: Callable[[str], None]) -> None:
+def _run(cursor: BlockingCursor, statements: Sequence[str], dry_run: bool, show: Callable[[str], None]) -> None:
     if dry_run:
         # One transaction, as in a real run: since_xid is the transaction that creates the triggers.
-        say("\n".join([_BEGIN, *statements, "COMMIT;"]))
+        show("\n".join([_BEGIN, *statements, "COMMIT;"]))
         return
     for statement in statements:
         cursor.execute(statement)

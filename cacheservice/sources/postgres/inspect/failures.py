@@ -33,12 +33,12 @@ def step(look: Look, what: str) -> Iterator[None]:
 
 def finding(look: Look, what: str, error: psycopg2.Error) -> Finding:
     translated = translate(error, parse(look.dsn))
-    told = str(translated)
+    message = str(translated)
     match error.pgcode:
         case "42501":
-            return Finding("problem", f"{what}: {told}", _grants(look, told))
+            return Finding("problem", f"{what}: {message}", _grants(look, message))
         case "42P01" | "42883" | "3F000":
-            return Finding("problem", f"{what}: {told}", _elsewhere(look, told))
+            return Finding("problem", f"{what}: {message}", _elsewhere(look, message))
         case "55P03":
             locked = f"{what}: {look.locks.relation or 'a table'} is locked by another session"
             if not look.locks.sessions:
@@ -49,13 +49,13 @@ def finding(look: Look, what: str, error: psycopg2.Error) -> Finding:
     if error.diag.statement_position and what == "the query":
         # The position counts the text that makes the query a subquery.
         characters = int(error.diag.statement_position) - 1 - whole_query("").index("\n") - 1
-        told += f", line {look.dataset.query[: max(0, characters)].count(chr(10)) + 1} of the query"
-    return Finding("problem", f"{what}: {told}", error.diag.message_hint or translated.advice)
+        message += f", line {look.dataset.query[: max(0, characters)].count(chr(10)) + 1} of the query"
+    return Finding("problem", f"{what}: {message}", error.diag.message_hint or translated.advice)
 
 
-def _grants(look: Look, told: str) -> str:
+def _grants(look: Look, message: str) -> str:
     """Return all missing GRANTs for the tables that the query names."""
-    if found := re.search(r"permission denied for (function|procedure) (\S+)", told):
+    if found := re.search(r"permission denied for (function|procedure) (\S+)", message):
         return f"GRANT EXECUTE ON {found[1].upper()} {found[2]} TO {look.server.role};"
     look.cursor.execute(
         """
@@ -77,15 +77,15 @@ def _grants(look: Look, told: str) -> str:
     return " ".join(grants) or f"grant {role} what the query reads"
 
 
-def _elsewhere(look: Look, told: str) -> str:
+def _elsewhere(look: Look, message: str) -> str:
     """Return other places of an object that was not found.
 
     It may be in another schema, because search_path is pinned.
     """
-    found = re.search(r'(?:relation|function|schema) "?([^"( ]+)', told)
+    found = re.search(r'(?:relation|function|schema) "?([^"( ]+)', message)
     wanted = found[1].split(".")[-1] if found else ""
     catalog, name, kind = (
-        ("pg_proc", "proname", "pronamespace") if "function" in told else ("pg_class", "relname", "relnamespace")
+        ("pg_proc", "proname", "pronamespace") if "function" in message else ("pg_class", "relname", "relnamespace")
     )
     look.cursor.execute(
         f"SELECT DISTINCT format('%%I.%%I', n.nspname, o.{name}) FROM {catalog} AS o "  # noqa: S608  # three constants

@@ -42,10 +42,10 @@ def compare_paths(look: Look) -> None:
         (own_path,) = look.cursor.fetchone()
         ours = _meaning(look)
         theirs = _meaning_with(look, own_path)
-        if theirs is not None and (told := difference(ours, theirs)):
+        if theirs is not None and (differs := difference(ours, theirs)):
             look.add(
                 "problem",
-                f"search_path: with the role's own, {own_path}, the query means something else: {told}",
+                f"search_path: with the role's own, {own_path}, the query means something else: {differs}",
                 f'if that is intended, set search_path = "{own_path}" for the dataset or in [postgres]; '
                 "if not, name the schemas in the query",
             )

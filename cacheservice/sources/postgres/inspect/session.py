@@ -152,7 +152,7 @@ def _server(connection: BlockingConnection, datasets: Sequence[DatasetSettings])
     with connection.cursor() as cursor:
         cursor.execute(
             "SELECT current_setting('server_version'), current_database(), format('%I', current_user), "
-            f"pg_is_in_recovery(), pg_backend_pid(), {deltas.CAN_TELL}, {SEES_RECEIVER}"
+            f"pg_is_in_recovery(), pg_backend_pid(), {deltas.CAN_ASK}, {SEES_RECEIVER}"
         )
         version, database, role, standby, pid, migrated, sees_receiver = cursor.fetchone()
         hints = own_settings(cursor, datasets)

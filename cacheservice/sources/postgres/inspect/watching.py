@@ -34,7 +34,7 @@ def look_at_watches(look: Look, key_oids: Sequence[int]) -> None:
     if not dataset.watch:
         return
     if not look.server.migrated:
-        look.found.findings.append(_no_deltas(deltas.CANNOT_TELL.replace("NAME", look.server.role)))
+        look.found.findings.append(_no_deltas(deltas.CANNOT_ASK.replace("NAME", look.server.role)))
         return
     with step(look, "watch"):
         look.cursor.execute(deltas.lock_sql([dataset]))
