@@ -1,4 +1,4 @@
-"""Another revision of the service against this one: refresh, delta, GET, logins and memory, in alternating runs.
+"""Another revision of the service against this one, in alternating runs: refresh, delta, GET, HTTP, logins and memory.
 
     python -m benchmarks.compare e0b0e17 --rounds 16
 
@@ -37,13 +37,14 @@ from benchmarks.products import QUERY, TABLE, server_with_products
 from benchmarks.service import ROOT, RunningService, memory_bytes, running_service, scheduled_s
 from cacheservice.cli.embedded import EmbeddedPostgres
 
-MOST_SLOWER = {"refresh": 1.03, "delta": 1.03, "GET": 1.01, "memory": 1.005}
+MOST_SLOWER = {"refresh": 1.02, "delta": 1.02, "GET": 1.02, "HTTP": 1.02, "memory": 1.02}
 MOST_LOGINS_PER_S = 1.0
 _REFRESHES = 1
 _DELTAS = 60
 _KEYS = 100
 _GETS = 100_000
 _PIPELINE = 16
+_HTTP_READS = 20_000
 _SETTLE_S = 1.0
 _INTERVAL_S = 5
 _LOGINS_COUNTED_S = 20
@@ -154,7 +155,7 @@ class Measured:
     def round(self, random: Random) -> None:
         service, writer, rows = self.service, self.writer, self.rows
         figures = refreshes(service, writer, random, rows) | deltas(service, writer, random, rows)
-        self.side.add(figures | gets(service, random, rows))
+        self.side.add(figures | gets(service, random, rows) | http_reads(service, random, rows))
 
 
 @contextmanager
@@ -229,6 +230,23 @@ def gets(service: RunningService, random: Random, rows: int) -> dict[str, float]
         took_s, computed_s = time.perf_counter() - began_at, scheduled_s(service.pid) - before_s
     count = len(requests) * _PIPELINE
     return {"GET, CPU µs": computed_s / count * 1e6, "GET, µs": took_s / count * 1e6}
+
+
+def http_reads(service: RunningService, random: Random, rows: int) -> dict[str, float]:
+    """Reads of random rows over HTTP on one connection, one after the other."""
+    end = b"\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", service.http_port)) as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        before_s, began_at = scheduled_s(service.pid), time.perf_counter()
+        for _ in range(_HTTP_READS):
+            path = b"/v1/datasets/products/rows/%d" % random.randint(1, rows)
+            client.sendall(b"GET %b HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n\r\n" % path)
+            answer = client.recv(65_536)
+            # A row is small, and arrives in one piece.
+            assert answer.startswith(b"HTTP/1.1 200"), answer
+            assert end in answer, answer
+        took_s, computed_s = time.perf_counter() - began_at, scheduled_s(service.pid) - before_s
+    return {"HTTP, CPU µs": computed_s / _HTTP_READS * 1e6, "HTTP, µs": took_s / _HTTP_READS * 1e6}
 
 
 def compared(before: Side, after: Side) -> Iterator[tuple[str, str, str, str]]:
