@@ -563,7 +563,7 @@ class Reach(BrowserTestCase):
         self.wait_for("#details-why", "products is fresh")
         self.wait_for("#details-facts", "interval")
         self.sql("DELETE FROM products WHERE id > 3")
-        self.wait_for("#details-why", "is held back")
+        self.wait_for("#details-why", "has been held for")
         focused.active_element.send_keys(Keys.ESCAPE)
         wait_until(lambda: not self.find("#details").is_displayed(), "the end of the dialog")
         self.assertEqual(focused.active_element.accessible_name, "Why? The state of products")
