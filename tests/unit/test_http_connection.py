@@ -8,16 +8,18 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.snapshot import Snapshot
+from cacheservice.ports import clients
 from cacheservice.ports.admission import RESERVE_S
 from cacheservice.ports.client_socket import LINGER_S, Phase
 from cacheservice.ports.clients import Limits
 from cacheservice.ports.connection import READ_AHEAD_BYTES
 from cacheservice.ports.freshness import Freshness
-from cacheservice.ports.http import AccessSettings, HttpFactory, Served
+from cacheservice.ports.http import AccessSettings, HttpFactory, Served, connection
 from tests.kit.clocks import one_turn, started_clock
 from tests.kit.datasets import MOMENT_WITH_MS, declared, rows_of
 from tests.kit.fake_refreshes import FakeRefreshes
 from tests.kit.http import statuses
+from tests.kit.waiting import GIVE_UP_S
 from tests.kit.wire import Wire
 
 IDLE_S, HEAD_S = 60.0, 10.0
@@ -33,6 +35,9 @@ class ConnectionTestCase(SynchronousTestCase):
     max_connections = 10
 
     def setUp(self) -> None:
+        # A machine that is busy must not end a turn early.
+        self.patch(connection, "_PIPELINE_TURN_S", GIVE_UP_S)
+        self.patch(clients, "TURN_S", GIVE_UP_S)
         self.clock = started_clock()
         self.cache = Cache([declared("products")], self.clock.seconds)
         self.publish(1)
