@@ -79,7 +79,7 @@ def postgres_server(make_server: MakeServer) -> Iterator[EmbeddedPostgres]:
 def server(request: pytest.FixtureRequest, postgres_server: EmbeddedPostgres) -> Iterator[EmbeddedPostgres]:
     """For a trial TestCase: ``@pytest.mark.usefixtures("server")`` on the class gives its tests `self.server`.
 
-    A server that a test froze or killed is mended before the next class.
+    A server that a test froze or killed is repaired before the next class.
     """
     request.cls.server = postgres_server
     yield postgres_server

@@ -223,7 +223,7 @@ class Changes(DependenciesTestCase):
         )
 
     async def test_types_behind_types(self) -> None:
-        """The labels of an enum of which there are ranges and multiranges."""
+        """The labels of an enum with ranges and multiranges."""
         self.sql(
             "CREATE TYPE moods AS RANGE (subtype = mood, multirange_type_name = sets); "
             f"CREATE TABLE ranges (id int, r sets); GRANT SELECT ON ranges TO {self.reader}"

@@ -136,7 +136,7 @@ def installed(program: str, package: str) -> str:
 
 class Prometheus(SynchronousTestCase):
     def test_rules(self) -> None:
-        """Prometheus takes the rules, and each fires and keeps silent as its tests say."""
+        """Prometheus takes the rules, and each fires and keeps silent as its tests require."""
         promtool = installed("promtool", "prometheus")
         for what, file in (("check", "alerts.yml"), ("test", "alerts_test.yml")):
             told = run(promtool, what, "rules", ALERTS.with_name(file))
@@ -210,7 +210,7 @@ class Grafana(SynchronousTestCase):
             taken |= places
 
     def test_panels_explain_themselves(self) -> None:
-        """Each panel says what is to be seen in it."""
+        """Each panel describes its content."""
         self.assertEqual([panel["title"] for panel in panels() if not panel["description"]], [])
 
 

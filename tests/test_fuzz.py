@@ -77,7 +77,7 @@ def delayed_calls() -> list[str]:
 
 
 class UnderAttack:
-    """What every port must stand; each port's own class says what it is and what it answers in peace."""
+    """What every port must stand; the class of each port defines the port and its answers in peace."""
 
     timeout = 240
     kind = ""
@@ -89,7 +89,7 @@ class UnderAttack:
 
     async def setUp(self) -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-        # Whoever makes a port take gigabytes gets a MemoryError of it, not the machine.
+        # A process that makes a port take gigabytes gets a MemoryError of it, not the machine.
         resource.setrlimit(resource.RLIMIT_AS, (address_space_bytes() + MAX_AT_ONCE_BYTES, hard))
         self.addCleanup(resource.setrlimit, resource.RLIMIT_AS, (soft, hard))
         self.now = started_clock()  # of the datasets' ages only
@@ -153,7 +153,7 @@ class UnderAttack:
 
     def assert_nothing_logged(self, where: str, connections: int) -> None:
         """No traceback, and no more lines than the peers are."""
-        gc.collect()  # a Deferred tells of its failure when it goes
+        gc.collect()  # a Deferred reports its failure when it is collected
         errors = self.flushLoggedErrors()
         if errors:
             told = [event for event in self.events if "was read" in event]

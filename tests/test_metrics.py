@@ -1,4 +1,4 @@
-"""Laws of the metrics: each form in which they are asked for tells the same, and what it tells is so."""
+"""Laws of the metrics: each format has the same values, and the values are right."""
 
 from __future__ import annotations
 

@@ -301,7 +301,7 @@ class Migrations(TestCase):
         )
 
     def test_what_to_grant(self) -> None:
-        """A role that lacks a right is told the statement that gives it, and with that the command goes on."""
+        """A role that lacks a right gets the statement that grants it, and with that the command goes on."""
         name, app = f"low_{self.database[5:]}", f"app_{self.database[5:]}"
         dsn = self.role(name)
         self.role(app)
@@ -390,7 +390,7 @@ class Migrations(TestCase):
         self.assertNotIn("wörd", written)
 
     def test_a_refusal_is_one_line(self) -> None:
-        """What the server refuses is told in one line, without the password."""
+        """What the server refuses is reported in one line, without the password."""
         migrate(self.owner, FOLDER)
         with self.assertRaises(MigrationFailed) as refused:
             create_reader(self.owner, READER, ["no.such_table"], "wörd")
@@ -403,7 +403,7 @@ class Migrations(TestCase):
         self.assertNotIn("\n", str(refused.exception))
 
     async def test_the_service_reads_as_the_reader(self) -> None:
-        """The reader's rights are enough for a refresh, and the lack of one is told with what to do."""
+        """The reader's rights are enough for a refresh, and the lack of one is reported with what to do."""
         migrate(self.owner, FOLDER)
         create_reader(self.owner, READER, ["public.granted"], "wörd")
         await self.read("SELECT * FROM granted")

@@ -183,7 +183,7 @@ class ReadersTestCase(TestCase):
         await self.closed(other)
 
     async def test_a_reset(self) -> None:
-        """A connection that breaks is told to its protocol, and its descriptor is given back."""
+        """A connection that breaks is reported to its protocol, and its descriptor is released."""
         client = await self.connect()
         await self.ask(client, b"1")
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")

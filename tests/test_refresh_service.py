@@ -146,7 +146,7 @@ class FairnessTests(ServiceTestCase):
     """One dataset's trouble is its own."""
 
     async def test_a_locked_dataset_does_not_delay_the_others(self) -> None:
-        """With two connections, one of which waits for a lock all the time, the others are refreshed as ever."""
+        """With two connections, one always waiting for a lock, the others are refreshed as ever."""
         self.sql("CREATE TABLE locked AS SELECT 1 AS id")
         service, cache = self.make_service(
             declare("locked", "TABLE locked", timeout_s=3.0), declare("first"), declare("second"), max_connections=2
@@ -173,7 +173,7 @@ class FairnessTests(ServiceTestCase):
         await until(lambda: locked.snapshot)
 
     async def test_a_refresh_never_overlaps_itself(self) -> None:
-        """Whoever asks how often: at most one transaction a dataset is open, and no more than max_connections."""
+        """However often refreshes are requested: at most one transaction per dataset, and max_connections in all."""
         names = ("first", "second", "third")
         service, cache = self.make_service(
             *(declare(name, SLOW_THINGS.replace("0.005", "0.0005"), interval_s=0.05) for name in names),
@@ -269,7 +269,7 @@ class StopTests(ServiceTestCase):
         await self.check_stop(service, cache, before)
 
     async def test_connecting_to_a_silent_host(self) -> None:
-        """The connection is accepted and then says nothing."""
+        """The connection is accepted, and then the server sends nothing."""
         self.network.silence()
         service, cache, before = await self.prepare(declare("first"), declare("second"))
         service.startService()

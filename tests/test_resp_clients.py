@@ -266,7 +266,7 @@ class RedisPy(ClientTestCase):
                     pubsub.get_message(timeout=0.05)
 
     def test_pubsub(self) -> None:
-        """Subscribers of both protocols are told of each publish."""
+        """Subscribers of both protocols are notified of each publish."""
         for client in self.both():
             with client.pubsub(ignore_subscribe_messages=True) as pubsub:
                 pubsub.subscribe("cache:empty")
@@ -530,7 +530,7 @@ class Node(ClientTestCase):
     directory: ClassVar[str]
 
     def tell(self, program: str, *options: str) -> list[dict[str, Any]]:
-        """What the program printed; it is sent a publish each time it says that it has subscribed."""
+        """What the program printed; it is sent a publish each time it prints that it has subscribed."""
         command = ["node", *options, "-e", program.replace("PORT", str(self.peer.port))]
         told = []
         with subprocess.Popen(

@@ -157,7 +157,7 @@ class Reads(PortTestCase):
         await self.assert_asks("TTL products:nope", -2)
 
     async def test_errors(self) -> None:
-        """What cannot be answered is told in the contract's words."""
+        """What cannot be answered is reported in the contract's words."""
         reads = [
             "GET {}:1",
             "MGET products:1 {}:1",
@@ -274,7 +274,7 @@ class OneMoment(PortTestCase):
             await loop
 
     async def test_expiry_within_a_transaction(self) -> None:
-        """What expires while a transaction is read is told of each command for itself; the connection lives on."""
+        """What expires while a transaction is read is reported by each command for itself; the connection lives on."""
 
         def conversation(client: Client) -> list[Any]:
             client.socket.sendall(
@@ -374,7 +374,7 @@ class Neighbours(PortTestCase):
             client.socket.close()
 
     async def test_pipelines_of_all_sorts(self) -> None:
-        """GETs in a pipeline are answered in their places, whatever stands between them and whoever asks too."""
+        """GETs in a pipeline are answered in their places, whatever stands between them and whichever clients ask."""
         asked: list[Words] = [
             ("GET", "products:1"),
             ("get", "products:2"),
@@ -549,7 +549,7 @@ class Limits(PortTestCase):
 
 class Subscriptions(PortTestCase):
     async def test_messages(self) -> None:
-        """Each publish is told to its subscribers and to nobody else, as a message or, in protocol 3, as a push."""
+        """Each publish is sent to its subscribers and to nobody else, as a message or, in protocol 3, as a push."""
         two, three, other = self.connect(), self.connect(), self.connect()
         for client in (two, three, other):
             self.addCleanup(client.socket.close)
@@ -582,14 +582,14 @@ class Subscriptions(PortTestCase):
         self.assertEqual(await deferToThread(two.ask, "HLEN", "products"), 6)
 
     async def test_unknown_channel(self) -> None:
-        """A channel that will never say anything is an error."""
+        """A channel that will never have a message is an error."""
         for channel in ("cache:nope", "products", "cache:"):
             answer = await self.ask("SUBSCRIBE", channel)
             self.assertTrue(answer.startswith("ERR unknown channel"), answer)
         self.assertEqual(self.server.subscriptions.channels, {})
 
     async def test_publish_within_a_reply(self) -> None:
-        """A publish during a large reply is told after it, neither within it nor never."""
+        """A publish during a large reply is sent after it, neither within it nor never."""
         client = self.connect(4096)
         self.addCleanup(client.socket.close)
         publish(self.cache, "products", range(50_000))
@@ -697,7 +697,7 @@ class Waiting(PortTestCase):
             client.send("CACHE.WAIT", "products", 150, 60_000)
         for client in clients:
             self.assertEqual(await deferToThread(client.read), 1)
-        # The third is for who was told by the first that it does not yet include what it should.
+        # The third is for clients that were notified of the first, which does not yet include their transaction.
         self.assertLessEqual(len(begun), 3)
         await until(lambda: len(ended) == len(begun))
 
@@ -776,7 +776,7 @@ class Waiting(PortTestCase):
         self.assertEqual(await self.converse(conversation), [1, 0])
 
     async def test_bad_arguments(self) -> None:
-        """Numbers that are none, or out of range, are told."""
+        """Numbers that are invalid or out of range are reported."""
         for words in (
             "products x 1",
             "products 1 x",
@@ -968,7 +968,7 @@ class Server(PortTestCase):
         await self.converse(conversation)
 
     async def test_command(self) -> None:
-        """COMMAND tells every command there is and no other: arity, flags, where the keys are, and its docs."""
+        """COMMAND lists every command there is and no other: arity, flags, where the keys are, and its docs."""
         entries = {entry[0].decode(): entry for entry in await self.ask("COMMAND")}
         self.assertEqual(await self.ask("COMMAND", "COUNT"), len(entries))
         self.assertEqual(set(entries), {command.name for command in COMMANDS})

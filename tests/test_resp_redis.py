@@ -354,7 +354,7 @@ UNORDERED = ("HGETALL", "HKEYS", "HVALS", "HSCAN", "SCAN")
 OF_7_0 = (b"  \t \r\n", b"*1\r\n$4\r\nPINGxx", lines("MULTI", "MULTI", "PING", "EXEC", "GET products:1"))
 """What servers after Redis 7.0, the one followed here, answer differently."""
 OWN_FIELDS = (b"id", b"version", b"server")
-"""What HELLO tells of each server and connection itself."""
+"""What HELLO reports about each server and connection itself."""
 
 
 def comparable(answers: list[Any]) -> list[Any]:

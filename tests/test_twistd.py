@@ -181,7 +181,7 @@ class RefusedStarts(DaemonTestCase):
         self.assertNotIn("hunter2", "\n".join(problems))
 
     def test_no_configuration(self) -> None:
-        """Without any configuration it says what it looked for."""
+        """Without any configuration it reports where it looked."""
         problems = self.refused("", environ={"CACHESERVICE_CONFIG": str(self.directory / "absent.toml")})
         self.assertEqual(len(problems), 1)
         self.assertIn("absent.toml: cannot be read: no such file", problems[0])
@@ -400,7 +400,7 @@ class Secrets(DaemonTestCase):
         self.assertNotIn(dsn.partition("@")[2], said)
 
     def test_a_wrong_password(self) -> None:
-        """A wrong password is told as such, in the log and in the status, and not shown."""
+        """A wrong password is reported as such, in the log and in the status, and not shown."""
         dsn = self.server.dsn(password="hunter2-is-wrong", database=self.database)
         daemon = self.started(self.configuration(dsn=dsn, log='level = "debug"'))
         failed = daemon.event("refresh_failed")
@@ -409,7 +409,7 @@ class Secrets(DaemonTestCase):
         self.assertNotIn("hunter2", self.all_said(daemon))
 
     def test_from_a_file(self) -> None:
-        """The DSN may come from a file that the environment names; neither is said anywhere."""
+        """The DSN may come from a file that the environment names; neither is shown anywhere."""
         secret = self.directory / "dsn"
         secret.write_text(self.server.dsn(database=self.database) + "\n")
         without = self.configuration().partition("[status]")[2]

@@ -32,7 +32,7 @@ class UnchangedTestCase(ServiceTestCase):
         self.sql("INSERT INTO products SELECT i, 0 FROM generate_series(1, 20) AS i")
 
     async def loaded(self, **settings: Any) -> tuple[CacheService, Dataset]:
-        """A service that refreshes only when it is told to."""
+        """A service that refreshes only on request."""
         one = declare("products", "SELECT id, n FROM products", **{"interval_s": 3600.0, "max_age_s": 1e5, **settings})
         service, cache = self.make_service(one)
         await self.start_and_load(service, cache)
@@ -117,7 +117,7 @@ class Probes(UnchangedTestCase):
 
 class Keys(UnchangedTestCase):
     async def test_a_key_that_the_query_cannot_hold(self) -> None:
-        """A recorded int8 that is not an int2: all is read, it says why, and deltas go on after it."""
+        """A recorded int8 that is not an int2: all is read, it reports why, and deltas go on after it."""
         self.sql("ALTER TABLE products ALTER id TYPE int8")
         dsn = self.server.dsn(database=self.database_name)
         migrate(dsn, shipped.folder("migrations"))

@@ -58,7 +58,7 @@ class Watching(SynchronousTestCase):
         return unwatch(self.dsn, table, key, False, self.fail)
 
     def rows(self) -> list[tuple[int, list[Any] | None]]:
-        """What was recorded since the last call: of which watch, and the keys."""
+        """What was recorded since the last call: the watch and the keys."""
         return self.sql(
             "WITH gone AS (DELETE FROM cacheservice.changes RETURNING watched, xid, keys) "
             "SELECT watched, keys FROM gone ORDER BY xid, watched, keys"

@@ -54,7 +54,7 @@ class Doors(SynchronousTestCase):
         self.assertTrue(second.admit(guests[3], 2))
 
     def test_the_oldest_in_reserve_goes(self) -> None:
-        """The newest has a place in reserve, whoever waits there."""
+        """The newest has a place in reserve, whichever clients wait there."""
         door = self.door(1, 2)
         self.assertTrue(door.admit(Guest(), 1))
         guests = [Guest() for _ in range(4)]

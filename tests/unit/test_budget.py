@@ -87,7 +87,7 @@ class Counting(SynchronousTestCase):
         st.floats(0, 100),
     )
     def test_when_it_fits(self, uses: list[tuple[float, float, float]], share: float, expected_s: float) -> None:
-        """Whatever was used, overlapping or not: just before the moment that is told it does not fit, then it does."""
+        """Whatever was used, overlapping or not: just before the reported moment it does not fit, then it does."""
         self.setUp()
         self.budget.set_share(share)
         for pause_s, took_s, overlap_s in uses:
@@ -219,8 +219,8 @@ class Waiting(SynchronousTestCase):
         st.lists(st.tuples(st.floats(0, 20), st.floats(0.01, 40), st.floats(0, 10)), min_size=1, max_size=30),
     )
     def test_never_over_it(self, share: float, asked: list[tuple[float, float, float]]) -> None:
-        """Whoever asks when and for how long, if it takes what was expected: in no minute more than the share is used,
-        but by one that takes more than all of it; and all have their turn."""
+        """Whenever and for however long it is used, if uses take what was expected: in no minute is more than the share
+        used, except by a single use that takes more than all of it; and all have their turn."""
         self.setUp()
         self.slots.budget.set_share(share)
         uses: list[list[float]] = []
@@ -274,7 +274,7 @@ class Refreshes(RefreshTestCase):
         self.assertTrue(all(later - earlier <= 66 for earlier, later in pairwise(starts)), starts)
 
     def test_told(self) -> None:
-        """status and why say how far behind it is, and why says afterwards how late it began."""
+        """status and why show how far behind it is, and why reports afterwards how late it began."""
         world = self.limited(max_load=0.25, interval_s=20.0, max_age_s=600.0)
         self.complete_after(world, 12)
         world.advance(20)

@@ -115,7 +115,7 @@ class FeedRules(SynchronousTestCase):
         return [block for block in bytes(told).split(b"\n\n") if b"event: state" in block]
 
     def test_at_most_one_event_a_second(self) -> None:
-        """What changes ten times a second is told once a second, in one event, as it is then."""
+        """What changes ten times a second is sent once a second, in one event, as it is then."""
         stream = self.feed.follow("read", False)
         self.taken(stream)
         self.advance(0.25)
@@ -194,7 +194,7 @@ class FeedRules(SynchronousTestCase):
             stream.close()
 
     def test_the_state_goes_by_the_clock(self) -> None:
-        """That a dataset grows stale and expires is told although nobody touched it."""
+        """It is sent that a dataset becomes stale and expires although nothing else has changed."""
         self.publish("products", 1)
         stream = self.feed.follow("read", False)
         self.taken(stream)
@@ -208,7 +208,7 @@ class FeedRules(SynchronousTestCase):
         stream.close()
 
     def test_nothing_runs_while_nobody_listens(self) -> None:
-        """No timer before the first listener and after the last; who comes later is told what is true then."""
+        """No timer before the first listener and after the last; a later client gets what is true then."""
         self.assertEqual(self.clock.getDelayedCalls(), [])
         stream = self.feed.follow("read", False)
         self.taken(stream)
@@ -231,7 +231,7 @@ class FeedInTurns(FeedRules):
     turn_s = 0.0
 
     def test_a_look_gives_way(self) -> None:
-        """When its time is up, a look at the datasets goes on in the next turn, and tells nothing before its end."""
+        """When its time is up, a look at the datasets goes on in the next turn, and sends nothing before its end."""
         self.cache.declare([declared(f"dataset_{number}") for number in range(MANY)])
         stream = self.feed.follow("read", False)
         self.taken(stream)

@@ -1,4 +1,4 @@
-"""Laws of what HTTP requests and answers say, without a connection."""
+"""Laws of the contents of HTTP requests and responses, without a connection."""
 
 from __future__ import annotations
 

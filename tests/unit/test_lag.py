@@ -57,7 +57,7 @@ class Decided(SynchronousTestCase):
             self.assertEqual(lag_of(replace(IDLE, receiver=replace(QUIET, status=status))).seconds, 600.0)
 
     def test_hidden(self) -> None:
-        """A role that may not see the receiver cannot tell idleness from silence; the GRANT is named."""
+        """A role that may not see the receiver cannot distinguish idleness from silence; the GRANT is named."""
         lag = lag_of(replace(IDLE, receiver=Receiver(None, None, 0.0, None)))
         self.assertEqual((lag.seconds, lag.known), (600.0, False))
         self.assertIn("GRANT pg_read_all_stats TO reader", lag.problem)

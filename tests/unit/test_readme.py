@@ -1,4 +1,4 @@
-"""Laws of the README and of docs/configuration.md: what they say of settings, commands and promises is what is so."""
+"""Laws of the README and of docs/configuration.md: what they state about settings, commands and promises is true."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Readme(SynchronousTestCase):
 
 
 if __name__ == "__main__":
-    # Writes the table anew: python -m tests.unit.test_readme
+    # Writes the table again: python -m tests.unit.test_readme
     text = re.sub(
         r"(<!-- configuration: .*? -->\n).*?(\n<!-- end of configuration -->)",
         lambda found: found[1] + configuration_table() + found[2],

@@ -1,6 +1,6 @@
 """Laws of the refreshes: when they start, what a failure does, and how they stop.
 
-The database is a fake whose reads end when a test says so; the time is a Clock's.
+The database is a fake whose reads end when a test wants it; the time is a Clock's.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class EqualContent(RefreshTestCase):
         return world.dataset
 
     def test_it_is_unchanged(self) -> None:
-        """It keeps its generation and its rows, is not announced or counted as a publish, and its age begins anew."""
+        """It keeps its generation and its rows, is not announced or counted as a publish, and its age restarts."""
         world = self.loaded()
         served, told, followed = world.dataset.snapshot, [], []
         assert served is not None
@@ -252,7 +252,7 @@ class Overlaps(RefreshTestCase):
         self.assertEqual(world.starts[3:], [("products", 360)])
 
     def test_a_first_start_that_comes_late(self) -> None:
-        """If the reactor is held when the first interval ends, later starts, told and real, are counted from then."""
+        """If the reactor is held when the first interval ends, later starts, logged and real, are counted from then."""
         world = self.started()
         world.database.last.complete()
         world.hold(65)
@@ -352,7 +352,7 @@ class Bursts(RefreshTestCase):
         self.assertIn(self.burst(world, 10_000, 0.001, 0.01), range(5, 8))
 
     def test_of_triggers(self) -> None:
-        """What triggers tell of costs little to read, so each change is read as soon as it can be."""
+        """What triggers notify costs little to read, so each change is read as soon as it can be."""
         world = self.loaded(notify="", watch=[{"table": "public.products", "key": "id"}])
         before = len(world.database.reads)
         for _ in range(100):
@@ -580,7 +580,7 @@ class Progress(RefreshTestCase):
 
 class Expiry(RefreshTestCase):
     def test_told_once_each(self) -> None:
-        """dataset_expired is told once when the age passes its limit, dataset_recovered once with the next snapshot."""
+        """dataset_expired is logged once when the age passes its limit, dataset_recovered once with a new snapshot."""
         world = self.started(retry_initial_s=60.0)
         world.database.last.complete()
         for at in range(60, 600, 60):
@@ -598,7 +598,7 @@ class Expiry(RefreshTestCase):
         self.assertEqual(world.log.names(*events), events)
 
     def test_when_and_how(self) -> None:
-        """It is told when the state changes, with the age and the limit."""
+        """It is logged when the state changes, with the age and the limit."""
         world = self.started()
         world.database.last.complete()
         world.advance(180)
@@ -652,7 +652,7 @@ class Lines(RefreshTestCase):
         )
 
     def test_failed(self) -> None:
-        """refresh_failed says why, how long it took, when it is tried again, and how many failed in a row."""
+        """refresh_failed has the reason, the duration, the time of the retry, and how many failed in a row."""
         world = self.started()
         world.advance(2)
         world.database.last.fail()
@@ -672,7 +672,7 @@ class Lines(RefreshTestCase):
         self.assert_last_line(world, "warning", "refresh_failed", expected | again)
 
     def test_who_blocked_it(self) -> None:
-        """A refresh that waited for a lock says who held it, in the log and in the attempt."""
+        """A refresh that waited for a lock reports who held it, in the log and in the attempt."""
         world = self.started()
         world.database.last.fail(LockTimeout("a lock was not granted", "55P03", [BLOCKER]))
         self.assertEqual(world.dataset.attempts[-1].blockers, (BLOCKER,))
@@ -723,7 +723,7 @@ class Stopping(RefreshTestCase):
         self.assert_stops(world)
 
     def test_while_reading_and_queued(self) -> None:
-        """What reads is cancelled and what waits is sent away; neither is told as a failure."""
+        """A running read is cancelled and a waiting one is sent away; neither is logged as a failure."""
         world = self.started("a", "b", "products", max_connections=1)
         self.assert_stops(world)
         self.assertEqual(sum(world.dataset.counts.outcomes.values()), 0)

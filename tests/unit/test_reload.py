@@ -133,7 +133,7 @@ class Refreshes(RefreshTestCase):
         self.assertEqual([at for _, at in world.starts], [0, 60, 61])
 
     def test_limits_at_once(self) -> None:
-        """max_age_s and required count from now on; expiry is told by the new limit, and so is recovery."""
+        """max_age_s and required count from now on; expiry is reported by the new limit, and so is recovery."""
         world = self.loaded()
         world.advance(50)
         events = ["dataset_expired", "dataset_recovered"]
@@ -279,7 +279,7 @@ class Refreshes(RefreshTestCase):
         self.assertEqual(world.dataset.last_generation, 3)
 
     def test_who_waits_for_one_that_is_removed(self) -> None:
-        """Who waits for a newer snapshot of it, or for a transaction in it, is told at once that it is unknown."""
+        """A wait for a newer snapshot of it, or for a transaction in it, ends at once: the dataset is unknown."""
         world = self.loaded()
         freshness = Freshness(world.service, world.cache.database, world.clock)
         world.advance(10)
@@ -304,7 +304,7 @@ class Refreshes(RefreshTestCase):
         self.assertTrue(self.successResultOf(waiting))
 
     def test_another_database(self) -> None:
-        """All go on being served, are read anew at once, and nothing served includes a transaction of the new one."""
+        """All go on being served, are read again at once, and nothing served includes a transaction of the new one."""
         world = self.loaded("a", "b", rows=100)
         before = [dataset.snapshot for dataset in world.cache.datasets.values()]
         told = world.service.redeclare(without_jitter("a", "b"), moved=True)
@@ -425,7 +425,7 @@ class Scans(RefreshTestCase):
 
 
 class Telling(SynchronousTestCase):
-    """The admin socket's `reload`, and what the status says of a rejection."""
+    """The admin socket's `reload`, and the status of a rejection."""
 
     def setUp(self) -> None:
         self.now_s = 100.0
@@ -454,7 +454,7 @@ class Telling(SynchronousTestCase):
         self.assertEqual(self.successResultOf(answer), f"{expected}; from {FILE}")
 
     def test_a_file_that_was_replaced_where_it_is_mounted_from(self) -> None:
-        """The reply says that what was read is an old file, and what to do."""
+        """The reply is that what was read is an old file, and what to do."""
         answer = self.ask()
         self.result.callback(Reloaded(Declared([], [], [], ["a"]), [], FILE._replace(is_replaced=True)))
         self.assertIn(
@@ -474,7 +474,7 @@ class Telling(SynchronousTestCase):
             self.assertEqual(self.successResultOf(answer), words)
 
     def test_stopping(self) -> None:
-        """A service that stops says so."""
+        """A service that stops replies that."""
         answer = self.ask()
         self.result.errback(Stopped("the service is stopping"))
         self.assertEqual(self.successResultOf(answer), "ERROR the service is stopping")
@@ -484,7 +484,7 @@ class Telling(SynchronousTestCase):
         self.assertEqual(Commands(self.cache).answer("reload"), "ERROR reload is an admin command")
 
     def test_a_rejection(self) -> None:
-        """The head line of status and each `why` tell a rejection, and since when, until it is over."""
+        """The head line of status and each `why` report a rejection, and since when, until it is over."""
         dataset = self.cache.dataset("products")
         problem = "cacheservice.toml: datasets.x.interval_s: must be greater than 0"
         self.cache.rejection = Rejection((problem, "b", "c"), self.now_s)

@@ -186,7 +186,7 @@ class Limits(SynchronousTestCase):
         return violation
 
     def test_malformed(self) -> None:
-        """Each malformed request is told in Redis's words, as soon as it is known to be one."""
+        """Each malformed request is reported in Redis's words, as soon as it is known to be one."""
         for data, words in (
             (b"*3000000000\r\n", "invalid multibulk length"),
             (b"*1000000000\r\n", "invalid multibulk length"),

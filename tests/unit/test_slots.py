@@ -64,7 +64,7 @@ class Limit(SlotsTestCase):
     @settings(deadline=None)
     @given(st.integers(1, 4), st.booleans(), st.lists(st.integers(0, 7), max_size=80), st.data())
     def test_whatever_the_order(self, limit: int, healthy: bool, steps: list[int], data: st.DataObject) -> None:
-        """Whoever asks, ends, fails or gives up in whatever order: never over the limit, and nobody is forgotten."""
+        """In whatever order uses start, end, fail or give up: never over the limit, and none is forgotten."""
         self.healthy = healthy
         slots = self.slots(limit)
         jobs: list[Job] = []

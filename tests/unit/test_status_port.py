@@ -37,7 +37,7 @@ class AnyBytes(SynchronousTestCase):
         self.addCleanup(lambda: self.assertEqual(self.clock.getDelayedCalls(), []))
 
     def talk(self, chunks: list[bytes]) -> list[str]:
-        """What the server says to the chunks and the end of input after them, until the connection is closed."""
+        """What the server sends for the chunks and the end of input after them, until the connection is closed."""
         protocol = self.factory.buildProtocol(None)
         wire = Wire(protocol)
         for chunk in chunks:
@@ -79,7 +79,7 @@ class Timeouts(SynchronousTestCase):
         self.addCleanup(lambda: self.assertEqual(self.clock.getDelayedCalls(), []))
 
     def test_each_line_counts(self) -> None:
-        """Each line starts the idle timeout anew; the first silence that lasts as long ends the connection."""
+        """Each line restarts the idle timeout; the first silence that lasts as long ends the connection."""
         self.protocol.dataReceived(b"prompt\n")
         for _ in range(5):
             self.clock.advance(59)
