@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def make_server(request: pytest.FixtureRequest) -> MakeServer:
-    """Makes servers of the version that the tests use; who makes one starts and stops it."""
+    """Makes servers of the version that the tests use; the caller starts and stops it."""
     version = request.config.getoption("--postgres")
     if version == DEFAULT_VERSION:
         return EmbeddedPostgres

@@ -1,4 +1,4 @@
-"""Laws of who is let in, and of what the process's descriptors are for."""
+"""Laws of admission, and of the use of the process's descriptors."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class OnTheServer(ServiceTestCase):
         self.assertLessEqual(sum(taken_s), share * WINDOW_S + max(taken_s) + 1)
         self.assertGreater(len(taken_s), 3)
         self.assertLess(len(taken_s), 30)
-        # The first read of each is published, and those that follow give the same.
+        # The first read of each is published, and those that follow return the same.
         self.assertEqual((first.counts.outcomes["published"], second.counts.outcomes["published"]), (1, 1))
         self.assertLessEqual(abs(first.counts.outcomes["unchanged"] - second.counts.outcomes["unchanged"]), 2)
         self.assertTrue(seen)

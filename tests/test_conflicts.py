@@ -68,8 +68,8 @@ class OnTheServer(ServiceTestCase):
     async def test_a_serialization_failure(self) -> None:
         """The server's own error is reported as such.
 
-        A refresh is READ ONLY and REPEATABLE READ, in which it cannot be provoked: it only comes to who writes, or to
-        SERIALIZABLE. So it is that of a session that writes.
+        A refresh is READ ONLY and REPEATABLE READ, in which it cannot be provoked: it only affects sessions that write,
+        or SERIALIZABLE. So the error of a session that writes is used.
         """
         error = await deferToThread(self.serialization_failure)
         ours = translate(error, parse("host=localhost"))
@@ -94,7 +94,7 @@ class OnTheServer(ServiceTestCase):
         raise AssertionError("it was not refused")
 
     async def on_standby(self, **settings: str) -> Any:
-        """Start one that waits for no query; gives its `dsn`."""
+        """Start one that waits for no query; return its `dsn`."""
         standby = running_standby(self.server, {"max_standby_streaming_delay": "0", **settings})
         dsn = await deferToThread(standby.__enter__)
         self.addCleanup(deferToThread, standby.__exit__, None, None, None)

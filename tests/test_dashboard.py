@@ -287,7 +287,7 @@ class FewEvents(EventsTestCase):
     max_connections = 2
 
     async def test_listeners_count_as_clients(self) -> None:
-        """limits.max_connections counts those who listen."""
+        """limits.max_connections counts the listeners."""
         for _ in range(2):
             await self.listen()
         self.assertEqual((await self.ask("/v1/datasets")).status, 503)
@@ -439,7 +439,7 @@ class Commands(CommandsTestCase):
         self.assertEqual(self.operators.done, [])
 
     async def test_events_tell_who_may(self) -> None:
-        """Who listens learns whether there is an admin token, and whether it has sent it."""
+        """A listener learns whether there is an admin token, and whether it has sent it."""
         for headers, access in (({}, "read"), ({"Authorization": "Bearer operate"}, "admin")):
             listener = await self.listen(**headers)
             await until(lambda listener=listener: listener.events)

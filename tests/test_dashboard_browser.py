@@ -40,7 +40,7 @@ ARGUMENTS = (
 MANY = 500
 LONGEST_NAME = "long_" * 12 + "est"  # 63 characters
 
-# The contrast of a text against the first background behind it that is no glass (WCAG 2.2, 1.4.3).
+# The contrast of a text against the first background behind it that is not glass (WCAG 2.2, 1.4.3).
 CONTRASTS = """
 const luminance = ([r, g, b]) => {
   const part = (v) => ((v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
@@ -365,7 +365,7 @@ class States(BrowserTestCase):
 
 class Operating(BrowserTestCase):
     def test_accepting_what_is_held(self) -> None:
-        """Buttons are there once the admin token is given, and only while there is something to do; they do it."""
+        """Buttons are there once the admin token is entered, and only while there is something to do; they do it."""
         self.sql(TABLE.format("products"))
         products = dataset("products", "SELECT * FROM products", **OFTEN | {"max_age_s": 3600, "interval_s": 2})
         calm = dataset("calm", "SELECT 1 AS id, clock_timestamp()")
@@ -592,7 +592,7 @@ class Reach(BrowserTestCase):
         self.assertEqual(self.find("#announcer").get_attribute("aria-live"), "polite")
 
     def test_reduced_motion(self) -> None:
-        """Who wants no motion gets none."""
+        """A user who wants no motion gets none."""
         self.emulate(1440, 900, prefers_reduced_motion="reduce")
         self.open(self.products())
         self.wait_for_state("products", "fresh")

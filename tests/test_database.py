@@ -1,4 +1,4 @@
-"""Laws of a read: what it gives is the query's result, whole, of one moment, as PostgreSQL renders it."""
+"""Laws of a read: what it returns is the query's result, whole, of one moment, as PostgreSQL renders it."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class DocumentTests(DatabaseTestCase):
         self.assertEqual(await self.rows(TYPES), {b"1": expected.encode()})
 
     async def test_documents_are_utf8_whatever_the_databases_encoding(self) -> None:
-        """A LATIN1 database gives the same bytes."""
+        """A LATIN1 database returns the same bytes."""
         name = f"{self.name}_latin1"
         create = f"CREATE DATABASE {name} ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0"
         query(self.server, "postgres", create)
@@ -634,7 +634,7 @@ class LockTests(DatabaseTestCase):
         self.assertEqual(await read, {b"1": b'{"id":1}'})
 
     async def test_who_else_waits_is_not_forgotten_at_the_end(self) -> None:
-        """Cancelling a read while it asks who blocks it ends both sessions."""
+        """Cancelling a read while it asks for its blockers ends both sessions."""
         self.sql("CREATE TABLE things AS SELECT 1 AS id")
         with closing(connect(self.server, self.name)) as holder, holder.cursor() as cursor:
             cursor.execute("BEGIN; LOCK TABLE things IN ACCESS EXCLUSIVE MODE")

@@ -1,4 +1,4 @@
-"""Laws of deltas: after each, what is served is what the query gives at that snapshot, whatever writers do."""
+"""Laws of deltas: after each, what is served is what the query returns at that snapshot, whatever writers do."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ class Files(TestCase):
 
 
 class Judges(StormTestCase):
-    """What finds faults is no use if it finds none where there are some."""
+    """A check for faults is of no use if it does not find existing ones."""
 
     def claim(self, version: int, seen: str, as_of_us: int = 2500, read_on_us: int = 2600) -> Claim:
         return Claim(1, "alone", 1, version, seen, as_of_us, read_on_us)

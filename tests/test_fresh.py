@@ -446,7 +446,7 @@ class Notified(FreshTestCase):
         self.assertEqual(self.n(daemon, "42:USD", "prices"), 0)
 
     def test_odd_payloads(self) -> None:
-        """What is no list of keys has everything read, and so has a key that cannot be one; nothing fails for long."""
+        """A payload that is not a list of keys, or has an invalid key, has everything read; nothing fails for long."""
         self.migrated()
         daemon = self.service(self.dataset(NOTIFY))
         odd = (
@@ -564,7 +564,7 @@ class Probed(FreshTestCase):
         self.assertEqual(self.n(daemon, 3), 0)
 
     def test_notified(self) -> None:
-        """Who notifies knows better than the probe."""
+        """A notification overrides the probe."""
         daemon = self.probed("SELECT v FROM version", NOTIFY)
         self.sql("UPDATE things SET n = 1; NOTIFY told")
         self.until_n(daemon, 3, 1)
@@ -610,7 +610,7 @@ class Operated(FreshTestCase):
         self.assertEqual((self.n(daemon, 3), self.n(daemon, 4)), (1, 1))
 
     def test_reload(self) -> None:
-        """A reload that gives a dataset `watch`, or `notify` in its stead, takes effect at once."""
+        """A reload that adds `watch` to a dataset, or replaces it by `notify`, takes effect at once."""
         self.migrated()
         self.watched()
         daemon = self.service(self.dataset(), listening=False)

@@ -77,7 +77,7 @@ def delayed_calls() -> list[str]:
 
 
 class UnderAttack:
-    """What every port must stand; the class of each port defines the port and its answers in peace."""
+    """What every port must withstand; the class of each port defines the port and its usual answers."""
 
     timeout = 240
     kind = ""
@@ -257,7 +257,7 @@ FORGIVING = 10_000
 """How much faster than the clock the throttle forgets failures."""
 
 FOUND = [
-    # A simple string behind a word that does not end with CRLF, and then what is no request.
+    # A simple string behind a word that does not end with CRLF, and then bytes that are not a request.
     b"*2\r\n$1\r\naxx+b\r\n*1\r\n:1\r\n",
     # Gigabytes that are announced as something else than an array.
     b"*1\r\n>4000000000\r\n",

@@ -66,7 +66,7 @@ class ServerFaultTests(GuardTestCase):
         await self.outlive(slow, DeadlineExceeded, at_once=10)
 
     async def test_a_statement_timeout_is_a_query_timeout(self) -> None:
-        """The server's statement_timeout is reported as QueryTimeout, never as a cancellation of ours."""
+        """The server's statement_timeout is reported as QueryTimeout, never as the service's own cancellation."""
 
         async def slow(_: int) -> None:
             guard = await self.open()
@@ -177,7 +177,7 @@ class ServerFaultTests(GuardTestCase):
         await self.outlive(read, DeadlineExceeded, at_once=ROUNDS, mend=self.server.thaw)
 
     async def test_a_terminated_busy_session_is_unavailable(self) -> None:
-        """pg_terminate_backend amid a statement: DatabaseUnavailable."""
+        """pg_terminate_backend during a statement: DatabaseUnavailable."""
 
         async def terminated(_: int) -> None:
             d = self.read(ONE_SLOW_ROW)
@@ -201,7 +201,7 @@ class ServerFaultTests(GuardTestCase):
         await self.outlive(terminated, DatabaseUnavailable)
 
     async def test_a_cancelled_statement_is_no_timeout_and_no_shutdown(self) -> None:
-        """pg_cancel_backend is QueryFailed: neither QueryTimeout nor a cancellation of ours."""
+        """pg_cancel_backend is QueryFailed: neither QueryTimeout nor the service's own cancellation."""
 
         async def cancelled(_: int) -> None:
             d = self.read(ONE_SLOW_ROW)
@@ -232,7 +232,7 @@ class ServerFaultTests(GuardTestCase):
 
     async def test_a_server_that_dies_amid_every_stage_of_many_reads(self) -> None:
         """Sessions that connect, wait and fetch when the server dies: each is unavailable, and the reactor's own books
-        stay right (libpq closes sockets by itself; the kernel gives their descriptors to others at once)."""
+        stay right (libpq closes sockets by itself; the kernel reuses their descriptors at once)."""
         self.addCleanup(self.server.start)
         for _ in range(10):
             reads: list[Deferred[Any]] = []
@@ -412,14 +412,14 @@ class NetworkFaultTests(GuardTestCase):
         await self.outlive(read, DeadlineExceeded, at_once=5)
 
     async def test_slices(self) -> None:
-        """A network that hands over a few bytes at a time is no fault."""
+        """A network that hands over a few bytes at a time is not a fault."""
         self.network.slice(7)
         await self.read()
         self.assertEqual(self.flushLoggedErrors(), [])
 
 
 class GivenUpTests(GuardTestCase):
-    """Who asked for a read does not want it any more."""
+    """The caller of a read does not want it any more."""
 
     async def test_cancelled_at_any_moment(self) -> None:
         """Cancelling ends a read at once with CancelledError, whatever it is waiting for."""
@@ -432,7 +432,7 @@ class GivenUpTests(GuardTestCase):
         await self.outlive(read, CancelledError, at_once=5)
 
     async def test_cancelled_in_the_turn_it_was_asked_for(self) -> None:
-        """Cancelling before the reactor turned is no different."""
+        """Cancelling before the reactor turned makes no difference."""
 
         async def read(_: int) -> None:
             d = self.read(ONE_SLOW_ROW)
@@ -442,7 +442,7 @@ class GivenUpTests(GuardTestCase):
         await self.outlive(read, CancelledError)
 
     async def test_cancelled_turn_by_turn(self) -> None:
-        """Cancelling in the first, second, … fiftieth turn of the reactor is no different."""
+        """Cancelling in the first, second, … fiftieth turn of the reactor makes no difference."""
 
         async def read(number: int) -> None:
             d = self.read(ONE_SLOW_ROW)

@@ -110,7 +110,7 @@ class Routes(PortTestCase):
         self.assertEqual((await self.ask("/v1/datasets/products/rows/a%2Fb:c%20d%25")).body, b'{"id":3}')
 
     async def test_a_rows_own_question_mark(self) -> None:
-        """What follows a question mark is no part of the key."""
+        """What follows a question mark is not part of the key."""
         self.assertEqual((await self.ask("/v1/datasets/products/rows/1?max_age=13")).status, 200)
         await self.assert_problem("/v1/datasets/products/rows/1%3Fx=2", 404, "no row '1?x=2'")
 
@@ -273,7 +273,7 @@ class Caching(PortTestCase):
         self.assertEqual(len(tags), 4)
 
     async def test_not_modified(self) -> None:
-        """Who has the current tag, alone, weak or in a list, gets 304 with the same headers and no body."""
+        """A client that has the current tag, alone, weak or in a list, gets 304 with the same headers and no body."""
         for path in ("/v1/datasets/products", "/v1/datasets/products/rows/1", "/v1/datasets/products/rows/large"):
             for more in ({}, {"Accept_Encoding": "gzip"}):
                 full = await self.ask(path, **more)
@@ -472,7 +472,7 @@ class MaxAge(PortTestCase):
         self.assertEqual(self.refreshes.asked, [])
 
     async def test_waits_for_a_refresh(self) -> None:
-        """Who asks for younger data waits until they are published, and gets them; all who wait get the same."""
+        """A request for younger data waits until they are published, and gets them; all that wait get the same."""
         path = "/v1/datasets/products/rows/1?max_age="
         asking = [self.ask(path + limit) for limit in ("5", "0", "5.5")]
         answers = gatherResults([Deferred.fromCoroutine(each) for each in asking])
@@ -537,7 +537,7 @@ class MaxAge(PortTestCase):
         self.assertEqual(await first, [200])
 
     async def test_bad_limits(self) -> None:
-        """What is no number of seconds, or is negative, or comes twice, is 400."""
+        """A value that is not a number of seconds, or is negative, or comes twice, is 400."""
         for bad in ("max_age=", "max_age", "max_age=-1", "max_age=x", "max_age=nan", "max_age=inf", "max_age=1e400",
                     "max_age=1&max_age=1", "max_age=%ff", "max_age=" + "9" * 400, "max_age=1_0"):  # fmt: skip
             for path in ("/v1/datasets/products", "/v1/datasets/products/rows/1"):
@@ -591,7 +591,7 @@ class Gzip(PortTestCase):
         self.assertEqual(json.loads(gzip.decompress(answer.body))["7"], {"id": 7, "generation": 19})
 
     async def test_a_publish_while_it_is_read(self) -> None:
-        """Who began with one generation gets all of it, even half compressed; then it is freed."""
+        """A client that began with one generation gets all of it, even half compressed; then it is freed."""
         self.publish_many(18, 200_000)
         snapshot = self.products.snapshot
         assert snapshot is not None
@@ -988,7 +988,7 @@ class Refusals(PortTestCase):
 
 
 class WrongEnds(PortTestCase):
-    """Bytes that are HTTP but for a detail, so that their end would never come."""
+    """Bytes that are HTTP except for a detail, so that their end would never come."""
 
     async def test_tls(self) -> None:
         """A TLS client is refused at once, in words that a person finds in its error or in a dump."""
@@ -1105,7 +1105,7 @@ class SlowHeads(PortTestCase):
         self.assertEqual(statuses(text), [408])
 
     async def test_it_begins_with_the_first_byte(self) -> None:
-        """Silence before a request and between two is no slow head."""
+        """Silence before a request and between two is not a slow head."""
 
         def conversation(client: socket.socket) -> list[int]:
             answers = []

@@ -112,7 +112,7 @@ class Describing(Inspecting):
         self.assertIn("read-only transaction", text)
 
     def test_the_settings_are_those_of_a_refresh(self) -> None:
-        """It begins as a refresh of that dataset does, but for the time limits."""
+        """It begins as a refresh of that dataset does, except for the time limits."""
         begun: list[tuple[DatasetSettings, Limits]] = []
 
         def recorded(dataset: DatasetSettings, limits: Limits) -> str:
@@ -250,7 +250,7 @@ class Keys(Inspecting):
             self.assertEqual(found.ok, unique, sql)
 
     def test_a_sample(self) -> None:
-        """Of many rows it counts a sample, and reports that; one that is not to be had in time leaves it open."""
+        """Of many rows it counts a sample, and reports that; without a sample in time the answer is open."""
         found = self.look("SELECT n AS id FROM generate_series(1, 20000) AS n")
         assert found.key is not None
         self.assertEqual((found.key.unique, found.key.how), (True, "counted in a sample of 10,000 rows"))
@@ -270,7 +270,7 @@ class Keys(Inspecting):
         self.assertIn("NOT NULL", todo)
 
     def test_a_column_that_is_not_there(self) -> None:
-        """A key that is no column of the query is a problem, with the nearest name."""
+        """A key that is not a column of the query is a problem, with the nearest name."""
         text, todo = self.problem("SELECT id, name FROM shop.products", "nmae")
         self.assertEqual((text, todo), ("key: the query has no column nmae", 'did you mean "name"?'))
 
@@ -310,7 +310,7 @@ class Problems(Inspecting):
         return self.server.dsn(self.role, "hidden-word", self.database)
 
     def test_a_view_of_what_the_role_must_not_see(self) -> None:
-        """A view gives what its owner may read; that the role has no rights behind it is no problem."""
+        """A view returns what its owner may read; missing rights of the role on its tables are not a problem."""
         reader = self.reader()
         query(self.server, self.database, "CREATE VIEW public.goods AS SELECT id, name FROM shop.products")
         query(self.server, self.database, f"GRANT SELECT ON public.goods TO {self.role}")

@@ -90,7 +90,7 @@ class ListenerTestCase(GuardTestCase):
         return listener
 
     def check_log(self) -> None:
-        """No mistake of ours, and no secret."""
+        """No bug of the service, and no secret."""
         self.assertNotIn(self.password, str(self.diary.log.events) + str(self.status.listening_problem))
         gc.collect()
         self.assertEqual(self.flushLoggedErrors(), [])
@@ -202,7 +202,7 @@ class HearingTests(ListenerTestCase):
         self.assertEqual(self.diary.payloads, [str(number) for number in range(300)])
 
     async def test_the_own_channel(self) -> None:
-        """What is no canary is heard there too; canaries never are, be they ours or those of another service."""
+        """A notification that is not a canary is heard there too; canaries never are, even those of another service."""
         others: list[tuple[str, str]] = []
         listener = await self.listening(OWN_CHANNEL, canary_interval_s=0.02)
         await self.listening("changes", canary_interval_s=0.02, heard=lambda *what: others.append(what))
@@ -604,7 +604,7 @@ class LostTests(ListenerTestCase):
         await self.lose(strike, lambda: None, **PATIENT)
 
     async def test_a_cancelled_canary(self) -> None:
-        """pg_cancel_backend at any moment is no stop of ours: it listens on, or again."""
+        """pg_cancel_backend at any moment does not stop the listener: it listens on, or again."""
         listener = await self.listening("numbers", **{**QUICK, "canary_interval_s": 0.0})
         sent = listener.canaries.sent
         while listener.canaries.sent < sent + 60:
@@ -633,7 +633,7 @@ class LostTests(ListenerTestCase):
         self.side = connect(self.server)
 
     def notify_fresh(self) -> None:
-        """From now on a session for each notification, none where there is no server."""
+        """From now on a session for each notification, none if there is no server."""
 
         def notify(channel: str, payload: str) -> None:
             if self.server.running:
@@ -741,7 +741,7 @@ class CannotListenTests(ListenerTestCase):
             self.assertEqual(self.count("missed"), 0)
             await listener.stopService()
             await until(lambda: self.status.connections == 0)
-            # A stop amid the proof leaves what it listened to; a try that is seen to its end does not.
+            # A stop during the proof leaves what it listened to; a try that is seen to its end does not.
             listener = self.make_listener(
                 "changes", dsn=dsn(database=self.database_name), **{**options, "retry_slowly_s": LONG_S}
             )

@@ -348,7 +348,7 @@ class Renewing(Running):
         self.assertEqual(self.files(), [self.path(1).name, self.path(8).name])
 
     async def test_another_definition(self) -> None:
-        """What another query gives is saved again under its generation, or the next start would refuse the file."""
+        """The result of another query is saved again under its generation, or the next start would refuse the file."""
         dataset = self.store()
         await self.save(dataset, 1)
         other = saved_dataset(query="SELECT * FROM products -- all of them")
@@ -782,7 +782,7 @@ class Restoring(Running):
         self.assertIsNone(dataset.save_problem)
 
     async def test_load(self) -> None:
-        """Any generation on disk can be had for a rollback; the reason is reported for those that cannot."""
+        """Any generation on disk is available for a rollback; the reason is reported for those that are not."""
         await self.save(self.store(), 1, 2, 3)
         dataset = self.store()
         await self.restore()
@@ -801,7 +801,7 @@ class Restoring(Running):
             await self.snapshots.load("nothing", 1)
 
     async def test_rows_go_to_release(self) -> None:
-        """Rows of a file that is found to be bad half-way are given to be freed slice by slice."""
+        """Rows of a file that is found to be bad half-way are passed on to be freed slice by slice."""
         await self.save(self.store(), 1)
         self.publish(self.cache.dataset("products"), 2, noise(20_000, 300))
         await until(lambda: 2 in self.log.saved())
@@ -877,7 +877,7 @@ class Stopping(Running):
         self.assertEqual((dataset.snapshot, self.log.events[before:]), (None, []))
 
     async def test_giving_up(self) -> None:
-        """Who asked for a generation may give up; the thread ends what it began and nothing is logged."""
+        """The caller that asked for a generation may give up; the thread ends what it began and nothing is logged."""
         dataset = self.store()
         self.publish(dataset, 1, noise(20_000, 100))
         await until(self.log.saved)

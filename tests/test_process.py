@@ -1,4 +1,4 @@
-"""Laws of what the process owes to who started it: signals, the log file, and the commands of service managers."""
+"""Laws of what the process owes to its parent: signals, the log file, and the commands of service managers."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ class OutageTests(ServiceTestCase):
         self.assertEqual((cache.not_ready(), self.n(cache.dataset("things"))), ({}, 0))
 
     async def test_readers_see_whole_snapshots_whatever_happens(self) -> None:
-        """Amid every fault of the network and a busy writer: the generation only rises, all rows are of one moment."""
+        """During all faults of the network and a busy writer, the generation only rises; all rows are of one moment."""
         service, cache = self.make_service(
             declare("things", timeout_s=0.5, interval_s=0.05), connect_timeout_s=0.5, max_connections=1
         )
@@ -146,7 +146,7 @@ class FairnessTests(ServiceTestCase):
     """One dataset's trouble is its own."""
 
     async def test_a_locked_dataset_does_not_delay_the_others(self) -> None:
-        """With two connections, one always waiting for a lock, the others are refreshed as ever."""
+        """With two connections, one always waiting for a lock, the others are refreshed as usual."""
         self.sql("CREATE TABLE locked AS SELECT 1 AS id")
         service, cache = self.make_service(
             declare("locked", "TABLE locked", timeout_s=3.0), declare("first"), declare("second"), max_connections=2
@@ -308,7 +308,7 @@ class StopTests(ServiceTestCase):
         await self.check_stop(service, cache, before)
 
     async def test_waiting_for_a_lock(self) -> None:
-        """Somebody holds the table, and it is being asked who."""
+        """A session holds the table, and the service is asking which."""
         with closing(connect(self.server, self.database_name)) as holder, holder.cursor() as cursor:
             service, cache, before = await self.prepare(declare("things", timeout_s=4.0))
             cursor.execute("BEGIN; LOCK TABLE things IN ACCESS EXCLUSIVE MODE")

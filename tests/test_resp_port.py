@@ -131,7 +131,7 @@ class Reads(PortTestCase):
             await self.assert_asks(words, expected)
 
     async def test_whole_hashes(self) -> None:
-        """HGETALL, HKEYS and HVALS give every row once, in one order; a map in protocol 3."""
+        """HGETALL, HKEYS and HVALS return every row once, in one order; a map in protocol 3."""
         expected = {b"%d" % number: document(number, 1) for number in range(ROWS)}
         flat = await self.ask("HGETALL", "products")
         self.assertEqual(dict(zip(flat[::2], flat[1::2], strict=True)), expected)
@@ -439,7 +439,7 @@ class Neighbours(PortTestCase):
         self.assertEqual(await self.converse(conversation), 51)
 
     async def test_heavy_commands_take_turns(self) -> None:
-        """EXISTS with many keys and pipelines of large scans give their neighbours turns, and the right answers."""
+        """EXISTS with many keys and pipelines of large scans leave their neighbours turns, and the right answers."""
         publish(self.cache, "products", range(20_000))
         commands: list[Words] = [("EXISTS", *(["products:1", "products:nope", "products"] * 30_000))]
         commands += [("HSCAN", "products", 0, "MATCH", "nope", "COUNT", 10_000)] * 30
@@ -642,7 +642,7 @@ class Waiting(PortTestCase):
         self.assertEqual(self.refreshes.asked, [])
 
     async def test_waits_for_the_refresh(self) -> None:
-        """All who wait are answered by the first snapshot that includes their transaction, and not before."""
+        """All waiting clients are answered by the first snapshot that includes their transaction, and not before."""
         self.include("100:100:")
 
         def wait(client: Client) -> list[Any]:
@@ -662,7 +662,7 @@ class Waiting(PortTestCase):
         self.assertLessEqual(len(self.refreshes.asked), 20)
 
     async def test_many_share_refreshes(self) -> None:
-        """40 who wait have a few refreshes in all, not one each."""
+        """40 waiting clients cause a few refreshes in all, not one each."""
         begun: list[float] = []
         ended: list[float] = []
         wanted: list[float] = []

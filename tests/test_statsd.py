@@ -112,7 +112,7 @@ class Push(PushTestCase):
         self.assertEqual(self.log.events, [])
 
     async def test_every_gauge_and_counter(self) -> None:
-        """What is on the page of metrics is pushed, but for buckets and versions; the datasets of a reload as well."""
+        """What is on the page of metrics is pushed, except buckets and versions; the datasets of a reload as well."""
         listener, port = self.listen()
         for dataset in self.world.cache.datasets.values():
             self.world.publish(dataset)

@@ -62,7 +62,7 @@ class BrokenFile(CommandLine):
             self.assertRegex(told.stdout, rf"^CACHESERVICE UNKNOWN - {problem}.*use --port")
 
     def test_the_options_work(self) -> None:
-        """With --port, or the port in the environment, the commands work as ever."""
+        """With --port, or the port in the environment, the commands work as usual."""
         self.service(GOOD).wait_until_ready()
         (self.directory / "cacheservice.toml").write_text("[[[")
         port = str(self.port)

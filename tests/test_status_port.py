@@ -46,7 +46,7 @@ Conversation = Callable[[socket.socket], Any]
 
 
 class AdminRefreshes:
-    """Remembers who was asked for; `running` are those that one follows."""
+    """Remembers the requested datasets; `running` are those that one follows."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -163,7 +163,7 @@ class Replies(PortTestCase):
         )
 
     async def test_status_while_refreshing(self) -> None:
-        """The table shows who reads, how far, and who waits for a connection."""
+        """The table shows what is read, how far, and what waits for a connection."""
         products, prices = self.cache.dataset("products"), self.cache.dataset("prices")
         rows = rows_builder()
         rows.add([(b"%d" % number, b"{}") for number in range(1500)])
@@ -345,7 +345,7 @@ class Replies(PortTestCase):
         self.assertEqual(attempts[0], "2026-01-02T03:04:05Z interval failed in 1.00 s: failure 11")
 
     async def test_why(self) -> None:
-        """why is sentences: the state and its limit, the last error, who blocks, what to do, and when it tries next."""
+        """why is sentences: the state and its limit, the last error, the blockers, what to do, and the next attempt."""
         await self.assert_asks(
             "why prices",
             "prices has never been loaded, so readers get nothing from it yet.\n"

@@ -24,7 +24,7 @@ from tests.kit.ports import free_port
 from tests.kit.postgres import query, sessions
 from tests.kit.waiting import GIVE_UP_S, wait_until
 
-# What a .tac may add: a stop that never ends, and somebody who talks.
+# What a .tac may add: a stop that never ends, and a client that talks.
 STUCK = """
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred
@@ -151,7 +151,7 @@ class AsPidOne(DaemonTestCase):
         self.assert_ended(daemon, 0)
 
     def test_a_second_signal(self) -> None:
-        """As PID 1, too, a second signal ends at once a stop that takes its time, with the code a shell would give."""
+        """As PID 1, too, a second signal ends a slow stop at once, with the code that a shell would return."""
         daemon = self.started(before=self.BEFORE, tac=self.tac_with(STUCK))
         process = self.first_process(daemon)
         process.terminate()
@@ -287,7 +287,7 @@ class TheLog(DaemonTestCase):
         self.assertEqual([line["level"] for line in unhandled], ["critical"])
 
     def test_nobody_reads_it(self) -> None:
-        """When nobody reads its log it goes on as ever: it answers, refreshes, and ends in time."""
+        """When nobody reads its log it goes on as usual: it answers, refreshes, and ends in time."""
         port = free_port()
         read_end, write_end = os.pipe()
         self.addCleanup(os.close, read_end)

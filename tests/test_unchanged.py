@@ -39,7 +39,7 @@ class UnchangedTestCase(ServiceTestCase):
         return service, cache.dataset("products")
 
     async def refreshed(self, service: CacheService, dataset: Dataset) -> str:
-        """Refresh as a reader who wants it fresh does; returns how it was read."""
+        """Refresh as for a reader that requests fresh data; returns how it was read."""
         ended = sum(dataset.counts.outcomes.values())
         service.refresh_since("products", reactor.seconds())
         await until(lambda: sum(dataset.counts.outcomes.values()) > ended and not dataset.refresh.is_running)
@@ -78,7 +78,7 @@ class Probes(UnchangedTestCase):
         self.assertIn("nothing has changed", await self.refreshed(service, dataset))
 
     async def test_it_is_not_believed_for_ever(self) -> None:
-        """Every full_interval_s all is read, whatever the probe gives; what it had missed is named in the log."""
+        """Every full_interval_s all is read, whatever the probe returns; what it had missed is named in the log."""
         _, dataset = await self.loaded(probe="SELECT 1", interval_s=0.2, full_interval_s=1.0)
         self.sql("UPDATE products SET n = 7 WHERE id = 7")
         await until(lambda: self.served(dataset) == self.held())
@@ -105,7 +105,7 @@ class Probes(UnchangedTestCase):
         self.assertEqual(self.served(dataset), self.held())
 
     def test_the_documentation_shows_it(self) -> None:
-        """Probes in the documentation are such as hold, but for those that it warns of."""
+        """Probes in the documentation are reliable, except those that it warns of."""
         text = (ROOT / "docs" / "freshness.md").read_text()
         self.assertIn(PROBE, text)
         self.assertFalse(misses_changes(PROBE))
@@ -143,8 +143,8 @@ class Keys(UnchangedTestCase):
 
 class Texts(UnchangedTestCase):
     async def test_no_two_attempts_differ(self) -> None:
-        """All attempts send the same texts but for constants of SELECTs, which the server counts as one statement; no
-        statement has the attempt's id in a comment."""
+        """All attempts send the same texts except for constants of SELECTs, which the server counts as one statement;
+        no statement has the attempt's id in a comment."""
         self.sql(f"ALTER DATABASE {self.database_name} SET log_statement = 'all'")
         before = len(self.server.log_path.read_text())
         service, dataset = await self.loaded(probe="SELECT clock_timestamp()")

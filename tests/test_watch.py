@@ -468,7 +468,7 @@ class Rights(Watching):
         self.addCleanup(query, self.server, self.database, f"DROP OWNED BY {self.role} CASCADE")
 
     def test_writers_need_no_rights(self) -> None:
-        """A writer without any right in the schema writes as ever, and is recorded; it can read no record."""
+        """A writer without any right in the schema writes as usual, and is recorded; it can read no record."""
         self.watch("items", notify=True)
         self.sql(f"SET ROLE {self.role}")
         self.sql("INSERT INTO items VALUES (1, 'a')", "UPDATE items SET id = 2", "DELETE FROM items", "TRUNCATE items")
@@ -536,8 +536,8 @@ class Rights(Watching):
         )  # fmt: skip
 
     def test_the_functions_on_tables_of_others(self) -> None:
-        """The reader, who may name what lies in the schema, cannot put a function of ours on a table of its own, where
-        it would run a cast of the reader's with our rights."""
+        """The reader, who may name what lies in the schema, cannot put a function of the service on a table of its own,
+        where it would run a cast of the reader's with our rights."""
         self.watch("items")
         self.sql(f"GRANT USAGE ON SCHEMA cacheservice TO {self.role}", f"SET ROLE {self.role}")
         self.sql("CREATE TABLE mine (id int)")
@@ -558,7 +558,7 @@ class Commands(Watching):
         return CliRunner().invoke(main, arguments, env={"CACHESERVICE_MIGRATE_DSN": self.dsn})
 
     def state(self) -> list[Any]:
-        """All that a watch leaves in the database, but for the numbers of transactions."""
+        """All that a watch leaves in the database, except the numbers of transactions."""
         return [
             self.sql("SELECT t.tgrelid, t.tgname, t.tgenabled, t.tgtype, t.tgoldtable, t.tgnewtable, "
                      "t.tgfoid::regproc::text FROM pg_trigger AS t WHERE NOT t.tgisinternal ORDER BY 1, 2"),
@@ -1058,7 +1058,7 @@ class Asking(Refreshing):
         self.assertEqual(len({json.dumps(state["tables"]) for state in states}), 1)
 
     def test_the_reader_sees_no_more(self) -> None:
-        """The reader may call it and read no table of ours; others may not even call it."""
+        """The reader may call it and read no table of the service; others may not even call it."""
         self.watch("items")
         for statement in ("SELECT * FROM cacheservice.changes", "SELECT * FROM cacheservice.watched"):
             with self.assertRaises(psycopg2.errors.InsufficientPrivilege):
@@ -1149,7 +1149,7 @@ class Moving(Refreshing):
         self.assertIn("a MERGE may have moved rows", self.refresh(before.snapshot).problem or "")
 
     def test_updates_that_show_what_they_are(self) -> None:
-        """Their keys are recorded, whatever runs them, but for functions in SQL, EXECUTE of SQL, and cursors."""
+        """Their keys are recorded, whatever runs them, except for functions in SQL, EXECUTE of SQL, and cursors."""
         hidden = ("EXECUTE prepared", "'EXECUTE prepared'", " f()", " g()", " q()", "FOR r IN", "FETCH", "-- new")
         for statements in self.ways(self.UPDATE.replace("sales SET", "sales AS t SET")):
             unseen = at_least(self.server, 15) and any(each in statements[-1] for each in hidden)

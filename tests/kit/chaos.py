@@ -135,7 +135,7 @@ class _Link(Protocol):
     """A client's connection, and through `server` its other half.
 
     It feeds the client as a pull producer: `resumeProducing` means that the kernel has taken
-    all it was given, so that each piece is a write of its own and an ending strikes after
+    all that it got, so that each piece is a write of its own and an ending strikes after
     the bytes before it.
     """
 
@@ -253,7 +253,7 @@ class _Link(Protocol):
             self.timer = None
 
     def pump(self) -> None:
-        """Give the client its next piece, or its end, if both are due and the kernel took the last one."""
+        """Send the client its next piece, or its end, if both are due and the kernel took the last one."""
         if self.silent or not self.client_ready:
             return
         if self.timer is not None:

@@ -28,7 +28,7 @@ TWISTD = Path(sys.executable).with_name("twistd")
 STOP_LIMIT_S = 5.0  # the contract's
 
 
-# No two reads give the same, so that each refresh is another generation.
+# No two reads return the same, so that each refresh is another generation.
 PRODUCTS = """
 [datasets.products]
 query = "SELECT id, 'row ' || id AS name, clock_timestamp() AS read_at FROM generate_series(1, 3) AS id"

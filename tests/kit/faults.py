@@ -1261,7 +1261,7 @@ ENDING = tuple(name for name in FAULTS if name.startswith("process: ") and name 
 
 
 def possible(storm: Storm) -> list[str]:
-    """The faults that can be had here: those of the clock need a compiler."""
+    """The faults that are possible here: those of the clock need a compiler."""
     return [name for name in FAULTS if storm.clock is not None or ("clock" not in name and "hour" not in name)]
 
 
@@ -1309,7 +1309,7 @@ class Shelf:
         cache, said = Cache([SETTINGS], reactor.seconds), Said()
         store = self._store(cache, 2, said)
         await restore(store, cache, reactor, said)
-        await store.stopService()  # which gives the lock of the directory back
+        await store.stopService()  # which releases the lock of the directory
         return cache.dataset("products").snapshot, said
 
     async def save(self, tables: Sequence[Mapping[bytes, bytes]]) -> None:

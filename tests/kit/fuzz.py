@@ -75,7 +75,7 @@ class Input:
 class Group:
     """Inputs of one connection, and how it is treated.
 
-    `cuts` are the places, from 0 to 1, where the network cuts what is sent. Who is `dropped` goes without reading, and
+    `cuts` are the places, from 0 to 1, where the network cuts the input. A `dropped` client goes without reading, and
     with a reset if it is `aborted`.
     """
 
@@ -109,7 +109,7 @@ class Talk(ABC):
     def judge(self, inputs: Sequence[Input], said: bytes, answer: bytes, was_reset: bool) -> int:
         """How many of the inputs the port has looked at: up to the one after which it was not in step any more.
 
-        :raises Wrong: if the answer is not one that a port may give.
+        :raises Wrong: if the answer is not one that a port may send.
         """
 
 
@@ -422,7 +422,7 @@ class HttpTalk(Talk):
             if status == 500:
                 raise Wrong("an internal error", in_step)
             if with_head and (position == len(answer) or answer.startswith(b"HTTP/1.1 ", position)):
-                continue  # no body of ours begins so
+                continue  # no body of this service begins so
             body, position = _body(status, headers, answer, position, in_step)
             if status >= 400 and headers[b"content-type"] == b"application/problem+json":
                 problem = json.loads(body)

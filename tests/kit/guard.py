@@ -68,7 +68,7 @@ def our_timers() -> list[str]:
 
 
 def held() -> dict[str, Any]:
-    """What the process and its reactor hold, but for the ticker."""
+    """What the process and its reactor hold, except the ticker."""
     return {
         "descriptors": len(os.listdir("/proc/self/fd")),
         "readers": sorted(map(repr, reactor.getReaders())),

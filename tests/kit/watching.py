@@ -121,7 +121,7 @@ class Refreshing(Watching):
         return cursor
 
     def refresh(self, previous: str | None = None, most: int = 100_000, begun: Any = None) -> Refresh:
-        """As the service does it; `begun` is what `begin_refresh` gave."""
+        """As the service does it; `begun` is what `begin_refresh` returned."""
         cursor = begun or self.begin_refresh()
         cursor.execute("SELECT pg_current_snapshot()")
         ((snapshot,),) = cursor.fetchall()

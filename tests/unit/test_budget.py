@@ -110,7 +110,7 @@ class Counting(SynchronousTestCase):
 
 
 class Waiting(SynchronousTestCase):
-    """Who gets a slot when the budget is used up."""
+    """The order of slots when the budget is used up."""
 
     def setUp(self) -> None:
         self.clock = Clock()
@@ -154,7 +154,7 @@ class Waiting(SynchronousTestCase):
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
     def test_the_greatest_need_first(self) -> None:
-        """Nobody who needs it less overtakes one whose turn has not come, however little it takes."""
+        """A use with less need does not overtake one whose turn has not come, however little it takes."""
         self.use_up()
         self.run_for("small", 1, need=0.5, expected_s=1)
         self.run_for("large", 20, need=0.9, expected_s=20)
@@ -185,7 +185,7 @@ class Waiting(SynchronousTestCase):
         self.assertEqual(self.begun, ["one", "other"])
 
     def test_who_gives_up(self) -> None:
-        """Who gives up no longer holds back those behind it, and leaves no timer."""
+        """A use that gives up does not hold back those behind it any more, and leaves no timer."""
         self.use_up()
         large = self.run_for("large", 30, need=2.0, expected_s=30)
         self.clock.advance(20)
@@ -303,7 +303,7 @@ class Refreshes(RefreshTestCase):
         self.assertIs(world.dataset.refresh.phase, Phase.READING)
 
     def test_fairly(self) -> None:
-        """Who is stalest against its own limit goes first, so that ages stretch in proportion to the limits."""
+        """The stalest relative to its own limit goes first, so that ages stretch in proportion to the limits."""
         world = World("quick", "slow", max_connections=1, max_load=0.1)
         declared = [
             DatasetSettings(name="quick", query="q", key="id", interval_s=10.0, max_age_s=30.0, jitter=0.0),

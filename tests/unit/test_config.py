@@ -60,7 +60,7 @@ class WhatLoads(Loading):
         self.load(toml.replace("interval_s = 6", "interval_s = 5"))
 
     def test_defaults(self) -> None:
-        """With a DSN and one dataset given, every other key has the contract's default."""
+        """With a DSN and one dataset, every other key has the contract's default."""
         loaded = self.load(DSN + PRODUCTS)
         self.assertEqual((loaded.postgres.connect_timeout_s, loaded.postgres.max_connections), (5.0, 2))
         self.assertEqual((loaded.status.host, loaded.status.port, loaded.admin.socket), ("127.0.0.1", 8000, ""))
@@ -103,7 +103,7 @@ class WhatLoads(Loading):
         )
 
     def test_dsn_is_kept_secret(self) -> None:
-        """The DSN can be had by asking for it, and is in no repr."""
+        """The DSN can be read on request, and is in no repr."""
         loaded = self.load(DSN + PRODUCTS)
         self.assertEqual(loaded.postgres.dsn.get_secret_value(), SECRET)
         self.assertNotIn("hunter2", repr(loaded) + str(loaded))
@@ -118,7 +118,7 @@ class WhatLoads(Loading):
             loaded.datasets["prices"] = loaded.datasets["products"]  # type: ignore[index]
 
     def test_whole_numbers_of_seconds_are_floats(self) -> None:
-        """Seconds are floats, also when the file gives them without a point."""
+        """Seconds are floats, also when the file has them without a point."""
         interval_s = self.load(DSN + PRODUCTS + "interval_s = 60").datasets["products"].interval_s
         self.assertEqual((interval_s, type(interval_s)), (60.0, float))
 
@@ -146,7 +146,7 @@ class WhatLoads(Loading):
         self.assertIn("p" * 63, self.load(DSN + PRODUCTS.replace("products", "p" * 63)).datasets)
 
     def test_ip_addresses(self) -> None:
-        """The status port may be given any IP address, or localhost."""
+        """The status port accepts any IP address, or localhost."""
         for host in ("0.0.0.0", "::1", "localhost"):
             self.assertEqual(self.load(DSN + PRODUCTS, STATUS__HOST=host).status.host, host)
 
@@ -175,7 +175,7 @@ class Environment(Loading):
         self.assertEqual((products.timeout_s, products.query), (7.5, "1"))
 
     def test_no_file_is_needed(self) -> None:
-        """Without a file the environment can give everything."""
+        """Without a file the environment can provide everything."""
         loaded = self.load(POSTGRES__DSN=SECRET, DATASETS__P__QUERY="SELECT 1 AS id", DATASETS__P__KEY="id")
         self.assertEqual(list(loaded.datasets), ["p"])
 
@@ -193,7 +193,7 @@ class Environment(Loading):
         config.load(dict.fromkeys(names, "tcp://10.0.0.1:8000"), no_dsn_problem)
 
     def test_from_a_secret_file(self) -> None:
-        """X_FILE gives what its file holds, less one newline at the end."""
+        """X_FILE stands for the content of its file, less one newline at the end."""
         Path("dsn").write_text(SECRET + " \n\n")
         Path("port").write_text("81\n")
         loaded = self.load(PRODUCTS, POSTGRES__DSN_FILE="dsn", STATUS__PORT_FILE="port")
@@ -375,7 +375,7 @@ class Problems(Loading):
             self.assertEqual(self.problem_of(as_toml(document)), f"{key}: {problem}")
 
     def test_retry_bounds(self) -> None:
-        """retry_initial_s is never above retry_max_s, and the bound that was given is the one that is blamed."""
+        """retry_initial_s is never above retry_max_s, and the problem names the bound that was set."""
         low = "retry_max_s: must be at least retry_initial_s, which is"
         self.assertEqual(self.problem_of(DSN + PRODUCTS + "retry_max_s = 0.5"), f"datasets.products.{low} 1")
         self.assertEqual(self.problem_of(DSN + PRODUCTS + "retry_initial_s = 61"), f"datasets.products.{low} 61")
@@ -397,7 +397,7 @@ class Problems(Loading):
         )
 
     def test_a_glance_needs_no_whole_configuration(self) -> None:
-        """Addresses and names can be had without a DSN, from the file and from the environment; what is refused or
+        """Addresses and names can be read without a DSN, from the file and from the environment; what is refused or
         cannot be read is the default."""
         with TemporaryDirectory() as folder:
             file = Path(folder) / "c.toml"
@@ -416,7 +416,7 @@ class Problems(Loading):
             self.assertEqual(config.glance(environ).status.port, 8000)
 
     def test_a_glance_knows_what_it_could_not_read(self) -> None:
-        """A default stands in for an unknown value, and its problem can be had; a value of the environment is known."""
+        """A default stands in for an unknown value, and its problem is available; an environment value is known."""
         with TemporaryDirectory() as folder:
             file = Path(folder) / "c.toml"
             environ = {"CACHESERVICE_CONFIG": str(file)}
@@ -607,7 +607,7 @@ class UnreadableFile(Loading):
         self.assertEqual(self.problems("x = " + "[" * 5000), [too_long])
 
     def test_missing(self) -> None:
-        """A file that CACHESERVICE_CONFIG names has to be there, even if the environment gives everything."""
+        """A file that CACHESERVICE_CONFIG names has to be there, even if the environment has everything."""
         everything = {"POSTGRES__DSN": SECRET, "DATASETS__P__QUERY": "SELECT 1 AS id", "DATASETS__P__KEY": "id"}
         self.assertEqual(
             self.problems(CONFIG="etc/none.toml", **everything), ["etc/none.toml: cannot be read: no such file"]

@@ -172,7 +172,7 @@ class FeedRules(SynchronousTestCase):
             stream.close()
 
     def test_who_is_slow_misses_nothing(self) -> None:
-        """Who does not read for a while gets what has changed meanwhile, once, in one event."""
+        """A client that does not read for a while gets what has changed meanwhile, once, in one event."""
         slow = self.feed.follow("read", False)
         quick = self.feed.follow("read", False)
         for stream in (slow, quick):
@@ -271,7 +271,7 @@ class Configuration(SynchronousTestCase):
                 self.assertNotIn("operate", repr(settings))
 
     def test_it_is_not_the_token_for_reading(self) -> None:
-        """One token for both would let everybody who reads change something."""
+        """One token for both would let every reader change something."""
         with self.assertRaises(ConfigError) as caught:
             self.load(CACHESERVICE_HTTP__TOKEN="swordfish", CACHESERVICE_HTTP__ADMIN_TOKEN="swordfish")
         (problem,) = [line for line in caught.exception.problems if "ADMIN_TOKEN" in line]

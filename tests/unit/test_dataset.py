@@ -111,7 +111,7 @@ class Generations(AtTime):
             self.assertEqual(dataset.snapshot.generation, 7)
 
     def test_the_first_is_at_least_1(self) -> None:
-        """Generations count from 1; 0 is no generation."""
+        """Generations count from 1; 0 is not a generation."""
         self.assertRaises(AssertionError, Dataset(declared(), self.clock.seconds).publish, snapshot(0, START_S))
 
 

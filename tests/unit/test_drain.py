@@ -82,7 +82,7 @@ class Draining(SynchronousTestCase):
         self.freed_by_turn()
 
     def test_the_last_ones(self) -> None:
-        """The last shards are freed some rows a turn, all of them alike: they give the memory back little by little."""
+        """The last shards are freed some rows a turn, all of them alike: they return the memory little by little."""
         self.drain.add(self.groups(16, 1000, 16))
         self.reactor.turn()
         self.assertEqual(Row.alive, 16 * (1000 - 16))

@@ -14,7 +14,7 @@ IDLE = StandbyFacts("reader", 100_000_000, 1000.0, 500, 500, 400.0, False, 60.0,
 
 class Decided(SynchronousTestCase):
     def test_up_to_date(self) -> None:
-        """An idle primary is no lag, however long ago it committed."""
+        """An idle primary is not a lag, however long ago it committed."""
         self.assertEqual(lag_of(IDLE), NO_LAG)
         self.assertEqual(lag_of(replace(IDLE, replayed_at=501)), NO_LAG)
 

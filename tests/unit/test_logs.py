@@ -156,7 +156,7 @@ class Events(LogTestCase):
     @settings(deadline=None)
     @given(st.text(), st.sampled_from(["json", "console"]))
     def test_any_text_is_one_line(self, text: str, line_format: str) -> None:
-        """Whatever text is in a field, the event is one line, and JSON gives the text back."""
+        """Whatever text is in a field, the event is one line, and JSON restores the text."""
         self.lines.clear()
         self.logger(line_format=line_format).warning("refresh_failed", error=text)
         [line] = self.lines

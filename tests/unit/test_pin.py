@@ -76,7 +76,7 @@ class Pinning(RefreshTestCase):
             self.assertEqual((dataset.snapshot.generation, dataset.snapshot.rolled_back_to), (3, None))
 
     def test_bad_results_stay_bad(self) -> None:
-        """The gates hold a pinned dataset's results as well: what they refuse is no candidate."""
+        """The gates hold a pinned dataset's results as well: what they refuse is not a candidate."""
         world = self.loaded()
         world.service.pin("products")
         dataset = self.refreshed(world, 1)

@@ -1,4 +1,4 @@
-"""The words that make our prose hard to read are kept out of pages, docstrings and comments.
+"""The words that make our prose hard to read are kept out of pages, `deploy/`, docstrings and comments.
 
 docs/glossary.md has the words to use; CONTRIBUTING.md has the rules.
 """
@@ -17,12 +17,16 @@ import pytest
 from tests.kit.paths import ROOT
 
 BANNED = re.compile(
-    r"\b(tells?|told|telling|says?|said|anew|mend(?:s|ed|ing)?|whoever|whatever becomes|of which|of whose)\b",
+    r"\b(tells?|told|telling|says?|said|anew|mend(?:s|ed|ing)?|whoever|whatever becomes|of which|of whose|amid"
+    r"|for want of|g[ai]ves? back)\b",
     re.IGNORECASE,
 )
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")),
     *sorted((ROOT / "docs").glob("*.md")),
+    *sorted(
+        path for path in (ROOT / "deploy").rglob("*") if path.suffix in (".json", ".service", ".toml", ".yaml", ".yml")
+    ),
 ]
 MODULES = sorted(path for folder in ("cacheservice", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
 

@@ -31,7 +31,7 @@ class Readme(SynchronousTestCase):
         self.assertEqual(shown[1], configuration_table())
 
     def test_ci_runs_the_readmes_test_command(self) -> None:
-        """.ci/run calls exactly the command that the README gives for the tests."""
+        """.ci/run calls exactly the command of the README for the tests."""
         (command,) = re.findall(r"^python3 -m venv .* -m pytest$", README, re.M)
         self.assertIn(f"\n{command}\n", (ROOT / ".ci" / "run").read_text(encoding="utf-8"))
 

@@ -21,7 +21,7 @@ from tests.kit.refreshes import BLOCKER, START_S, Read, RefreshTestCase, World
 
 
 class EqualContent(RefreshTestCase):
-    """A full read that gives what is served."""
+    """A full read that returns what is served."""
 
     def loaded(self, rows: int = 3) -> World:
         world = self.started()
@@ -63,7 +63,7 @@ class EqualContent(RefreshTestCase):
         self.assertEqual(dataset.attempts[-1].outcome, "published")
 
     def test_another_query(self) -> None:
-        """If another query gives the same rows they are those of the new query, under the same generation."""
+        """If another query returns the same rows, they are those of the new query, under the same generation."""
         world = self.loaded()
         settings = world.dataset.settings
         world.service.redeclare([settings.model_copy(update={"query": "SELECT 1 AS id, 2 AS other"})])
@@ -379,7 +379,7 @@ class Bursts(RefreshTestCase):
         world.database.running[0].complete()
 
     def test_stop_amid_a_burst(self) -> None:
-        """What waits for the end of a burst is given up at the stop."""
+        """What waits for the end of a burst is dropped at the stop."""
         world = self.loaded()
         for _ in range(50):
             world.heard("told", "")
@@ -420,7 +420,7 @@ class Failures(RefreshTestCase):
         self.stop(world)
 
     def test_success_resets_the_backoff(self) -> None:
-        """After a success the count of failures is 0, and the first retry of the next failure is as soon as ever."""
+        """After a success the count of failures is 0, and the first retry of the next failure is as soon as before."""
         world = self.started()
         world.database.last.fail()
         world.advance(1)
@@ -435,7 +435,7 @@ class Failures(RefreshTestCase):
         self.assertEqual([at for _, at in world.starts], [0, 1, 3, 60, 61])
 
     def test_no_failure_ends_the_loop(self) -> None:
-        """Whatever is raised, at once or later, expected or a mistake of ours, the next start comes."""
+        """Whatever is raised, at once or later, expected or a bug, the next start comes."""
         world = self.started(retry_initial_s=100.0, retry_max_s=100.0)
         errors = [ZeroDivisionError(), DatabaseUnavailable("refused"), QueryFailed("no"), KeyError("x"), OSError(5)]
         for number, error in enumerate(errors, 1):
@@ -452,7 +452,7 @@ class Failures(RefreshTestCase):
         self.assertEqual(world.dataset.counts.outcomes, {"failed": 10, "published": 2})
 
     def test_an_unexpected_error_is_told_with_its_traceback(self) -> None:
-        """A mistake of ours is a failed attempt that names its kind, and an error in the log with the traceback."""
+        """A bug is a failed attempt that names its kind, and an error in the log with the traceback."""
         world = self.started()
         world.database.last.fail(ZeroDivisionError("secret"))
         self.assertEqual(world.log.lines[-2][:2], ("error", "refresh_broke"))
@@ -609,7 +609,7 @@ class Expiry(RefreshTestCase):
         self.assertIn(("warning", "dataset_expired", expired), world.log.lines)
 
     def test_no_recovery_by_what_has_expired(self) -> None:
-        """A snapshot that took longer to read than it may be old is no recovery; only a good one is."""
+        """A snapshot that took longer to read than it may be old is not a recovery; only a good one is."""
         world = self.started(max_age_s=10.0)
         events = ["dataset_expired", "dataset_recovered"]
         for at in (60, 120):
@@ -672,7 +672,7 @@ class Lines(RefreshTestCase):
         self.assert_last_line(world, "warning", "refresh_failed", expected | again)
 
     def test_who_blocked_it(self) -> None:
-        """A refresh that waited for a lock reports who held it, in the log and in the attempt."""
+        """A refresh that waited for a lock reports the session that held it, in the log and in the attempt."""
         world = self.started()
         world.database.last.fail(LockTimeout("a lock was not granted", "55P03", [BLOCKER]))
         self.assertEqual(world.dataset.attempts[-1].blockers, (BLOCKER,))

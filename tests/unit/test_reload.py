@@ -179,12 +179,12 @@ class Refreshes(RefreshTestCase):
             self.assertEqual((after.generation, after.rows.count, world.dataset.held), (2, 1, None))
             self.assertEqual(after.change, (0, 0, 99))
             self.assertNotIn("before the last reload", views.why(world.dataset, world.cache))
-            # From here on it is compared as ever.
+            # From here on it is compared as usual.
             self.refresh(world, "products", rows=0)
             self.assertIsNotNone(world.dataset.held)
 
     def test_another_query_and_back(self) -> None:
-        """A result that the definition of now gave is compared again, whatever was declared in between."""
+        """A result of the present definition is compared again, whatever was declared in between."""
         world = self.loaded(rows=100)
         world.service.redeclare(without_jitter("products", query="SELECT 2 AS id"))
         world.service.redeclare(without_jitter("products"))
@@ -210,7 +210,7 @@ class Refreshes(RefreshTestCase):
         self.assertEqual((len(world.database.running), world.dataset.consecutive_failures), (1, 0))
 
     def test_another_query_while_the_old_one_is_read(self) -> None:
-        """The old read is ended, what it gives nevertheless is not published, and only then the new one begins."""
+        """The old read is ended, what it returns nevertheless is not published, and only then the new one begins."""
         world = World()
         ended: Deferred[Any] = Deferred()
         world.database.after_failure = lambda _: ended
@@ -292,7 +292,7 @@ class Refreshes(RefreshTestCase):
             self.failureResultOf(each, UnknownDataset)
 
     def test_who_waits_for_one_whose_query_changes(self) -> None:
-        """Who waits for a newer snapshot gets that of the new query."""
+        """A client that waits for a newer snapshot gets that of the new query."""
         world = self.loaded()
         world.advance(10)
         waiting = Deferred.fromCoroutine(
@@ -399,7 +399,7 @@ class Limits(SynchronousTestCase):
 
 class Scans(RefreshTestCase):
     def test_datasets_come_and_go(self) -> None:
-        """A scan amid which datasets are removed and added returns all keys that were there all along."""
+        """A scan during which datasets are removed and added returns all keys that were there all along."""
         world = self.started("a", "b", "c", "d")
         while world.database.running:
             world.database.running[0].complete(rows=20)

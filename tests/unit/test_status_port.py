@@ -64,7 +64,7 @@ class AnyBytes(SynchronousTestCase):
     @settings(deadline=None)
     @given(st.lists(st.sampled_from(WORDS) | st.binary(max_size=4), max_size=60), st.integers(1, 100))
     def test_half_sensible(self, words: list[bytes], chunk_bytes: int) -> None:
-        """Commands and garbage mixed, cut anywhere, break nothing, and give the same replies however they are cut."""
+        """Commands and garbage mixed, cut anywhere, break nothing, and get the same replies however they are cut."""
         data = b"".join(words)
         cut = [data[start : start + chunk_bytes] for start in range(0, len(data), chunk_bytes)]
         self.assertEqual(self.talk(cut), self.talk([data]))
