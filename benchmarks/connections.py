@@ -1,4 +1,4 @@
-"""What 10,000 idle clients of the status port cost the service, and what it tells the one after them."""
+"""What 10,000 idle clients of the status port cost the service, and what the one after them receives."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def compared(
     options: argparse.Namespace,
     peer_tag: str = "",
 ) -> list[tuple[float, float]]:
-    """Requests a second of ours and the peer's, pair by pair; who goes first changes."""
+    """Requests a second of ours and the peer's, pair by pair; which goes first changes."""
     pairs = []
     peer_condition = ("-H", f"If-None-Match: {peer_tag}") if peer_tag else ()
     for number in range(options.pairs):
@@ -96,7 +96,7 @@ def shown(what: str, pairs: list[tuple[float, float]]) -> list[tuple[str, str, s
 
 
 def wrk(port: int, path: str, more: tuple[str, ...], seconds: int) -> float:
-    """:raises RuntimeError: if a request failed; a 304 is no failure."""
+    """:raises RuntimeError: if a request failed; a 304 is not a failure."""
     command = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds}s", *more, f"http://127.0.0.1:{port}{path}"]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     rate = re.search(r"Requests/sec: +([0-9.]+)", output)

@@ -1,7 +1,7 @@
 """Seconds to restore a million rows from the disk, against reading them from PostgreSQL in the same process, in turns.
 
 And how long saving and restoring keep the reactor from everything else: the longest turn, by what the reactor's thread
-computed in it, because on a busy machine the wall clock tells of the others.
+computed in it, because on a busy machine the wall clock includes the others.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Turns:
 class Run:
     """Refreshes, saves and restores in turns.
 
-    The store's log is this object: it waits for what the store tells.
+    The store's log is this object: it waits for what the store logs.
     """
 
     def __init__(self, dsn: str, rows: int, directory: Path) -> None:

@@ -35,7 +35,7 @@ _BATCH_ROWS = 1000
 
 
 class Read(NamedTuple):
-    """What redis-benchmark says: requests per second, and the 99th percentile of the latency in milliseconds."""
+    """The output of redis-benchmark: requests per second, and the 99th percentile of the latency in milliseconds."""
 
     per_s: float
     p99_ms: float

@@ -192,7 +192,7 @@ def _ports(process: subprocess.Popen[bytes], log: Path) -> dict[str, int]:
 
 
 def _toml(value: Any) -> str:
-    """A value as TOML has it: JSON's, but for tables."""
+    """A value as TOML has it: JSON's, except for tables."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key} = {_toml(each)}" for key, each in value.items()) + "}"
     if isinstance(value, list):

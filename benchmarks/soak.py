@@ -115,7 +115,7 @@ def stormy(options: argparse.Namespace, random: Random, counts: Counts) -> list[
 
 
 def faults(made: Storm, options: argparse.Namespace) -> None:
-    """First those that one process has to stand, then all of them, each half of the time."""
+    """First those that one process has to withstand, then all of them, each half of the time."""
     names = possible(made)
     lasting = [name for name in names if name not in ENDING]
     half_s = options.minutes * 60 / 2

@@ -33,7 +33,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory, server_with_products(options.rows) as server:
         watch = Path(directory) / "watch.sock"
-        # A variable without "__" is no setting.
+        # A variable without "__" is not a setting.
         with running_service(server.dsn(), tac=_TAC, CACHESERVICE_WATCH=str(watch)) as service:
             time.sleep(_AFTER_S)
             measured = [(idle(service, watch), refreshing(service, watch)) for _ in range(options.pairs)]

@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def make_server(request: pytest.FixtureRequest) -> MakeServer:
-    """Makes servers of the version that the tests use; who makes one starts and stops it."""
+    """Makes servers of the version that the tests use; the caller starts and stops it."""
     version = request.config.getoption("--postgres")
     if version == DEFAULT_VERSION:
         return EmbeddedPostgres
@@ -79,7 +79,7 @@ def postgres_server(make_server: MakeServer) -> Iterator[EmbeddedPostgres]:
 def server(request: pytest.FixtureRequest, postgres_server: EmbeddedPostgres) -> Iterator[EmbeddedPostgres]:
     """For a trial TestCase: ``@pytest.mark.usefixtures("server")`` on the class gives its tests `self.server`.
 
-    A server that a test froze or killed is mended before the next class.
+    A server that a test froze or killed is repaired before the next class.
     """
     request.cls.server = postgres_server
     yield postgres_server

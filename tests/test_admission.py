@@ -1,4 +1,4 @@
-"""Laws of who is let in, and of what the process's descriptors are for."""
+"""Laws of admission, and of the use of the process's descriptors."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class FewDescriptors(ProbesTestCase):
             self.assertEqual(daemon.event("clients_turned_away")["open_files"], 100)
 
     def test_none_left(self) -> None:
-        """A connection for which there is no descriptor fails in words that say so, though libpq has none."""
+        """A connection without a descriptor fails with an error that names the cause, though libpq has none."""
         program = """
 import os, resource, psycopg2
 from cacheservice.sources.postgres.target import parse

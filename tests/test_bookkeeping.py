@@ -37,7 +37,7 @@ class Bookkeeping(Refreshing):
 
 
 class Writers(Bookkeeping):
-    """A writer's statement fails for no reason of ours, and no delta misses what could not be recorded."""
+    """A writer's statement never fails because of the service, and no delta misses what could not be recorded."""
 
     WRITES = (
         "INSERT INTO items VALUES (1, 'a'), (2, 'b')",
@@ -95,7 +95,7 @@ class Writers(Bookkeeping):
             self.sql('ALTER TABLE odd RENAME away TO "{}"'.format(name.replace('"', '""')))
 
     def test_rights_that_are_lost(self) -> None:
-        """Writers go on; it is a problem that names `migrate`, which gives them back, and what was written meanwhile is
+        """Writers go on; it is a problem that names `migrate`, which restores them, and what was written meanwhile is
         in no delta: the state is another."""
         owner = f"owner_{self.database[5:]}"
         self.sql(f"CREATE ROLE {owner}")
@@ -340,7 +340,7 @@ class Kept(Bookkeeping):
         self.assertEqual(self.found(before)[1], {"2"})
 
     def test_what_another_cluster_wrote(self) -> None:
-        """Numbers of transactions that are not given here yet, as a restored dump has them, are a problem until
+        """Numbers of transactions that are not assigned here yet, as a restored dump has them, are a problem until
         somebody prunes; then deltas work, and no change is lost."""
         for restored in (
             "UPDATE cacheservice.watched SET since_xid = '900000000000'",

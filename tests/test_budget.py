@@ -16,7 +16,7 @@ class OnTheServer(ServiceTestCase):
     timeout = 120
 
     async def test_the_share_on_the_server(self) -> None:
-        """On the real server the time in sessions stays under its share, both are refreshed, and it is told."""
+        """On the real server the time in sessions stays under its share, both are refreshed, and it is reported."""
         slowly = "SELECT i AS id, pg_sleep(0.02) IS NULL AS n FROM generate_series(1, 25) AS i"
         service, cache = self.make_service(
             declare("first", slowly, interval_s=0.6, max_age_s=30.0),
@@ -41,7 +41,7 @@ class OnTheServer(ServiceTestCase):
         self.assertLessEqual(sum(taken_s), share * WINDOW_S + max(taken_s) + 1)
         self.assertGreater(len(taken_s), 3)
         self.assertLess(len(taken_s), 30)
-        # The first read of each is published, and those that follow give the same.
+        # The first read of each is published, and those that follow return the same.
         self.assertEqual((first.counts.outcomes["published"], second.counts.outcomes["published"]), (1, 1))
         self.assertLessEqual(abs(first.counts.outcomes["unchanged"] - second.counts.outcomes["unchanged"]), 2)
         self.assertTrue(seen)

@@ -132,7 +132,7 @@ class Behind(PortTestCase, ABC):
         self.assertEqual((answer.status, answer.body, asked), (200, b'{"id":"new"}', 1))
 
     async def check_variants(self) -> None:
-        """Who takes gzip gets it, who does not gets none, and NDJSON is not JSON."""
+        """A client that accepts gzip gets it, others get none, and NDJSON is not JSON."""
         self.publish(rows_of((b"%d" % number, b'{"id":%d}' % number) for number in range(2000)), 18)
         for headers in ({}, {"Accept_Encoding": "gzip"}, {"Accept": "application/x-ndjson"}, {}):
             answer, _ = await self.read(WHOLE, **headers)

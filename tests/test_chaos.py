@@ -26,11 +26,11 @@ from tests.kit.http import read_to_the_end
 from tests.kit.postgres import fresh_database, sessions_left
 from tests.kit.waiting import until
 
-QUIET_S = 0.3  # how long to listen to what should say nothing
+QUIET_S = 0.3  # how long to listen to what should be silent
 
 
 class Echo(Protocol):
-    """Says back what it hears, and remembers who is there."""
+    """Echoes what it hears, and remembers its connections."""
 
     def connectionMade(self) -> None:
         self.factory.there.add(self)
@@ -44,7 +44,7 @@ class Echo(Protocol):
 
 @implementer(IPushProducer)
 class Stream(Echo):
-    """Says `total_bytes` bytes as fast as they are taken, then ends."""
+    """Sends `total_bytes` bytes as fast as they are taken, then ends."""
 
     total_bytes = 256 * 1024 * 1024
     said_bytes = 0
@@ -142,7 +142,7 @@ class FaultTestCase(TestCase):
 
 class Faults(FaultTestCase):
     async def test_without_faults_all_passes(self) -> None:
-        """What either side says arrives unchanged, and each side's end ends the other."""
+        """What either side sends arrives unchanged, and each side's end ends the other."""
         text = bytes(range(256)) * 4096
         client = await self.dial()
         reader = deferToThread(read_exactly, client, len(text))
@@ -159,7 +159,7 @@ class Faults(FaultTestCase):
         self.assertEqual(await deferToThread(read_to_the_end, client), b"bye")
 
     async def test_delay(self) -> None:
-        """No byte arrives earlier than the delay after the server said it, and none is lost or late in order."""
+        """No byte arrives earlier than the delay after the server sent it, and none is lost or late in order."""
         client = await self.dial_and_greet()
         self.network.delay(0.2)
         began = time.monotonic()
@@ -185,7 +185,7 @@ class Faults(FaultTestCase):
         self.assertLessEqual(max(map(len, client.reads)), 14)
 
     async def test_silence(self) -> None:
-        """In silence open and new connections stay open and hear nothing, whatever they say; also once it is healed."""
+        """In silence open and new connections stay open and hear nothing, whatever they send; also after `heal`."""
         client = await self.dial_and_greet()
         self.network.silence()
         late = await self.dial()
@@ -221,7 +221,7 @@ class Faults(FaultTestCase):
         await until(lambda: not self.target.there)
 
     async def test_reset_at_once(self) -> None:
-        """Without N open connections are reset at once, though nobody says a thing, and new ones when they come."""
+        """Without N open connections are reset at once, though neither side sends anything, and new ones on arrival."""
         client = await self.dial_and_greet()
         self.network.reset()
         late = await deferToThread(socket.create_connection, ("127.0.0.1", self.network.port))

@@ -102,7 +102,7 @@ class Commands(FromTheWheel):
             self.assertRegex(ended.stdout, rf"(?m)^  {command} ")
 
     def test_check_tells_every_problem(self) -> None:
-        """A bad configuration is told on standard error, a line a problem, exit code 1, no traceback."""
+        """A bad configuration is reported on standard error, one line per problem, exit code 1, no traceback."""
         (self.folder / "cacheservice.toml").write_text(
             '[postgres]\ndsn = "x"\n[datasets.d]\nquery = "SELECT 1"\nkee = "a"'
         )
@@ -113,7 +113,7 @@ class Commands(FromTheWheel):
         self.assertNotIn("Traceback", ended.stderr)
 
     def test_migrate_run_and_status(self) -> None:
-        """From an empty folder: the database is prepared, the service runs as the reader, and says so."""
+        """From an empty folder: the database is prepared, the service runs as the reader, and reports that."""
         database = fresh_database(self.server, self.addCleanup)
         query(self.server, database, "CREATE TABLE items AS SELECT generate_series(1, 10) AS id")
         ended = self.run_program(
@@ -267,7 +267,7 @@ class Commands(FromTheWheel):
             self.assertNotIn("no password", ended.stdout)
 
     def test_no_service_is_one_line(self) -> None:
-        """Asking where nobody listens is told in a line that says what to do."""
+        """A question where nobody listens gets one line with what to do."""
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))
             ended = self.run_program("status", "--port", str(unused.getsockname()[1]))
@@ -330,7 +330,7 @@ class Demo(FromTheWheel):
         datasets = json.loads(ask(("127.0.0.1", port), "json"))["datasets"]
         self.assertGreaterEqual(sum(dataset["rows"] for dataset in datasets.values()), 50_000)
 
-        # The example of docs/reading.md gives what it says.
+        # The example of docs/reading.md has the documented result.
         page = (ROOT / "docs" / "reading.md").read_text(encoding="utf-8")
         (example,) = re.findall(r"```python\n(.*?)```", page, re.S)
         resp_port = re.search(r"redis-cli -p (\d+)", said)[1]

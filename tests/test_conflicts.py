@@ -1,4 +1,4 @@
-"""Laws of what only another try helps against: standby conflicts, serialization failures and deadlocks, told apart."""
+"""Laws of failures that only a retry fixes: standby conflicts, serialization failures and deadlocks, kept apart."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class OnTheServer(ServiceTestCase):
         return why
 
     async def test_a_deadlock(self) -> None:
-        """A query that takes locks and is in a deadlock with another session is ended, told and tried again."""
+        """A query that takes locks and is in a deadlock with another session is ended, reported and tried again."""
         self.sql(TAKE_BOTH)
         service, cache = self.make_service(declare("things", "SELECT take_both() AS id", interval_s=3600.0))
         dataset = cache.dataset("things")
@@ -66,10 +66,10 @@ class OnTheServer(ServiceTestCase):
         self.assertEqual(dataset.attempts[-1].trigger, "retry")
 
     async def test_a_serialization_failure(self) -> None:
-        """The server's own error is told as such.
+        """The server's own error is reported as such.
 
-        A refresh is READ ONLY and REPEATABLE READ, in which it cannot be provoked: it only comes to who writes, or to
-        SERIALIZABLE. So it is that of a session that writes.
+        A refresh is READ ONLY and REPEATABLE READ, in which it cannot be provoked: it only affects sessions that write,
+        or SERIALIZABLE. So the error of a session that writes is used.
         """
         error = await deferToThread(self.serialization_failure)
         ours = translate(error, parse("host=localhost"))
@@ -94,7 +94,7 @@ class OnTheServer(ServiceTestCase):
         raise AssertionError("it was not refused")
 
     async def on_standby(self, **settings: str) -> Any:
-        """Start one that waits for no query; gives its `dsn`."""
+        """Start one that waits for no query; return its `dsn`."""
         standby = running_standby(self.server, {"max_standby_streaming_delay": "0", **settings})
         dsn = await deferToThread(standby.__enter__)
         self.addCleanup(deferToThread, standby.__exit__, None, None, None)
@@ -141,6 +141,6 @@ class OnTheServer(ServiceTestCase):
         await self.check_conflict("UPDATE things SET n = n + 1", "User query might")
 
     async def test_a_lock_that_a_standby_takes(self) -> None:
-        """On a real standby: the table is locked on the primary. It is told, and tried again."""
+        """On a real standby: the table is locked on the primary. It is reported, and tried again."""
         again = f"INSERT INTO things SELECT i, 0 FROM generate_series(1, {ROWS}) AS i"
         await self.check_conflict(f"BEGIN; TRUNCATE things; {again}; COMMIT", "User was holding a relation lock")

@@ -104,7 +104,7 @@ class Files(PortTestCase):
             self.assertEqual((await self.ask(path, "HEAD")).body, b"")
 
     async def test_history(self) -> None:
-        """/history tells the points of the last hour, a list for each field."""
+        """/history has the points of the last hour, a list for each field."""
         self.assertEqual((await self.ask("/v1/datasets/prices/history")).json()["slot"], [])
         self.products.attempted(Attempt("published", "interval", MOMENT_WITH_MS, 0.25, 5))
         self.clock.advance(30)
@@ -122,7 +122,7 @@ class Files(PortTestCase):
         )
 
     async def test_why(self) -> None:
-        """/why is what the status port says, as sentences or as text."""
+        """/why is the reply of the status port, as sentences or as text."""
         sentences = (await self.ask("/v1/datasets/products/why")).json()["sentences"]
         self.assertTrue(sentences[0].startswith("products is fresh: it is 12 s old"))
         text = await self.ask("/v1/datasets/products/why", Accept="text/plain")
@@ -184,7 +184,7 @@ class Events(EventsTestCase):
     idle_timeout_s = 1.0
 
     async def test_the_whole_state_and_then_what_changes(self) -> None:
-        """Who comes is told everything, in the shape of the status port's json; after it, only what has changed."""
+        """A new client gets everything, in the shape of the status port's json; after it, only what has changed."""
         listener = await self.listen(Accept="text/event-stream", Accept_Encoding="gzip")
         headers = listener.response.headers
         self.assertEqual(headers["Content-Type"], "text/event-stream")
@@ -242,7 +242,7 @@ class Events(EventsTestCase):
         self.assertEqual(self.factory.feed._listeners, 0)
 
     async def test_who_closes_is_forgotten(self) -> None:
-        """With the last listener the looking ends, also if it only says that it will send no more."""
+        """With the last listener the checks for changes end, also if it has only ended its sending side."""
         for how in (socket.SHUT_RDWR, socket.SHUT_WR):
             client = self.connect()
             with closing(client):
@@ -279,7 +279,7 @@ class Events(EventsTestCase):
         self.assertIsNone(self.factory.feed._timer)
 
     async def test_it_wants_what_is_served(self) -> None:
-        """A client that takes no events is told so."""
+        """A client that accepts no events gets an error."""
         await self.assert_problem("/events", 406, "text/event-stream", Accept="application/json")
 
 
@@ -287,7 +287,7 @@ class FewEvents(EventsTestCase):
     max_connections = 2
 
     async def test_listeners_count_as_clients(self) -> None:
-        """limits.max_connections counts those who listen."""
+        """limits.max_connections counts the listeners."""
         for _ in range(2):
             await self.listen()
         self.assertEqual((await self.ask("/v1/datasets")).status, 503)
@@ -343,7 +343,7 @@ class OnlyProbes(PortTestCase):
 
 
 class Operators(FakeRefreshes):
-    """Remembers what it was told to do, and does not do some of it."""
+    """Remembers the commands it got, and does not do some of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -387,7 +387,7 @@ class CommandsTestCase(EventsTestCase):
 
 class Commands(CommandsTestCase):
     async def test_what_the_admin_socket_does(self) -> None:
-        """With the admin token each command does what it does there, and says what it did."""
+        """With the admin token each command has its usual effect, and its response reports it."""
         answers = {
             "refresh": (202, {"dataset": "products", "refresh": "started"}),
             "accept": (200, {"dataset": "products", "accepts_next": True}),
@@ -439,7 +439,7 @@ class Commands(CommandsTestCase):
         self.assertEqual(self.operators.done, [])
 
     async def test_events_tell_who_may(self) -> None:
-        """Who listens learns whether there is an admin token, and whether it has sent it."""
+        """A listener learns whether there is an admin token, and whether it has sent it."""
         for headers, access in (({}, "read"), ({"Authorization": "Bearer operate"}, "admin")):
             listener = await self.listen(**headers)
             await until(lambda listener=listener: listener.events)

@@ -40,7 +40,7 @@ ARGUMENTS = (
 MANY = 500
 LONGEST_NAME = "long_" * 12 + "est"  # 63 characters
 
-# The contrast of a text against the first background behind it that is no glass (WCAG 2.2, 1.4.3).
+# The contrast of a text against the first background behind it that is not glass (WCAG 2.2, 1.4.3).
 CONTRASTS = """
 const luminance = ([r, g, b]) => {
   const part = (v) => ((v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
@@ -188,8 +188,8 @@ OFTEN: Mapping[str, Any] = {"interval_s": 0.5, "timeout_s": 5, "retry_initial_s"
 
 class States(BrowserTestCase):
     def test_each_state(self) -> None:
-        """Whoever looks sees for each dataset its state in words, shape and colour; problems stand first, each with a
-        sentence that says since when, why, and what comes next; and when all is mended, all is well."""
+        """The page shows for each dataset its state in words, shape and colour; problems stand first, each with a
+        sentence on since when, why, and what comes next; once all is repaired, all is well."""
         for name in ("aging", "old", "shrunk", "kept"):
             self.sql(TABLE.format(name))
         daemon = self.serve(
@@ -252,7 +252,7 @@ class States(BrowserTestCase):
         self.wait_for("#announcer", "is fresh")
 
     def test_a_database_that_does_not_answer(self) -> None:
-        """During an outage the head says that the database is down, why, and how old the newest data are."""
+        """During an outage the head shows that the database is down, why, and how old the newest data are."""
         self.sql(TABLE.format("products"))
         daemon = self.serve(dataset("products", "SELECT * FROM products", **OFTEN | {"timeout_s": 1, "max_age_s": 3}))
         daemon.wait_until_ready()
@@ -302,7 +302,7 @@ class States(BrowserTestCase):
         )
 
     def test_a_load_that_takes_its_time(self) -> None:
-        """While a dataset is read, its row says how many of how many rows there are."""
+        """While a dataset is read, its row shows how many of how many rows there are."""
         query = "SELECT n AS id, pg_sleep(0.02)::text AS nap FROM generate_series(1, 100000) AS n"
         self.open(self.serve(dataset("products", query, timeout_s=600)))
         self.wait_for_state("products", "never loaded")
@@ -312,7 +312,7 @@ class States(BrowserTestCase):
         self.assertEqual(self.text("#headline"), "Loading …")
 
     def test_a_change_in_the_database(self) -> None:
-        """What changes in PostgreSQL is on the page by itself; the age begins anew, and the chart has a line."""
+        """What changes in PostgreSQL is on the page by itself; the age restarts, and the chart has a line."""
         self.sql(TABLE.format("products"))
         self.open(self.serve(dataset("products", "SELECT * FROM products", **OFTEN)))
         self.wait_for("#dataset-products .rows", "100")
@@ -354,7 +354,7 @@ class States(BrowserTestCase):
         self.wait_for("#dataset-products .age-now", "5 s")
 
     def test_whatever_an_error_says_is_text(self) -> None:
-        """Markup in what PostgreSQL says is shown as it is, and is never a part of the page."""
+        """Markup in a message of PostgreSQL is shown as it is, and is never a part of the page."""
         query = 'SELECT "<img src=x onerror=alert(1)><b id=evil>" AS id'
         self.open(self.serve(dataset("products", query, **OFTEN)))
         self.wait_for("#dataset-products .sentence", "<img src=x onerror=alert(1)>")
@@ -365,7 +365,7 @@ class States(BrowserTestCase):
 
 class Operating(BrowserTestCase):
     def test_accepting_what_is_held(self) -> None:
-        """Buttons are there once the admin token is given, and only while there is something to do; they do it."""
+        """Buttons are there once the admin token is entered, and only while there is something to do; they do it."""
         self.sql(TABLE.format("products"))
         products = dataset("products", "SELECT * FROM products", **OFTEN | {"max_age_s": 3600, "interval_s": 2})
         calm = dataset("calm", "SELECT 1 AS id, clock_timestamp()")
@@ -414,7 +414,7 @@ class Operating(BrowserTestCase):
         self.assertFalse(self.find("#operator").is_displayed())
 
     def test_a_token_for_reading(self) -> None:
-        """Where reading needs a token the page asks for it, says if it is wrong, keeps it for the tab alone, and asks
+        """Where reading needs a token the page asks for it, reports a wrong one, keeps it for the tab alone, and asks
         again when it is another."""
         daemon = self.serve(dataset("products", "SELECT 1 AS id"), http='token = "s3cret"')
         self.open(daemon)
@@ -442,7 +442,7 @@ class Operating(BrowserTestCase):
 
 class Connection(BrowserTestCase):
     def test_lost_and_found(self) -> None:
-        """When the service goes, the page says so, since when, and that it tries again, and ages go on; when it is
+        """When the service goes, the page shows that, since when, and that it tries again, and ages go on; when it is
         back, all is live again by itself."""
         self.sql(TABLE.format("products"))
         products = dataset("products", "SELECT * FROM products", interval_s=1.0, timeout_s=2, max_age_s=4.0)
@@ -471,7 +471,7 @@ class Connection(BrowserTestCase):
         self.wait_for("#dataset-products .rows", "101")
 
     def test_a_service_that_falls_silent(self) -> None:
-        """When the service hangs with its connections open, the page says so, too, and lives again when it does."""
+        """When the service hangs with its connections open, the page shows that, too, and recovers with it."""
         daemon = self.serve(dataset("products", "SELECT 1 AS id"))
         self.open(daemon)
         self.wait_for_state("products", "fresh")
@@ -505,7 +505,7 @@ class Reach(BrowserTestCase):
         """
         for width in (320, 390, 768, 1024, 1280, 1440, 1800, 2560):
             self.emulate(width, 900)
-            # Charts are drawn anew a moment after the width has changed.
+            # Charts are redrawn a moment after the width has changed.
             wait_until(lambda width=width: self.js(script, width) == [width, []], f"a page that fits into {width} px")
 
     def test_on_a_phone(self) -> None:
@@ -592,7 +592,7 @@ class Reach(BrowserTestCase):
         self.assertEqual(self.find("#announcer").get_attribute("aria-live"), "polite")
 
     def test_reduced_motion(self) -> None:
-        """Who wants no motion gets none."""
+        """A user who wants no motion gets none."""
         self.emulate(1440, 900, prefers_reduced_motion="reduce")
         self.open(self.products())
         self.wait_for_state("products", "fresh")

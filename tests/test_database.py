@@ -1,4 +1,4 @@
-"""Laws of a read: what it gives is the query's result, whole, of one moment, as PostgreSQL renders it."""
+"""Laws of a read: what it returns is the query's result, whole, of one moment, as PostgreSQL renders it."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class DocumentTests(DatabaseTestCase):
         self.assertEqual(await self.rows(TYPES), {b"1": expected.encode()})
 
     async def test_documents_are_utf8_whatever_the_databases_encoding(self) -> None:
-        """A LATIN1 database gives the same bytes."""
+        """A LATIN1 database returns the same bytes."""
         name = f"{self.name}_latin1"
         create = f"CREATE DATABASE {name} ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0"
         query(self.server, "postgres", create)
@@ -100,7 +100,7 @@ class DocumentTests(DatabaseTestCase):
 
 
 class SmallResults(DatabaseTestCase):
-    """What was small is read without a cursor, which rules out parallel plans; `pg_cursors` says how it was read."""
+    """What was small is read without a cursor, which rules out parallel plans; `pg_cursors` shows how it was read."""
 
     async def read_like(self, rows: int | None, count: int, width: int = 1) -> tuple[Rows, int]:
         """A result of `count` rows after one of `rows`, `width` bytes each, or none; and how many cursors they saw."""
@@ -250,7 +250,7 @@ class KeyTests(DatabaseTestCase):
         self.assertEqual(list(rows), [b"2024-01-02:1:x"])
 
     async def test_a_null_key_fails(self) -> None:
-        """The message says which row has it; a NULL in one of several columns is one."""
+        """The message names the row; a NULL in one of several columns is one."""
         sql = "SELECT nullif(i, 1234) AS id, 1 AS other FROM generate_series(1, 2000) AS i"
         self.assertIn("row 1234 is NULL", str(await self.fails(BadResult, sql)))
         self.assertIn("row 1234 is NULL", str(await self.fails(BadResult, sql, "other", "id")))
@@ -399,7 +399,7 @@ class BytesTests(DatabaseTestCase):
 
 
 class MomentTests(DatabaseTestCase):
-    """Of which moment the rows are."""
+    """The moment of the rows."""
 
     async def test_all_rows_are_of_one_snapshot(self) -> None:
         """What others commit between two chunks is not seen, in part or whole."""
@@ -602,7 +602,7 @@ class LockTests(DatabaseTestCase):
         self.assertEqual(await self.rows("TABLE things", database=reader), {b"1": b'{"id":1}'})
 
     async def test_the_migrations_let_a_plain_reader_know_all(self) -> None:
-        """With cacheservice.blocking_sessions a plain reader is told what a superuser is."""
+        """With cacheservice.blocking_sessions a plain reader sees the same as a superuser."""
         self.sql("CREATE TABLE things AS SELECT 1 AS id")
         reader = self.make_reader()
         self.sql("CREATE SCHEMA cacheservice")
@@ -634,7 +634,7 @@ class LockTests(DatabaseTestCase):
         self.assertEqual(await read, {b"1": b'{"id":1}'})
 
     async def test_who_else_waits_is_not_forgotten_at_the_end(self) -> None:
-        """Cancelling a read while it asks who blocks it ends both sessions."""
+        """Cancelling a read while it asks for its blockers ends both sessions."""
         self.sql("CREATE TABLE things AS SELECT 1 AS id")
         with closing(connect(self.server, self.name)) as holder, holder.cursor() as cursor:
             cursor.execute("BEGIN; LOCK TABLE things IN ACCESS EXCLUSIVE MODE")

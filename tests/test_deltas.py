@@ -1,4 +1,4 @@
-"""Laws of deltas: after each, what is served is what the query gives at that snapshot, whatever writers do."""
+"""Laws of deltas: after each, what is served is what the query returns at that snapshot, whatever writers do."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class Proof(TestCase):
         await until(true, GIVE_UP_S, lambda: self.log.events[-5:])
 
     def check(self, dataset: Dataset, database: Compared) -> None:
-        """What is served is the query's result at the snapshot of which it is said to be."""
+        """What is served is the query's result at the snapshot that it names."""
         assert dataset.snapshot is not None
         snapshot, whole = database.whole[dataset.name]
         self.assertEqual(dataset.snapshot.database_snapshot, snapshot)
@@ -175,7 +175,7 @@ class Proof(TestCase):
         for _ in range(rounds):
             for dataset in cache.datasets.values():
                 await self.attempted(service, dataset)
-                # A writer's lock can end an attempt, and what was told meanwhile has begun the next one.
+                # A writer's lock can end an attempt, and what was notified meanwhile has begun the next one.
                 if dataset.attempts[-1].outcome != "failed" and not dataset.refresh.is_running:
                     self.check(dataset, database)
                 self.assertFalse(dataset.held)
@@ -203,7 +203,7 @@ class Proof(TestCase):
         self.assertEqual(self.flushLoggedErrors(), [])
 
     async def until_replayed(self) -> None:
-        """Whoever reads from a standby sees now what was committed before."""
+        """A reader of a standby sees now what was committed before."""
         with closing(psycopg2.connect(self.dsn)) as primary, closing(psycopg2.connect(self.read_dsn)) as standby:
             written, replayed = primary.cursor(), standby.cursor()
             standby.autocommit = True

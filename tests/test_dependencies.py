@@ -223,7 +223,7 @@ class Changes(DependenciesTestCase):
         )
 
     async def test_types_behind_types(self) -> None:
-        """The labels of an enum of which there are ranges and multiranges."""
+        """The labels of an enum with ranges and multiranges."""
         self.sql(
             "CREATE TYPE moods AS RANGE (subtype = mood, multirange_type_name = sets); "
             f"CREATE TABLE ranges (id int, r sets); GRANT SELECT ON ranges TO {self.reader}"
@@ -633,7 +633,7 @@ class Changes(DependenciesTestCase):
                 while not d.called and not self.sql(WAITING):
                     await deferLater(reactor, 0.01)
                 self.sql(change)
-                # Who waits has the lock at once, and who asks for it again waits for the end of that transaction.
+                # A waiting session has the lock at once; one that asks for it again waits for the end of it.
                 await deferToThread(cursor.execute, "SELECT pg_advisory_unlock(7); SELECT pg_advisory_lock(7)")
             cursor.execute("SELECT pg_advisory_unlock(7)")
             (reading,) = await d

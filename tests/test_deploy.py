@@ -1,4 +1,4 @@
-"""Laws of deploy/: each file is what its reader takes, names only what there is, and grants no more than is needed."""
+"""Laws of deploy/: each file is what its reader takes, names only what exists, and grants no more than is needed."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def installed(program: str, package: str) -> str:
 
 class Prometheus(SynchronousTestCase):
     def test_rules(self) -> None:
-        """Prometheus takes the rules, and each fires and keeps silent as its tests say."""
+        """Prometheus takes the rules, and each fires and keeps silent as its tests require."""
         promtool = installed("promtool", "prometheus")
         for what, file in (("check", "alerts.yml"), ("test", "alerts_test.yml")):
             told = run(promtool, what, "rules", ALERTS.with_name(file))
@@ -210,7 +210,7 @@ class Grafana(SynchronousTestCase):
             taken |= places
 
     def test_panels_explain_themselves(self) -> None:
-        """Each panel says what is to be seen in it."""
+        """Each panel describes its content."""
         self.assertEqual([panel["title"] for panel in panels() if not panel["description"]], [])
 
 
@@ -453,7 +453,7 @@ class Kubernetes(SynchronousTestCase):
         self.assertEqual(self.pod["securityContext"]["runAsUser"], int(user[1]))
 
     def test_probes(self) -> None:
-        """Whether it is restarted goes by /livez alone, whether it gets readers by /readyz."""
+        """A restart depends on /livez alone, and readers on /readyz."""
         asked = {
             name: self.container[f"{name}Probe"]["httpGet"]["path"] for name in ("startup", "liveness", "readiness")
         }
@@ -558,13 +558,13 @@ class Configurations(SynchronousTestCase):
         )
 
     def test_compose(self) -> None:
-        """The service starts with the configuration and the environment that the compose file gives it."""
+        """The service starts with the configuration and the environment of the compose file."""
         (compose,) = read_yaml(DEPLOY / "docker-compose.yml")
         environment = compose["services"]["cacheservice"]["environment"]
         self.load((DEPLOY / "config" / "cacheservice.toml").read_text(encoding="utf-8"), environment)
 
     def test_kubernetes(self) -> None:
-        """The service starts with the configuration and the environment that the manifests give it."""
+        """The service starts with the configuration and the environment of the manifests."""
         objects = {each["kind"]: each for _, each in kubernetes_objects()}
         (container,) = objects["Deployment"]["spec"]["template"]["spec"]["containers"]
         environment = {each["name"]: each["value"] for each in container["env"]}

@@ -1,6 +1,6 @@
-"""Laws of the README and of docs/: links lead somewhere, quoted code stands where it is said to, commands do as shown.
+"""Laws of the README and of docs/: links lead somewhere, quoted code is where they claim, commands do as shown.
 
-How a block of commands is marked is told in docs/index.md. The commands run in a folder of their own, one for each
+docs/index.md describes how a block of commands is marked. The commands run in a folder of their own, one for each
 page, with `cacheservice demo` beside them.
 """
 
@@ -90,7 +90,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_every_page_is_in_the_index() -> None:
-    """Whoever begins at docs/index.md finds every page."""
+    """Every page can be reached from docs/index.md."""
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     assert [page.name for page in PAGES[1:] if page.name != "index.md" and f"]({page.name})" not in index] == []
 
@@ -172,7 +172,7 @@ def test_marks_are_known(page: Path) -> None:
 
 @each_page
 def test_commands_stand_in_blocks_that_are_run(page: Path) -> None:
-    """No command is shown in a block of which nobody knows that it holds commands."""
+    """No command is in a block that is not marked as commands."""
     hidden = [
         f"line {block.line}: {line}"
         for block in blocks(page)
@@ -189,7 +189,7 @@ def test_commands_stand_in_blocks_that_are_run(page: Path) -> None:
 class Demo:
     """`cacheservice demo` while it runs.
 
-    :param said: all that it printed until it said what to try.
+    :param said: all that it printed until it printed what to try.
     """
 
     def __init__(self, process: subprocess.Popen[str], said: str) -> None:

@@ -18,7 +18,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from cacheservice.cli.embedded import EmbeddedPostgres, EmbeddedPostgresError
 from tests.kit.postgres import connect, fresh_database, query, sessions
 
-QUIET_S = 0.3  # how long to listen to what should say nothing
+QUIET_S = 0.3  # how long to listen to what should be silent
 
 
 class Lifetime(SynchronousTestCase):
@@ -96,7 +96,7 @@ class Lifetime(SynchronousTestCase):
         self.assertEqual(self.server.run_sql("SELECT 1"), "1\n")
 
     def test_start_tells_why_not(self) -> None:
-        """A server that cannot start raises what its log says, and leaves no process."""
+        """A server that cannot start raises what its log contains, and leaves no process."""
         self.server.settings["shared_buffers"] = "nonsense"
         with self.assertRaisesRegex(EmbeddedPostgresError, "shared_buffers"):
             self.server.start()
@@ -137,7 +137,7 @@ class Running(SynchronousTestCase):
         self.assertEqual(settings, ["UTC", "off"])
 
     def test_sql_that_fails_raises(self) -> None:
-        """run_sql raises what the server said at the first statement that fails; those before it are kept."""
+        """run_sql raises the server's error for the first statement that fails; those before it are kept."""
         database = fresh_database(self.server, self.addCleanup)
         with self.assertRaisesRegex(EmbeddedPostgresError, 'relation "absent" does not exist'):
             self.server.run_sql("CREATE TABLE a (); SELECT * FROM absent; CREATE TABLE b ();", database)
@@ -192,7 +192,7 @@ class Running(SynchronousTestCase):
 
 class WithoutTheWheel(SynchronousTestCase):
     def test_the_error_names_the_extra(self) -> None:
-        """Without the wheel, start says what to install."""
+        """Without the wheel, start names what to install."""
         directory = Path(tempfile.mkdtemp(prefix="cacheservice-tests-"))
         self.addCleanup(shutil.rmtree, directory)
         with pytest.MonkeyPatch.context() as patch:

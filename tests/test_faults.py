@@ -78,7 +78,7 @@ class Faults(StormTestCase):
 
     def test_the_clock_an_hour_off(self) -> None:
         """With the wall clock an hour back or ahead all goes on; after a restart, too, where what is from the disk is
-        as old as that clock says, and served."""
+        as old as that clock indicates, and served."""
         with self.storm() as made:
             if made.clock is None:
                 raise SkipTest("needs a C compiler to turn the clock: apt-get install gcc libc6-dev")
@@ -93,7 +93,7 @@ class Faults(StormTestCase):
 
     def test_sixty_four_descriptors(self) -> None:
         """With 64 descriptors in all and many more clients, those that were there are served on; what fails meanwhile
-        says why, and recovers when they go."""
+        reports why, and recovers when they go."""
         with self.storm(before=SIXTY_FOUR) as made:
             made.measure()
             made.strike("clients: more than descriptors", 3.0, flood)
@@ -127,7 +127,7 @@ class Files(TestCase):
 
 
 class Judges(StormTestCase):
-    """What finds faults is no use if it finds none where there are some."""
+    """A check for faults is of no use if it does not find existing ones."""
 
     def claim(self, version: int, seen: str, as_of_us: int = 2500, read_on_us: int = 2600) -> Claim:
         return Claim(1, "alone", 1, version, seen, as_of_us, read_on_us)

@@ -1,6 +1,6 @@
 """Laws of freshness between intervals: NOTIFY, probes and deltas, of the real service on the real server.
 
-Nearly every dataset here has an interval of an hour: what is served sooner was told of.
+Nearly every dataset here has an interval of an hour: what is served sooner was notified.
 """
 
 from __future__ import annotations
@@ -283,10 +283,10 @@ class Watching(FreshTestCase):
 
 
 class Falling(FreshTestCase):
-    """A delta is not possible: all is read, the log says why, and what is served is right."""
+    """A delta is not possible: all is read, the log has the reason, and what is served is right."""
 
     def test_reasons(self) -> None:
-        """TRUNCATE, triggers off and on again, many keys, pruned changes, a new column, watched anew, unwatched."""
+        """TRUNCATE, triggers off and on again, many keys, pruned changes, a new column, watched again, unwatched."""
         self.migrated()
         self.watched()
         daemon = self.service(self.dataset(f"{WATCH}\nmax_delta = 0.0"))
@@ -344,7 +344,7 @@ class Falling(FreshTestCase):
         wait_until(told, "the words")
 
     def test_without_migrations(self) -> None:
-        """Without the migrations, all is read each time, and the log says what to do."""
+        """Without the migrations, all is read each time, and the log has what to do."""
         daemon = self.service(self.dataset(WATCH), superuser=True, listening=False)
         self.until_read(daemon, "the database does not know cacheservice.changes")
         self.assertIn("run cacheservice migrate --reader NAME", self.reads(daemon)[0])
@@ -379,7 +379,7 @@ class Falling(FreshTestCase):
         self.assertTrue(all("is not fit for deltas" in read for read in self.reads(daemon)), self.reads(daemon))
 
     def test_check_finds_what_was_missed(self) -> None:
-        """A check finds no difference where there is none; else it names the keys, and mends."""
+        """A check finds no difference where there is none; otherwise it names the keys, and corrects them."""
         self.tables = ("public.things", "public.names")
         self.sql("CREATE TABLE names AS SELECT i AS id, 0 AS n FROM generate_series(1, 10) AS i")
         self.migrated()
@@ -446,7 +446,7 @@ class Notified(FreshTestCase):
         self.assertEqual(self.n(daemon, "42:USD", "prices"), 0)
 
     def test_odd_payloads(self) -> None:
-        """What is no list of keys has everything read, and so has a key that cannot be one; nothing fails for long."""
+        """A payload that is not a list of keys, or has an invalid key, has everything read; nothing fails for long."""
         self.migrated()
         daemon = self.service(self.dataset(NOTIFY))
         odd = (
@@ -508,7 +508,7 @@ class Probed(FreshTestCase):
         return self.attempts(daemon)[count]
 
     def refresh(self, daemon: Daemon) -> dict[str, Any]:
-        """Asks as a reader who wants it fresh, which leaves the probe its say."""
+        """Requests fresh data as a reader does, which does not override the probe."""
         count = len(self.attempts(daemon))
         time.sleep(1.1)  # Age is in whole seconds
         self.http(daemon, "/v1/datasets/things?max_age=0")
@@ -552,7 +552,7 @@ class Probed(FreshTestCase):
         self.assertIn("all rows", self.refresh(daemon)["read"])
 
     def test_two_rows(self) -> None:
-        """A probe that gives more than one value fails the attempt with words that say so; what is served stays."""
+        """A probe with more than one value fails the attempt, with an error that states this; what is served stays."""
         daemon = self.probed()
         self.sql("INSERT INTO version VALUES (5)")
         count = len(self.attempts(daemon))
@@ -564,13 +564,13 @@ class Probed(FreshTestCase):
         self.assertEqual(self.n(daemon, 3), 0)
 
     def test_notified(self) -> None:
-        """Who notifies knows better than the probe."""
+        """A notification overrides the probe."""
         daemon = self.probed("SELECT v FROM version", NOTIFY)
         self.sql("UPDATE things SET n = 1; NOTIFY told")
         self.until_n(daemon, 3, 1)
 
     def test_notified_of_some_rows(self) -> None:
-        """What the probe told of is not forgotten because only the rows that were notified of have been read."""
+        """What the probe has shown is not forgotten because only the notified rows have been read."""
         daemon = self.probed("SELECT v FROM version", NOTIFY)
         self.sql("UPDATE things SET n = 1 WHERE id IN (3, 5); UPDATE version SET v = 2; NOTIFY told, '[3]'")
         self.until_n(daemon, 3, 1)
@@ -610,7 +610,7 @@ class Operated(FreshTestCase):
         self.assertEqual((self.n(daemon, 3), self.n(daemon, 4)), (1, 1))
 
     def test_reload(self) -> None:
-        """A reload that gives a dataset `watch`, or `notify` in its stead, takes effect at once."""
+        """A reload that adds `watch` to a dataset, or replaces it by `notify`, takes effect at once."""
         self.migrated()
         self.watched()
         daemon = self.service(self.dataset(), listening=False)

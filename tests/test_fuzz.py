@@ -77,7 +77,7 @@ def delayed_calls() -> list[str]:
 
 
 class UnderAttack:
-    """What every port must stand; each port's own class says what it is and what it answers in peace."""
+    """What every port must withstand; the class of each port defines the port and its usual answers."""
 
     timeout = 240
     kind = ""
@@ -89,7 +89,7 @@ class UnderAttack:
 
     async def setUp(self) -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-        # Whoever makes a port take gigabytes gets a MemoryError of it, not the machine.
+        # A process that makes a port take gigabytes gets a MemoryError of it, not the machine.
         resource.setrlimit(resource.RLIMIT_AS, (address_space_bytes() + MAX_AT_ONCE_BYTES, hard))
         self.addCleanup(resource.setrlimit, resource.RLIMIT_AS, (soft, hard))
         self.now = started_clock()  # of the datasets' ages only
@@ -153,7 +153,7 @@ class UnderAttack:
 
     def assert_nothing_logged(self, where: str, connections: int) -> None:
         """No traceback, and no more lines than the peers are."""
-        gc.collect()  # a Deferred tells of its failure when it goes
+        gc.collect()  # a Deferred reports its failure when it is collected
         errors = self.flushLoggedErrors()
         if errors:
             told = [event for event in self.events if "was read" in event]
@@ -257,7 +257,7 @@ FORGIVING = 10_000
 """How much faster than the clock the throttle forgets failures."""
 
 FOUND = [
-    # A simple string behind a word that does not end with CRLF, and then what is no request.
+    # A simple string behind a word that does not end with CRLF, and then bytes that are not a request.
     b"*2\r\n$1\r\naxx+b\r\n*1\r\n:1\r\n",
     # Gigabytes that are announced as something else than an array.
     b"*1\r\n>4000000000\r\n",

@@ -72,7 +72,7 @@ class Together(ServiceTestCase):
         self.assertEqual((one.as_of, one.generation, other.generation), (other.as_of, 1, 2))
 
     async def test_all_or_none_when_one_fails(self) -> None:
-        """If one of them cannot be read, the other one is not published either, and both say why."""
+        """If one of them cannot be read, the other one is not published either, and both report why."""
         service, cache = self.make_service(*self.declared(interval_s=3600.0))
         await self.start_and_load(service, cache)
         served = [dataset.snapshot for dataset in cache.datasets.values()]

@@ -66,7 +66,7 @@ class ServerFaultTests(GuardTestCase):
         await self.outlive(slow, DeadlineExceeded, at_once=10)
 
     async def test_a_statement_timeout_is_a_query_timeout(self) -> None:
-        """The server's statement_timeout is told as QueryTimeout, never as a cancellation of ours."""
+        """The server's statement_timeout is reported as QueryTimeout, never as the service's own cancellation."""
 
         async def slow(_: int) -> None:
             guard = await self.open()
@@ -80,7 +80,7 @@ class ServerFaultTests(GuardTestCase):
         await self.outlive(lambda _: self.read(ONE_SLOW_ROW, 24.0), QueryTimeout, at_once=ROUNDS)
 
     async def test_a_lock_timeout_is_a_lock_timeout(self) -> None:
-        """The server's lock_timeout is told as LockTimeout."""
+        """The server's lock_timeout is reported as LockTimeout."""
         with closing(connect(self.server, self.database_name)) as holder, holder.cursor() as cursor:
             cursor.execute("CREATE TABLE locked ()")
             cursor.execute("BEGIN; LOCK TABLE locked")
@@ -177,7 +177,7 @@ class ServerFaultTests(GuardTestCase):
         await self.outlive(read, DeadlineExceeded, at_once=ROUNDS, mend=self.server.thaw)
 
     async def test_a_terminated_busy_session_is_unavailable(self) -> None:
-        """pg_terminate_backend amid a statement: DatabaseUnavailable."""
+        """pg_terminate_backend during a statement: DatabaseUnavailable."""
 
         async def terminated(_: int) -> None:
             d = self.read(ONE_SLOW_ROW)
@@ -188,7 +188,7 @@ class ServerFaultTests(GuardTestCase):
         await self.outlive(terminated, DatabaseUnavailable)
 
     async def test_a_session_terminated_while_idle_in_transaction_is_unavailable(self) -> None:
-        """pg_terminate_backend between two statements: nothing is logged, and the next statement tells."""
+        """pg_terminate_backend between two statements: nothing is logged, and the next statement reports it."""
 
         async def terminated(_: int) -> None:
             guard = await self.open()
@@ -201,7 +201,7 @@ class ServerFaultTests(GuardTestCase):
         await self.outlive(terminated, DatabaseUnavailable)
 
     async def test_a_cancelled_statement_is_no_timeout_and_no_shutdown(self) -> None:
-        """pg_cancel_backend is QueryFailed: neither QueryTimeout nor a cancellation of ours."""
+        """pg_cancel_backend is QueryFailed: neither QueryTimeout nor the service's own cancellation."""
 
         async def cancelled(_: int) -> None:
             d = self.read(ONE_SLOW_ROW)
@@ -232,7 +232,7 @@ class ServerFaultTests(GuardTestCase):
 
     async def test_a_server_that_dies_amid_every_stage_of_many_reads(self) -> None:
         """Sessions that connect, wait and fetch when the server dies: each is unavailable, and the reactor's own books
-        stay right (libpq closes sockets by itself; the kernel gives their descriptors to others at once)."""
+        stay right (libpq closes sockets by itself; the kernel reuses their descriptors at once)."""
         self.addCleanup(self.server.start)
         for _ in range(10):
             reads: list[Deferred[Any]] = []
@@ -266,7 +266,7 @@ class NoSessionTests(GuardTestCase):
     """What keeps a session from opening."""
 
     async def test_refused(self) -> None:
-        """A refused connection is told at once, not at the deadline."""
+        """A refused connection is reported at once, not at the deadline."""
         await self.read()
 
         async def refused(number: int) -> None:
@@ -364,7 +364,7 @@ class NoSessionTests(GuardTestCase):
 
 
 class NetworkFaultTests(GuardTestCase):
-    """What the network does to a session, at every stage of it: byte 0 to 7,350 of what the server says."""
+    """What the network does to a session, at every stage of it: byte 0 to 7,350 of what the server sends."""
 
     def sweep(self, number: int) -> int:
         return number * 150
@@ -388,7 +388,7 @@ class NetworkFaultTests(GuardTestCase):
         await self.outlive(read, DatabaseUnavailable)
 
     async def test_reset_between_two_statements(self) -> None:
-        """A RST while nobody waits is told by the next statement, whether the reactor saw it first or libpq does."""
+        """A RST while nobody waits is reported by the next statement, whether the reactor or libpq saw it first."""
 
         async def lost(number: int) -> None:
             self.network.heal()
@@ -412,14 +412,14 @@ class NetworkFaultTests(GuardTestCase):
         await self.outlive(read, DeadlineExceeded, at_once=5)
 
     async def test_slices(self) -> None:
-        """A network that hands over a few bytes at a time is no fault."""
+        """A network that hands over a few bytes at a time is not a fault."""
         self.network.slice(7)
         await self.read()
         self.assertEqual(self.flushLoggedErrors(), [])
 
 
 class GivenUpTests(GuardTestCase):
-    """Who asked for a read does not want it any more."""
+    """The caller of a read does not want it any more."""
 
     async def test_cancelled_at_any_moment(self) -> None:
         """Cancelling ends a read at once with CancelledError, whatever it is waiting for."""
@@ -432,7 +432,7 @@ class GivenUpTests(GuardTestCase):
         await self.outlive(read, CancelledError, at_once=5)
 
     async def test_cancelled_in_the_turn_it_was_asked_for(self) -> None:
-        """Cancelling before the reactor turned is no different."""
+        """Cancelling before the reactor turned makes no difference."""
 
         async def read(_: int) -> None:
             d = self.read(ONE_SLOW_ROW)
@@ -442,7 +442,7 @@ class GivenUpTests(GuardTestCase):
         await self.outlive(read, CancelledError)
 
     async def test_cancelled_turn_by_turn(self) -> None:
-        """Cancelling in the first, second, … fiftieth turn of the reactor is no different."""
+        """Cancelling in the first, second, … fiftieth turn of the reactor makes no difference."""
 
         async def read(number: int) -> None:
             d = self.read(ONE_SLOW_ROW)
@@ -520,7 +520,7 @@ class LookUpTests(GuardTestCase):
         await self.outlive(lambda _: self.connect_by_name(resolver, 0.1), DeadlineExceeded, at_once=10, mend=mend)
 
     async def test_a_look_up_that_fails(self) -> None:
-        """A name that has no address is DatabaseUnavailable, told at once, and names it."""
+        """A name that has no address is DatabaseUnavailable, reported at once, and names it."""
 
         def fail(*_: Any) -> list[Any]:
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")

@@ -87,7 +87,7 @@ class SlowScramTests(GuardTestCase):
         cursor = await guard.execute("SELECT current_user::text")
         self.assertEqual(cursor.fetchall(), [(self.role.encode(),)])
         guard.close_and_passthrough(None)
-        self.assertGreater(computed_s, 0.2)  # else it was no slow login
+        self.assertGreater(computed_s, 0.2)  # otherwise it was not a slow login
         self.assertLess(turns.longest_s, 0.05)
         self.assertGreater(turns.count, 50)
 

@@ -1,4 +1,4 @@
-"""Laws of slow readers: what they keep in memory is bounded, and told."""
+"""Laws of slow readers: what they keep in memory is bounded, and reported."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from tests.kit.standby import running_standby
 
 
 class Silent(Factory):
-    """Accepts connections, counts them, and never says anything."""
+    """Accepts connections, counts them, and never sends anything."""
 
     protocol = Protocol
     noisy = False
@@ -106,7 +106,7 @@ class SeveralHostsTests(HostsTestCase):
         self.assertEqual(await self.port_of(dsn), self.server.port)
 
     async def test_each_failure_is_told(self) -> None:
-        """Each address with its own cause, and advice about the most telling one."""
+        """Each address with its own cause, and advice about the most informative one."""
         await self.network.refuse()
         error = await self.fails(self.dsn(("127.0.0.1", self.network.port), self.works, password="wr0ng-s3cret"))
         self.assertRegex(str(error), rf"port {self.network.port}: Connection refused; .*port {self.server.port}: FATAL")
@@ -258,7 +258,7 @@ class SessionAttrsTests(HostsTestCase):
             return None
 
     async def test_a_reader_never_is_read_write(self) -> None:
-        """A role whose transactions are read-only by default, as `migrate` makes it: the error says what to use."""
+        """A role whose transactions are read-only by default, as `migrate` makes it: the error names what to use."""
         role = f"reader_{self.database_name}"
         with self.side.cursor() as cursor:
             cursor.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'reads'")

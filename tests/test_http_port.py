@@ -110,7 +110,7 @@ class Routes(PortTestCase):
         self.assertEqual((await self.ask("/v1/datasets/products/rows/a%2Fb:c%20d%25")).body, b'{"id":3}')
 
     async def test_a_rows_own_question_mark(self) -> None:
-        """What follows a question mark is no part of the key."""
+        """What follows a question mark is not part of the key."""
         self.assertEqual((await self.ask("/v1/datasets/products/rows/1?max_age=13")).status, 200)
         await self.assert_problem("/v1/datasets/products/rows/1%3Fx=2", 404, "no row '1?x=2'")
 
@@ -133,7 +133,7 @@ class Routes(PortTestCase):
         self.assertEqual((answer.status, answer.json()), (200, {"status": "ready"}))
 
     async def test_not_found(self) -> None:
-        """An unknown path, dataset or row is 404 and says which it is."""
+        """An unknown path, dataset or row is a 404 that states which it is."""
         await self.assert_problem("/v1", 404, "nothing at this path")
         await self.assert_problem("/v1/datasets/products/", 404, "nothing at this path; leave out the slash at its end")
         for path in ("/v1/datasets/", "/v1/datasets//rows/1", "/v1/datasets//status"):
@@ -145,7 +145,7 @@ class Routes(PortTestCase):
         await self.assert_problem("/v1/datasets/products/rows/3", 404, "products has no row '3'")
 
     async def test_other_methods(self) -> None:
-        """What is not GET or HEAD is 405 and told what is allowed; the connection lives on."""
+        """A method other than GET or HEAD gets 405 with the allowed ones; the connection lives on."""
 
         def conversation(client: socket.socket) -> list[Answer]:
             asked = [
@@ -205,7 +205,7 @@ class Expired(PortTestCase):
 
 class Caching(PortTestCase):
     async def test_headers(self) -> None:
-        """A dataset's answers say how old they are and how long they are good for."""
+        """A dataset's responses state their age and how long they may be kept."""
         for path in ("/v1/datasets/products", "/v1/datasets/products/rows/1"):
             headers = (await self.ask(path)).headers
             is_row = "rows" in path
@@ -273,7 +273,7 @@ class Caching(PortTestCase):
         self.assertEqual(len(tags), 4)
 
     async def test_not_modified(self) -> None:
-        """Who has the current tag, alone, weak or in a list, gets 304 with the same headers and no body."""
+        """A client that has the current tag, alone, weak or in a list, gets 304 with the same headers and no body."""
         for path in ("/v1/datasets/products", "/v1/datasets/products/rows/1", "/v1/datasets/products/rows/large"):
             for more in ({}, {"Accept_Encoding": "gzip"}):
                 full = await self.ask(path, **more)
@@ -421,7 +421,7 @@ class Caching(PortTestCase):
 
 class Negotiation(PortTestCase):
     async def test_what_is_acceptable(self) -> None:
-        """The best of what the client takes is sent; 406 says what there is."""
+        """The best of what the client takes is sent; 406 lists what there is."""
         for accept, content_type in {
             "": "application/json",
             "*/*": "application/json",
@@ -444,7 +444,7 @@ class Negotiation(PortTestCase):
         self.assertEqual((await self.ask("/readyz", Accept="text/html")).status, 503)
 
     async def test_what_may_be_compressed(self) -> None:
-        """Small bodies stay plain, unless the client takes nothing but gzip; a client that takes neither is told."""
+        """Small bodies stay plain, unless the client accepts only gzip; a client that accepts neither gets an error."""
         small, large = "/v1/datasets/products/rows/1", "/v1/datasets/products/rows/large"
         for path, accept, coding in (
             (small, "gzip", None),
@@ -472,7 +472,7 @@ class MaxAge(PortTestCase):
         self.assertEqual(self.refreshes.asked, [])
 
     async def test_waits_for_a_refresh(self) -> None:
-        """Who asks for younger data waits until they are published, and gets them; all who wait get the same."""
+        """A request for younger data waits until they are published, and gets them; all that wait get the same."""
         path = "/v1/datasets/products/rows/1?max_age="
         asking = [self.ask(path + limit) for limit in ("5", "0", "5.5")]
         answers = gatherResults([Deferred.fromCoroutine(each) for each in asking])
@@ -496,7 +496,7 @@ class MaxAge(PortTestCase):
         self.assertEqual(plain.headers["cache-control"], "max-age=60, stale-if-error=120")
 
     async def test_not_in_time(self) -> None:
-        """At the dataset's timeout it is 503 with the age there is and the limit asked for; nothing loaded says so."""
+        """At the dataset's timeout it is 503 with the age and the requested limit, or that nothing is loaded."""
         late = Deferred.fromCoroutine(self.ask("/v1/datasets/products?max_age=5"))
         never = Deferred.fromCoroutine(self.ask("/v1/datasets/prices?max_age=5"))
         await until(lambda: len(self.refreshes.asked) == 2)
@@ -537,7 +537,7 @@ class MaxAge(PortTestCase):
         self.assertEqual(await first, [200])
 
     async def test_bad_limits(self) -> None:
-        """What is no number of seconds, or is negative, or comes twice, is 400."""
+        """A value that is not a number of seconds, or is negative, or comes twice, is 400."""
         for bad in ("max_age=", "max_age", "max_age=-1", "max_age=x", "max_age=nan", "max_age=inf", "max_age=1e400",
                     "max_age=1&max_age=1", "max_age=%ff", "max_age=" + "9" * 400, "max_age=1_0"):  # fmt: skip
             for path in ("/v1/datasets/products", "/v1/datasets/products/rows/1"):
@@ -567,7 +567,7 @@ class Gzip(PortTestCase):
         self.assertEqual(self.factory.bodies.made, 2)
 
     async def test_its_length_is_known_once_it_is_made(self) -> None:
-        """The first answer is sent as it is made; later ones say how long they are."""
+        """The first response is sent while it is made; later ones have a length."""
         self.publish_many(18)
         first = await self.ask("/v1/datasets/products", Accept_Encoding="gzip")
         self.assertEqual(first.headers.get("transfer-encoding"), "chunked")
@@ -591,7 +591,7 @@ class Gzip(PortTestCase):
         self.assertEqual(json.loads(gzip.decompress(answer.body))["7"], {"id": 7, "generation": 19})
 
     async def test_a_publish_while_it_is_read(self) -> None:
-        """Who began with one generation gets all of it, even half compressed; then it is freed."""
+        """A client that began with one generation gets all of it, even half compressed; then it is freed."""
         self.publish_many(18, 200_000)
         snapshot = self.products.snapshot
         assert snapshot is not None
@@ -687,7 +687,7 @@ class Streaming(PortTestCase):
         self.assertEqual(len(json.loads(body)), 100_000)
 
     async def test_half_closed(self) -> None:
-        """A client that has said all it will (printf … | nc -N) still gets all its answers, then the end."""
+        """A client that has sent all it will (printf … | nc -N) still gets all its answers, then the end."""
         self.publish(rows_of((b"%d" % n, b"%d" % n) for n in range(50_000)), 18)
         text = await self.exchange(
             b"GET /v1/datasets/products/rows/7 HTTP/1.1\r\nHost: x\r\n\r\n" * 100
@@ -908,7 +908,7 @@ class Refusals(PortTestCase):
                 self.assertEqual(text.partition(b"\r\n\r\n")[2] == b"", method == b"HEAD")
 
     async def test_a_body_that_comes_is_not_kept(self) -> None:
-        """Who sends all the same is still told why, and what it sends is nowhere kept, nor taken for requests."""
+        """A client that sends anyway still gets the reason, and its bytes are neither kept nor taken for requests."""
         smuggled = b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n"
 
         def conversation(client: socket.socket) -> bytes:
@@ -988,7 +988,7 @@ class Refusals(PortTestCase):
 
 
 class WrongEnds(PortTestCase):
-    """Bytes that are HTTP but for a detail, so that their end would never come."""
+    """Bytes that are HTTP except for a detail, so that their end would never come."""
 
     async def test_tls(self) -> None:
         """A TLS client is refused at once, in words that a person finds in its error or in a dump."""
@@ -1037,8 +1037,8 @@ class ConnectionLimit(PortTestCase):
     max_connections = 3
 
     async def test_one_too_many(self) -> None:
-        """A connection over the limit may ask for probes; whatever else it does it is told that there are too many, and
-        closed. Those before it live on."""
+        """A connection over the limit may ask for probes; any other request gets the reply that there are too many,
+        and the connection is closed. Those before it live on."""
 
         def conversation() -> tuple[bytes, bytes, list[Answer], Answer, list[int]]:
             clients = [self.connect() for _ in range(self.max_connections)]
@@ -1087,7 +1087,7 @@ class SlowHeads(PortTestCase):
     head_timeout_s = 0.3
 
     async def test_a_head_has_one_deadline(self) -> None:
-        """A client that sends a byte now and then is told 408 and closed, however steadily they come."""
+        """A client that sends a byte now and then gets 408 and is closed, however steadily they come."""
 
         def conversation(client: socket.socket) -> bytes:
             client.settimeout(0.02)
@@ -1105,7 +1105,7 @@ class SlowHeads(PortTestCase):
         self.assertEqual(statuses(text), [408])
 
     async def test_it_begins_with_the_first_byte(self) -> None:
-        """Silence before a request and between two is no slow head."""
+        """Silence before a request and between two is not a slow head."""
 
         def conversation(client: socket.socket) -> list[int]:
             answers = []
@@ -1130,7 +1130,7 @@ class Idle(PortTestCase):
     idle_timeout_s = 0.4
 
     async def test_silence(self) -> None:
-        """A client that says nothing, at first or after an answer, is closed without a word."""
+        """A client that sends nothing, at first or after an answer, is closed without a word."""
 
         def conversation(client: socket.socket) -> bytes:
             client.sendall(b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n")
@@ -1181,7 +1181,7 @@ class Token(PortTestCase):
         self.assertEqual((await self.ask("/readyz")).status, 503)
 
     async def test_who_has_not_is_refused(self) -> None:
-        """Without it all of /v1 is 401 with a challenge, and does not even say what exists."""
+        """Without it all of /v1 is 401 with a challenge, and does not even reveal what exists."""
         for path in PATHS[2:9]:
             for method in ("GET", "POST"):
                 answer = await self.assert_problem(path, 401, "token", method)
@@ -1228,7 +1228,7 @@ class ProbesOnly(PortTestCase):
     allow_data = False
 
     async def test_only_probes(self) -> None:
-        """Without a token where one is needed, /v1 is 403 and says what to set; probes are served."""
+        """Without a token where one is needed, /v1 is 403 and names what to set; probes are served."""
         for path in PATHS[2:9]:
             await self.assert_problem(path, 403, "set http.token")
         self.assertEqual((await self.ask("/livez")).status, 200)

@@ -112,7 +112,7 @@ class Describing(Inspecting):
         self.assertIn("read-only transaction", text)
 
     def test_the_settings_are_those_of_a_refresh(self) -> None:
-        """It begins as a refresh of that dataset does, but for the time limits."""
+        """It begins as a refresh of that dataset does, except for the time limits."""
         begun: list[tuple[DatasetSettings, Limits]] = []
 
         def recorded(dataset: DatasetSettings, limits: Limits) -> str:
@@ -250,7 +250,7 @@ class Keys(Inspecting):
             self.assertEqual(found.ok, unique, sql)
 
     def test_a_sample(self) -> None:
-        """Of many rows it counts a sample, and says so; one that is not to be had in time leaves it open."""
+        """Of many rows it counts a sample, and reports that; without a sample in time the answer is open."""
         found = self.look("SELECT n AS id FROM generate_series(1, 20000) AS n")
         assert found.key is not None
         self.assertEqual((found.key.unique, found.key.how), (True, "counted in a sample of 10,000 rows"))
@@ -270,12 +270,12 @@ class Keys(Inspecting):
         self.assertIn("NOT NULL", todo)
 
     def test_a_column_that_is_not_there(self) -> None:
-        """A key that is no column of the query is a problem, with the nearest name."""
+        """A key that is not a column of the query is a problem, with the nearest name."""
         text, todo = self.problem("SELECT id, name FROM shop.products", "nmae")
         self.assertEqual((text, todo), ("key: the query has no column nmae", 'did you mean "name"?'))
 
     def test_types_for_deltas(self) -> None:
-        """Integers, text, uuid, boolean and enums can be told apart by their text; others cannot."""
+        """Integers, text, uuid, boolean and enums can be distinguished by their text; others cannot."""
         for expression, fit in (
             ("1", True), ("1::bigint", True), ("'a'::text", True), ("'a'::varchar(9)", True), ("true", True),
             ("gen_random_uuid()", True), ("'S'::shop.size", True), ("1.0", False), ("now()", False),
@@ -288,7 +288,7 @@ class Keys(Inspecting):
 
 class Problems(Inspecting):
     def test_rights(self) -> None:
-        """All GRANTs that a role lacks are said at once, and after them it has what it needs."""
+        """All GRANTs that a role lacks are listed at once, and after them it has what it needs."""
         reader = self.reader()
         sql = "SELECT p.id, r.amount FROM shop.products AS p, shop.prices AS r WHERE r.product_id = p.id AND id < 2"
         text, todo = self.problem(sql, dsn=reader)
@@ -310,7 +310,7 @@ class Problems(Inspecting):
         return self.server.dsn(self.role, "hidden-word", self.database)
 
     def test_a_view_of_what_the_role_must_not_see(self) -> None:
-        """A view gives what its owner may read; that the role has no rights behind it is no problem."""
+        """A view returns what its owner may read; missing rights of the role on its tables are not a problem."""
         reader = self.reader()
         query(self.server, self.database, "CREATE VIEW public.goods AS SELECT id, name FROM shop.products")
         query(self.server, self.database, f"GRANT SELECT ON public.goods TO {self.role}")
@@ -320,7 +320,7 @@ class Problems(Inspecting):
         self.assertEqual(found.key.how, "all 1,000 rows counted")
 
     def test_names_without_a_schema(self) -> None:
-        """A table or a function that search_path does not find is told with the schema that it is in."""
+        """A table or a function that search_path does not find is reported with the schema that it is in."""
         text, todo = self.problem("SELECT * FROM products")
         self.assertIn('relation "products" does not exist', text)
         self.assertIn("write shop.products", todo)
@@ -329,7 +329,7 @@ class Problems(Inspecting):
         self.assertIn("correct the name", self.problem("SELECT * FROM nowhere")[1])
 
     def test_errors_have_their_line(self) -> None:
-        """A syntax error is told with the line of the query that it is in; a column, with PostgreSQL's own hint."""
+        """A syntax error is reported with the line of the query that it is in; a column, with PostgreSQL's own hint."""
         text, _ = self.problem("SELECT id\nFROM shop.products\nWHERE id >")
         self.assertRegex(text, "syntax error at or near .*, line 3 of the query")
         text, todo = self.problem("SELECT id,\n  nam FROM shop.products")
@@ -337,7 +337,7 @@ class Problems(Inspecting):
         self.assertIn('"products.name"', todo)
 
     def test_a_locked_table(self) -> None:
-        """A table that another session has locked is told as that, within seconds."""
+        """A table that another session has locked is reported as that, within seconds."""
         self.patch(inspect_session, "_LIMITS", inspect_session._LIMITS._replace(lock_ms=100))
         with closing(psycopg2.connect(self.owner)) as other:
             other.cursor().execute("LOCK TABLE shop.products")
@@ -363,7 +363,7 @@ class Problems(Inspecting):
         self.assertIn("min_rows = 1,001", self.problem("SELECT id FROM shop.products", min_rows=1001)[0])
 
     def test_rows_that_are_hidden(self) -> None:
-        """Where row security lets the role see some rows only, a hint says so; its owner sees all, and gets none."""
+        """Where row security lets the role see some rows only, there is a hint; its owner sees all, and gets none."""
         reader = self.reader()
         for statement in (
             f"GRANT USAGE ON SCHEMA shop TO {self.role}",
@@ -377,7 +377,7 @@ class Problems(Inspecting):
         self.assertEqual(self.look("SELECT id FROM shop.products").findings, [])
 
     def test_a_table_without_statistics(self) -> None:
-        """Where the planner can only guess, a hint says what to do about it."""
+        """Where the planner can only guess, a hint names what to do about it."""
         query(self.server, self.database, 'CREATE TABLE shop."New" AS SELECT 1 AS id')
         text, todo = self.hint('SELECT id FROM shop."New"')
         self.assertEqual((text.partition(":")[0], todo), ('shop."New" has never been analyzed', 'ANALYZE shop."New";'))
@@ -393,7 +393,7 @@ class Problems(Inspecting):
         self.assertTrue(self.look(sql, notify="products", probe="SELECT 1; -- one").ok)
 
     def test_a_watch_beside_a_failing_query(self) -> None:
-        """What is in the way of deltas is told although the query fails: both can be mended at once."""
+        """What is in the way of deltas is reported although the query fails: both can be fixed at once."""
         watching = {"watch": [{"table": "shop.products", "key": "id"}]}
         found = self.look("SELECT idd FROM shop.products", **watching)
         self.assertEqual([finding.text.partition(":")[0] for finding in found.findings], ["the query", "watch"])
@@ -404,7 +404,7 @@ class Problems(Inspecting):
         self.assertNotIn("product 1", text)
 
     def test_watch(self) -> None:
-        """What deltas need is said step by step: the migration, the triggers, the type of the key; then nothing."""
+        """What deltas need is reported step by step: the migration, the triggers, the type of the key; then nothing."""
         sql = "SELECT id, name FROM shop.products"
         table = {"watch": [{"table": "shop.products", "key": "id"}]}
         self.assertEqual(self.look(sql).deltas, "possible: cacheservice watch shop.products --key id")
@@ -466,7 +466,7 @@ class Servers(Inspecting):
     WATCHED: Mapping[str, Any] = {"notify": "told"}
 
     def test_who_we_are(self) -> None:
-        """Version, database and role are told."""
+        """Version, database and role are reported."""
         self.look("SELECT 1 AS id")
         self.assertEqual((self.seen.database, self.seen.role), (self.database, "postgres"))
         self.assertFalse(self.seen.standby or self.seen.pooled)
@@ -474,7 +474,7 @@ class Servers(Inspecting):
         self.assertRegex(self.seen.version, r"^\d+")
 
     def test_a_standby(self) -> None:
-        """On a standby a dataset that waits for notifications is told that none will come."""
+        """On a standby, a dataset that waits for notifications gets a hint that none will come."""
         with running_standby(self.server) as dsn:
             found = self.look("SELECT id FROM shop.products", dsn=dsn(database=self.database), **self.WATCHED)
         self.assertTrue(found.ok)
@@ -559,7 +559,7 @@ class Command(CommandLine):
         self.assertLessEqual(max(map(len, said.splitlines())), 80)
 
     def test_a_problem_does_not_stop_the_others(self) -> None:
-        """Each dataset is looked at, whatever is wrong with the one before; exit code 1. JSON says the same."""
+        """Each dataset is looked at, whatever is wrong with the one before; exit code 1. JSON has the same."""
         tables = [f'[datasets.{name}]\nquery = "{sql}"\nkey = "id"\n' for name, sql in (
             ("a", "SELECT 1 AS id"), ("b", "SELECT x"), ("c", "TABLE items"), ("d", "SELECT 1 AS id FROM"),
         )]  # fmt: skip
@@ -594,7 +594,7 @@ class Command(CommandLine):
         self.assertIn("such as concat(count(*)", hint["todo"])
 
     def test_a_bad_configuration_as_json(self) -> None:
-        """A configuration with a problem is told in the same object; nothing is asked of a database."""
+        """A configuration with a problem is reported in the same object; no database is queried."""
         (self.directory / "cacheservice.toml").write_text("[nonsense]\n")
         told = self.command("check", "--db", "--json")
         self.assertEqual((told.returncode, told.stderr), (1, ""))

@@ -1,4 +1,4 @@
-"""Laws of keys: deltas and full reads give each row the same key, and two rows with one key are refused by both."""
+"""Laws of keys: deltas and full reads use for each row the same key, and two rows with one key are refused by both."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Keys(DependenciesTestCase):
         self.assertEqual(changed, {b"a:b:c": None})
 
     async def test_an_escape_or_another_separator(self) -> None:
-        """With either, both rows are served, and deltas give them the keys of a full read."""
+        """With either, both rows are served, and deltas use the keys of a full read."""
         for more, keys in (
             ({"key_escape": True}, [rb"a\:b:c", rb"a:b\:c"]),
             ({"key_separator": "|"}, [b"a:b|c", b"a|b:c"]),

@@ -163,12 +163,12 @@ class OnStandbys(TestCase):
         self.assertIsNone((await deferToThread(create_reader, owner, "reader")).grant)
 
     def hints(self, dsn: str) -> list[str]:
-        """What check --db has to say of the server."""
+        """What check --db reports about the server."""
         with inspecting(PostgresSettings(dsn=SecretStr(dsn)), []) as inspector:
             return [finding.todo for finding in inspector.server.findings]
 
     async def test_from_an_archive_and_late(self) -> None:
-        """A standby that only restores an archive counts from its last commit; one that replays late says so."""
+        """A standby that only restores an archive counts from its last commit; one that replays late is reported."""
         standby = await self.standby(streaming=False, restore_command="false")
         self.sql("UPDATE things SET n = 3")
         database = self.reader(standby())

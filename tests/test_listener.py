@@ -1,5 +1,5 @@
 """Laws of the listening session, on a real server and through the faulty network: a notification is heard, or it is
-told that some may have been missed; whatever cannot hear is found out, and nothing of it is left behind."""
+reported that some may have been missed; whatever cannot hear is found out, and nothing of it is left behind."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class ListenerTestCase(GuardTestCase):
         return listener
 
     def check_log(self) -> None:
-        """No mistake of ours, and no secret."""
+        """No bug of the service, and no secret."""
         self.assertNotIn(self.password, str(self.diary.log.events) + str(self.status.listening_problem))
         gc.collect()
         self.assertEqual(self.flushLoggedErrors(), [])
@@ -202,7 +202,7 @@ class HearingTests(ListenerTestCase):
         self.assertEqual(self.diary.payloads, [str(number) for number in range(300)])
 
     async def test_the_own_channel(self) -> None:
-        """What is no canary is heard there too; canaries never are, be they ours or those of another service."""
+        """A notification that is not a canary is heard there too; canaries never are, even those of another service."""
         others: list[tuple[str, str]] = []
         listener = await self.listening(OWN_CHANNEL, canary_interval_s=0.02)
         await self.listening("changes", canary_interval_s=0.02, heard=lambda *what: others.append(what))
@@ -299,7 +299,7 @@ class GuardedNotificationsTests(ListenerTestCase):
         time.sleep(seconds)
 
     async def test_what_came_together_with_an_answer(self) -> None:
-        """What libpq read with the answer to a statement is heard at once: no event of the socket would tell of it."""
+        """What libpq read with the answer to a statement is heard at once: no event of the socket would announce it."""
         guard = await self.open_and_listen()
         answer = guard.execute("SELECT pg_sleep(0.05)")
         self.hold_the_reactor(0.3)  # so that both are read in one go
@@ -339,7 +339,7 @@ class GuardedNotificationsTests(ListenerTestCase):
         self.assertEqual(our_timers(), [])
 
     async def test_fifty_times_lost_cancelled_and_closed(self) -> None:
-        """A wait is told of the loss, and ends with whoever waits; nothing is left."""
+        """A wait is notified of the loss, and ends when it is cancelled; nothing is left."""
 
         async def lost(number: int) -> None:
             guard = await self.open(port=self.network.port)
@@ -386,7 +386,7 @@ class ChangedChannelsTests(ListenerTestCase):
         self.assertEqual(self.pids(), [pid])
 
     async def test_at_any_moment_of_a_session(self) -> None:
-        """Changed in any turn of the reactor, it ends with what was said last."""
+        """Changed in any turn of the reactor, it ends with what was set last."""
         listener = self.make_listener("first", canary_interval_s=0.0)
         listener.startService()
         chance = random.Random(20240229)
@@ -423,7 +423,7 @@ class ChangedChannelsTests(ListenerTestCase):
         await self.check_stops(listener, before)
 
     async def test_changed_before_it_runs(self) -> None:
-        """It begins with what was said last, and not before it is started."""
+        """It begins with what was set last, and not before it is started."""
         listener = self.make_listener("first")
         listener.listen_to(["second"])
         await deferLater(reactor, 0.05)
@@ -455,10 +455,10 @@ class LostTests(ListenerTestCase):
     """The session is lost, or the way to it, or the server."""
 
     def check_nothing_missed_silently(self, sent: dict[int, int]) -> None:
-        """`sent` says at which length of the diary each number was committed.
+        """`sent` holds at which length of the diary each number was committed.
 
-        A number is heard, or committed before it is told that some may have been missed; and as long as a session is
-        proven and not known to be lost, no number is left out.
+        A number is heard, or committed before it is reported that some may have been missed; and as long as a session
+        is proven and not known to be lost, no number is left out.
         """
         heard = {int(payload) for payload in self.diary.payloads}
         missed_at = [place for place, entry in enumerate(self.diary) if entry[0] == "missed"]
@@ -472,14 +472,14 @@ class LostTests(ListenerTestCase):
                 earlier = range(next_one, -1, -1)
                 place = next(place for place in earlier if self.diary[place][0] != "heard")
                 self.assertFalse(self.diary[place][0] == "missed" and place < one, self.diary[one - 1 : next_one + 1])
-        # After each loss, once it listens again, it is told.
+        # Each loss is reported once it listens again.
         states = [entry[0] for entry in self.diary if entry[0] != "heard"]
         for state, next_one in pairwise(states):
             allowed = {"listening_began": ["missed"], "missed": ["listening_lost"]}
             self.assertIn(next_one, allowed.get(state, ["listening_began", "listening_impossible", "listening_lost"]))
 
     async def write_amid(self, strikes: int, strike: Callable[[random.Random], None], mend: Callable[[], Any]) -> int:
-        """Notify numbers all the time, `strike` between any two of them, and `mend`; how many were sent."""
+        """Notify numbers all the time, `strike` between any two of them, and repair; return how many were sent."""
         chance = random.Random(20261231)
         sent: dict[int, int] = {}
         losses = self.count("listening_lost")
@@ -546,7 +546,7 @@ class LostTests(ListenerTestCase):
         await self.check_stops(listener, before)
 
     async def lose(self, strike: Callable[[], Any], mend: Callable[[], Any], **options: Any) -> None:
-        """After `strike` the session is known to be lost; after `mend` there is another one, as good as the first."""
+        """After `strike` the session is known to be lost; after the repair there is another, as good as the first."""
         before = await self.what_is_held()
         listener = await self.listening("numbers", **{**QUICK, **options})
         for round_ in range(3):
@@ -581,7 +581,7 @@ class LostTests(ListenerTestCase):
         await self.lose(self.network.half_open, self.network.heal, answer_within_s=0.5, connect_timeout_s=1.0)
 
     async def test_refused_for_a_while(self) -> None:
-        """One line tells the loss, however many tries fail; they go on until one succeeds."""
+        """One line reports the loss, however many tries fail; they go on until one succeeds."""
         listener = await self.listening("numbers", **QUICK)
         await self.network.refuse()
         self.network.reset()
@@ -604,7 +604,7 @@ class LostTests(ListenerTestCase):
         await self.lose(strike, lambda: None, **PATIENT)
 
     async def test_a_cancelled_canary(self) -> None:
-        """pg_cancel_backend at any moment is no stop of ours: it listens on, or again."""
+        """pg_cancel_backend at any moment does not stop the listener: it listens on, or again."""
         listener = await self.listening("numbers", **{**QUICK, "canary_interval_s": 0.0})
         sent = listener.canaries.sent
         while listener.canaries.sent < sent + 60:
@@ -633,7 +633,7 @@ class LostTests(ListenerTestCase):
         self.side = connect(self.server)
 
     def notify_fresh(self) -> None:
-        """From now on a session for each notification, none where there is no server."""
+        """From now on a session for each notification, none if there is no server."""
 
         def notify(channel: str, payload: str) -> None:
             if self.server.running:
@@ -642,7 +642,7 @@ class LostTests(ListenerTestCase):
         self.notify = notify  # type: ignore[method-assign]
 
     async def test_a_frozen_server(self) -> None:
-        """The whole server under SIGSTOP: the canary tells, nobody is held, and it listens again after the thaw."""
+        """The whole server under SIGSTOP: the canary detects it, nobody is held, and it listens again afterwards."""
         before = await self.what_is_held()
         listener = await self.listening("numbers", **{**QUICK, "connect_timeout_s": 0.5})
         self.server.freeze(backends=True)
@@ -693,7 +693,7 @@ class CannotListenTests(ListenerTestCase):
         return [fields["error"] for logged, fields in self.diary.log.events if logged == event]
 
     async def test_a_standby(self) -> None:
-        """It says so, in one line, and goes on trying: once promoted, the server is listened to."""
+        """It reports that in one line, and goes on trying: once promoted, the server is listened to."""
         with running_standby(self.server) as dsn:
             listener = self.make_listener("changes", dsn=dsn(database=self.database_name), **QUICK)
             listener.startService()
@@ -725,7 +725,7 @@ class CannotListenTests(ListenerTestCase):
 
     async def test_a_pool_of_transactions(self) -> None:
         """LISTEN succeeds there, and even our own notification comes back to the statement that sent it; it is found
-        out, told in one line, tried again; and no server session of the pool goes on listening for us."""
+        out, reported in one line, tried again; and no server session of the pool goes on listening for us."""
         with self.pool(pool_size=1) as dsn:
             options = {**QUICK, "answer_within_s": 0.5}
             listener = self.make_listener("changes", dsn=dsn(database=self.database_name), **options)
@@ -741,7 +741,7 @@ class CannotListenTests(ListenerTestCase):
             self.assertEqual(self.count("missed"), 0)
             await listener.stopService()
             await until(lambda: self.status.connections == 0)
-            # A stop amid the proof leaves what it listened to; a try that is seen to its end does not.
+            # A stop during the proof leaves what it listened to; a try that is seen to its end does not.
             listener = self.make_listener(
                 "changes", dsn=dsn(database=self.database_name), **{**options, "retry_slowly_s": LONG_S}
             )
@@ -753,7 +753,7 @@ class CannotListenTests(ListenerTestCase):
             await listener.stopService()
 
     async def test_a_direct_connection_after_a_pool(self) -> None:
-        """Once the way is direct, it listens, and says so."""
+        """Once the way is direct, it listens, and reports that."""
         with self.pool() as dsn:
             listener = self.make_listener(
                 "changes", dsn=dsn(database=self.database_name), **{**QUICK, "answer_within_s": 0.5}
@@ -804,7 +804,7 @@ class StopTests(ListenerTestCase):
         await self.check_left(before)
 
     async def test_connecting_to_a_silent_host(self) -> None:
-        """The connection is accepted and then says nothing."""
+        """The connection is accepted, and then the server sends nothing."""
         before = await self.what_is_held()
         self.network.silence()
         listener = self.make_listener("changes")

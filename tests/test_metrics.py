@@ -1,4 +1,4 @@
-"""Laws of the metrics: each form in which they are asked for tells the same, and what it tells is so."""
+"""Laws of the metrics: each format has the same values, and the values are right."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class RealService(RealServiceTestCase):
                 self.assertEqual(set(re.findall(r"\w+", row[2])), labels, name)
 
     def test_what_is_counted(self) -> None:
-        """Refreshes and rows of the database, reads of both ports by what they got, and who was turned away."""
+        """Refreshes and rows of the database, reads of both ports by result, and rejected clients."""
         daemon = self.started(self.configuration(STEADY, PRICES, REFUSED, "[limits]\nmax_connections = 50\n"))
         wait_until(lambda: daemon.json()["datasets"]["refused"]["last_attempt"], "a failure")
         wait_until(
@@ -165,7 +165,7 @@ class RealService(RealServiceTestCase):
         wait_until(lambda: self.now(daemon)[ticks] > now[ticks], "another measure of the reactor")
 
     def test_what_is_rejected(self) -> None:
-        """Too many clients, wrong passwords and tokens, and what is no request, by port and reason."""
+        """Too many clients, wrong passwords and tokens, and invalid requests, by port and reason."""
         tables = (
             '[limits]\nmax_connections = 3\n[resp]\nport = 0\npassword = "right"\n[http]\nport = 0\ntoken = "right"\n'
         )
@@ -209,7 +209,7 @@ class RealService(RealServiceTestCase):
             client.close()
 
     def test_how_it_is_served(self) -> None:
-        """gzip for who asks for it, HEAD without a body, 405 for other methods, text for whatever else is accepted."""
+        """gzip on request, HEAD without a body, 405 for other methods, text for whatever else is accepted."""
         daemon = self.started()
         daemon.wait_until_ready()
         zipped = self.get(daemon, Accept_Encoding="gzip")
@@ -231,7 +231,7 @@ class RealService(RealServiceTestCase):
         self.assertEqual(zipped.headers["cache-control"], "no-store")
 
     def test_without_a_token(self) -> None:
-        """Metrics are served beyond the machine without a token, when data are not, and with one to who has none."""
+        """Metrics are served beyond the machine without a token, when data is not, and to clients without the token."""
         for http, status in (('host = "0.0.0.0"', 403), ('host = "0.0.0.0"\ntoken = "secret"', 401)):
             configuration = self.configuration().replace("[http]\n", f"[http]\n{http}\n")
             daemon = self.started(configuration)

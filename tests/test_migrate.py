@@ -145,7 +145,7 @@ class Migrations(TestCase):
         return [file.stem for file in migration_files(FOLDER)]
 
     def objects(self) -> list[tuple[Any, ...]]:
-        """All that is in the schema, but for yoyo's lock, and who owns it."""
+        """All that is in the schema, except yoyo's lock, and its owner."""
         return self.sql(
             "SELECT 'table', relname::text, pg_get_userbyid(relowner)::text FROM pg_class "
             "WHERE relnamespace = to_regnamespace('cacheservice') AND relkind = 'r' AND relname <> 'yoyo_lock' "
@@ -154,7 +154,7 @@ class Migrations(TestCase):
         )
 
     def test_a_database_that_yoyo_migrated(self) -> None:
-        """What yoyo-migrations applied is not applied again, and a lock row that it left is no obstacle."""
+        """What yoyo-migrations applied is not applied again, and a lock row that it left is not an obstacle."""
         self.sql(YOYO)
         for name in ("0001_schema", "0002_changes"):
             self.sql((FOLDER / f"{name}.sql").read_text())
@@ -272,7 +272,7 @@ class Migrations(TestCase):
         return self.server.dsn(name, "hidden-word", self.database)
 
     def test_another_owner(self) -> None:
-        """--owner gives all to a role that owns the tables, which can then watch them; a later run leaves it so."""
+        """--owner makes the tables' owner the owner of everything; it can then watch them; a later run leaves it so."""
         app = f"app_{self.database[5:]}"
         dsn = self.role(app)
         migrate(self.owner, FOLDER)
@@ -290,7 +290,7 @@ class Migrations(TestCase):
         self.assertEqual(self.as_reader("SELECT id FROM own"), [(1,)])
 
     def test_the_readers_connection(self) -> None:
-        """The advice for a reader that connects by mistake gives it no rights of the owner."""
+        """The advice for a reader that connects by mistake does not include rights of the owner."""
         migrate(self.owner, FOLDER)
         create_reader(self.owner, READER, [], "wörd")
         with self.assertRaises(MigrationFailed) as refused:
@@ -301,7 +301,7 @@ class Migrations(TestCase):
         )
 
     def test_what_to_grant(self) -> None:
-        """A role that lacks a right is told the statement that gives it, and with that the command goes on."""
+        """A role that lacks a right gets the statement that grants it, and with that the command goes on."""
         name, app = f"low_{self.database[5:]}", f"app_{self.database[5:]}"
         dsn = self.role(name)
         self.role(app)
@@ -334,7 +334,7 @@ class Migrations(TestCase):
         for _ in range(2):
             create_reader(dsn, READER, [], "wörd")
         if not at_least(self.server, 16):
-            return  # there, who may create roles may change every other one
+            return  # there, a role that may create roles may change every other one
         self.sql(f'ALTER ROLE "{READER}" CREATEDB')
         self.sql(f'ALTER ROLE "{READER}" CONNECTION LIMIT 3')
         with self.assertRaises(MigrationFailed) as refused:
@@ -390,7 +390,7 @@ class Migrations(TestCase):
         self.assertNotIn("wörd", written)
 
     def test_a_refusal_is_one_line(self) -> None:
-        """What the server refuses is told in one line, without the password."""
+        """What the server refuses is reported in one line, without the password."""
         migrate(self.owner, FOLDER)
         with self.assertRaises(MigrationFailed) as refused:
             create_reader(self.owner, READER, ["no.such_table"], "wörd")
@@ -403,7 +403,7 @@ class Migrations(TestCase):
         self.assertNotIn("\n", str(refused.exception))
 
     async def test_the_service_reads_as_the_reader(self) -> None:
-        """The reader's rights are enough for a refresh, and the lack of one is told with what to do."""
+        """The reader's rights are enough for a refresh, and the lack of one is reported with what to do."""
         migrate(self.owner, FOLDER)
         create_reader(self.owner, READER, ["public.granted"], "wörd")
         await self.read("SELECT * FROM granted")
@@ -414,7 +414,7 @@ class Migrations(TestCase):
         self.assertIn("GRANT SELECT", refused.exception.advice)
 
     async def test_the_reader_is_told_who_blocks_it(self) -> None:
-        """A role with few rights learns who holds the lock, through the migrations' function, which shows no text."""
+        """A role with few rights learns which session holds the lock, by the migrations' function, without text."""
         migrate(self.owner, FOLDER)
         create_reader(self.owner, READER, ["public.granted"], "wörd")
         with closing(connect(self.server, self.database)) as holder, holder.cursor() as cursor:

@@ -348,7 +348,7 @@ class Renewing(Running):
         self.assertEqual(self.files(), [self.path(1).name, self.path(8).name])
 
     async def test_another_definition(self) -> None:
-        """What another query gives is saved again under its generation, or the next start would refuse the file."""
+        """The result of another query is saved again under its generation, or the next start would refuse the file."""
         dataset = self.store()
         await self.save(dataset, 1)
         other = saved_dataset(query="SELECT * FROM products -- all of them")
@@ -395,7 +395,7 @@ class Failing(Running):
         self.addCleanup(subprocess.run, ["umount", self.directory], check=True)
 
     async def test_a_disk_that_fills(self) -> None:
-        """A full disk is told once, nothing half written stays, the old file is whole; with room again it is saved."""
+        """A full disk is reported once, no partial file stays, the old file is whole; with room again it is saved."""
         self.mount_small()
         dataset = self.store()
         await self.save(dataset, 1)
@@ -421,7 +421,7 @@ class Failing(Running):
         self.assertEqual(self.saved("products"), [3, 1])
 
     async def test_a_folder_that_goes(self) -> None:
-        """A folder removed while a save runs is a problem of that save; the next one makes it anew."""
+        """A folder removed while a save runs is a problem of that save; the next one makes it again."""
         dataset = self.store()
         await self.save(dataset, 1)
         self.publish(dataset, 2, noise(20_000, 100))
@@ -442,7 +442,7 @@ class Failing(Running):
             await self.snapshots.load("products", 1)
 
     async def test_each_kind_is_told(self) -> None:
-        """Another failure than the last one is told again; of another dataset as well."""
+        """Another failure than the last one is reported again; of another dataset as well."""
         dataset = self.store(saved_dataset(), saved_dataset("prices"))
         self.directory.write_bytes(b"a file where the folder should be")
         self.publish(dataset, 1)
@@ -477,7 +477,7 @@ class Failing(Running):
 
 class Restoring(Running):
     async def refused(self, change: Callable[[], object], *datasets: DatasetSettings, left: int | None = 1) -> str:
-        """Of generations 1 and 2 the second is changed: what is said of it, while the first is served."""
+        """Of generations 1 and 2 the second is changed: what is reported about it, while the first is served."""
         await self.save(self.store(), 1, 2)
         self.path(2).with_suffix(".snapshot.rejected").write_bytes(b"an older one")
         change()
@@ -522,7 +522,7 @@ class Restoring(Running):
         return [snapshot and self.generation_of(snapshot) for snapshot in snapshots]
 
     async def test_a_group(self) -> None:
-        """What is saved of a group is restored together, of the newest moment of which all of it is there and good."""
+        """What is saved of a group is restored together, of the newest moment at which all of it is there and good."""
         members = await self.save_group(1, 2, 3)
         self.assertEqual(await self.restored(*members), [3, 3])
         self.path(3, "prices").unlink()
@@ -538,7 +538,7 @@ class Restoring(Running):
         self.assertEqual(self.log.named("group_not_restored"), [])
 
     async def test_a_group_of_different_moments(self) -> None:
-        """If there is no moment of which all of it is saved, none of it is restored, which is told."""
+        """If there is no moment at which all of it is saved, none of it is restored, and this is logged."""
         members = await self.save_group(1, 2)
         self.path(1).unlink()
         self.path(2, "prices").unlink()
@@ -588,7 +588,7 @@ class Restoring(Running):
         self.assertIn("format 9 is unknown", await self.refused(change))
 
     async def test_rows_that_are_too_few(self) -> None:
-        """So is one that is well formed, but not of as many rows as it says."""
+        """So is one that is well formed, but without as many rows as it claims."""
         rows = rows_of(noise(3, 3).items())
         content = file_of(rows, generation=2, size_bytes=rows.size_bytes + 1)
         self.assertIn(
@@ -631,7 +631,7 @@ class Restoring(Running):
         self.assertEqual(self.log.named("snapshot_rejected"), [])
 
     async def test_no_folder(self) -> None:
-        """Without a folder there is nothing to restore, and nothing to say."""
+        """Without a folder there is nothing to restore, and nothing to report."""
         dataset = self.store(start=False)
         await self.restore()
         self.assertEqual((dataset.snapshot, self.log.events), (None, []))
@@ -750,7 +750,7 @@ class Restoring(Running):
         raise AssertionError("it was loaded")
 
     async def test_a_directory_of_another_process(self) -> None:
-        """The second process says so, and neither saves, deletes nor restores; when the first is killed, it saves."""
+        """The second process reports that, and does not save, delete or restore; once the first is killed, it saves."""
         await self.save(self.store(), 1)
         await self.snapshots.stopService()
         program = (
@@ -782,7 +782,7 @@ class Restoring(Running):
         self.assertIsNone(dataset.save_problem)
 
     async def test_load(self) -> None:
-        """Any generation on disk can be had for a rollback; what cannot says why."""
+        """Any generation on disk is available for a rollback; the reason is reported for those that are not."""
         await self.save(self.store(), 1, 2, 3)
         dataset = self.store()
         await self.restore()
@@ -801,7 +801,7 @@ class Restoring(Running):
             await self.snapshots.load("nothing", 1)
 
     async def test_rows_go_to_release(self) -> None:
-        """Rows of a file that is found to be bad half-way are given to be freed slice by slice."""
+        """Rows of a file that is found to be bad half-way are passed on to be freed slice by slice."""
         await self.save(self.store(), 1)
         self.publish(self.cache.dataset("products"), 2, noise(20_000, 300))
         await until(lambda: 2 in self.log.saved())
@@ -877,7 +877,7 @@ class Stopping(Running):
         self.assertEqual((dataset.snapshot, self.log.events[before:]), (None, []))
 
     async def test_giving_up(self) -> None:
-        """Who asked for a generation may give up; the thread ends what it began and nothing is logged."""
+        """The caller that asked for a generation may give up; the thread ends what it began and nothing is logged."""
         dataset = self.store()
         self.publish(dataset, 1, noise(20_000, 100))
         await until(self.log.saved)

@@ -76,7 +76,7 @@ class Probes(ProbesTestCase):
 
     def test_under_load(self) -> None:
         """While clients pipe thousands of GETs and download whole datasets, and datasets are refreshed, probes are
-        answered, and say what they say at rest.
+        answered, with the same answers as at rest.
         """
         daemon = self.started(self.configuration(PRODUCTS, LARGE))
         self.wait_ready(daemon)
@@ -123,7 +123,7 @@ class Load(threading.Thread):
 
 class Stopping(ProbesTestCase):
     def stopping(self, *tables: str) -> Daemon:
-        """One that has been told to stop, and has closed what it does not need."""
+        """One that has begun to stop, and has closed what it does not need."""
         daemon = self.started(self.configuration(*tables), tac=self.tac_with(SLOW_STOP))
         daemon.wait_until_ready()
         daemon.process.send_signal(signal.SIGTERM)
@@ -131,8 +131,8 @@ class Stopping(ProbesTestCase):
         return daemon
 
     def test_what_it_says(self) -> None:
-        """From the moment at which the stop begins, both ports say that it is stopping, for as long as it takes; it is
-        alive until it ends, and goes on to serve what needs no refresh, while the RESP port is closed.
+        """From the moment at which the stop begins, both ports report that it is stopping, for as long as it takes; it
+        is alive until it ends, and goes on to serve what needs no refresh, while the RESP port is closed.
         """
         daemon = self.stopping(PRODUCTS)
         self.assertEqual(self.readyz(daemon), (503, {"status": "stopping", "not_ready": {}}))
@@ -150,7 +150,7 @@ class Stopping(ProbesTestCase):
         self.assert_ended(daemon, -signal.SIGTERM)
 
     def test_until_the_end(self) -> None:
-        """On a connection that was there before, and on new ones, each answer says that it is stopping, until there is
+        """On a connection that was there before, and on new ones, each answer is that it is stopping, until there is
         none: never is it ready again.
         """
         daemon = self.stopping(PRODUCTS)
@@ -176,7 +176,7 @@ class Stopping(ProbesTestCase):
         self.assertEqual(self.get(daemon, "/v1/datasets/products/rows/1").status, 200)
 
     def test_under_load(self) -> None:
-        """It says so in the midst of downloads and pipelines, too, and ends in time."""
+        """It reports that in the midst of downloads and pipelines, too, and ends in time."""
         daemon = self.started(self.configuration(PRODUCTS, LARGE), tac=self.tac_with(SLOW_STOP))
         daemon.wait_until_ready()
         port = self.port_of(daemon, "http")

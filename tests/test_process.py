@@ -1,4 +1,4 @@
-"""Laws of what the process owes to who started it: signals, the log file, and the commands of service managers."""
+"""Laws of what the process owes to its parent: signals, the log file, and the commands of service managers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Process(DaemonTestCase):
         wait_until(lambda: path.exists() and f'"{event}"' in path.read_text(), event)
 
     def test_signals_of_users(self) -> None:
-        """SIGUSR1 and SIGUSR2 do not end it; a line says why nothing happens."""
+        """SIGUSR1 and SIGUSR2 do not end it; a line explains why nothing happens."""
         daemon = self.started()
         daemon.wait_until_ready()
         for number in (signal.SIGUSR1, signal.SIGUSR2):
@@ -60,14 +60,14 @@ class Process(DaemonTestCase):
         self.assertEqual((daemon.output, log.stat().st_mode & 0o777), ("", 0o640 & ~_umask()))
 
     def test_a_log_file_that_cannot_be_written(self) -> None:
-        """It does not start, and says why in one line."""
+        """It does not start, and reports why in one line."""
         nowhere = ("sh", "-c", 'exec "$0" "$@" --logfile=missing/service.log')
         daemon = self.started(before=nowhere)
         self.assertEqual(daemon.process.wait(GIVE_UP_S), 1)
         self.assertRegex(daemon.errors, r"^cacheservice: --logfile: .*missing/service.log: no such file or dir.*\n$")
 
     def test_health(self) -> None:
-        """It asks where the configuration says, be that all addresses, and tells alive from ready and dead."""
+        """It queries the configured address, all addresses included, and distinguishes alive from ready and dead."""
         port = free_port()
         text = self.configuration(dsn="postgresql://nobody@127.0.0.1:1/x", port=port)
         daemon = self.started(text.replace("[status]\n", '[status]\nhost = "::"\n'))

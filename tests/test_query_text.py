@@ -59,7 +59,7 @@ class QueryText(SynchronousTestCase):
     @given(st.lists(st.tuples(VALUES, BETWEEN, BETWEEN), min_size=1, max_size=4), ENDS)
     @example([("1", "", "")], ["-- ;"])
     def test_what_is_in_effect(self, columns: list[tuple[str, str, str]], ends: list[str]) -> None:
-        """A wrapped query gives what the query gives by itself, and so does a wrapped probe."""
+        """A wrapped query returns what the query returns by itself, and so does a wrapped probe."""
         listed = ",".join(f" {before} ({value}) {after}" for value, before, after in columns)
         query = f"SELECT{listed}" + "".join(ends)
         rows, error = self.answer(query)

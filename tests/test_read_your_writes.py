@@ -120,7 +120,7 @@ class ReadYourWrites(SynchronousTestCase):
         holder.join()
         self.assertEqual(failures, [])
         with redis.Redis(port=self.port, protocol=3) as cache:
-            # All who waited at the same time shared a refresh.
+            # All that waited at the same time shared a refresh.
             self.assertLess(cache.execute_command("CACHE.INFO", "counters")[b"generation"], ROUNDS)
             # A transaction that has not ended is not waited for beyond the limit.
             future = 2**40

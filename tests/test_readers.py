@@ -1,4 +1,4 @@
-"""Laws of reading the clients of a port in one go: none of them sees a difference."""
+"""Laws of reading the clients of a port in one pass: none of them sees a difference."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class ReadersTestCase(TestCase):
         self.assertEqual([client.lost is not None for client in self.clients], [True] * 20)
 
     async def test_a_pause(self) -> None:
-        """Who is paused is not read, and is once he is resumed; twice is as once."""
+        """A paused client is not read, and is read once it is resumed; twice is the same as once."""
         client = await self.connect()
         await self.ask(client, b"1")
         transport = self.clients[0].transport
@@ -183,7 +183,7 @@ class ReadersTestCase(TestCase):
         await self.closed(other)
 
     async def test_a_reset(self) -> None:
-        """A connection that breaks is told to its protocol, and its descriptor is given back."""
+        """A connection that breaks is reported to its protocol, and its descriptor is released."""
         client = await self.connect()
         await self.ask(client, b"1")
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")

@@ -111,7 +111,7 @@ class OutageTests(ServiceTestCase):
         self.assertEqual((cache.not_ready(), self.n(cache.dataset("things"))), ({}, 0))
 
     async def test_readers_see_whole_snapshots_whatever_happens(self) -> None:
-        """Amid every fault of the network and a busy writer: the generation only rises, all rows are of one moment."""
+        """During all faults of the network and a busy writer, the generation only rises; all rows are of one moment."""
         service, cache = self.make_service(
             declare("things", timeout_s=0.5, interval_s=0.05), connect_timeout_s=0.5, max_connections=1
         )
@@ -146,7 +146,7 @@ class FairnessTests(ServiceTestCase):
     """One dataset's trouble is its own."""
 
     async def test_a_locked_dataset_does_not_delay_the_others(self) -> None:
-        """With two connections, one of which waits for a lock all the time, the others are refreshed as ever."""
+        """With two connections, one always waiting for a lock, the others are refreshed as usual."""
         self.sql("CREATE TABLE locked AS SELECT 1 AS id")
         service, cache = self.make_service(
             declare("locked", "TABLE locked", timeout_s=3.0), declare("first"), declare("second"), max_connections=2
@@ -173,7 +173,7 @@ class FairnessTests(ServiceTestCase):
         await until(lambda: locked.snapshot)
 
     async def test_a_refresh_never_overlaps_itself(self) -> None:
-        """Whoever asks how often: at most one transaction a dataset is open, and no more than max_connections."""
+        """However often refreshes are requested: at most one transaction per dataset, and max_connections in all."""
         names = ("first", "second", "third")
         service, cache = self.make_service(
             *(declare(name, SLOW_THINGS.replace("0.005", "0.0005"), interval_s=0.05) for name in names),
@@ -269,7 +269,7 @@ class StopTests(ServiceTestCase):
         await self.check_stop(service, cache, before)
 
     async def test_connecting_to_a_silent_host(self) -> None:
-        """The connection is accepted and then says nothing."""
+        """The connection is accepted, and then the server sends nothing."""
         self.network.silence()
         service, cache, before = await self.prepare(declare("first"), declare("second"))
         service.startService()
@@ -308,7 +308,7 @@ class StopTests(ServiceTestCase):
         await self.check_stop(service, cache, before)
 
     async def test_waiting_for_a_lock(self) -> None:
-        """Somebody holds the table, and it is being asked who."""
+        """A session holds the table, and the service is asking which."""
         with closing(connect(self.server, self.database_name)) as holder, holder.cursor() as cursor:
             service, cache, before = await self.prepare(declare("things", timeout_s=4.0))
             cursor.execute("BEGIN; LOCK TABLE things IN ACCESS EXCLUSIVE MODE")

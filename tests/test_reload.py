@@ -65,7 +65,7 @@ class UnderTwistd(DaemonTestCase):
                 return error.code, json.load(error)
 
     def reading(self, read: Callable[[], object]) -> Callable[[], int]:
-        """Have `read` done all the time; gives what ends it and tells how often it was done. A raise fails the test."""
+        """Repeat `read` all the time; return a function that ends it and returns the count. A raise fails the test."""
         over = threading.Event()
         counts = itertools.count()
         raised: list[Exception] = []
@@ -149,7 +149,7 @@ class UnderTwistd(DaemonTestCase):
         self.assert_ended(daemon, -signal.SIGTERM)
 
     def test_other_limits_of_what_is_served(self) -> None:
-        """Another interval is in the next answer over HTTP, which says how long it may be kept."""
+        """Another interval is in the next answer over HTTP, with how long it may be kept."""
         daemon = self.begun(table("products"))
         for interval_s in (3600, 60):
             self.reload(table("products", interval_s=interval_s))
@@ -186,7 +186,7 @@ class UnderTwistd(DaemonTestCase):
         self.assertEqual(self.dataset(daemon, "d")["as_of"], before["as_of"])
 
     def test_a_bad_file(self) -> None:
-        """Whatever is wrong, nothing changes, the log and the status say so, and a good file clears it."""
+        """Whatever is wrong, nothing changes, the log and the status report it, and a good file clears it."""
         daemon = self.begun(table("products"), table("other"))
         before = {name: self.dataset(daemon, name)["as_of"] for name in ("products", "other")}
         good = self.configured(table("products"), table("other"))
@@ -314,7 +314,7 @@ class UnderTwistd(DaemonTestCase):
         self.assertEqual(self.dataset(daemon, "products")["generation"], 2)
 
     def test_waiting_readers_of_what_is_removed(self) -> None:
-        """CACHE.WAIT and ?max_age= end with an error that says so, on the connection that they were asked on."""
+        """CACHE.WAIT and ?max_age= end with an error that states this, on the connection that they were asked on."""
         slow = "generate_series(1, 2) AS id, LATERAL pg_sleep(1)"
         daemon = self.begun(table("stays"), table("goes", slow, timeout_s=100))
         client = self.connected(daemon)

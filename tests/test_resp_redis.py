@@ -47,7 +47,7 @@ def server_program() -> str:
 
 @contextlib.contextmanager
 def real_server(*options: str) -> Iterator[int]:
-    """A server that keeps nothing; gives its port."""
+    """A server that keeps nothing; returns its port."""
     port = free_port()
     with tempfile.TemporaryDirectory() as directory:
         common = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", directory]
@@ -69,7 +69,7 @@ def real_server(*options: str) -> Iterator[int]:
 
 @contextlib.contextmanager
 def our_server(*arguments: str, log: Any = None) -> Iterator[int]:
-    """tests/kit/resp_peer.py in a process of its own; gives its port."""
+    """tests/kit/resp_peer.py in a process of its own; returns its port."""
     command = [sys.executable, "-m", "tests.kit.resp_peer", *arguments]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, cwd=ROOT) as process:
         assert process.stdin is not None
@@ -354,7 +354,7 @@ UNORDERED = ("HGETALL", "HKEYS", "HVALS", "HSCAN", "SCAN")
 OF_7_0 = (b"  \t \r\n", b"*1\r\n$4\r\nPINGxx", lines("MULTI", "MULTI", "PING", "EXEC", "GET products:1"))
 """What servers after Redis 7.0, the one followed here, answer differently."""
 OWN_FIELDS = (b"id", b"version", b"server")
-"""What HELLO tells of each server and connection itself."""
+"""What HELLO reports about each server and connection itself."""
 
 
 def comparable(answers: list[Any]) -> list[Any]:
@@ -458,7 +458,7 @@ class SameAnswers(Side):
                     replies.read()
                 return {key for _, key in replies.read()[1]}
 
-            # No key of ours is empty, and Redis has a rule of its own for those.
+            # No key of a dataset is empty, and Redis has a rule of its own for those.
             @settings(max_examples=500)
             @given(patterns, st.lists(texts.filter(len), min_size=1, max_size=6, unique=True))
             def law(pattern: bytes, keys: list[bytes]) -> None:
@@ -474,7 +474,7 @@ class SameAnswersWithPassword(Side):
     password = "a secret"
 
     def test_before_and_after_auth(self) -> None:
-        """What may be asked before AUTH, and what each way to give the password answers, is as on the real server."""
+        """What may be asked before AUTH, and what each way to send the password answers, is as on the real server."""
         secret = f'"{self.password}"'
         for told in (
             ("GET products:1",),

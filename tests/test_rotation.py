@@ -69,8 +69,8 @@ class Clients(DaemonTestCase):
             return error.code
 
     def test_rotated(self) -> None:
-        """The first client that sends the new secret is served, and from then on the old one is refused; who was
-        connected before goes on."""
+        """The first client that sends the new secret is served, and from then on the old one is refused; a client
+        that was connected before goes on."""
         daemon = self.begun()
         before = self.resp(daemon, 1)
         self.assertTrue(before.ping())

@@ -143,7 +143,7 @@ class Pinned(SessionSettingsTestCase):
         self.assertEqual(await self.document(sql), {"id": 1, "day": "2026-02-01", "words": "'run':1"})
 
     async def test_search_path(self) -> None:
-        """Names are found where the dataset, or else the service, says; temporary objects come last."""
+        """Names are found in the path of the dataset, or else of the service; temporary objects come last."""
         self.sql("CREATE SCHEMA ext; CREATE FUNCTION ext.f() RETURNS text LANGUAGE sql AS $$ SELECT 'of ext' $$")
         self.sql("CREATE FUNCTION public.f() RETURNS text LANGUAGE sql AS $$ SELECT 'of public' $$")
         self.sql(f"GRANT USAGE ON SCHEMA ext TO {self.role}")
@@ -176,7 +176,7 @@ class Pinned(SessionSettingsTestCase):
                 self.assertEqual(cursor.fetchone(), ("escape", self.role))
 
     async def test_check_names_a_value_that_is_not_possible(self) -> None:
-        """`check --db` tells of a value that PostgreSQL refuses, and goes on."""
+        """`check --db` reports a value that PostgreSQL refuses, and goes on."""
         postgres = PostgresSettings.model_validate({"dsn": self.server.dsn(database=self.name)})
         declared = {"name": "things", "query": "SELECT 1 AS id", "key": "id", "settings": {"TimeZone": "Europe/Berln"}}
         dataset = DatasetSettings.model_validate(declared)

@@ -250,7 +250,7 @@ class FewConnectionsTests(SessionsTestCase):
     """A role with few connections: refreshes go first."""
 
     async def test_one_connection_and_a_listener(self) -> None:
-        """The listener gives its session up; no refresh fails, and the status says why nothing is heard."""
+        """The listener gives up its session; no refresh fails, and the status shows why nothing is heard."""
         role = self.make_role(limit=1)
         listener = self.make_listener(role, Diary())
         listener.startService()
@@ -265,7 +265,7 @@ class FewConnectionsTests(SessionsTestCase):
         await listener.stopService()
 
     async def test_a_listener_that_is_being_connected(self) -> None:
-        """A listener that is still logging in may hold the only connection, and gives it up."""
+        """A listener that is still logging in may hold the only connection, and releases it."""
         role = self.make_role(limit=1)
         listener = self.make_listener(role, Diary())
         self.assertFalse(listener.give_up_session())
@@ -327,7 +327,7 @@ class FewConnectionsTests(SessionsTestCase):
             await self.pid(self.as_role(role))
 
     async def test_none_at_all(self) -> None:
-        """With nothing to give up, the failure is told at once."""
+        """With nothing to give up, the failure is reported at once."""
         database = self.as_role(self.make_role(limit=0))
         error = await self.assertFailure(Deferred.fromCoroutine(self.pid(database)), NoSessionLeft)
         self.assertIn("CONNECTION LIMIT", error.advice)

@@ -1,4 +1,4 @@
-"""Laws of the metrics that are pushed: over real UDP sockets, whoever listens."""
+"""Laws of the metrics that are pushed: over real UDP sockets, with or without a listener."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class Push(PushTestCase):
         self.assertEqual(self.log.events, [])
 
     async def test_every_gauge_and_counter(self) -> None:
-        """What is on the page of metrics is pushed, but for buckets and versions; the datasets of a reload as well."""
+        """What is on the page of metrics is pushed, except buckets and versions; the datasets of a reload as well."""
         listener, port = self.listen()
         for dataset in self.world.cache.datasets.values():
             self.world.publish(dataset)
@@ -144,7 +144,7 @@ class Push(PushTestCase):
 
 class Problems(PushTestCase):
     async def test_nobody_listens(self) -> None:
-        """It goes on, tells so once, and once when somebody does; then all arrives again."""
+        """It goes on, reports that once, and once when somebody listens; then all arrives again."""
         listener, port = self.listen()
         await listener.transport.stopListening()
         self.start(port)
@@ -160,7 +160,7 @@ class Problems(PushTestCase):
         self.assertEqual(self.log.names(), ["statsd_unreachable", "statsd_recovered"])
 
     async def test_an_unknown_name(self) -> None:
-        """A name that cannot be found is told once and looked up again each time, off the reactor; then it is sent."""
+        """An unknown name is reported once and looked up again each time, off the reactor; then metrics are sent."""
         listener, port = self.listen()
         self.address = None
         self.start(port, "metrics.example")
@@ -184,7 +184,7 @@ class Problems(PushTestCase):
         await until(lambda: second.packets)
 
     async def test_no_way_there(self) -> None:
-        """An address that this machine may not send to is a problem as any other, told once."""
+        """An address that this machine may not send to is a problem as any other, reported once."""
         self.start(8125, "255.255.255.255")
         await until(self.log.names)
         await deferLater(reactor, 10 * INTERVAL_S)
@@ -261,7 +261,7 @@ class RealService(DaemonTestCase):
             self.assertNotIn("statsd", daemon.output)
 
     def test_a_name_that_does_not_exist(self) -> None:
-        """It is told once, and starts, serves and stops as without."""
+        """It is reported once, and starts, serves and stops as without."""
         daemon = self.started(self.configuration() + '[statsd]\nhost = "no-such-name.invalid"\n')
         daemon.wait_until_ready()
         told = daemon.event("statsd_unreachable")
@@ -270,7 +270,7 @@ class RealService(DaemonTestCase):
         self.assert_ended(daemon, -15)
 
     def test_a_reload(self) -> None:
-        """Another server takes effect at the next start, and a reload says so."""
+        """Another server takes effect at the next start, and a reload reports that."""
         daemon = self.started()
         daemon.wait_until_ready()
         (self.directory / "cacheservice.toml").write_text(self.configuration() + '[statsd]\nhost = "127.0.0.1"\n')

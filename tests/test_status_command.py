@@ -62,7 +62,7 @@ class BrokenFile(CommandLine):
             self.assertRegex(told.stdout, rf"^CACHESERVICE UNKNOWN - {problem}.*use --port")
 
     def test_the_options_work(self) -> None:
-        """With --port, or the port in the environment, the commands work as ever."""
+        """With --port, or the port in the environment, the commands work as usual."""
         self.service(GOOD).wait_until_ready()
         (self.directory / "cacheservice.toml").write_text("[[[")
         port = str(self.port)
@@ -204,8 +204,8 @@ class Status(CommandLine):
 
 class Watch(CommandLine):
     def test_it_survives_the_service(self) -> None:
-        """While the service is away it says so and how old its picture is; when it is back the picture is new; Ctrl-C
-        ends it with exit code 130 and leaves the last picture, and the terminal as it was."""
+        """While the service is away it shows that and how old its picture is; when it is back the picture is new;
+        Ctrl-C ends it with exit code 130 and leaves the last picture, and the terminal as it was."""
         daemon = self.service(GOOD)
         daemon.wait_until_ready()
         terminal = self.terminal("status", "--watch")
@@ -354,7 +354,7 @@ class Check(CommandLine):
         self.assertEqual(self.check("--perfdata", "none")[2], {})
 
     def test_a_standby(self) -> None:
-        """With `watch`, a service that reads a standby is OK, and expired because replay is paused, it says so."""
+        """With `watch`, a service that reads a standby is OK, and expired because replay is paused, it shows that."""
         query(self.server, self.database, "ALTER TABLE items ADD PRIMARY KEY (id)")
         owner = self.server.dsn(database=self.database)
         migrate(owner, shipped.folder("migrations"))
@@ -464,7 +464,7 @@ class Check(CommandLine):
 
 class Errors(CommandLine):
     def test_wrong_usage_is_one_line(self) -> None:
-        """A slip is told in one line that names the command, what is wrong, and where to read on; exit code 2."""
+        """A slip is reported in one line that names the command, what is wrong, and where to read on; exit code 2."""
         for arguments, wanted in (
             (["statu"], r"cacheservice: no such command 'statu'. Did you mean 'status'\? See: cacheservice --help\n"),
             (

@@ -46,7 +46,7 @@ Conversation = Callable[[socket.socket], Any]
 
 
 class AdminRefreshes:
-    """Remembers who was asked for; `running` are those that one follows."""
+    """Remembers the requested datasets; `running` are those that one follows."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -129,7 +129,7 @@ class Replies(PortTestCase):
         await self.assert_asks("ruok", "imok")
 
     async def test_ready(self) -> None:
-        """ready says ready, or notready with each dataset that is why, and its state."""
+        """`ready` replies ready, or notready with each dataset that is why, and its state."""
         await self.assert_asks("ready", "notready prices:never_loaded")
         self.cache.dataset("prices").publish(Snapshot(1, rows_of({}), MOMENT, 1000.0, ""))
         await self.assert_asks("ready", "ready")
@@ -163,7 +163,7 @@ class Replies(PortTestCase):
         )
 
     async def test_status_while_refreshing(self) -> None:
-        """The table says who reads, how far, and who waits for a connection."""
+        """The table shows what is read, how far, and what waits for a connection."""
         products, prices = self.cache.dataset("products"), self.cache.dataset("prices")
         rows = rows_builder()
         rows.add([(b"%d" % number, b"{}") for number in range(1500)])
@@ -345,7 +345,7 @@ class Replies(PortTestCase):
         self.assertEqual(attempts[0], "2026-01-02T03:04:05Z interval failed in 1.00 s: failure 11")
 
     async def test_why(self) -> None:
-        """why is sentences: the state and its limit, the last error, who blocks, what to do, and when it tries next."""
+        """why is sentences: the state and its limit, the last error, the blockers, what to do, and the next attempt."""
         await self.assert_asks(
             "why prices",
             "prices has never been loaded, so readers get nothing from it yet.\n"
@@ -442,7 +442,7 @@ class Lines(PortTestCase):
         await self.assert_asks("\x1b[2J\u20ac", "ERROR unknown command '\\x1b[2J\\u20ac'; try help")
 
     async def test_bad_arguments(self) -> None:
-        """A missing, wrong or superfluous argument gets one line that says what is wrong."""
+        """A missing, wrong or superfluous argument gets one line that names the mistake."""
         for line, reply in (
             ("show", "ERROR show takes one argument: show NAME"),
             ("why a b", "ERROR why takes one argument: why NAME"),
@@ -459,7 +459,7 @@ class Lines(PortTestCase):
             await self.assert_asks(line, reply)
 
     async def test_admin_commands_are_refused(self) -> None:
-        """On the status port a command that changes something says that it is an admin command."""
+        """On the status port a command that changes something is answered as an admin command."""
         for line in ("refresh products", "refresh all", "refresh"):
             await self.assert_asks(line, "ERROR refresh is an admin command")
 
@@ -476,7 +476,7 @@ class Lines(PortTestCase):
             self.assertEqual(await self.converse(sending(b"x" * size)), too_long)
 
     async def test_too_long_after_prompt(self) -> None:
-        """After prompt, too, a line too long is told and ends the connection."""
+        """After prompt, too, a line too long is reported and ends the connection."""
         reply = await self.converse(sending(b"prompt\nruok\n" + b"x" * 300 + b"\nruok\n"))
         self.assertEqual(reply, f"\nimok\n\nERROR the line is longer than {MAX_LINE_BYTES} bytes\n\n")
 
@@ -494,7 +494,7 @@ class Lines(PortTestCase):
             self.assertEqual(await self.converse(sending(data, half_close=True)), reply)
 
     async def test_a_half_closed_client_is_let_go(self) -> None:
-        """When both sides have said all, the connection is closed at once, though the client never closes it."""
+        """When both sides have sent all, the connection is closed at once, though the client never closes it."""
         held = await deferToThread(self.connect)
         self.addCleanup(held.close)
         await deferToThread(sending(b"ruok", half_close=True), held)
@@ -604,7 +604,7 @@ class FewConnections(PortTestCase):
     max_connections = 2
 
     async def test_the_limit(self) -> None:
-        """One client too many is answered if it asks at once, and else told so in a line; however many wait there."""
+        """One client too many is answered if it asks at once, and otherwise rejected in a line; however many wait."""
         held = [await deferToThread(self.connect) for _ in range(2)]
         for client in held:
             self.addCleanup(client.close)
@@ -625,7 +625,7 @@ class ShortPatience(PortTestCase):
     idle_timeout_s = 0.3
 
     async def test_silence(self) -> None:
-        """A client that says nothing, at first or after prompt, or never ends its line, is dropped."""
+        """A client that sends nothing, at first or after prompt, or never ends its line, is dropped."""
 
         def wait(first: bytes) -> Conversation:
             def converse(client: socket.socket) -> bool:
@@ -701,7 +701,7 @@ class Admin(PortTestCase):
         return client
 
     async def test_refresh(self) -> None:
-        """refresh starts a refresh, or says that it follows the one that runs, for one dataset or for all."""
+        """refresh starts a refresh, or replies that it follows the one that runs, for one dataset or for all."""
         self.refreshes.running.add("prices")
         await self.assert_asks("refresh products", "OK products: refresh started")
         await self.assert_asks("refresh prices", "OK prices: refresh follows the one that is running")
@@ -710,7 +710,7 @@ class Admin(PortTestCase):
         self.assertEqual(self.refreshes.asked, ["products", "prices", "products", "prices"])
 
     async def test_accept(self) -> None:
-        """accept lets the next result of one dataset through, and says how to have it now."""
+        """accept lets the next result of one dataset through, and replies how to have it now."""
         await self.assert_asks(
             "accept products",
             "OK products: the next result is published even if a gate refuses it; 'refresh products' reads it now",

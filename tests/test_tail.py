@@ -1,4 +1,4 @@
-"""Laws of `cacheservice tail`: what happens is told, each thing once, across restarts of the service."""
+"""Laws of `cacheservice tail`: what happens is reported, each thing once, across restarts of the service."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Tail(CommandLine):
             [sys.executable, "-m", "cacheservice", "tail", "--json", *arguments],
             cwd=self.directory, env=self.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
-        give_up = threading.Timer(2 * GIVE_UP_S, tail.kill)  # and whoever reads from it finds its end
+        give_up = threading.Timer(2 * GIVE_UP_S, tail.kill)  # and a reader of it finds its end
         give_up.start()
         try:
             yield tail
@@ -68,7 +68,7 @@ class Tail(CommandLine):
                 return event
 
     def publish_until_told(self, tail: subprocess.Popen[str]) -> int:
-        """It follows once it tells of a publish; the generation of that."""
+        """It follows once it reports a publish; return its generation."""
         notifying = subprocess.Popen(
             [sys.executable, "-c", _NOTIFY_ON_AND_ON, self.server.dsn(database=self.database)], stdin=subprocess.PIPE
         )
@@ -79,7 +79,7 @@ class Tail(CommandLine):
         return generation
 
     def test_each_publish(self) -> None:
-        """Each publish is told once and in order, however fast they come: by the message that the RESP port sends."""
+        """Each publish is reported once and in order, however fast they come: by the message of the RESP port."""
         daemon = self.service(TOLD)
         daemon.wait_until_ready()
         with self.tail("told") as tail:
@@ -99,7 +99,7 @@ class Tail(CommandLine):
         self.assertEqual(seen, list(range(seen[0], last + 1)))
 
     def test_without_the_resp_port(self) -> None:
-        """Where it cannot subscribe it says so once, and tells by the numbers how many publishes it saw no more of."""
+        """Where it cannot subscribe it reports that once, and counts the publishes that it missed by their numbers."""
         daemon = self.service(TOLD)
         daemon.wait_until_ready()
         with self.tail("--resp-port", str(free_port())) as tail:
@@ -120,7 +120,7 @@ class Tail(CommandLine):
         self.assertRegex(errors, r"^cacheservice: publishes are detected by polling, .*see --resp-port\n$")
 
     def test_a_restart(self) -> None:
-        """It tells when the service goes, when it is back as another process, and goes on."""
+        """It reports when the service goes, when it is back as another process, and goes on."""
         daemon = self.service(GOOD, TOLD)
         daemon.wait_until_ready()
         with self.tail() as tail:
@@ -131,7 +131,7 @@ class Tail(CommandLine):
             again.wait_until_ready()
             self.next_event(tail, "service_found")
             self.assertEqual(self.next_event(tail, "service_restarted")["pid"], again.json()["service"]["pid"])
-            # What was published while nobody was connected, the numbers tell: all of them are accounted for.
+            # What was published while nobody was connected follows from the numbers: all of them are accounted for.
             query(self.server, self.database, "NOTIFY told")
             wait_until(lambda: again.json()["datasets"]["told"]["generation"] > 1, "a publish")
             last = again.json()["datasets"]["told"]["generation"]
@@ -144,7 +144,7 @@ class Tail(CommandLine):
             self.assertLessEqual(told[0], 2)
 
     def test_failures_and_states(self) -> None:
-        """A failure is told with its error, what expires and what recovers as well."""
+        """A failure is reported with its error, what expires and what recovers as well."""
         # Each refresh is a publish, so that it shows when it has begun to follow.
         daemon = self.service(ITEMS.replace("SELECT id, name", "SELECT id, name, clock_timestamp()"))
         daemon.wait_until_ready()
@@ -159,7 +159,7 @@ class Tail(CommandLine):
             self.next_event(tail, "dataset_recovered")
 
     def test_a_slip_is_one_line(self) -> None:
-        """An unknown dataset, or nobody there, is told in one line."""
+        """An unknown dataset, or nobody there, is reported in one line."""
         self.service(GOOD).wait_until_ready()
         told = self.command("tail", "goof")
         self.assertEqual((told.returncode, told.stdout), (1, ""))

@@ -47,7 +47,7 @@ class TracingTests(ServiceTestCase):
         return [(e, f["attempt"]) for e, f in self.log.events if e in STARTED and f["dataset"] == dataset]
 
     async def test_a_refresh_that_hangs(self) -> None:
-        """Whoever sees a statement at the server finds the line of its attempt, and the other way round."""
+        """A statement at the server leads to the log line of its attempt, and the other way round."""
         service, cache = self.make_service(declare("slow", "SELECT 1 AS id, pg_sleep(1.5)::text AS slept"))
         service.startService()
         session = await self.seen("MATERIALIZED")
@@ -62,7 +62,7 @@ class TracingTests(ServiceTestCase):
         self.assertRegex(line, "^attempt: .* start published in ")
 
     async def test_each_attempt_has_its_own(self) -> None:
-        """No two attempts share an id, whatever becomes of them."""
+        """No two attempts share an id, however they end."""
         cache = await self.served(declare("things"))
         dataset = cache.dataset("things")
         await self.until_read(dataset, 1)

@@ -24,7 +24,7 @@ from tests.kit.ports import free_port
 from tests.kit.postgres import query, sessions
 from tests.kit.waiting import GIVE_UP_S, wait_until
 
-# What a .tac may add: a stop that never ends, and somebody who talks.
+# What a .tac may add: a stop that never ends, and a client that talks.
 STUCK = """
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred
@@ -151,7 +151,7 @@ class AsPidOne(DaemonTestCase):
         self.assert_ended(daemon, 0)
 
     def test_a_second_signal(self) -> None:
-        """As PID 1, too, a second signal ends at once a stop that takes its time, with the code a shell would give."""
+        """As PID 1, too, a second signal ends a slow stop at once, with the code that a shell would return."""
         daemon = self.started(before=self.BEFORE, tac=self.tac_with(STUCK))
         process = self.first_process(daemon)
         process.terminate()
@@ -181,7 +181,7 @@ class RefusedStarts(DaemonTestCase):
         self.assertNotIn("hunter2", "\n".join(problems))
 
     def test_no_configuration(self) -> None:
-        """Without any configuration it says what it looked for."""
+        """Without any configuration it reports where it looked."""
         problems = self.refused("", environ={"CACHESERVICE_CONFIG": str(self.directory / "absent.toml")})
         self.assertEqual(len(problems), 1)
         self.assertIn("absent.toml: cannot be read: no such file", problems[0])
@@ -287,7 +287,7 @@ class TheLog(DaemonTestCase):
         self.assertEqual([line["level"] for line in unhandled], ["critical"])
 
     def test_nobody_reads_it(self) -> None:
-        """When nobody reads its log it goes on as ever: it answers, refreshes, and ends in time."""
+        """When nobody reads its log it goes on as usual: it answers, refreshes, and ends in time."""
         port = free_port()
         read_end, write_end = os.pipe()
         self.addCleanup(os.close, read_end)
@@ -400,7 +400,7 @@ class Secrets(DaemonTestCase):
         self.assertNotIn(dsn.partition("@")[2], said)
 
     def test_a_wrong_password(self) -> None:
-        """A wrong password is told as such, in the log and in the status, and not shown."""
+        """A wrong password is reported as such, in the log and in the status, and not shown."""
         dsn = self.server.dsn(password="hunter2-is-wrong", database=self.database)
         daemon = self.started(self.configuration(dsn=dsn, log='level = "debug"'))
         failed = daemon.event("refresh_failed")
@@ -409,7 +409,7 @@ class Secrets(DaemonTestCase):
         self.assertNotIn("hunter2", self.all_said(daemon))
 
     def test_from_a_file(self) -> None:
-        """The DSN may come from a file that the environment names; neither is said anywhere."""
+        """The DSN may come from a file that the environment names; neither is shown anywhere."""
         secret = self.directory / "dsn"
         secret.write_text(self.server.dsn(database=self.database) + "\n")
         without = self.configuration().partition("[status]")[2]

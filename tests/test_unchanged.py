@@ -32,14 +32,14 @@ class UnchangedTestCase(ServiceTestCase):
         self.sql("INSERT INTO products SELECT i, 0 FROM generate_series(1, 20) AS i")
 
     async def loaded(self, **settings: Any) -> tuple[CacheService, Dataset]:
-        """A service that refreshes only when it is told to."""
+        """A service that refreshes only on request."""
         one = declare("products", "SELECT id, n FROM products", **{"interval_s": 3600.0, "max_age_s": 1e5, **settings})
         service, cache = self.make_service(one)
         await self.start_and_load(service, cache)
         return service, cache.dataset("products")
 
     async def refreshed(self, service: CacheService, dataset: Dataset) -> str:
-        """Refresh as a reader who wants it fresh does; returns how it was read."""
+        """Refresh as for a reader that requests fresh data; returns how it was read."""
         ended = sum(dataset.counts.outcomes.values())
         service.refresh_since("products", reactor.seconds())
         await until(lambda: sum(dataset.counts.outcomes.values()) > ended and not dataset.refresh.is_running)
@@ -78,7 +78,7 @@ class Probes(UnchangedTestCase):
         self.assertIn("nothing has changed", await self.refreshed(service, dataset))
 
     async def test_it_is_not_believed_for_ever(self) -> None:
-        """Every full_interval_s all is read, whatever the probe gives; what it had missed is named in the log."""
+        """Every full_interval_s all is read, whatever the probe returns; what it had missed is named in the log."""
         _, dataset = await self.loaded(probe="SELECT 1", interval_s=0.2, full_interval_s=1.0)
         self.sql("UPDATE products SET n = 7 WHERE id = 7")
         await until(lambda: self.served(dataset) == self.held())
@@ -105,7 +105,7 @@ class Probes(UnchangedTestCase):
         self.assertEqual(self.served(dataset), self.held())
 
     def test_the_documentation_shows_it(self) -> None:
-        """Probes in the documentation are such as hold, but for those that it warns of."""
+        """Probes in the documentation are reliable, except those that it warns of."""
         text = (ROOT / "docs" / "freshness.md").read_text()
         self.assertIn(PROBE, text)
         self.assertFalse(misses_changes(PROBE))
@@ -117,7 +117,7 @@ class Probes(UnchangedTestCase):
 
 class Keys(UnchangedTestCase):
     async def test_a_key_that_the_query_cannot_hold(self) -> None:
-        """A recorded int8 that is not an int2: all is read, it says why, and deltas go on after it."""
+        """A recorded int8 that is not an int2: all is read, it reports why, and deltas go on after it."""
         self.sql("ALTER TABLE products ALTER id TYPE int8")
         dsn = self.server.dsn(database=self.database_name)
         migrate(dsn, shipped.folder("migrations"))
@@ -143,8 +143,8 @@ class Keys(UnchangedTestCase):
 
 class Texts(UnchangedTestCase):
     async def test_no_two_attempts_differ(self) -> None:
-        """All attempts send the same texts but for constants of SELECTs, which the server counts as one statement; no
-        statement has the attempt's id in a comment."""
+        """All attempts send the same texts except for constants of SELECTs, which the server counts as one statement;
+        no statement has the attempt's id in a comment."""
         self.sql(f"ALTER DATABASE {self.database_name} SET log_statement = 'all'")
         before = len(self.server.log_path.read_text())
         service, dataset = await self.loaded(probe="SELECT clock_timestamp()")

@@ -299,7 +299,7 @@ class Rollback(WarmStartTestCase):
         daemon.end()
 
     def test_nothing_to_go_back_to(self) -> None:
-        """Without saved generations a rollback says so and changes nothing."""
+        """Without saved generations a rollback reports that and changes nothing."""
         daemon = self.service()
         daemon.wait_until_ready()
         self.until_saved(daemon, 1)

@@ -1,4 +1,4 @@
-"""Laws of `cacheservice watch`, of the triggers that it puts on tables, and of what they tell, on the real server."""
+"""Laws of `cacheservice watch`, of the triggers that it puts on tables, and of what they report, on the real server."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Recording(Watching):
         self.assertEqual(self.rows(), [(1, None)])
 
     def test_a_statement_that_touches_no_row(self) -> None:
-        """It records nothing and tells nobody."""
+        """It records nothing and notifies nobody."""
         self.watch("items", notify=True)
         self.sql(f"LISTEN {OWN_CHANNEL}")
         for statement in (
@@ -426,7 +426,7 @@ class Recording(Watching):
             self.sql(f"PREPARE TRANSACTION '{self.database}'")
 
     def test_notifications(self) -> None:
-        """A transaction tells once, at its commit, which watches recorded something; with --no-notify it does not."""
+        """A transaction notifies once, at its commit, which watches recorded something; not with --no-notify."""
         listener = self.open()
         listener.execute(f"LISTEN {OWN_CHANNEL}")
         self.watch("items", notify=True)
@@ -468,7 +468,7 @@ class Rights(Watching):
         self.addCleanup(query, self.server, self.database, f"DROP OWNED BY {self.role} CASCADE")
 
     def test_writers_need_no_rights(self) -> None:
-        """A writer without any right in the schema writes as ever, and is recorded; it can read no record."""
+        """A writer without any right in the schema writes as usual, and is recorded; it can read no record."""
         self.watch("items", notify=True)
         self.sql(f"SET ROLE {self.role}")
         self.sql("INSERT INTO items VALUES (1, 'a')", "UPDATE items SET id = 2", "DELETE FROM items", "TRUNCATE items")
@@ -536,8 +536,8 @@ class Rights(Watching):
         )  # fmt: skip
 
     def test_the_functions_on_tables_of_others(self) -> None:
-        """The reader, who may name what lies in the schema, cannot put a function of ours on a table of its own, where
-        it would run a cast of the reader's with our rights."""
+        """The reader, who may name what lies in the schema, cannot put a function of the service on a table of its own,
+        where it would run a cast of the reader's with our rights."""
         self.watch("items")
         self.sql(f"GRANT USAGE ON SCHEMA cacheservice TO {self.role}", f"SET ROLE {self.role}")
         self.sql("CREATE TABLE mine (id int)")
@@ -558,7 +558,7 @@ class Commands(Watching):
         return CliRunner().invoke(main, arguments, env={"CACHESERVICE_MIGRATE_DSN": self.dsn})
 
     def state(self) -> list[Any]:
-        """All that a watch leaves in the database, but for the numbers of transactions."""
+        """All that a watch leaves in the database, except the numbers of transactions."""
         return [
             self.sql("SELECT t.tgrelid, t.tgname, t.tgenabled, t.tgtype, t.tgoldtable, t.tgnewtable, "
                      "t.tgfoid::regproc::text FROM pg_trigger AS t WHERE NOT t.tgisinternal ORDER BY 1, 2"),
@@ -569,7 +569,7 @@ class Commands(Watching):
         ]  # fmt: skip
 
     def test_watch_and_unwatch(self) -> None:
-        """Watching is told, and done again does no harm; unwatching leaves nothing behind."""
+        """Watching is reported, and done again does no harm; unwatching leaves nothing behind."""
         empty = self.state()
         told = self.run_command("watch", "items", "--key", "id")
         self.assertEqual((told.exit_code, told.output), (0, 'changes of "public"."items" are recorded by id\n'))
@@ -612,7 +612,7 @@ class Commands(Watching):
         self.assertEqual(self.sql(TRIGGERS), [])
 
     def test_what_cannot_be_watched(self) -> None:
-        """It is told in one line with what to do, exit code 1, and nothing is changed."""
+        """It is reported in one line with what to do, exit code 1, and nothing is changed."""
         self.sql(
             "CREATE VIEW seen AS SELECT * FROM items",
             "CREATE MATERIALIZED VIEW kept AS SELECT * FROM items",
@@ -646,7 +646,7 @@ class Commands(Watching):
         self.assertEqual((result.exit_code, result.output), (1, 'cacheservice: "public"."items" is not watched\n'))
 
     def test_a_database_that_was_not_migrated(self) -> None:
-        """It is told to be."""
+        """It is, if requested."""
         self.dsn = self.server.dsn(database=fresh_database(self.server, self.addCleanup))
         for command, told in (
             (("watch", "items", "--key", "id"), "run cacheservice migrate first"),
@@ -657,7 +657,7 @@ class Commands(Watching):
             self.assertIn(told, result.output)
 
     def test_rights_that_are_missing(self) -> None:
-        """Who may not put triggers on a table is told so in one line."""
+        """A role that may not put triggers on a table gets one line that names the reason."""
         role = f"role_{secrets.token_hex(4)}"
         self.sql(f"CREATE ROLE {role} LOGIN PASSWORD 'hidden-word'")
         self.addCleanup(query, self.server, "postgres", f"DROP ROLE {role}")
@@ -692,7 +692,7 @@ class Commands(Watching):
             self.server.run_sql("SET search_path = 'pg_temp';\n" + printed.output, self.database)
             before = self.state()
             self.assertEqual(before, done)
-            # Whoever sees the transaction that is said to have put the triggers there sees the triggers.
+            # A session that sees the transaction recorded for the triggers sees the triggers.
             self.assertEqual(
                 self.sql("SELECT count(*) FROM cacheservice.watched AS w JOIN pg_trigger AS t ON t.tgname "
                          "LIKE 'cacheservice%' AND t.xmin <> w.since_xid::xid"), [(0,)])  # fmt: skip
@@ -708,7 +708,7 @@ class Commands(Watching):
         return state
 
     def test_a_table_that_is_written_to(self) -> None:
-        """Behind a long writer the command gives up within seconds and says what to do; writers do not wait longer."""
+        """Behind a long writer the command gives up in seconds and prints what to do; writers do not wait longer."""
         writer = self.open()
         writer.execute("BEGIN; INSERT INTO items VALUES (1, 'a')")
         began = time.monotonic()
@@ -739,7 +739,7 @@ class Commands(Watching):
         self.sql("INSERT INTO sales_a VALUES (1, 'a')")
 
     def test_a_table_that_was_dropped(self) -> None:
-        """What its watch has left goes with the next command, and a new table of that name is watched anew."""
+        """What its watch has left goes with the next command, and a new table of that name is watched again."""
         empty = self.state()
         self.watch("items")
         self.sql("INSERT INTO items VALUES (1, 'a')", "DROP TABLE items", "CREATE TABLE items (id int)")
@@ -755,10 +755,10 @@ class Commands(Watching):
 
 
 class Asking(Refreshing):
-    """What `cacheservice.changes()` tells the reader."""
+    """What `cacheservice.changes()` returns to the reader."""
 
     def test_the_first_time(self) -> None:
-        """Without a previous snapshot it tells the state, in one row, and so for several tables."""
+        """Without a previous snapshot it returns the state, in one row, and so for several tables."""
         self.watch("items")
         self.sql("CREATE TABLE others (id int)", f"GRANT SELECT ON others TO {self.reader}")
         self.watch("others", notify=True)
@@ -772,7 +772,7 @@ class Asking(Refreshing):
         self.assertEqual(self.found(first)[1], {"2", "3"})
 
     def test_composite_keys(self) -> None:
-        """A key of several columns is told as a JSON array of texts, each once."""
+        """A key of several columns is returned as a JSON array of texts, each once."""
         self.watch("items", "name", "id")
         self.tables = {"items": ["name", "id"]}
         first = self.refresh()
@@ -780,7 +780,7 @@ class Asking(Refreshing):
         self.assertEqual(self.found(first)[1], {('a"', "1"), (None, "2"), ("b", "1")})
 
     def test_at_most(self) -> None:
-        """Of more than `most` changed keys it tells one more than that, so that it shows."""
+        """Of more than `most` changed keys it returns one more than that, so that it shows."""
         self.watch("items")
         first = self.refresh()
         self.sql("INSERT INTO items SELECT generate_series(1, 100)")
@@ -843,7 +843,7 @@ class Asking(Refreshing):
                 written[number] = set()
 
     def test_what_is_not_watched(self) -> None:
-        """It is a problem, with the command to say; so is a table that is not there, and one that may not be read."""
+        """It is a problem, with the command to run; so is a table that is not there, and one that may not be read."""
         before = self.refresh()
         self.assertEqual(before.problem, "items is not watched; say: cacheservice watch items --key id")
         self.watch("items", "name")
@@ -1058,7 +1058,7 @@ class Asking(Refreshing):
         self.assertEqual(len({json.dumps(state["tables"]) for state in states}), 1)
 
     def test_the_reader_sees_no_more(self) -> None:
-        """The reader may call it and read no table of ours; others may not even call it."""
+        """The reader may call it and read no table of the service; others may not even call it."""
         self.watch("items")
         for statement in ("SELECT * FROM cacheservice.changes", "SELECT * FROM cacheservice.watched"):
             with self.assertRaises(psycopg2.errors.InsufficientPrivilege):
@@ -1149,7 +1149,7 @@ class Moving(Refreshing):
         self.assertIn("a MERGE may have moved rows", self.refresh(before.snapshot).problem or "")
 
     def test_updates_that_show_what_they_are(self) -> None:
-        """Their keys are recorded, whatever runs them, but for functions in SQL, EXECUTE of SQL, and cursors."""
+        """Their keys are recorded, whatever runs them, except for functions in SQL, EXECUTE of SQL, and cursors."""
         hidden = ("EXECUTE prepared", "'EXECUTE prepared'", " f()", " g()", " q()", "FOR r IN", "FETCH", "-- new")
         for statements in self.ways(self.UPDATE.replace("sales SET", "sales AS t SET")):
             unseen = at_least(self.server, 15) and any(each in statements[-1] for each in hidden)
@@ -1282,7 +1282,7 @@ class Pruning(Refreshing):
 
     def prune(self, keep: str = "0", most: int = 10_000) -> int:
         cursor = self.as_reader()
-        # The role's sessions are read-only unless they say otherwise.
+        # The role's sessions are read-only unless they are set otherwise.
         cursor.execute("BEGIN READ WRITE")
         cursor.execute("SELECT cacheservice.prune(%s, %s)", (keep, most))
         ((count,),) = cursor.fetchall()
@@ -1336,7 +1336,7 @@ class Pruning(Refreshing):
         self.assertEqual(self.prune(), 2)
 
     def test_a_snapshot_from_before(self) -> None:
-        """A refresh that may have missed what was deleted is told; one that has seen it all is not."""
+        """A refresh that may have missed what was deleted is reported; one that has seen it all is not."""
         before = self.refresh()
         self.sql("INSERT INTO items VALUES (1)")
         after = self.refresh()

@@ -31,7 +31,7 @@ QUOTATION = re.compile(
 
 
 class Quotation(NamedTuple):
-    """`code` is said to begin at line `line` of `path`; `found` are the lines at which it does."""
+    """Quoted `code` begins at line `line` of `path`; `found` are the lines where it really begins."""
 
     path: str
     line: int

@@ -32,4 +32,4 @@ SCHEMA = "".join(
     for name in TABLES
 )
 SLOW = "SELECT id, n, v, beat FROM {name} WHERE pg_sleep(0.002) IS NOT NULL"
-"""A read that takes a tenth of a second, so that what happens amid reads does."""
+"""A read that takes a tenth of a second, so that faults happen during reads."""

@@ -1,4 +1,4 @@
-"""Those who write, and those who read."""
+"""The writers and the readers."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ class FaultyNetwork:
         self.piece_bytes = n
 
     def silence(self, after: int = 0) -> None:
-        """After `after` bytes swallow all that either side says, and the server's end of the connection.
+        """After `after` bytes swallow all that either side sends, and the server's end of the connection.
 
         Connections are accepted. One that became silent stays so until its client closes it,
         after `heal` too: it has lost bytes.
@@ -104,11 +104,11 @@ class FaultyNetwork:
         self._end_with("reset", after)
 
     def truncate(self, after: int = 0) -> None:
-        """After `after` bytes send the client a FIN, swallow what it still says, and drop the server's side."""
+        """After `after` bytes send the client a FIN, swallow what it still sends, and drop the server's side."""
         self._end_with("truncate", after)
 
     def half_open(self) -> None:
-        """Drop the server's side of each connection and tell the client nothing; new ones get no server."""
+        """Drop the server's side of each connection without a sign to the client; new connections get no server."""
         self.serverless = True
         for link in self.links:
             link.be_silent()
@@ -134,8 +134,8 @@ class FaultyNetwork:
 class _Link(Protocol):
     """A client's connection, and through `server` its other half.
 
-    It feeds the client as a pull producer: `resumeProducing` says that the kernel has taken
-    all it was given, so that each piece is a write of its own and an ending strikes after
+    It feeds the client as a pull producer: `resumeProducing` means that the kernel has taken
+    all that it got, so that each piece is a write of its own and an ending strikes after
     the bytes before it.
     """
 
@@ -181,7 +181,7 @@ class _Link(Protocol):
             self.drop_server()
         else:
             self.server.transport.unregisterProducer()
-            self.server.transport.loseConnection()  # after what the client said last
+            self.server.transport.loseConnection()  # after what the client sent last
         self.silent = True
         self.forget_held()
         self.closed.callback(None)
@@ -253,7 +253,7 @@ class _Link(Protocol):
             self.timer = None
 
     def pump(self) -> None:
-        """Give the client its next piece, or its end, if both are due and the kernel took the last one."""
+        """Send the client its next piece, or its end, if both are due and the kernel took the last one."""
         if self.silent or not self.client_ready:
             return
         if self.timer is not None:

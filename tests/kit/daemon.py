@@ -28,7 +28,7 @@ TWISTD = Path(sys.executable).with_name("twistd")
 STOP_LIMIT_S = 5.0  # the contract's
 
 
-# No two reads give the same, so that each refresh is another generation.
+# No two reads return the same, so that each refresh is another generation.
 PRODUCTS = """
 [datasets.products]
 query = "SELECT id, 'row ' || id AS name, clock_timestamp() AS read_at FROM generate_series(1, 3) AS id"
@@ -96,7 +96,7 @@ class Daemon:
 
     @property
     def lines(self) -> list[dict[str, Any]]:
-        """The log, each whole line of which has to be a JSON object."""
+        """The log. Each complete line must be a JSON object."""
         whole, _, _ = self.output.rpartition("\n")
         return [json.loads(line) for line in whole.splitlines()]
 
@@ -166,7 +166,7 @@ class DaemonTestCase(SynchronousTestCase):
         return daemon
 
     def assert_ended(self, daemon: Daemon, code: int, *, clean: bool = True) -> None:
-        """It ended so, all of its output is log lines, and the last of them tells of the stop."""
+        """It ended so, all of its output is log lines, and the last of them is about the stop."""
         self.assertEqual(daemon.process.returncode, code, daemon.output + daemon.errors)
         self.assertEqual(daemon.errors, "")
         self.assertTrue(daemon.output.endswith("\n"))
@@ -175,7 +175,7 @@ class DaemonTestCase(SynchronousTestCase):
         self.assertEqual((stopped["event"], stopped["clean"]), ("service_stopped", clean))
 
     def refused(self, configuration: str, **options: Any) -> list[str]:
-        """What it says on standard error when it refuses to start."""
+        """Its output on standard error when it refuses to start."""
         daemon = self.started(configuration, **options)
         self.assertNotIn(daemon.process.wait(GIVE_UP_S), (0, None))
         self.assertNotIn("Traceback", daemon.output + daemon.errors)

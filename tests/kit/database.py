@@ -71,7 +71,7 @@ class DatabaseTestCase(TestCase):
         return dict(builder.finish().items())
 
     async def document(self, sql: str, *key: str, **options: Any) -> Any:
-        """Of a query that gives one row."""
+        """Of a query that returns one row."""
         ((_, document),) = (await self.rows(sql, *key, **options)).items()
         return json.loads(document)
 

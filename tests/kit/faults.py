@@ -1,17 +1,17 @@
 """Faults of every kind around the real service, while readers on every port check each answer.
 
-`Storm` holds it all: writers that change tables of which it is known what they held at any moment (`Ledger`), the
+`Storm` holds it all: writers that change tables whose contents at any moment are known (`Ledger`), the
 faulty network in a process of its own, the service under twistd with its snapshots on a small file system, readers in
 threads, and the faults (`FAULTS`). `python -m tests.kit.faults PORT` is that network: it prints its own port, takes one
-order a line on standard input (`silence 1000`, `heal`), says `ok` after each, and ends with its standard input.
+order a line on standard input (`silence 1000`, `heal`), prints `ok` after each, and ends with its standard input.
 
-What a reader is told is right if
+What a reader receives is right if
 
 - all rows of an answer, and of all datasets of a group in one MULTI, are of one version and complete, and each row's
   `mark` is that of its number and version (else the answer is *mixed*);
 - the version is the newest that the snapshot of the database saw with which the rows were read: the rows name that
   snapshot, the writer knows its transactions;
-- and the rows are of the as_of that the port tells: they hold it themselves, every version whose COMMIT had returned
+- and the rows are of the as_of that the port reports: they hold it themselves, every version whose COMMIT had returned
   before it is in them, and none whose COMMIT began after the rows were read. The snapshot is taken just after as_of, by
   an unknown time if the server is frozen in between: that is why the second bound is when the rows were read (else the
   answer is *wrong*).
@@ -163,7 +163,7 @@ class Version:
 
 
 class Claim(NamedTuple):
-    """What an answer says of itself; `generation` is 0 where the port does not tell it."""
+    """What an answer states about itself; `generation` is 0 if the port does not report it."""
 
     life: int
     dataset: str
@@ -208,7 +208,7 @@ class Ledger:
         assert not self._thread.is_alive(), f"the writer of {self.name} hangs"
 
     def order(self, what: str) -> None:
-        """Of the writer's next version: `truncate` fills the tables anew, `empty` leaves them empty until `fill`."""
+        """Of the writer's next version: `truncate` fills the tables again, `empty` leaves them empty until `fill`."""
         self._orders.append(what)
 
     def problem(self, claim: Claim) -> str | None:
@@ -295,7 +295,7 @@ def parsed(snapshot: str) -> tuple[int, int, set[int]]:
 
 
 class Network:
-    """The faulty network in a process of its own: whoever gives it orders needs no reactor."""
+    """The faulty network in a process of its own, so that its caller needs no reactor."""
 
     def __init__(self, target_port: int) -> None:
         self._process = subprocess.Popen(
@@ -386,7 +386,7 @@ def link_of(path: Path) -> str:
 
 
 class Life:
-    """One process of the service, and what its log has said until now.
+    """One process of the service, and its log until now.
 
     `ending` is set before it gets a signal to end: from then on what its readers meet is not its fault.
     """
@@ -425,11 +425,11 @@ class Life:
         return described
 
     def highest(self, name: str) -> int:
-        """The greatest generation of a dataset that any reader was told."""
+        """The greatest generation of a dataset that any reader has received."""
         return self._highest[name]
 
     def told(self, name: str, generation: int, at_least: int) -> bool:
-        """Note a generation that a reader was told; False if it is less than another had been told before it asked."""
+        """Note a generation that a reader received; False if a greater one had been received before it asked."""
         with self._lock:
             self._highest[name] = max(self._highest[name], generation)
         return generation >= at_least
@@ -674,7 +674,7 @@ class Storm:
     ) -> Claim | None:
         """Look at the rows of one answer; what it claims, unless it contradicts itself.
 
-        :param told: `keys` and `as_of_us`, where the port tells them; `floor`, the generation that it must reach;
+        :param told: `keys` and `as_of_us`, if the port reports them; `floor`, the generation that it must reach;
             `whole`, whether these are all rows.
         """
         rows = [json.loads(document) for document in documents]
@@ -711,7 +711,7 @@ class Storm:
         return claim
 
     def judge(self) -> None:
-        """Compare all that readers were told with what the database held, when the writers have ended."""
+        """Compare all that readers received with what the database held, when the writers have ended."""
         known: dict[tuple[int, str], dict[int, Claim]] = {}
         for claim, count in self.claims.items():
             problem = self.ledgers[LEDGER_OF[claim.dataset]].problem(claim)
@@ -851,7 +851,7 @@ def some_dataset(life: Life, random: Random) -> str:
 
 
 class RespClient:
-    """Reads whole datasets, and the books together, in a MULTI with what is told of them; and single rows."""
+    """Reads whole datasets, and the books together, in a MULTI with their reported state; and single rows."""
 
     def __init__(self, storm: Storm, life: Life, random: Random) -> None:
         self._storm, self._life, self._random = storm, life, random
@@ -1018,7 +1018,7 @@ class StatusClient:
             told = (as_of_us, described["rows"])
             if storm.told.setdefault((life.number, name, generation), told) != told:
                 storm.counts.add("wrong", f"{name} {generation}: {told}")
-            # What is from the disk is as old as the wall clock says, which may be turned.
+            # What is from the disk is as old as the wall clock indicates, which may be turned.
             if described["source"] == "postgres" and described["age_s"] * 1e6 < asked_us - as_of_us - 2000:
                 storm.counts.add("young", f"{name}: {described['age_s']} s, {(asked_us - as_of_us) / 1e6} s passed")
         ready = self._ask("ready")
@@ -1261,7 +1261,7 @@ ENDING = tuple(name for name in FAULTS if name.startswith("process: ") and name 
 
 
 def possible(storm: Storm) -> list[str]:
-    """The faults that can be had here: those of the clock need a compiler."""
+    """The faults that are possible here: those of the clock need a compiler."""
     return [name for name in FAULTS if storm.clock is not None or ("clock" not in name and "hour" not in name)]
 
 
@@ -1305,11 +1305,11 @@ class Shelf:
         return SnapshotStore(cache, settings, lambda _: None, reactor, said)
 
     async def restore(self) -> tuple[Snapshot | None, Said]:
-        """What a start would serve, and what it says."""
+        """What a start would serve, and what it reports."""
         cache, said = Cache([SETTINGS], reactor.seconds), Said()
         store = self._store(cache, 2, said)
         await restore(store, cache, reactor, said)
-        await store.stopService()  # which gives the lock of the directory back
+        await store.stopService()  # which releases the lock of the directory
         return cache.dataset("products").snapshot, said
 
     async def save(self, tables: Sequence[Mapping[bytes, bytes]]) -> None:

@@ -3,7 +3,7 @@
     python -m tests.kit.fuzz
 
 takes its orders from standard input as JSON (`Orders`) and writes what it found as JSON (`Found`). It is a process of
-its own, so that it takes no time of the reactor that it attacks. What is said on each connection follows from the seed
+its own, so that it takes no time of the reactor that it attacks. What is sent on each connection follows from the seed
 and from what is answered, but not from how fast it is.
 """
 
@@ -75,7 +75,7 @@ class Input:
 class Group:
     """Inputs of one connection, and how it is treated.
 
-    `cuts` are the places, from 0 to 1, where the network cuts what is said. Who is `dropped` goes without reading, and
+    `cuts` are the places, from 0 to 1, where the network cuts the input. A `dropped` client goes without reading, and
     with a reset if it is `aborted`.
     """
 
@@ -94,7 +94,7 @@ class Wrong(Exception):
 
 
 class Talk(ABC):
-    """One protocol: what valid clients say, how inputs share a connection, and the laws of what is said to them."""
+    """One protocol: what valid clients send, how inputs share a connection, and the laws of what they receive."""
 
     most_inputs = 3
     corpus: Sequence[bytes]
@@ -103,13 +103,13 @@ class Talk(ABC):
 
     @abstractmethod
     def session(self, inputs: Sequence[Input]) -> bytes:
-        """All that the client says on one connection."""
+        """All that the client sends on one connection."""
 
     @abstractmethod
     def judge(self, inputs: Sequence[Input], said: bytes, answer: bytes, was_reset: bool) -> int:
         """How many of the inputs the port has looked at: up to the one after which it was not in step any more.
 
-        :raises Wrong: if the answer is not one that a port may give.
+        :raises Wrong: if the answer is not one that a port may send.
         """
 
 
@@ -251,7 +251,7 @@ def _resp_corpus() -> list[bytes]:
 
 
 class RespTalk(Talk):
-    """Each input is followed by RESET and a word to be said back; who gets it is in step again."""
+    """Each input is followed by RESET and a word to be echoed; a client that receives it is in step again."""
 
     corpus = _resp_corpus()
     last = (
@@ -422,7 +422,7 @@ class HttpTalk(Talk):
             if status == 500:
                 raise Wrong("an internal error", in_step)
             if with_head and (position == len(answer) or answer.startswith(b"HTTP/1.1 ", position)):
-                continue  # no body of ours begins so
+                continue  # no body of this service begins so
             body, position = _body(status, headers, answer, position, in_step)
             if status >= 400 and headers[b"content-type"] == b"application/problem+json":
                 problem = json.loads(body)
@@ -467,14 +467,14 @@ def _body(status: int, headers: dict[bytes, bytes], answer: bytes, position: int
 
 
 class StatusTalk(Talk):
-    """What is said to a line is known exactly: `replies` to each command, and ERROR to everything else."""
+    """The reply to a line is known exactly: `replies` to each command, and ERROR to everything else."""
 
     most_inputs = 6
     last = (b"quit\n", b"ruok\r\n", b"ruok; ready; version\n", b"status;;quit; ruok\n", b"nope\n", b"refresh all\n")
 
     def __init__(self, replies: dict[str, str]) -> None:
         self._replies = {command: re.compile(re.escape(f"{reply}\n")) for command, reply in replies.items()}
-        # How many are connected is told by it.
+        # It reports how many clients are connected.
         self._replies["mntr"] = re.compile(re.sub(r"\d+", r"\\d+", re.escape(replies["mntr"])) + "\n")
         self._error = re.compile("ERROR [^\n]+\n")
         lines = [
@@ -527,7 +527,7 @@ class StatusTalk(Talk):
         return heard
 
     def _expected(self, said: bytes) -> tuple[list[re.Pattern[str]], int]:
-        """What has to come, and how much of what was said is looked at."""
+        """What has to come, and how much of what was received is checked."""
         wanted: list[re.Pattern[str]] = []
         prompting, position = False, 0
 
@@ -622,7 +622,7 @@ class Session:
         except BlockingIOError:
             return False
         except OSError:
-            self._left.clear()  # what was said before is still to be read
+            self._left.clear()  # what was sent before is still to be read
         return True
 
     def receive(self) -> bool:
@@ -705,7 +705,7 @@ def attack(orders: Orders) -> Found:
 
 
 def exchange(talk: Talk, port: int, inputs: Sequence[Input], cuts: Sequence[float] = ()) -> None:
-    """One session by a blocking client, cut where it is told to be.
+    """One session by a blocking client, cut at the given places.
 
     :raises AssertionError: if the answer breaks a law.
     """

@@ -68,7 +68,7 @@ def our_timers() -> list[str]:
 
 
 def held() -> dict[str, Any]:
-    """What the process and its reactor hold, but for the ticker."""
+    """What the process and its reactor hold, except the ticker."""
     return {
         "descriptors": len(os.listdir("/proc/self/fd")),
         "readers": sorted(map(repr, reactor.getReaders())),
@@ -118,7 +118,7 @@ class GuardTestCase(TestCase):
         return GuardedConnection(reactor, target, reactor.seconds() + timeout_s)
 
     async def open(self, timeout_s: float = LONG_S, port: int | None = None) -> GuardedConnection:
-        """A session that is past its connecting, and closed by whoever asked for it."""
+        """A session that is past its connecting, and that its user has closed."""
         guard = self.guard(timeout_s, port=port)
         await guard.connect(self.direct.connector, "test", LONG_S)
         return guard
@@ -158,7 +158,7 @@ class GuardTestCase(TestCase):
     async def outlive(
         self, fault: Fault, expected: type[BaseException], *, at_once: int = 1, mend: Callable[[], object] | None = None
     ) -> None:
-        """Let `fault` fail `ROUNDS` reads, `at_once` at a time; then `mend`, and check that nothing is left of them."""
+        """Let `fault` fail `ROUNDS` reads, `at_once` at a time; then repair it, and check that nothing is left."""
         await self.read()  # whatever is made once is made by now
         await until(lambda: not self.network.ends)
         gc.collect()

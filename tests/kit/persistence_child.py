@@ -1,7 +1,7 @@
 """Saves one generation after the other until it is killed: ``python -m tests.kit.persistence_child DIRECTORY ROWS``.
 
 With ``renew`` after that it saves one, and renews it, each time a second later by the database's clock. A line on
-standard output tells that a generation or a renewal is begun, another that it is complete.
+standard output reports that a generation or a renewal is begun, another that it is complete.
 """
 
 from __future__ import annotations

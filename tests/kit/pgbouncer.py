@@ -32,7 +32,7 @@ default_pool_size = {pool_size}
 
 @contextmanager
 def running_pgbouncer(server: EmbeddedPostgres, pool_size: int = 2) -> Iterator[Callable[..., str]]:
-    """PgBouncer in transaction mode before `server`; gives what `server.dsn` is without it. Needs `PROGRAM`."""
+    """PgBouncer in transaction mode before `server`; returns what `server.dsn` is without it. Needs `PROGRAM`."""
     assert PROGRAM is not None, NEEDED
     with folder_of_server_user(server) as folder:
         port, users = free_port(), folder / "users.txt"

@@ -70,7 +70,7 @@ def drop_role(server: EmbeddedPostgres, database: str, name: str) -> None:
 
 
 def sessions(server: EmbeddedPostgres, database: str) -> list[Session]:
-    """The sessions that clients hold in `database`, but for those opened by `connect`."""
+    """The sessions that clients hold in `database`, except those opened by `connect`."""
     statement = """
         SELECT pid, application_name, state, query FROM pg_stat_activity
         WHERE datname = %s AND backend_type = 'client backend' AND application_name <> %s ORDER BY pid

@@ -51,7 +51,7 @@ class ProbesTestCase(RealServiceTestCase):
         return answer.status, json.loads(answer.body)
 
     def assert_not_ready(self, daemon: Daemon, reasons: dict[str, str]) -> None:
-        """Both ports say so, and neither says that it is not alive."""
+        """Both ports report it, and neither reports that it is not alive."""
         self.assertEqual(self.readyz(daemon), (503, {"status": "not ready", "not_ready": reasons}))
         words = " ".join(f"{name}:{state}" for name, state in reasons.items())
         self.assertEqual(daemon.ask("ready"), f"notready {words}")

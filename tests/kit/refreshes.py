@@ -47,7 +47,7 @@ class Read:
         self.result: Deferred[ReadResult] = Deferred()
 
     def complete(self, rows: int = 1, columns: int = 0) -> None:
-        """Give so many rows.
+        """Return that many rows.
 
         Unless a number of columns is given there is one more than in each read before: another content, whatever the
         rows are.

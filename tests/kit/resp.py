@@ -50,7 +50,7 @@ class Client:
         return [self.read() for _ in commands]
 
     def is_closed(self) -> bool:
-        """Whether the other side ends the connection, all that it still says read."""
+        """Whether the other side ends the connection, with all that it still sends read."""
         try:
             while self.socket.recv(65_536):
                 pass

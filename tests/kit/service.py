@@ -59,7 +59,7 @@ class ServiceTestCase(GuardTestCase):
         return service, cache
 
     def check_log(self) -> None:
-        """No mistake of ours, and no secret."""
+        """No bug of the service, and no secret."""
         self.assertEqual([fields for event, fields in self.log.events if event == "refresh_broke"], [])
         self.assertNotIn(self.password, str(self.log.events))
         gc.collect()

@@ -1,4 +1,4 @@
-"""Somebody who wants a slot, for tests of who gets one."""
+"""A user that wants a slot, for tests of the order in which slots are granted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from cacheservice.refresh.slots import Slots
 
 
 class Job:
-    """Somebody who wants a slot, and how it went."""
+    """A user that wants a slot, and its outcome."""
 
     def __init__(self, name: str, need: float = 1.0, *, failing: bool = False) -> None:
         self.name = name

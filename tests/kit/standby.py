@@ -24,7 +24,7 @@ START_LIMIT_S = 60
 
 
 def server_identity(server: EmbeddedPostgres) -> dict[str, Any]:
-    """Whom `subprocess` has to run a program as that runs beside the server and refuses root."""
+    """The user as which `subprocess` has to run a program that runs beside the server and refuses root."""
     owner = server.socket_directory.stat()
     if os.getuid() == owner.st_uid:
         return {}
@@ -33,7 +33,7 @@ def server_identity(server: EmbeddedPostgres) -> dict[str, Any]:
 
 @contextmanager
 def folder_of_server_user(server: EmbeddedPostgres) -> Iterator[Path]:
-    """An empty folder of whom the server runs as, removed in the end."""
+    """An empty folder of the server's user, removed in the end."""
     folder = Path(tempfile.mkdtemp(prefix="cacheservice-tests-"))
     try:
         owner = server.socket_directory.stat()

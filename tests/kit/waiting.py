@@ -12,7 +12,7 @@ from twisted.internet.task import deferLater
 GIVE_UP_S = 60.0
 """What has not come by then does not come: an answer, a line of the log, the end of a process."""
 LONGEST_TEST_S = 600.0
-"""The longest time that a test case gives to one test."""
+"""The longest time that a test case allows for one test."""
 
 
 async def until(

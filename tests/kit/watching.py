@@ -58,7 +58,7 @@ class Watching(SynchronousTestCase):
         return unwatch(self.dsn, table, key, False, self.fail)
 
     def rows(self) -> list[tuple[int, list[Any] | None]]:
-        """What was recorded since the last call: of which watch, and the keys."""
+        """What was recorded since the last call: the watch and the keys."""
         return self.sql(
             "WITH gone AS (DELETE FROM cacheservice.changes RETURNING watched, xid, keys) "
             "SELECT watched, keys FROM gone ORDER BY xid, watched, keys"
@@ -121,7 +121,7 @@ class Refreshing(Watching):
         return cursor
 
     def refresh(self, previous: str | None = None, most: int = 100_000, begun: Any = None) -> Refresh:
-        """As the service does it; `begun` is what `begin_refresh` gave."""
+        """As the service does it; `begun` is what `begin_refresh` returned."""
         cursor = begun or self.begin_refresh()
         cursor.execute("SELECT pg_current_snapshot()")
         ((snapshot,),) = cursor.fetchall()

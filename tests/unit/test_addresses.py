@@ -1,4 +1,4 @@
-"""Which address is tried when, what is said of those that failed, and what is never shown."""
+"""Which address is tried when, what is reported of those that failed, and what is never shown."""
 
 from __future__ import annotations
 

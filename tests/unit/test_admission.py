@@ -1,4 +1,4 @@
-"""Laws of who is let in, and of how descriptors are shared out."""
+"""Laws of admission, and of how descriptors are shared out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Guest:
 class Plans(SynchronousTestCase):
     @given(st.integers(40, 1 << 20), st.integers(1, 100), st.integers(1, 5))
     def test_it_adds_up(self, descriptors: int, sessions: int, ports: int) -> None:
-        """There is always a place for a client and a probe; with descriptors for all of it, no more is given away."""
+        """There is always a place for a client and a probe; with descriptors for all of it, no more is granted."""
         made = plan(descriptors, sessions, ports)
         self.assertGreaterEqual(min(made.clients, made.reserve, made.accepted), 1)
         if descriptors >= 40 + sessions + 2 * ports:
@@ -40,7 +40,7 @@ class Doors(SynchronousTestCase):
         return Door("http", room, reserve, log, (clock or Clock()).seconds)
 
     def test_two_limits(self) -> None:
-        """That of the port and that of the files of all ports; who leaves makes room."""
+        """That of the port and that of the files of all ports; a client that leaves makes room."""
         room = Room(Plan(100, 3, 0, 10))
         first, second = (Door(name, room, 0, None, Clock().seconds) for name in ("resp", "http"))
         guests = [Guest() for _ in range(4)]
@@ -54,7 +54,7 @@ class Doors(SynchronousTestCase):
         self.assertTrue(second.admit(guests[3], 2))
 
     def test_the_oldest_in_reserve_goes(self) -> None:
-        """The newest has a place in reserve, whoever waits there."""
+        """The newest has a place in reserve, whichever clients wait there."""
         door = self.door(1, 2)
         self.assertTrue(door.admit(Guest(), 1))
         guests = [Guest() for _ in range(4)]

@@ -25,7 +25,7 @@ class FullJitter(SynchronousTestCase):
         self.assertAlmostEqual(wait_s, bound_s * share)
 
     def test_the_whole_range_is_used(self) -> None:
-        """No jitter is added to the bound: the largest draw gives the bound itself and the smallest 0."""
+        """No jitter is added to the bound: the largest draw yields the bound itself and the smallest 0."""
         self.assertEqual([full_jitter(1, 60, lambda: 1.0)(n) for n in range(8)], [1, 2, 4, 8, 16, 32, 60, 60])
         self.assertEqual([full_jitter(1, 60, lambda: 0.0)(n) for n in range(8)], [0] * 8)
 

@@ -87,7 +87,7 @@ class Counting(SynchronousTestCase):
         st.floats(0, 100),
     )
     def test_when_it_fits(self, uses: list[tuple[float, float, float]], share: float, expected_s: float) -> None:
-        """Whatever was used, overlapping or not: just before the moment that is told it does not fit, then it does."""
+        """Whatever was used, overlapping or not: just before the reported moment it does not fit, then it does."""
         self.setUp()
         self.budget.set_share(share)
         for pause_s, took_s, overlap_s in uses:
@@ -110,7 +110,7 @@ class Counting(SynchronousTestCase):
 
 
 class Waiting(SynchronousTestCase):
-    """Who gets a slot when the budget is used up."""
+    """The order of slots when the budget is used up."""
 
     def setUp(self) -> None:
         self.clock = Clock()
@@ -154,7 +154,7 @@ class Waiting(SynchronousTestCase):
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
     def test_the_greatest_need_first(self) -> None:
-        """Nobody who needs it less overtakes one whose turn has not come, however little it takes."""
+        """A use with less need does not overtake one whose turn has not come, however little it takes."""
         self.use_up()
         self.run_for("small", 1, need=0.5, expected_s=1)
         self.run_for("large", 20, need=0.9, expected_s=20)
@@ -185,7 +185,7 @@ class Waiting(SynchronousTestCase):
         self.assertEqual(self.begun, ["one", "other"])
 
     def test_who_gives_up(self) -> None:
-        """Who gives up no longer holds back those behind it, and leaves no timer."""
+        """A use that gives up does not hold back those behind it any more, and leaves no timer."""
         self.use_up()
         large = self.run_for("large", 30, need=2.0, expected_s=30)
         self.clock.advance(20)
@@ -219,8 +219,8 @@ class Waiting(SynchronousTestCase):
         st.lists(st.tuples(st.floats(0, 20), st.floats(0.01, 40), st.floats(0, 10)), min_size=1, max_size=30),
     )
     def test_never_over_it(self, share: float, asked: list[tuple[float, float, float]]) -> None:
-        """Whoever asks when and for how long, if it takes what was expected: in no minute more than the share is used,
-        but by one that takes more than all of it; and all have their turn."""
+        """Whenever and for however long it is used, if uses take what was expected: in no minute is more than the share
+        used, except by a single use that takes more than all of it; and all have their turn."""
         self.setUp()
         self.slots.budget.set_share(share)
         uses: list[list[float]] = []
@@ -274,7 +274,7 @@ class Refreshes(RefreshTestCase):
         self.assertTrue(all(later - earlier <= 66 for earlier, later in pairwise(starts)), starts)
 
     def test_told(self) -> None:
-        """status and why say how far behind it is, and why says afterwards how late it began."""
+        """status and why show how far behind it is, and why reports afterwards how late it began."""
         world = self.limited(max_load=0.25, interval_s=20.0, max_age_s=600.0)
         self.complete_after(world, 12)
         world.advance(20)
@@ -303,7 +303,7 @@ class Refreshes(RefreshTestCase):
         self.assertIs(world.dataset.refresh.phase, Phase.READING)
 
     def test_fairly(self) -> None:
-        """Who is stalest against its own limit goes first, so that ages stretch in proportion to the limits."""
+        """The stalest relative to its own limit goes first, so that ages stretch in proportion to the limits."""
         world = World("quick", "slow", max_connections=1, max_load=0.1)
         declared = [
             DatasetSettings(name="quick", query="q", key="id", interval_s=10.0, max_age_s=30.0, jitter=0.0),

@@ -71,7 +71,7 @@ class Digests(SynchronousTestCase):
     @settings(deadline=None)
     @given(tables, tables)
     def test_it_is_kept_up(self, old: dict[bytes, bytes], new: dict[bytes, bytes]) -> None:
-        """A full read and a delta make of a known digest the one that all new rows give, in whatever order."""
+        """A full read and a delta update a known digest to that of all new rows, in whatever order."""
         expected = digest_of(rows_of(dict(reversed(new.items()))))
         before, after = rows_of(old), rows_of(new)
         digest = digest_of(before)

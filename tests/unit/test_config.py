@@ -50,7 +50,7 @@ class Loading(SynchronousTestCase):
 
 class WhatLoads(Loading):
     def test_a_group_is_refreshed_at_one_time(self) -> None:
-        """What says when is the same for all of a group; a difference is a problem that names both."""
+        """The schedule is the same for all of a group; a difference is a problem that names both."""
         group = 'query = "SELECT 1"\nkey = "id"\ngroup = "g"\n'
         toml = f"{DSN}[datasets.a]\n{group}interval_s = 5\n[datasets.b]\n{group}interval_s = 6\nmax_age_s = 99\n"
         with self.assertRaises(ConfigError) as caught:
@@ -60,7 +60,7 @@ class WhatLoads(Loading):
         self.load(toml.replace("interval_s = 6", "interval_s = 5"))
 
     def test_defaults(self) -> None:
-        """With a DSN and one dataset given, every other key has the contract's default."""
+        """With a DSN and one dataset, every other key has the contract's default."""
         loaded = self.load(DSN + PRODUCTS)
         self.assertEqual((loaded.postgres.connect_timeout_s, loaded.postgres.max_connections), (5.0, 2))
         self.assertEqual((loaded.status.host, loaded.status.port, loaded.admin.socket), ("127.0.0.1", 8000, ""))
@@ -103,7 +103,7 @@ class WhatLoads(Loading):
         )
 
     def test_dsn_is_kept_secret(self) -> None:
-        """The DSN can be had by asking for it, and is in no repr."""
+        """The DSN can be read on request, and is in no repr."""
         loaded = self.load(DSN + PRODUCTS)
         self.assertEqual(loaded.postgres.dsn.get_secret_value(), SECRET)
         self.assertNotIn("hunter2", repr(loaded) + str(loaded))
@@ -118,7 +118,7 @@ class WhatLoads(Loading):
             loaded.datasets["prices"] = loaded.datasets["products"]  # type: ignore[index]
 
     def test_whole_numbers_of_seconds_are_floats(self) -> None:
-        """Seconds are floats, also when the file gives them without a point."""
+        """Seconds are floats, also when the file has them without a point."""
         interval_s = self.load(DSN + PRODUCTS + "interval_s = 60").datasets["products"].interval_s
         self.assertEqual((interval_s, type(interval_s)), (60.0, float))
 
@@ -146,7 +146,7 @@ class WhatLoads(Loading):
         self.assertIn("p" * 63, self.load(DSN + PRODUCTS.replace("products", "p" * 63)).datasets)
 
     def test_ip_addresses(self) -> None:
-        """The status port may be given any IP address, or localhost."""
+        """The status port accepts any IP address, or localhost."""
         for host in ("0.0.0.0", "::1", "localhost"):
             self.assertEqual(self.load(DSN + PRODUCTS, STATUS__HOST=host).status.host, host)
 
@@ -175,7 +175,7 @@ class Environment(Loading):
         self.assertEqual((products.timeout_s, products.query), (7.5, "1"))
 
     def test_no_file_is_needed(self) -> None:
-        """Without a file the environment can give everything."""
+        """Without a file the environment can provide everything."""
         loaded = self.load(POSTGRES__DSN=SECRET, DATASETS__P__QUERY="SELECT 1 AS id", DATASETS__P__KEY="id")
         self.assertEqual(list(loaded.datasets), ["p"])
 
@@ -193,14 +193,14 @@ class Environment(Loading):
         config.load(dict.fromkeys(names, "tcp://10.0.0.1:8000"), no_dsn_problem)
 
     def test_from_a_secret_file(self) -> None:
-        """X_FILE gives what its file holds, less one newline at the end."""
+        """X_FILE stands for the content of its file, less one newline at the end."""
         Path("dsn").write_text(SECRET + " \n\n")
         Path("port").write_text("81\n")
         loaded = self.load(PRODUCTS, POSTGRES__DSN_FILE="dsn", STATUS__PORT_FILE="port")
         self.assertEqual((loaded.postgres.dsn.get_secret_value(), loaded.status.port), (SECRET + " \n", 81))
 
     def test_secret_file_unreadable(self) -> None:
-        """A secret's file that cannot be read is one problem under the variable, which never tells the path."""
+        """A secret's file that cannot be read is one problem under the variable, which never shows the path."""
         Path("latin1").write_bytes(b"caf\xe9")
         for path, why in (
             (SECRET, "no such file"),
@@ -272,7 +272,7 @@ class Environment(Loading):
         )
 
     def test_bad_values(self) -> None:
-        """A variable's bad value is told under the variable, in the words that the file's would get."""
+        """A variable's bad value is reported under the variable, in the words that the file's would get."""
         for key, text, problem in (
             ("INTERVAL_S", "0", "must be greater than 0"),
             ("INTERVAL_S", "soon", "must be a number"),
@@ -295,7 +295,7 @@ class Environment(Loading):
         )
 
     def test_dataset_of_the_environment_alone(self) -> None:
-        """What a dataset lacks that only variables name (a slip in one, often) is told as variables."""
+        """What a dataset lacks that only variables name (a slip in one, often) is reported as variables."""
         self.assertEqual(
             self.problems(DSN + PRODUCTS, DATASETS__PRODCUTS__MAX_ROWS="1"),
             [
@@ -313,7 +313,7 @@ class Problems(Loading):
         return problem.removeprefix(f"{FILE}: ")
 
     def test_values(self) -> None:
-        """Each key refuses what it cannot be, in words that say what it can be."""
+        """Each key refuses what it cannot be, in words that state what it can be."""
         number, whole, flag = "must be a number", "must be a whole number", "must be true or false"
         table, text = "must be a table", "must be text in quotes"
         timer = "must be at most 2000000 (23 days): the reactor's timers hold at most 24 days"
@@ -375,7 +375,7 @@ class Problems(Loading):
             self.assertEqual(self.problem_of(as_toml(document)), f"{key}: {problem}")
 
     def test_retry_bounds(self) -> None:
-        """retry_initial_s is never above retry_max_s, and the bound that was given is the one that is blamed."""
+        """retry_initial_s is never above retry_max_s, and the problem names the bound that was set."""
         low = "retry_max_s: must be at least retry_initial_s, which is"
         self.assertEqual(self.problem_of(DSN + PRODUCTS + "retry_max_s = 0.5"), f"datasets.products.{low} 1")
         self.assertEqual(self.problem_of(DSN + PRODUCTS + "retry_initial_s = 61"), f"datasets.products.{low} 61")
@@ -390,14 +390,14 @@ class Problems(Loading):
         )
 
     def test_a_dataset_called_watch(self) -> None:
-        """A dataset may have the name of a key, and its problems are told as those of any other."""
+        """A dataset may have the name of a key, and its problems are reported as those of any other."""
         self.assertEqual(
             self.problem_of(DSN + '[datasets.watch]\nkey = "id"\n'),
             "datasets.watch.query: required; the SQL whose result is kept",
         )
 
     def test_a_glance_needs_no_whole_configuration(self) -> None:
-        """Addresses and names can be had without a DSN, from the file and from the environment; what is refused or
+        """Addresses and names can be read without a DSN, from the file and from the environment; what is refused or
         cannot be read is the default."""
         with TemporaryDirectory() as folder:
             file = Path(folder) / "c.toml"
@@ -416,7 +416,7 @@ class Problems(Loading):
             self.assertEqual(config.glance(environ).status.port, 8000)
 
     def test_a_glance_knows_what_it_could_not_read(self) -> None:
-        """A default stands in for an unknown value, and its problem can be had; a value of the environment is known."""
+        """A default stands in for an unknown value, and its problem is available; an environment value is known."""
         with TemporaryDirectory() as folder:
             file = Path(folder) / "c.toml"
             environ = {"CACHESERVICE_CONFIG": str(file)}
@@ -474,7 +474,7 @@ class Problems(Loading):
         self.load(DSN + PRODUCTS + '[resp]\nhost = "::1"\n')
 
     def test_no_query_in_defaults(self) -> None:
-        """[defaults] holds neither query nor key; an unknown key in it is told once and given to no dataset."""
+        """[defaults] holds neither query nor key; an unknown key in it is reported once and passed to no dataset."""
         defaults = '[defaults]\nquery = "x"\nkey = "id"\nintervals = 1\n'
         self.assertEqual(
             [problem.split("; ")[0] for problem in self.problems(DSN + defaults + "[datasets.products]\n")],
@@ -483,14 +483,14 @@ class Problems(Loading):
         )
 
     def test_names_of_datasets(self) -> None:
-        """A dataset's name is [a-z][a-z0-9_]{0,62}; another one is told on one line, as TOML writes it."""
+        """A dataset's name is [a-z][a-z0-9_]{0,62}; another one is reported on one line, as TOML writes it."""
         rule = "a dataset's name must begin with a letter and have at most 63 lower-case letters, digits and _"
         for header in ("Products", "9x", "a-b", '"a b"', '"a\\nb"', "p" * 64, "_x"):
             toml = DSN + PRODUCTS.replace("products", header)
             self.assertEqual(self.problem_of(toml), f"datasets.{header}: {rule}")
 
     def test_required(self) -> None:
-        """An empty file lacks a DSN and a dataset, and says what each is."""
+        """An empty file lacks a DSN and a dataset, and both problems explain what is needed."""
         dsn = f"{FILE}: postgres.dsn: required; the database to read, as a libpq URI or key=value string"
         none = f"{FILE}: datasets: none declared; add a [datasets.NAME] table with query and key"
         self.assertEqual(self.problems(""), [dsn, none])
@@ -505,7 +505,7 @@ class Problems(Loading):
         self.assertEqual(found, [absent, dsn])
 
     def test_all_at_once_in_order(self) -> None:
-        """Every problem is told, in the order of the documented tables whatever the file's, datasets as declared."""
+        """Every problem is reported, in the order of the documented tables, not the file's; datasets as declared."""
         toml = "nonsense = 1\n[log]\nlevel = 1\n[datasets.b]\nmax_rows = -1\njitter = 2\n[datasets.a]\nkey = 1\n"
         problems = self.problems(toml + '[status]\nport = -1\n[postgres]\ndsn = ""\n', LIMITS__MAX_CONNECTIONS="0")
         self.assertEqual(
@@ -526,7 +526,7 @@ class Problems(Loading):
         )
 
     def test_dsn_problem(self) -> None:
-        """What the driver says of a DSN is told with the other problems, under the name of what gave the DSN."""
+        """The driver's error for a DSN is reported with the other problems, under the name of the DSN's source."""
         Path(FILE).write_text(DSN + PRODUCTS + "max_rows = -1", encoding="utf-8")
         asked: list[str] = []
 
@@ -563,7 +563,7 @@ class Problems(Loading):
 
 class UnreadableFile(Loading):
     def test_syntax(self) -> None:
-        """A syntax error is told with its line and column, and how to fix it; a value is not shown."""
+        """A syntax error is reported with its line and column, and how to fix it; a value is not shown."""
         end = "the end of the file"
         quote = "the quote that opens there is not closed on its line"
         quotes = "the three quotes that open there are not closed"
@@ -607,14 +607,14 @@ class UnreadableFile(Loading):
         self.assertEqual(self.problems("x = " + "[" * 5000), [too_long])
 
     def test_missing(self) -> None:
-        """A file that CACHESERVICE_CONFIG names has to be there, even if the environment gives everything."""
+        """A file that CACHESERVICE_CONFIG names has to be there, even if the environment has everything."""
         everything = {"POSTGRES__DSN": SECRET, "DATASETS__P__QUERY": "SELECT 1 AS id", "DATASETS__P__KEY": "id"}
         self.assertEqual(
             self.problems(CONFIG="etc/none.toml", **everything), ["etc/none.toml: cannot be read: no such file"]
         )
 
     def test_no_guesses(self) -> None:
-        """Beside a file that cannot be read only the environment's own problems are told, not what seems missing."""
+        """Beside a file that cannot be read only problems of the environment are reported, not what seems missing."""
         self.assertEqual(
             self.problems("[]", STATUS__PORT="x", DATASETS__PRODUCTS__MAX_ROWS="1"),
             [

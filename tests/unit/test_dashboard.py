@@ -115,7 +115,7 @@ class FeedRules(SynchronousTestCase):
         return [block for block in bytes(told).split(b"\n\n") if b"event: state" in block]
 
     def test_at_most_one_event_a_second(self) -> None:
-        """What changes ten times a second is told once a second, in one event, as it is then."""
+        """What changes ten times a second is sent once a second, in one event, as it is then."""
         stream = self.feed.follow("read", False)
         self.taken(stream)
         self.advance(0.25)
@@ -172,7 +172,7 @@ class FeedRules(SynchronousTestCase):
             stream.close()
 
     def test_who_is_slow_misses_nothing(self) -> None:
-        """Who does not read for a while gets what has changed meanwhile, once, in one event."""
+        """A client that does not read for a while gets what has changed meanwhile, once, in one event."""
         slow = self.feed.follow("read", False)
         quick = self.feed.follow("read", False)
         for stream in (slow, quick):
@@ -194,7 +194,7 @@ class FeedRules(SynchronousTestCase):
             stream.close()
 
     def test_the_state_goes_by_the_clock(self) -> None:
-        """That a dataset grows stale and expires is told although nobody touched it."""
+        """It is sent that a dataset becomes stale and expires although nothing else has changed."""
         self.publish("products", 1)
         stream = self.feed.follow("read", False)
         self.taken(stream)
@@ -208,7 +208,7 @@ class FeedRules(SynchronousTestCase):
         stream.close()
 
     def test_nothing_runs_while_nobody_listens(self) -> None:
-        """No timer before the first listener and after the last; who comes later is told what is true then."""
+        """No timer before the first listener and after the last; a later client gets what is true then."""
         self.assertEqual(self.clock.getDelayedCalls(), [])
         stream = self.feed.follow("read", False)
         self.taken(stream)
@@ -231,7 +231,7 @@ class FeedInTurns(FeedRules):
     turn_s = 0.0
 
     def test_a_look_gives_way(self) -> None:
-        """When its time is up, a look at the datasets goes on in the next turn, and tells nothing before its end."""
+        """When its time is up, a look at the datasets goes on in the next turn, and sends nothing before its end."""
         self.cache.declare([declared(f"dataset_{number}") for number in range(MANY)])
         stream = self.feed.follow("read", False)
         self.taken(stream)
@@ -271,7 +271,7 @@ class Configuration(SynchronousTestCase):
                 self.assertNotIn("operate", repr(settings))
 
     def test_it_is_not_the_token_for_reading(self) -> None:
-        """One token for both would let everybody who reads change something."""
+        """One token for both would let every reader change something."""
         with self.assertRaises(ConfigError) as caught:
             self.load(CACHESERVICE_HTTP__TOKEN="swordfish", CACHESERVICE_HTTP__ADMIN_TOKEN="swordfish")
         (problem,) = [line for line in caught.exception.problems if "ADMIN_TOKEN" in line]

@@ -84,7 +84,7 @@ class Ages(AtTime):
     @settings(deadline=None)
     @given(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6))
     def test_never_negative(self, read_at: float, next_at: float) -> None:
-        """Whatever the clock says, no age and no time to the next attempt is negative."""
+        """Whatever the clock reads, no age and no time to the next attempt is negative."""
         dataset = Dataset(declared(), self.clock.seconds)
         dataset.publish(snapshot(1, read_at))
         planned(dataset, next_at)
@@ -111,7 +111,7 @@ class Generations(AtTime):
             self.assertEqual(dataset.snapshot.generation, 7)
 
     def test_the_first_is_at_least_1(self) -> None:
-        """Generations count from 1; 0 is no generation."""
+        """Generations count from 1; 0 is not a generation."""
         self.assertRaises(AssertionError, Dataset(declared(), self.clock.seconds).publish, snapshot(0, START_S))
 
 
@@ -146,7 +146,7 @@ class Saves(AtTime):
 
 class Needs(AtTime):
     def test_the_order(self) -> None:
-        """Never loaded needs it most, then whoever used up the larger share of its max_age_s."""
+        """Never loaded needs it most, then the dataset that has used up the larger share of its max_age_s."""
         never = Dataset(declared(), self.clock.seconds)
         patient = self.loaded(max_age_s=1000.0)
         hasty = self.loaded(max_age_s=100.0)

@@ -48,7 +48,7 @@ class Patches(SynchronousTestCase):
         self.assertEqual(patch.count, new.count)
 
     def test_what_is_not_touched_is_shared(self) -> None:
-        """Rows after a patch are the same dicts but for those of its keys, and so are most of their groups."""
+        """Rows after a patch are the same dicts except for those of its keys, and so are most of their groups."""
         for count in (1000, 100_000):
             old = patchable({b"%d" % number: b"{}" for number in range(count)})
             patch = RowsPatch(old)

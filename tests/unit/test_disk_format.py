@@ -43,7 +43,7 @@ class Folder(SynchronousTestCase):
         self.path = self.directory / "products.000000000007.snapshot"
 
     def refusal(self, content: bytes) -> str:
-        """What is said of a file with that content, on one line that names it."""
+        """What is reported for a file with that content, on one line that names it."""
         self.path.write_bytes(content)
         with self.assertRaises(SnapshotRejected) as caught:
             table_of(self.path)

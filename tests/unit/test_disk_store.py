@@ -225,7 +225,7 @@ class WarmStarts(SynchronousTestCase):
         self.assertEqual(self.restored(history, declared("products")), {"prices": None})
 
     def test_a_group(self) -> None:
-        """A group is published together or not at all, and a group of which only a part is saved is logged."""
+        """A group is published together or not at all, and a group that is saved only in part is logged."""
         members = [declared(name, group="g") for name in ("products", "prices")]
         self.assertEqual(self.restored(Saved(products=7, prices=8), *members), {"products": 7, "prices": 8})
         self.log.lines.clear()

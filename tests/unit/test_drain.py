@@ -74,7 +74,7 @@ class Draining(SynchronousTestCase):
             self.assertEqual(Row.alive, 0)
 
     def test_not_in_this_turn(self) -> None:
-        """Whoever drops rows does not wait for it, and may read what it took of them to the end of the turn."""
+        """The code that drops rows does not wait, and may read its own references to the end of the turn."""
         groups = self.groups(1, 10)
         self.drain.add(groups)
         self.assertEqual(len(groups[0][0]), 10)
@@ -82,7 +82,7 @@ class Draining(SynchronousTestCase):
         self.freed_by_turn()
 
     def test_the_last_ones(self) -> None:
-        """The last shards are freed some rows a turn, all of them alike: they give the memory back little by little."""
+        """The last shards are freed some rows a turn, all of them alike: they return the memory little by little."""
         self.drain.add(self.groups(16, 1000, 16))
         self.reactor.turn()
         self.assertEqual(Row.alive, 16 * (1000 - 16))

@@ -1,4 +1,4 @@
-"""Laws of the events: who is notified, in which order, and until when."""
+"""Laws of the events: which observers are notified, in which order, and until when."""
 
 from __future__ import annotations
 

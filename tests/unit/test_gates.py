@@ -114,7 +114,7 @@ class Holding(RefreshTestCase):
         self.assertIsNotNone(world.dataset.held)
 
     def test_what_operators_read(self) -> None:
-        """status, show and why say that it is held, since when, why, and what to do."""
+        """status, show and why report that it is held, since when, why, and what to do."""
         world = self.started()
         world.database.last.complete(rows=100)
         world.advance(60)

@@ -69,7 +69,7 @@ class Guesses(SynchronousTestCase):
         self.assertEqual((waits[0], waits[-1]), (SHORT_WAIT_S, LONG_WAIT_S))
 
     def test_many_at_once_are_refused_unread(self) -> None:
-        """Guesses in parallel are no way around the wait: with 32 waiting, not even the right token is looked at."""
+        """Guesses in parallel do not avoid the wait: with 32 waiting, not even the right token is looked at."""
         waiting = [self.guess() for _ in range(32)]
         with self.assertRaises(Problem) as caught:
             self.guard.admit("192.0.2.1", b"Bearer secret")
@@ -104,7 +104,7 @@ class Guesses(SynchronousTestCase):
         self.clock.advance(LONG_WAIT_S)
 
     def test_a_guesser_that_goes(self) -> None:
-        """A wait that is cancelled leaves no timer, and its place stays taken: going is no way around the wait."""
+        """A wait that is cancelled leaves no timer, and its place stays taken: leaving does not avoid the wait."""
         for _ in range(32):
             refused = Deferred.fromCoroutine(self.guard.refuse_wrong("192.0.2.1", lambda: False))
             refused.addErrback(lambda _: None)

@@ -1,4 +1,4 @@
-"""Laws of what HTTP requests and answers say, without a connection."""
+"""Laws of the contents of HTTP requests and responses, without a connection."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.kit.http_port import encoded
 
 class NegotiationRules(SynchronousTestCase):
     def test_the_most_specific_range_decides(self) -> None:
-        """RFC 9110, 12.5.1: whatever the order, the most specific range that fits gives the quality."""
+        """RFC 9110, 12.5.1: whatever the order, the most specific range that fits sets the quality."""
         offered = (b"a/b", b"a/c")
         for accept, chosen in {
             b"a/*;q=0.1, a/c;q=0.2": b"a/c",

@@ -14,7 +14,7 @@ IDLE = StandbyFacts("reader", 100_000_000, 1000.0, 500, 500, 400.0, False, 60.0,
 
 class Decided(SynchronousTestCase):
     def test_up_to_date(self) -> None:
-        """An idle primary is no lag, however long ago it committed."""
+        """An idle primary is not a lag, however long ago it committed."""
         self.assertEqual(lag_of(IDLE), NO_LAG)
         self.assertEqual(lag_of(replace(IDLE, replayed_at=501)), NO_LAG)
 
@@ -57,7 +57,7 @@ class Decided(SynchronousTestCase):
             self.assertEqual(lag_of(replace(IDLE, receiver=replace(QUIET, status=status))).seconds, 600.0)
 
     def test_hidden(self) -> None:
-        """A role that may not see the receiver cannot tell idleness from silence; the GRANT is named."""
+        """A role that may not see the receiver cannot distinguish idleness from silence; the GRANT is named."""
         lag = lag_of(replace(IDLE, receiver=Receiver(None, None, 0.0, None)))
         self.assertEqual((lag.seconds, lag.known), (600.0, False))
         self.assertIn("GRANT pg_read_all_stats TO reader", lag.problem)

@@ -11,7 +11,7 @@ from tests.kit.views import database_object, status_table, why
 
 
 class ToldTests(SynchronousTestCase):
-    """What an operator is told of it."""
+    """What an operator sees of it."""
 
     def setUp(self) -> None:
         self.cache = Cache([DatasetSettings(name="things", query="SELECT 1 AS id", key="id")], lambda: 1000.0)
@@ -29,13 +29,13 @@ class ToldTests(SynchronousTestCase):
         return status_table(self.cache).splitlines()[0]
 
     def test_not_wanted(self) -> None:
-        """Where nobody waits for notifications nothing is said of them."""
+        """If no dataset waits for notifications, nothing is reported about them."""
         self.assertIsNone(self.sentence())
         self.assertNotIn("listening", self.head().lower())
         self.assertIs(database_object(self.cache)["listening"], False)
 
     def test_listening(self) -> None:
-        """It says since when it is proven."""
+        """It shows since when it is proven."""
         self.told(proven_at=988.0)
         self.assertEqual(
             self.sentence(),
@@ -45,7 +45,7 @@ class ToldTests(SynchronousTestCase):
         self.assertIs(database_object(self.cache)["listening"], True)
 
     def test_broken(self) -> None:
-        """It says why, and what happens meanwhile."""
+        """It shows why, and what happens meanwhile."""
         self.told(problem="the connection was lost")
         self.assertEqual(
             self.sentence(),
@@ -55,12 +55,12 @@ class ToldTests(SynchronousTestCase):
         self.assertTrue(self.head().endswith(", NOT listening: the connection was lost"), self.head())
 
     def test_not_begun(self) -> None:
-        """Before the first proof there is no problem to tell."""
+        """Before the first proof there is no problem to report."""
         self.told()
         self.assertIn("is not listening yet", self.sentence() or "")
         self.assertTrue(self.head().endswith(", NOT listening yet"), self.head())
 
     def test_only_datasets_that_wait_for_notifications_tell_of_them(self) -> None:
-        """`why` of another dataset says nothing of it."""
+        """`why` of another dataset does not mention it."""
         self.told(proven_at=988.0)
         self.assertNotIn("listening", why(self.cache.dataset("things"), self.cache))

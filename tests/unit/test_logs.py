@@ -1,4 +1,4 @@
-"""Laws of the log: one event is one line, and nobody ever waits for whoever reads it."""
+"""Laws of the log: one event is one line, and nobody ever waits for its reader."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Writing(SynchronousTestCase):
         return self.taken.decode().splitlines()
 
     def assert_all_told(self, lines: list[str], written: int) -> None:
-        """Each line came out whole and in order, or is in the number that a lost-line at its place tells."""
+        """Each line came out whole and in order, or is counted by a lost-line in its place."""
         number = lost = 0
         for line in lines:
             if line.startswith("{"):
@@ -88,7 +88,7 @@ class Writing(SynchronousTestCase):
         self.assert_all_told(self.finish(), written)
 
     def test_lines_lost_are_told_at_the_end(self) -> None:
-        """Lines lost are told even if no line is written after them."""
+        """Lost lines are reported even if no line is written after them."""
         self.writer.start()
         for number in range(MORE_THAN_FITS):
             self.writer.write(f"line {number}")
@@ -114,7 +114,7 @@ class Writing(SynchronousTestCase):
         self.finish()
 
     def test_a_reader_that_is_gone(self) -> None:
-        """When whoever read the log is gone, writing and stopping go on in silence."""
+        """When the reader of the log is gone, writing and stopping go on in silence."""
         self.writer.start()
         os.close(self.read_end)
         self.read_end = -1
@@ -156,7 +156,7 @@ class Events(LogTestCase):
     @settings(deadline=None)
     @given(st.text(), st.sampled_from(["json", "console"]))
     def test_any_text_is_one_line(self, text: str, line_format: str) -> None:
-        """Whatever text is in a field, the event is one line, and JSON gives the text back."""
+        """Whatever text is in a field, the event is one line, and JSON restores the text."""
         self.lines.clear()
         self.logger(line_format=line_format).warning("refresh_failed", error=text)
         [line] = self.lines
@@ -195,7 +195,7 @@ class FromTwisted(LogTestCase):
         self.log = Logger(namespace="some.module", observer=self.observer)
 
     def test_a_failure(self) -> None:
-        """A failure is one line: what Twisted says of it, its kind and message, and the traceback without variables."""
+        """A failure is one line: Twisted's description, its kind and message, and the traceback without variables."""
         password = "hunter2"  # a variable of a frame in the traceback
         try:
             raise ValueError("two\nlines")
@@ -215,7 +215,7 @@ class FromTwisted(LogTestCase):
         self.assertEqual(self.only()["error"], "KeyError: 'x'")
 
     def test_an_unhandled_error_in_a_deferred(self) -> None:
-        """A Deferred whose error nobody took is told once, as critical."""
+        """A Deferred whose error nobody handled is logged once, as critical."""
         globalLogPublisher.addObserver(self.observer)
         self.addCleanup(globalLogPublisher.removeObserver, self.observer)
         fail(ZeroDivisionError("nobody cares"))
@@ -228,7 +228,7 @@ class FromTwisted(LogTestCase):
         self.assertTrue(all(line.splitlines() == [line] for line in self.lines))
 
     def test_a_python_warning(self) -> None:
-        """A Python warning, as Twisted carries it, is one warning line that says where it was given."""
+        """A Python warning, as Twisted carries it, is one warning line with its place."""
         self.log.warn(
             "{filename}:{lineno}: {category}: {warning}",
             warning=DeprecationWarning("old\nstyle"),
@@ -241,7 +241,7 @@ class FromTwisted(LogTestCase):
         self.assertEqual(fields["message"], "builtins.DeprecationWarning: old\nstyle (x.py:7)")
 
     def test_levels(self) -> None:
-        """What Twisted tells all day is for debugging; its warnings and errors keep their level."""
+        """Twisted's routine events are for debugging; its warnings and errors keep their level."""
         for method in (self.log.debug, self.log.info, self.log.warn, self.log.error, self.log.critical):
             method("said")
         levels = [json.loads(line)["level"] for line in self.lines]

@@ -58,7 +58,7 @@ class Forms(SynchronousTestCase):
         self.assert_same({at: value for at, value in pushed.items() if not at[0].startswith("process_")}, expected)
 
     def test_help_and_type(self) -> None:
-        """Each family is told once, with a sentence of help and its kind, by both formats, as the library tells it."""
+        """Both formats describe each family once, with a sentence of help and its kind, as the library does."""
         world = World()
         world.publish(world.cache.dataset("products"))
         for ours, theirs in (
@@ -82,7 +82,7 @@ class Forms(SynchronousTestCase):
         self.assertEqual(now[place("cacheservice_ready")], 0)
 
     def test_the_histogram_of_refreshes(self) -> None:
-        """A bucket counts what took no longer than its bound says, the bound itself included."""
+        """A bucket counts what took no longer than its bound, the bound itself included."""
         world = World()
         dataset = world.cache.dataset("products")
         for took_s in (0.01, 0.02, 0.5, 1000.0):

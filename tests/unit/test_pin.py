@@ -22,7 +22,7 @@ class Pinning(RefreshTestCase):
         return world.dataset
 
     def test_what_is_served_stays(self) -> None:
-        """A pinned dataset refreshes on, publishes nothing, tells nobody, and its age goes on."""
+        """A pinned dataset refreshes on, publishes nothing, notifies nobody, and its age goes on."""
         world = self.loaded()
         served, told = world.dataset.snapshot, []
         world.dataset.subscribe(lambda event: told.append(event.dataset), Published, Ended)
@@ -76,7 +76,7 @@ class Pinning(RefreshTestCase):
             self.assertEqual((dataset.snapshot.generation, dataset.snapshot.rolled_back_to), (3, None))
 
     def test_bad_results_stay_bad(self) -> None:
-        """The gates hold a pinned dataset's results as well: what they refuse is no candidate."""
+        """The gates hold a pinned dataset's results as well: what they refuse is not a candidate."""
         world = self.loaded()
         world.service.pin("products")
         dataset = self.refreshed(world, 1)
@@ -87,7 +87,7 @@ class Pinning(RefreshTestCase):
         self.assertIsNone(dataset.held)
 
     def test_it_expires(self) -> None:
-        """A pin does not hide how old the snapshot is: it expires, is told, and recovers with the candidate."""
+        """A pin does not hide how old the snapshot is: it expires, is reported, and recovers with the candidate."""
         world = self.loaded()
         world.service.pin("products")
         for _ in range(4):
@@ -108,7 +108,7 @@ class Pinning(RefreshTestCase):
         self.assertFalse(world.dataset.pinned)
 
     def test_what_operators_read(self) -> None:
-        """The commands say what is served; status, show and why that it is pinned and what waits."""
+        """The commands report what is served; status, show and why that it is pinned and what waits."""
         world = self.loaded()
         commands = Commands(world.cache, world.service)
         self.assertEqual(commands.answer("pin products"), "OK products: pinned, generation 1 is served")

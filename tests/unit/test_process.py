@@ -15,7 +15,7 @@ from cacheservice.app.signals import log_file
 
 class Arguments(SynchronousTestCase):
     def test_where_twistd_was_told_to_log(self) -> None:
-        """As twistd's own options say, however they are written; nothing for another program."""
+        """It follows twistd's own options, however they are written; nothing for another program."""
         here = str(Path("x.log").absolute())
         for arguments, wanted in (
             (["/usr/bin/twistd", "-noy", "a.tac", "--pidfile="], None),

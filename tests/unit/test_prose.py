@@ -1,4 +1,4 @@
-"""The words that make our prose hard to read are kept out of pages, docstrings and comments.
+"""The words that make our prose hard to read are kept out of pages, `deploy/`, docstrings and comments.
 
 docs/glossary.md has the words to use; CONTRIBUTING.md has the rules.
 """
@@ -17,11 +17,18 @@ import pytest
 from tests.kit.paths import ROOT
 
 BANNED = re.compile(
-    r"\b(tells?|told|telling|says?|said|anew|mend(?:s|ed|ing)?|whoever|whatever becomes|of which|of whose)\b",
+    r"\b(tells?|told|telling|says?|said|anew|mend(?:s|ed|ing)?|whoever|whatever becomes|of which|of whose|amid"
+    r"|for want of|g[ai]ves? back)\b",
     re.IGNORECASE,
 )
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-MODULES = sorted((ROOT / "cacheservice").rglob("*.py"))
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted(
+        path for path in (ROOT / "deploy").rglob("*") if path.suffix in (".json", ".service", ".toml", ".yaml", ".yml")
+    ),
+]
+MODULES = sorted(path for folder in ("cacheservice", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
 
 
 def prose_of(module: str) -> Iterator[tuple[int, str]]:
@@ -45,14 +52,14 @@ def without_code(page: str) -> str:
     return re.sub(r"`[^`]*`", "", page)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_pages(page: Path) -> None:
     """No page has a banned word outside of code."""
     assert BANNED.findall(without_code(page.read_text(encoding="utf-8"))) == []
 
 
 def test_modules() -> None:
-    """No docstring and no comment of the package has a banned word."""
+    """No docstring and no comment of the package, the tests and the benchmarks has a banned word."""
     found = [
         f"{path.relative_to(ROOT)}:{line}: {match[0]}"
         for path in MODULES

@@ -28,7 +28,7 @@ class Reading(SynchronousTestCase):
             self.assertEqual((dataset.counts.http.loading, dataset.counts.http.stale), (0, 0))
 
     def test_refused(self) -> None:
-        """Without a snapshot, and expired, a read is refused and counted; a request that is no read is not counted."""
+        """Without a snapshot, and expired, a read is refused and counted; other requests are not counted."""
         missing, expired = self.dataset(None), self.dataset(100.5)
         error = self.assertRaises(NotLoaded, served, missing, missing.counts.resp)
         self.assertEqual(str(error), "products has not been loaded yet")

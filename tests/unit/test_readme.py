@@ -1,4 +1,4 @@
-"""Laws of the README and of docs/configuration.md: what they say of settings, commands and promises is what is so."""
+"""Laws of the README and of docs/configuration.md: what they state about settings, commands and promises is true."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Readme(SynchronousTestCase):
         self.assertEqual(shown[1], configuration_table())
 
     def test_ci_runs_the_readmes_test_command(self) -> None:
-        """.ci/run calls exactly the command that the README gives for the tests."""
+        """.ci/run calls exactly the command of the README for the tests."""
         (command,) = re.findall(r"^python3 -m venv .* -m pytest$", README, re.M)
         self.assertIn(f"\n{command}\n", (ROOT / ".ci" / "run").read_text(encoding="utf-8"))
 
@@ -55,7 +55,7 @@ class Readme(SynchronousTestCase):
 
 
 if __name__ == "__main__":
-    # Writes the table anew: python -m tests.unit.test_readme
+    # Writes the table again: python -m tests.unit.test_readme
     text = re.sub(
         r"(<!-- configuration: .*? -->\n).*?(\n<!-- end of configuration -->)",
         lambda found: found[1] + configuration_table() + found[2],

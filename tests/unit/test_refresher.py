@@ -1,6 +1,6 @@
 """Laws of the refreshes: when they start, what a failure does, and how they stop.
 
-The database is a fake whose reads end when a test says so; the time is a Clock's.
+The database is a fake whose reads end when a test wants it; the time is a Clock's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.kit.refreshes import BLOCKER, START_S, Read, RefreshTestCase, World
 
 
 class EqualContent(RefreshTestCase):
-    """A full read that gives what is served."""
+    """A full read that returns what is served."""
 
     def loaded(self, rows: int = 3) -> World:
         world = self.started()
@@ -34,7 +34,7 @@ class EqualContent(RefreshTestCase):
         return world.dataset
 
     def test_it_is_unchanged(self) -> None:
-        """It keeps its generation and its rows, is not announced or counted as a publish, and its age begins anew."""
+        """It keeps its generation and its rows, is not announced or counted as a publish, and its age restarts."""
         world = self.loaded()
         served, told, followed = world.dataset.snapshot, [], []
         assert served is not None
@@ -63,7 +63,7 @@ class EqualContent(RefreshTestCase):
         self.assertEqual(dataset.attempts[-1].outcome, "published")
 
     def test_another_query(self) -> None:
-        """If another query gives the same rows they are those of the new query, under the same generation."""
+        """If another query returns the same rows, they are those of the new query, under the same generation."""
         world = self.loaded()
         settings = world.dataset.settings
         world.service.redeclare([settings.model_copy(update={"query": "SELECT 1 AS id, 2 AS other"})])
@@ -252,7 +252,7 @@ class Overlaps(RefreshTestCase):
         self.assertEqual(world.starts[3:], [("products", 360)])
 
     def test_a_first_start_that_comes_late(self) -> None:
-        """If the reactor is held when the first interval ends, later starts, told and real, are counted from then."""
+        """If the reactor is held when the first interval ends, later starts, logged and real, are counted from then."""
         world = self.started()
         world.database.last.complete()
         world.hold(65)
@@ -352,7 +352,7 @@ class Bursts(RefreshTestCase):
         self.assertIn(self.burst(world, 10_000, 0.001, 0.01), range(5, 8))
 
     def test_of_triggers(self) -> None:
-        """What triggers tell of costs little to read, so each change is read as soon as it can be."""
+        """What triggers notify costs little to read, so each change is read as soon as it can be."""
         world = self.loaded(notify="", watch=[{"table": "public.products", "key": "id"}])
         before = len(world.database.reads)
         for _ in range(100):
@@ -379,7 +379,7 @@ class Bursts(RefreshTestCase):
         world.database.running[0].complete()
 
     def test_stop_amid_a_burst(self) -> None:
-        """What waits for the end of a burst is given up at the stop."""
+        """What waits for the end of a burst is dropped at the stop."""
         world = self.loaded()
         for _ in range(50):
             world.heard("told", "")
@@ -420,7 +420,7 @@ class Failures(RefreshTestCase):
         self.stop(world)
 
     def test_success_resets_the_backoff(self) -> None:
-        """After a success the count of failures is 0, and the first retry of the next failure is as soon as ever."""
+        """After a success the count of failures is 0, and the first retry of the next failure is as soon as before."""
         world = self.started()
         world.database.last.fail()
         world.advance(1)
@@ -435,7 +435,7 @@ class Failures(RefreshTestCase):
         self.assertEqual([at for _, at in world.starts], [0, 1, 3, 60, 61])
 
     def test_no_failure_ends_the_loop(self) -> None:
-        """Whatever is raised, at once or later, expected or a mistake of ours, the next start comes."""
+        """Whatever is raised, at once or later, expected or a bug, the next start comes."""
         world = self.started(retry_initial_s=100.0, retry_max_s=100.0)
         errors = [ZeroDivisionError(), DatabaseUnavailable("refused"), QueryFailed("no"), KeyError("x"), OSError(5)]
         for number, error in enumerate(errors, 1):
@@ -452,7 +452,7 @@ class Failures(RefreshTestCase):
         self.assertEqual(world.dataset.counts.outcomes, {"failed": 10, "published": 2})
 
     def test_an_unexpected_error_is_told_with_its_traceback(self) -> None:
-        """A mistake of ours is a failed attempt that names its kind, and an error in the log with the traceback."""
+        """A bug is a failed attempt that names its kind, and an error in the log with the traceback."""
         world = self.started()
         world.database.last.fail(ZeroDivisionError("secret"))
         self.assertEqual(world.log.lines[-2][:2], ("error", "refresh_broke"))
@@ -580,7 +580,7 @@ class Progress(RefreshTestCase):
 
 class Expiry(RefreshTestCase):
     def test_told_once_each(self) -> None:
-        """dataset_expired is told once when the age passes its limit, dataset_recovered once with the next snapshot."""
+        """dataset_expired is logged once when the age passes its limit, dataset_recovered once with a new snapshot."""
         world = self.started(retry_initial_s=60.0)
         world.database.last.complete()
         for at in range(60, 600, 60):
@@ -598,7 +598,7 @@ class Expiry(RefreshTestCase):
         self.assertEqual(world.log.names(*events), events)
 
     def test_when_and_how(self) -> None:
-        """It is told when the state changes, with the age and the limit."""
+        """It is logged when the state changes, with the age and the limit."""
         world = self.started()
         world.database.last.complete()
         world.advance(180)
@@ -609,7 +609,7 @@ class Expiry(RefreshTestCase):
         self.assertIn(("warning", "dataset_expired", expired), world.log.lines)
 
     def test_no_recovery_by_what_has_expired(self) -> None:
-        """A snapshot that took longer to read than it may be old is no recovery; only a good one is."""
+        """A snapshot that took longer to read than it may be old is not a recovery; only a good one is."""
         world = self.started(max_age_s=10.0)
         events = ["dataset_expired", "dataset_recovered"]
         for at in (60, 120):
@@ -652,7 +652,7 @@ class Lines(RefreshTestCase):
         )
 
     def test_failed(self) -> None:
-        """refresh_failed says why, how long it took, when it is tried again, and how many failed in a row."""
+        """refresh_failed has the reason, the duration, the time of the retry, and how many failed in a row."""
         world = self.started()
         world.advance(2)
         world.database.last.fail()
@@ -672,7 +672,7 @@ class Lines(RefreshTestCase):
         self.assert_last_line(world, "warning", "refresh_failed", expected | again)
 
     def test_who_blocked_it(self) -> None:
-        """A refresh that waited for a lock says who held it, in the log and in the attempt."""
+        """A refresh that waited for a lock reports the session that held it, in the log and in the attempt."""
         world = self.started()
         world.database.last.fail(LockTimeout("a lock was not granted", "55P03", [BLOCKER]))
         self.assertEqual(world.dataset.attempts[-1].blockers, (BLOCKER,))
@@ -723,7 +723,7 @@ class Stopping(RefreshTestCase):
         self.assert_stops(world)
 
     def test_while_reading_and_queued(self) -> None:
-        """What reads is cancelled and what waits is sent away; neither is told as a failure."""
+        """A running read is cancelled and a waiting one is sent away; neither is logged as a failure."""
         world = self.started("a", "b", "products", max_connections=1)
         self.assert_stops(world)
         self.assertEqual(sum(world.dataset.counts.outcomes.values()), 0)

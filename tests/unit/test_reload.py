@@ -133,7 +133,7 @@ class Refreshes(RefreshTestCase):
         self.assertEqual([at for _, at in world.starts], [0, 60, 61])
 
     def test_limits_at_once(self) -> None:
-        """max_age_s and required count from now on; expiry is told by the new limit, and so is recovery."""
+        """max_age_s and required count from now on; expiry is reported by the new limit, and so is recovery."""
         world = self.loaded()
         world.advance(50)
         events = ["dataset_expired", "dataset_recovered"]
@@ -179,12 +179,12 @@ class Refreshes(RefreshTestCase):
             self.assertEqual((after.generation, after.rows.count, world.dataset.held), (2, 1, None))
             self.assertEqual(after.change, (0, 0, 99))
             self.assertNotIn("before the last reload", views.why(world.dataset, world.cache))
-            # From here on it is compared as ever.
+            # From here on it is compared as usual.
             self.refresh(world, "products", rows=0)
             self.assertIsNotNone(world.dataset.held)
 
     def test_another_query_and_back(self) -> None:
-        """A result that the definition of now gave is compared again, whatever was declared in between."""
+        """A result of the present definition is compared again, whatever was declared in between."""
         world = self.loaded(rows=100)
         world.service.redeclare(without_jitter("products", query="SELECT 2 AS id"))
         world.service.redeclare(without_jitter("products"))
@@ -210,7 +210,7 @@ class Refreshes(RefreshTestCase):
         self.assertEqual((len(world.database.running), world.dataset.consecutive_failures), (1, 0))
 
     def test_another_query_while_the_old_one_is_read(self) -> None:
-        """The old read is ended, what it gives nevertheless is not published, and only then the new one begins."""
+        """The old read is ended, what it returns nevertheless is not published, and only then the new one begins."""
         world = World()
         ended: Deferred[Any] = Deferred()
         world.database.after_failure = lambda _: ended
@@ -279,7 +279,7 @@ class Refreshes(RefreshTestCase):
         self.assertEqual(world.dataset.last_generation, 3)
 
     def test_who_waits_for_one_that_is_removed(self) -> None:
-        """Who waits for a newer snapshot of it, or for a transaction in it, is told at once that it is unknown."""
+        """A wait for a newer snapshot of it, or for a transaction in it, ends at once: the dataset is unknown."""
         world = self.loaded()
         freshness = Freshness(world.service, world.cache.database, world.clock)
         world.advance(10)
@@ -292,7 +292,7 @@ class Refreshes(RefreshTestCase):
             self.failureResultOf(each, UnknownDataset)
 
     def test_who_waits_for_one_whose_query_changes(self) -> None:
-        """Who waits for a newer snapshot gets that of the new query."""
+        """A client that waits for a newer snapshot gets that of the new query."""
         world = self.loaded()
         world.advance(10)
         waiting = Deferred.fromCoroutine(
@@ -304,7 +304,7 @@ class Refreshes(RefreshTestCase):
         self.assertTrue(self.successResultOf(waiting))
 
     def test_another_database(self) -> None:
-        """All go on being served, are read anew at once, and nothing served includes a transaction of the new one."""
+        """All go on being served, are read again at once, and nothing served includes a transaction of the new one."""
         world = self.loaded("a", "b", rows=100)
         before = [dataset.snapshot for dataset in world.cache.datasets.values()]
         told = world.service.redeclare(without_jitter("a", "b"), moved=True)
@@ -399,7 +399,7 @@ class Limits(SynchronousTestCase):
 
 class Scans(RefreshTestCase):
     def test_datasets_come_and_go(self) -> None:
-        """A scan amid which datasets are removed and added returns all keys that were there all along."""
+        """A scan during which datasets are removed and added returns all keys that were there all along."""
         world = self.started("a", "b", "c", "d")
         while world.database.running:
             world.database.running[0].complete(rows=20)
@@ -425,7 +425,7 @@ class Scans(RefreshTestCase):
 
 
 class Telling(SynchronousTestCase):
-    """The admin socket's `reload`, and what the status says of a rejection."""
+    """The admin socket's `reload`, and the status of a rejection."""
 
     def setUp(self) -> None:
         self.now_s = 100.0
@@ -454,7 +454,7 @@ class Telling(SynchronousTestCase):
         self.assertEqual(self.successResultOf(answer), f"{expected}; from {FILE}")
 
     def test_a_file_that_was_replaced_where_it_is_mounted_from(self) -> None:
-        """The reply says that what was read is an old file, and what to do."""
+        """The reply is that what was read is an old file, and what to do."""
         answer = self.ask()
         self.result.callback(Reloaded(Declared([], [], [], ["a"]), [], FILE._replace(is_replaced=True)))
         self.assertIn(
@@ -474,7 +474,7 @@ class Telling(SynchronousTestCase):
             self.assertEqual(self.successResultOf(answer), words)
 
     def test_stopping(self) -> None:
-        """A service that stops says so."""
+        """A service that stops replies that."""
         answer = self.ask()
         self.result.errback(Stopped("the service is stopping"))
         self.assertEqual(self.successResultOf(answer), "ERROR the service is stopping")
@@ -484,7 +484,7 @@ class Telling(SynchronousTestCase):
         self.assertEqual(Commands(self.cache).answer("reload"), "ERROR reload is an admin command")
 
     def test_a_rejection(self) -> None:
-        """The head line of status and each `why` tell a rejection, and since when, until it is over."""
+        """The head line of status and each `why` report a rejection, and since when, until it is over."""
         dataset = self.cache.dataset("products")
         problem = "cacheservice.toml: datasets.x.interval_s: must be greater than 0"
         self.cache.rejection = Rejection((problem, "b", "c"), self.now_s)

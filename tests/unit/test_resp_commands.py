@@ -21,7 +21,7 @@ class Commands(SynchronousTestCase):
         self.assertEqual({command.name.encode() for command in COMMANDS} & catalogue().writes, set())
 
     def test_without_password(self) -> None:
-        """The catalogue's flag no_auth is on the commands that run before AUTH, but for RESET, which Redis allows."""
+        """The catalogue's flag no_auth is on the commands that run before AUTH, except RESET, which Redis allows."""
         flagged = {entry.name for entry in catalogue().entries.values() if "no_auth" in entry.flags}
         self.assertEqual({command.name for command in COMMANDS if command.without_password}, flagged - {"reset"})
 

@@ -117,7 +117,7 @@ class Replies(ConnectionTestCase):
         self.assertEqual(self.answers(wire), [document(1, 1), document(2, 1)])
 
     def test_violation(self) -> None:
-        """Bytes that are no request are answered after the replies before them, and end the connection."""
+        """Bytes that are not a request are answered after the replies before them, and end the connection."""
         _, wire = self.connect()
         wire.receive(encode("PING") + b"*1\r\n:1\r\n")
         self.turn()

@@ -146,7 +146,7 @@ class Scans(SynchronousTestCase):
         self.assertEqual(numbered([second, first]), [(number, min(first, second)), (number + 1, max(first, second))])
 
     def test_any_cursor(self) -> None:
-        """A cursor nobody gave is answered with a page or the end, never with an error."""
+        """A cursor that was never returned is answered with a page or the end, never with an error."""
         publish(self.cache, "one", range(100))
         for cursor in (1, 2**40 - 1, 2**40, 2**41 + 5, 2**53, 2**63, 2**64 - 1):
             self.page("SCAN", cursor)

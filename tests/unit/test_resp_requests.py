@@ -109,7 +109,7 @@ class Laws(SynchronousTestCase):
 
     @given(st.lists(st.one_of(commands.map(as_array), st.sampled_from(GARBAGE)), max_size=8).map(b"".join), st.data())
     def test_cuts_do_not_matter(self, data: bytes, draw: st.DataObject) -> None:
-        """Good and malformed requests give the same commands and the same violation, whole or in pieces."""
+        """Good and malformed requests result in the same commands and the same violation, whole or in pieces."""
         pieces = draw.draw(pieces_of(st.just(data)))
         whole = parse([data]) if data else ([], None)
         self.assertEqual(parse(pieces), whole)
@@ -186,7 +186,7 @@ class Limits(SynchronousTestCase):
         return violation
 
     def test_malformed(self) -> None:
-        """Each malformed request is told in Redis's words, as soon as it is known to be one."""
+        """Each malformed request is reported in Redis's words, as soon as it is known to be one."""
         for data, words in (
             (b"*3000000000\r\n", "invalid multibulk length"),
             (b"*1000000000\r\n", "invalid multibulk length"),
@@ -265,7 +265,7 @@ class Limits(SynchronousTestCase):
                     self.assertEqual(parser.take(512), [])
 
     def test_large_but_fair(self) -> None:
-        """A command of 200,000 words and one with a word of 10 MB are commands, in pieces of what a socket gives."""
+        """A command of 200,000 words and one with a word of 10 MB are commands, in pieces of a socket's size."""
         for command in (
             [b"MGET", *(b"products:%d" % number for number in range(200_000))],
             [b"SET", b"a", b"\r\n*1" * 2_500_000],

@@ -317,7 +317,7 @@ class Pipelines(SessionTestCase):
         self.assertEqual((len(self.session.work()), self.session.step), (1, Step.READ))
 
     def test_a_violation(self) -> None:
-        """Bytes that are no request end the session, after the replies before them."""
+        """Bytes that are not a request end the session, after the replies before them."""
         self.client.send(encode("PING") + b"*1\r\n:1\r\n" + encode("PING"))
         self.assertEqual(self.client.take(), b"+PONG\r\n-ERR Protocol error: expected '$', got ':'\r\n")
         self.assertEqual((self.session.step, self.server.port.rejected["protocol_error"]), (Step.CLOSE, 1))

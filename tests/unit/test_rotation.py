@@ -73,7 +73,7 @@ class Rotating(SynchronousTestCase):
         return self.files
 
     def test_once_a_second(self) -> None:
-        """All who look while it reads wait for that; the next read is a second later."""
+        """All checks during a read wait for it; the next read is a second later."""
         looking = [self.rotation.look() for _ in range(3)]
         self.reactor.pool.run()
         for each in looking:
@@ -131,7 +131,7 @@ class Rotating(SynchronousTestCase):
         self.assertEqual([each.token for each in self.replaced], ["newer"])
 
     def test_a_bug(self) -> None:
-        """It is logged, and who waits goes on."""
+        """It is logged, and waiting clients go on."""
         self.patch(self, "files", None)
         self.rotation = Rotation(STARTED, lambda: 1 / 0, has_files=True, reactor=self.reactor, log=self.log)  # type: ignore[arg-type,return-value]
         looking = self.rotation.look()

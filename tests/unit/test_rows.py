@@ -20,7 +20,7 @@ tables = st.dictionaries(keys, st.binary(max_size=20), max_size=200)
 
 
 class Released:
-    """Whom the groups go to; remembers what was in them."""
+    """The receiver of the groups; remembers what was in them."""
 
     def __init__(self) -> None:
         self.tables: list[dict[bytes, bytes]] = []
@@ -74,7 +74,7 @@ class Lookup(SynchronousTestCase):
         self.assertEqual([(key, rows.bulk(key)) for key, _ in found], found)
 
     def test_the_order_of_items_stays(self) -> None:
-        """Two walks over the same rows give them in the same order."""
+        """Two walks over the same rows return them in the same order."""
         builder = RowsBuilder(Released())
         builder.add([(b"%d" % n, b"{}") for n in range(1000)])
         rows = builder.finish()

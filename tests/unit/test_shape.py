@@ -1,4 +1,4 @@
-"""Bounds on the code: the size of its parts, and who changes what."""
+"""Bounds on the code: the size of its parts, and which module changes what."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of who may refresh now and who waits."""
+"""Laws of slots: which refreshes may run now, and which wait."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Limit(SlotsTestCase):
     @settings(deadline=None)
     @given(st.integers(1, 4), st.booleans(), st.lists(st.integers(0, 7), max_size=80), st.data())
     def test_whatever_the_order(self, limit: int, healthy: bool, steps: list[int], data: st.DataObject) -> None:
-        """Whoever asks, ends, fails or gives up in whatever order: never over the limit, and nobody is forgotten."""
+        """In whatever order uses start, end, fail or give up: never over the limit, and none is forgotten."""
         self.healthy = healthy
         slots = self.slots(limit)
         jobs: list[Job] = []
@@ -97,7 +97,7 @@ class Limit(SlotsTestCase):
 
 class Order(SlotsTestCase):
     def test_the_greatest_need_first(self) -> None:
-        """A slot goes to the greatest need, not to who came first."""
+        """A slot goes to the greatest need, not to the first to come."""
         slots = self.slots(1)
         first = Job("first").ask(slots)
         low, high, never_loaded = (Job(str(need), need).ask(slots) for need in (0.1, 0.9, float("inf")))
@@ -131,7 +131,7 @@ class Order(SlotsTestCase):
 
 class Failing(SlotsTestCase):
     def test_after_the_healthy(self) -> None:
-        """Who fails goes after who does not, however great its need; with one slot it still gets its turn."""
+        """A failing use goes after the others, however great its need; with one slot it still gets its turn."""
         slots = self.slots(1)
         first = Job("first").ask(slots)
         failing = Job("failing", float("inf"), failing=True).ask(slots)
@@ -143,7 +143,7 @@ class Failing(SlotsTestCase):
         failing.end()
 
     def test_never_the_last_slot(self) -> None:
-        """As long as something is healthy, the last free slot waits for it: who fails does not get it."""
+        """As long as something is healthy, the last free slot waits for it: a failing use does not get it."""
         slots = self.slots(3)
         failing = [Job(f"failing {number}", failing=True).ask(slots) for number in range(4)]
         self.assertEqual([job.running for job in failing], [True, True, False, False])
@@ -157,7 +157,7 @@ class Failing(SlotsTestCase):
             job.end()
 
     def test_not_for_ever(self) -> None:
-        """Where healthy ones always wait, who fails has its turn after a number of them, one at a time."""
+        """Where healthy ones always wait, a failing use has its turn after a number of them, one at a time."""
         for limit in (1, 2):
             slots = self.slots(limit)
             running = [Job("busy").ask(slots) for _ in range(limit)]
@@ -169,7 +169,7 @@ class Failing(SlotsTestCase):
             running += [Job(f"more {number}", 0.5).ask(slots) for number in range(2)]
             running.pop(0).end()
             self.assertEqual([job.running for job in failing], [True, False])
-            if limit > 1:  # the other slot is not for who fails as long as one of them runs
+            if limit > 1:  # the other slot is not for failing uses as long as one of them runs
                 running.pop(0).end()
                 self.assertEqual([job.running for job in failing], [True, False])
             failing[0].end()
@@ -187,7 +187,7 @@ class Failing(SlotsTestCase):
             job.end()
 
     def test_health_is_asked_at_the_grant(self) -> None:
-        """Who has recovered while it waited is healthy when a slot is free."""
+        """A use that has recovered while it waited is healthy when a slot is free."""
         slots = self.slots(2)
         busy = Job("busy").ask(slots)
         waiting = Job("waiting", failing=True).ask(slots)
@@ -202,7 +202,7 @@ class Failing(SlotsTestCase):
 
 class Cancel(SlotsTestCase):
     def test_in_the_queue(self) -> None:
-        """Who gives up while waiting leaves the queue, is never run, and takes no slot with it."""
+        """A use that gives up while waiting leaves the queue, is never run, and takes no slot with it."""
         slots = self.slots(1)
         first = Job("first").ask(slots)
         quitter, next_one = Job("quitter", 9).ask(slots), Job("next").ask(slots)
@@ -215,7 +215,7 @@ class Cancel(SlotsTestCase):
         next_one.end()
 
     def test_in_use(self) -> None:
-        """Who is cancelled while running has its work cancelled, and its slot goes on."""
+        """A use that is cancelled while running has its work cancelled, and its slot goes on."""
         slots = self.slots(1)
         running, next_one = Job("running").ask(slots), Job("next").ask(slots)
         assert running.result is not None

@@ -131,7 +131,7 @@ class Judgement(SynchronousTestCase):
         self.assertEqual(problems(facts(FRESH, database=deaf), ("a",)), [])
 
     def test_a_standby(self) -> None:
-        """It cannot listen or prune, which is no warning; how far it is behind, and why, is shown everywhere."""
+        """It cannot listen or prune, which is not a warning; how far it is behind, and why, is shown everywhere."""
         deaf = Database(
             state="up",
             listening_wanted=True,

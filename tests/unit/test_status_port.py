@@ -37,7 +37,7 @@ class AnyBytes(SynchronousTestCase):
         self.addCleanup(lambda: self.assertEqual(self.clock.getDelayedCalls(), []))
 
     def talk(self, chunks: list[bytes]) -> list[str]:
-        """What the server says to the chunks and the end of input after them, until the connection is closed."""
+        """What the server sends for the chunks and the end of input after them, until the connection is closed."""
         protocol = self.factory.buildProtocol(None)
         wire = Wire(protocol)
         for chunk in chunks:
@@ -64,7 +64,7 @@ class AnyBytes(SynchronousTestCase):
     @settings(deadline=None)
     @given(st.lists(st.sampled_from(WORDS) | st.binary(max_size=4), max_size=60), st.integers(1, 100))
     def test_half_sensible(self, words: list[bytes], chunk_bytes: int) -> None:
-        """Commands and garbage mixed, cut anywhere, break nothing, and give the same replies however they are cut."""
+        """Commands and garbage mixed, cut anywhere, break nothing, and get the same replies however they are cut."""
         data = b"".join(words)
         cut = [data[start : start + chunk_bytes] for start in range(0, len(data), chunk_bytes)]
         self.assertEqual(self.talk(cut), self.talk([data]))
@@ -79,7 +79,7 @@ class Timeouts(SynchronousTestCase):
         self.addCleanup(lambda: self.assertEqual(self.clock.getDelayedCalls(), []))
 
     def test_each_line_counts(self) -> None:
-        """Each line starts the idle timeout anew; the first silence that lasts as long ends the connection."""
+        """Each line restarts the idle timeout; the first silence that lasts as long ends the connection."""
         self.protocol.dataReceived(b"prompt\n")
         for _ in range(5):
             self.clock.advance(59)

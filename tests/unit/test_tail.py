@@ -86,7 +86,7 @@ class Following(SynchronousTestCase):
         return [event.fields["generation"] for each in generations for event in self.follower.message(message(each))]
 
     def test_a_message_before_the_poll(self) -> None:
-        """What a message has told of, no poll tells again."""
+        """What a message has reported, no poll reports again."""
         self.assertEqual(self.messages(6, 7), [6, 7])
         self.assertEqual(self.poll(7) + self.poll(7), [])
 
@@ -99,7 +99,7 @@ class Following(SynchronousTestCase):
         self.assertEqual(self.poll(7) + self.poll(7), [])
 
     def test_a_message_that_never_came(self) -> None:
-        """What no message told of by the next poll, that tells, with their number; a late message is no second."""
+        """What no message has reported by the next poll, the poll reports, with its number; no message repeats it."""
         self.assertEqual(self.poll(8), [])
         (event,) = self.poll(9)
         self.assertEqual((event["generation"], event["generations_before_it"]), (8, 2))
@@ -113,12 +113,12 @@ class Following(SynchronousTestCase):
         self.assertEqual(event.fields["generations_before_it"], 2)
 
     def test_without_messages(self) -> None:
-        """Without a subscription a poll tells at once."""
+        """Without a subscription a poll reports at once."""
         (event,) = self.poll(6, subscribed=False)
         self.assertEqual((event["generation"], event["changed"]), (6, 6))
 
     def test_another_process(self) -> None:
-        """After a restart generations begin anew, and are told from the first."""
+        """After a restart generations begin again, and are reported from the first."""
         (event,) = self.poll(1, pid=2)
         self.assertEqual(event["event"], "service_restarted")
         self.assertEqual([each["generation"] for each in self.poll(1, pid=2)], [1])
@@ -129,7 +129,7 @@ class Following(SynchronousTestCase):
         self.assertEqual(self.messages(2), [2])
 
     def test_an_attempt_is_told_once(self) -> None:
-        """A failure that several polls see is one event, in words that say when it is tried again."""
+        """A failure that several polls see is one event, in words that include when it is tried again."""
         failing = {
             "last_attempt": Attempt("failed", "retry", MOMENT, 0.5, error="no table"),
             "consecutive_failures": 2,

@@ -55,7 +55,7 @@ class Waits(SynchronousTestCase):
         self.assertFalse(self.throttle.is_full(HOST))
 
     def test_addresses_of_one_network_are_one(self) -> None:
-        """Who has 2**64 addresses is one guesser; IPv4 within IPv6 is IPv4."""
+        """A client with 2**64 addresses is one guesser; IPv4 within IPv6 is IPv4."""
         for network, same, other in (
             ("2001:db8::1", "2001:db8::2:3", "2001:db8:0:1::1"),
             ("::ffff:192.0.2.9", "192.0.2.9", "::ffff:192.0.2.8"),
