@@ -28,7 +28,7 @@ from cacheservice.cache.rows import bulk
 from cacheservice.cache.snapshot import Snapshot
 from cacheservice.ports.client_socket import Phase
 from cacheservice.ports.http.bodies import PIECE_BYTES
-from cacheservice.ports.http.head import MAX_HEAD_BYTES, MAX_HEADERS
+from cacheservice.ports.http.request_head import MAX_HEAD_BYTES, MAX_HEADERS
 from cacheservice.ports.throttle import Throttle
 from tests.kit.datasets import MOMENT_WITH_MS, planned, rows_of
 from tests.kit.http import Answer, ask_on, read_answer, read_to_the_end, statuses

@@ -19,7 +19,7 @@ from cacheservice.cli import exit
 from cacheservice.cli.terminal import console_of_output, show
 from cacheservice.sources.postgres import target
 from cacheservice.sources.postgres.inspect import Finding, Inspection, Server, inspect_text, inspecting
-from cacheservice.views.words import plural, size
+from cacheservice.views.units import plural, size
 
 
 @click.command()

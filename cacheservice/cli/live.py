@@ -20,7 +20,7 @@ from cacheservice.cli.client import Answer, Connection, Endpoint, read_status
 from cacheservice.cli.picture import Picture
 from cacheservice.cli.terminal import console_of_output, print_error, show
 from cacheservice.views.json import only_datasets
-from cacheservice.views.words import duration
+from cacheservice.views.units import duration
 
 _POLL_INTERVAL_S = 1.0
 _REDRAWS_PER_S = 4

@@ -20,7 +20,7 @@ from rich.text import Text
 from cacheservice.cli.client import Endpoint
 from cacheservice.views.facts import Dataset, Facts
 from cacheservice.views.problems import Problem, Severity, next_attempt, problems
-from cacheservice.views.words import duration, last_attempt, size, standby
+from cacheservice.views.units import duration, last_attempt, size, standby
 
 _MOST_WRITTEN_OUT = 8
 """Further problems are only counted; the table below lists them all."""

@@ -22,7 +22,7 @@ from cacheservice.cli.terminal import console_of_output, show
 from cacheservice.views import plugin
 from cacheservice.views.json import only_datasets
 from cacheservice.views.problems import problems
-from cacheservice.views.words import plural
+from cacheservice.views.units import plural
 
 
 class _StatusCommand(click.Command):

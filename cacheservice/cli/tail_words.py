@@ -9,7 +9,7 @@ from types import MappingProxyType
 from rich.text import Text
 
 from cacheservice.cli.follow import Event, Value
-from cacheservice.views.words import duration
+from cacheservice.views.units import duration
 
 _STYLES: Mapping[str, str] = MappingProxyType(
     {

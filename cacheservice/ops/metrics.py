@@ -9,30 +9,23 @@ with this one.
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from itertools import chain
-from typing import Protocol
 
-import twisted
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    InfoMetricFamily,
     Metric,
 )
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 
-from cacheservice import __version__
 from cacheservice.base.interfaces import Clock
 from cacheservice.base.timers import pause
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.counts import Histogram
 from cacheservice.cache.dataset import Dataset
 from cacheservice.cache.events import AttemptEnded, Ended, Event
-from cacheservice.ops.families import GROUPS, Sample, bucket_names, histogram_values
+from cacheservice.ops.dataset_metrics import GROUPS, Sample
+from cacheservice.ops.service_metrics import ServedPort, ServiceMetrics, Superseded
 
 _A_TURN = 100
 """The most datasets rendered in one turn of the reactor: 2 ms."""
@@ -41,29 +34,6 @@ _FAMILIES = [family for group in GROUPS for family in group.families]
 # The first family is the age, which changes all the time.
 _OF_CHANGES = GROUPS[1:]
 _STAMPS = [group.stamp for group in _OF_CHANGES]
-
-
-Superseded = Callable[[], Mapping[tuple[str, int], int]]
-"""Bytes by dataset and generation."""
-
-
-class Counted(Protocol):
-    """Counts by reason."""
-
-    def items(self) -> Iterable[tuple[str, int]]: ...
-
-
-class ServedPort(Protocol):
-    """The factory of a port. `rejected` counts clients by reason."""
-
-    @property
-    def clients(self) -> Collection[object]: ...
-
-    @property
-    def rejected(self) -> Counted: ...
-
-    @property
-    def max_connections(self) -> int: ...
 
 
 class _Lines:
@@ -118,7 +88,7 @@ class Metrics:
         self._clock = clock
         # A registry of its own; the library's global one is shared by the whole process.
         self._of_service = CollectorRegistry()
-        self._of_service.register(_Service(cache, lateness, self._ports, superseded))
+        self._of_service.register(ServiceMetrics(cache, lateness, self._ports, superseded))
         ProcessCollector(registry=self._of_service)
         self._lines: dict[str, _Lines] = {}
         cache.events.subscribe(lambda event: self._lines.pop(event.dataset, None), Ended)
@@ -203,120 +173,3 @@ class Metrics:
         for name in datasets.keys() - self._lines.keys():
             self._render(datasets[name])  # it was added while others were rendered
         return zip(*(self._lines[name].families for name in datasets), strict=True)
-
-
-class _Service:
-    """Collects the metrics that are not of a dataset, for prometheus-client."""
-
-    def __init__(
-        self, cache: Cache, lateness: Histogram, ports: Mapping[str, ServedPort], superseded: Superseded
-    ) -> None:
-        self._superseded = superseded
-        self._cache = cache
-        self._lateness = lateness
-        self._ports = ports
-
-    def describe(self) -> Sequence[Metric]:
-        """Return nothing, so that registration checks nothing.
-
-        The ports do not exist yet at that time.
-        """
-        return ()
-
-    def collect(self) -> Iterator[Metric]:
-        cache, database = self._cache, self._cache.database
-        yield InfoMetricFamily(
-            "cacheservice_build",
-            "Versions of the service, of Python and of Twisted.",
-            {"version": __version__, "python": platform.python_version(), "twisted": twisted.__version__},
-        )
-        yield GaugeMetricFamily(
-            "cacheservice_uptime_seconds", "Seconds since the start.", round(cache.now() - cache.started_at, 3)
-        )
-        yield GaugeMetricFamily(
-            "cacheservice_ready",
-            "1 while every required dataset can be read, and the service is not stopping.",
-            int(cache.is_ready),
-        )
-        yield GaugeMetricFamily(
-            "cacheservice_config_rejected",
-            "1 while a changed configuration is not in effect, because it has a problem.",
-            int(cache.rejection is not None),
-        )
-        yield GaugeMetricFamily(
-            "cacheservice_postgres_up", "1 if PostgreSQL answered the last time.", int(database.state == "up")
-        )
-        yield GaugeMetricFamily(
-            "cacheservice_postgres_connections", "Sessions that are open now.", database.connections
-        )
-        if database.listening_wanted:
-            yield GaugeMetricFamily(
-                "cacheservice_listening",
-                "1 while notifications of PostgreSQL arrive; not there if no dataset waits for any.",
-                int(database.listening),
-            )
-        if database.server is not None and database.server.in_recovery:
-            yield GaugeMetricFamily(
-                "cacheservice_standby_lag_seconds",
-                "How far the standby that is read may be behind its primary at most; not there for a primary.",
-                round(database.lag.seconds, 3),
-            )
-            yield GaugeMetricFamily(
-                "cacheservice_standby_lag_known",
-                "0 while it is not known whether the standby hears from its primary; not there for a primary.",
-                int(database.lag.known),
-            )
-        if any(dataset.settings.watch for dataset in cache.datasets.values()):
-            yield GaugeMetricFamily(
-                "cacheservice_prune_failing",
-                "1 while old recorded changes are not deleted; not there if no dataset has watch.",
-                int(database.prune_problem is not None),
-            )
-            if database.recorded_changes is not None:
-                yield GaugeMetricFamily(
-                    "cacheservice_recorded_changes",
-                    "Recorded changes that the database keeps, by its statistics; not there before the first pruning.",
-                    database.recorded_changes,
-                )
-            if database.oldest_change_s is not None:
-                yield GaugeMetricFamily(
-                    "cacheservice_recorded_changes_age_seconds",
-                    "Age of the oldest recorded change that the database keeps, 0 without any; not there if unknown.",
-                    round(database.oldest_change_s, 3),
-                )
-        yield GaugeMetricFamily(
-            "cacheservice_refresh_queue_depth",
-            "Refreshes that are due and wait for a connection, or for postgres.max_load.",
-            database.queued(),
-        )
-        connections = GaugeMetricFamily("cacheservice_connections", "Clients that are connected.", labels=["port"])
-        limits = GaugeMetricFamily(
-            "cacheservice_connections_limit", "Clients that the port takes at once.", labels=["port"]
-        )
-        rejected = CounterMetricFamily(
-            "cacheservice_rejected", "Clients that were turned away.", labels=["port", "reason"]
-        )
-        for name, port in self._ports.items():
-            connections.add_metric([name], len(port.clients))
-            limits.add_metric([name], port.max_connections)
-            for reason, count in port.rejected.items():
-                rejected.add_metric([name, reason], count)
-        yield from (connections, limits, rejected)
-        superseded = self._superseded()
-        yield GaugeMetricFamily(
-            "cacheservice_reader_generations",
-            "Superseded generations that answers in progress keep in memory.",
-            len(superseded),
-        )
-        yield GaugeMetricFamily(
-            "cacheservice_reader_bytes",
-            "Size of these generations; those made by deltas share most of it.",
-            sum(superseded.values()),
-        )
-        *cumulative, _, total = histogram_values(self._lateness)
-        yield HistogramMetricFamily(
-            "cacheservice_reactor_stall_seconds",
-            "How late each tick of the reactor came; there is one every 31 ms.",
-            list(zip(bucket_names(self._lateness.bounds), cumulative, strict=True)),
-            total,
-        )

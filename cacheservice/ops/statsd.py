@@ -23,7 +23,7 @@ from cacheservice.base.errors import CacheServiceError
 from cacheservice.base.interfaces import Log, Reactor
 from cacheservice.base.timers import looping, pause
 from cacheservice.config import StatsdSettings
-from cacheservice.ops.families import Sample
+from cacheservice.ops.dataset_metrics import Sample
 from cacheservice.ops.metrics import Metrics
 
 INTERVAL_S = 10.0

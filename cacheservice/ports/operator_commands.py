@@ -14,8 +14,9 @@ from cacheservice import __version__
 from cacheservice.base.errors import CacheServiceError, ConfigError, UnknownDataset
 from cacheservice.base.text import in_short
 from cacheservice.cache.cache import Cache, Refreshes, Reloaded
-from cacheservice.views import collect, explain, table
+from cacheservice.views import collect, table
 from cacheservice.views import json as as_json
+from cacheservice.views.why import sentences
 
 Reply = str | Deferred[str]
 """A reply without the line's end, now or later. One that begins with ERROR reports a problem."""
@@ -127,7 +128,7 @@ def _questions(cache: Cache, monitor: Monitor | None) -> Mapping[str, Command]:
 
     def why(name: str) -> str:
         details = collect.details(cache.dataset(name), cache)
-        return "\n".join(explain.why(details, collect.database(cache), collect.rejection(cache)))
+        return "\n".join(sentences(details, collect.database(cache), collect.rejection(cache)))
 
     nothing, name, optional_name = Argument.NONE, Argument.NAME, Argument.OPTIONAL_NAME
     return {

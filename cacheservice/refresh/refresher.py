@@ -19,8 +19,8 @@ from cacheservice.refresh.claim import Claim
 from cacheservice.refresh.members import members_of
 from cacheservice.refresh.operator import Operator
 from cacheservice.refresh.outcomes import Outcomes
-from cacheservice.refresh.planning import Planning
 from cacheservice.refresh.process import Process
+from cacheservice.refresh.read_plans import Planning
 from cacheservice.refresh.results import Result, Try
 from cacheservice.refresh.slots import Slots
 from cacheservice.refresh.starts import Starts

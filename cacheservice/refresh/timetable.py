@@ -20,9 +20,9 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from cacheservice.base.backoff import full_jitter
 from cacheservice.cache.history import Trigger
 from cacheservice.config import DatasetSettings, timing
+from cacheservice.refresh.retries import Retries
 
 CALM_S = 0.02
 """A notification within this time after another one, or after an attempt, belongs to a burst."""
@@ -162,12 +162,11 @@ class Timetable:
     """
 
     def __init__(self, settings: DatasetSettings, random: Callable[[], float]) -> None:
-        self._random = random
         self.grid = Grid(random())
+        self._retries = Retries(random)
         self._state = State.NEW
         self._take(settings)
         self._last_start_at = 0.0
-        self._retry_at = math.inf
         self._bursts = _Bursts()
         self.last = LastAttempt()
         self._next: Due | None = None
@@ -175,7 +174,7 @@ class Timetable:
     def _take(self, settings: DatasetSettings) -> None:
         self._timing = timing(settings)
         self.grid.take(settings)
-        self._retry_wait_s = full_jitter(settings.retry_initial_s, settings.retry_max_s, self._random)
+        self._retries.take(settings)
 
     @property
     def is_new(self) -> bool:
@@ -189,12 +188,12 @@ class Timetable:
 
     def wake_at(self) -> float | None:
         """Return when `wake` is to be called; None if nothing but the interval is planned."""
-        at = min(self._retry_at, self._bursts.calm_at)
+        at = min(self._retries.at, self._bursts.calm_at)
         return None if at == math.inf else at
 
     def planned_at(self, now: float) -> float:
         """Return when the next attempt is planned, as far as that is known."""
-        return min(self._retry_at, self.grid.next_start_at(now))
+        return min(self._retries.at, self.grid.next_start_at(now))
 
     # What happens
 
@@ -217,9 +216,8 @@ class Timetable:
             return None
         self._take(settings)
         self.grid.begin(now, self._last_start_at)
-        if self._retry_at >= self.grid.phase_at:
-            self._retry_at = math.inf
-        return min(self._retry_at, self.grid.phase_at)
+        self._retries.start_moved(self.grid.phase_at)
+        return min(self._retries.at, self.grid.phase_at)
 
     def interval_began(self) -> Due | None:
         """Return the attempt of an interval; None, because one is running and this start is skipped."""
@@ -262,14 +260,14 @@ class Timetable:
         if at_once:
             return Due("notify")
         # Writers must not drive a retry past its backoff: it reads what they changed.
-        if self._retry_at < math.inf or self._bursts.calm_at < math.inf:
+        if self._retries.is_planned or self._bursts.calm_at < math.inf:
             return None
         return Due("notify") if self._bursts.begin(now, what, self.last) else None
 
     def wake(self, now: float, what: Notifiable) -> Due | None:
         """Return the attempt that was planned for this moment."""
-        if self._retry_at <= now:
-            self._retry_at = math.inf
+        if self._retries.at <= now:
+            self._retries.forget()
             return Due("retry")
         if self._bursts.calm_at <= now and self._bursts.is_over(now, what, self.last):
             return Due("notify")
@@ -279,7 +277,7 @@ class Timetable:
         """Note that an attempt begins, and return when the one after it is planned."""
         assert not self.is_running, "an attempt never overlaps another one"
         self._state = State.RUNNING
-        self._retry_at = math.inf
+        self._retries.forget()
         self._bursts.forget()
         self._next = None
         # It waits for a slot, and so it begins after whatever moment is asked for now.
@@ -297,9 +295,7 @@ class Timetable:
 
     def failed(self, now: float, failures_before: int) -> float:
         """Plan a retry, unless the next start comes first; return when the next attempt is planned."""
-        retry_at = now + self._retry_wait_s(failures_before)
-        if retry_at < self.grid.next_start_at(now):
-            self._retry_at = retry_at
+        self._retries.failed(now, failures_before, self.grid.next_start_at(now))
         return self.planned_at(now)
 
     def ended(self, now: float, what: Notifiable) -> Due | None:
@@ -309,6 +305,6 @@ class Timetable:
         due, self._next = self._next, None
         if due is None or due.trigger != "notify":
             return due
-        if self._retry_at == math.inf and self._bursts.begin(now, what, self.last):
+        if not self._retries.is_planned and self._bursts.begin(now, what, self.last):
             return due
         return None

@@ -13,7 +13,7 @@ from typing import Literal
 
 from cacheservice.views.facts import Dataset, Facts
 from cacheservice.views.problems import Problem, Severity, problems, severity
-from cacheservice.views.words import plural, standby
+from cacheservice.views.units import plural, standby
 
 Detail = Literal["none", "summary", "all"]
 """The performance data: none; the service as a whole; also four figures of each dataset."""

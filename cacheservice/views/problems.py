@@ -11,7 +11,7 @@ from datetime import datetime
 from enum import IntEnum
 
 from cacheservice.views.facts import Database, Dataset, Facts, Service
-from cacheservice.views.words import capped, duration, lag_and_reason, moment, rejected, times
+from cacheservice.views.units import capped, duration, lag_and_reason, moment, rejected, times
 
 
 class Severity(IntEnum):

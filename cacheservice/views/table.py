@@ -10,7 +10,7 @@ from tabulate import tabulate
 from cacheservice.base.text import iso
 from cacheservice.views import json as as_json
 from cacheservice.views.facts import Attempt, Database, Dataset, Details, Service
-from cacheservice.views.words import capped, duration, last_attempt, moment, rejected, standby
+from cacheservice.views.units import capped, duration, last_attempt, moment, rejected, standby
 
 
 def ready_line(service: Service) -> str:

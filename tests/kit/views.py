@@ -6,13 +6,14 @@ from typing import Any
 
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset
-from cacheservice.views import collect, explain, table
+from cacheservice.views import collect, table
 from cacheservice.views import json as as_json
+from cacheservice.views.why import sentences
 
 
 def why(dataset: Dataset, cache: Cache) -> str:
     """Return the reply to `why`."""
-    return "\n".join(explain.why(collect.details(dataset, cache), collect.database(cache), collect.rejection(cache)))
+    return "\n".join(sentences(collect.details(dataset, cache), collect.database(cache), collect.rejection(cache)))
 
 
 def status_table(cache: Cache) -> str:

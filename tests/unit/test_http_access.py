@@ -16,9 +16,9 @@ from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.http import AccessSettings, HttpFactory, Served
 from cacheservice.ports.http.access import Access, Level
 from cacheservice.ports.http.guard import Guard
-from cacheservice.ports.http.head import Head
 from cacheservice.ports.http.messages import Reply
 from cacheservice.ports.http.problem import Problem
+from cacheservice.ports.http.request_head import Head
 from cacheservice.ports.throttle import LONG_WAIT_S, SHORT_WAIT_S
 from tests.kit.clocks import started_clock
 from tests.kit.datasets import declared

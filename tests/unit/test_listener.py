@@ -6,7 +6,8 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.cache.cache import Cache, DatabaseStatus
 from cacheservice.config import DatasetSettings
-from cacheservice.views import collect, explain
+from cacheservice.views import collect
+from cacheservice.views.why import listening
 from tests.kit.views import database_object, status_table, why
 
 
@@ -23,7 +24,7 @@ class ToldTests(SynchronousTestCase):
         return status
 
     def sentence(self) -> str | None:
-        return explain.listening(collect.database(self.cache))
+        return listening(collect.database(self.cache))
 
     def head(self) -> str:
         return status_table(self.cache).splitlines()[0]

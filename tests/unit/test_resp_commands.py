@@ -1,10 +1,10 @@
-"""Laws of the table of commands: `catalogue.json` describes the same commands in the same way."""
+"""Laws of the table of commands: `command_docs.json` describes the same commands in the same way."""
 
 from __future__ import annotations
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from cacheservice.ports.resp.catalogue import catalogue
+from cacheservice.ports.resp.command_docs import catalogue
 from cacheservice.ports.resp.commands import COMMANDS
 from cacheservice.ports.resp.server import InMulti, Table
 

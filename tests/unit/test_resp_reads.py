@@ -6,7 +6,7 @@ from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from cacheservice.ports.resp.catalogue import catalogue
+from cacheservice.ports.resp.command_docs import catalogue
 from tests.kit.clocks import started_clock
 from tests.kit.resp import Words
 from tests.kit.resp_peer import ROWS, document, failed_attempt, filled_cache, publish
@@ -88,7 +88,7 @@ class Reads(SynchronousTestCase):
         self.assert_asks("TTL products:nope", -2)
 
     def test_errors(self) -> None:
-        """What cannot be answered is told in the contract's words."""
+        """Errors have the documented codes."""
         reads = [
             "GET {}:1",
             "MGET products:1 {}:1",

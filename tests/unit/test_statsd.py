@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from cacheservice.ops.families import Sample
+from cacheservice.ops.dataset_metrics import Sample
 from cacheservice.ops.statsd import MOST_PACKET_BYTES, Lines, packets
 
 

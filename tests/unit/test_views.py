@@ -14,8 +14,9 @@ from cacheservice.cache.history import Attempt
 from cacheservice.cache.identity import ServerIdentity
 from cacheservice.cache.lag import Lag
 from cacheservice.cache.snapshot import Snapshot
-from cacheservice.views import collect, explain, facts, parse, words
+from cacheservice.views import collect, facts, parse, units
 from cacheservice.views import json as as_json
+from cacheservice.views.why import sentences
 from tests.kit.datasets import MOMENT, declared, reading, rows_of
 from tests.kit.status_port import BLOCKER, filled_cache
 
@@ -127,7 +128,7 @@ class Why(SynchronousTestCase):
     def why(self, details: facts.Details | None = None, **dataset: object) -> list[str]:
         details = details or self.details
         details = replace(details, dataset=replace(self.dataset, **dataset))  # type: ignore[arg-type]
-        return explain.why(details, facts.Database(state="up"))
+        return sentences(details, facts.Database(state="up"))
 
     def test_fresh(self) -> None:
         """It is the age with its limit, and the generation."""
@@ -173,12 +174,12 @@ class Words(SynchronousTestCase):
             (-1.0, "0.00 s"), (0.123, "0.12 s"), (9.99, "9.99 s"), (47.4, "47 s"), (119.4, "119 s"), (120.0, "2 min"),
             (200.0, "3 min 20 s"), (7200.0, "2 h"), (18120.0, "5 h 2 min"), (172800.0, "2 d"), (273600.0, "3 d 4 h"),
         ):  # fmt: skip
-            self.assertEqual(words.duration(value_s), expected)
+            self.assertEqual(units.duration(value_s), expected)
 
     def test_sizes(self) -> None:
         """Powers of 1024."""
         for count, expected in ((512, "512 B"), (2048, "2.0 KiB"), (1_992_294, "1.9 MiB"), (5 << 40, "5120.0 GiB")):
-            self.assertEqual(words.size(count), expected)
+            self.assertEqual(units.size(count), expected)
 
     def test_a_blocker(self) -> None:
         """A description omits what the role may not see."""
@@ -190,6 +191,6 @@ class Words(SynchronousTestCase):
     def test_the_last_attempt(self) -> None:
         """A failure has its error, any other outcome its duration."""
         dataset = filled_cache().dataset("prices")
-        self.assertEqual(words.last_attempt(collect.dataset(dataset)), "failed twice: a lock was not granted")
+        self.assertEqual(units.last_attempt(collect.dataset(dataset)), "failed twice: a lock was not granted")
         dataset.attempted(Attempt("unchanged", "retry", MOMENT, 0.25))
-        self.assertEqual(words.last_attempt(collect.dataset(dataset)), "unchanged in 0.25 s")
+        self.assertEqual(units.last_attempt(collect.dataset(dataset)), "unchanged in 0.25 s")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from twisted.web.http import datetimeToString
 
 from cacheservice.ports.http.bodies import compress_now
-from cacheservice.ports.http.heads import status_line
+from cacheservice.ports.http.response_heads import status_line
 
 PAGE = b"index.html"
 

@@ -11,10 +11,10 @@ from types import MappingProxyType
 from cacheservice.base.errors import NothingToPin, NothingToRollBackTo, Stopped
 from cacheservice.cache.cache import Refreshes
 from cacheservice.ports.http import conditions
-from cacheservice.ports.http.head import announces_body
 from cacheservice.ports.http.messages import Reply, Request, WallClock, live
 from cacheservice.ports.http.problem import Problem
 from cacheservice.ports.http.reads import Reads
+from cacheservice.ports.http.request_head import announces_body
 
 Done = tuple[int, Mapping[str, object]]
 """The status of the response (202 if the command has only started) and its JSON value."""

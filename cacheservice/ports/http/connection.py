@@ -2,7 +2,7 @@
 
 A connection parses one request at a time, even if they were pipelined, and answers it before it parses the next. A read
 has no body, form or cookie, and most responses are one write. `cacheservice.ports.connection` describes the states, and
-`cacheservice.ports.http.head` the checks of a head. The port adds these rules:
+`cacheservice.ports.http.request_head` the checks of a head. The port adds these rules:
 
 - A head has one deadline, from its first byte to its last.
 - A client that waits for a response, or reads it, has no limit of time; between two requests it has the idle timeout.
@@ -28,9 +28,9 @@ from cacheservice.ports.clients import ClientFactory, Limits
 from cacheservice.ports.connection import READ_AHEAD_BYTES, Connection
 from cacheservice.ports.http.bodies import PIECE_BYTES
 from cacheservice.ports.http.exchange import LAST_CHUNK, Exchange, send_last
-from cacheservice.ports.http.head import HeadParser, Refusal
 from cacheservice.ports.http.messages import Later, Reply
 from cacheservice.ports.http.problem import Problem
+from cacheservice.ports.http.request_head import HeadParser, Refusal
 from cacheservice.ports.http.routes import Routes
 
 HEAD_TIMEOUT_S = 10.0

@@ -14,10 +14,10 @@ from cacheservice.ports.http import conditions
 from cacheservice.ports.http.bodies import PIECE_BYTES, GzipBodies, compress_now, cut, json_lines, json_object
 from cacheservice.ports.http.conditions import Validators
 from cacheservice.ports.http.digests import AT_ONCE_ROWS, Digests, row_tag, whole_tag
-from cacheservice.ports.http.heads import JSON, JSON_GZIP, NDJSON, NDJSON_GZIP, SnapshotHeads
 from cacheservice.ports.http.messages import JSON_TYPE, Later, Reply, Request, is_unchanged, negotiated, wants_gzip
 from cacheservice.ports.http.problem import Problem
 from cacheservice.ports.http.reads import Reads, decoded
+from cacheservice.ports.http.response_heads import JSON, JSON_GZIP, NDJSON, NDJSON_GZIP, SnapshotHeads
 
 _GZIP_HERE_BYTES = 16 * 1024
 """Compressed on the reactor's thread in 0.5 ms; larger documents are compressed on another thread."""

@@ -13,7 +13,7 @@ from cacheservice.base.interfaces import Clock
 from cacheservice.base.timers import pause
 from cacheservice.cache.digest import DIGEST_BYTES, document_digest
 from cacheservice.cache.rows import Rows
-from cacheservice.ports.http.heads import Representation
+from cacheservice.ports.http.response_heads import Representation
 
 AT_ONCE_ROWS = 512
 """If they are short, their digest takes a third of a millisecond."""

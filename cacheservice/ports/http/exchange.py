@@ -10,9 +10,9 @@ from twisted.python.failure import Failure
 
 from cacheservice.ports.held import Streamed
 from cacheservice.ports.http.bodies import Piece
-from cacheservice.ports.http.head import Head
 from cacheservice.ports.http.messages import Later, Reply
 from cacheservice.ports.http.problem import Problem
+from cacheservice.ports.http.request_head import Head
 from cacheservice.ports.http.routes import Routes, is_probe
 
 CLOSE = b"Connection: close\r\n"

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 from twisted.internet.defer import Deferred
 
-from cacheservice.ports.http import conditions, heads, negotiation
+from cacheservice.ports.http import conditions, negotiation, response_heads
 from cacheservice.ports.http.bodies import Piece
 from cacheservice.ports.http.conditions import Validators
 from cacheservice.ports.http.problem import Problem
@@ -66,8 +66,8 @@ def live(status: int, value: object, wall_s: float, request: Request | None = No
     if request is not None:
         negotiated(request, (JSON_TYPE,))
         if status == 200 and request.method in READ_METHODS and is_unchanged(request.headers, Validators()):
-            return Reply(heads.plain_head(304, JSON_TYPE, wall_s), None)
-    return Reply(heads.plain_head(status, JSON_TYPE, wall_s), json.dumps(value).encode() + b"\n")
+            return Reply(response_heads.plain_head(304, JSON_TYPE, wall_s), None)
+    return Reply(response_heads.plain_head(status, JSON_TYPE, wall_s), json.dumps(value).encode() + b"\n")
 
 
 def query_of(request: Request) -> bytes:

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Protocol
 
 from cacheservice.cache.cache import Cache
-from cacheservice.ports.http import heads, negotiation
+from cacheservice.ports.http import negotiation, response_heads
 from cacheservice.ports.http.bodies import PIECE_BYTES, GzipBodies, cut
 from cacheservice.ports.http.messages import GZIP_FROM_BYTES, Later, Reply, Request, WallClock, live
 
@@ -61,7 +61,7 @@ class MetricsPage:
         # Text if the scraper accepts neither format: a 406 would leave the monitor without any metrics.
         chosen = negotiation.media_type(request.headers.get(b"accept"), tuple(_TYPES)) or _TEXT
         body = await self._exposition.exposition(openmetrics=chosen != _TEXT)
-        head = heads.plain_head(200, _TYPES[chosen], self._wall_s()) + b"Vary: Accept, Accept-Encoding\r\n"
+        head = response_heads.plain_head(200, _TYPES[chosen], self._wall_s()) + b"Vary: Accept, Accept-Encoding\r\n"
         if negotiation.codings(request.headers.get(b"accept-encoding")).gzip and len(body) >= GZIP_FROM_BYTES:
             head += b"Content-Encoding: gzip\r\n"
             body = await self._bodies.compress(body)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from cacheservice.ports.http import assets, heads, negotiation
+from cacheservice.ports.http import assets, negotiation, response_heads
 from cacheservice.ports.http.access import Access, Checking, Level
 from cacheservice.ports.http.assets import Asset
 from cacheservice.ports.http.conditions import Validators
@@ -63,7 +63,7 @@ class Pages:
     def events(self, request: Request) -> Reply:
         """Return the event stream, which has no end."""
         negotiated(request, (_EVENTS,))
-        head = heads.plain_head(200, _EVENTS, self._wall_s())
+        head = response_heads.plain_head(200, _EVENTS, self._wall_s())
         # nginx would hold back the events until its buffer is full.
         head += (
             b"X-Content-Type-Options: nosniff\r\nCross-Origin-Resource-Policy: same-origin\r\nX-Accel-Buffering: no\r\n"

@@ -20,9 +20,9 @@ from cacheservice.cache.reading import NotLoaded, TooOld
 from cacheservice.cache.snapshot import Snapshot
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.http import parameters
-from cacheservice.ports.http.heads import Dates, SnapshotHeads
 from cacheservice.ports.http.messages import Later, Reply, Request, WallClock, query_of
 from cacheservice.ports.http.problem import Problem
+from cacheservice.ports.http.response_heads import Dates, SnapshotHeads
 
 _BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from urllib.parse import quote
 
 from cacheservice.cache.cache import Cache
-from cacheservice.ports.http import heads
+from cacheservice.ports.http import response_heads
 from cacheservice.ports.http.messages import JSON_TYPE, Reply, Request, WallClock, live, negotiated
 from cacheservice.ports.http.reads import Reads
-from cacheservice.views import collect, explain
+from cacheservice.views import collect
 from cacheservice.views import json as as_json
+from cacheservice.views.why import sentences
 
 _TEXT = b"text/plain"
 _LISTED = ("state", "rows", "bytes", "generation", "as_of", "age_s")
@@ -48,8 +49,8 @@ class Reports:
         dataset = self._reads.dataset(name)
         chosen = negotiated(request, (JSON_TYPE, _TEXT))
         details = collect.details(dataset, self._cache)
-        sentences = explain.why(details, collect.database(self._cache), collect.rejection(self._cache))
+        shown = sentences(details, collect.database(self._cache), collect.rejection(self._cache))
         if chosen == JSON_TYPE:
-            return live(200, {"dataset": dataset.name, "sentences": sentences}, self._wall_s())
-        head = heads.plain_head(200, b"text/plain; charset=utf-8", self._wall_s())
-        return Reply(head + b"X-Content-Type-Options: nosniff\r\n", "\n".join(sentences).encode() + b"\n")
+            return live(200, {"dataset": dataset.name, "sentences": shown}, self._wall_s())
+        head = response_heads.plain_head(200, b"text/plain; charset=utf-8", self._wall_s())
+        return Reply(head + b"X-Content-Type-Options: nosniff\r\n", "\n".join(shown).encode() + b"\n")

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from cacheservice.ports.http import heads, parameters
+from cacheservice.ports.http import parameters, response_heads
 from cacheservice.ports.http.access import Access, Checking, Level
 from cacheservice.ports.http.commands import COMMANDS, Commands
 from cacheservice.ports.http.data import Data
@@ -135,7 +135,7 @@ class Routes:
 
         :param target: of the request, empty if it is not known.
         """
-        head = heads.plain_head(problem.status, b"application/problem+json", self._wall_s())
+        head = response_heads.plain_head(problem.status, b"application/problem+json", self._wall_s())
         return Reply(head + problem.headers, problem.body(target))
 
     async def _answer_again(self, checking: Checking, request: Request) -> Reply:

@@ -17,7 +17,7 @@ from cacheservice.ports.client_socket import IpAddress
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.passwords import Passwords
 from cacheservice.ports.rejected import Rejected
-from cacheservice.ports.resp.catalogue import catalogue
+from cacheservice.ports.resp.command_docs import catalogue
 from cacheservice.ports.resp.datasets import Datasets
 from cacheservice.ports.resp.fast_get import FastGets
 from cacheservice.ports.resp.reply import CommandError

@@ -20,12 +20,11 @@ from cacheservice.cache.dataset import Dataset
 from cacheservice.cache.events import Event, Published, Renewed
 from cacheservice.cache.snapshot import Snapshot
 from cacheservice.sources.disk.clocks import Clocks
+from cacheservice.sources.disk.failures import SaveFailures
 from cacheservice.sources.disk.generations import Names
 from cacheservice.sources.disk.header import Header, header_of
-from cacheservice.sources.disk.layout import problem_of
-from cacheservice.sources.disk.lock import DirectoryTaken
 from cacheservice.sources.disk.schedule import Schedule
-from cacheservice.sources.disk.writing import Part, Writer
+from cacheservice.sources.disk.writer import Part, Writer
 
 
 class Saver:
@@ -50,6 +49,7 @@ class Saver:
         self._clocks = clocks
         self._clock = clock
         self._log = log
+        self._failures = SaveFailures(cache, schedule, writer, clock, log)
         self._unsubscribe: Callable[[], None] | None = None
         self._timer: DelayedCall | None = None
         self._saving: Deferred[None] | None = None
@@ -131,7 +131,9 @@ class Saver:
         except Stopped:
             return
         except Exception as error:
-            self._fail(names, error)
+            self._failures.failed(names, error)
+            if self._unsubscribe is not None:
+                self._schedule.want(names, renews=False)
             return
         took_s = self._clock.seconds() - began_at
         for part, size_bytes in zip(parts, sizes, strict=True):
@@ -152,30 +154,10 @@ class Saver:
     def _succeed(self, part: Part, size_bytes: int, took_s: float) -> None:
         header = part.header
         log = self._log.bind(dataset=header.dataset)
-        if (dataset := self._cache.datasets.get(header.dataset)) is not None:
-            if dataset.save_problem is not None:
-                log.info("snapshot_save_recovered")
-            dataset.note_save(None)
+        self._failures.succeeded(header.dataset)
         if part.renews:
             log.debug("snapshot_renewed", generation=header.generation, bytes=size_bytes, took_s=seconds(took_s))
             return
         log.info(
             "snapshot_saved", generation=header.generation, rows=header.rows, bytes=size_bytes, took_s=seconds(took_s)
         )
-
-    def _fail(self, names: Names, error: Exception) -> None:
-        is_bug = not isinstance(error, OSError | DirectoryTaken)
-        problem = str(error) if isinstance(error, DirectoryTaken) else problem_of(self._writer.directory, error)
-        retry_in_s = self._schedule.failed(names, self._clock.seconds())
-        for name in names:
-            dataset = self._cache.datasets.get(name)
-            if dataset is None:
-                continue
-            is_new = dataset.save_problem != problem
-            dataset.note_save(problem)
-            if is_new:
-                self._log.warning(
-                    "snapshot_save_failed", dataset=name, error=problem, retry_in_s=seconds(retry_in_s), exc_info=is_bug
-                )
-        if self._unsubscribe is not None:
-            self._schedule.want(names, renews=False)

@@ -22,7 +22,7 @@ from cacheservice.sources.disk.lock import DirectoryLock, DirectoryTaken
 from cacheservice.sources.disk.saver import Saver
 from cacheservice.sources.disk.schedule import Schedule
 from cacheservice.sources.disk.work import Work, shielded
-from cacheservice.sources.disk.writing import Writer
+from cacheservice.sources.disk.writer import Writer
 
 
 class SnapshotStore(Service):

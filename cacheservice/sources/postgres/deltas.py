@@ -13,7 +13,7 @@ from typing import Any
 from cacheservice.base.errors import BadResult
 from cacheservice.cache.snapshot import Snapshot
 from cacheservice.config import DatasetSettings
-from cacheservice.sources.plan import Changes, Key
+from cacheservice.sources.full_or_delta import Changes, Key
 from cacheservice.sources.postgres.quoting import literal
 
 # OIDs of pg_type.dat, which never change. Values of these types have the same text exactly if they are equal, whatever

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cacheservice.config import DatasetSettings
-from cacheservice.sources.plan import Key
+from cacheservice.sources.full_or_delta import Key
 from cacheservice.sources.postgres.quoting import array, literal
 
 ESCAPE = "\\"

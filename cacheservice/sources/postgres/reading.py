@@ -1,6 +1,6 @@
 """Reads one dataset within a transaction, step by step.
 
-`cacheservice.sources.plan.next_step` decides each step; this module takes it.
+`cacheservice.sources.full_or_delta.next_step` decides each step; this module takes it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from cacheservice.base.errors import BadResult, QueryFailed
 from cacheservice.cache.identity import why_another
 from cacheservice.cache.rows import RowsBuilder
 from cacheservice.config import DatasetSettings
-from cacheservice.sources import plan
+from cacheservice.sources import full_or_delta
 from cacheservice.sources.base import AllRows, ChangedRows, ReadPlan, ReadResult, Unchanged
-from cacheservice.sources.plan import Changes, Key, Known, NotifiedRows
+from cacheservice.sources.full_or_delta import Changes, Key, Known, NotifiedRows
 from cacheservice.sources.postgres import deltas
 from cacheservice.sources.postgres.fetching import Column, Fetching
 from cacheservice.sources.postgres.keys import KeyForm
@@ -46,16 +46,16 @@ class DatasetReader:
         altered = another or await self._transactions.altered(transaction, read.since, read.dataset)
         known = Known(altered, transaction.can_record)
         while True:
-            step = plan.next_step(read, known)
+            step = full_or_delta.next_step(read, known)
             match step:
-                case plan.AskProbe():
+                case full_or_delta.AskProbe():
                     known = replace(known, probe=await _probe(transaction, read.dataset))
-                case plan.AskChanges():
+                case full_or_delta.AskChanges():
                     known = replace(known, changes=await _changes(transaction, read))
-                case plan.AskNotified():
+                case full_or_delta.AskNotified():
                     assert read.notified is not None, "that step asks for the notified rows"
                     known = replace(known, notified=NotifiedRows(await read.notified()))
-                case plan.ReadAll():
+                case full_or_delta.ReadAll():
                     return await self._all(transaction, read, builder, known, step)
                 case _:
                     return await self._less(transaction, read, known, step)
@@ -65,28 +65,28 @@ class DatasetReader:
         transaction: Transaction,
         read: ReadPlan,
         known: Known,
-        step: plan.ReadNothing | plan.ReadKeys | plan.ReadNotified,
+        step: full_or_delta.ReadNothing | full_or_delta.ReadKeys | full_or_delta.ReadNotified,
     ) -> ChangedRows | Unchanged:
         """Read what has changed since the snapshot."""
         since, changes = read.since, known.changes
         assert since is not None, "a delta starts from a snapshot"
         with _keys_fit(read.dataset):
             match step:
-                case plan.ReadNothing():
+                case full_or_delta.ReadNothing():
                     changed = {}
-                case plan.ReadKeys():
+                case full_or_delta.ReadKeys():
                     changed = await self._recorded_rows(transaction, read, step.keys)
-                case plan.ReadNotified():
+                case full_or_delta.ReadNotified():
                     changed = await self._notified_rows(transaction, read, step.keys)
         result = Unchanged(
             moment=transaction.moment,
             columns=since.columns,
             watch_state=since.watch_state if changes is None else changes.state,
             # A changed probe may concern other rows, too: the next attempt must still see that it changed.
-            probe=since.probe if isinstance(step, plan.ReadNotified) else known.probe,
+            probe=since.probe if isinstance(step, full_or_delta.ReadNotified) else known.probe,
             dependencies=since.dependencies,
         )
-        if isinstance(step, plan.ReadNothing) or not step.keys:
+        if isinstance(step, full_or_delta.ReadNothing) or not step.keys:
             return result
         return ChangedRows(
             moment=result.moment,
@@ -127,7 +127,7 @@ class DatasetReader:
         return {**{key.encode(): None for key in keys}, **found}
 
     async def _all(
-        self, transaction: Transaction, read: ReadPlan, builder: RowsBuilder, known: Known, step: plan.ReadAll
+        self, transaction: Transaction, read: ReadPlan, builder: RowsBuilder, known: Known, step: full_or_delta.ReadAll
     ) -> AllRows:
         dataset, since = read.dataset, read.since
         columns = await self._fetching.all_rows(transaction, read, builder)

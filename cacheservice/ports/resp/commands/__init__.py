@@ -1,7 +1,7 @@
 """The commands of the RESP port, one module for each kind.
 
 Each command is a function of the datasets, the client and its words, and returns a `Reply`. `COMMANDS` is the only list
-of them. `catalogue.json` describes the same commands for COMMAND; a test compares the two.
+of them. `command_docs.json` describes the same commands for COMMAND; a test compares the two.
 """
 
 from __future__ import annotations

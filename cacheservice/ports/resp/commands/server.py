@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from cacheservice import __version__
 from cacheservice.cache.rows import bulk
 from cacheservice.ports.resp import reply
-from cacheservice.ports.resp.catalogue import catalogue
+from cacheservice.ports.resp.command_docs import catalogue
 from cacheservice.ports.resp.commands.arguments import unknown_subcommand
 from cacheservice.ports.resp.datasets import Datasets
 from cacheservice.ports.resp.reply import CommandError, Value

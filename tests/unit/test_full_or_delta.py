@@ -11,7 +11,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.cache.snapshot import Snapshot
 from cacheservice.sources.base import ReadPlan
-from cacheservice.sources.plan import (
+from cacheservice.sources.full_or_delta import (
     AskChanges,
     AskNotified,
     AskProbe,

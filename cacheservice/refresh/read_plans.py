@@ -12,7 +12,7 @@ from cacheservice.refresh.process import Process
 from cacheservice.refresh.results import Try
 from cacheservice.refresh.statuses import Statuses
 from cacheservice.sources.base import ReadPlan
-from cacheservice.sources.plan import plan
+from cacheservice.sources.full_or_delta import plan
 
 
 class Planning:

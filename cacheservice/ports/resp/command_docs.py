@@ -1,4 +1,4 @@
-"""The catalogue of commands in `catalogue.json`, as COMMAND returns it.
+"""The catalogue of commands in `command_docs.json`, as COMMAND returns it.
 
 It is taken from Redis. `tests/unit/test_resp_commands.py` compares it with the commands that the port runs.
 """
@@ -43,7 +43,7 @@ class Catalogue:
 @cache
 def catalogue() -> Catalogue:
     """Return the catalogue of this package."""
-    text = resources.files(__package__).joinpath("catalogue.json").read_text("utf-8")
+    text = resources.files(__package__).joinpath("command_docs.json").read_text("utf-8")
     loaded = json.loads(text, object_hook=_flags_as_statuses)
     entries = {name: Entry(name=name, **fields) for name, fields in loaded["commands"].items()}
     return Catalogue(entries, frozenset(name.encode() for name in loaded["writes"]))

@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from cacheservice.ports.http.head import MAX_HEAD_BYTES, MAX_HEADERS, Head, HeadParser, Refusal, State
+from cacheservice.ports.http.request_head import MAX_HEAD_BYTES, MAX_HEADERS, Head, HeadParser, Refusal, State
 
 GET = b"GET /livez HTTP/1.1\r\n"
 WHOLE = GET + b"Host: a\r\n\r\n"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from cacheservice.views.facts import Database, Dataset, Details, Rejection
-from cacheservice.views.words import duration, lag, plural, rejected, times
+from cacheservice.views.units import duration, lag, plural, rejected, times
 
 
-def why(details: Details, database: Database, rejection: Rejection | None = None) -> list[str]:
+def sentences(details: Details, database: Database, rejection: Rejection | None = None) -> list[str]:
     """Return sentences about the state, its cause, any blockers and the next step."""
     sentences = [*_state(details), *_standby(details.dataset), *_failure(details), *_operators(details)]
     settings = details.settings
