@@ -27,7 +27,7 @@ from cacheservice.cache.history import Attempt
 from cacheservice.cache.rows import RowsBuilder
 from cacheservice.cache.snapshot import Snapshot
 from cacheservice.config import DatasetSettings
-from cacheservice.ops.metrics import Metrics
+from cacheservice.ops.exposition import Metrics
 from cacheservice.ops.stall import BOUNDS_S, StallWatch
 
 MOST_CPU_S = 0.005

@@ -24,7 +24,7 @@ from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 
-from cacheservice.cache.rows import bulk
+from cacheservice.cache.framing import bulk
 from cacheservice.cache.snapshot import Snapshot
 from cacheservice.ports.client_socket import Phase
 from cacheservice.ports.http.bodies import PIECE_BYTES

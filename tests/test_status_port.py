@@ -30,7 +30,7 @@ from cacheservice.base.errors import PortUnavailable, UnknownDataset
 from cacheservice.cache.counts import Histogram
 from cacheservice.cache.history import Attempt
 from cacheservice.cache.snapshot import Snapshot
-from cacheservice.ops.metrics import Metrics
+from cacheservice.ops.exposition import Metrics
 from cacheservice.ops.stall import BOUNDS_S
 from cacheservice.ports.clients import Limits
 from cacheservice.ports.listen import PortService, tcp, unix

@@ -15,7 +15,7 @@ from cacheservice import config
 from cacheservice.base.interfaces import Log, Reactor
 from cacheservice.cache.cache import Cache, ConnectionCap, Refreshes, Reloaded
 from cacheservice.config import Settings
-from cacheservice.ops.metrics import Metrics
+from cacheservice.ops.exposition import Metrics
 from cacheservice.ops.service_metrics import ServedPort
 from cacheservice.ports import admission
 from cacheservice.ports.admission import Door, Room

@@ -20,7 +20,7 @@ from cacheservice.base.interfaces import Log, Reactor
 from cacheservice.cache.cache import Cache
 from cacheservice.config import Settings
 from cacheservice.ops import logs
-from cacheservice.ops.metrics import Metrics
+from cacheservice.ops.exposition import Metrics
 from cacheservice.ops.stall import StallWatch
 from cacheservice.ops.statsd import StatsD
 from cacheservice.ports.held import HeldSnapshots

@@ -24,7 +24,7 @@ from cacheservice.base.interfaces import Log, Reactor
 from cacheservice.base.timers import looping, pause
 from cacheservice.config import StatsdSettings
 from cacheservice.ops.dataset_metrics import Sample
-from cacheservice.ops.metrics import Metrics
+from cacheservice.ops.exposition import Metrics
 
 INTERVAL_S = 10.0
 """StatsD's own default interval between flushes."""

@@ -16,7 +16,7 @@ from cacheservice.cache.counts import Histogram
 from cacheservice.cache.dataset import Dataset
 from cacheservice.cache.history import Attempt
 from cacheservice.cache.snapshot import Snapshot
-from cacheservice.ops.metrics import Metrics
+from cacheservice.ops.exposition import Metrics
 from cacheservice.ops.stall import BOUNDS_S
 from cacheservice.ports.rejected import none_yet
 from tests.kit.clocks import CountingClock

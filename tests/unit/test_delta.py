@@ -9,7 +9,8 @@ from twisted.trial.unittest import SynchronousTestCase
 from cacheservice.cache.changes import ChangeCount
 from cacheservice.cache.delta import Delta
 from cacheservice.cache.events import Event, Published
-from cacheservice.cache.rows import Rows, RowsBuilder, RowsPatch, unframed
+from cacheservice.cache.framing import unframed
+from cacheservice.cache.rows import Rows, RowsBuilder, RowsPatch
 from tests.kit.datasets import Table, rows_of, table_of
 from tests.kit.refreshes import RefreshTestCase
 

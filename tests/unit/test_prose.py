@@ -46,6 +46,16 @@ def prose_of(module: str) -> Iterator[tuple[int, str]]:
             yield token.start[0], token.string
 
 
+def texts_of(module: str) -> Iterator[tuple[int, str]]:
+    """Yield the literals of a module that are for people, each with its line: those with blanks, docstrings aside."""
+    tree = ast.parse(module)
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    literals = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in docstrings)
+    for node in literals:
+        if isinstance(node.value, str) and " " in node.value and "SELECT" not in node.value:
+            yield node.lineno, node.value
+
+
 def without_code(page: str) -> str:
     """Return a page without its blocks and pieces of code, which quote the program."""
     page = re.sub(r"^ *```.*?^ *```", "", page, flags=re.MULTILINE | re.DOTALL)
@@ -65,6 +75,17 @@ def test_modules() -> None:
         for path in MODULES
         for line, text in prose_of(path.read_text(encoding="utf-8"))
         for match in BANNED.finditer(re.sub(r":param \w+:", "", text))
+    ]
+    assert found == []
+
+
+def test_messages() -> None:
+    """No help text, error, hint or sentence of the package has a banned word."""
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {match[0]}"
+        for path in (ROOT / "cacheservice").rglob("*.py")
+        for line, text in texts_of(path.read_text(encoding="utf-8"))
+        for match in BANNED.finditer(text)
     ]
     assert found == []
 

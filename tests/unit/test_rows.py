@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.base.errors import BadResult, ResultTooLarge
-from cacheservice.cache.rows import MAX_KEY_BYTES, SHARD_COUNT, Groups, RowsBuilder, bulk, unframed
+from cacheservice.cache.framing import bulk, unframed
+from cacheservice.cache.rows import MAX_KEY_BYTES, SHARD_COUNT, Groups, RowsBuilder
 
 Chunk = list[tuple[bytes | None, bytes]]
 

@@ -20,7 +20,8 @@ from cacheservice.base.interfaces import Reactor
 from cacheservice.base.threads import in_thread
 from cacheservice.cache.dataset import Dataset
 from cacheservice.cache.events import Ended, Published
-from cacheservice.cache.rows import STARTS, Rows, unframed
+from cacheservice.cache.framing import STARTS, unframed
+from cacheservice.cache.rows import Rows
 from cacheservice.cache.snapshot import Snapshot
 
 PIECE_BYTES = 64 * 1024

@@ -22,7 +22,7 @@ _TYPES: Mapping[bytes, bytes] = MappingProxyType(
 
 
 class Exposition(Protocol):
-    """Renders the metrics; ``cacheservice.ops.metrics.Metrics`` implements it."""
+    """Renders the metrics; ``cacheservice.ops.exposition.Metrics`` implements it."""
 
     async def exposition(self, *, openmetrics: bool) -> bytes:
         """Return all metrics in the Prometheus text format 0.0.4 or OpenMetrics 1.0.0."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from itertools import chain
 from typing import TypeAlias
 
-from cacheservice.cache.rows import bulk
+from cacheservice.cache.framing import bulk
 
 OK = b"+OK\r\n"
 PONG = b"+PONG\r\n"

@@ -32,7 +32,8 @@ import msgpack  # type: ignore[import-untyped]  # ships no type information
 import zstandard
 
 from cacheservice.base.errors import SnapshotRejected
-from cacheservice.cache.rows import STARTS, Rows
+from cacheservice.cache.framing import STARTS
+from cacheservice.cache.rows import Rows
 from cacheservice.sources.disk.header import Header, damaged, from_fields, to_fields
 
 MAGIC = b"CSSNAP"

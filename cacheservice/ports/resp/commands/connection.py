@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from twisted.internet.defer import Deferred
 
-from cacheservice.cache.rows import bulk
+from cacheservice.cache.framing import bulk
 from cacheservice.ports.resp import reply
 from cacheservice.ports.resp.commands.arguments import SYNTAX, number_in, unknown_subcommand
 from cacheservice.ports.resp.datasets import Datasets

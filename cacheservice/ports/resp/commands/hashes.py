@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import chain
 
-from cacheservice.cache.rows import bulk
+from cacheservice.cache.framing import bulk
 from cacheservice.ports.resp import reply
 from cacheservice.ports.resp.commands.arguments import count_reads, in_slices, name_in
 from cacheservice.ports.resp.datasets import Datasets

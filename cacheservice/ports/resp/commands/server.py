@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 
 from cacheservice import __version__
-from cacheservice.cache.rows import bulk
+from cacheservice.cache.framing import bulk
 from cacheservice.ports.resp import reply
 from cacheservice.ports.resp.command_docs import catalogue
 from cacheservice.ports.resp.commands.arguments import unknown_subcommand
