@@ -43,7 +43,7 @@ class DumpBySchema(SynchronousTestCase):
         migrate(self.server.dsn(database=source), shipped.folder("migrations"))
         query(self.server, source, "CREATE TABLE items AS SELECT i AS id FROM generate_series(1, 5) AS i")
         query(self.server, source, "ALTER TABLE items ADD PRIMARY KEY (id)")
-        watched = {"notify": True, "dry_run": False, "say": lambda _: None}
+        watched = {"notify": True, "dry_run": False, "show": lambda _: None}
         watch(self.server.dsn(database=source), "public.items", ["id"], **watched)
         dump = self.run_program("pg_dump", source, "--schema=public")
         self.assertIn("CREATE TRIGGER", dump)
