@@ -26,6 +26,7 @@ from twisted.internet.threads import deferToThread
 
 from cacheservice.cache.framing import bulk
 from cacheservice.cache.snapshot import Snapshot
+from cacheservice.ports import client_socket
 from cacheservice.ports.client_socket import Phase
 from cacheservice.ports.http.bodies import PIECE_BYTES
 from cacheservice.ports.http.request_head import MAX_HEAD_BYTES, MAX_HEADERS
@@ -985,6 +986,24 @@ class Refusals(PortTestCase):
             self.assertNotIn(500, statuses(text), data)
         await until(lambda: not self.factory.clients)
         self.assertEqual(self.flushLoggedErrors(), [])
+
+
+class SlowEnds(PortTestCase):
+    async def test_the_last_reply_is_read_late(self) -> None:
+        """A client that reads its last reply after the service has closed the connection still gets all of it."""
+        self.patch(client_socket, "LINGER_S", 0.05)
+        document = json.dumps("x" * 150_000).encode()
+        self.publish(encoded({"1": document.decode()}), 18)
+        client = self.connect(receive_bytes=4096)
+        self.addCleanup(client.close)
+        await until(lambda: self.factory.clients)
+        (connection,) = self.factory.clients
+        connection.transport.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * len(document))
+        request = b"GET /v1/datasets/products/rows/1 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        client.sendall(request)
+        await until(lambda: not self.factory.clients)
+        answer = await deferToThread(read_to_the_end, client)
+        self.assertEqual(answer.partition(b"\r\n\r\n")[2], document)
 
 
 class WrongEnds(PortTestCase):

@@ -141,7 +141,11 @@ class ClientSocket(protocol.Protocol):
         return self.factory.idle_timeout_s if self.is_admitted else RESERVE_S
 
     def timed_out(self) -> None:
-        """Act on the end of the client's patience. The default aborts the connection."""
+        """Act on the end of the client's patience. The default aborts the connection, or ends its lingering."""
+        if self.phase is LINGERING:
+            # The client may still be reading what the kernel has taken. An abort would discard that.
+            self.transport.loseConnection()
+            return
         self.factory.rejected["slow_client"] += self.is_choked
         self.abort()
 

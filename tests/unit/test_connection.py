@@ -285,7 +285,7 @@ class Ends(ConnectionTestCase):
         wire.receive(b"abc")
         self.assertEqual(wire.take(), b"")
         self.clock.advance(LINGER_S)
-        self.assertEqual((wire.ended, self.factory.rejected["slow_client"]), ("aborted", 0))
+        self.assertEqual((wire.ended, self.factory.rejected["slow_client"]), ("closed", 0))
 
     def test_all_output_first(self) -> None:
         """Queued output is sent before the end, with or without a linger."""

@@ -104,7 +104,7 @@ class Requests(ConnectionTestCase):
             wire.receive(LIVEZ)
             self.assertEqual(statuses(wire.sent), [200])
             self.clock.advance(LINGER_S)
-            self.assertEqual(wire.ended, "aborted")
+            self.assertEqual(wire.ended, "closed")
 
     def test_an_invalid_request(self) -> None:
         """It is refused and counted, without a body for HEAD; what follows is not parsed."""
