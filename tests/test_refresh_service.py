@@ -331,5 +331,5 @@ class StopTests(ServiceTestCase):
 
 
 def is_loop_of(service: CacheService, call: Any) -> bool:
-    loops = [refresher._starts._loop for refresher in service._refreshers.values()]
+    loops = [refresher._starts._loop for refresher in service._refreshers.each()]
     return isinstance(call.func, LoopingCall) and call.func in loops
