@@ -34,7 +34,7 @@ _MANY_DESCRIPTORS = 1 << 20
 
 
 class Factory(ServedPort, Protocol):
-    """What the composition asks of the factory of a port."""
+    """The factory of a port, as the composition uses it."""
 
     def set_limits(self, *, max_connections: int, idle_timeout_s: float) -> None:
         """Apply changed limits; existing connections stay."""
@@ -51,7 +51,7 @@ class _Port(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What all ports share.
+    """The objects that all ports share.
 
     :param refreshes: carries out what clients request of the refreshes.
     :param metrics: renders the metrics; the ports are added to it.

@@ -47,7 +47,7 @@ _OF_DATASETS = frozenset({"defaults", "datasets"})
 
 
 class Process(NamedTuple):
-    """What a reload uses of its process.
+    """The parts of the process that a reload uses.
 
     :param reactor: `IReactorThreads`.
     """

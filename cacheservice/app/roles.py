@@ -6,7 +6,7 @@ import enum
 
 
 class Role(enum.Flag):
-    """What a process does.
+    """The halves of the service that a process has.
 
     - READ: it reads from the database into the cache, saves snapshots, and has the admin socket.
     - SERVE: it serves the cache to clients.

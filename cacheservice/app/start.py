@@ -1,4 +1,4 @@
-"""What happens before there is a service: the configuration is loaded, and the log is opened."""
+"""The steps before there is a service: loading the configuration and opening the log."""
 
 from __future__ import annotations
 

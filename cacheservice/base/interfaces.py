@@ -40,7 +40,7 @@ class Clock(Protocol):
 
 
 class Reactor(Clock, Protocol):
-    """What the service asks of Twisted's reactor."""
+    """The methods of Twisted's reactor that the service uses."""
 
     def addReader(self, reader: object, /) -> object:
         """Call `doRead` of an `IReadDescriptor` when its descriptor can be read."""
@@ -121,7 +121,7 @@ class BlockingCursor(Cursor, Protocol):
 
 
 class ConnectionInfo(Protocol):
-    """What the driver knows about a session."""
+    """The driver's information about a session."""
 
     backend_pid: int
 

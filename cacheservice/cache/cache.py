@@ -17,7 +17,7 @@ from cacheservice.config import ConfigFile, DatasetSettings
 
 
 class DatabaseStatus:
-    """What the last attempts found out about PostgreSQL.
+    """The state of PostgreSQL, as the last attempts found it.
 
     - `connections`: open sessions.
     - `listening_wanted`: whether any dataset needs notifications. `listening`: whether they arrive, last proven at
@@ -249,7 +249,7 @@ def _was_tried(dataset: Dataset) -> bool:
 
 
 class Refreshes(Protocol):
-    """What a port may request of the refreshes."""
+    """The requests that a port may make to the refreshes."""
 
     def refresh_now(self, name: str) -> bool:
         """Start a refresh that begins after this call; return False if it follows a running one.

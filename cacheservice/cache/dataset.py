@@ -25,7 +25,7 @@ class State(enum.StrEnum):
 
 
 class Dataset(Served):
-    """What is served of a dataset (`Served`), and how it came about.
+    """A dataset: its served snapshot (`Served`), and the history of its refreshes.
 
     :param now: the monotonic clock, in seconds.
     :param generation_before: the last generation of a removed dataset with this name.

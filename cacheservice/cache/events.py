@@ -1,7 +1,8 @@
-"""What happens to datasets, and the one way to be notified of it.
+"""The events of datasets, and the one way to be notified of them.
 
 An observer is called in the turn of the reactor in which the event happens, once the state has changed. It must not
-raise. Those that subscribed to all datasets are called first, then those of the one dataset, each in their order.
+raise. Observers of all datasets are called first, then the observers of the one dataset, in the order in which they
+subscribed.
 """
 
 from __future__ import annotations
@@ -83,9 +84,9 @@ class Events:
         return sum(map(len, self._observers.values()))
 
     def subscribe(self, observer: Observer, *kinds: type[Event], of: str | None = None) -> Callable[[], None]:
-        """Have `observer` called for events of these kinds; return the function that ends that.
+        """Call `observer` for events of these kinds from now on; return a function that ends the subscription.
 
-        :param of: the only dataset whose events are wanted; None for those of all.
+        :param of: the name of one dataset; None for all datasets.
         """
         for kind in kinds:
             self._observers.setdefault((kind, of), []).append(observer)

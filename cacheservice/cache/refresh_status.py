@@ -1,4 +1,4 @@
-"""What the refreshes of a dataset do and plan."""
+"""The current work and plans of a dataset's refreshes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class WithoutDeltas(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RefreshStatus:
-    """What the refreshes of a dataset do and plan. Its owner, the refresher, replaces it.
+    """The current work and plans of a dataset's refreshes. Its owner, the refresher, replaces it.
 
     Times are on the monotonic clock, in seconds.
 

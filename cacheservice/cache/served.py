@@ -1,4 +1,4 @@
-"""What readers see of one dataset."""
+"""The part of a dataset that readers see."""
 
 from __future__ import annotations
 

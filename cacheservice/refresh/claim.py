@@ -1,4 +1,4 @@
-"""What a group of datasets states to the queue: how much it needs a refresh, and what may hold it back."""
+"""The claim of a group of datasets on a connection: its need of a refresh, and reasons to delay it."""
 
 from __future__ import annotations
 

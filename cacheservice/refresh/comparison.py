@@ -16,7 +16,7 @@ from cacheservice.sources.base import AllRows, Unchanged
 
 
 class Comparison(NamedTuple):
-    """What publishing a result would change of what is served.
+    """The changes that publishing a result would make.
 
     :param like: the snapshot that the result equals to the byte, if any.
     :param delta: the rows that differ from what is served; None if nothing is served, or they are many.

@@ -1,4 +1,4 @@
-"""What an operator may do with the datasets of a group: pin, unpin, roll back."""
+"""Operators' commands on the datasets of a group: pin, unpin, roll back."""
 
 from __future__ import annotations
 

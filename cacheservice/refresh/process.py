@@ -1,4 +1,4 @@
-"""What the refreshes use of the process that they run in."""
+"""The parts of the process that the refreshes use."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Keeps one dataset fresh, or a group of them: its LoopingCall, its attempts, its retries.
 
-`timetable` decides when an attempt begins, `plan` how much it reads, `gates` whether its results may be published.
-`outcomes` publishes, holds or records a failure. This module runs the attempts and owns the timers.
+`timetable` decides when an attempt begins, `sources.full_or_delta` how much it reads, and `gates` whether its results
+may be published. `outcomes` publishes, holds or records a failure. This module runs the attempts and owns the timers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 class Shared(NamedTuple):
-    """What all refreshers share.
+    """The objects that all refreshers share.
 
     :param heard_all: waits until every notification that was sent before this call has been heard; False if that
         cannot be known.
@@ -46,11 +46,11 @@ class Shared(NamedTuple):
 
 
 class Refresher:
-    """Refreshes one dataset, or those of one group together, never twice at the same time, until it is stopped.
+    """Refreshes one dataset, or the datasets of one group together, until it is stopped.
 
-    What a group reads is of one moment, and published in one turn of the reactor, or none of it is. Starts are at a
-    fixed phase, one interval apart. One that comes while an attempt still runs is skipped and counted. A failure is
-    tried again with backoff, never past the next start.
+    Attempts never overlap. The results of a group are of one moment, and are published in one turn of the reactor, or
+    not at all. Starts are at a fixed phase, one interval apart. A start during an attempt is skipped and counted. A
+    failed attempt is retried with backoff, never past the next start.
     """
 
     def __init__(self, datasets: Sequence[Dataset], shared: Shared) -> None:
@@ -74,7 +74,7 @@ class Refresher:
     def start(self) -> None:
         """Load now, and then at every start of an interval."""
         for member in self._members:
-            member.expiry.published()  # what was restored, or is served from before
+            member.expiry.published()  # a restored snapshot, or one that is still served
         now = self._clock.seconds()
         self._statuses.started()
         due = self._timetable.start(now)
@@ -94,7 +94,7 @@ class Refresher:
         self._statuses.planned(planned_at)
 
     def stop(self) -> Deferred[None]:
-        """Start nothing more and end what runs; fires when it has. May be called again."""
+        """Plan no attempts any more, and end a running one. The Deferred fires when it has ended."""
         was_stopped, self._stopping = self._stopping, True
         self._forget_plans()
         done: Deferred[None] = Deferred()
@@ -104,13 +104,13 @@ class Refresher:
             self._running.addBoth(lambda _: done.callback(None))
             if not was_stopped:
                 self._running.cancel()
-        # What ran may have ended by itself at this moment, and planned what comes after it.
+        # The attempt may have ended by itself at this moment, and planned the next one.
         return done.addCallback(lambda _: self._forget_plans())
 
     # Requests
 
     def refresh_now(self) -> bool:
-        """Start an attempt that begins after this call and reads all; False if it follows one that is running."""
+        """Start a full read that begins after this call; return False if it follows a running attempt."""
         was_running = self._timetable.is_running
         self._begin(self._timetable.refresh_now())
         if was_running:
@@ -118,19 +118,19 @@ class Refresher:
         return not was_running
 
     def refresh_since(self, moment: float) -> None:
-        """See to it that an attempt begins at or after `moment`, unless one that did is running already."""
+        """Ensure that an attempt begins at or after `moment`, unless such an attempt is already running."""
         was_running = self._timetable.is_running
         self._begin(self._timetable.refresh_since(moment))
         if was_running:
             self._hurry()
 
     def note_changed(self, name: str, keys: Iterable[str] | None) -> None:
-        """Note that a dataset has changed, in these rows or with None in any row; `notified` is to follow."""
+        """Note that rows of a dataset have changed; None stands for any row. Call `notified` afterwards."""
         self._planning.note_changed(name, keys)
         self._timetable.heard(self._clock.seconds())
 
     def notified(self, *, at_once: bool = False) -> None:
-        """See to it that an attempt begins after what was noted; one is running and one follows at most.
+        """Ensure that an attempt begins after the noted changes. At most one follows a running attempt.
 
         :param at_once: do not wait for a retry, because the database has just been proven to be there.
         """
@@ -139,7 +139,7 @@ class Refresher:
         self._arm()
 
     def _hurry(self) -> None:
-        """Hold what runs back no more for postgres.max_load, because somebody waits for it."""
+        """Exempt the waiting attempt from postgres.max_load, because a reader or an operator waits for it."""
         if self._claim.await_it():
             self._shared.slots.grant()
 
@@ -154,7 +154,7 @@ class Refresher:
     def _tick(self, due: int) -> None:
         started = self._timetable.interval_began()
         for dataset, log, _ in self._members:
-            # Those that came while the reactor was held, and this one.
+            # The starts that came while the reactor was blocked, and this one.
             dataset.counts.count_missed(due - 1 + (started is None))
             if started is None:
                 log.debug("interval_skipped", missed_ticks=dataset.counts.missed_ticks)
@@ -205,8 +205,8 @@ class Refresher:
             self._arm()
 
     async def _attempt(self, due: Due) -> None:
-        """Run one attempt. It never raises, because it is all that stands in the loop."""
-        # What an operator asked for is not done before everything has been read: a failure does not end it.
+        """Run one attempt. Never raises: an exception would end the loop."""
+        # An operator's request for a full read is not done before one has succeeded: a failure does not end it.
         whole = self._whole_is_due = due.whole or self._whole_is_due
         asked_at = began_at = self._clock.seconds()
         this = Try.new(due.trigger)
@@ -237,7 +237,7 @@ class Refresher:
                 expected_s=self._claim.expected_s,
                 put_off=self._statuses.put_off,
             )
-            if self._stopping:  # they came in spite of it, and may be of a query that is not declared any more
+            if self._stopping:  # the results arrived nevertheless, and the query may not be declared any more
                 raise Stopped("the refreshes were stopped")
             for dataset, each in zip(self.datasets, found, strict=True):
                 self._statuses.deltas(dataset, each.no_delta)

@@ -26,7 +26,7 @@ from cacheservice.sources.base import Source
 
 
 class Limits(NamedTuple):
-    """What all refreshes together may use of the database.
+    """Limits of all refreshes together.
 
     :param max_connections: the most refreshes at once.
     :param max_load: share of one connection's time that refreshes may use; 0 for no limit.

@@ -1,4 +1,4 @@
-"""Owns the timers of a timetable: the LoopingCall of the interval, and one for what is planned between its starts."""
+"""Owns the timers of a timetable: the LoopingCall of the interval, and a timer for attempts between its starts."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from cacheservice.base.timers import counting_loop, is_active
 
 
 class Starts:
-    """Calls back at every start of an interval, and when the timetable wants to be asked.
+    """Calls back at every start of an interval, and at the moment that the timetable asks for.
 
     :param clock: `IReactorTime`, monotonic.
     :param loop_started: is called when the loop starts, which may be later than planned.
-    :param tick: is called with the number of starts since its last call, more than 1 if the reactor was held.
-    :param wake: is called at the moment that `arm` was given.
+    :param tick: is called with the number of starts since its last call, more than 1 if the reactor was blocked.
+    :param wake: is called at the moment passed to `arm`.
     """
 
     def __init__(
@@ -34,9 +34,9 @@ class Starts:
         self._wake_timer: DelayedCall | None = None
 
     def begin(self, in_s: float, interval_s: float) -> None:
-        """Start the loop after `in_s` seconds, in place of one that runs."""
+        """Start the loop after `in_s` seconds, and end a running one."""
         self._stop_loop()
-        self._loop = counting_loop(self._clock, self._tick)  # one that was stopped would count what it missed
+        self._loop = counting_loop(self._clock, self._tick)  # a stopped loop would count the missed starts
         self._interval_s = interval_s
         self._loop_timer = self._clock.callLater(in_s, self._start)
 
@@ -45,7 +45,7 @@ class Starts:
         self._loop.start(self._interval_s)
 
     def arm(self, wake_at: float | None) -> None:
-        """Call `wake` at `wake_at` and at no other moment; never if it is None."""
+        """Call `wake` at `wake_at` only; None for never."""
         if is_active(self._wake_timer):
             if self._wake_timer.getTime() == wake_at:
                 return
@@ -54,7 +54,7 @@ class Starts:
             self._wake_timer = self._clock.callLater(max(0.0, wake_at - self._clock.seconds()), self._wake)
 
     def stop(self) -> None:
-        """Call nothing any more."""
+        """End both timers."""
         self._stop_loop()
         self.arm(None)
 

@@ -44,7 +44,7 @@ class Due(NamedTuple):
 
 
 class Notifiable(NamedTuple):
-    """What decides how soon a notification starts an attempt.
+    """The facts that decide how soon a notification starts an attempt.
 
     :param may_burst: an application notifies, so that one change may cause many notifications. What triggers record
         costs little to read, and is read at once.

@@ -82,7 +82,7 @@ class Changes(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What a transaction has found out; a fact that was not asked for yet is None.
+    """The facts that a transaction has found; None for a fact that was not asked for yet.
 
     :param altered: why the documents may have another form than in the snapshot, or are of another server; None if they
         have the same form.

@@ -1,1 +1,1 @@
-"""What an operator may know: facts as values, and the renderers of these facts."""
+"""Views for operators: facts as values, and the renderers of these facts."""

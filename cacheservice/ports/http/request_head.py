@@ -53,7 +53,7 @@ _ALONE = frozenset({b"host", b"content-length", b"transfer-encoding", b"authoriz
 
 
 class State(Enum):
-    """What a parser expects; see the module's docstring."""
+    """The state of a parser; see the module's docstring."""
 
     BETWEEN = auto()
     SKIPPED = auto()

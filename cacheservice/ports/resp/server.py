@@ -119,7 +119,7 @@ class Client(Protocol):
 
 
 class InMulti(enum.Enum):
-    """What happens to a command within MULTI."""
+    """The handling of a command within MULTI."""
 
     QUEUED = enum.auto()
     RUNS = enum.auto()
@@ -209,7 +209,7 @@ class PortStatus(Protocol):
 
 
 class Server:
-    """What all sessions of a port share.
+    """The objects that all sessions of a port share.
 
     `sessions` are the connected clients by id.
 

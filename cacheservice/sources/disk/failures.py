@@ -1,4 +1,4 @@
-"""What a failed save does, such as on a full disk: it is reported once, counted, and tried again."""
+"""Failures to save, such as on a full disk: each is reported once, counted, and tried again."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ _TIMEOUT_S = 10.0
 
 
 class Prunes(Protocol):
-    """What the pruning asks of the database: `cacheservice.sources.postgres.database.Database`."""
+    """The database, as the pruning uses it: `cacheservice.sources.postgres.database.Database`."""
 
     def prune(self, keep_s: float, timeout_s: float) -> Deferred[Pruned]: ...
 

@@ -39,7 +39,7 @@ _QUOTED = re.compile(r'"[^"]*"')
 
 
 class Diagnostics(Protocol):
-    """What the server reported about an error, as the driver returns it."""
+    """The server's report of an error, as the driver returns it."""
 
     message_primary: str | None
     source_function: str | None

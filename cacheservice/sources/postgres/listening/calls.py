@@ -12,7 +12,7 @@ from cacheservice.base.interfaces import Log
 
 @dataclass(slots=True)
 class Observer:
-    """What a listener calls, in the reactor's thread. Both must be quick.
+    """The functions that a listener calls, in the reactor's thread. Both must be quick.
 
     :param heard: called with the channel and the payload of each notification.
     :param missed: called when notifications may have been missed: after each proof that a new session listens,

@@ -1,4 +1,4 @@
-"""What a failure of the listening session means, and when to try again. Pure decisions.
+"""The meaning of failures of the listening session, and when to try again. Pure decisions.
 
 A failure is one of two:
 
