@@ -180,9 +180,11 @@ class FairnessTests(ServiceTestCase):
             max_connections=2,
         )
         service.startService()
+        # A kept session has the name of its last dataset until its next transaction has set its own, with the attempt.
         sql = """
             SELECT regexp_replace(application_name, ' [0-9a-f]{8}$', ''), count(*) FROM pg_stat_activity
-            WHERE datname = %s AND application_name LIKE 'cacheservice %%' AND xact_start IS NOT NULL GROUP BY 1
+            WHERE datname = %s AND application_name ~ '^cacheservice .* [0-9a-f]{8}$' AND xact_start IS NOT NULL
+            GROUP BY 1
         """
         seen: set[str] = set()
         counts = dict.fromkeys(names, 0)
