@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import socket
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -94,7 +95,7 @@ def shown(address: Address) -> str:
 
 
 @implementer(IPullProducer)
-class ClientSocket(protocol.Protocol):
+class ClientSocket(protocol.Protocol, ABC):
     """The socket of one client.
 
     Output is written directly to the socket while it accepts everything, because the transport's own path costs a turn
@@ -122,9 +123,9 @@ class ClientSocket(protocol.Protocol):
             self.is_admitted = False
         self.restart_limit()
 
+    @abstractmethod
     def turn_away(self) -> None:
         """Report that there are too many connections, and close at once."""
-        raise NotImplementedError
 
     def note_refusal(self) -> None:
         """Count and log that this client was refused because there are too many."""
@@ -219,9 +220,9 @@ class ClientSocket(protocol.Protocol):
             self.heard_at = self.factory.clock.seconds()
             self.drained()
 
+    @abstractmethod
     def drained(self) -> None:
         """Continue after the client has read all output."""
-        raise NotImplementedError
 
     def read_on(self) -> None:
         """Read input again, if the client has read all output and has not closed its side."""

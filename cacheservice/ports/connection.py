@@ -28,6 +28,7 @@ time of the last progress: input, an empty queue of output, or a turn of the cli
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -70,12 +71,12 @@ class Connection(ClientSocket):
 
     # Turns
 
+    @abstractmethod
     def work(self) -> None:
         """Process the input received so far.
 
         Called in the next turn after `yield_turn`, and when a client that was choked has read all output.
         """
-        raise NotImplementedError
 
     def flush(self) -> None:
         """Send output that was kept back. Called first in each turn of the client's own work."""
@@ -231,9 +232,9 @@ class Connection(ClientSocket):
         else:
             self.input_over()
 
+    @abstractmethod
     def input_over(self) -> None:
         """Continue after the end of the client's input; the client may still read."""
-        raise NotImplementedError
 
     def finish(self, *, linger: bool = True) -> None:
         self.end_stream()
