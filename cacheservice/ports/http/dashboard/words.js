@@ -89,8 +89,8 @@ export function changeWords(change) {
 export function nextWords(dataset, nextIn) {
   if (nextIn === undefined) return "not known";
   if (dataset.progress) return dataset.consecutive_failures ? "trying now" : "reading now";
-  if (dataset.behind_s !== null) return "waiting for max_load";
-  if (dataset.refreshing) return "waiting for a slot";
+  if (dataset.behind_s !== null) return "put off";
+  if (dataset.refreshing) return "queued";
   return nextIn === null ? "not planned" : `in ${duration(Math.ceil(nextIn))}`;
 }
 
