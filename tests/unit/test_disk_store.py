@@ -18,9 +18,9 @@ from cacheservice.cache.snapshot import Snapshot
 from cacheservice.config import DatasetSettings
 from cacheservice.refresh.restore import restore
 from cacheservice.sources.disk.generations import Generations, of_one_moment
-from cacheservice.sources.disk.header import Header
 from cacheservice.sources.disk.schedule import LEAST_RETRY_S, Schedule
 from cacheservice.sources.disk.work import Work
+from cacheservice.sources.frames.header import Header
 from tests.kit.datasets import declared, numbered_rows, snapshot_of
 from tests.kit.logs import Log
 from tests.kit.saved_files import AS_OF, header_of

@@ -11,7 +11,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from cacheservice import config
 from cacheservice.base.errors import ConfigError
 from cacheservice.config import DatasetSettings
-from cacheservice.sources.disk.header import fingerprint
+from cacheservice.sources.frames.header import fingerprint
 
 
 class Declared(SynchronousTestCase):

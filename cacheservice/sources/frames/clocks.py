@@ -9,8 +9,8 @@ from typing import NamedTuple
 from cacheservice.base import clock
 from cacheservice.base.clock import Host
 from cacheservice.base.interfaces import Clock
-from cacheservice.sources.disk.age import ReadOn
-from cacheservice.sources.disk.header import Header
+from cacheservice.sources.frames.age import ReadOn
+from cacheservice.sources.frames.header import Header
 
 
 class ReadAt(NamedTuple):
