@@ -29,6 +29,9 @@ the number of bytes that it has applied, and `resend` with the name of a dataset
 _WINDOW_BYTES = 2 * 1024 * 1024
 """Bytes that the receiver may still have to apply before it is sent more."""
 
+_MESSAGE_BYTES = 1024 * 1024
+"""The most bytes of one message; a row may be larger."""
+
 
 class Carrier(Protocol):
     """The sender's side of a connection to the receiver."""
@@ -156,9 +159,9 @@ class Sender:
     async def _send_one(self, message: _Message) -> None:
         content: Rows | Delta = message.snapshot.rows if message.update.delta is None else message.update.delta
         for data in encoded(self._head(message), content, compress=False):
-            if data:
-                self._carrier.send_frames(data)
-                self._not_taken_bytes += len(data)
+            for start in range(0, len(data), _MESSAGE_BYTES):
+                self._carrier.send_frames(data[start : start + _MESSAGE_BYTES])
+            self._not_taken_bytes += len(data)
             if self._not_taken_bytes > _WINDOW_BYTES:
                 self._window = Deferred()
                 await self._window
