@@ -8,7 +8,6 @@ from __future__ import annotations
 import enum
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from twisted.internet import protocol
@@ -188,21 +187,6 @@ class ClientSocket(protocol.Protocol, ABC):
                 return
             data = data[sent:]
         self._queue(data)
-
-    def send_parts(self, parts: Sequence[bytes]) -> None:
-        """Send a few parts as `send` does, without joining them first."""
-        sent = 0
-        if not self.is_choked:
-            try:
-                sent = self.transport.socket.sendmsg(parts)
-            except BlockingIOError:
-                pass
-            except OSError:
-                self.abort()
-                return
-            if sent == sum(map(len, parts)):
-                return
-        self._queue(b"".join(parts)[sent:])
 
     def _queue(self, data: bytes) -> None:
         self.transport.write(data)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from twisted.internet.address import IPv4Address
@@ -24,9 +23,6 @@ class WireSocket:
         if data and not accepted:
             raise BlockingIOError
         return accepted
-
-    def sendmsg(self, parts: Sequence[bytes]) -> int:
-        return self.send(b"".join(parts))
 
 
 class Wire:

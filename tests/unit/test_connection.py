@@ -118,24 +118,22 @@ class BackPressure(ConnectionTestCase):
         self.assertEqual((wire.take(), wire.is_reading), (b"ABC", True))
 
     def test_a_part(self) -> None:
-        """What the socket takes in part is continued where it stopped, whether it came in parts or whole."""
-        for send in (lambda client: client.send(b"abcdef"), lambda client: client.send_parts([b"abc", b"de", b"f"])):
-            client, wire = self.connect(room_bytes=4)
-            send(client)
-            self.assertEqual((wire.sent, wire.queue), (b"abcd", b"ef"))
-            send(client)
-            wire.client_reads()
-            self.assertEqual(wire.take(), b"abcdef" * 2)
-            send(client)
-            self.assertEqual(wire.take(), b"abcdef")
+        """What the socket takes in part is continued where it stopped."""
+        client, wire = self.connect(room_bytes=4)
+        client.send(b"abcdef")
+        self.assertEqual((wire.sent, wire.queue), (b"abcd", b"ef"))
+        client.send(b"abcdef")
+        wire.client_reads()
+        self.assertEqual(wire.take(), b"abcdef" * 2)
+        client.send(b"abcdef")
+        self.assertEqual(wire.take(), b"abcdef")
 
     def test_a_broken_socket(self) -> None:
         """A socket that fails ends its connection."""
-        for send in (lambda client: client.send(b"a"), lambda client: client.send_parts([b"a", b"b"])):
-            client, wire = self.connect()
-            wire.is_broken = True
-            send(client)
-            self.assertEqual(wire.ended, "aborted")
+        client, wire = self.connect()
+        wire.is_broken = True
+        client.send(b"a")
+        self.assertEqual(wire.ended, "aborted")
 
     def test_nothing_read_within_the_idle_time(self) -> None:
         """A choked client that reads nothing for the idle time is dropped and counted; any progress restarts it."""
