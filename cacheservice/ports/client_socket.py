@@ -195,6 +195,8 @@ class ClientSocket(protocol.Protocol, ABC):
             # This calls `resumeProducing` at once, which ignores the call because the client is not choked yet.
             self.transport.registerProducer(self, False)
             self.is_choked = True
+            # A client may have been silent for longer than the time that it has to read.
+            self.restart_limit()
 
     def resumeProducing(self) -> None:
         """Continue, because the transport's queue is empty."""
@@ -219,10 +221,12 @@ class ClientSocket(protocol.Protocol, ABC):
     # The end
 
     def finish(self, *, linger: bool = True) -> None:
-        """Send no more replies; close when all output has been sent.
+        """Send no more replies; close when all output has been sent. An end that has begun continues.
 
         :param linger: whether the client has to close first, within `LINGER_S`. One that has closed its side need not.
         """
+        if self.phase in ENDING:
+            return
         self.phase = FINISHING
         if self.is_choked:
             # The transport does not close while it has a producer.
