@@ -238,6 +238,10 @@ class ClientSocket(protocol.Protocol, ABC):
         else:
             self.transport.loseConnection()
 
+    def close_now(self) -> None:
+        """Close the connection because the port stops. The default aborts it."""
+        self.abort()
+
     def abort(self) -> None:
         """Close the connection at once. Output that has not been sent is lost."""
         if self.phase is not CLOSED:
