@@ -278,6 +278,19 @@ class Events(EventsTestCase):
         await until(lambda: not self.factory.clients)
         self.assertIsNone(self.factory.feed._timer)
 
+    async def test_the_stop_ends_the_body(self) -> None:
+        """When the port closes, the body of a stream that was read so far ends as complete, not in a chunk."""
+        client = self.connect()
+        with closing(client):
+            client.sendall(b"GET /events HTTP/1.1\r\nHost: a\r\n\r\n")
+            await until(lambda: self.factory.feed._listeners == 1)
+            text: bytes = await deferToThread(client.recv, 65_536)
+            while b"event: state" not in text or not text.endswith(b"\n\n\r\n"):
+                text += await deferToThread(client.recv, 65_536)
+            self.factory.close_clients()
+            text += await deferToThread(read_to_the_end, client)
+        self.assertTrue(text.endswith(b"\n\n\r\n0\r\n\r\n"), text[-50:])
+
     async def test_it_wants_what_is_served(self) -> None:
         """A client that accepts no events gets an error."""
         await self.assert_problem("/events", 406, "text/event-stream", Accept="application/json")

@@ -40,7 +40,7 @@ class Factory(ServedPort, Protocol):
         """Apply changed limits; existing connections stay."""
 
     def close_clients(self) -> None:
-        """Abort every connection now."""
+        """Close every connection now."""
 
 
 class _Port(NamedTuple):

@@ -50,9 +50,9 @@ class NothingToRollBackTo(CacheServiceError):
 
 
 class Stopped(CacheServiceError):
-    """The service is stopping, so the request was dropped.
+    """The service is stopping, or this process does not refresh its datasets, so the request was dropped.
 
-    Repeat it after the restart.
+    Repeat it after the restart, or ask the process that refreshes.
     """
 
 
