@@ -23,7 +23,7 @@ from cacheservice.config import DatasetSettings
 from cacheservice.sources.disk.clocks import Clocks
 from cacheservice.sources.disk.format import RowsUnpacker
 from cacheservice.sources.disk.generations import Generations
-from cacheservice.sources.disk.header import Header
+from cacheservice.sources.disk.header import Header, damaged
 from cacheservice.sources.disk.layout import move_aside, open_saved, problem_of
 from cacheservice.sources.disk.work import Work
 
@@ -64,9 +64,7 @@ class FileReader:
             await self._unpack(header, blocks, builder, path.name)
             # The trailer repeats the header; the unpacked rows must match both.
             if (builder.count, builder.size_bytes) != (header.rows, header.size_bytes):
-                raise SnapshotRejected(
-                    f"{path.name}: it is damaged: its header declares other numbers of rows or bytes"
-                )
+                raise damaged(path.name, "its header declares other numbers of rows or bytes")
             rows = builder.finish()
             rows.note_digest(header.digest)
             return header, rows
