@@ -42,6 +42,7 @@ class Read:
         self.expect = wanted.expect
         self.notified = wanted.notified
         self.since = wanted.since
+        self.trust_probe = wanted.trust_probe
         self.began_at = began_at
         self.moment = Moment(MOMENT, began_at, "1:1:")
         self.result: Deferred[ReadResult] = Deferred()

@@ -225,6 +225,50 @@ class Notified(RefreshTestCase):
         world.advance(1)
         self.assertEqual(self.asked(world), {"3"})
 
+    def assert_all_is_read_once(self, world: World) -> None:
+        """The read that runs reads all rows, and after it keys are enough again."""
+        if world.database.last.notified is not None:  # a notification has begun it, not the retry
+            self.assertIsNone(self.asked(world))
+        world.database.last.complete(rows=4)
+        world.heard("things", '["2"]')
+        world.advance(5)
+        self.assertEqual(self.asked(world), {"2"})
+        world.database.last.complete_nothing()
+
+    def test_keys_of_a_failed_read(self) -> None:
+        """The keys are lost with the read that took them: the retry reads all rows, even if the probe is the same."""
+        world = self.notified()
+        world.database.last.fail()
+        world.advance(30)
+        self.assertEqual(len(world.database.reads), 3)
+        self.assertFalse(world.database.last.trust_probe)
+        self.assert_all_is_read_once(world)
+
+    def test_keys_of_a_held_result(self) -> None:
+        """What was held is not served, so the next read is of all rows."""
+        world = self.started(notify="things", heard_all=lambda: succeed(True), min_rows=3)
+        world.database.last.complete(rows=4)
+        world.advance(5)
+        world.heard("things", '["1"]')
+        world.advance(1)
+        self.assertEqual(self.asked(world), {"1"})
+        world.database.last.complete(rows=2)
+        self.assertIsNotNone(world.dataset.held)
+        world.heard("things", '["2"]')
+        world.advance(60)
+        self.assert_all_is_read_once(world)
+
+    def test_a_stop_while_keys_are_read(self) -> None:
+        """Stop ends the read, and a notification that arrives afterwards begins none."""
+        world = self.notified()
+        world.heard("things", '["2"]')
+        self.stop(world)
+        reads = len(world.database.reads)
+        world.heard("things", '["3"]')
+        world.clock.advance(100)
+        self.assertEqual(len(world.database.reads), reads)
+        self.assertEqual(world.log.names("refresh_failed"), [])
+
 
 class Overlaps(RefreshTestCase):
     def test_a_start_that_comes_too_early_is_skipped(self) -> None:
@@ -388,6 +432,18 @@ class Bursts(RefreshTestCase):
                 read.complete()
         self.assertEqual(world.database.running, [])
         self.stop(world)
+
+    def test_stop_amid_a_burst_while_a_read_runs(self) -> None:
+        """The running read is ended, and none follows it."""
+        world = self.loaded()
+        for _ in range(50):
+            world.heard("changes", "")
+            world.advance(0.001)
+        self.assertEqual(len(world.database.running), 1)
+        reads = len(world.database.reads)
+        self.stop(world)
+        world.advance(100)
+        self.assertEqual(len(world.database.reads), reads)
 
 
 class Failures(RefreshTestCase):
