@@ -103,7 +103,9 @@ class Reload:
         reading.addCallback(self._use_secret).addErrback(self._not_used)
 
     def _use_secret(self, dsn: SecretStr | None) -> None:
-        if dsn is None or dsn == self._dsn or self._running or target.problem(dsn.get_secret_value()) is not None:
+        if dsn is None or dsn == self._dsn or target.problem(dsn.get_secret_value()) is not None:
+            return
+        if self._running or self._cache.stopping:
             return
         self._log.info(
             "dsn_read_again", reason="the server refused the login, and the file of postgres.dsn has changed"
