@@ -451,7 +451,7 @@ class Commands(CommandsTestCase):
             self.assertIn(b"413", text.partition(b"\r\n")[0])
         self.assertEqual(self.operators.done, [])
 
-    async def test_events_tell_who_may(self) -> None:
+    async def test_the_first_event_names_the_access(self) -> None:
         """A listener learns whether there is an admin token, and whether it has sent it."""
         for headers, access in (({}, "read"), ({"Authorization": "Bearer operate"}, "admin")):
             listener = await self.listen(**headers)
@@ -505,12 +505,12 @@ class RealService(DaemonTestCase):
         service.wait_until_ready()
         listener = Listener(port, Authorization="Bearer operate")
         self.addCleanup(listener.close)
-        told: dict[str, Any] = {}
+        latest: dict[str, Any] = {}
 
         def products() -> dict[str, Any]:
             for state in listener.states():
-                told.update(state["datasets"].get("products", {}))
-            return told
+                latest.update(state["datasets"].get("products", {}))
+            return latest
 
         wait_until(lambda: products().get("generation") == 1, "the first generation")
         self.server.run_sql("DELETE FROM products WHERE id > 3", self.database)

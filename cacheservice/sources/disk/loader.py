@@ -21,6 +21,10 @@ from cacheservice.cache.rows import Groups, Rows, RowsBuilder
 from cacheservice.cache.snapshot import Snapshot, rows_builder
 from cacheservice.config import DatasetSettings
 from cacheservice.sources.disk.generations import Generations
+<<<<<<< HEAD
+=======
+from cacheservice.sources.disk.header import Header, damaged
+>>>>>>> 97b895e6f954e9892face55a62269e872402e963
 from cacheservice.sources.disk.layout import move_aside, open_saved, problem_of
 from cacheservice.sources.disk.work import Work
 from cacheservice.sources.frames.clocks import Clocks
@@ -64,9 +68,7 @@ class FileReader:
             await self._unpack(header, blocks, builder, path.name)
             # The trailer repeats the header; the unpacked rows must match both.
             if (builder.count, builder.size_bytes) != (header.rows, header.size_bytes):
-                raise SnapshotRejected(
-                    f"{path.name}: it is damaged: its header declares other numbers of rows or bytes"
-                )
+                raise damaged(path.name, "its header declares other numbers of rows or bytes")
             rows = builder.finish()
             rows.note_digest(header.digest)
             return header, rows
