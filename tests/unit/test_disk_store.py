@@ -20,17 +20,11 @@ from cacheservice.config import DatasetSettings
 from cacheservice.refresh.restore import restore
 from cacheservice.sources.disk.failures import SaveFailures
 from cacheservice.sources.disk.generations import Generations, of_one_moment
-<<<<<<< HEAD
-from cacheservice.sources.disk.schedule import LEAST_RETRY_S, Schedule
-from cacheservice.sources.disk.work import Work
-from cacheservice.sources.frames.header import Header
-=======
-from cacheservice.sources.disk.header import Header
 from cacheservice.sources.disk.lock import DirectoryLock
 from cacheservice.sources.disk.schedule import LEAST_RETRY_S, Schedule
 from cacheservice.sources.disk.work import Work
 from cacheservice.sources.disk.writer import Writer
->>>>>>> 97b895e6f954e9892face55a62269e872402e963
+from cacheservice.sources.frames.header import Header
 from tests.kit.datasets import declared, numbered_rows, snapshot_of
 from tests.kit.logs import Log
 from tests.kit.saved_files import AS_OF, header_of

@@ -21,14 +21,10 @@ from cacheservice.cache.rows import Groups, Rows, RowsBuilder
 from cacheservice.cache.snapshot import Snapshot, rows_builder
 from cacheservice.config import DatasetSettings
 from cacheservice.sources.disk.generations import Generations
-<<<<<<< HEAD
-=======
-from cacheservice.sources.disk.header import Header, damaged
->>>>>>> 97b895e6f954e9892face55a62269e872402e963
 from cacheservice.sources.disk.layout import move_aside, open_saved, problem_of
 from cacheservice.sources.disk.work import Work
 from cacheservice.sources.frames.clocks import Clocks
-from cacheservice.sources.frames.header import Header
+from cacheservice.sources.frames.header import Header, damaged
 from cacheservice.sources.frames.rows import RowsUnpacker
 
 _AHEAD_BYTES = 1024 * 1024
