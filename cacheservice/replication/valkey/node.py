@@ -118,7 +118,7 @@ class Node:
                     each.errback(problem)
 
     async def _open(self) -> None:
-        protocols = _Protocols(self._login.timeout_s, self._reactor)
+        protocols = _Protocols(self._login.timeout_s)
         self._attempt = attempt = self._endpoint().connect(protocols)
         try:
             self._protocol = await attempt
@@ -173,15 +173,11 @@ class _Protocols(Factory):
     noisy = False
     isLazy = False
 
-    def __init__(self, timeout_s: float, reactor: Reactor) -> None:
+    def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
-        self._reactor = reactor
 
-    def buildProtocol(self, addr: object) -> Any:
-        protocol = txredisapi.RedisProtocol(charset=None, replyTimeout=self._timeout_s, convertNumbers=False)
-        protocol.factory = self
-        protocol.callLater = self._reactor.callLater
-        return protocol
+    def protocol(self) -> Any:
+        return txredisapi.RedisProtocol(charset=None, replyTimeout=self._timeout_s, convertNumbers=False)
 
 
 def _reason(error: BaseException) -> str:
