@@ -31,7 +31,7 @@ class Stores(TestCase):
         client = Valkey(parse(url), reactor, LONG_S)
         self.addCleanup(deferLater, reactor, 0.01)
         self.addCleanup(client.close)
-        return Store(client, Names("cs", unit))
+        return Store(client, Names("cs", unit), reactor)
 
     async def publish(self, store: Store, lead: Lead, generation: int, data: bytes) -> Manifest:
         """Publish a snapshot after what is current."""
@@ -103,7 +103,7 @@ class Stores(TestCase):
             for after in (0, 2):
                 with self.assertRaisesRegex(Overtaken, "overtaken: 1"):
                     await store.publish(Manifest(lead.epoch, 9, {"products": Member(piece)}), after, "me")
-            await store.drop([piece], 0)
+            await store.expire([piece], 0)
             with self.assertRaisesRegex(Overtaken, "missing: "):
                 await store.publish(Manifest(lead.epoch, 2, {"products": Member(piece)}), 1, "me")
             self.assertEqual(await store.current(), current)
@@ -168,9 +168,9 @@ class Manifests(SynchronousTestCase):
                 pieces.append(Piece(generation + step, generation, token, chunks, size_bytes))
                 generation += step
             first, *deltas = pieces
-            return Member(first, tuple(deltas), renewal)
+            return Member(first, tuple(deltas), renewal, moment)
 
-        manifest = Manifest(epoch, moment, {name: member(steps) for name, steps in members.items()})
+        manifest = Manifest(epoch, moment, {name: member(steps) for name, steps in members.items()}, "run")
         data = manifest.to_bytes()
         self.assertEqual(from_bytes(data, "k"), manifest)
         for place in range(0, len(data), 7):

@@ -20,7 +20,7 @@ from cacheservice.cache.rows import Groups, Rows, RowsBuilder, RowsPatch
 from cacheservice.cache.snapshot import Snapshot
 from cacheservice.replication.codec import Decoder, End, Head, Item, Put, Removed
 from cacheservice.replication.sender import RESEND, TAKEN
-from cacheservice.sources.frames.clocks import Clocks
+from cacheservice.sources.frames.clocks import ReadAt
 
 _NAME = "the frames of the main process"
 
@@ -54,17 +54,23 @@ class Follower:
     It is idle, or works on the bytes and calls in the order of their arrival.
 
     :param release: called with the groups of rows once they have no readers left.
-    :param clocks: the clocks of this machine, which is also the sender's.
+    :param read_at: returns when the rows of a publish were read, on this machine's monotonic clock.
     :param clock: `IReactorTime`.
     """
 
     def __init__(
-        self, cache: Cache, carrier: Carrier, release: Callable[[Groups], None], clocks: Clocks, clock: Clock, log: Log
+        self,
+        cache: Cache,
+        carrier: Carrier,
+        release: Callable[[Groups], None],
+        read_at: Callable[[Head], ReadAt],
+        clock: Clock,
+        log: Log,
     ) -> None:
         self._cache = cache
         self._carrier = carrier
         self._release = release
-        self._clocks = clocks
+        self._read_at = read_at
         self._clock = clock
         self._log = log
         self._tasks = Tasks(log)
@@ -199,12 +205,12 @@ class Follower:
         self._lacking.discard(header.dataset)
 
     def _snapshot(self, head: Head, rows: Rows) -> Snapshot:
-        header = head.header
+        header, read_at = head.header, self._read_at(head)
         return Snapshot(
             header.generation,
             rows,
             header.as_of,
-            self._clocks.read_at(header).seconds,
+            read_at.seconds,
             header.database_snapshot,
             header.columns,
             source=head.origin,
@@ -216,7 +222,7 @@ class Follower:
             lag=head.lag,
             content_since=header.content_since,
             dependencies=Dependencies.from_text(header.dependencies),
-            age_uncertain=head.age_uncertain,
+            age_uncertain=head.age_uncertain or read_at.uncertain,
         )
 
 

@@ -51,6 +51,14 @@ class Outbox:
         """Return whether the receiver has the dataset, or will have it once it is sent what is pending."""
         return name in self._sent or name in self._pending
 
+    def generation(self, name: str) -> int | None:
+        """Return the generation that the receiver was sent last; None if it was sent none."""
+        return self._sent.get(name)
+
+    def has_been_sent(self, name: str, generation: int) -> None:
+        """Note that the receiver has a generation already."""
+        self._sent[name] = generation
+
     def published(self, event: Published) -> None:
         """Note a publish."""
         name = event.dataset

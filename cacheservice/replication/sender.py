@@ -16,10 +16,10 @@ from cacheservice.cache.delta import Delta
 from cacheservice.cache.events import Ended, Event, Noted, Published, Renewed
 from cacheservice.cache.rows import Rows
 from cacheservice.cache.snapshot import Snapshot
-from cacheservice.replication.codec import Head, encoded
+from cacheservice.replication.codec import encoded
+from cacheservice.replication.heads import head_of
 from cacheservice.replication.outbox import Outbox, Update
 from cacheservice.sources.frames.clocks import Clocks
-from cacheservice.sources.frames.header import header_of
 
 COMMIT, LIVE, TAKEN, RESEND, WITHDRAW = "commit", "live", "taken", "resend", "withdraw"
 """The events beside the frames. The sender sends `commit` after the updates that belong together, `withdraw` with the
@@ -157,8 +157,11 @@ class Sender:
         return messages
 
     async def _send_one(self, message: _Message) -> None:
-        content: Rows | Delta = message.snapshot.rows if message.update.delta is None else message.update.delta
-        for data in encoded(self._head(message), content, compress=False):
+        settings, snapshot, update = message.dataset.settings, message.snapshot, message.update
+        delta = update.delta
+        head = head_of(settings, snapshot, self._clocks, base=update.base, delta=delta)
+        content: Rows | Delta = snapshot.rows if delta is None else delta
+        for data in encoded(head, content, compress=False):
             for start in range(0, len(data), _MESSAGE_BYTES):
                 self._carrier.send_frames(data[start : start + _MESSAGE_BYTES])
             self._not_taken_bytes += len(data)
@@ -167,18 +170,3 @@ class Sender:
                 await self._window
             elif isinstance(content, Rows):
                 await pause(self._clock)
-
-    def _head(self, message: _Message) -> Head:
-        (settings, snapshot), delta = (message.dataset.settings, message.snapshot), message.update.delta
-        return Head(
-            header_of(settings, snapshot, self._clocks.read_on(snapshot.read_at)),
-            message.update.base,
-            snapshot.rows.count if delta is None else len(delta.put),
-            0 if delta is None else len(delta.removed),
-            max(0, int((self._clock.seconds() - snapshot.read_at) * 1e6)),
-            snapshot.source,
-            snapshot.change,
-            snapshot.lag,
-            snapshot.rolled_back_to,
-            snapshot.age_uncertain,
-        )

@@ -65,7 +65,9 @@ class Pair:
         self.down, self.up = Connection(), Connection()
         clocks = Clocks(self.clock, lambda: 2e9 + self.clock.seconds(), Host("boot", "machine"), self.clock.seconds)
         self.sender = Sender(self.leader, self.down, clocks, self.clock, self.log)
-        self.follower = Follower(self.replica, self.up, lambda _: None, clocks, self.clock, self.log)
+        self.follower = Follower(
+            self.replica, self.up, lambda _: None, lambda head: clocks.read_at(head.header), self.clock, self.log
+        )
         self.is_live = False
 
     def deliver(self, count: int = 1_000_000) -> None:

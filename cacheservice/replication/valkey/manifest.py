@@ -68,11 +68,19 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A dataset's current generation: a snapshot, the deltas that follow it, and the frames of the last renewal."""
+    """A dataset's current generation.
+
+    :param snapshot: the frames of all rows of an earlier generation, or of this one.
+    :param deltas: the generations since, in order.
+    :param renewal: frames without rows, of the newest read that returned this generation.
+    :param read_us: a moment not after the beginning of that read, in microseconds since 1970 by the clock of the
+        server.
+    """
 
     snapshot: Piece
     deltas: tuple[Piece, ...] = ()
     renewal: bytes = b""
+    read_us: int = 0
 
     @property
     def generation(self) -> int:
@@ -98,11 +106,13 @@ class Manifest:
 
     :param epoch: of the lead in which it was published; a later lead has a greater one.
     :param moment: counts the publishes of the unit.
+    :param run: the run of the server whose clock the times are on.
     """
 
     epoch: int
     moment: int
     members: Mapping[str, Member] = field(default_factory=dict)
+    run: str = ""
 
     @property
     def pieces(self) -> Iterator[Piece]:
@@ -111,12 +121,15 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """Return it as a msgpack map."""
         members = {
-            name: {"pieces": [_fields(piece) for piece in member.pieces], "renewal": member.renewal}
+            name: {
+                "pieces": [_fields(piece) for piece in member.pieces],
+                "renewal": member.renewal,
+                "read_us": member.read_us,
+            }
             for name, member in self.members.items()
         }
-        packed: bytes = msgpack.packb(
-            {"version": VERSION, "epoch": self.epoch, "moment": self.moment, "members": members}
-        )
+        fields = {"version": VERSION, "epoch": self.epoch, "moment": self.moment, "run": self.run, "members": members}
+        packed: bytes = msgpack.packb(fields)
         return packed
 
 
@@ -131,7 +144,7 @@ def from_bytes(data: bytes, name: str) -> Manifest:
         if fields["version"] != VERSION:
             raise SnapshotRejected(f"{name}: version {fields['version']} is unknown; this one reads version {VERSION}")
         members = {str(dataset): _member(content) for dataset, content in fields["members"].items()}
-        return Manifest(_number(fields["epoch"]), _number(fields["moment"]), members)
+        return Manifest(_number(fields["epoch"]), _number(fields["moment"]), members, str(fields["run"]))
     except SnapshotRejected:
         raise
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, msgpack.UnpackException) as error:
@@ -146,7 +159,7 @@ def _member(content: Mapping[str, object]) -> Member:
     chained = [snapshot.generation, *(delta.generation for delta in deltas)]
     if snapshot.base or [delta.base for delta in deltas] != chained[:-1] or chained != sorted(set(chained)):
         raise ValueError
-    return Member(snapshot, tuple(deltas), renewal)
+    return Member(snapshot, tuple(deltas), renewal, _number(content["read_us"]))
 
 
 def _piece(fields: list[object]) -> Piece:

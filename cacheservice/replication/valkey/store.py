@@ -9,10 +9,12 @@ follows the one that the writer knows, and that all pieces are there, because a 
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable
 from typing import NamedTuple
 
 from cacheservice.base.errors import CacheServiceError, SnapshotRejected
+from cacheservice.base.interfaces import Clock
+from cacheservice.base.timers import pause
 from cacheservice.replication.valkey.client import Valkey
 from cacheservice.replication.valkey.manifest import Manifest, Names, Piece, from_bytes
 
@@ -75,12 +77,15 @@ class ServerClock(NamedTuple):
 class Store:
     """Reads and writes one unit.
 
+    :param clock: `IReactorTime`.
     :param keep_s: how long the server keeps the current generation without a publish.
     """
 
-    def __init__(self, valkey: Valkey, names: Names, keep_s: float = 86_400.0) -> None:
+    def __init__(self, valkey: Valkey, names: Names, clock: Clock, keep_s: float = 86_400.0) -> None:
         self.names = names
+        self.keep_s = keep_s
         self._valkey = valkey
+        self._clock = clock
         self._keep_ms = int(keep_s * 1000)
 
     async def take_lead(self, leader: str, least_epoch: int) -> Lead:
@@ -105,6 +110,7 @@ class Store:
         piece, waiting = Piece(generation, base, token, 0, 0), bytearray()
         for data in frames:
             waiting += data
+            await pause(self._clock)
             while len(waiting) >= CHUNK_BYTES:
                 piece = await self._write_chunk(piece, bytes(waiting[:CHUNK_BYTES]))
                 del waiting[:CHUNK_BYTES]
@@ -131,8 +137,8 @@ class Store:
         if outcome != b"published":
             raise Overtaken(f"{head.decode()}: {outcome.decode()}: {value.decode()}")
 
-    async def drop(self, pieces: Sequence[Piece], after_s: float) -> None:
-        """Let pieces that no manifest names expire; readers that have begun to read them still can for a while."""
+    async def expire(self, pieces: Iterable[Piece], after_s: float) -> None:
+        """Let pieces expire after so many seconds: soon if no manifest names them any more, later if one still does."""
         for piece in pieces:
             for key in self.names.chunks(piece):
                 await self._valkey.run(key, "PEXPIRE", key, int(after_s * 1000))

@@ -48,6 +48,10 @@ class Clocks:
         wall_s, boot_s = self._wall_s() - age_s, self._boot_s() - age_s
         return ReadOn(int(wall_s * 1e6), self._host.boot, int(boot_s * 1e6), self._host.machine)
 
+    def age_us(self, read_at: float) -> int:
+        """Return the age at this moment of rows that were read at a moment of the monotonic clock, in microseconds."""
+        return max(0, int((self._monotonic.seconds() - read_at) * 1e6))
+
     def read_at(self, header: Header) -> ReadAt:
         """Return the moment the rows of a file were read."""
         age = header.age(self._wall_s(), self._boot_s(), self._host)
