@@ -56,6 +56,10 @@ class Stopped(CacheServiceError):
     """
 
 
+class FollowsLeader(Stopped):
+    """Another process of the fleet refreshes the dataset. Send the command to that one."""
+
+
 class RefreshFailed(CacheServiceError):
     """A refresh of a dataset failed. Readers keep the previous snapshot.
 

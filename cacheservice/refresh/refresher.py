@@ -71,12 +71,16 @@ class Refresher:
 
     # Life
 
-    def start(self) -> None:
-        """Load now, and then at every start of an interval."""
+    def start(self, stretch: float = 1.0) -> None:
+        """Load now, and then at every start of an interval.
+
+        :param stretch: multiplies the interval.
+        """
         for member in self._members:
             member.expiry.published()  # a restored snapshot, or one that is still served
         now = self._clock.seconds()
         self._statuses.started()
+        self._timetable.stretch(stretch, self.datasets[0].settings)
         due = self._timetable.start(now)
         self._begin_loop()
         self._begin(due)

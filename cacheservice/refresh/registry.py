@@ -54,6 +54,10 @@ class Registry:
         current = set(self._by_name.values())
         return [refresher for refresher in refreshers if refresher in current]
 
+    def renew(self, refresher: Refresher) -> Refresher:
+        """Return a new refresher in the place of one, for the same datasets."""
+        return self._add(refresher.datasets)
+
     def replace(self, groups: Iterable[Sequence[Dataset]], keepable: Iterable[Refresher]) -> Replaced:
         """Have refreshers for these groups of datasets.
 

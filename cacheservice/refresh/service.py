@@ -16,10 +16,10 @@ from cacheservice.config import DatasetSettings, groups
 from cacheservice.refresh.budget import Budget
 from cacheservice.refresh.bursts import Bursts
 from cacheservice.refresh.history import History
+from cacheservice.refresh.lives import Lives
 from cacheservice.refresh.process import Process
 from cacheservice.refresh.refresher import Refresher, Shared
 from cacheservice.refresh.registry import Registry
-from cacheservice.refresh.restore import restore
 from cacheservice.refresh.rollback import earlier_generations, load_generations
 from cacheservice.refresh.slots import Slots
 from cacheservice.sources.base import Source
@@ -69,31 +69,29 @@ class CacheService(Service):
         self._tasks = Tasks(process.log)
         shared = Shared(process, source, cache.database, self._slots, heard_all)
         self._refreshers = Registry(shared, self._groups(dataset.settings for dataset in cache.datasets.values()))
-        self._ending: set[Refresher] = set()
+        self._lives = Lives(self._refreshers, cache, history, process, self._tasks)
 
     def _groups(self, declared: Iterable[DatasetSettings]) -> list[list[Dataset]]:
         return [[self._cache.dataset(settings.name) for settings in group] for group in groups(declared)]
 
     def startService(self) -> None:
         super().startService()
-        self._start(self._refreshers.each())
+        self._lives.start(self._refreshers.each())
 
-    def _start(self, refreshers: Iterable[Refresher]) -> None:
-        """Start refreshers; those that serve nothing yet start after the saved snapshots have been restored."""
-        cold = []
-        for refresher in refreshers:
-            if self._history is None or all(dataset.snapshot for dataset in refresher.datasets):
-                refresher.start()
-            else:
-                cold.append(refresher)
-        if self._history is not None and cold:
-            self._tasks.run(self._start_warm(self._history, cold))
+    def follow_leaders(self, ask: Callable[[str], object]) -> None:
+        """Refresh nothing until `take_over`, because processes of a fleet take turns. Call it before the start.
 
-    async def _start_warm(self, history: History, refreshers: Sequence[Refresher]) -> None:
-        # Saved snapshots come first, so that readers have them before the database is asked.
-        await restore(history, self._cache, self._process.clock, self._process.log)
-        for refresher in self._refreshers.still_there(refreshers):
-            refresher.start()
+        :param ask: asks the leader of a dataset for a refresh.
+        """
+        self._lives.follow_leaders(ask)
+
+    def take_over(self, name: str, *, stretch: float, delay_s: float) -> None:
+        """Refresh a dataset, with its group, from now on; see `Lives.take_over`."""
+        self._lives.take_over(name, stretch=stretch, delay_s=delay_s)
+
+    def stand_by(self, name: str) -> None:
+        """Refresh a dataset and its group no longer; an attempt that runs is ended."""
+        self._lives.stand_by(name)
 
     def set_limits(self, limits: Limits) -> None:
         """Apply changed limits. Running attempts continue."""
@@ -151,15 +149,8 @@ class CacheService(Service):
         for refresher in kept:
             if not all(dataset.name in fates.unchanged for dataset in refresher.datasets):
                 refresher.settings_changed()
-        self._tasks.run(self._replace(ended, begun))
+        self._lives.replace(ended, begun)
         return fates
-
-    async def _replace(self, ended: Sequence[Refresher], begun: Sequence[Refresher]) -> None:
-        """Start new refreshers once no attempt of the old ones runs, because refreshes never overlap."""
-        self._ending.update(ended)
-        await DeferredList([refresher.stop() for refresher in list(self._ending)])
-        self._ending.difference_update(ended)
-        self._start(self._refreshers.still_there(begun))
 
     def stopService(self) -> Deferred[Any]:
         """Start nothing more and end running attempts; fires when no session is left."""
@@ -168,29 +159,30 @@ class CacheService(Service):
         self._bursts.stop()
         self._tasks.cancel()
         self._slots.stop()
-        stopped = DeferredList([refresher.stop() for refresher in {*self._refreshers.each(), *self._ending}])
+        stopped = DeferredList([refresher.stop() for refresher in {*self._refreshers.each(), *self._lives.ending}])
         stopped.addBoth(lambda _: self._source.end_kept())
         return stopped.addBoth(lambda _: self._process.drain.stop())
 
     def refresh_now(self, name: str) -> bool:
         """``cacheservice.cache.cache.Refreshes``."""
-        return self._refreshers.find(name).refresh_now()
+        return self._lives.ask_leader(name) or self._refreshers.find(name).refresh_now()
 
     def accept_next(self, name: str) -> None:
         """``cacheservice.cache.cache.Refreshes``."""
+        self._lives.leading(name)
         self._cache.dataset(name).accept_next()
 
     def pin(self, name: str) -> list[str]:
         """``cacheservice.cache.cache.Refreshes``."""
-        return self._refreshers.find(name).operator.pin()
+        return self._lives.leading(name).operator.pin()
 
     def unpin(self, name: str) -> list[str]:
         """``cacheservice.cache.cache.Refreshes``."""
-        return self._refreshers.find(name).operator.unpin()
+        return self._lives.leading(name).operator.unpin()
 
     def roll_back(self, name: str) -> dict[str, int]:
         """``cacheservice.cache.cache.Refreshes``."""
-        refresher = self._refreshers.find(name)
+        refresher = self._lives.leading(name)
         if self._history is None:
             raise NothingToRollBackTo("nothing is saved; set persistence.directory")
         generations = earlier_generations(name, refresher.datasets, self._history)
@@ -209,7 +201,8 @@ class CacheService(Service):
         """``cacheservice.cache.cache.Refreshes``."""
         if self._stopping:
             raise Stopped("the service is stopping")
-        self._refreshers.find(name).refresh_since(moment)
+        if not self._lives.ask_leader(name):
+            self._refreshers.find(name).refresh_since(moment)
 
     def _any_healthy(self) -> bool:
         return any(dataset.consecutive_failures == 0 for dataset in self._cache.datasets.values())

@@ -74,14 +74,19 @@ class Grid:
 
     def __init__(self, share: float) -> None:
         self._share = share
+        self._stretch = 1.0
         self.interval_s = 0.0
         self._earlier_s = 0.0
         self._phase_at = 0.0
 
+    def stretch(self, times: float) -> None:
+        """Multiply the intervals of the settings that are taken from now on."""
+        self._stretch = times
+
     def take(self, settings: DatasetSettings) -> None:
         """Use the interval of these settings from the next `begin` on."""
-        self.interval_s = settings.interval_s
-        self._earlier_s = settings.interval_s * settings.jitter * self._share
+        self.interval_s = settings.interval_s * self._stretch
+        self._earlier_s = self.interval_s * settings.jitter * self._share
 
     def begin(self, now: float, since: float) -> None:
         """Count the interval from an earlier moment; the next start is not before `now`."""
@@ -196,6 +201,12 @@ class Timetable:
         return min(self._retries.at, self.grid.next_start_at(now))
 
     # What happens
+
+    def stretch(self, times: float, settings: DatasetSettings) -> None:
+        """Multiply the interval, before the start."""
+        assert self.is_new, "the grid has no phase yet"
+        self.grid.stretch(times)
+        self._take(settings)
 
     def start(self, now: float) -> Due:
         """Load now, and from then on at every start of an interval."""

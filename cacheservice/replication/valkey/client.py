@@ -8,7 +8,7 @@ from typing import Any
 from cacheservice.base.errors import CacheServiceError
 from cacheservice.base.interfaces import Reactor
 from cacheservice.replication.valkey.errors import ValkeyDown, ValkeyRefused
-from cacheservice.replication.valkey.node import Login, Node, Redirected, Word
+from cacheservice.replication.valkey.node import Connection, Login, Node, Redirected, Word
 from cacheservice.replication.valkey.slots import SlotMap
 from cacheservice.replication.valkey.target import Address, Target
 
@@ -72,6 +72,19 @@ class Valkey:
         failures = [await _failure(node.run(*words)) for node in nodes if node is not None]
         if failures and all(failures):
             raise ValkeyDown(str(failures[0]))
+
+    async def open(self, protocol: Callable[[], Connection]) -> Connection:
+        """Open a connection of its own to a server that is a primary, for a subscription; return its protocol.
+
+        :raises ValkeyDown: if none can be reached.
+        :raises ValkeyRefused: if the login is refused.
+        """
+        try:
+            node = await self._node_of(b"")
+            return await node.open(protocol)
+        except ValkeyDown:
+            self._forget()
+            raise
 
     def close(self) -> None:
         """Close all connections; commands fail from now on."""

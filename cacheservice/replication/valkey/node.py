@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, Protocol, cast
 
 import txredisapi  # type: ignore[import-untyped]  # ships no type information
 from twisted.internet.defer import Deferred
@@ -16,6 +18,27 @@ from cacheservice.replication.valkey.errors import ValkeyDown, ValkeyRefused
 from cacheservice.replication.valkey.target import Address
 
 Word = bytes | str | int
+
+
+class Transport(Protocol):
+    """The socket of a connection."""
+
+    def abortConnection(self) -> object:
+        """Close it at once."""
+
+
+class Connection(Protocol):
+    """A connection of the library.
+
+    `connected` is 0 once it is lost.
+    """
+
+    connected: int
+    transport: Transport
+
+    def execute_command(self, *words: Word, apply_timeout: bool = True) -> Deferred[Any]:
+        """Send a command; fire with its reply, or a `txredisapi.RedisError`."""
+
 
 _PASSING = frozenset({"CLUSTERDOWN", "LOADING", "MASTERDOWN", "TRYAGAIN", "BUSY", "READONLY", "UNKILLABLE", "MISCONF"})
 """Refusals that end by themselves, or with another server."""
@@ -58,7 +81,7 @@ class Node:
         self.address = address
         self._login = login
         self._reactor = reactor
-        self._protocol: Any = None
+        self._protocol: Connection | None = None
         self._opening: list[Deferred[None]] | None = None
         self._attempt: Deferred[Any] | None = None
 
@@ -105,7 +128,7 @@ class Node:
         self._opening = []
         problem: Exception | None = None
         try:
-            await self._open()
+            self._protocol = await self.open(partial(_protocol, self._login.timeout_s))
         except Exception as error:
             problem = error
             raise
@@ -117,11 +140,15 @@ class Node:
                 else:
                     each.errback(problem)
 
-    async def _open(self) -> None:
-        protocols = _Protocols(self._login.timeout_s)
-        self._attempt = attempt = self._endpoint().connect(protocols)
+    async def open(self, protocol: Callable[[], Connection]) -> Connection:
+        """Open a connection of its own; return its protocol, which is logged in.
+
+        :raises ValkeyDown: if the server is not reached in time.
+        :raises ValkeyRefused: if it refuses the login.
+        """
+        self._attempt = attempt = self._endpoint().connect(_Protocols(protocol))
         try:
-            self._protocol = await attempt
+            opened: Connection = await attempt
         except Exception as error:
             raise ValkeyDown(f"{self.name} cannot be reached: {_reason(error)}") from None
         finally:
@@ -129,13 +156,14 @@ class Node:
         login = self._login
         try:
             if login.password:
-                await self._run("AUTH", *([login.user] if login.user else []), login.password)
+                await self._run_on(opened, "AUTH", *([login.user] if login.user else []), login.password)
             if login.database:
-                await self._run("SELECT", login.database)
+                await self._run_on(opened, "SELECT", login.database)
         except ValkeyRefused as error:
-            self.close()
+            opened.transport.abortConnection()
             code, settings = error.code, "the user, the password and the database in cluster.valkey_url"
             raise ValkeyRefused(f"{self.name} refused the login: {code}; check {settings}", code) from None
+        return opened
 
     def _endpoint(self) -> Any:
         host, port = self.address
@@ -146,12 +174,15 @@ class Node:
         protocol = self._protocol
         if protocol is None:
             raise ValkeyDown(f"the connection to {self.name} is closed")
+        return await self._run_on(protocol, *words)
+
+    async def _run_on(self, protocol: Connection, *words: Word) -> Any:
         try:
             return await protocol.execute_command(*words)
         except txredisapi.ResponseError as error:
             raise self._refusal(str(error)) from None
         except txredisapi.RedisError as error:
-            self.close()
+            protocol.transport.abortConnection()
             raise ValkeyDown(f"{self.name}: {_reason(error)}") from None
 
     def _refusal(self, text: str) -> Exception:
@@ -173,11 +204,13 @@ class _Protocols(Factory):
     noisy = False
     isLazy = False
 
-    def __init__(self, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
+    def __init__(self, protocol: Callable[[], Connection]) -> None:
+        self.protocol = protocol  # type: ignore[assignment]  # the library's protocols have no types
 
-    def protocol(self) -> Any:
-        return txredisapi.RedisProtocol(charset=None, replyTimeout=self._timeout_s, convertNumbers=False)
+
+def _protocol(timeout_s: float) -> Connection:
+    made: Connection = txredisapi.RedisProtocol(charset=None, replyTimeout=timeout_s, convertNumbers=False)
+    return made
 
 
 def _reason(error: BaseException) -> str:

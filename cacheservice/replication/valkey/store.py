@@ -9,7 +9,7 @@ follows the one that the writer knows, and that all pieces are there, because a 
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from cacheservice.base.errors import CacheServiceError, SnapshotRejected
@@ -38,6 +38,16 @@ redis.call('PEXPIRE', KEYS[1], ARGV[6])
 redis.call('PUBLISH', ARGV[7], ARGV[3])
 return {'published', ARGV[3]}
 """
+_ASK = """
+for number = 2, #ARGV, 2 do
+  local field = 'least:' .. ARGV[number]
+  if tonumber(redis.call('HGET', KEYS[1], field) or 0) < tonumber(ARGV[number + 1]) then
+    redis.call('HSET', KEYS[1], field, ARGV[number + 1])
+  end
+end
+redis.call('HINCRBY', KEYS[1], 'asked', 1)
+redis.call('PUBLISH', ARGV[1], 'asked')
+"""
 _CLOCK = """
 local time = redis.call('TIME')
 return {string.match(redis.call('INFO', 'server'), 'run_id:(%x+)') or '', time[1], time[2]}
@@ -65,6 +75,17 @@ class Lead(NamedTuple):
 
     epoch: int
     manifest: Manifest | None
+
+
+class Asked(NamedTuple):
+    """What replicas ask the leader for.
+
+    :param times: changes when they want a refresh.
+    :param least: the generation that each dataset must exceed before all replicas can follow it.
+    """
+
+    times: int
+    least: dict[str, int]
 
 
 class ServerClock(NamedTuple):
@@ -166,6 +187,19 @@ class Store:
             yield data
         if size_bytes != piece.size_bytes:
             raise SnapshotRejected(f"{self.names.head.decode()}: generation {piece.generation} has another length")
+
+    async def ask(self, least: Mapping[str, int]) -> None:
+        """Ask the leader for a refresh, and for greater generations than these."""
+        head, words = self.names.head, [word for pair in least.items() for word in pair]
+        await self._valkey.run(head, "EVAL", _ASK, 1, head, self.names.channel, *words)
+
+    async def asked(self, names: Sequence[str]) -> Asked:
+        """Return what replicas have asked for."""
+        head = self.names.head
+        fields = [f"least:{name}" for name in names]
+        count, *least = await self._valkey.run(head, "HMGET", head, "asked", *fields)
+        asked = {name: int(value) for name, value in zip(names, least, strict=True) if value is not None}
+        return Asked(int(count or 0), asked)
 
     async def clock(self) -> ServerClock:
         """Return the clock of the server that has the unit."""

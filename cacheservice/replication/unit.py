@@ -1,0 +1,169 @@
+"""One unit of a fleet in this process: a dataset, or a group of datasets, which is refreshed and published as one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from twisted.internet.defer import CancelledError
+
+from cacheservice.base.alarm import Alarm
+from cacheservice.base.backoff import full_jitter
+from cacheservice.base.errors import CacheServiceError
+from cacheservice.base.tasks import Tasks
+from cacheservice.replication.leading import Fleet, Leading
+from cacheservice.replication.roles import Facts, Role, role_of
+from cacheservice.replication.valkey.publisher import Here
+from cacheservice.replication.valkey.replica import Replica
+from cacheservice.replication.valkey.store import Store
+
+POLL_S = 1.0
+"""Between two looks at the Valkey without a message from it."""
+STRETCH = 3.0
+"""A process that is alone refreshes at this multiple of the interval."""
+_LEAST_RETRY_S, _MOST_RETRY_S = 0.2, 5.0
+
+
+class Unit:
+    """A unit: this process follows its leader, leads it, or refreshes it alone; see `Role`.
+
+    One loop looks at the Valkey, at an interval and when a message arrives, and then acts on what it has found. With
+    the lead it first begins a new epoch there, catches up, and then publishes. While the Valkey fails, it refreshes
+    nevertheless, and begins the epoch when that is possible.
+
+    `problem` is why the Valkey cannot be read, None if it can.
+    """
+
+    def __init__(self, names: Sequence[str], store: Store, replica: Replica, here: Here, fleet: Fleet) -> None:
+        self.names = tuple(names)
+        self.role = Role.FOLLOWING
+        self.problem: str | None = None
+        self._store = store
+        self._replica = replica
+        self._here = here
+        self._fleet = fleet
+        self._log = here.log.bind(unit=store.names.unit)
+        self._tasks = Tasks(here.log)
+        self._heard_at = here.clock.seconds()
+        self._has_lead = False
+        self.leading = Leading(self.names, store, replica, here, fleet)
+        self._alarm = Alarm(here.clock)
+
+    @property
+    def lag(self) -> int | None:
+        """How many generations a dataset is behind the leader's, at most, as far as is known; None for a leader."""
+        manifest = self._replica.manifest
+        if self.role is Role.LEADING or manifest is None:
+            return None
+        datasets = self._here.cache.datasets
+        behind = [
+            member.generation - datasets[name].last_generation
+            for name, member in manifest.members.items()
+            if name in datasets
+        ]
+        return max(0, *behind) if behind else None
+
+    def start(self) -> None:
+        """Follow the leader, if there is one."""
+        self._tasks.run(self._keep())
+
+    def stop(self) -> None:
+        """Look no more, and publish no more."""
+        self._tasks.cancel()
+        self.leading.end()
+
+    def wake(self) -> None:
+        """Look at the Valkey now."""
+        self._alarm.wake()
+
+    def gained(self) -> None:
+        """Note that this process has the lead."""
+        self._has_lead = True
+        self.wake()
+
+    def lost(self) -> None:
+        """Note that this process has the lead no longer. It stops publishing at once."""
+        self._has_lead = False
+        self.leading.end()
+        self._heard_at = self._here.clock.seconds()
+        self._play(Role.FOLLOWING)
+        self.wake()
+
+    def ask(self) -> None:
+        """Ask the leader for a refresh."""
+        self._tasks.run(self._ask({}))
+
+    async def _ask(self, least: Mapping[str, int]) -> None:
+        try:
+            await self._store.ask(least)
+        except CacheServiceError as error:
+            self._note(error)
+
+    async def _keep(self) -> None:
+        delay_s = full_jitter(_LEAST_RETRY_S, _MOST_RETRY_S, self._here.random)
+        failures = 0
+        while True:
+            try:
+                await self._look()
+                self.problem, failures = None, 0
+            except CancelledError:
+                raise
+            except CacheServiceError as error:
+                self._note(error)
+                failures += 1
+            self._decide()
+            await self._alarm.wait(POLL_S if not failures else max(POLL_S / 4, delay_s(failures - 1)))
+
+    async def _look(self) -> None:
+        """Look at the Valkey, and act on what is there.
+
+        :raises CacheServiceError: if that fails.
+        """
+        if self._has_lead:
+            await self.leading.look(lambda: self._has_lead)
+        else:
+            ahead = await self._replica.load()
+            if ahead:
+                await self._store.ask(ahead)
+            elif self._is_fresh():
+                self._heard_at = self._here.clock.seconds()
+
+    def _is_fresh(self) -> bool:
+        """Return whether the leader has published lately: what it has published is within an interval."""
+        manifest, cache = self._replica.manifest, self._here.cache
+        if manifest is None:
+            return False
+        ages = [
+            (age_s, dataset.settings)
+            for name in self.names
+            if (dataset := cache.datasets.get(name)) is not None and (age_s := dataset.age_s()) is not None
+        ]
+        return len(ages) == len(self.names) and all(
+            age_s <= settings.interval_s + settings.timeout_s for age_s, settings in ages
+        )
+
+    def _decide(self) -> None:
+        silent_s = self._here.clock.seconds() - self._heard_at
+        facts = Facts(self._has_lead, silent_s, self._fleet.may_refresh())
+        self._play(role_of(facts, self.role, self._fleet.fallback_after_s))
+
+    def _play(self, role: Role) -> None:
+        if role is self.role:
+            return
+        before, self.role = self.role, role
+        self._log.info("role_changed", role=role.value, before=before.value)
+        refreshing, name = self._fleet.refreshing, self.names[0]
+        if before is not Role.FOLLOWING:
+            refreshing.stand_by(name)
+        if role is Role.LEADING:
+            refreshing.take_over(name, stretch=1.0, delay_s=0.0)
+        elif role is Role.ALONE:
+            dataset = self._here.cache.datasets.get(name)
+            interval_s = dataset.settings.interval_s if dataset is not None else 0.0
+            # All replicas become alone at about the same time; their refreshes are spread over an interval.
+            refreshing.take_over(name, stretch=STRETCH, delay_s=interval_s * self._here.random())
+
+    def _note(self, error: CacheServiceError) -> None:
+        """Note why the Valkey cannot be read; the log has a line for each change, not for each try."""
+        if self.problem != str(error):
+            self.problem = str(error)
+            self._log.warning("cluster_unreadable", error=str(error))
