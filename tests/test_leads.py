@@ -32,7 +32,8 @@ class Candidate:
         observer = LeadObserver(
             lambda unit: self.events.append(("gained", unit)), lambda unit: self.events.append(("lost", unit))
         )
-        self.leads = Leads(LeadSettings(prefix, **PATIENT | pace), access, observer, test.status, reactor, self.log)
+        self.leads = Leads(LeadSettings(prefix, **PATIENT | pace), access, test.status, reactor, self.log)
+        self.leads.notify(observer)
         self.leads.compete_for(UNITS)
         self.leads.startService()
         test.addCleanup(self.leads.stopService)

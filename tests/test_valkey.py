@@ -9,9 +9,9 @@ from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.task import deferLater
 from twisted.trial.unittest import TestCase
 
+from cacheservice.config.valkey_url import parse
 from cacheservice.replication.valkey.client import Valkey
 from cacheservice.replication.valkey.errors import ValkeyDown, ValkeyRefused
-from cacheservice.replication.valkey.target import parse
 from tests.kit.ports import free_port
 from tests.kit.valkey import running_cluster, running_sentinel, running_valkey
 

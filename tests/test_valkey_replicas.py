@@ -17,13 +17,13 @@ from cacheservice.base.interfaces import Clock
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.events import Event, Published
 from cacheservice.cache.rows import Rows, RowsPatch
+from cacheservice.config.valkey_url import parse
 from cacheservice.replication.valkey.client import Valkey
 from cacheservice.replication.valkey.errors import ValkeyDown
 from cacheservice.replication.valkey.manifest import Names
 from cacheservice.replication.valkey.publisher import MOST_DELTAS, Here, Publisher
 from cacheservice.replication.valkey.replica import Replica
 from cacheservice.replication.valkey.store import Fenced, Lead, Store
-from cacheservice.replication.valkey.target import parse
 from cacheservice.sources.frames.clocks import Clocks
 from tests.kit.datasets import Table, declared, numbered_rows, rows_of, snapshot_of, table_of
 from tests.kit.logs import Log

@@ -13,10 +13,10 @@ from twisted.internet.task import deferLater
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from cacheservice.base.errors import SnapshotRejected
+from cacheservice.config.valkey_url import parse
 from cacheservice.replication.valkey.client import Valkey
 from cacheservice.replication.valkey.manifest import Manifest, Member, Names, Piece, from_bytes
 from cacheservice.replication.valkey.store import CHUNK_BYTES, Fenced, Lead, Overtaken, Store
-from cacheservice.replication.valkey.target import parse
 from tests.kit.valkey import ValkeyServer, running_cluster, running_valkey
 
 LONG_S = 30.0

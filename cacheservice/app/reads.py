@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pydantic import SecretStr
 from twisted.application.service import Service
 
+from cacheservice.app.fleet import Process as FleetProcess
+from cacheservice.app.fleet import make_fleet
 from cacheservice.base.errors import Stopped
 from cacheservice.base.interfaces import Log, Reactor
 from cacheservice.cache.cache import Cache, Refreshes
@@ -15,9 +17,11 @@ from cacheservice.cache.drain import Drain
 from cacheservice.config import PersistenceSettings, PostgresSettings, Settings
 from cacheservice.refresh.process import Process
 from cacheservice.refresh.service import CacheService, Limits
+from cacheservice.replication.cluster import Cluster
 from cacheservice.sources.disk.store import SnapshotStore
 from cacheservice.sources.postgres import target
 from cacheservice.sources.postgres.database import Database
+from cacheservice.sources.postgres.leads import Leads
 from cacheservice.sources.postgres.listening.calls import Observer
 from cacheservice.sources.postgres.listening.listener import Listener
 from cacheservice.sources.postgres.listening.opening import Access
@@ -71,6 +75,11 @@ class Reads:
             self._listener.heard_all,
         )
         self.requests: Refreshes = self.refresh
+        self._cluster: Cluster | None = None
+        self._leads: Leads | None = None
+        if settings.cluster.enabled:
+            fleet = make_fleet(settings.cluster, access, self.refresh, FleetProcess(cache, drain, reactor, log))
+            self._cluster, self._leads = fleet
         self._pruning = Pruning(cache, self.database, reactor, log)
         self._notifications.deliver_to(self.refresh)
         self._listener.listen_to(self._notifications.channels())
@@ -84,12 +93,17 @@ class Reads:
         yield self._pruning
         yield self.refresh
         yield self._listener
+        if self._cluster is not None and self._leads is not None:
+            yield self._cluster
+            yield self._leads
 
     def connect_to(self, dsn: SecretStr, connect_timeout_s: float) -> None:
         """Open sessions with these settings from now on."""
         parsed = target.parse(dsn.get_secret_value())
         self.database.configure(parsed, connect_timeout_s)
         self._listener.configure(parsed, connect_timeout_s)
+        if self._leads is not None:
+            self._leads.configure(parsed, connect_timeout_s)
 
     def limit(self, postgres: PostgresSettings) -> None:
         """Apply changed limits of the refreshes."""
@@ -98,6 +112,8 @@ class Reads:
     def listen(self) -> None:
         """Listen to the channels that the declared datasets need now."""
         self._listener.listen_to(self._notifications.channels())
+        if self._cluster is not None:
+            self._cluster.redeclared()
 
 
 class _Refused:

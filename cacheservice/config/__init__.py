@@ -12,6 +12,7 @@ from cacheservice.config.keys import reference
 from cacheservice.config.load import Glance, glance, load
 from cacheservice.config.models import (
     AdminSettings,
+    ClusterSettings,
     DatasetSettings,
     DefaultsSettings,
     HttpSettings,
@@ -44,6 +45,7 @@ __all__ = [
     "DEFAULT_FILE",
     "OWN_CHANNEL",
     "AdminSettings",
+    "ClusterSettings",
     "ConfigFile",
     "DatasetSettings",
     "DefaultsSettings",

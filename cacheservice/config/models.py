@@ -29,6 +29,7 @@ from cacheservice.config.values import (
     relation,
     statsd_prefix,
     tables_of_watch,
+    valkey,
     without_lookup,
 )
 
@@ -145,6 +146,24 @@ class PersistenceSettings(Table):
     min_save_interval_s: float = Field(default=60.0, ge=0, description="minimum seconds between two saves of a dataset")
     keep_generations: int = Field(
         default=3, ge=1, description="saved generations of a dataset that are kept, for `rollback`"
+    )
+
+
+class ClusterSettings(Table):
+    enabled: bool = Field(
+        default=False, description="whether one process of a fleet refreshes each dataset, and the others follow it"
+    )
+    valkey_url: Annotated[SecretStr, AfterValidator(valkey)] = Field(
+        default=SecretStr("redis://127.0.0.1:6379"),
+        description="the Valkey that carries the results: redis://[user:password@]host:port[,host:port][/database]; "
+        "rediss:// for TLS, redis+sentinel://host:port/name for sentinels",
+    )
+    prefix: str = Field(
+        default="cacheservice", min_length=1, description="prefix of all keys; fleets of other prefixes are independent"
+    )
+    name: str = Field(default="", description="name of this process, for people; its host and process id unless set")
+    fallback_after_s: TimerSeconds = Field(
+        default=60.0, description="seconds without results of a leader after which a process refreshes for itself"
     )
 
 
@@ -297,6 +316,7 @@ class Settings(Table):
     limits: LimitsSettings = LimitsSettings()
     log: LogSettings = LogSettings()
     persistence: PersistenceSettings = PersistenceSettings()
+    cluster: ClusterSettings = ClusterSettings()
     statsd: StatsdSettings = StatsdSettings()
     defaults: DefaultsSettings = DefaultsSettings()
     datasets: Mapping[_DatasetName, DatasetSettings]

@@ -7,10 +7,10 @@ import re
 from collections.abc import Mapping
 from typing import Annotated
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 
 from cacheservice.base import query_text
-from cacheservice.config import session_rules
+from cacheservice.config import session_rules, valkey_url
 
 OWN_CHANNEL = "cacheservice"
 """The channel of the triggers of watch, on which the service also tests that it receives notifications."""
@@ -54,6 +54,11 @@ def statsd_prefix(prefix: str) -> str:
     if prefix and not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", prefix):
         raise ValueError("must be words of letters, digits, _ and -, with dots between them")
     return prefix
+
+
+def valkey(url: SecretStr) -> SecretStr:
+    valkey_url.parse(url.get_secret_value())  # its error is a ValueError without the password
+    return url
 
 
 def relation(name: str) -> str:

@@ -454,8 +454,8 @@ class Problems(Loading):
             "postgres.sslmode: unknown key; known are dsn, connect_timeout_s, max_connections, max_load, "
             "search_path, settings",
         )
-        known = "known are postgres, status, admin, resp, http, limits, log, persistence, statsd, defaults, datasets"
-        self.assertEqual(self.problem_of(DSN + PRODUCTS + "[cluster]\n"), f"cluster: unknown table; {known}")
+        known = ", ".join(config.Settings.model_fields)
+        self.assertEqual(self.problem_of(DSN + PRODUCTS + "[fleets]\n"), f"fleets: unknown table; known are {known}")
         self.assertEqual(self.problem_of("logs = 1\n" + DSN + PRODUCTS), 'logs: unknown key; did you mean "log"?')
         self.assertIn("name: unknown key;", self.problem_of(DSN + PRODUCTS + 'name = "x"'))
         self.assertIn('."[key]": unknown key; did you mean "key"?', self.problem_of(DSN + PRODUCTS + '"[key]" = 1'))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from twisted.trial.unittest import SynchronousTestCase
 
+from cacheservice.config.valkey_url import BadUrl, Target, parse
 from cacheservice.replication.valkey.slots import SlotMap, slot_of
-from cacheservice.replication.valkey.target import BadUrl, Target, parse
 
 
 class Urls(SynchronousTestCase):

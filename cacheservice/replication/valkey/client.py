@@ -7,10 +7,10 @@ from typing import Any
 
 from cacheservice.base.errors import CacheServiceError
 from cacheservice.base.interfaces import Reactor
+from cacheservice.config.valkey_url import Address, Target
 from cacheservice.replication.valkey.errors import ValkeyDown, ValkeyRefused
 from cacheservice.replication.valkey.node import Connection, Login, Node, Redirected, Word
 from cacheservice.replication.valkey.slots import SlotMap
-from cacheservice.replication.valkey.target import Address, Target
 
 _MOST_REDIRECTIONS = 5
 

@@ -14,8 +14,8 @@ from twisted.internet.ssl import optionsForClientTLS
 
 from cacheservice.base.interfaces import Reactor
 from cacheservice.base.text import printable
+from cacheservice.config.valkey_url import Address
 from cacheservice.replication.valkey.errors import ValkeyDown, ValkeyRefused
-from cacheservice.replication.valkey.target import Address
 
 Word = bytes | str | int
 

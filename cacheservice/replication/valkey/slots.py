@@ -8,7 +8,7 @@ from __future__ import annotations
 from binascii import crc_hqx
 from collections.abc import Sequence
 
-from cacheservice.replication.valkey.target import Address
+from cacheservice.config.valkey_url import Address
 
 SLOTS = 16384
 

@@ -14,7 +14,7 @@ from cacheservice.base.tasks import Tasks
 from cacheservice.base.timers import pause
 from cacheservice.replication.valkey.client import Valkey
 from cacheservice.replication.valkey.errors import ValkeyDown, ValkeyRefused
-from cacheservice.replication.valkey.node import Connection
+from cacheservice.replication.valkey.node import Connection, Word
 
 _PROBE_S = 5.0
 """Between two proofs that the connection lives."""
@@ -81,19 +81,19 @@ class Subscription:
         """
         protocol = await self._valkey.open(lambda: cast("Connection", _Subscriber(self._heard)))
         try:
-            await _answered(protocol.execute_command("SUBSCRIBE", *self._channels, apply_timeout=False))
+            await _answered(protocol, "SUBSCRIBE", *self._channels)
             self.is_up = True
             self._heard(None)
             while True:
                 await pause(self._reactor, _PROBE_S)
-                await _answered(protocol.execute_command("PING"))
+                await _answered(protocol, "PING")
         finally:
             protocol.transport.abortConnection()
 
 
-async def _answered(reply: Deferred[object]) -> None:
+async def _answered(protocol: Connection, *words: Word) -> None:
     try:
-        await reply
+        await protocol.execute_command(*words)
     except txredisapi.RedisError as error:
         raise ValkeyDown(f"the subscription was lost: {error}") from None
 

@@ -99,13 +99,14 @@ class Leads(Service):
         self,
         settings: LeadSettings,
         access: Access,
-        observer: LeadObserver,
         status: DatabaseStatus,
         reactor: Reactor,
         log: Log,
     ) -> None:
-        self.problem: str | None = None
-        self._observer = observer
+        self.problem: str | None = "no session has been opened yet"
+        self._is_impossible = False
+        self._observer = LeadObserver(lambda unit: None, lambda unit: None)
+        self._failures = 0
         self._reactor = reactor
         self._log = log
         self._settings = settings
@@ -114,6 +115,11 @@ class Leads(Service):
         self._held: set[str] = set()
         self._loop: Deferred[None] | None = None
         self._guard: GuardedConnection | None = None
+
+    @property
+    def can_refresh(self) -> bool:
+        """Whether the database can be read from here, although another process may have the leads."""
+        return self.problem is None or self._is_impossible
 
     @property
     def held(self) -> frozenset[str]:
@@ -133,6 +139,10 @@ class Leads(Service):
         self._loop.addBoth(lambda _: ended.callback(None))
         self._loop.cancel()
         return ended
+
+    def notify(self, observer: LeadObserver) -> None:
+        """Notify `observer` from now on, and nobody else."""
+        self._observer = observer
 
     def compete_for(self, units: Iterable[str]) -> None:
         """Compete for these units only, from now on; leads of others are given up."""
@@ -165,12 +175,12 @@ class Leads(Service):
     async def _compete(self) -> None:
         """Open one session after the other, until cancelled."""
         delay_s = full_jitter(self._settings.retry_initial_s, self._settings.retry_max_s, self._settings.random)
-        failures = 0
         while True:
-            retry_in_s = delay_s(failures)
+            retry_in_s = delay_s(self._failures)
             try:
                 await self._sessions.use("leads", self._keep)
             except LeadsImpossible as error:
+                self._is_impossible = True
                 retry_in_s = self._settings.retry_slowly_s
                 self._fail("leads_impossible", str(error), retry_in_s)
             except RefreshFailed as error:
@@ -179,8 +189,7 @@ class Leads(Service):
                 raise
             except Exception:
                 log_internal_error(self._log, Failure())
-            failures = 0 if self.problem is None else failures + 1
-            self.problem = self.problem or "the session was lost"
+            self._failures += 1
             await pause(self._reactor, retry_in_s)
 
     def _fail(self, event: str, error: str, retry_in_s: float) -> None:
@@ -197,7 +206,7 @@ class Leads(Service):
             while True:
                 next_at = self._reactor.seconds() + self._settings.heartbeat_s
                 await self._beat(guard)
-                self.problem = None
+                self.problem, self._is_impossible, self._failures = None, False, 0
                 guard.renew(next_at + self._settings.silent_s)
                 await guard.notifications(next_at)  # also detects the end of the session at once
         finally:

@@ -1,0 +1,50 @@
+"""Builds the part of the service that leads and follows in a fleet."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import time
+from typing import NamedTuple
+
+from cacheservice.base.interfaces import Log, Reactor
+from cacheservice.cache.cache import Cache
+from cacheservice.cache.drain import Drain
+from cacheservice.config import ClusterSettings, valkey_url
+from cacheservice.refresh.service import CacheService
+from cacheservice.replication.cluster import Carried, Cluster
+from cacheservice.replication.leading import Fleet
+from cacheservice.replication.valkey.client import Valkey
+from cacheservice.replication.valkey.publisher import Here
+from cacheservice.sources.frames.clocks import Clocks
+from cacheservice.sources.postgres.leads import LeadObserver, Leads, LeadSettings
+from cacheservice.sources.postgres.listening.opening import Access
+
+
+class Process(NamedTuple):
+    """The parts of the process that a fleet uses."""
+
+    cache: Cache
+    drain: Drain
+    reactor: Reactor
+    log: Log
+
+
+def make_fleet(
+    settings: ClusterSettings, access: Access, refresh: CacheService, process: Process
+) -> tuple[Cluster, Leads]:
+    """Return the services of a process of a fleet.
+
+    :param access: how sessions are opened, for the leads.
+    """
+    cache, drain, reactor, log = process
+    leads = Leads(LeadSettings(settings.prefix), access, cache.database, reactor, log)
+    name = settings.name or f"{socket.gethostname()}:{os.getpid()}"
+    valkey = Valkey(valkey_url.parse(settings.valkey_url.get_secret_value()), reactor)
+    here = Here(name, cache, Clocks(reactor), reactor, log, random.random)
+    fleet = Fleet(refresh, lambda: leads.can_refresh, leads.resign, settings.fallback_after_s, time.time)
+    cluster = Cluster(Carried(valkey, settings.prefix, drain.add, reactor), here, fleet, leads)
+    leads.notify(LeadObserver(cluster.gained, cluster.lost))
+    refresh.follow_leaders(cluster.ask)
+    return cluster, leads
