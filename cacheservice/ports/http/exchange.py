@@ -122,12 +122,12 @@ def send_last(client: Client, reply: Reply, *, with_body: bool) -> None:
 def chunked(body: Iterator[Piece]) -> Iterator[Piece]:
     """Return a body in the chunked coding (RFC 9112, 7.1)."""
     pieces = _chunks(body)
-    return Streamed(pieces, body.snapshots) if isinstance(body, Streamed) else pieces
+    return Streamed(pieces, body.kept) if isinstance(body, Streamed) else pieces
 
 
 def _chunks(body: Iterator[Piece]) -> Iterator[Piece]:
     for piece in body:
-        if isinstance(piece, bytes):
+        if piece and isinstance(piece, bytes):  # an empty chunk would be the last one
             yield b"%x\r\n" % len(piece)
             yield piece
             yield b"\r\n"
