@@ -21,8 +21,9 @@ MOST_ROWS = 50_000
 """The rows of all changes that are kept: as many as those of the largest delta."""
 MOST_BYTES = 16 * 1024 * 1024
 _LEAST_BYTES = 256 * 1024
-_SHARE = 0.1
-"""The share of the dataset's bytes that its changes may use: for larger changes, a snapshot is as good."""
+_SHARE = 0.15
+"""The share of the dataset's memory that its changes may use: the largest delta, of a tenth of the rows, and some more.
+If more has changed, a reader is as well served with a snapshot."""
 _ROW_BYTES = 170
 """The memory of a row besides its key and document: two objects and its place in a dict."""
 _CHANGE_BYTES = 800
@@ -78,7 +79,7 @@ class _Change(NamedTuple):
 class ChangeLog:
     """The deltas that lead to the newest generation, the oldest first.
 
-    They are kept up to a number of rows, and up to a share of the dataset's bytes. The documents of rows that have not
+    They are kept up to a number of rows, and up to a share of the dataset's memory. The documents of rows that have not
     changed again are those of the snapshot, so the true memory is less than what is counted.
 
     `newest` is the position of the newest generation; None before the first.
@@ -114,7 +115,8 @@ class ChangeLog:
         self._changes.append(_Change(before, delta, rows, size_bytes))
         self.rows += rows
         self.size_bytes += size_bytes
-        most_bytes = min(self._most_bytes, max(_LEAST_BYTES, int(snapshot.rows.size_bytes * _SHARE)))
+        share_bytes = int((snapshot.rows.size_bytes + snapshot.rows.count * _ROW_BYTES) * _SHARE)
+        most_bytes = min(self._most_bytes, max(_LEAST_BYTES, share_bytes))
         while self._changes and (self.rows > self._most_rows or self.size_bytes > most_bytes):
             oldest = self._changes.popleft()
             self.rows -= oldest.rows

@@ -256,6 +256,13 @@ class ClientSocket(protocol.Protocol, ABC):
             self.phase = FINISHING
             self.transport.abortConnection()
 
+    def close_now(self) -> None:
+        """Close the connection at once, without losing replies that have been sent completely."""
+        if self.phase is LINGERING:
+            self.transport.loseConnection()
+        else:
+            self.abort()
+
     def drop_slow(self) -> str:
         """Abort a reply that is too slow and keeps superseded data in memory; return the client's address."""
         self.factory.rejected["slow_client"] += 1

@@ -31,6 +31,9 @@ class Client(Protocol):
     def abort(self) -> None:
         """Close the connection at once."""
 
+    def close_now(self) -> None:
+        """Close the connection at once, without losing replies that have been sent completely."""
+
 
 C = TypeVar("C", bound=Client)
 
@@ -123,7 +126,10 @@ class ClientFactory(ServerFactory, Generic[C]):
         self.max_connections = max_connections
         self.idle_timeout_s = idle_timeout_s
 
+    async def end_replies(self) -> None:
+        """End the replies that have no end by themselves, because the port stops. The default has none."""
+
     def close_clients(self) -> None:
-        """Abort every connection now."""
+        """Close every connection now. Only clients that linger still get what the kernel has taken."""
         for client in list(self.clients):
-            client.abort()
+            client.close_now()

@@ -124,7 +124,7 @@ class Log(SynchronousTestCase):
             self.assertIsNone(Position.parse(text), text)
 
     def test_bounds(self) -> None:
-        """The changes use at most a tenth of the dataset's bytes, or 256 KiB; the oldest go first."""
+        """The changes use at most a share of the dataset's memory, or 256 KiB; the oldest go first."""
         log, generation = ChangeLog(), 1
         log.add(at(1, rows=1000), 0, None)
         for _ in range(50):
@@ -139,7 +139,11 @@ class Log(SynchronousTestCase):
         self.assertEqual(log.since(Position(generation + 1)), ())
 
     def test_a_large_dataset(self) -> None:
-        """The share is of the newest snapshot."""
+        """The share is of the newest snapshot. The largest delta that a publish carries fits."""
+        log = ChangeLog()
+        log.add(at(1, rows=100_000), 0, None)
+        log.add(at(2, rows=100_000), 1, numbered(0, 10_000))
+        self.assertIsNotNone(log.since(Position(1)))
         log = ChangeLog()
         log.add(at(1, rows=100_000), 0, None)
         log.add(at(2, rows=100_000), 1, numbered(0, 3000))

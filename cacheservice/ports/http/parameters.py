@@ -7,13 +7,14 @@ import re
 from difflib import get_close_matches
 from urllib.parse import unquote_to_bytes
 
+from cacheservice.cache.change_log import Position
 from cacheservice.ports.freshness import Wanted
 from cacheservice.ports.http.problem import Problem
 
 _SECONDS = re.compile(r"[0-9]+(\.[0-9]*)?|\.[0-9]+")
 _GENERATION = re.compile(r"[0-9]{1,19}")
 _SHOWN_CHARACTERS = 60
-MAX_AGE, MIN_GENERATION = "max_age", "min_generation"
+MAX_AGE, MIN_GENERATION, AFTER = "max_age", "min_generation", "after"
 
 
 def check(query: bytes, known: tuple[str, ...] = ()) -> dict[str, list[str]]:
@@ -38,6 +39,20 @@ def wanted(query: bytes) -> Wanted | None:
     """
     given = check(query, (MAX_AGE, MIN_GENERATION))
     return Wanted(_max_age_s(given), _min_generation(given)) if given else None
+
+
+def after(query: bytes) -> Position | None:
+    """Return the position after which changes are wanted; None if absent.
+
+    :raises Problem: 400 if `after` is not a position or is repeated, and for any other parameter.
+    """
+    values = check(query, (AFTER,)).get(AFTER)
+    if values is None:
+        return None
+    position = Position.parse(values[0]) if len(values) == 1 else None
+    if position is None:
+        raise Problem(400, "after must be given once, as a generation or the position in an event, such as after=7")
+    return position
 
 
 def _max_age_s(given: dict[str, list[str]]) -> float:

@@ -60,7 +60,7 @@ class Reads:
             wanted = parameters.wanted(query_of(request))
             if wanted is not None:
                 return self._when_met(dataset, wanted, request, answer, key)
-        snapshot = _served(dataset)
+        snapshot = served(dataset)
         return answer(request, snapshot, self._heads_of(dataset, snapshot), key)
 
     def dataset(self, encoded: bytes) -> Dataset:
@@ -87,7 +87,7 @@ class Reads:
             raise Problem(503, str(error), b"Retry-After: 1\r\n") from None
         if not is_met:
             raise _not_served(_unmet(dataset, wanted), dataset)
-        snapshot = _served(dataset)
+        snapshot = served(dataset)
         if math.isinf(wanted.max_age_s):
             reply = answer(request, snapshot, self._heads_of(dataset, snapshot), key)
         else:
@@ -128,7 +128,7 @@ def decoded(part: bytes) -> bytes:
     return plain
 
 
-def _served(dataset: Dataset) -> Snapshot:
+def served(dataset: Dataset) -> Snapshot:
     """Return the served snapshot.
 
     :raises Problem: 503 if no snapshot is loaded, or if it is expired and `on_expired` is "refuse".
