@@ -67,7 +67,9 @@ class Log(SynchronousTestCase):
             before = snapshots[-1]
             snapshot = snapshot_of(rows_of(table), before.generation + step)
             previous = before.generation - (how == "gap")
-            log.add(snapshot, previous, None if how == "unknown" else between(before, snapshot))
+            held = len(log)
+            dropped = log.add(snapshot, previous, None if how == "unknown" else between(before, snapshot))
+            self.assertEqual(len(log) + len(dropped), held + (how == "delta"))
             snapshots.append(snapshot)
             if how != "delta":
                 known = len(snapshots) - 1

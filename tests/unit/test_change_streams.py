@@ -298,6 +298,30 @@ class Streams(SynchronousTestCase):
             self.assertEqual(client.mirror.rows["large"], "x" * 1_000_000)
             client.close()
 
+    def test_a_change_that_is_not_kept_any_more(self) -> None:
+        """A large change that the log drops is freed slice by slice, but not under a client that still reads it."""
+        table = numbered(30_000)
+        self.world.publish(table)
+        reading, waiting = self.client(), self.client()
+        for client in (reading, waiting):
+            client.read()
+        changed = table | numbered(3000, b"2")
+        self.world.publish(changed)
+        reading.read(2)
+        self.world.publish(changed | {b"x": b"1"}, with_delta=False)
+        for _ in range(100):
+            self.world.clock.advance(0.001)
+        for client in (reading, waiting):
+            client.read()
+            self.assertEqual(client.mirror.rows, self.world.expected(4))
+        self.assertEqual([generation for generation, _ in reading.mirror.states], [2, 3, 4])
+        self.assertEqual(reading.mirror.states[1][1], self.world.expected(3))
+        for number in (5, 6):  # that nobody reads
+            self.world.publish(changed | numbered(3000, b"%d" % number), with_delta=number == 5)
+        for _ in range(100):
+            self.world.clock.advance(0.001)
+        self.assertLessEqual(len(self.world.clock.getDelayedCalls()), 1)
+
     def test_heartbeats(self) -> None:
         """A client that gets nothing else gets a sign of life at least every 10 s, also one without data."""
         clients = [self.client(), self.client(form=FORMS[SSE_TYPE])]

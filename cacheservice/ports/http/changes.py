@@ -22,6 +22,7 @@ from cacheservice.cache.cache import Cache
 from cacheservice.cache.change_log import ChangeLog, Merge, Position
 from cacheservice.cache.dataset import Dataset
 from cacheservice.cache.delta import Delta
+from cacheservice.cache.drain import Drain
 from cacheservice.cache.events import Ended, Event, Published, Renewed
 from cacheservice.cache.reading import NotLoaded, TooOld
 from cacheservice.ports.held import Kept, Streamed
@@ -41,6 +42,8 @@ from cacheservice.ports.http.reads import Reads, served
 
 HEARTBEAT_S = 10.0
 """A client that receives nothing for longer than this has lost its connection."""
+_MANY_ROWS = 2000
+"""Freeing more rows of a delta in one turn would take more than a third of a millisecond."""
 _RETRY_MS = (1000, 4000)
 """Browsers reconnect after a random time in this range, so that they do not all come at once after a restart."""
 _HEADERS = b"Vary: Accept, Accept-Encoding\r\nX-Content-Type-Options: nosniff\r\nX-Accel-Buffering: no\r\n"
@@ -63,6 +66,7 @@ class ChangeStreams:
         self._timer: DelayedCall | None = None
         self._beats = 0
         self._stopping = False
+        self._drain = Drain(clock)
         self.count = 0
         for name, dataset in cache.datasets.items():
             if dataset.snapshot is not None:
@@ -90,6 +94,7 @@ class ChangeStreams:
     def stop(self) -> None:
         """End all streams, each after a whole event."""
         self._stopping = True
+        self._drain.stop()
         for name in list(self._waiting):
             self._wake(name)
 
@@ -173,7 +178,9 @@ class ChangeStreams:
 
     def _changed(self, event: Event) -> None:
         if isinstance(event, Published):
-            self._log(event.dataset).add(event.snapshot, event.previous, event.delta)
+            for dropped in self._log(event.dataset).add(event.snapshot, event.previous, event.delta):
+                if isinstance(dropped.put, dict) and len(dropped.put) > _MANY_ROWS:
+                    self._drain.add([[dropped.put]])
         elif isinstance(event, Ended):
             self._logs.pop(event.dataset, None)
         self._wake(event.dataset)
