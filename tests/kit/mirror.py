@@ -51,8 +51,9 @@ class Mirror:
     def _complete(self, event: dict[str, Any]) -> None:
         self._pending = []
         assert event["rows"] == len(self.rows), event
-        self.generation, self.position = event["generation"], event["position"]
-        self.states.append((self.generation, dict(self.rows)))
+        self.states.append((event["generation"], dict(self.rows)))
+        # Last, because another thread may wait for it.
+        self.position, self.generation = event["position"], event["generation"]
 
     def kinds(self) -> list[str]:
         return [event["event"] for event in self.events]
