@@ -32,7 +32,7 @@ class Client(Protocol):
         """Close the connection at once."""
 
     def close_now(self) -> None:
-        """Close the connection at once, without losing replies that have been sent completely."""
+        """Close the connection because the port stops."""
 
 
 C = TypeVar("C", bound=Client)
@@ -130,6 +130,6 @@ class ClientFactory(ServerFactory, Generic[C]):
         """End the replies that have no end by themselves, because the port stops. The default has none."""
 
     def close_clients(self) -> None:
-        """Close every connection now. Only clients that linger still get what the kernel has taken."""
+        """Close every connection now."""
         for client in list(self.clients):
             client.close_now()

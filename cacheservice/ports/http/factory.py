@@ -100,6 +100,7 @@ class HttpFactory(HttpClients):
             await pause(self.clock, _POLL_S)
 
     def close_clients(self) -> None:
+        """Close every connection now. Event streams end, other replies in progress are aborted."""
         super().close_clients()
         self.changes.stop()
         self.feed.stop()

@@ -6,7 +6,7 @@ from collections.abc import Coroutine
 
 from twisted.internet.defer import Deferred
 
-from cacheservice.base.errors import UnknownDataset
+from cacheservice.base.errors import Stopped, UnknownDataset
 from cacheservice.cache.dataset import Dataset
 from cacheservice.ports.resp import reply
 from cacheservice.ports.resp.commands.arguments import number_in
@@ -36,6 +36,7 @@ def cache_age(datasets: Datasets, client: Client, words: Words) -> Reply:
 def cache_wait(datasets: Datasets, client: Client, words: Words) -> Reply:
     """Wait until the snapshot includes a transaction, or is of a generation: ``g:GENERATION``.
 
+    An error replies to a wait for a refresh in a process that is stopping, or does not refresh.
     It blocks only its connection. Within MULTI it does not wait, like the blocking commands of Redis.
     """
     dataset = datasets.find(words[1])
@@ -68,7 +69,7 @@ def _wait_for_generation(client: Client, dataset: Dataset, words: Words) -> Repl
 async def _answered(coming: Coroutine[Deferred[object], object, bool]) -> bytes:
     try:
         return reply.integer(await coming)
-    except UnknownDataset as error:  # it was removed during the wait
+    except (UnknownDataset, Stopped) as error:  # it was removed during the wait, or nothing refreshes it
         raise CommandError(f"ERR {error}") from None
 
 

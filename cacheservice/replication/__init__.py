@@ -1,0 +1,1 @@
+"""Carries publishes from one process to others, in frames, over a link."""

@@ -1,0 +1,133 @@
+"""A replica's side: serves in this process what the leader of a unit has published in a Valkey."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from twisted.internet.defer import Deferred
+
+from cacheservice.base.errors import SnapshotRejected
+from cacheservice.cache.rows import Groups
+from cacheservice.replication.codec import Head
+from cacheservice.replication.follower import Follower
+from cacheservice.replication.sender import RESEND
+from cacheservice.replication.valkey.manifest import Manifest, Member, Piece
+from cacheservice.replication.valkey.publisher import Here
+from cacheservice.replication.valkey.store import ServerClock, Store
+from cacheservice.sources.frames.clocks import ReadAt
+
+
+class Replica:
+    """Loads generations of a unit, one load at a time.
+
+    `loaded` has the generation of each dataset that this process serves as the leader has published it.
+
+    :param names: of the unit's datasets.
+    :param release: called with the groups of rows once they have no readers left.
+    """
+
+    def __init__(self, names: Sequence[str], store: Store, here: Here, release: Callable[[Groups], None]) -> None:
+        self.loaded: dict[str, int] = {}
+        self.manifest: Manifest | None = None
+        self._names = names
+        self._store = store
+        self._here = here
+        self._release = release
+
+    async def load(self) -> Mapping[str, int]:
+        """Publish what is new, whole.
+
+        Return the datasets whose generation in this process is later than the leader's, with that generation: the
+        leader must publish a greater one before they can follow it again.
+
+        :raises SnapshotRejected: if what is there cannot be applied; nothing has changed.
+        :raises ValkeyDown: if no server answers; nothing has changed.
+        """
+        manifest = await self._store.current()
+        if manifest is None:
+            self.manifest = None
+            return {}
+        if self.manifest == manifest:
+            return {}
+        asked_at = self._here.clock.seconds()
+        server = await self._store.clock()
+        steps: dict[str, tuple[Member, Sequence[Piece]]] = {}
+        ahead: dict[str, int] = {}
+        for name, member in manifest.members.items():
+            dataset = self._here.cache.datasets.get(name)
+            if dataset is None or name not in self._names:
+                continue
+            served = self.loaded.get(name)
+            if dataset.snapshot is None or served != dataset.snapshot.generation:
+                served = None  # it serves something of its own
+            if served is None and dataset.last_generation >= member.generation:
+                ahead[name] = dataset.last_generation
+                continue
+            since = None if served is None else member.since(served)
+            steps[name] = (member, member.pieces if since is None else since)
+        if ahead:
+            return ahead
+        await self._apply(manifest, steps, asked_at, server)
+        self.loaded = {name: member.generation for name, (member, _) in steps.items()}
+        self.manifest = manifest
+        return {}
+
+    async def _apply(
+        self,
+        manifest: Manifest,
+        steps: Mapping[str, tuple[Member, Sequence[Piece]]],
+        asked_at: float,
+        server: ServerClock,
+    ) -> None:
+        carrier = _Carrier()
+        read_at = partial(self._read_at, manifest, asked_at, server)
+        follower = Follower(self._here.cache, carrier, self._release, read_at, self._here.clock, self._here.log)
+        try:
+            for member, pieces in steps.values():
+                for piece in pieces:
+                    async for data in self._store.read(piece):
+                        await _applied(follower, data)
+                        carrier.check()
+                await _applied(follower, member.renewal)
+            carrier.check()
+            follower.commit()
+        finally:
+            follower.stop()
+
+    def _read_at(self, manifest: Manifest, asked_at: float, server: ServerClock, head: Head) -> ReadAt:
+        """Return when rows were read, never later than they were.
+
+        Both processes compare their own clocks with that of the server, which was read after `asked_at`.
+        """
+        member = manifest.members[head.header.dataset]
+        if manifest.run != server.run:
+            return self._here.clocks.read_at(head.header)
+        return ReadAt(asked_at - (server.now_us - member.read_us) / 1e6, None)
+
+
+class _Carrier:
+    """Takes what the follower sends to a sender: nothing but problems matter here."""
+
+    def __init__(self) -> None:
+        self._problem: str | None = None
+
+    def send(self, name: str, /, **fields: str | int) -> None:
+        if name == RESEND:
+            self._problem = f"the frames of {fields['name']} do not follow what is served"
+
+    def lose(self) -> None:
+        self._problem = "the frames are damaged"
+
+    def check(self) -> None:
+        """:raises SnapshotRejected: if the frames could not be applied."""
+        if self._problem is not None:
+            raise SnapshotRejected(self._problem)
+
+
+def _applied(follower: Follower, data: bytes) -> Deferred[None]:
+    """Apply bytes; fire when that is done, or has failed."""
+    applied: Deferred[None] = Deferred()
+    follower.received(data)
+    follower.then(lambda: applied.callback(None))
+    return applied
