@@ -3,40 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import signal
 import socket
-import tempfile
 from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
 
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
-from twisted.trial.unittest import SkipTest
 
+from tests.kit.browser import running_browser
 from tests.kit.daemon import OPEN_FILES, Daemon, DaemonTestCase
 from tests.kit.http import ask_on
 from tests.kit.standby import running_standby
 from tests.kit.waiting import GIVE_UP_S, wait_until
 
-CHROMIUM, DRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
-ARGUMENTS = (
-    "--headless=new",
-    "--no-sandbox",  # root is not allowed one
-    "--disable-gpu",
-    "--disable-quic",
-    "--disable-dev-shm-usage",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--lang=en",
-)
 MANY = 500
 LONGEST_NAME = "long_" * 12 + "est"  # 63 characters
 
@@ -72,18 +54,6 @@ return [...document.querySelectorAll("h1, h2, h3, p, dt, dd, b, button, label, l
 """
 
 
-def start_browser() -> Any:
-    """A browser that asks nobody else for anything, in a folder of its own: the driver, and the folder."""
-    os.environ |= {"SE_OFFLINE": "true", "SE_AVOID_STATS": "true"}
-    folder = tempfile.mkdtemp(prefix="cacheservice-chromium-")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in (*ARGUMENTS, f"--user-data-dir={folder}", "--window-size=1440,900"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    return webdriver.Chrome(service=Service(DRIVER), options=options), folder
-
-
 class BrowserTestCase(DaemonTestCase):
     """Each test ends with a look at what the browser asked for, and at what it complained of."""
 
@@ -92,11 +62,7 @@ class BrowserTestCase(DaemonTestCase):
 
     @classmethod
     def setUpClass(cls) -> None:
-        if not (os.path.exists(CHROMIUM) and os.path.exists(DRIVER)):
-            raise SkipTest("there is no Chromium: apt-get install chromium chromium-driver")
-        cls.browser, folder = start_browser()
-        cls.addClassCleanup(shutil.rmtree, folder, ignore_errors=True)
-        cls.addClassCleanup(cls.browser.quit)
+        cls.browser = running_browser(cls.addClassCleanup)
 
     def setUp(self) -> None:
         super().setUp()

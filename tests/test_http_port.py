@@ -391,7 +391,7 @@ class Caching(PortTestCase):
             for query in ("maxage=1", "max-age=1", "Max_Age=1", "max_age=13&maxage"):
                 await self.assert_problem(f"{path}?{query}", 400, "did you mean 'max_age'?")
             await self.assert_problem(
-                f"{path}?fresh=1", 400, "unknown query parameter 'fresh'; this path takes max_age"
+                f"{path}?fresh=1", 400, "unknown query parameter 'fresh'; this path takes max_age, min_generation"
             )
             self.assertEqual((await self.ask(f"{path}?")).status, 200)
             self.assertEqual((await self.ask(f"{path}?max%5fage=13")).status, 200)
@@ -466,11 +466,67 @@ class Negotiation(PortTestCase):
 
 
 class MaxAge(PortTestCase):
+    async def setUp(self) -> None:
+        await super().setUp()
+        self.subscriptions = self.cache.events.subscription_count
+
+    async def until_waiting(self, requests: int) -> None:
+        """Until so many requests wait for an event: each has three subscriptions."""
+        await until(lambda: self.cache.events.subscription_count == self.subscriptions + 3 * requests)
+
     async def test_fresh_enough(self) -> None:
         """What is young enough is answered at once and asks for nothing."""
         for path in ("/v1/datasets/products?max_age=13", "/v1/datasets/products/rows/1?&max_age=12.5&"):
             self.assertEqual((await self.ask(path)).status, 200)
         self.assertEqual(self.refreshes.asked, [])
+
+    async def test_a_generation(self) -> None:
+        """A request for a generation is answered at once if it is served, or else by the publish that reaches it."""
+        for path in ("/v1/datasets/products", "/v1/datasets/products/rows/1"):
+            for wanted in (0, 1, 17):
+                answer = await self.ask(f"{path}?min_generation={wanted}&max_age=13")
+                self.assertEqual((answer.status, answer.headers["x-cache-generation"]), (200, "17"))
+                answer = await self.ask(f"{path}?min_generation={wanted}", "HEAD")
+                self.assertEqual((answer.status, answer.headers["age"], answer.body), (200, "13", b""))
+        asking = [self.ask(f"/v1/datasets/products/rows/1?min_generation={wanted}") for wanted in (18, 19)]
+        waiting = [Deferred.fromCoroutine(each) for each in asking]
+        await self.until_waiting(2)
+        self.publish(encoded({"1": "18"}), 18)
+        self.assertEqual((await waiting[0]).body, b"18")
+        self.assertFalse(waiting[1].called)
+        self.publish(encoded({"1": "23"}), 23)
+        self.assertEqual((await waiting[1]).body, b"23")
+        self.assertEqual(self.refreshes.asked, [], "generations come from elsewhere")
+
+    async def test_a_generation_and_an_age(self) -> None:
+        """Both hold for the snapshot that is served: a later generation may be an older one, after a rollback."""
+        waiting = Deferred.fromCoroutine(self.ask("/v1/datasets/products/rows/1?min_generation=19&max_age=5"))
+        await until(lambda: self.refreshes.asked)
+        self.publish(encoded({"1": "18"}), 18)
+        self.clock.advance(1.0)
+        old = Snapshot(19, encoded({"1": "19"}), MOMENT_WITH_MS, self.clock.seconds() - 30.0, "1:1:")
+        self.products.publish(old)
+        await until(lambda: len(self.refreshes.asked) == 2)
+        self.assertFalse(waiting.called)
+        self.publish(encoded({"1": "20"}), 20)
+        self.assertEqual((await waiting).body, b"20")
+
+    async def test_a_generation_that_does_not_come(self) -> None:
+        """At the dataset's timeout_s it is 503 with both generations; a removed dataset is 404 at once."""
+        late = Deferred.fromCoroutine(self.ask("/v1/datasets/products?min_generation=18"))
+        never = Deferred.fromCoroutine(self.ask("/v1/datasets/prices/rows/1?min_generation=1"))
+        await self.until_waiting(2)
+        self.clock.advance(self.products.settings.timeout_s)
+        problem = (answer := await late).json()
+        self.assertEqual((answer.status, problem["generation"], problem["min_generation"]), (503, 17, 18))
+        self.assertIn("products is at generation 17; min_generation=18 was requested", problem["detail"])
+        self.assertIn("retry-after", answer.headers)
+        self.assertIn("has not been loaded yet", (await never).json()["detail"])
+        self.assertEqual((self.products.counts.http.stale, self.prices.counts.http.loading), (1, 1))
+        gone = Deferred.fromCoroutine(self.ask("/v1/datasets/products?min_generation=18"))
+        await self.until_waiting(1)
+        self.cache.declare([self.prices.settings])
+        self.assertEqual((await gone).status, 404)
 
     async def test_waits_for_a_refresh(self) -> None:
         """A request for younger data waits until they are published, and gets them; all that wait get the same."""
@@ -543,6 +599,10 @@ class MaxAge(PortTestCase):
                     "max_age=1&max_age=1", "max_age=%ff", "max_age=" + "9" * 400, "max_age=1_0"):  # fmt: skip
             for path in ("/v1/datasets/products", "/v1/datasets/products/rows/1"):
                 await self.assert_problem(f"{path}?{bad}", 400, "max_age")
+        for value in ("", "-1", "x", "1.5", "1e3", "%ff", "9" * 20, "1_0", "5&min_generation=6", "5&max_age=x"):
+            for path in ("/v1/datasets/products", "/v1/datasets/products/rows/1"):
+                name = "max_age" if value == "5&max_age=x" else "min_generation"
+                await self.assert_problem(f"{path}?min_generation={value}", 400, f"{name} must be given once")
 
 
 class Gzip(PortTestCase):

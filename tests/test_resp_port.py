@@ -594,6 +594,28 @@ class Waiting(PortTestCase):
         publish(self.cache, "prices", range(1), "9:9:")
         self.assertEqual(await waiting, 1)
 
+    async def test_a_generation(self) -> None:
+        """CACHE.WAIT NAME g:N is 1 once the served generation is at least N, and starts no refresh."""
+        generation = self.cache.dataset("products").last_generation
+        for asked, expected in ((generation, 1), (0, 1), (generation + 1, 0)):
+            for prefix in ("g:", "G:"):
+                self.assertEqual(await self.ask("CACHE.WAIT", "products", f"{prefix}{asked}", 0), expected)
+        self.assertEqual(await self.ask("CACHE.WAIT", "prices", "g:0", 0), 0)  # nothing is served yet
+        waiting = self.converse(lambda client: client.ask("CACHE.WAIT", "products", f"g:{generation + 2}", 60_000))
+        await until(lambda: any(each.is_waiting for each in self.factory.clients))
+        publish(self.cache, "products", range(1), "9:9:")
+        self.assertFalse(waiting.called)
+        publish(self.cache, "products", range(1), "9:9:")
+        self.assertEqual(await waiting, 1)
+        self.assertEqual(self.refreshes.asked, [])
+
+    async def test_a_generation_of_a_removed_dataset(self) -> None:
+        """A wait for a generation ends with an error if the dataset is removed."""
+        waiting = self.converse(lambda client: client.ask("CACHE.WAIT", "products", "g:1000", 60_000))
+        await until(lambda: any(each.is_waiting for each in self.factory.clients))
+        self.cache.declare([self.cache.dataset("prices").settings])
+        self.assertEqual(await waiting, "ERR unknown dataset 'products'")
+
     async def test_client_goes_away(self) -> None:
         """A client that goes while it waits is gone at once, reset or closed, and leaves no timer and no watcher."""
         subscriptions = self.cache.events.subscription_count
@@ -636,11 +658,13 @@ class Waiting(PortTestCase):
                 ("MULTI",),
                 ("CACHE.WAIT", "products", 99, 1000),
                 ("CACHE.WAIT", "products", 100, 10**7),
+                ("CACHE.WAIT", "products", "g:1", 1000),
+                ("CACHE.WAIT", "products", "g:1000", 10**7),
                 ("EXEC",),
             ]
             return client.ask_all(told)[-1]
 
-        self.assertEqual(await self.converse(conversation), [1, 0])
+        self.assertEqual(await self.converse(conversation), [1, 0, 1, 0])
 
     async def test_bad_arguments(self) -> None:
         """Numbers that are invalid or out of range are reported."""
@@ -651,6 +675,12 @@ class Waiting(PortTestCase):
             "products 1 -1",
             "products 1 99999999999",
             "products 1",
+            "products g: 1",
+            "products g:x 1",
+            "products g:-1 1",
+            "products g:1 -1",
+            "products g:1 99999999999",
+            "products h:1 1",
         ):
             self.assertTrue((await self.ask("CACHE.WAIT", *words.split())).startswith("ERR "), words)
 

@@ -39,6 +39,9 @@ class Factory(ServedPort, Protocol):
     def set_limits(self, *, max_connections: int, idle_timeout_s: float) -> None:
         """Apply changed limits; existing connections stay."""
 
+    async def end_replies(self) -> None:
+        """End the replies that have no end by themselves; return once they are sent, or after a second."""
+
     def close_clients(self) -> None:
         """Close every connection now."""
 
@@ -85,7 +88,7 @@ class Ports:
     def services(self) -> Iterator[PortService]:
         """Return the services of the ports, in the order in which they were added."""
         for port in self._ports:
-            service = PortService(port.setting, port.listen, port.factory.close_clients)
+            service = PortService(port.setting, port.listen, port.factory.close_clients, port.factory.end_replies)
             service.setName(port.name)
             yield service
 

@@ -89,7 +89,7 @@ def _emptied(groups: Groups) -> Iterator[None]:
     shards[:] = [shards[place] for place in range(len(shards)) if getrefcount(shards[place]) == _OURS]
     while shards:
         for shard in shards:
-            for _ in range(min(len(shard), _SLICE_ROWS // _ROW_BY_ROW)):
+            for _ in range(min(len(shard), _SLICE_ROWS // len(shards))):
                 shard.popitem()
         shards[:] = filter(None, shards)
         yield

@@ -1,7 +1,8 @@
 """Decides whether a dataset may be served now, for all ports alike.
 
-A dataset is refused in two cases: it has no snapshot (`NotLoaded`), or its snapshot is too old for this read
-(`TooOld`). A port renders the refusal in the form of its protocol.
+A dataset is refused in three cases: it has no snapshot (`NotLoaded`), its snapshot is too old for this read (`TooOld`),
+or it is of an earlier generation than this read asks for (`NotReached`). A port renders the refusal in the form of its
+protocol.
 """
 
 from __future__ import annotations
@@ -33,7 +34,19 @@ class TooOld(CacheServiceError):
         self.limit_s = limit_s
 
 
-Refused = NotLoaded | TooOld
+class NotReached(CacheServiceError):
+    """A dataset serves an earlier generation than a reader asks for. Wait for its next publish.
+
+    `generation` is the one that it serves, and `wanted` the one that it did not reach.
+    """
+
+    def __init__(self, dataset: Dataset, generation: int, wanted: int) -> None:
+        super().__init__(f"{dataset.name} is at generation {generation}; min_generation={wanted} was requested")
+        self.generation = generation
+        self.wanted = wanted
+
+
+Refused = NotLoaded | TooOld | NotReached
 
 
 def is_readable(state: State, on_expired: Literal["serve", "refuse"]) -> bool:
@@ -71,6 +84,17 @@ def not_fresh(dataset: Dataset, max_age_s: float, reads: Reads) -> Refused:
     reads.refuse_stale()
     message = f"{dataset.name} is {age_s:.1f} s old; max_age={max_age_s:g} was requested"
     return TooOld(message, age_s, max_age_s)
+
+
+def not_reached(dataset: Dataset, generation: int, reads: Reads) -> Refused:
+    """Return the refusal for a reader that waited in vain for a dataset of at least `generation`.
+
+    :param reads: counts it.
+    """
+    if dataset.snapshot is None:
+        return _not_loaded(dataset, reads)
+    reads.refuse_stale()
+    return NotReached(dataset, dataset.snapshot.generation, generation)
 
 
 def _not_loaded(dataset: Dataset, reads: Reads | None) -> NotLoaded:

@@ -239,8 +239,11 @@ class ClientSocket(protocol.Protocol, ABC):
             self.transport.loseConnection()
 
     def close_now(self) -> None:
-        """Close the connection because the port stops. The default aborts it."""
-        self.abort()
+        """Close the connection because the port stops. A client that lingers still gets what the kernel has taken."""
+        if self.phase is LINGERING:
+            self.transport.loseConnection()
+        else:
+            self.abort()
 
     def abort(self) -> None:
         """Close the connection at once. Output that has not been sent is lost."""

@@ -126,6 +126,9 @@ class ClientFactory(ServerFactory, Generic[C]):
         self.max_connections = max_connections
         self.idle_timeout_s = idle_timeout_s
 
+    async def end_replies(self) -> None:
+        """End the replies that have no end by themselves, because the port stops. The default has none."""
+
     def close_clients(self) -> None:
         """Close every connection now."""
         for client in list(self.clients):

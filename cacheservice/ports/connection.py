@@ -44,7 +44,7 @@ from zope.interface import implementer
 
 from cacheservice.ports.client_socket import ENDING, READING, STREAMING, WAITING, YIELDED, ClientSocket
 from cacheservice.ports.clients import BYTES_PER_TURN
-from cacheservice.ports.held import Hold, Streamed
+from cacheservice.ports.held import Streamed
 
 READ_AHEAD_BYTES = 64 * 1024
 """The most bytes read of a client that waits for a reply. Reading detects its disconnection."""
@@ -71,7 +71,6 @@ class Connection(ClientSocket):
     read_ahead_bytes = 0
     _awaited: Deferred[object] | None = None
     _pieces: Iterator[Piece] | None = None
-    _hold: Hold | None = None
 
     # Turns
 
@@ -177,7 +176,7 @@ class Connection(ClientSocket):
             _close(pieces)
             return
         if isinstance(pieces, Streamed):
-            self._hold = self.factory.held.begin(self, pieces.snapshots)
+            pieces.kept.begin(self.factory.held, self)
         self._pieces = pieces
         self.phase = STREAMING
         if not self.is_choked:
@@ -235,9 +234,8 @@ class Connection(ClientSocket):
             return
         pieces, self._pieces = self._pieces, None
         self._awaited = None  # a Deferred among the pieces belongs to their maker, and may fire late
-        if self._hold is not None:
-            self.factory.held.end(self._hold)
-            self._hold = None
+        if isinstance(pieces, Streamed):
+            pieces.kept.end()
         _close(pieces)
 
     # The end

@@ -1,11 +1,15 @@
 """Waits for a snapshot that is new enough.
 
-All readers that wait for a dataset share its refreshes.
+All readers that wait for a dataset share its refreshes. A wait for a generation starts none: generations come from
+another process that publishes them, or from the dataset's schedule, and an early refresh that finds the same content
+would not change the number.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 from twisted.internet.defer import Deferred
 
@@ -20,6 +24,17 @@ _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 2.0
 
 
+class Wanted(NamedTuple):
+    """The snapshot that a reader asks for.
+
+    :param max_age_s: its greatest age when the request arrives; infinite for any.
+    :param min_generation: its least generation; 0 for any.
+    """
+
+    max_age_s: float = math.inf
+    min_generation: int = 0
+
+
 class Freshness:
     """Lets the read ports wait until a dataset is fresh enough.
 
@@ -32,20 +47,47 @@ class Freshness:
         self._database = database
         self._clock = clock
 
-    async def at_most(self, dataset: Dataset, max_age_s: float) -> bool:
-        """Wait for a snapshot read at most `max_age_s` before this call.
+    async def meets(self, dataset: Dataset, wanted: Wanted) -> bool:
+        """Wait for a snapshot as `wanted`.
 
         Return False if there is none within the dataset's `timeout_s`.
 
         :raises UnknownDataset: if the dataset is removed meanwhile.
         :raises Stopped: if a refresh is needed, and the process is stopping or does not refresh.
         """
-        moment: float = self._clock.seconds() - max_age_s
+        now: float = self._clock.seconds()
+        moment, deadline_at = now - wanted.max_age_s, now + dataset.settings.timeout_s
 
         def enough(snapshot: Snapshot) -> bool:
             return snapshot.read_at >= moment
 
-        return await self._wait(dataset, enough, moment, dataset.settings.timeout_s)
+        if math.isinf(wanted.max_age_s):
+            return await self.reaches(dataset, wanted.min_generation, dataset.settings.timeout_s)
+        # A refresh for the age may bring the generation, so the age comes first. A rollback publishes a higher
+        # generation that is older, so both are checked on the same snapshot.
+        while await self._wait(dataset, enough, moment, deadline_at - self._clock.seconds()):
+            if not await self.reaches(dataset, wanted.min_generation, deadline_at - self._clock.seconds()):
+                return False
+            if dataset.snapshot and enough(dataset.snapshot):
+                return True
+        return False
+
+    async def reaches(self, dataset: Dataset, generation: int, timeout_s: float) -> bool:
+        """Wait until the served generation is at least `generation`, without starting a refresh.
+
+        Return False if it is not within `timeout_s`.
+
+        :raises UnknownDataset: if the dataset is removed meanwhile.
+        """
+        deadline_at: float = self._clock.seconds() + timeout_s
+        while generation and not (dataset.snapshot and dataset.snapshot.generation >= generation):
+            if dataset.removed:
+                raise UnknownDataset(f"unknown dataset '{dataset.name}'")
+            left_s = deadline_at - self._clock.seconds()
+            if left_s <= 0:
+                return False
+            await self._published(dataset, left_s)
+        return True
 
     async def includes(self, dataset: Dataset, transaction_id: int, timeout_s: float) -> bool:
         """Wait until the served snapshot includes a finished PostgreSQL transaction.

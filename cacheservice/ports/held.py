@@ -20,19 +20,6 @@ from cacheservice.cache.snapshot import Snapshot
 T = TypeVar("T")
 
 
-class Streamed(Iterator[T], Generic[T]):
-    """A reply in pieces, with the snapshots, by dataset, that it keeps until its end."""
-
-    __slots__ = ("_pieces", "snapshots")
-
-    def __init__(self, pieces: Iterator[T], snapshots: Mapping[str, Snapshot]) -> None:
-        self._pieces = pieces
-        self.snapshots = snapshots
-
-    def __next__(self) -> T:
-        return next(self._pieces)
-
-
 class Reader(Protocol):
     """A connection that receives a reply."""
 
@@ -50,6 +37,67 @@ class Hold:
         self.snapshots = snapshots
         self.began_at = began_at
         self.timer: DelayedCall | None = None
+
+
+class Registry(Protocol):
+    """Knows the replies in progress: `HeldSnapshots`, or `Unlimited`."""
+
+    def begin(self, reader: Reader, snapshots: Mapping[str, Snapshot], /) -> Hold:
+        """Register a reply to `reader`; the caller must call `end` after it."""
+
+    def end(self, hold: Hold, /) -> None:
+        """Remove a reply that has been sent or aborted."""
+
+
+class Kept:
+    """The snapshots, by dataset, that a reply keeps. An endless reply changes them while it is sent.
+
+    They are registered from `begin`, when the reply is sent, to `end`.
+    """
+
+    __slots__ = ("_hold", "_reader", "_registry", "_snapshots")
+
+    def __init__(self, snapshots: Mapping[str, Snapshot]) -> None:
+        self._snapshots = snapshots
+        self._registry: Registry | None = None
+        self._reader: Reader | None = None
+        self._hold: Hold | None = None
+
+    def begin(self, registry: Registry, reader: Reader) -> None:
+        """Register the snapshots, now that the reply is sent to `reader`."""
+        self._registry, self._reader = registry, reader
+        self.replace(self._snapshots)
+
+    def replace(self, snapshots: Mapping[str, Snapshot]) -> None:
+        """Keep these snapshots from now on, and no others. The time that they may take begins now."""
+        if self._registry is None or self._reader is None:
+            self._snapshots = snapshots
+            return
+        if self._hold is not None:
+            self._registry.end(self._hold)
+        self._snapshots = snapshots
+        self._hold = self._registry.begin(self._reader, snapshots) if snapshots else None
+
+    def end(self) -> None:
+        """Keep none: the reply has been sent or aborted."""
+        self.replace({})
+        self._registry = self._reader = None
+
+
+class Streamed(Iterator[T], Generic[T]):
+    """A reply in pieces, with the snapshots that it keeps.
+
+    :param kept: the snapshots by dataset, to be kept until the end of the reply, or a `Kept` that the pieces change.
+    """
+
+    __slots__ = ("_pieces", "kept")
+
+    def __init__(self, pieces: Iterator[T], kept: Mapping[str, Snapshot] | Kept) -> None:
+        self._pieces = pieces
+        self.kept = kept if isinstance(kept, Kept) else Kept(kept)
+
+    def __next__(self) -> T:
+        return next(self._pieces)
 
 
 def too_old(holds: Collection[Hold], dataset: str, served: int, most: int) -> list[Hold]:

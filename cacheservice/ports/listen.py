@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import socket
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from twisted.application.service import Service
@@ -29,17 +29,30 @@ _ALL, _ALL_IPV4 = "::", "0.0.0.0"  # noqa: S104  # only if configured
 _SOCKET_UMASK = 0o177
 
 
+async def _nothing_to_end() -> None:
+    """Do nothing, for a port whose replies all have an end."""
+
+
 class PortService(Service):
     """Listens while it runs.
 
     :param setting: the key to change in the configuration if the port cannot be opened.
     :param listen: binds and returns the listening port; see `tcp` and `unix`.
+    :param close_clients: closes every connection at once.
+    :param end_replies: ends the replies that have no end by themselves; returns once they are sent, or after a second.
     """
 
-    def __init__(self, setting: str, listen: Callable[[], IListeningPort], close_clients: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        setting: str,
+        listen: Callable[[], IListeningPort],
+        close_clients: Callable[[], None],
+        end_replies: Callable[[], Coroutine[Deferred[object], object, None]] = _nothing_to_end,
+    ) -> None:
         self._setting = setting
         self._listen = listen
         self._close_clients = close_clients
+        self._end_replies = end_replies
         self._port: Any = None
 
     @property
@@ -61,14 +74,15 @@ class PortService(Service):
             raise PortUnavailable(f"{self._setting}: cannot listen on {where}: {why}") from error
 
     def stopService(self) -> Deferred[Any]:
-        """Stop accepting, then close the clients; fires when the port is closed."""
+        """Stop accepting, end endless replies, then close the clients; fires when all of that is done."""
         super().stopService()
         port, self._port = self._port, None
         if port is None:
             return maybeDeferred(lambda: None)
         stopped = maybeDeferred(port.stopListening)
-        self._close_clients()
-        return DeferredList([stopped], consumeErrors=True)
+        ended = Deferred.fromCoroutine(self._end_replies())
+        ended.addBoth(lambda _: self._close_clients())
+        return DeferredList([stopped, ended], consumeErrors=True)
 
 
 def _where(error: CannotListenError) -> str:

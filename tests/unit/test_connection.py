@@ -14,8 +14,9 @@ from cacheservice.ports.admission import RESERVE_S, Door, Room
 from cacheservice.ports.client_socket import ENDING, LINGER_S, Phase
 from cacheservice.ports.clients import ClientFactory, Limits
 from cacheservice.ports.connection import READ_AHEAD_BYTES, Connection, Piece
-from cacheservice.ports.held import Streamed
+from cacheservice.ports.held import Kept, Streamed
 from tests.kit.clocks import one_turn, started_clock
+from tests.kit.datasets import rows_of, snapshot_of
 from tests.kit.waiting import GIVE_UP_S
 from tests.kit.wire import Wire
 
@@ -283,16 +284,32 @@ class Streams(ConnectionTestCase):
             self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
 
     def test_held(self) -> None:
-        """A reader of snapshots is registered until its reply has ended."""
+        """A reader of snapshots is registered while it keeps some, until its reply has ended at the latest."""
         held: list[str] = []
         begin, end = self.factory.held.begin, self.factory.held.end
         self.patch(self.factory.held, "begin", lambda *of: held.append("begin") or begin(*of))
         self.patch(self.factory.held, "end", lambda hold: held.append("end") or end(hold))
         client, wire = self.connect()
-        client.stream(Streamed(iter([b"a", b"", b"b"]), {}))
+        snapshots = {"products": snapshot_of(rows_of({}))}
+        client.stream(Streamed(iter([b"a", b"", b"b"]), snapshots))
         self.assertEqual(held, ["begin"])
         self.turn()
         self.assertEqual((held, wire.take()), (["begin", "end"], b"ab"))
+
+        kept = Kept({})
+
+        def pieces() -> Iterator[bytes]:
+            for keeps in (False, True, True, False, True):
+                kept.replace(snapshots if keeps else {})
+                yield b""
+
+        held.clear()
+        client.stream(Streamed(pieces(), kept))
+        for expected in (0, 1, 3, 4, 5, 6):
+            self.assertEqual(held, ["begin", "end", "begin", "end", "begin", "end"][:expected])
+            self.turn()
+        kept.replace(snapshots)  # after the end it registers nothing
+        self.assertEqual(len(held), 6)
 
 
 class Ends(ConnectionTestCase):

@@ -7,7 +7,7 @@ from typing import Literal
 from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.cache.dataset import Dataset
-from cacheservice.cache.reading import NotLoaded, TooOld, not_fresh, served
+from cacheservice.cache.reading import NotLoaded, NotReached, TooOld, not_fresh, not_reached, served
 from tests.kit.clocks import started_clock
 from tests.kit.datasets import declared, rows_of, snapshot_of
 
@@ -47,3 +47,13 @@ class Reading(SynchronousTestCase):
         assert isinstance(error, TooOld)
         self.assertEqual((str(error), error.age_s), ("products is 7.2 s old; max_age=5 was requested", 7.25))
         self.assertEqual((missing.counts.http.loading, old.counts.http.stale), (1, 1))
+
+    def test_not_reached(self) -> None:
+        """A reader whose generation did not come in time gets the one that is served, or that there is nothing."""
+        missing, served_one = self.dataset(None), self.dataset(7.25)
+        self.assertIsInstance(not_reached(missing, 2, missing.counts.http), NotLoaded)
+        error = not_reached(served_one, 2, served_one.counts.http)
+        assert isinstance(error, NotReached)
+        self.assertEqual(str(error), "products is at generation 1; min_generation=2 was requested")
+        self.assertEqual((error.generation, error.wanted), (1, 2))
+        self.assertEqual((missing.counts.http.loading, served_one.counts.http.stale), (1, 1))

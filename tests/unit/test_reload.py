@@ -17,7 +17,7 @@ from cacheservice.base.errors import ConfigError, QueryFailed, Stopped, UnknownD
 from cacheservice.cache.cache import Cache, Declared, Rejection, Reloaded
 from cacheservice.cache.dataset import State
 from cacheservice.config import ConfigFile
-from cacheservice.ports.freshness import Freshness
+from cacheservice.ports.freshness import Freshness, Wanted
 from cacheservice.ports.operator_commands import Commands
 from cacheservice.ports.resp.datasets import Datasets
 from cacheservice.ports.resp.fast_get import FastGets
@@ -284,7 +284,7 @@ class Refreshes(RefreshTestCase):
         freshness = Freshness(world.service, world.cache.database, world.clock)
         world.advance(10)
         waiting = [
-            Deferred.fromCoroutine(freshness.at_most(world.dataset, 5.0)),
+            Deferred.fromCoroutine(freshness.meets(world.dataset, Wanted(5.0))),
             Deferred.fromCoroutine(freshness.includes(world.dataset, 10, 20.0)),
         ]
         world.service.redeclare(without_jitter("other"))
@@ -296,7 +296,7 @@ class Refreshes(RefreshTestCase):
         world = self.loaded()
         world.advance(10)
         waiting = Deferred.fromCoroutine(
-            Freshness(world.service, world.cache.database, world.clock).at_most(world.dataset, 5.0)
+            Freshness(world.service, world.cache.database, world.clock).meets(world.dataset, Wanted(5.0))
         )
         world.service.redeclare(without_jitter("products", query="SELECT 2 AS id"))
         self.assertNoResult(waiting)

@@ -27,12 +27,16 @@ from cacheservice.cache.snapshot import Snapshot
 PIECE_BYTES = 64 * 1024
 """A transport asks its producer to pause when this much is buffered. A piece takes a third of a millisecond."""
 _BETWEEN = b",\n"
-_PIECE_ROWS = 512
+SLICE_ROWS = 512
 """The rows of one piece, unless they are too large."""
 _AS_IT_IS = re.compile(rb"[ !#-\[\]-~]*").fullmatch
 """ASCII that needs no escape in JSON (RFC 8259, 7). Most keys match, and hundreds are checked in one call."""
 _GZIP = 31
 """zlib's wbits for the largest window with a gzip header. Its header contains no time."""
+_ENDLESS_GZIP, _ENDLESS_MEMORY = 28, 5
+"""A window of 4 KiB, so that the state of each endless body takes 32 KiB of memory instead of 256."""
+_HERE_BYTES = 16 * 1024
+"""Compressed on the reactor's thread in 0.2 ms; larger pieces of an endless body are compressed on another thread."""
 
 Keys = list[bytes]
 Bulks = list[bytes]
@@ -47,7 +51,7 @@ def json_object(rows: Rows) -> Iterator[bytes]:
     if not rows.count:
         yield b"{}\n"
         return
-    texts = _texts(rows, _members, _member_head)
+    texts = row_texts(rows.slices(SLICE_ROWS), _members, _member_head)
     # Each text starts with the separator from the previous one.
     first, document = next(texts)
     yield b"{" + first.removeprefix(_BETWEEN)
@@ -60,10 +64,10 @@ def json_object(rows: Rows) -> Iterator[bytes]:
 
 def json_lines(rows: Rows) -> Iterator[bytes]:
     """Yield all rows as NDJSON, in pieces of about 64 KiB."""
-    for head, document in _texts(rows, _lines, _line_head):
+    for head, document in row_texts(rows.slices(SLICE_ROWS), _lines, _line_head):
         yield head
         if document:
-            yield from cut(_on_one_line(document))
+            yield from cut(on_one_line(document))
             yield b"}\n"
 
 
@@ -73,12 +77,16 @@ def cut(document: bytes) -> Iterator[bytes]:
         yield document[start : start + PIECE_BYTES]
 
 
-def _texts(rows: Rows, join: Callable[[Keys, Bulks], bytes], head: Callable[[bytes], bytes]) -> Iterator[Text]:
+def row_texts(
+    slices: Iterable[tuple[Keys, Bulks]], join: Callable[[Keys, Bulks], bytes], head: Callable[[bytes], bytes]
+) -> Iterator[Text]:
     """Yield texts, each with a document or with empty bytes.
 
     Several rows are one text with empty bytes. A large row is the text before its document, and the document.
+
+    :param slices: keys and documents of at most `SLICE_ROWS` rows.
     """
-    for keys, documents in rows.slices(_PIECE_ROWS):
+    for keys, documents in slices:
         yield from _parts(keys, documents, join, head)
 
 
@@ -86,7 +94,7 @@ def _parts(
     keys: Keys, documents: Bulks, join: Callable[[Keys, Bulks], bytes], head: Callable[[bytes], bytes]
 ) -> Iterator[Text]:
     """Yield the rows of one slice, split into parts of about 64 KiB."""
-    if sum(map(len, documents)) <= 2 * PIECE_BYTES:
+    if sum(map(len, documents)) + sum(map(len, keys)) <= 2 * PIECE_BYTES:
         yield join(keys, documents), b""
     elif len(keys) == 1:
         yield head(keys[0]), unframed(documents[0])
@@ -96,7 +104,7 @@ def _parts(
         yield from _parts(keys[middle:], documents[middle:], join, head)
 
 
-def _strings(keys: Keys) -> Keys:
+def json_strings(keys: Keys) -> Keys:
     """Return the keys as JSON strings without quotes.
 
     A database with the encoding SQL_ASCII may contain bytes that are not UTF-8.
@@ -112,25 +120,25 @@ def _members(keys: Keys, documents: Bulks) -> bytes:
     return b"".join(
         [
             b',\n"%b":%b' % (key, ready[start(len(ready)) or ready.index(b"\n") + 1 : -2])
-            for key, ready in zip(_strings(keys), documents, strict=True)
+            for key, ready in zip(json_strings(keys), documents, strict=True)
         ]
     )
 
 
 def _member_head(key: bytes) -> bytes:
-    return b'%b"%b":' % (_BETWEEN, _strings([key])[0])
+    return b'%b"%b":' % (_BETWEEN, json_strings([key])[0])
 
 
 def _lines(keys: Keys, documents: Bulks) -> bytes:
-    rows = zip(_strings(keys), documents, strict=True)
-    return b"".join([b'{"key":"%b","value":%b}\n' % (key, _on_one_line(unframed(ready))) for key, ready in rows])
+    rows = zip(json_strings(keys), documents, strict=True)
+    return b"".join([b'{"key":"%b","value":%b}\n' % (key, on_one_line(unframed(ready))) for key, ready in rows])
 
 
 def _line_head(key: bytes) -> bytes:
-    return b'{"key":"%b","value":' % _strings([key])[0]
+    return b'{"key":"%b","value":' % json_strings([key])[0]
 
 
-def _on_one_line(document: bytes) -> bytes:
+def on_one_line(document: bytes) -> bytes:
     """Replace line breaks between the tokens of a document by spaces.
 
     A column of type json keeps them. JSON strings contain no line breaks (RFC 8259, 7).
@@ -263,6 +271,24 @@ class GzipBodies:
             self._log.failure("a dataset could not be compressed")
             if (body := alive()) is not None:
                 body.fail()
+
+    def flushed(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        """Compress an endless body for one client, flushed after each piece."""
+        compressor = zlib.compressobj(wbits=_ENDLESS_GZIP, memLevel=_ENDLESS_MEMORY)
+
+        def compressed(piece: bytes) -> bytes:
+            return compressor.compress(piece) + compressor.flush(zlib.Z_SYNC_FLUSH)
+
+        for piece in pieces:
+            if not isinstance(piece, bytes) or not piece:
+                yield piece
+            elif len(piece) <= _HERE_BYTES:
+                yield compressed(piece)
+            else:
+                done: list[bytes] = []
+                yield self._in_thread(compressed, piece).addCallback(done.append)
+                yield done[0]
+        yield compressor.flush()
 
     async def compress(self, document: bytes) -> bytes:
         """Compress one document in a thread."""

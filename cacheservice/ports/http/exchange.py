@@ -125,7 +125,7 @@ def chunked(body: Iterator[Piece]) -> Iterator[Piece]:
     An empty piece, which marks work without output, is not a chunk: that would end the body.
     """
     pieces = _chunks(body)
-    return Streamed(pieces, body.snapshots) if isinstance(body, Streamed) else pieces
+    return Streamed(pieces, body.kept) if isinstance(body, Streamed) else pieces
 
 
 def _chunks(body: Iterator[Piece]) -> Iterator[Piece]:

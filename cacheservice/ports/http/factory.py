@@ -6,12 +6,15 @@ import time
 from dataclasses import dataclass
 
 from cacheservice.base.interfaces import Reactor
+from cacheservice.base.timers import pause
 from cacheservice.cache.cache import Cache, Refreshes
+from cacheservice.ports.client_socket import FINISHING
 from cacheservice.ports.clients import Limits
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.http import assets
 from cacheservice.ports.http.access import Access, AccessSettings
 from cacheservice.ports.http.bodies import GzipBodies
+from cacheservice.ports.http.changes import Changes, ChangeStreams
 from cacheservice.ports.http.commands import Commands
 from cacheservice.ports.http.connection import HEAD_TIMEOUT_S, HttpClients
 from cacheservice.ports.http.data import Data
@@ -24,6 +27,10 @@ from cacheservice.ports.http.pages import Pages
 from cacheservice.ports.http.reads import Reads
 from cacheservice.ports.http.reports import Reports
 from cacheservice.ports.http.routes import Handlers, Routes, table
+
+END_S = 1.0
+"""The time that a change stream has for its last event when the service stops."""
+_POLL_S = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +68,7 @@ class HttpFactory(HttpClients):
         super().__init__(limits, reactor, head_timeout_s)
         self.bodies = GzipBodies(reactor)
         self.feed = Feed(served.cache, reactor)
+        self.changes = ChangeStreams(served.cache, reactor)
         self.guard = None
         if access.token or access.admin_token:
             self.guard = Guard(access.token, access.admin_token, self.rejected, reactor, look=access.look)
@@ -69,6 +77,7 @@ class HttpFactory(HttpClients):
         exposition = served.exposition
         handlers = Handlers(
             data=Data(reads, self.bodies, Digests(reactor)),
+            changes=Changes(reads, self.changes, self.bodies, wall_s),
             reports=Reports(served.cache, reads, wall_s),
             commands=Commands(reads, served.refreshes, wall_s),
             probes=Probes(served.cache, wall_s),
@@ -82,8 +91,17 @@ class HttpFactory(HttpClients):
         if self.guard is not None:
             self.guard.replace(token, admin_token)
 
+    async def end_replies(self) -> None:
+        self.changes.stop()
+        ends_at = self.clock.seconds() + END_S
+        while self.changes.count or any(client.phase is FINISHING for client in self.clients):
+            if self.clock.seconds() >= ends_at:
+                return
+            await pause(self.clock, _POLL_S)
+
     def close_clients(self) -> None:
         """Close every connection now. Event streams end, other replies in progress are aborted."""
         super().close_clients()
+        self.changes.stop()
         self.feed.stop()
         self.bodies.forget()

@@ -1,7 +1,7 @@
 """Finds the snapshot that answers a read, or the reason why there is none.
 
-A request names a dataset, and may ask for a greatest age. The answer comes from a snapshot with the heads that were
-rendered for it.
+A request names a dataset, and may ask for a greatest age or a least generation. The answer comes from a snapshot with
+the heads that were rendered for it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from cacheservice.cache import reading
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset
 from cacheservice.cache.events import Added, Changed, Ended
-from cacheservice.cache.reading import NotLoaded, TooOld
+from cacheservice.cache.reading import NotLoaded, NotReached, Refused, TooOld
 from cacheservice.cache.snapshot import Snapshot
-from cacheservice.ports.freshness import Freshness
+from cacheservice.ports.freshness import Freshness, Wanted
 from cacheservice.ports.http import parameters
 from cacheservice.ports.http.messages import Later, Reply, Request, WallClock, query_of
 from cacheservice.ports.http.problem import Problem
@@ -50,17 +50,17 @@ class Reads:
         cache.events.subscribe(lambda event: self._heads.pop(event.dataset, None), Added, Changed, Ended)
 
     def answer(self, request: Request, name: bytes, answer: Answer, key: bytes = b"") -> Reply | Later:
-        """Return the reply of `answer` to a read, which may wait for a refresh.
+        """Return the reply of `answer` to a read, which may wait for a refresh or a generation.
 
         :param name: as in the path.
         :raises Problem: if the dataset is unknown or may not be served now, or for invalid parameters.
         """
         dataset = self.dataset(name)
         if b"?" in request.target:
-            max_age_s = parameters.max_age_s(query_of(request))
-            if max_age_s is not None:
-                return self._when_fresh(dataset, max_age_s, request, answer, key)
-        snapshot = _served(dataset)
+            wanted = parameters.wanted(query_of(request))
+            if wanted is not None:
+                return self._when_met(dataset, wanted, request, answer, key)
+        snapshot = served(dataset)
         return answer(request, snapshot, self._heads_of(dataset, snapshot), key)
 
     def dataset(self, encoded: bytes) -> Dataset:
@@ -78,19 +78,20 @@ class Reads:
         """Return the heads of a snapshot as of now, for a reply that took a while."""
         return self._new_heads(ready.dataset, snapshot, ready.asked_max_age_s)
 
-    async def _when_fresh(
-        self, dataset: Dataset, max_age_s: float, request: Request, answer: Answer, key: bytes
-    ) -> Reply:
+    async def _when_met(self, dataset: Dataset, wanted: Wanted, request: Request, answer: Answer, key: bytes) -> Reply:
         try:
-            fresh = await self._freshness.at_most(dataset, max_age_s)
+            is_met = await self._freshness.meets(dataset, wanted)
         except UnknownDataset as error:
             raise _unknown(error) from None
         except Stopped as error:
             raise Problem(503, str(error), b"Retry-After: 1\r\n") from None
-        if not fresh:
-            raise _not_served(reading.not_fresh(dataset, max_age_s, dataset.counts.http), dataset)
-        snapshot = _served(dataset)
-        reply = answer(request, snapshot, self._new_heads(dataset, snapshot, max_age_s), key)
+        if not is_met:
+            raise _not_served(_unmet(dataset, wanted), dataset)
+        snapshot = served(dataset)
+        if math.isinf(wanted.max_age_s):
+            reply = answer(request, snapshot, self._heads_of(dataset, snapshot), key)
+        else:
+            reply = answer(request, snapshot, self._new_heads(dataset, snapshot, wanted.max_age_s), key)
         return reply if isinstance(reply, Reply) else await reply
 
     def _heads_of(self, dataset: Dataset, snapshot: Snapshot) -> SnapshotHeads:
@@ -127,7 +128,7 @@ def decoded(part: bytes) -> bytes:
     return plain
 
 
-def _served(dataset: Dataset) -> Snapshot:
+def served(dataset: Dataset) -> Snapshot:
     """Return the served snapshot.
 
     :raises Problem: 503 if no snapshot is loaded, or if it is expired and `on_expired` is "refuse".
@@ -138,10 +139,20 @@ def _served(dataset: Dataset) -> Snapshot:
         raise _not_served(refused, dataset) from None
 
 
-def _not_served(refused: NotLoaded | TooOld, dataset: Dataset) -> Problem:
+def _unmet(dataset: Dataset, wanted: Wanted) -> Refused:
+    """Return the refusal of a reader that waited in vain: for the generation, or else for the age."""
+    if dataset.snapshot is None or dataset.snapshot.generation < wanted.min_generation:
+        return reading.not_reached(dataset, wanted.min_generation, dataset.counts.http)
+    return reading.not_fresh(dataset, wanted.max_age_s, dataset.counts.http)
+
+
+def _not_served(refused: Refused, dataset: Dataset) -> Problem:
     retry_after = b"Retry-After: %d\r\n" % max(1, math.ceil(dataset.next_refresh_in_s() or 0.0))
     if isinstance(refused, NotLoaded):
         return Problem(503, str(refused), retry_after)
+    if isinstance(refused, NotReached):
+        members = {"generation": refused.generation, "min_generation": refused.wanted}
+        return Problem(503, str(refused), retry_after, members)
     return Problem(503, str(refused), retry_after, {"age_s": round(refused.age_s, 3), "max_age_s": refused.limit_s})
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from cacheservice.ports.http import parameters, response_heads
 from cacheservice.ports.http.access import Access, Checking, Level
+from cacheservice.ports.http.changes import Changes
 from cacheservice.ports.http.commands import COMMANDS, Commands
 from cacheservice.ports.http.data import Data
 from cacheservice.ports.http.messages import READ_METHODS, Later, Reply, Request, WallClock, query_of
@@ -53,6 +54,7 @@ class Handlers(NamedTuple):
     """
 
     data: Data
+    changes: Changes
     reports: Reports
     commands: Commands
     probes: Probes
@@ -62,10 +64,11 @@ class Handlers(NamedTuple):
 
 def table(handlers: Handlers, *, has_commands: bool) -> list[Route]:
     """Return all routes. Each path fits at most one of them; the hottest is first."""
-    data, reports, commands, probes, pages, metrics = handlers
+    data, changes, reports, commands, probes, pages, metrics = handlers
     routes = [
         Route(READ_METHODS, "/v1/datasets/{name}/rows/{rest}", data.row, Level.READ, takes_parameters=True),
         Route(READ_METHODS, "/v1/datasets/{name}", data.whole, Level.READ, takes_parameters=True),
+        Route(READ_METHODS, "/v1/datasets/{name}/changes", changes.stream, Level.READ, takes_parameters=True),
         Route(READ_METHODS, "/v1/datasets", reports.all_datasets, Level.READ),
         Route(READ_METHODS, "/v1/datasets/{name}/status", reports.status, Level.READ),
         Route(READ_METHODS, "/v1/datasets/{name}/why", reports.why, Level.READ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Coroutine
+
 from twisted.internet.defer import Deferred
 
 from cacheservice.base.errors import Stopped, UnknownDataset
@@ -15,6 +17,7 @@ from cacheservice.views import collect
 from cacheservice.views import json as as_json
 
 _MAX_WAIT_MS = 86_400_000
+_GENERATION = b"g:"
 
 
 def cache_list(datasets: Datasets, client: Client, _: Words) -> Reply:
@@ -31,12 +34,14 @@ def cache_age(datasets: Datasets, client: Client, words: Words) -> Reply:
 
 
 def cache_wait(datasets: Datasets, client: Client, words: Words) -> Reply:
-    """Wait until the snapshot includes a transaction.
+    """Wait until the snapshot includes a transaction, or is of a generation: ``g:GENERATION``.
 
     An error replies to a wait for a refresh in a process that is stopping, or does not refresh.
     It blocks only its connection. Within MULTI it does not wait, like the blocking commands of Redis.
     """
     dataset = datasets.find(words[1])
+    if words[2][:2].lower() == _GENERATION:
+        return _wait_for_generation(client, dataset, words)
     transaction_id, timeout_ms = number_in(words[2]), number_in(words[3])
     if transaction_id < 0 or not 0 <= timeout_ms <= _MAX_WAIT_MS:
         raise CommandError("ERR XID and TIMEOUT_MS must not be negative, and TIMEOUT_MS at most a day")
@@ -44,12 +49,26 @@ def cache_wait(datasets: Datasets, client: Client, words: Words) -> Reply:
         snapshot = dataset.snapshot
         present = datasets.cache.database.server
         return reply.integer(snapshot is not None and snapshot.includes(transaction_id, present))
-    return Deferred.fromCoroutine(_included(client, dataset, transaction_id, timeout_ms / 1000))
+    return Deferred.fromCoroutine(
+        _answered(client.server.freshness.includes(dataset, transaction_id, timeout_ms / 1000))
+    )
 
 
-async def _included(client: Client, dataset: Dataset, transaction_id: int, timeout_s: float) -> bytes:
+def _wait_for_generation(client: Client, dataset: Dataset, words: Words) -> Reply:
+    generation, timeout_ms = number_in(words[2][2:]), number_in(words[3])
+    if generation < 0 or not 0 <= timeout_ms <= _MAX_WAIT_MS:
+        raise CommandError("ERR GENERATION and TIMEOUT_MS must not be negative, and TIMEOUT_MS at most a day")
+    if client.in_transaction:
+        snapshot = dataset.snapshot
+        return reply.integer(snapshot is not None and snapshot.generation >= generation)
+    # Generation 0 is before the first one: any snapshot will do.
+    coming = client.server.freshness.reaches(dataset, max(1, generation), timeout_ms / 1000)
+    return Deferred.fromCoroutine(_answered(coming))
+
+
+async def _answered(coming: Coroutine[Deferred[object], object, bool]) -> bytes:
     try:
-        return reply.integer(await client.server.freshness.includes(dataset, transaction_id, timeout_s))
+        return reply.integer(await coming)
     except (UnknownDataset, Stopped) as error:  # it was removed during the wait, or nothing refreshes it
         raise CommandError(f"ERR {error}") from None
 
