@@ -41,7 +41,7 @@ class Factory(ServedPort, Protocol):
         """Apply changed limits; existing connections stay."""
 
     def close_clients(self) -> None:
-        """Abort every connection now."""
+        """Close every connection now."""
 
 
 class _Port(NamedTuple):

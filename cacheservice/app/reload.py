@@ -20,6 +20,7 @@ from cacheservice.app.reads import Reads
 from cacheservice.app.start import load_with_file
 from cacheservice.base.errors import ConfigError
 from cacheservice.base.interfaces import Log, Reactor
+from cacheservice.base.internal_errors import log_internal_error
 from cacheservice.base.threads import in_thread
 from cacheservice.cache.cache import Cache, Reloaded
 from cacheservice.config import ConfigFile, Settings
@@ -92,7 +93,9 @@ class Reload:
         reading.addCallback(self._use_secret).addErrback(self._not_used)
 
     def _use_secret(self, dsn: SecretStr | None) -> None:
-        if dsn is None or dsn == self._dsn or self._running or target.problem(dsn.get_secret_value()) is not None:
+        if dsn is None or dsn == self._dsn or target.problem(dsn.get_secret_value()) is not None:
+            return
+        if self._running or self._cache.stopping:
             return
         self._log.info(
             "dsn_read_again", reason="the server refused the login, and the file of postgres.dsn has changed"
@@ -103,7 +106,7 @@ class Reload:
         self._reads.refresh.redeclare([dataset.settings for dataset in self._cache.datasets.values()], moved=True)
 
     def _not_used(self, failure: Failure) -> None:
-        self._log.error("internal_error", error=failure.getErrorMessage(), traceback=failure.getTraceback())
+        log_internal_error(self._log, failure)
 
     def _begin(self) -> None:
         if self._running or not self._asked:

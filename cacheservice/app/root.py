@@ -10,12 +10,12 @@ from twisted.application.service import MultiService, Service
 from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.interfaces import IReactorTime
-from twisted.python.failure import Failure
 
 from cacheservice import __version__
 from cacheservice.app.start import print_error
 from cacheservice.base.errors import PortUnavailable
 from cacheservice.base.interfaces import Log, Reactor
+from cacheservice.base.internal_errors import log_internal_error
 from cacheservice.base.text import seconds
 from cacheservice.cache.cache import Cache
 from cacheservice.ops import logs
@@ -86,10 +86,7 @@ class CacheServiceRoot(MultiService):
                 await maybeDeferred(children.pop(0).stopService)
         finally:
             for child in children:  # the time is up: stop the remaining children without waiting for them
-                maybeDeferred(child.stopService).addErrback(self._log_failure)
-
-    def _log_failure(self, failure: Failure) -> None:
-        self._log.error("internal_error", error=failure.getErrorMessage(), traceback=failure.getTraceback())
+                maybeDeferred(child.stopService).addErrback(lambda failure: log_internal_error(self._log, failure))
 
     def _log_stop(self, result: object) -> None:
         clean = result is None
