@@ -30,6 +30,8 @@ from cacheservice.ports.resp.connection import RespFactory
 from cacheservice.ports.rotation import ClientSecrets, Rotation
 from cacheservice.ports.status import StatusFactory
 
+_OF_A_WORKER = 4
+"""The descriptors that each process has for each worker: two listening sockets, with an epoll set each or a link."""
 _MANY_DESCRIPTORS = 1 << 20
 """The number of descriptors to plan for if the process has no limit of open files."""
 
@@ -200,7 +202,8 @@ def _make_room(settings: Settings, cache: Cache, log: Log) -> Room:
     Log a warning if the limit of open files allows fewer connections than the configuration.
     """
     ports = 2 + bool(settings.admin.socket) + settings.resp.enabled + settings.http.enabled
-    room = Room(admission.plan(_raise_descriptor_limit(), settings.postgres.max_connections, ports))
+    others = settings.postgres.max_connections + _OF_A_WORKER * settings.workers.processes
+    room = Room(admission.plan(_raise_descriptor_limit(), others, ports))
     configured, open_files = settings.limits.max_connections, room.plan.descriptors
     limit = room.limit(configured)
     if limit < configured:
