@@ -23,8 +23,9 @@ from cacheservice.ports.listen import PortService
 
 _STOP_TIMEOUT_S = 4.0
 """docs/deployment.md promises that a clean stop, including the last lines of the log, takes at most 5 s."""
-_STOPPED_LAST = frozenset({"status", "http"})
-"""Ports that serve probes. They close last, so that probes can see that the service is stopping."""
+_STOPPED_LAST = frozenset({"status", "http", "workers"})
+"""Ports that serve probes, and the workers, which may have one of them. They close last, so that probes can see that
+the service is stopping."""
 
 
 class CacheServiceRoot(MultiService):
