@@ -1,0 +1,140 @@
+"""Replies in pieces, which the main process makes and a worker sends to its client.
+
+The worker pulls each piece when its client can take it, so that a slow client costs one piece, and an endless reply
+ends with its client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import count
+
+from twisted.internet.defer import Deferred
+from twisted.python.failure import Failure
+
+from cacheservice.app.workers.interfaces import Link, Plain
+from cacheservice.base.errors import MainUnavailable
+from cacheservice.base.interfaces import Clock
+from cacheservice.base.timers import is_active
+from cacheservice.ports.connection import Closeable, Piece
+from cacheservice.ports.http.bodies import cut
+
+PULLED_BYTES = 256 * 1024
+"""The size of one pull, without its last piece."""
+SILENCE_S = 2.0
+"""An empty piece answers a pull for which there was nothing to send in this time, long before the call times out."""
+
+
+class _Source:
+    """The rest of one reply; `pending` is what its next piece waits for."""
+
+    def __init__(self, pieces: Iterator[Piece]) -> None:
+        self._pieces = pieces
+        self._pending: Deferred[None] | None = None
+        self._wake: Callable[[], None] | None = None
+
+    def take(self) -> bytes | None:
+        """Return the pieces that are ready: empty if none is; None after the last one."""
+        out: list[bytes] = []
+        size_bytes = 0
+        while self._pending is None and size_bytes < PULLED_BYTES:
+            piece = next(self._pieces, None)
+            if piece is None:
+                return b"".join(out) if out else None
+            if isinstance(piece, Deferred):
+                self._pending = piece
+                piece.addBoth(self._ready)
+            else:
+                out.append(piece)
+                size_bytes += len(piece)
+        return b"".join(out)
+
+    def when_ready(self, wake: Callable[[], None]) -> None:
+        """Call `wake` once the next piece is ready, which it was not."""
+        self._wake = wake
+
+    def close(self) -> None:
+        self._wake = None
+        if isinstance(self._pieces, Closeable):
+            self._pieces.close()
+
+    def _ready(self, _: object) -> None:
+        self._pending = None
+        wake, self._wake = self._wake, None
+        if wake is not None:
+            wake()
+
+
+class Streams:
+    """The replies in pieces that the workers have begun to send, in the main process.
+
+    :param clock: `IReactorTime`.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._numbers = count(1)
+        self._sources: dict[int, _Source] = {}
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def begin(self, pieces: Iterator[Piece]) -> int:
+        """Keep the pieces of a reply; return its number."""
+        number = next(self._numbers)
+        self._sources[number] = _Source(pieces)
+        return number
+
+    def pull(self, number: int) -> bytes | None | Deferred[bytes | None]:
+        """Return the next pieces; empty after `SILENCE_S` without any, None after the last one."""
+        source = self._sources.get(number)
+        if source is None:
+            return None
+        found = self._take(number, source)
+        if found != b"":
+            return found
+        coming: Deferred[bytes | None] = Deferred()
+        timer = self._clock.callLater(SILENCE_S, lambda: coming.callback(b""))
+
+        def ready() -> None:
+            if is_active(timer):
+                timer.cancel()
+                coming.callback(self._take(number, source))
+
+        source.when_ready(ready)
+        return coming
+
+    def end(self, number: int) -> None:
+        """Forget a reply whose client has gone, or that was sent."""
+        source = self._sources.pop(number, None)
+        if source is not None:
+            source.close()
+
+    def _take(self, number: int, source: _Source) -> bytes | None:
+        found = source.take()
+        if found is None:
+            self.end(number)
+        return found
+
+
+def pulled(link: Link, number: int, *, endless: bool) -> Iterator[Piece]:
+    """Yield the pieces of a reply that the main process makes.
+
+    :param endless: whether the reply may end early, when the main process has gone.
+    :raises MainUnavailable: if it must not.
+    """
+    answers: list[Plain | Failure] = []
+    try:
+        while True:
+            woken: Deferred[None] = Deferred()
+            pulling = link.call("pull", stream=number)
+            pulling.addBoth(answers.append).addCallback(woken.callback)
+            yield woken
+            answer = answers.pop()
+            if answer is None or (endless and isinstance(answer, Failure)):
+                return
+            if not isinstance(answer, bytes):
+                raise MainUnavailable("the main process has not sent the rest of a reply")
+            yield from cut(answer)
+    finally:
+        link.send("end", stream=number)
