@@ -1,0 +1,1 @@
+"""What one process sends to another: messages over a link."""
