@@ -12,12 +12,13 @@ from itertools import count
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
-from cacheservice.app.workers.interfaces import Link, Plain
 from cacheservice.base.errors import MainUnavailable
 from cacheservice.base.interfaces import Clock
 from cacheservice.base.timers import is_active
 from cacheservice.ports.connection import Closeable, Piece
 from cacheservice.ports.http.bodies import cut
+from cacheservice.replication.link import Link
+from cacheservice.replication.messages import Plain
 
 PULLED_BYTES = 256 * 1024
 """The size of one pull, without its last piece."""
@@ -40,7 +41,7 @@ class _Source:
         while self._pending is None and size_bytes < PULLED_BYTES:
             piece = next(self._pieces, None)
             if piece is None:
-                return b"".join(out) if out else None
+                return b"".join(out) or None
             if isinstance(piece, Deferred):
                 self._pending = piece
                 piece.addBoth(self._ready)
@@ -85,7 +86,7 @@ class Streams:
         self._sources[number] = _Source(pieces)
         return number
 
-    def pull(self, number: int) -> bytes | None | Deferred[bytes | None]:
+    def pull(self, number: int) -> bytes | Deferred[bytes | None] | None:
         """Return the next pieces; empty after `SILENCE_S` without any, None after the last one."""
         source = self._sources.get(number)
         if source is None:
