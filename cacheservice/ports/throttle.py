@@ -61,15 +61,17 @@ class Guess(NamedTuple):
     secret: str = ""
 
 
+Failures = tuple[str, float, float, Sequence[float]]
+"""An address of a network, the level of its failures, the time of the level, and the ends of the delays."""
+Proof = tuple[str, str, float]
+"""A proven address, the name of the secret, and when the address sent it last."""
+
+
 class State(NamedTuple):
-    """Everything that a throttle knows. Times are on the monotonic clock of the machine.
+    """Everything that a throttle knows. Times are on the monotonic clock of the machine."""
 
-    :param failures: for each network an address of it, the level, its time, and the ends of the delays.
-    :param proven: the addresses, the names of their secrets, and when they sent them last.
-    """
-
-    failures: Sequence[tuple[str, float, float, Sequence[float]]]
-    proven: Sequence[tuple[str, str, float]]
+    failures: Sequence[Failures]
+    proven: Sequence[Proof]
 
 
 class Throttle:

@@ -272,19 +272,15 @@ class Server:
 
     def totals(self) -> Totals:
         """Return the counts and the usage of this process."""
-        usage = resource.getrusage(resource.RUSAGE_SELF)
-        return Totals(
+        counts = Totals(
             clients=len(self.sessions),
             blocked=sum(map(self.is_blocked, self.sessions.values())),
             connections_received=self.connections_received,
             commands_processed=self.commands_processed,
             rejected=self.port.rejected["too_many_connections"],
             channels=frozenset(channel.decode() for channel in self.subscriptions.channels),
-            resident_bytes=resident_bytes(),
-            peak_bytes=usage.ru_maxrss * 1024,
-            user_s=usage.ru_utime,
-            system_s=usage.ru_stime,
         )
+        return counts + own_usage()
 
     def connected(self, client: Client) -> None:
         """Add a client."""
@@ -300,10 +296,17 @@ class Server:
         self.commands_processed += number
 
 
-def resident_bytes() -> int:
-    """Return the memory of this process that is in RAM."""
+def own_usage() -> Totals:
+    """Return the usage of this process."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
     with open("/proc/self/statm", "rb") as statm:
-        return int(statm.read().split()[1]) * resource.getpagesize()
+        resident_bytes = int(statm.read().split()[1]) * resource.getpagesize()
+    return Totals(
+        resident_bytes=resident_bytes,
+        peak_bytes=usage.ru_maxrss * 1024,
+        user_s=usage.ru_utime,
+        system_s=usage.ru_stime,
+    )
 
 
 def wrong_number(name: str) -> CommandError:
