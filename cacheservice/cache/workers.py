@@ -21,6 +21,7 @@ class WorkerStatus:
     :param connections: its clients by port.
     :param restarts: how often it was started again since the start of the service.
     :param memory_bytes: its memory in RAM, as of a second ago; 0 if it is not known.
+    :param cpu_s: the CPU time of the worker since the start of the service.
     :param stalls: how late the ticks of its reactor came, in seconds, since the start of the service.
     """
 
@@ -30,4 +31,5 @@ class WorkerStatus:
     connections: Mapping[str, int]
     restarts: int
     memory_bytes: int
+    cpu_s: float
     stalls: Histogram

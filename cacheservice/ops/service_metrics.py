@@ -175,6 +175,7 @@ def _of_workers(workers: Sequence[WorkerStatus]) -> Iterator[Metric]:
     memory = GaugeMetricFamily(
         "cacheservice_worker_memory_bytes", "Memory of the worker in RAM; 0 if it is not known.", labels=["worker"]
     )
+    cpu = CounterMetricFamily("cacheservice_worker_cpu_seconds", "CPU time of the worker.", labels=["worker"])
     connections = GaugeMetricFamily(
         "cacheservice_worker_connections", "Clients that are connected to the worker.", labels=["worker", "port"]
     )
@@ -188,9 +189,10 @@ def _of_workers(workers: Sequence[WorkerStatus]) -> Iterator[Metric]:
         up.add_metric([label], int(each.state == "serving"))
         restarts.add_metric([label], each.restarts)
         memory.add_metric([label], each.memory_bytes)
+        cpu.add_metric([label], each.cpu_s)
         for port, count in each.connections.items():
             connections.add_metric([label, port], count)
         *cumulative, _, total = histogram_values(each.stalls)
         buckets = list(zip(bucket_names(each.stalls.bounds), cumulative, strict=True))
         stalls.add_metric([label], buckets, total)
-    yield from (up, restarts, memory, connections, stalls)
+    yield from (up, restarts, memory, cpu, connections, stalls)

@@ -256,6 +256,19 @@ class Events(FleetTestCase):
         self.assertIn(b'"generation":1', wire.take())
         self.assertTrue(wire.is_open)
 
+    def test_workers(self) -> None:
+        """A worker that ends is an event, although no dataset has changed."""
+        wire = self.first.connect_http()
+        wire.receive(request("/events"))
+        self.fleet.settle()
+        self.clock.advance(1.0)
+        self.fleet.settle()
+        self.assertEqual(wire.take().count(b'"state":"serving"'), 2)
+        self.fleet.kill(2)
+        self.clock.advance(1.0)
+        self.fleet.settle()
+        self.assertIn(b'"state":"down"', wire.take())
+
     def test_a_client_that_goes(self) -> None:
         """The main process forgets the stream at once."""
         wire = self.follow()

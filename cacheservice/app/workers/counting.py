@@ -159,6 +159,12 @@ class WorkerLedger:
     def memory_bytes(self) -> int:
         return self._totals.resident_bytes
 
+    @property
+    def cpu_s(self) -> float:
+        """The CPU time of all lives of the worker."""
+        totals = self.totals()
+        return totals.user_s + totals.system_s
+
     def counted(self, counts: WorkerCounts) -> None:
         """Add the differences to the last counts of the worker to the counters of the service."""
         self.clients, self.superseded, self._totals = counts.clients, counts.superseded, counts.totals

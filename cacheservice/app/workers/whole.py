@@ -73,6 +73,7 @@ class _Worker:
             connections={port: self.ledger.clients.get(port, 0) for port in PORTS},
             restarts=max(0, self.starts - 1),
             memory_bytes=self.ledger.memory_bytes,
+            cpu_s=self.ledger.cpu_s,
             stalls=self.ledger.stalls,
         )
 
