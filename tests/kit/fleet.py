@@ -11,11 +11,12 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
 from cacheservice.app.workers.connections import SharedConnections, shared_memory
-from cacheservice.app.workers.part import CountsService, Part
+from cacheservice.app.workers.part import CountsService, Member, Part
 from cacheservice.app.workers.questions import Sources
 from cacheservice.app.workers.whole import Whole
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.counts import Histogram
+from cacheservice.cache.workers import WorkerState
 from cacheservice.ops.exposition import Metrics
 from cacheservice.ops.stall import BOUNDS_S
 from cacheservice.ports.admission import Door, Room
@@ -37,6 +38,30 @@ SECRETS = ClientSecrets("open sesame", "read", "operate")
 MOST = 10
 
 
+class FakeLife:
+    """The process of a worker, as its supervisor knows it."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self.starts = 0
+        self.pid: int | None = None
+        self.condition: WorkerState = "down"
+
+    @property
+    def restarts(self) -> int:
+        return max(0, self.starts - 1)
+
+    def begin(self) -> None:
+        self.starts += 1
+        self.pid, self.condition = 1000 + self._number, "starting"
+
+    def serve(self) -> None:
+        self.condition = "serving"
+
+    def end(self) -> None:
+        self.pid, self.condition = None, "down"
+
+
 class FleetWorker:
     """One worker: its cache, its ports, and both ends of its link."""
 
@@ -45,9 +70,8 @@ class FleetWorker:
         self.number = number
         self.pair = LinkPair(clock)
         self.cache = Cache(fleet.settings, clock.seconds)
-        incarnation = fleet.whole.incarnation()
-        connections = SharedConnections(fleet.memory)
-        self.part = Part(number, fleet.processes, incarnation, connections, self.cache, self.pair.worker)
+        member = Member(number, fleet.lives[number].starts, fleet.processes)
+        self.part = Part(member, SharedConnections(fleet.memory), self.cache, self.pair.worker)
         freshness = Freshness(self.part.main, self.cache.database, clock)
         self.log = Log()
         secrets = self.part.secrets(fleet.secrets, self.log)
@@ -129,6 +153,8 @@ class Fleet:
         self.assembled = assembled(served, access, clock)  # type: ignore[arg-type]
         self.looking: Deferred[None] | None = None
         self.workers: dict[int, FleetWorker] = {}
+        self.lives = {number: FakeLife(number) for number in range(1, processes + 1)}
+        self.whole.follow(list(self.lives.values()))
         for number in range(1, processes + 1):
             self.start(number)
         self.settle()
@@ -138,13 +164,14 @@ class Fleet:
 
     def start(self, number: int) -> FleetWorker:
         """Start a worker, as the supervisor does."""
+        self.lives[number].begin()
         worker = self.workers[number] = FleetWorker(self, number)
         answers = Answers(self.assembled.routes)
         sources = Sources(self.cache, self.refreshes, answers, self.look, self.whole)  # type: ignore[arg-type]
-        self.whole.started(number, 1000 + number, worker.pair.main, sources)
+        self.whole.started(number, worker.pair.main, sources)
         worker.counts.startService()
         self.settle()
-        self.whole.serving(number)
+        self.lives[number].serve()
         return worker
 
     def kill(self, number: int) -> None:
@@ -155,6 +182,7 @@ class Fleet:
         worker.resp.close_clients()
         worker.http.close_clients()
         self.whole.ended(number)
+        self.lives[number].end()
 
     def settle(self, turns: int = 30) -> None:
         """Deliver all messages, and take the turns that are due."""

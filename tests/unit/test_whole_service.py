@@ -381,6 +381,17 @@ class Counts(FleetTestCase):
         self.clock.advance(1.0)
         self.assertEqual([each["reads"] for each in sent], [{}])
 
+    def test_counts_that_come_late(self) -> None:
+        """What a worker sends after its end was noted is not counted again."""
+        self.publish()
+        self.ask(self.second.connect_resp(), "GET", "products:1")
+        self.clock.advance(1.0)
+        self.fleet.settle()
+        self.fleet.whole.ended(2)
+        self.second.counts.stopService()
+        self.fleet.settle()
+        self.assertEqual(self.fleet.cache.dataset("products").counts.resp.hits, 1)
+
     def test_the_last_counts(self) -> None:
         """A worker that stops in order sends its last counts."""
         self.publish()

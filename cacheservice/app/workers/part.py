@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from twisted.application.service import Service
 
@@ -28,31 +29,37 @@ FIRST_IDS = 1 << 32
 """The ids for the clients of one worker process, more than it can use up."""
 
 
-def first_id(incarnation: int) -> int:
-    """Return the CLIENT ID of the first client of a worker process, so that no id is used twice.
+class Member(NamedTuple):
+    """A worker process among those of the service.
 
-    Clients in JavaScript read ids up to 2**53 exactly: those of the first two million worker processes of a service.
-
-    :param incarnation: from 1; another one for each worker process that the service has started.
+    :param number: of the worker, from 1.
+    :param start: how often the worker has been started, with this process.
+    :param processes: how many workers there are.
     """
-    return incarnation * FIRST_IDS + 1
+
+    number: int
+    start: int
+    processes: int
+
+    @property
+    def first_id(self) -> int:
+        """The CLIENT ID of the first client of this process, so that no id is used twice.
+
+        Clients in JavaScript read ids up to 2**53 exactly: those of the first two million processes of a service.
+        """
+        return ((self.start - 1) * self.processes + self.number) * FIRST_IDS + 1
 
 
 class Part:
     """Connects the ports of a worker with the main process.
 
-    :param number: of the worker, from 1.
-    :param processes: how many workers there are.
-    :param incarnation: of this process; see `first_id`.
+    :param connections: of all workers.
+    :param cache: of this process.
     """
 
-    def __init__(
-        self, number: int, processes: int, incarnation: int, connections: SharedConnections, cache: Cache, link: Link
-    ) -> None:
-        self.number = number
-        self.processes = processes
+    def __init__(self, member: Member, connections: SharedConnections, cache: Cache, link: Link) -> None:
+        self.member = member
         self.main = MainProcess(cache, link)
-        self._incarnation = incarnation
         self._connections = connections
         self._link = link
         self._guesses = SharedGuesses(link)
@@ -62,7 +69,7 @@ class Part:
 
     def tally(self, port: str) -> SharedTally:
         """Return the numbers of clients of a port in all workers."""
-        return self._connections.tally(self.number, port)
+        return self._connections.tally(self.member.number, port)
 
     def secrets(self, started: ClientSecrets, log: Log) -> AskedSecrets:
         """Return the secrets of the ports, which the main process replaces."""
@@ -71,7 +78,7 @@ class Part:
     def add_resp(self, factory: RespFactory) -> None:
         """Make the RESP port a part of that of the service."""
         self._factories["resp"] = factory
-        factory.join(self.main, first_id(self._incarnation))
+        factory.join(self.main, self.member.first_id)
         self._guesses.add("resp", factory.server.passwords.throttle)
 
     def add_http(self, factory: HttpFactory) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from functools import partial
+from typing import Any, Protocol, cast
 
 from twisted.internet.defer import Deferred, DeferredList
 
@@ -52,52 +53,61 @@ class WholePort:
         """Do nothing: the clients are those of the workers."""
 
 
+class Life(Protocol):
+    """The process of one worker, as its supervisor knows it."""
+
+    @property
+    def pid(self) -> int | None:
+        """The ID of the process; None if there is none."""
+
+    @property
+    def restarts(self) -> int:
+        """The number of processes after the first."""
+
+    @property
+    def condition(self) -> WorkerState:
+        """The state of the worker, as operators see it."""
+
+
 class _Worker:
-    """One worker in the main process. `link` is None before its first start, and while it is down."""
+    """One worker in the main process. `link` is None while it is down."""
 
     def __init__(self, number: int, ledger: WorkerLedger) -> None:
         self.number = number
         self.ledger = ledger
-        self.starts = 0
-        self.state: WorkerState = "down"
-        self.pid: int | None = None
         self.link: Link | None = None
         self.is_silent = False
         self._parts: tuple[Questions, PlanSender] | None = None
 
-    def status(self) -> WorkerStatus:
+    def status(self, life: Life) -> WorkerStatus:
         return WorkerStatus(
             number=self.number,
-            pid=self.pid,
-            state=self.state,
+            pid=life.pid,
+            state=life.condition,
             connections={port: self.ledger.clients.get(port, 0) for port in PORTS},
-            restarts=max(0, self.starts - 1),
+            restarts=life.restarts,
             memory_bytes=self.ledger.memory_bytes,
             cpu_s=self.ledger.cpu_s,
             stalls=self.ledger.stalls,
         )
 
-    def started(self, pid: int, link: Link, questions: Questions, plans: PlanSender) -> None:
-        self.starts += 1
-        self.pid, self.link, self.state, self.is_silent = pid, link, "starting", False
+    def started(self, link: Link, questions: Questions, plans: PlanSender) -> None:
+        self.link, self.is_silent = link, False
         self._parts = questions, plans
-        link.handle("counts", self._counted)
+        link.handle("counts", partial(self._counted, link))
         plans.start()
-
-    def serving(self) -> None:
-        self.state = "serving"
 
     def ended(self) -> None:
         if self._parts is not None:
             for part in self._parts:
                 part.stop()
-        self.pid = self.link = self._parts = None
-        self.state = "down"
+        self.link = self._parts = None
         self.ledger.ended()
 
-    def _counted(self, **counts: Plain) -> None:
-        self.is_silent = False
-        self.ledger.counted(WorkerCounts.of(counts))
+    def _counted(self, link: Link, **counts: Plain) -> None:
+        if link is self.link:
+            self.is_silent = False
+            self.ledger.counted(WorkerCounts.of(counts))
 
     async def count(self) -> None:
         """Have the worker send its counts; do not wait again for one that has not answered."""
@@ -139,7 +149,7 @@ class Whole:
         self._cache = cache
         self._clock = clock
         self._connections = connections
-        self._next_incarnation = 1
+        self._lives: Sequence[Life] = ()
         self.ports = {name: WholePort(name, connections, most) for name, most in limits.items()}
         counters = {name: port.rejected for name, port in self.ports.items()}
         self._workers = {
@@ -148,27 +158,23 @@ class Whole:
         self._guesses = AllGuesses(self.ports, clock.seconds, self.links)
         self._counting = False
         self._waiting: list[Deferred[None]] = []
-        cache.see_workers_by(self.statuses)
 
     # The lives of the workers
 
-    def incarnation(self) -> int:
-        """Return a number that no worker has had: the ids of its clients begin at `first_id` of it."""
-        number, self._next_incarnation = self._next_incarnation, self._next_incarnation + 1
-        return number
+    def follow(self, lives: Sequence[Life]) -> None:
+        """Report the states of these workers, which are in the order of their numbers."""
+        self._lives = lives
+        self._cache.see_workers_by(self.statuses)
 
-    def started(self, number: int, pid: int, link: Link, sources: Sources) -> None:
-        """Serve a worker that was started. Call it before snapshots are sent over `link`."""
+    def started(self, number: int, link: Link, sources: Sources) -> None:
+        """Serve a worker that has its settings. Call it before snapshots are sent over `link`."""
+        self._connections.clear(number)
         plans, questions = PlanSender(self._cache, link, self._clock), Questions(sources, link, self._clock)
-        self._workers[number].started(pid, link, questions, plans)
+        self._workers[number].started(link, questions, plans)
         self._guesses.add(link)
 
-    def serving(self, number: int) -> None:
-        """Note that a worker serves clients."""
-        self._workers[number].serving()
-
     def ended(self, number: int) -> None:
-        """Note that a worker has ended, and its connections with it."""
+        """Note that a worker has ended or is about to, and its connections with it."""
         self._workers[number].ended()
         self._connections.clear(number)
 
@@ -180,7 +186,7 @@ class Whole:
 
     def statuses(self) -> Sequence[WorkerStatus]:
         """Return the workers for the status and the metrics."""
-        return [each.status() for each in self._workers.values()]
+        return [each.status(life) for each, life in zip(self._workers.values(), self._lives, strict=True)]
 
     def superseded(self) -> Mapping[tuple[str, int], int]:
         """Return the bytes of the superseded generations in the workers, in one sum for each of them."""
