@@ -70,6 +70,11 @@ class Secrets:
         self._log = log
         self._replace: list[Callable[[ClientSecrets], None]] = []
 
+    @property
+    def current(self) -> ClientSecrets:
+        """The secrets that are in effect now."""
+        return self._current
+
     def watch(self, replaced: Callable[[ClientSecrets], None]) -> None:
         """Call `replaced` with all secrets whenever one changes. It must not raise."""
         self._replace.append(replaced)

@@ -285,6 +285,18 @@ class Events(FleetTestCase):
         self.fleet.settle()
         self.assertEqual(self.fleet.assembled.feed._listeners, 0)
 
+    def test_a_client_that_closes_its_side(self) -> None:
+        """It is considered gone as without workers, also if it closes its side before the answer."""
+        for early in (True, False):
+            wire = self.second.connect_http()
+            wire.receive(request("/events"))
+            if not early:
+                self.fleet.settle()
+            wire.client_closes_its_side()
+            self.fleet.settle()
+            self.assertTrue(wire.sent.endswith(b"0\r\n\r\n"), early)
+            self.assertEqual(self.fleet.assembled.feed._listeners, 0)
+
     def test_a_late_answer(self) -> None:
         """The main process forgets a stream that no worker has begun to pull."""
         wire = self.second.connect_http()
