@@ -196,10 +196,10 @@ class Writers(Bookkeeping):
             if "VIRTUAL" in statement and self.session.connection.server_version < 180_000:
                 statement = "CREATE VIEW twice AS SELECT 1 AS id"  # noqa: PLW2901
             self.sql(statement)
-        for table, told in (("twice", "not stored|cannot have such triggers"), ("parts", "foreign table")):
+        for table, problem in (("twice", "not stored|cannot have such triggers"), ("parts", "foreign table")):
             with self.assertRaises(WatchFailed) as failed:
                 self.watch(table)
-            self.assertRegex(str(failed.exception), told)
+            self.assertRegex(str(failed.exception), problem)
 
     def test_watches_of_an_older_version(self) -> None:
         """Those that 0002 knows go on after 0003."""

@@ -101,7 +101,7 @@ class Commands(FromTheWheel):
         for command in ("run", "check", "migrate", "status", "demo"):
             self.assertRegex(ended.stdout, rf"(?m)^  {command} ")
 
-    def test_check_tells_every_problem(self) -> None:
+    def test_check_reports_every_problem(self) -> None:
         """A bad configuration is reported on standard error, one line per problem, exit code 1, no traceback."""
         (self.folder / "cacheservice.toml").write_text(
             '[postgres]\ndsn = "x"\n[datasets.d]\nquery = "SELECT 1"\nkee = "a"'
@@ -301,7 +301,7 @@ class Demo(FromTheWheel):
         text = ""
         while ending not in text:
             line = demo.stdout.readline()
-            self.assertTrue(line, f"the demo ended before it said {ending!r}:\n{text}")
+            self.assertTrue(line, f"the demo ended before it printed {ending!r}:\n{text}")
             text += line
         return text
 
@@ -321,10 +321,10 @@ class Demo(FromTheWheel):
             except OSError:
                 pass  # taken by somebody else already, which is as good
             demo = self.start()
-            said = self.read_until(demo, "Ctrl-C stops everything.")
-        self.assertIn("Port 8000 is taken", said)
-        port = int(re.search(r"the status port is (\d+) instead", said)[1])
-        postmaster = int(re.search(r"kill -QUIT (\d+)", said)[1])
+            output = self.read_until(demo, "Ctrl-C stops everything.")
+        self.assertIn("Port 8000 is taken", output)
+        port = int(re.search(r"the status port is (\d+) instead", output)[1])
+        postmaster = int(re.search(r"kill -QUIT (\d+)", output)[1])
         family = psutil.Process(demo.pid).children(recursive=True)
         self.assertIn(postmaster, [process.pid for process in family])
         datasets = json.loads(ask(("127.0.0.1", port), "json"))["datasets"]
@@ -333,7 +333,7 @@ class Demo(FromTheWheel):
         # The example of docs/reading.md has the documented result.
         page = (ROOT / "docs" / "reading.md").read_text(encoding="utf-8")
         (example,) = re.findall(r"```python\n(.*?)```", page, re.S)
-        resp_port = re.search(r"redis-cli -p (\d+)", said)[1]
+        resp_port = re.search(r"redis-cli -p (\d+)", output)[1]
         read: dict[str, object] = {}
         exec(example.replace("6380", resp_port), read)
         self.assertEqual(read["product"]["id"], 42)
@@ -356,7 +356,7 @@ class Demo(FromTheWheel):
         demo.send_signal(signal.SIGINT)
         rest, _ = demo.communicate(timeout=LIMIT_S)
         self.assertEqual(demo.returncode, 130, rest)
-        self.assertNotIn("Traceback", said + rest)
+        self.assertNotIn("Traceback", output + rest)
         self.assertEqual([process for process in family if process.is_running()], [])
-        directory = re.search(r"embedded PostgreSQL in (\S+)", said)[1]
+        directory = re.search(r"embedded PostgreSQL in (\S+)", output)[1]
         self.assertFalse(Path(directory).exists())

@@ -278,6 +278,19 @@ class Events(EventsTestCase):
         await until(lambda: not self.factory.clients)
         self.assertIsNone(self.factory.feed._timer)
 
+    async def test_the_stop_ends_the_body(self) -> None:
+        """When the port closes, the body of a stream that was read so far ends as complete, not in a chunk."""
+        client = self.connect()
+        with closing(client):
+            client.sendall(b"GET /events HTTP/1.1\r\nHost: a\r\n\r\n")
+            await until(lambda: self.factory.feed._listeners == 1)
+            text: bytes = await deferToThread(client.recv, 65_536)
+            while b"event: state" not in text or not text.endswith(b"\n\n\r\n"):
+                text += await deferToThread(client.recv, 65_536)
+            self.factory.close_clients()
+            text += await deferToThread(read_to_the_end, client)
+        self.assertTrue(text.endswith(b"\n\n\r\n0\r\n\r\n"), text[-50:])
+
     async def test_it_wants_what_is_served(self) -> None:
         """A client that accepts no events gets an error."""
         await self.assert_problem("/events", 406, "text/event-stream", Accept="application/json")
@@ -438,7 +451,7 @@ class Commands(CommandsTestCase):
             self.assertIn(b"413", text.partition(b"\r\n")[0])
         self.assertEqual(self.operators.done, [])
 
-    async def test_events_tell_who_may(self) -> None:
+    async def test_the_first_event_names_the_access(self) -> None:
         """A listener learns whether there is an admin token, and whether it has sent it."""
         for headers, access in (({}, "read"), ({"Authorization": "Bearer operate"}, "admin")):
             listener = await self.listen(**headers)
@@ -492,12 +505,12 @@ class RealService(DaemonTestCase):
         service.wait_until_ready()
         listener = Listener(port, Authorization="Bearer operate")
         self.addCleanup(listener.close)
-        told: dict[str, Any] = {}
+        latest: dict[str, Any] = {}
 
         def products() -> dict[str, Any]:
             for state in listener.states():
-                told.update(state["datasets"].get("products", {}))
-            return told
+                latest.update(state["datasets"].get("products", {}))
+            return latest
 
         wait_until(lambda: products().get("generation") == 1, "the first generation")
         self.server.run_sql("DELETE FROM products WHERE id > 3", self.database)

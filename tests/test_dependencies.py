@@ -512,7 +512,9 @@ class Changes(DependenciesTestCase):
 
     async def test_a_setting_that_is_newer_than_the_session(self) -> None:
         """The first read of a dataset uses no kept session that began with old settings."""
-        dataset = self.dataset("SELECT id, current_setting('app.tenant', true) AS t FROM t WHERE id = 1", notify="told")
+        dataset = self.dataset(
+            "SELECT id, current_setting('app.tenant', true) AS t FROM t WHERE id = 1", notify="changes"
+        )
         for tenant in ("5", "6"):
             self.sql(f"ALTER ROLE {self.reader} SET app.tenant = '{tenant}'")
             _, since = await self.read(dataset)
@@ -748,12 +750,12 @@ class Changes(DependenciesTestCase):
         dataset = self.dataset("SELECT id, m FROM w", probe="", notify="things")
         _, since = await self.read(dataset)
 
-        async def told() -> frozenset[str]:
+        async def notified() -> frozenset[str]:
             return frozenset({"1"})
 
         for change, kind in (("SELECT 1", "delta"), ("ALTER TYPE mood RENAME VALUE 'sad' TO 'blue'", "all")):
             self.sql(change)
-            wanted = ReadPlan(dataset, rows_builder, since=since, most_keys=100, notified=told)
+            wanted = ReadPlan(dataset, rows_builder, since=since, most_keys=100, notified=notified)
             (reading,) = await self.database.read([wanted])
             self.assertEqual(kind_of(reading), kind)
 

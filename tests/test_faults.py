@@ -160,7 +160,7 @@ class Judges(StormTestCase):
         }
         with self.storm(queries=lies) as made:
             wait_until(lambda: made.counts["mixed"] > 1 and made.counts["failed"], "what readers find")
-            made.life.told("alone", 10**6, 0)
+            made.life.note_received("alone", 10**6, 0)
             wait_until(lambda: made.counts["back"], "a generation that went back")
             made.end(signal.SIGKILL)
             for path in made.saved.iterdir():

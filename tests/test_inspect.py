@@ -232,7 +232,7 @@ class Keys(Inspecting):
             assert found.key is not None
             self.assertEqual((found.key.unique, found.key.how), (True, f"unique index {index}"), sql)
 
-    def test_an_index_that_says_nothing_of_the_rows(self) -> None:
+    def test_an_index_that_does_not_cover_the_rows(self) -> None:
         """A partial index, rows that a join or a set multiplies, or a key that is computed: it is counted instead."""
         for sql, key, unique in (
             ("SELECT product_id AS id FROM shop.prices", "id", False),
@@ -463,7 +463,7 @@ class Problems(Inspecting):
 
 
 class Servers(Inspecting):
-    WATCHED: Mapping[str, Any] = {"notify": "told"}
+    WATCHED: Mapping[str, Any] = {"notify": "changes"}
 
     def test_who_we_are(self) -> None:
         """Version, database and role are reported."""
@@ -551,12 +551,12 @@ class Command(CommandLine):
         (self.directory / "cacheservice.toml").write_text(
             self.configuration('[datasets.items]\nquery = "TABLE items"\nkey = "id"')
         )
-        said = self.succeed("check", "--db", COLUMNS="80")
-        self.assertRegex(said, r"(?m)^the configuration is valid: 1 dataset$")
-        self.assertRegex(said, rf"(?m)^PostgreSQL [\d.]+, database {self.database} as postgres")
-        self.assertRegex(said, r"(?m)^ok +items\n  columns  id integer, name text$")
-        self.assertRegex(said, r"(?m)^no problem: 1 dataset can be read$")
-        self.assertLessEqual(max(map(len, said.splitlines())), 80)
+        output = self.succeed("check", "--db", COLUMNS="80")
+        self.assertRegex(output, r"(?m)^the configuration is valid: 1 dataset$")
+        self.assertRegex(output, rf"(?m)^PostgreSQL [\d.]+, database {self.database} as postgres")
+        self.assertRegex(output, r"(?m)^ok +items\n  columns  id integer, name text$")
+        self.assertRegex(output, r"(?m)^no problem: 1 dataset can be read$")
+        self.assertLessEqual(max(map(len, output.splitlines())), 80)
 
     def test_a_problem_does_not_stop_the_others(self) -> None:
         """Each dataset is looked at, whatever is wrong with the one before; exit code 1. JSON has the same."""
@@ -564,16 +564,16 @@ class Command(CommandLine):
             ("a", "SELECT 1 AS id"), ("b", "SELECT x"), ("c", "TABLE items"), ("d", "SELECT 1 AS id FROM"),
         )]  # fmt: skip
         (self.directory / "cacheservice.toml").write_text(self.configuration(*tables))
-        told = self.command("check", "--db")
-        self.assertEqual((told.returncode, told.stderr), (1, ""))
+        finished = self.command("check", "--db")
+        self.assertEqual((finished.returncode, finished.stderr), (1, ""))
         self.assertEqual(
-            re.findall(r"(?m)^(ok|PROBLEM) +(\w)$", told.stdout),
+            re.findall(r"(?m)^(ok|PROBLEM) +(\w)$", finished.stdout),
             [("ok", "a"), ("PROBLEM", "b"), ("ok", "c"), ("PROBLEM", "d")],
         )
-        self.assertTrue(told.stdout.endswith("\n2 problems\n"))
-        told = self.command("check", "--db", "--json")
-        self.assertEqual(told.returncode, 1)
-        datasets = json.loads(told.stdout)["datasets"]
+        self.assertTrue(finished.stdout.endswith("\n2 problems\n"))
+        finished = self.command("check", "--db", "--json")
+        self.assertEqual(finished.returncode, 1)
+        datasets = json.loads(finished.stdout)["datasets"]
         self.assertEqual(
             {name: found["ok"] for name, found in datasets.items()}, {"a": True, "b": False, "c": True, "d": False}
         )
@@ -585,8 +585,8 @@ class Command(CommandLine):
         (self.directory / "cacheservice.toml").write_text(
             self.configuration('[datasets.a]\nquery = "TABLE items"\nkey = "id"\nprobe = "SELECT max(id) FROM items"')
         )
-        said = self.succeed("check")
-        self.assertRegex(said, r"(?m)^ok +a\n  hint +probe: a DELETE does not change the greatest value")
+        output = self.succeed("check")
+        self.assertRegex(output, r"(?m)^ok +a\n  hint +probe: a DELETE does not change the greatest value")
         found = json.loads(self.succeed("check", "--json"))["datasets"]["a"]
         self.assertEqual((found["ok"], found["columns"]), (True, []))
         (hint,) = found["findings"]
@@ -596,9 +596,9 @@ class Command(CommandLine):
     def test_a_bad_configuration_as_json(self) -> None:
         """A configuration with a problem is reported in the same object; no database is queried."""
         (self.directory / "cacheservice.toml").write_text("[nonsense]\n")
-        told = self.command("check", "--db", "--json")
-        self.assertEqual((told.returncode, told.stderr), (1, ""))
-        self.assertTrue(json.loads(told.stdout)["problems"])
+        finished = self.command("check", "--db", "--json")
+        self.assertEqual((finished.returncode, finished.stderr), (1, ""))
+        self.assertTrue(json.loads(finished.stdout)["problems"])
 
     def test_interrupted(self) -> None:
         """Ctrl-C ends it while it waits for the server."""
@@ -613,9 +613,9 @@ class Command(CommandLine):
             lambda: any("pg_sleep" in session.query for session in sessions(self.server, self.database)), "its sample"
         )
         checking.send_signal(signal.SIGINT)
-        said, errors = checking.communicate(timeout=GIVE_UP_S)
+        output, errors = checking.communicate(timeout=GIVE_UP_S)
         self.assertEqual((checking.returncode, errors), (-signal.SIGINT, ""))
-        self.assertNotIn("problem", said)
+        self.assertNotIn("problem", output)
 
     def test_a_database_that_is_down(self) -> None:
         """It is one line on standard error, exit code 1, and no password."""
@@ -623,10 +623,10 @@ class Command(CommandLine):
         (self.directory / "cacheservice.toml").write_text(
             self.configuration('[datasets.a]\nquery = "SELECT 1 AS id"\nkey = "id"', dsn=dsn)
         )
-        told = self.command("check", "--db")
-        self.assertEqual((told.returncode, told.stdout), (1, ""))
-        self.assertRegex(told.stderr, r"^cacheservice: PostgreSQL refused the connection: [^\n]*\n$")
-        self.assertNotIn("hidden-word", told.stderr)
+        finished = self.command("check", "--db")
+        self.assertEqual((finished.returncode, finished.stdout), (1, ""))
+        self.assertRegex(finished.stderr, r"^cacheservice: PostgreSQL refused the connection: [^\n]*\n$")
+        self.assertNotIn("hidden-word", finished.stderr)
 
 
 class BlindSpots(Inspecting):
@@ -640,7 +640,7 @@ class BlindSpots(Inspecting):
         prices = [{"table": "shop.prices", "key": ["currency", "product_id"]}]
         for table, key in (("shop.products", ["id"]), ("shop.prices", ["currency", "product_id"])):
             watch(self.owner, table, key, False, False, self.fail)
-        for sql, key, watches, told in (
+        for sql, key, watches, expected in (
             ("SELECT id, name FROM shop.products WHERE id > 5 ORDER BY name", "id", products, ""),
             ("SELECT id FROM shop.products ORDER BY id LIMIT 3", "id", products, "by LIMIT"),
             ("SELECT id, rank() OVER (ORDER BY name) FROM shop.products", "id", products, "a window function"),
@@ -657,8 +657,8 @@ class BlindSpots(Inspecting):
         ):  # fmt: skip
             found = self.look(sql, key, watch=watches)
             problems = [finding.text for finding in found.findings if finding.level == "problem"]
-            self.assertEqual(len(problems) > 0, bool(told), (sql, problems))
-            self.assertIn(told, "".join(problems), sql)
+            self.assertEqual(len(problems) > 0, bool(expected), (sql, problems))
+            self.assertIn(expected, "".join(problems), sql)
 
     def test_rows_that_belong_to_other_keys(self) -> None:
         """Each watched table that is read must be tied to the key by the columns of its watch, each time it is read."""
@@ -666,7 +666,7 @@ class BlindSpots(Inspecting):
         products, prices = {"table": "shop.products", "key": "id"}, {"table": "shop.prices", "key": "product_id"}
         cats, orders = {"table": "shop.cats", "key": "id"}, {"table": "shop.orders", "key": "id"}
         old, customers = {"table": "shop.old", "key": "id"}, list(self.CUSTOMERS)
-        for sql, watches, level, told in (
+        for sql, watches, level, expected in (
             ("SELECT id, (SELECT max(name) FROM shop.products) AS m FROM shop.products", [products], "problem",
              "a row depends on rows of shop.products whose id is not its id"),
             ("SELECT id FROM shop.products WHERE id > (SELECT avg(id) FROM shop.products)", [products], "problem",
@@ -767,7 +767,7 @@ class BlindSpots(Inspecting):
             found = self.look(sql, "id", watch=watches)
             texts = [(each.level, each.text) for each in found.findings if each.text.startswith("watch: ")]
             self.assertEqual({each for each, _ in texts}, {level}, (sql, texts))
-            self.assertIn(told, str(texts), sql)
+            self.assertIn(expected, str(texts), sql)
 
     def test_rows_that_belong_to_the_key(self) -> None:
         """Joins by the key, rows that are aggregated by it, views and partitions have no finding, in any plan."""

@@ -95,10 +95,10 @@ class Keys(DependenciesTestCase):
         _, since = await self.read(dataset)
         self.sql("INSERT INTO cc VALUES ('a', 'b:c', 2)")
 
-        async def told() -> frozenset[str]:
+        async def notified() -> frozenset[str]:
             return frozenset({r"a:b\:c", "gone:now"})
 
-        wanted = ReadPlan(dataset, rows_builder, since=since, most_keys=100, notified=told)
+        wanted = ReadPlan(dataset, rows_builder, since=since, most_keys=100, notified=notified)
         (reading,) = await self.database.read([wanted])
         self.assertEqual(set(reading.changed), {rb"a:b\:c", b"gone:now"})
         self.assertIsNone(reading.changed[b"gone:now"])

@@ -43,9 +43,9 @@ from cacheservice.cache.rows import Groups
 from cacheservice.cache.snapshot import Snapshot
 from cacheservice.config import DatasetSettings, PersistenceSettings
 from cacheservice.refresh.restore import restore
-from cacheservice.sources.disk.clocks import Clocks
 from cacheservice.sources.disk.format import MAGIC
 from cacheservice.sources.disk.store import SnapshotStore
+from cacheservice.sources.frames.clocks import Clocks
 from tests.kit.datasets import Table, rows_of
 from tests.kit.logs import Log
 from tests.kit.persistence_child import killed_after, killed_while_renewing

@@ -69,10 +69,10 @@ class TracingTests(ServiceTestCase):
         await until(lambda: dataset.counts.outcomes["unchanged"])
         self.sql("ALTER TABLE things RENAME TO gone")
         await self.until_failed(dataset)
-        told = self.attempts("things")
-        self.assertEqual({event for event, _ in told}, {"refresh_published", "refresh_unchanged", "refresh_failed"})
-        self.assertEqual(len({id for _, id in told}), len(told))
-        self.assertEqual([attempt.id for attempt in dataset.attempts], [id for _, id in told][-10:])
+        logged = self.attempts("things")
+        self.assertEqual({event for event, _ in logged}, {"refresh_published", "refresh_unchanged", "refresh_failed"})
+        self.assertEqual(len({id for _, id in logged}), len(logged))
+        self.assertEqual([attempt.id for attempt in dataset.attempts], [id for _, id in logged][-10:])
 
     async def test_of_a_group(self) -> None:
         """A group is read in one attempt: its datasets have the id in common, and the server shows the group's name."""
@@ -105,8 +105,8 @@ class TracingTests(ServiceTestCase):
         service.startService()
         dataset: Dataset = cache.dataset("slow")
         await until(lambda: dataset.attempts)
-        told = f"cacheservice slow {dataset.attempts[0].id} STATEMENT:  WITH"
-        await until(lambda: told in self.server.log_path.read_text()[before:])
+        line = f"cacheservice slow {dataset.attempts[0].id} STATEMENT:  WITH"
+        await until(lambda: line in self.server.log_path.read_text()[before:])
 
     def set_log_line_prefix(self, prefix: str) -> None:
         query(self.server, self.database_name, f"ALTER SYSTEM SET log_line_prefix = '{prefix}'")

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IListeningPort
+from twisted.internet.protocol import ServerFactory
 
 from cacheservice import config
 from cacheservice.base.interfaces import Log, Reactor
@@ -40,7 +41,7 @@ class Factory(ServedPort, Protocol):
         """Apply changed limits; existing connections stay."""
 
     def close_clients(self) -> None:
-        """Abort every connection now."""
+        """Close every connection now."""
 
 
 class _Port(NamedTuple):
@@ -65,10 +66,26 @@ class Shared(NamedTuple):
     log: Log
 
 
-class Ports:
-    """Builds the ports of a configuration, and applies changed limits and secrets to them."""
+class Listen(Protocol):
+    """Returns the function that opens a TCP port of the service.
 
-    def __init__(self, settings: Settings, shared: Shared) -> None:
+    :param name: of the port: status, resp or http.
+    :param most_accepted: connections that are accepted in one turn.
+    """
+
+    def __call__(
+        self, name: str, host: str, port: int, factory: ServerFactory, most_accepted: int
+    ) -> Callable[[], IListeningPort]: ...
+
+
+class Ports:
+    """Builds the ports of a configuration, and applies changed limits and secrets to them.
+
+    :param listen: opens the TCP ports; None to bind them in this process.
+    """
+
+    def __init__(self, settings: Settings, shared: Shared, listen: Listen | None = None) -> None:
+        self._listen = listen or partial(_bind, shared.reactor)
         self._settings = settings
         self._shared = shared
         self._room = _make_room(settings, shared.cache, shared.log)
@@ -101,7 +118,7 @@ class Ports:
         """Add the status port."""
         shared, status = self._shared, self._settings.status
         factory = self._status_factory("status", Commands(shared.cache, monitor=shared.metrics.monitor_lines))
-        self._add("status", "status.port", factory, self._tcp(status.host, status.port, factory))
+        self._add("status", "status.port", factory, self._tcp("status", status.host, status.port, factory))
 
     def add_admin(self, reload: Callable[[], Deferred[Reloaded]]) -> None:
         """Add the admin socket, if it is configured.
@@ -128,7 +145,7 @@ class Ports:
             look=self._rotation.look,
         )
         self._rotation.watch(lambda secrets: factory.replace_password(secrets.password))
-        self._add("resp", "resp.port", factory, self._tcp(resp.host, resp.port, factory))
+        self._add("resp", "resp.port", factory, self._tcp("resp", resp.host, resp.port, factory))
 
     def add_http(self) -> None:
         """Add the HTTP port, if it is enabled."""
@@ -144,7 +161,7 @@ class Ports:
         served = Served(shared.cache, self._freshness, shared.refreshes, shared.metrics)
         factory = HttpFactory(served, access, self._limits("http"), shared.reactor)
         self._rotation.watch(lambda secrets: factory.replace_tokens(secrets.token, secrets.admin_token))
-        self._add("http", "http.port", factory, self._tcp(http.host, http.port, factory))
+        self._add("http", "http.port", factory, self._tcp("http", http.host, http.port, factory))
 
     def _add(self, name: str, setting: str, factory: Factory, listen: Callable[[], IListeningPort]) -> None:
         self._ports.append(_Port(name, setting, factory, listen))
@@ -167,10 +184,14 @@ class Ports:
         reserve = self._room.plan.reserve if reserve is None else reserve
         return Door(name, self._room, reserve, self._shared.log, self._shared.reactor.seconds)
 
-    def _tcp(
-        self, host: str, port: int, factory: RespFactory | HttpFactory | StatusFactory
-    ) -> Callable[[], IListeningPort]:
-        return tcp(self._shared.reactor, host, port, factory, self._room.plan.accepted)
+    def _tcp(self, name: str, host: str, port: int, factory: ServerFactory) -> Callable[[], IListeningPort]:
+        return self._listen(name, host, port, factory, self._room.plan.accepted)
+
+
+def _bind(
+    reactor: Reactor, name: str, host: str, port: int, factory: ServerFactory, most_accepted: int
+) -> Callable[[], IListeningPort]:
+    return tcp(reactor, host, port, factory, most_accepted)
 
 
 def _make_room(settings: Settings, cache: Cache, log: Log) -> Room:

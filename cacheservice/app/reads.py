@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pydantic import SecretStr
 from twisted.application.service import Service
 
-from cacheservice.base.errors import Stopped
 from cacheservice.base.interfaces import Log, Reactor
 from cacheservice.cache.cache import Cache, Refreshes
 from cacheservice.cache.drain import Drain
@@ -36,17 +35,6 @@ class DatabaseService(Service):
     def stopService(self) -> None:
         super().stopService()
         self._database.stop()
-
-
-class NoReads:
-    """The parts of a process that does not read: none. What clients request of the refreshes is refused."""
-
-    def __init__(self) -> None:
-        self.requests: Refreshes = _Refused()
-
-    def services(self) -> Iterator[Service]:
-        """Return no service."""
-        return iter(())
 
 
 class Reads:
@@ -98,32 +86,6 @@ class Reads:
     def listen(self) -> None:
         """Listen to the channels that the declared datasets need now."""
         self._listener.listen_to(self._notifications.channels())
-
-
-class _Refused:
-    """Refuses what clients request of the refreshes."""
-
-    def refresh_now(self, name: str) -> bool:
-        raise _does_not_read()
-
-    def accept_next(self, name: str) -> None:
-        raise _does_not_read()
-
-    def pin(self, name: str) -> list[str]:
-        raise _does_not_read()
-
-    def unpin(self, name: str) -> list[str]:
-        raise _does_not_read()
-
-    def roll_back(self, name: str) -> dict[str, int]:
-        raise _does_not_read()
-
-    def refresh_since(self, name: str, moment: float) -> None:
-        raise _does_not_read()
-
-
-def _does_not_read() -> Stopped:
-    return Stopped("this process does not refresh its datasets; ask the one that does")
 
 
 def _limits(postgres: PostgresSettings) -> Limits:

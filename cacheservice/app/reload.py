@@ -8,42 +8,26 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from pydantic import SecretStr
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
 from cacheservice import config
-from cacheservice.app.ports import Ports
+from cacheservice.app.effective import needs_restart
 from cacheservice.app.reads import Reads
 from cacheservice.app.start import load_with_file
 from cacheservice.base.errors import ConfigError
 from cacheservice.base.interfaces import Log, Reactor
+from cacheservice.base.internal_errors import log_internal_error
 from cacheservice.base.threads import in_thread
 from cacheservice.cache.cache import Cache, Reloaded
 from cacheservice.config import ConfigFile, Settings
 from cacheservice.ops.logs import Threshold
 from cacheservice.sources.postgres import target
 
-_AT_ONCE = frozenset(
-    {
-        "postgres.dsn",
-        "postgres.connect_timeout_s",
-        "postgres.max_connections",
-        "postgres.max_load",
-        "postgres.search_path",
-        "postgres.settings",
-        "limits.max_connections",
-        "limits.idle_timeout_s",
-        "log.level",
-    }
-)
-"""Keys outside `datasets` that take effect without a restart."""
-_AT_ONCE_IF_SET = frozenset(config.CLIENT_SECRETS)
-"""Keys that take effect without a restart if a new secret replaces an old one."""
 _SECRET_INTERVAL_S = 5.0
-_OF_DATASETS = frozenset({"defaults", "datasets"})
 
 
 class Process(NamedTuple):
@@ -57,13 +41,20 @@ class Process(NamedTuple):
     log: Log
 
 
+class Served(Protocol):
+    """The parts that serve clients."""
+
+    def apply(self, settings: Settings, /) -> None:
+        """Apply changed limits and secrets."""
+
+
 class Reload:
     """Reads the configuration again on request, one read at a time.
 
     :param started: the settings with which the service was started.
     """
 
-    def __init__(self, started: Settings, cache: Cache, reads: Reads, ports: Ports, process: Process) -> None:
+    def __init__(self, started: Settings, cache: Cache, reads: Reads, ports: Served, process: Process) -> None:
         self._started = started
         self._dsn = started.postgres.dsn
         self._connect_timeout_s = started.postgres.connect_timeout_s
@@ -102,7 +93,9 @@ class Reload:
         reading.addCallback(self._use_secret).addErrback(self._not_used)
 
     def _use_secret(self, dsn: SecretStr | None) -> None:
-        if dsn is None or dsn == self._dsn or self._running or target.problem(dsn.get_secret_value()) is not None:
+        if dsn is None or dsn == self._dsn or target.problem(dsn.get_secret_value()) is not None:
+            return
+        if self._running or self._cache.stopping:
             return
         self._log.info(
             "dsn_read_again", reason="the server refused the login, and the file of postgres.dsn has changed"
@@ -113,7 +106,7 @@ class Reload:
         self._reads.refresh.redeclare([dataset.settings for dataset in self._cache.datasets.values()], moved=True)
 
     def _not_used(self, failure: Failure) -> None:
-        self._log.error("internal_error", error=failure.getErrorMessage(), traceback=failure.getTraceback())
+        log_internal_error(self._log, failure)
 
     def _begin(self) -> None:
         if self._running or not self._asked:
@@ -147,7 +140,7 @@ class Reload:
         self._dsn, self._connect_timeout_s = dsn, postgres.connect_timeout_s
         self._threshold.set(settings.log.level)
         self._ports.apply(settings)
-        reloaded = Reloaded(datasets, _needs_restart(self._started, settings), file)
+        reloaded = Reloaded(datasets, needs_restart(self._started, settings), file)
         self._cache.configured_by(file)
         self._log.info(
             "config_reloaded",
@@ -158,19 +151,3 @@ class Reload:
             file=str(file),
         )
         return reloaded
-
-
-def _needs_restart(started: Settings, settings: Settings) -> list[str]:
-    """Return the changed keys that need a restart; they keep their old values."""
-    return [
-        f"{table}.{key}"
-        for table in Settings.model_fields
-        if table not in _OF_DATASETS
-        for key in type(getattr(settings, table)).model_fields
-        if f"{table}.{key}" not in _AT_ONCE
-        if _differ(f"{table}.{key}", getattr(getattr(started, table), key), getattr(getattr(settings, table), key))
-    ]
-
-
-def _differ(key: str, started: object, now: object) -> bool:
-    return bool(started) != bool(now) if key in _AT_ONCE_IF_SET else started != now

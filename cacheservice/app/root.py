@@ -10,12 +10,12 @@ from twisted.application.service import MultiService, Service
 from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.interfaces import IReactorTime
-from twisted.python.failure import Failure
 
 from cacheservice import __version__
 from cacheservice.app.start import print_error
 from cacheservice.base.errors import PortUnavailable
 from cacheservice.base.interfaces import Log, Reactor
+from cacheservice.base.internal_errors import log_internal_error
 from cacheservice.base.text import seconds
 from cacheservice.cache.cache import Cache
 from cacheservice.ops import logs
@@ -23,8 +23,9 @@ from cacheservice.ports.listen import PortService
 
 _STOP_TIMEOUT_S = 4.0
 """docs/deployment.md promises that a clean stop, including the last lines of the log, takes at most 5 s."""
-_STOPPED_LAST = frozenset({"status", "http"})
-"""Ports that serve probes. They close last, so that probes can see that the service is stopping."""
+_STOPPED_LAST = frozenset({"status", "http", "workers"})
+"""Ports that serve probes, and the workers, which may have one of them. They close last, so that probes can see that
+the service is stopping."""
 
 
 class CacheServiceRoot(MultiService):
@@ -85,10 +86,7 @@ class CacheServiceRoot(MultiService):
                 await maybeDeferred(children.pop(0).stopService)
         finally:
             for child in children:  # the time is up: stop the remaining children without waiting for them
-                maybeDeferred(child.stopService).addErrback(self._log_failure)
-
-    def _log_failure(self, failure: Failure) -> None:
-        self._log.error("internal_error", error=failure.getErrorMessage(), traceback=failure.getTraceback())
+                maybeDeferred(child.stopService).addErrback(lambda failure: log_internal_error(self._log, failure))
 
     def _log_stop(self, result: object) -> None:
         clean = result is None

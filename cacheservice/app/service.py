@@ -10,12 +10,14 @@ import os
 from twisted.application.service import Service
 
 from cacheservice import config
+from cacheservice.app.no_reads import NoReads
 from cacheservice.app.ports import Ports, Shared
-from cacheservice.app.reads import NoReads, Reads
+from cacheservice.app.reads import Reads
 from cacheservice.app.reload import Process, Reload
 from cacheservice.app.roles import WHOLE, Role
 from cacheservice.app.root import CacheServiceRoot
 from cacheservice.app.signals import Signals
+from cacheservice.app.workers.composition import Both, Workers
 from cacheservice.base.interfaces import Log, Reactor
 from cacheservice.cache.cache import Cache
 from cacheservice.config import Settings
@@ -49,15 +51,17 @@ def make_service(
     ports = Ports(settings, Shared(cache, reads.requests, metrics, held, reactor, log))
     ports.add_status()
     services: list[Service] = [stalls, *reads.services()]
+    workers = Workers(settings, reactor, log) if role == WHOLE and settings.workers.processes else None
     if isinstance(reads, Reads):
-        reload = Reload(settings, cache, reads, ports, Process(reactor, threshold, log))
+        served = ports if workers is None else Both(ports, workers)
+        reload = Reload(settings, cache, reads, served, Process(reactor, threshold, log))
         ports.add_admin(reload.reload)
         services = [Signals(reactor, reload.reload, writer.reopen, log), *services]
         if settings.statsd.host:
             services.append(StatsD(metrics, settings.statsd, reads.database.resolve, reactor, log))
-    if Role.SERVE in role:
+    if workers is None and Role.SERVE in role:
         ports.add_resp()
         ports.add_http()
-    for service in (*services, *ports.services()):
+    for service in (*services, *ports.services(), *(() if workers is None else workers.services())):
         service.setServiceParent(root)
     return root

@@ -1,6 +1,6 @@
 """The base class of the package's errors, and the errors that modules share.
 
-An error of a single module is defined in it, for example `persistence.lock.DirectoryTaken`,
+An error of a single module is defined in it, for example `sources.disk.lock.DirectoryTaken`,
 `ports.http.problem.Problem` and `ports.resp.reply.CommandError`; not all of these derive from the base class.
 Programs can distinguish errors by class. A message names the event, the dataset or the setting, and the next step; it
 never contains a password, a DSN or a row. `let_go` frees the frames that an error keeps in memory.
@@ -50,9 +50,9 @@ class NothingToRollBackTo(CacheServiceError):
 
 
 class Stopped(CacheServiceError):
-    """The service is stopping, so the request was dropped.
+    """The service is stopping, or this process does not refresh its datasets, so the request was dropped.
 
-    Repeat it after the restart.
+    Repeat it after the restart, or ask the process that refreshes.
     """
 
 

@@ -63,6 +63,18 @@ class Reactor(Clock, Protocol):
     def addSystemEventTrigger(self, phase: str, eventType: str, callable: Callable[..., object], /) -> object:
         """Call before, during or after an event such as "shutdown"."""
 
+    def spawnProcess(
+        self,
+        protocol: object,
+        executable: str,
+        /,
+        args: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        *,
+        childFDs: Mapping[int, int],
+    ) -> Any:
+        """Start a program with these descriptors; return its `IProcessTransport`."""
+
     def getThreadPool(self) -> Any:
         """Return the reactor's `ThreadPool`."""
 

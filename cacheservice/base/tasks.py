@@ -8,6 +8,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.python.failure import Failure
 
 from cacheservice.base.interfaces import Log
+from cacheservice.base.internal_errors import log_internal_error
 
 
 class Tasks:
@@ -31,4 +32,4 @@ class Tasks:
     def _ran(self, result: object, running: Deferred[None]) -> None:
         self._under_way.discard(running)
         if isinstance(result, Failure) and not result.check(CancelledError):
-            self._log.error("internal_error", error=result.getErrorMessage(), traceback=result.getTraceback())
+            log_internal_error(self._log, result)

@@ -46,3 +46,22 @@ def next_turns(clock: Clock) -> Callable[[Callable[[], None]], IDelayedCall]:
 def is_active(call: DelayedCall | None) -> TypeGuard[DelayedCall]:
     """Return whether there is a call that is still to come."""
     return call is not None and call.active()
+
+
+class Alarm:
+    """One call at a later time, which replaces the one before."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._call: DelayedCall | None = None
+
+    def set(self, seconds: float, call: Callable[[], object]) -> None:
+        """Call after so many seconds, instead of what was set before."""
+        self.clear()
+        self._call = self._clock.callLater(seconds, call)
+
+    def clear(self) -> None:
+        """Make no call."""
+        call, self._call = self._call, None
+        if is_active(call):
+            call.cancel()

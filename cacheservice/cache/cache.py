@@ -259,7 +259,10 @@ def _was_tried(dataset: Dataset) -> bool:
 
 
 class Refreshes(Protocol):
-    """The requests that a port may make to the refreshes."""
+    """The requests that a port may make to the refreshes.
+
+    In a process that does not refresh, each of them raises `Stopped`.
+    """
 
     def refresh_now(self, name: str) -> bool:
         """Start a refresh that begins after this call; return False if it follows a running one.

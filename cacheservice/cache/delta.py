@@ -21,6 +21,19 @@ class Delta:
     put: Mapping[bytes, bytes]
     removed: frozenset[bytes]
 
+    def then(self, later: Delta) -> Delta | None:
+        """Return the delta of both changes, `later` after this one; None if it would be too large.
+
+        It may remove rows that do not exist before it: those that this delta puts and `later` removes.
+        """
+        if len(self.put) + len(self.removed) + len(later.put) + len(later.removed) > _MOST_ROWS:
+            return None
+        put = {key: ready for key, ready in self.put.items() if key not in later.removed}
+        return Delta({**put, **later.put}, (self.removed - later.put.keys()) | later.removed)
+
+
+NO_CHANGE = Delta({}, frozenset())
+
 
 class DeltaBuilder:
     """Collects the rows that differ, and gives up if they are many.

@@ -22,6 +22,7 @@ from typing import Literal, NamedTuple, Protocol, cast
 from urllib.parse import quote
 
 from cacheservice.base.errors import CacheServiceError
+from cacheservice.sources.postgres.quoting import literal, quoted
 
 START_LIMIT_S = 60
 STOP_LIMIT_S = 20
@@ -171,7 +172,7 @@ class EmbeddedPostgres:
             )
         try:
             self._wait_until_ready(self._process)
-            self.run_sql(f"ALTER ROLE postgres PASSWORD '{self._password}'")
+            self.run_sql(f"ALTER ROLE postgres PASSWORD {literal(self._password)}")
         except BaseException:
             self.stop("immediate")
             raise
@@ -236,8 +237,7 @@ class EmbeddedPostgres:
         return finished.stdout
 
     def create_database(self, name: str) -> None:
-        quoted = name.replace('"', '""')
-        self.run_sql(f'CREATE DATABASE "{quoted}"')
+        self.run_sql(f"CREATE DATABASE {quoted(name)}")
 
     def _prepare_data(self) -> _User:
         """Run initdb if there are no data; return the owner of the data."""

@@ -24,6 +24,7 @@ from cacheservice.config.models import (
     StatsdSettings,
     StatusSettings,
     WatchSettings,
+    WorkersSettings,
 )
 from cacheservice.config.rules import groups, is_loopback, timing
 from cacheservice.config.sources import (
@@ -37,6 +38,7 @@ from cacheservice.config.sources import (
     dsn_source,
     why_unreadable,
 )
+from cacheservice.config.transfer import for_workers, from_main
 from cacheservice.config.values import OWN_CHANNEL
 
 __all__ = [
@@ -58,11 +60,14 @@ __all__ = [
     "StatsdSettings",
     "StatusSettings",
     "WatchSettings",
+    "WorkersSettings",
     "client_secret_files",
     "client_secrets_in_files",
     "config_file",
     "dsn_in_file",
     "dsn_source",
+    "for_workers",
+    "from_main",
     "glance",
     "groups",
     "is_loopback",

@@ -156,6 +156,15 @@ class StatsdSettings(Table):
     )
 
 
+class WorkersSettings(Table):
+    processes: int = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="worker processes that serve the RESP port and the HTTP port; 0 = the service is one process",
+    )
+
+
 class WatchSettings(Table):
     """A table with the triggers of `cacheservice watch`, and its columns whose values identify a row of the dataset."""
 
@@ -298,6 +307,7 @@ class Settings(Table):
     log: LogSettings = LogSettings()
     persistence: PersistenceSettings = PersistenceSettings()
     statsd: StatsdSettings = StatsdSettings()
+    workers: WorkersSettings = WorkersSettings()
     defaults: DefaultsSettings = DefaultsSettings()
     datasets: Mapping[_DatasetName, DatasetSettings]
 

@@ -22,7 +22,9 @@ def timing(dataset: DatasetSettings) -> tuple[float, ...]:
 
 def problems(settings: Settings) -> dict[Place, str]:
     """Return the problems between values that are each valid alone, by place."""
-    return _group_problems(settings) | _watch_problems(settings) | _token_problems(settings)
+    return (
+        _group_problems(settings) | _watch_problems(settings) | _token_problems(settings) | _worker_problems(settings)
+    )
 
 
 def _group_problems(settings: Settings) -> dict[Place, str]:
@@ -61,6 +63,13 @@ def _token_problems(settings: Settings) -> dict[Place, str]:
     if not token.get_secret_value() or token != admin_token:
         return {}
     return {("http", "admin_token"): "must differ from http.token, which may only read"}
+
+
+def _worker_problems(settings: Settings) -> dict[Place, str]:
+    """Return where there are workers that would serve nothing."""
+    if settings.workers.processes and not settings.resp.enabled and not settings.http.enabled:
+        return {("workers", "processes"): "must be 0 unless resp.enabled or http.enabled is true: workers serve those"}
+    return {}
 
 
 def groups(datasets: Iterable[DatasetSettings]) -> list[list[DatasetSettings]]:

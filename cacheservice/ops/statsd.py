@@ -14,13 +14,13 @@ from typing import Protocol
 
 from twisted.application.service import Service
 from twisted.internet.abstract import isIPAddress, isIPv6Address
-from twisted.internet.defer import CancelledError, Deferred, maybeDeferred
+from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.error import CannotListenError, MessageLengthError
 from twisted.internet.protocol import DatagramProtocol
-from twisted.python.failure import Failure
 
 from cacheservice.base.errors import CacheServiceError
 from cacheservice.base.interfaces import Log, Reactor
+from cacheservice.base.tasks import Tasks
 from cacheservice.base.timers import looping, pause
 from cacheservice.config import StatsdSettings
 from cacheservice.ops.dataset_metrics import Sample
@@ -66,8 +66,8 @@ class StatsD(Service):
         self._reactor = reactor
         self._log = log
         self._interval_s = interval_s
-        self._loop = looping(reactor, self._push)
-        self._pushing: Deferred[None] | None = None
+        self._loop = looping(reactor, lambda: self._tasks.run(self._push()))
+        self._tasks = Tasks(log)
         self._sender: _Sender | None = None
         self._problem: str | None = None
 
@@ -80,21 +80,11 @@ class StatsD(Service):
         super().stopService()
         if self._loop.running:
             self._loop.stop()
-        if self._pushing is not None:
-            self._pushing.cancel()
+        self._tasks.cancel()
         return self._close()
 
-    def _push(self) -> Deferred[None]:
-        """Send all metrics once; an error does not end the loop."""
-        self._pushing = pushing = Deferred.fromCoroutine(self._push_now())
-        return pushing.addBoth(self._pushed)
-
-    def _pushed(self, result: object) -> None:
-        self._pushing = None
-        if isinstance(result, Failure) and not result.check(CancelledError):
-            self._log.error("internal_error", error=result.getErrorMessage(), traceback=result.getTraceback())
-
-    async def _push_now(self) -> None:
+    async def _push(self) -> None:
+        """Send all metrics once."""
         # The result of the last push is known by now. Each push has its own socket, so it uses the current address of
         # the name and a current address of this machine.
         problem = None if self._sender is None else self._sender.problem()

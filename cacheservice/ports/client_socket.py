@@ -8,7 +8,6 @@ from __future__ import annotations
 import enum
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from twisted.internet import protocol
@@ -189,21 +188,6 @@ class ClientSocket(protocol.Protocol, ABC):
             data = data[sent:]
         self._queue(data)
 
-    def send_parts(self, parts: Sequence[bytes]) -> None:
-        """Send a few parts as `send` does, without joining them first."""
-        sent = 0
-        if not self.is_choked:
-            try:
-                sent = self.transport.socket.sendmsg(parts)
-            except BlockingIOError:
-                pass
-            except OSError:
-                self.abort()
-                return
-            if sent == sum(map(len, parts)):
-                return
-        self._queue(b"".join(parts)[sent:])
-
     def _queue(self, data: bytes) -> None:
         self.transport.write(data)
         if not self.is_choked and self.phase not in ENDING:
@@ -211,6 +195,8 @@ class ClientSocket(protocol.Protocol, ABC):
             # This calls `resumeProducing` at once, which ignores the call because the client is not choked yet.
             self.transport.registerProducer(self, False)
             self.is_choked = True
+            # A client may have been silent for longer than the time that it has to read.
+            self.restart_limit()
 
     def resumeProducing(self) -> None:
         """Continue, because the transport's queue is empty."""
@@ -235,10 +221,12 @@ class ClientSocket(protocol.Protocol, ABC):
     # The end
 
     def finish(self, *, linger: bool = True) -> None:
-        """Send no more replies; close when all output has been sent.
+        """Send no more replies; close when all output has been sent. An end that has begun continues.
 
         :param linger: whether the client has to close first, within `LINGER_S`. One that has closed its side need not.
         """
+        if self.phase in ENDING:
+            return
         self.phase = FINISHING
         if self.is_choked:
             # The transport does not close while it has a producer.
@@ -249,6 +237,10 @@ class ClientSocket(protocol.Protocol, ABC):
             self.transport.resumeProducing()
         else:
             self.transport.loseConnection()
+
+    def close_now(self) -> None:
+        """Close the connection because the port stops. The default aborts it."""
+        self.abort()
 
     def abort(self) -> None:
         """Close the connection at once. Output that has not been sent is lost."""

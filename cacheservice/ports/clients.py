@@ -31,6 +31,9 @@ class Client(Protocol):
     def abort(self) -> None:
         """Close the connection at once."""
 
+    def close_now(self) -> None:
+        """Close the connection because the port stops."""
+
 
 C = TypeVar("C", bound=Client)
 
@@ -124,6 +127,6 @@ class ClientFactory(ServerFactory, Generic[C]):
         self.idle_timeout_s = idle_timeout_s
 
     def close_clients(self) -> None:
-        """Abort every connection now."""
+        """Close every connection now."""
         for client in list(self.clients):
-            client.abort()
+            client.close_now()

@@ -20,10 +20,14 @@ CLOSED     The connection has ended.                              -
 
 - `is_choked`: the socket did not accept all output, and the transport has queued the rest. Until the queue is empty, no
   input is read, nothing continues, and no piece is taken. So a client that does not read costs the output of one turn.
+  Then a client whose reply or next piece is still awaited is read again, so that its disconnection is noticed.
 - `input_ended`: the client has closed its side. It still gets its replies.
 
+An end is final: after `finish` or `abort`, also of an output that failed, `yield_turn`, `wait_for` and `stream` do not
+continue the client. They release what they are passed. The transport reports an abort in a later turn only.
+
 Whether the client is within the limit of the port, `is_admitted`, is decided once, when it connects. `heard_at` is the
-time of the last progress: input, an empty queue of output, or a turn of the client's own work.
+time of the last progress: input, the beginning or the end of a queue of output, or a turn of the client's own work.
 """
 
 from __future__ import annotations
@@ -83,6 +87,8 @@ class Connection(ClientSocket):
 
     def yield_turn(self) -> None:
         """Continue with `work` in the next turn, once the client has read all output."""
+        if self.phase in ENDING:
+            return
         self.phase = YIELDED
         self._continue_later()
 
@@ -94,6 +100,8 @@ class Connection(ClientSocket):
 
     def go_on(self) -> None:
         """Continue at the beginning of a turn, or after the client has read all output."""
+        if self.phase in ENDING:
+            return
         self.heard_at = self.factory.clock.seconds()
         self.flush()
         phase = self.phase
@@ -102,6 +110,8 @@ class Connection(ClientSocket):
         if phase is STREAMING:
             if self._awaited is None:
                 self._send_pieces()
+            else:
+                self.read_on()
             return
         self.read_on()
         if phase is not WAITING:
@@ -117,10 +127,12 @@ class Connection(ClientSocket):
     def wait_for(self, coming: Deferred[T], arrived: Callable[[T], None], failed: Callable[[Failure], None]) -> None:
         """Process no more input until a reply has been prepared, then call `arrived` or `failed`.
 
-        If the connection ends before that, `coming` is cancelled and neither function is called.
+        If the connection ends before that, or has ended, `coming` is cancelled and neither function is called.
         """
-        self.phase = WAITING
-        self._awaited, self.read_ahead_bytes = coming, 0  # type: ignore[assignment]  # only its end matters
+        is_ending = self.phase in ENDING
+        if not is_ending:
+            self.phase = WAITING
+            self._awaited, self.read_ahead_bytes = coming, 0  # type: ignore[assignment]  # only its end matters
 
         def has_arrived(reply: T) -> None:
             if self._end_wait():
@@ -133,6 +145,8 @@ class Connection(ClientSocket):
                 self._log.failure("a reply could not be prepared", failure)
 
         coming.addCallbacks(has_arrived, has_failed)
+        if is_ending:
+            coming.cancel()
 
     def _end_wait(self) -> bool:
         """End the phase WAITING; return False if the connection has ended meanwhile."""
@@ -156,8 +170,12 @@ class Connection(ClientSocket):
         """Send a reply in pieces, in each turn `bytes_per_turn` and the rest of a piece; the first part now.
 
         `Streamed` pieces are registered as a reader of their snapshots. An exception aborts the connection, so that the
-        client cannot take a part for the whole. Pieces that can be closed are closed at the end.
+        client cannot take a part for the whole. Pieces that can be closed are closed at the end; at once, if the
+        connection has ended.
         """
+        if self.phase in ENDING:
+            _close(pieces)
+            return
         if isinstance(pieces, Streamed):
             self._hold = self.factory.held.begin(self, pieces.snapshots)
         self._pieces = pieces
@@ -194,7 +212,8 @@ class Connection(ClientSocket):
         if self.phase is READING:
             self.streamed()
         elif self._awaited is not None:
-            self.read_on()  # this detects a disconnection
+            if self.phase is STREAMING:
+                self.read_on()  # this detects a disconnection
             self._awaited.addCallbacks(self._piece_ready, self._piece_failed)
         elif self.phase is STREAMING:
             self._continue_later()
@@ -219,8 +238,7 @@ class Connection(ClientSocket):
         if self._hold is not None:
             self.factory.held.end(self._hold)
             self._hold = None
-        if isinstance(pieces, Closeable):
-            pieces.close()
+        _close(pieces)
 
     # The end
 
@@ -246,3 +264,8 @@ class Connection(ClientSocket):
         self.factory.turns.discard(self)
         if self._awaited is not None:
             self._awaited.cancel()
+
+
+def _close(pieces: Iterator[Piece]) -> None:
+    if isinstance(pieces, Closeable):
+        pieces.close()

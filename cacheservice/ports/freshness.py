@@ -38,6 +38,7 @@ class Freshness:
         Return False if there is none within the dataset's `timeout_s`.
 
         :raises UnknownDataset: if the dataset is removed meanwhile.
+        :raises Stopped: if a refresh is needed, and the process is stopping or does not refresh.
         """
         moment: float = self._clock.seconds() - max_age_s
 
@@ -52,6 +53,7 @@ class Freshness:
         Return False if it does not within `timeout_s`.
 
         :raises UnknownDataset: if the dataset is removed meanwhile.
+        :raises Stopped: if a refresh is needed, and the process is stopping or does not refresh.
         """
 
         def enough(snapshot: Snapshot) -> bool:

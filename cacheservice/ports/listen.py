@@ -85,16 +85,21 @@ def tcp(
     "localhost" means 127.0.0.1, because a look-up would block. "::" means all addresses including IPv4, whatever the
     default of the system, or all IPv4 addresses on a system without IPv6.
     """
-    address = "127.0.0.1" if host == "localhost" else host
 
     def listen() -> IListeningPort:
-        interface = _ALL_IPV4 if host == _ALL and not _has_ipv6() else address
-        listening: Any = Port(port, factory, BACKLOG, interface, reactor)  # type: ignore[arg-type]
+        listening: Any = Port(port, factory, BACKLOG, interface_of(host), reactor)  # type: ignore[arg-type]
         listening.accept_at_most(most_accepted)
         listening.startListening()
         return listening  # type: ignore[no-any-return]
 
     return listen
+
+
+def interface_of(host: str) -> str:
+    """Return the IP address to bind for a configured host."""
+    if host == _ALL and not _has_ipv6():
+        return _ALL_IPV4
+    return "127.0.0.1" if host == "localhost" else host
 
 
 def _has_ipv6() -> bool:

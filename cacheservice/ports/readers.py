@@ -173,3 +173,24 @@ class Port(tcp.Port):
     def connectionLost(self, reason: Failure) -> None:
         super().connectionLost(reason)
         self.readers.close()
+
+
+class StandbyPort(Port):
+    """A listening port that accepts connections only while it is asked to: another process accepts them otherwise.
+
+    Its clients stay when it does not accept any more.
+    """
+
+    _is_accepting = False
+
+    def accept(self, accepting: bool) -> None:
+        """Begin or cease to accept connections."""
+        self._is_accepting = accepting
+        if not accepting:
+            self.stopReading()
+        elif self.connected:
+            self.startReading()
+
+    def startReading(self) -> None:
+        if self._is_accepting:
+            super().startReading()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 Reason = Literal["too_many_connections", "auth_failed", "protocol_error", "slow_client"]
-"""In order: over `limits.max_connections`; a wrong password; a wrong or missing token; a violation of the port's
+"""In order: over `limits.max_connections`; a wrong password, or a wrong or missing token; a violation of the port's
 protocol; a client that did not receive its replies, or did not send its request, in time."""
 
 Rejected = dict[Reason, int]

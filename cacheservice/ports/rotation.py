@@ -14,6 +14,7 @@ from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
 from cacheservice.base.interfaces import Log, Reactor
+from cacheservice.base.internal_errors import log_internal_error
 from cacheservice.base.threads import in_thread
 from cacheservice.config import Settings
 
@@ -148,7 +149,7 @@ class Rotation(Secrets):
             )
 
     def _broken(self, failure: Failure) -> None:
-        self._log.error("internal_error", error=failure.getErrorMessage(), traceback=failure.getTraceback())
+        log_internal_error(self._log, failure)
 
     def _looked(self, _: None) -> None:
         waiting, self._waiting = self._waiting or [], None

@@ -1,1 +1,1 @@
-"""What one process sends to another: messages over a link."""
+"""Carries publishes from one process to others, in frames, over a link."""

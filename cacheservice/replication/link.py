@@ -83,14 +83,14 @@ class Link(Protocol):
         """
         self._handlers[name] = handler
 
-    def send(self, name: str, **fields: Plain) -> None:
+    def send(self, name: str, /, **fields: Plain) -> None:
         """Send an event.
 
         :raises MessageTooLarge: if it is longer than 16 MiB.
         """
         self._write(Event(name, fields))
 
-    def call(self, name: str, timeout_s: float = CALL_TIMEOUT_S, **fields: Plain) -> Deferred[Plain]:
+    def call(self, name: str, /, timeout_s: float = CALL_TIMEOUT_S, **fields: Plain) -> Deferred[Plain]:
         """Call a handler of the other end, and fire with the value that it returns. Cancelling ignores the reply.
 
         :raises LinkLost: if the connection ends before the reply.
@@ -138,6 +138,11 @@ class Link(Protocol):
         """Send the messages that wait, then close the link."""
         if self._outgoing is not None:
             self._outgoing.finish()
+
+    def lose(self) -> None:
+        """Close the link now; messages that wait are dropped."""
+        if self._outgoing is not None:
+            cast("Any", self.transport).abortConnection()
 
     def connectionMade(self) -> None:
         self._outgoing = Outgoing(cast("Any", self.transport))

@@ -205,7 +205,7 @@ class _Link(Protocol):
         if not failure.check(CancelledError):
             self.transport.abortConnection()
 
-    def server_said(self, data: bytes) -> None:
+    def server_sent(self, data: bytes) -> None:
         if self.silent:
             return
         self.held.append((reactor.seconds() + self.network.delay_s, memoryview(data)))
@@ -327,7 +327,7 @@ class _ServerSide(Protocol):
         """The server is gone: `connectionLost` follows. The client may have bytes to come, or hear nothing."""
 
     def dataReceived(self, data: bytes) -> None:
-        self.link.server_said(data)
+        self.link.server_sent(data)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self.link.network.ends.discard(self)

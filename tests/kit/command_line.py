@@ -67,9 +67,9 @@ class CommandLine(DaemonTestCase):
         )
 
     def succeed(self, *arguments: str, **environ: str) -> str:
-        told = self.command(*arguments, **environ)
-        self.assertEqual((told.returncode, told.stderr), (0, ""))
-        return told.stdout
+        finished = self.command(*arguments, **environ)
+        self.assertEqual((finished.returncode, finished.stderr), (0, ""))
+        return finished.stdout
 
     def terminal(self, *arguments: str, columns: int = 80, **environ: str) -> Terminal:
         terminal = Terminal(

@@ -305,13 +305,13 @@ class Network:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.port = int(self._said())
+        self.port = int(self._answer())
 
     def order(self, *words: object) -> None:
         assert self._process.stdin is not None
         print(*words, file=self._process.stdin, flush=True)
-        said = self._said()
-        assert said == "ok", said
+        answer = self._answer()
+        assert answer == "ok", answer
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -320,7 +320,7 @@ class Network:
         assert self._process.stdout is not None
         self._process.stdout.close()
 
-    def _said(self) -> str:
+    def _answer(self) -> str:
         assert self._process.stdout is not None
         return self._process.stdout.readline().strip()
 
@@ -428,7 +428,7 @@ class Life:
         """The greatest generation of a dataset that any reader has received."""
         return self._highest[name]
 
-    def told(self, name: str, generation: int, at_least: int) -> bool:
+    def note_received(self, name: str, generation: int, at_least: int) -> bool:
         """Note a generation that a reader received; False if a greater one had been received before it asked."""
         with self._lock:
             self._highest[name] = max(self._highest[name], generation)
@@ -505,7 +505,7 @@ class Storm:
     timeout_s: float = 3.0
     counts: Counts = field(default_factory=Counts)
     claims: Counter[Claim] = field(default_factory=Counter)
-    told: dict[tuple[int, str, int], tuple[int, int]] = field(default_factory=dict)
+    described: dict[tuple[int, str, int], tuple[int, int]] = field(default_factory=dict)
     struck: list[Struck] = field(default_factory=list)
     lives: list[Life] = field(default_factory=list)
     ledgers: dict[str, Ledger] = field(default_factory=dict)
@@ -568,8 +568,8 @@ class Storm:
             if took_s > STOP_LIMIT_S or not clean:
                 self.counts.add("stop", f"life {life.number}: {took_s:.1f} s, {life.daemon.process.returncode}")
         for line in life.broken:
-            told = self.before and "Too many open files" in line
-            self.counts.add("lines of the log about descriptors" if told else "broken", line)
+            is_expected = self.before and "Too many open files" in line
+            self.counts.add("lines of the log about descriptors" if is_expected else "broken", line)
         self.last_saved |= life.saved
 
     def measure(self) -> None:
@@ -670,11 +670,11 @@ class Storm:
             assert not thread.is_alive(), "a reader hangs"
 
     def examine(
-        self, life: Life, name: str, documents: Iterable[bytes], generation: int = 0, **told: Any
+        self, life: Life, name: str, documents: Iterable[bytes], generation: int = 0, **reported: Any
     ) -> Claim | None:
         """Look at the rows of one answer; what it claims, unless it contradicts itself.
 
-        :param told: `keys` and `as_of_us`, if the port reports them; `floor`, the generation that it must reach;
+        :param reported: `keys` and `as_of_us`, if the port reports them; `floor`, the generation that it must reach;
             `whole`, whether these are all rows.
         """
         rows = [json.loads(document) for document in documents]
@@ -689,21 +689,21 @@ class Storm:
             self.counts.add("mixed", f"{name} {generation}: {sorted(same)[:3]}")
             return None
         numbers = [row["id"] for row in rows]
-        if told.get("whole") and sorted(numbers) != list(range(1, row_count(name, version) + 1)):
+        if reported.get("whole") and sorted(numbers) != list(range(1, row_count(name, version) + 1)):
             self.counts.add("mixed", f"{name} {generation}: {len(numbers)} rows of version {version}")
             return None
-        if "keys" in told and [int(key) for key in told["keys"]] != numbers:
+        if "keys" in reported and [int(key) for key in reported["keys"]] != numbers:
             self.counts.add("mixed", f"{name} {generation}: the keys are not those of the rows")
             return None
         if any(row["mark"] != mark(row["id"], version) for row in rows):
             self.counts.add("mixed", f"{name} {generation}: a mark is not that of version {version}")
             return None
-        if told.get("as_of_us", first["as_of_us"]) != first["as_of_us"]:
+        if reported.get("as_of_us", first["as_of_us"]) != first["as_of_us"]:
             self.counts.add(
-                "wrong", f"{name} {generation}: told {told['as_of_us']}, the rows are of {first['as_of_us']}"
+                "wrong", f"{name} {generation}: reported {reported['as_of_us']}, the rows are of {first['as_of_us']}"
             )
-        if generation and not life.told(name, generation, told.get("floor", 0)):
-            self.counts.add("back", f"{name}: {generation} after {told['floor']}")
+        if generation and not life.note_received(name, generation, reported.get("floor", 0)):
+            self.counts.add("back", f"{name}: {generation} after {reported['floor']}")
         read_on_us = min(row["read_on_us"] for row in rows)
         claim = Claim(life.number, name, generation, version, first["seen"], first["as_of_us"], read_on_us)
         with self._lock:
@@ -721,19 +721,19 @@ class Storm:
                 before = known.setdefault((claim.life, claim.dataset), {}).setdefault(claim.generation, claim)
                 if (before.version, before.as_of_us) != (claim.version, claim.as_of_us):
                     self.counts.add("wrong", f"{before} and {claim} are of one generation", count)
-        for (life, name, generation), (as_of_us, rows) in self.told.items():
+        for (life, name, generation), (as_of_us, rows) in self.described.items():
             known_claim = known.get((life, name), {}).get(generation)
             if known_claim is not None:
                 expected = known_claim.as_of_us, row_count(name, known_claim.version)
                 if expected != (as_of_us, rows):
-                    self.counts.add("wrong", f"the status port told {as_of_us}, {rows} rows of {known_claim}")
+                    self.counts.add("wrong", f"the status port reported {as_of_us}, {rows} rows of {known_claim}")
             known.setdefault((life, name), {}).setdefault(generation, Claim(life, name, generation, 0, "", as_of_us, 0))
         for by_generation in known.values():
             moments = [claim.as_of_us for _, claim in sorted(by_generation.items())]
             if moments != sorted(moments):
                 self.counts.add("back", f"as_of goes back: {moments}")
         self.claims.clear()
-        self.told.clear()
+        self.described.clear()
 
     def finish(self) -> None:
         """End readers, service and writers, and judge."""
@@ -945,7 +945,7 @@ class HttpClient:
             self._storm.counts.add("answers")
             if tag != self._tags[name]:
                 self._storm.counts.add("wrong", f"a 304 with {tag} for {self._tags[name]}")
-            if not self._life.told(name, generation, floor):
+            if not self._life.note_received(name, generation, floor):
                 self._storm.counts.add("back", f"{name}: a 304 of {generation} after {floor}")
             return
         if way == "ndjson":
@@ -957,9 +957,9 @@ class HttpClient:
             keys, documents = list(parsed_body), [json.dumps(value) for value in parsed_body.values()]
         self._examine(name, documents, response, floor, keys=keys, whole=True)
 
-    def _examine(self, name: str, documents: Sequence[Any], response: Any, floor: int, **told: Any) -> None:
+    def _examine(self, name: str, documents: Sequence[Any], response: Any, floor: int, **reported: Any) -> None:
         generation = int(response.headers["X-Cache-Generation"])
-        claim = self._storm.examine(self._life, name, documents, generation, floor=floor, **told)
+        claim = self._storm.examine(self._life, name, documents, generation, floor=floor, **reported)
         modified = int(parsedate_to_datetime(response.headers["Last-Modified"]).timestamp())
         # It is that of the first read of these rows, and the claim may be a later one.
         if claim is not None and modified > claim.as_of_us // 1_000_000:
@@ -1013,11 +1013,11 @@ class StatusClient:
             if described["as_of"] is None:
                 raise ReadFailed(f"json: {name} has no snapshot")
             generation, as_of_us = described["generation"], microseconds(described["as_of"])
-            if not life.told(name, generation, floor):
+            if not life.note_received(name, generation, floor):
                 storm.counts.add("back", f"{name}: {generation} after {floor}")
-            told = (as_of_us, described["rows"])
-            if storm.told.setdefault((life.number, name, generation), told) != told:
-                storm.counts.add("wrong", f"{name} {generation}: {told}")
+            claim = (as_of_us, described["rows"])
+            if storm.described.setdefault((life.number, name, generation), claim) != claim:
+                storm.counts.add("wrong", f"{name} {generation}: {claim}")
             # What is from the disk is as old as the wall clock indicates, which may be turned.
             if described["source"] == "postgres" and described["age_s"] * 1e6 < asked_us - as_of_us - 2000:
                 storm.counts.add("young", f"{name}: {described['age_s']} s, {(asked_us - as_of_us) / 1e6} s passed")
@@ -1268,13 +1268,13 @@ def possible(storm: Storm) -> list[str]:
 # Files, in this process
 
 
-class Said:
+class StoreLog:
     """The log of a store."""
 
     def __init__(self) -> None:
         self.events: list[tuple[str, dict[str, Any]]] = []
 
-    def bind(self, **_: Any) -> Said:
+    def bind(self, **_: Any) -> StoreLog:
         return self
 
     def info(self, event: str, **fields: Any) -> None:
@@ -1300,29 +1300,29 @@ class Shelf:
     def path(self, generation: int) -> Path:
         return self.directory / f"products.{generation:012}.snapshot"
 
-    def _store(self, cache: Cache, keep: int, said: Said) -> SnapshotStore:
+    def _store(self, cache: Cache, keep: int, log: StoreLog) -> SnapshotStore:
         settings = PersistenceSettings(directory=str(self.directory), min_save_interval_s=0, keep_generations=keep)
-        return SnapshotStore(cache, settings, lambda _: None, reactor, said)
+        return SnapshotStore(cache, settings, lambda _: None, reactor, log)
 
-    async def restore(self) -> tuple[Snapshot | None, Said]:
+    async def restore(self) -> tuple[Snapshot | None, StoreLog]:
         """What a start would serve, and what it reports."""
-        cache, said = Cache([SETTINGS], reactor.seconds), Said()
-        store = self._store(cache, 2, said)
-        await restore(store, cache, reactor, said)
+        cache, log = Cache([SETTINGS], reactor.seconds), StoreLog()
+        store = self._store(cache, 2, log)
+        await restore(store, cache, reactor, log)
         await store.stopService()  # which releases the lock of the directory
-        return cache.dataset("products").snapshot, said
+        return cache.dataset("products").snapshot, log
 
     async def save(self, tables: Sequence[Mapping[bytes, bytes]]) -> None:
         """Each as a generation, from 1 on."""
-        cache, said = Cache([SETTINGS], reactor.seconds), Said()
-        store = self._store(cache, len(tables), said)
+        cache, log = Cache([SETTINGS], reactor.seconds), StoreLog()
+        store = self._store(cache, len(tables), log)
         store.startService()
         for generation, table in enumerate(tables, 1):
             rows = rows_builder()
             rows.add(list(table.items()))
             snapshot = Snapshot(generation, rows.finish(), datetime.now(UTC), reactor.seconds(), "1:1:")
             cache.dataset("products").publish(snapshot)
-            while len(said.named("snapshot_saved")) < generation:
+            while len(log.named("snapshot_saved")) < generation:
                 await deferLater(reactor, 0.001)
         await store.stopService()
 
@@ -1344,10 +1344,10 @@ class Shelf:
 
     async def _refused(self, content: bytes, before: Mapping[bytes, bytes], what: str) -> None:
         self.path(2).write_bytes(content)
-        snapshot, said = await self.restore()
+        snapshot, log = await self.restore()
         served = None if snapshot is None else (snapshot.generation, dict(snapshot.rows.items()))
-        if served != (1, before) or self.path(2).exists() or len(said.named("snapshot_rejected")) != 1:
-            self._counts.add("damage", f"{what}: generation {served and served[0]}, {said.events}")
+        if served != (1, before) or self.path(2).exists() or len(log.named("snapshot_rejected")) != 1:
+            self._counts.add("damage", f"{what}: generation {served and served[0]}, {log.events}")
 
     async def kill(self, kills: int, rows: int, most_s: float) -> None:
         """Kill a process that saves one generation after the other at a random moment of the first `most_s`, so often:
@@ -1355,13 +1355,13 @@ class Shelf:
         self.directory.mkdir(exist_ok=True)
         for _ in range(kills):
             begun = await deferToThread(killed_after, self.directory, rows, self._random.uniform(0.0, most_s))
-            snapshot, said = await self.restore()
+            snapshot, log = await self.restore()
             generation = snapshot.generation if snapshot else 0
             whole = snapshot is None or dict(snapshot.rows.items()) == dict(rows_of_generation(generation, rows))
             others = [path.name for path in self.directory.iterdir() if not path.name.endswith(".snapshot")]
-            if generation not in (begun - 1, begun) or not whole or others or said.named("snapshot_rejected"):
+            if generation not in (begun - 1, begun) or not whole or others or log.named("snapshot_rejected"):
                 self._counts.add(
-                    "killed", f"in generation {begun}: {generation}, whole {whole}, {others}, {said.events}"
+                    "killed", f"in generation {begun}: {generation}, whole {whole}, {others}, {log.events}"
                 )
             self._counts.add("kills")
             self._counts.add(f"kills that loaded the {'new' if generation == begun else 'old'} generation")

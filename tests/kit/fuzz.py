@@ -106,7 +106,7 @@ class Talk(ABC):
         """All that the client sends on one connection."""
 
     @abstractmethod
-    def judge(self, inputs: Sequence[Input], said: bytes, answer: bytes, was_reset: bool) -> int:
+    def judge(self, inputs: Sequence[Input], sent: bytes, answer: bytes, was_reset: bool) -> int:
         """How many of the inputs the port has looked at: up to the one after which it was not in step any more.
 
         :raises Wrong: if the answer is not one that a port may send.
@@ -291,7 +291,7 @@ class RespTalk(Talk):
             parts += [each.data, self._auth, encode("RESET"), self._auth, encode("ECHO", self._mark(number))]
         return b"".join(parts)
 
-    def judge(self, inputs: Sequence[Input], said: bytes, answer: bytes, was_reset: bool) -> int:
+    def judge(self, inputs: Sequence[Input], sent: bytes, answer: bytes, was_reset: bool) -> int:
         marks = {self._mark(number): number + 1 for number in range(len(inputs))}
         in_step, refused = 0, False
         reader = hiredis.Reader(notEnoughData=_NOTHING)
@@ -404,10 +404,10 @@ class HttpTalk(Talk):
         parts = [each.data + _http(f"GET /in-step-{number} HTTP/1.1", "Host: a") for number, each in enumerate(inputs)]
         return b"".join(parts)
 
-    def judge(self, inputs: Sequence[Input], said: bytes, answer: bytes, was_reset: bool) -> int:
+    def judge(self, inputs: Sequence[Input], sent: bytes, answer: bytes, was_reset: bool) -> int:
         in_step, position, closes, has_no_end = 0, 0, False, False
         marks = {f"/in-step-{number}": number + 1 for number in range(len(inputs))}
-        with_head = b"HEAD" in said
+        with_head = b"HEAD" in sent
         while position < len(answer):
             if closes:
                 raise Wrong("something came after an answer that closes", in_step)
@@ -499,12 +499,12 @@ class StatusTalk(Talk):
 
     def session(self, inputs: Sequence[Input]) -> bytes:
         """Half of them keep the connection open."""
-        told = b"".join(each.data for each in inputs)
-        return b"prompt\n" + told if len(told) % 2 else told
+        sent = b"".join(each.data for each in inputs)
+        return b"prompt\n" + sent if len(sent) % 2 else sent
 
-    def judge(self, inputs: Sequence[Input], said: bytes, answer: bytes, was_reset: bool) -> int:
-        wanted, heard_bytes = self._expected(said)
-        ends = [len(said) - sum(len(each.data) for each in inputs)]
+    def judge(self, inputs: Sequence[Input], sent: bytes, answer: bytes, was_reset: bool) -> int:
+        wanted, heard_bytes = self._expected(sent)
+        ends = [len(sent) - sum(len(each.data) for each in inputs)]
         for each in inputs:
             ends.append(ends[-1] + len(each.data))
         heard = max(1, sum(end < heard_bytes for end in ends[:-1]))
@@ -526,22 +526,22 @@ class StatusTalk(Talk):
             raise Wrong("the connection was reset", heard - 1)
         return heard
 
-    def _expected(self, said: bytes) -> tuple[list[re.Pattern[str]], int]:
+    def _expected(self, sent: bytes) -> tuple[list[re.Pattern[str]], int]:
         """What has to come, and how much of what was received is checked."""
         wanted: list[re.Pattern[str]] = []
         prompting, position = False, 0
 
-        def say(pattern: re.Pattern[str] | None) -> None:
+        def expect(pattern: re.Pattern[str] | None) -> None:
             wanted.extend([pattern] if pattern else [])
             wanted.extend([_EMPTY_LINE] if prompting else [])
 
-        while position < len(said):
-            end = said.find(b"\n", position)
-            end = len(said) if end < 0 else end
-            line = said[position:end]
+        while position < len(sent):
+            end = sent.find(b"\n", position)
+            end = len(sent) if end < 0 else end
+            line = sent[position:end]
             position = end + 1
             if len(line) > MAX_LINE_BYTES + 1 or len(line.removesuffix(b"\r")) > MAX_LINE_BYTES:
-                say(self._error)
+                expect(self._error)
                 break
             commands = [part.strip() for part in line.removesuffix(b"\r").decode("utf-8", "replace").split(";")]
             for command in filter(None, commands):
@@ -549,11 +549,11 @@ class StatusTalk(Talk):
                     return wanted, position
                 if command == "prompt":
                     prompting = True
-                    say(None)
+                    expect(None)
                 else:
-                    say(self._replies.get(" ".join(command.split()), self._error))
+                    expect(self._replies.get(" ".join(command.split()), self._error))
             if not any(commands):
-                say(self._error)
+                expect(self._error)
             if not prompting:
                 break
         return wanted, position
@@ -593,12 +593,12 @@ class Session:
     def __init__(self, talk: Talk, port: int, group: Group) -> None:
         self.talk = talk
         self.inputs = group.inputs
-        self.said = talk.session(self.inputs)
+        self.sent = talk.session(self.inputs)
         self.answer: list[bytes] = []
         self.was_reset = False
         self.dropped = group.dropped
-        cuts = [int(cut * len(self.said)) for cut in group.cuts]
-        self._left = [self.said[start:end] for start, end in zip([0, *cuts], [*cuts, len(self.said)], strict=True)]
+        cuts = [int(cut * len(self.sent)) for cut in group.cuts]
+        self._left = [self.sent[start:end] for start, end in zip([0, *cuts], [*cuts, len(self.sent)], strict=True)]
         self.socket = socket.create_connection(("127.0.0.1", port))
         self.socket.setblocking(False)
         if cuts:
@@ -638,11 +638,11 @@ class Session:
 
     def judge(self) -> int:
         """:raises Wrong: if what came is not what may come."""
-        return self.talk.judge(self.inputs, self.said, b"".join(self.answer), self.was_reset)
+        return self.talk.judge(self.inputs, self.sent, b"".join(self.answer), self.was_reset)
 
     def report(self, why: Wrong) -> str:
         where = self.inputs[min(why.number, len(self.inputs) - 1)].data
-        shown = [f"{why}, at the input {_shown(where)}", f"in {_shown(self.said)}"]
+        shown = [f"{why}, at the input {_shown(where)}", f"in {_shown(self.sent)}"]
         return ", ".join([*shown, f"which was answered {_shown(b''.join(self.answer))}"])
 
 

@@ -69,8 +69,16 @@ class LinkPair:
             self.clock, self.log, self.frames.append, on_lost=lambda reason: self.lost.append(("worker", reason))
         )
         self.is_open = True
-        for link, wire in zip(self.ends, self.wires, strict=True):
-            link.makeConnection(wire)  # type: ignore[arg-type]
+        self._connect(self.main, self.wires[0])
+        self._connect(self.worker, self.wires[1])
+
+    def join(self, main: Link) -> None:
+        """Use `main` as the end of the main process from now on."""
+        self.main = main
+        self._connect(main, self.wires[0])
+
+    def _connect(self, link: Link, wire: _Wire) -> None:
+        link.makeConnection(wire)  # type: ignore[arg-type]
 
     @property
     def ends(self) -> tuple[Link, Link]:

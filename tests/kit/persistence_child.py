@@ -83,19 +83,19 @@ class Child:
 
 def killed_after(directory: Path, count: int, after_s: float) -> int:
     """The last generation that a child had begun when it was killed, so long after its first; it blocks."""
-    told = _told_until_killed(directory, after_s, str(count))
-    return max(int(number) for word, number in told if word == "begun")
+    lines = _lines_until_killed(directory, after_s, str(count))
+    return max(int(number) for word, number in lines if word == "begun")
 
 
 def killed_while_renewing(directory: Path, after_s: float) -> tuple[int, int]:
     """The last renewal that a child had begun when it was killed, and the last that was complete; it blocks."""
-    told = _told_until_killed(directory, after_s, "10", "renew")
-    saved = [int(number) for word, number in told if word == "saved"]
+    lines = _lines_until_killed(directory, after_s, "10", "renew")
+    saved = [int(number) for word, number in lines if word == "saved"]
     # The first pair is of the generation that it renews.
-    return max([0, *(int(number) for word, number in told[1:] if word == "begun")]), saved[-1] if len(saved) > 1 else 0
+    return max([0, *(int(number) for word, number in lines[1:] if word == "begun")]), saved[-1] if len(saved) > 1 else 0
 
 
-def _told_until_killed(directory: Path, after_s: float, *arguments: str) -> list[list[str]]:
+def _lines_until_killed(directory: Path, after_s: float, *arguments: str) -> list[list[str]]:
     """The lines of a child, which is killed so long after its first; with renewals, after its first save."""
     child = subprocess.Popen(
         [sys.executable, "-m", "tests.kit.persistence_child", str(directory), *arguments],
@@ -104,12 +104,12 @@ def _told_until_killed(directory: Path, after_s: float, *arguments: str) -> list
         text=True,
     )
     assert child.stdout is not None
-    told = "".join(child.stdout.readline() for _ in arguments)
+    output = "".join(child.stdout.readline() for _ in arguments)
     time.sleep(after_s)
     child.kill()
-    told += child.communicate()[0]
-    words = [line.split() for line in told[: told.rfind("\n") + 1].splitlines()]  # the last one may be cut
-    assert {word for word, *_ in words} <= {"begun", "saved"}, told
+    output += child.communicate()[0]
+    words = [line.split() for line in output[: output.rfind("\n") + 1].splitlines()]  # the last one may be cut
+    assert {word for word, *_ in words} <= {"begun", "saved"}, output
     return words
 
 

@@ -41,9 +41,9 @@ def running_pooler(
                 psycopg2.connect(dsn()).close()
                 break
             except psycopg2.OperationalError as error:
-                said = f"{error} {(folder / 'log').read_text()}"
-                assert process.poll() is None, said
-                assert time.monotonic() < limit, said
+                problem = f"{error} {(folder / 'log').read_text()}"
+                assert process.poll() is None, problem
+                assert time.monotonic() < limit, problem
                 time.sleep(0.05)
         yield dsn
     finally:

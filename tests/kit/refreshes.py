@@ -42,6 +42,7 @@ class Read:
         self.expect = wanted.expect
         self.notified = wanted.notified
         self.since = wanted.since
+        self.trust_probe = wanted.trust_probe
         self.began_at = began_at
         self.moment = Moment(MOMENT, began_at, "1:1:")
         self.result: Deferred[ReadResult] = Deferred()
@@ -170,8 +171,8 @@ class RefreshTestCase(SynchronousTestCase):
         self.assertEqual(world.database.running, [])
 
     def assert_last_line(self, world: World, level: str, event: str, fields: dict[str, Any]) -> None:
-        last_level, last_event, told = world.log.lines[-1]
-        if "attempt" in told:
-            self.assertRegex(told["attempt"], "^[0-9a-f]{8}$")
-        without_id = {name: value for name, value in told.items() if name != "attempt"}
+        last_level, last_event, last_fields = world.log.lines[-1]
+        if "attempt" in last_fields:
+            self.assertRegex(last_fields["attempt"], "^[0-9a-f]{8}$")
+        without_id = {name: value for name, value in last_fields.items() if name != "attempt"}
         self.assertEqual((last_level, last_event, without_id), (level, event, fields))

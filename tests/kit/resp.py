@@ -12,8 +12,8 @@ Words = tuple[bytes | str | int, ...]
 
 def encode(*words: bytes | str | int) -> bytes:
     """A request as clients write it."""
-    told = [word if isinstance(word, bytes) else str(word).encode() for word in words]
-    return b"*%d\r\n" % len(told) + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in told)
+    encoded = [word if isinstance(word, bytes) else str(word).encode() for word in words]
+    return b"*%d\r\n" % len(encoded) + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in encoded)
 
 
 class Client:

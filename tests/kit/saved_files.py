@@ -10,8 +10,9 @@ from typing import Any
 
 from cacheservice.cache.rows import Rows
 from cacheservice.config import DatasetSettings
-from cacheservice.sources.disk.format import RowsUnpacker, SnapshotWriter, packed, read
-from cacheservice.sources.disk.header import Header, fingerprint
+from cacheservice.sources.disk.format import SnapshotWriter, read
+from cacheservice.sources.frames.header import Header, fingerprint
+from cacheservice.sources.frames.rows import RowsUnpacker, packed
 from tests.kit.datasets import Table, declared
 
 AS_OF = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
@@ -53,7 +54,7 @@ def file_of(rows: Rows, **more: Any) -> bytes:
 def table_of(path: Path) -> tuple[Header, Table]:
     """All of a file, or its refusal."""
     header, blocks = read(path)
-    unpacker = RowsUnpacker(header, path.name)
+    unpacker = RowsUnpacker(path.name, header.size_bytes)
     rows = [row for block in blocks for slice_ in unpacker.slices(block) for row in slice_]
     return header, dict(rows)
 

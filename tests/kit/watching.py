@@ -145,7 +145,7 @@ class Refreshing(Watching):
         self.assertEqual(len(now.keys), len(set(now.keys)))
         return now, set(now.keys)
 
-    def assert_problem(self, previous: Refresh, told: str) -> None:
+    def assert_problem(self, previous: Refresh, problem: str) -> None:
         now = self.refresh(previous.snapshot)
-        self.assertEqual(now.problem, told)
+        self.assertEqual(now.problem, problem)
         self.assertEqual(now.keys, [])

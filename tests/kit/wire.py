@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from twisted.internet.address import IPv4Address
@@ -25,14 +24,12 @@ class WireSocket:
             raise BlockingIOError
         return accepted
 
-    def sendmsg(self, parts: Sequence[bytes]) -> int:
-        return self.send(b"".join(parts))
-
 
 class Wire:
     """A transport like that of TCP, without a reactor.
 
     `room_bytes` is how much more output the client accepts, None for any amount; `client_reads` makes more room.
+    With `aborts_late`, `connectionLost` follows an abort as late as `abort_arrives`, as in a later turn of a reactor.
     """
 
     def __init__(self, protocol: Protocol, room_bytes: int | None = None) -> None:
@@ -43,6 +40,7 @@ class Wire:
         self.is_reading = True
         self.is_broken = False
         self.is_write_closed = False
+        self.aborts_late = False
         self.ended: str | None = None
         self.producer: Any = None
         self._is_closing = self._is_half_closing = False
@@ -65,6 +63,10 @@ class Wire:
 
     def client_leaves(self) -> None:
         self._end("lost")
+
+    def abort_arrives(self) -> None:
+        """Report an abort to the connection, if `aborts_late`."""
+        self._lose("aborted")
 
     def client_reads(self, size_bytes: int | None = None) -> None:
         """Let the client read so much more output; None for all."""
@@ -141,6 +143,11 @@ class Wire:
     def _end(self, how: str) -> None:
         if self.ended is None:
             self.ended, self.is_reading, self.queue = how, False, b""
+            if not (how == "aborted" and self.aborts_late):
+                self._lose(how)
+
+    def _lose(self, how: str) -> None:
+        if hasattr(self, "protocol"):
             protocol = self.protocol
             del self.protocol  # as Twisted does
             protocol.connectionLost(Failure(ConnectionLost() if how == "aborted" else ConnectionDone()))

@@ -12,7 +12,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.base import clock
 from cacheservice.base.clock import Host
-from cacheservice.sources.disk.age import Age, ReadOn
+from cacheservice.sources.frames.age import Age, ReadOn
 from tests.kit.paths import ROOT
 
 

@@ -454,7 +454,8 @@ class Problems(Loading):
             "postgres.sslmode: unknown key; known are dsn, connect_timeout_s, max_connections, max_load, "
             "search_path, settings",
         )
-        known = "known are postgres, status, admin, resp, http, limits, log, persistence, statsd, defaults, datasets"
+        tables = "postgres, status, admin, resp, http, limits, log, persistence, statsd, workers, defaults, datasets"
+        known = f"known are {tables}"
         self.assertEqual(self.problem_of(DSN + PRODUCTS + "[cluster]\n"), f"cluster: unknown table; {known}")
         self.assertEqual(self.problem_of("logs = 1\n" + DSN + PRODUCTS), 'logs: unknown key; did you mean "log"?')
         self.assertIn("name: unknown key;", self.problem_of(DSN + PRODUCTS + 'name = "x"'))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from twisted.internet.defer import Deferred
@@ -10,7 +11,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.ports import clients
 from cacheservice.ports.admission import RESERVE_S, Door, Room
-from cacheservice.ports.client_socket import LINGER_S, Phase
+from cacheservice.ports.client_socket import ENDING, LINGER_S, Phase
 from cacheservice.ports.clients import ClientFactory, Limits
 from cacheservice.ports.connection import READ_AHEAD_BYTES, Connection, Piece
 from cacheservice.ports.held import Streamed
@@ -118,24 +119,22 @@ class BackPressure(ConnectionTestCase):
         self.assertEqual((wire.take(), wire.is_reading), (b"ABC", True))
 
     def test_a_part(self) -> None:
-        """What the socket takes in part is continued where it stopped, whether it came in parts or whole."""
-        for send in (lambda client: client.send(b"abcdef"), lambda client: client.send_parts([b"abc", b"de", b"f"])):
-            client, wire = self.connect(room_bytes=4)
-            send(client)
-            self.assertEqual((wire.sent, wire.queue), (b"abcd", b"ef"))
-            send(client)
-            wire.client_reads()
-            self.assertEqual(wire.take(), b"abcdef" * 2)
-            send(client)
-            self.assertEqual(wire.take(), b"abcdef")
+        """What the socket takes in part is continued where it stopped."""
+        client, wire = self.connect(room_bytes=4)
+        client.send(b"abcdef")
+        self.assertEqual((wire.sent, wire.queue), (b"abcd", b"ef"))
+        client.send(b"abcdef")
+        wire.client_reads()
+        self.assertEqual(wire.take(), b"abcdef" * 2)
+        client.send(b"abcdef")
+        self.assertEqual(wire.take(), b"abcdef")
 
     def test_a_broken_socket(self) -> None:
         """A socket that fails ends its connection."""
-        for send in (lambda client: client.send(b"a"), lambda client: client.send_parts([b"a", b"b"])):
-            client, wire = self.connect()
-            wire.is_broken = True
-            send(client)
-            self.assertEqual(wire.ended, "aborted")
+        client, wire = self.connect()
+        wire.is_broken = True
+        client.send(b"a")
+        self.assertEqual(wire.ended, "aborted")
 
     def test_nothing_read_within_the_idle_time(self) -> None:
         """A choked client that reads nothing for the idle time is dropped and counted; any progress restarts it."""
@@ -145,6 +144,19 @@ class BackPressure(ConnectionTestCase):
         self.assertIsNone(wire.ended)
         self.clock.advance(2)
         self.assertEqual((wire.ended, self.factory.rejected["slow_client"]), ("aborted", 1))
+
+    def test_the_idle_time_begins_with_the_queue(self) -> None:
+        """A client that was silent for a long time has the whole idle time to read what comes without a request."""
+        client, wire = self.connect(room_bytes=0)
+        client.wait(Deferred())
+        self.patch(client, "patience_s", lambda: IDLE_S if client.is_choked else math.inf)
+        for _ in range(21):  # to the middle between two looks at the time
+            self.clock.advance(IDLE_S / 2)
+        client.send(b"a")
+        self.clock.advance(IDLE_S - 1)
+        self.assertIsNone(wire.ended)
+        self.clock.advance(1)
+        self.assertEqual(wire.ended, "aborted")
 
 
 class Waiting(ConnectionTestCase):
@@ -221,6 +233,14 @@ class Streams(ConnectionTestCase):
         coming.callback(None)
         self.turn()
         self.assertEqual(wire.take(), b"b")
+
+    def test_a_client_that_reads_before_the_next_piece(self) -> None:
+        """A client that was choked is read again while its next piece is awaited, so that its end is noticed."""
+        client, wire = self.connect(room_bytes=0)
+        client.stream(iter([b"a", Deferred()]))
+        self.assertFalse(wire.is_reading)
+        wire.client_reads()
+        self.assertEqual((wire.take(), wire.is_reading, client.phase), (b"a", True, Phase.STREAMING))
 
     def test_an_end_before_its_time(self) -> None:
         """The pieces of a client that leaves, is dropped or is finished with are closed; a late piece is ignored."""
@@ -320,6 +340,72 @@ class Ends(ConnectionTestCase):
         client, wire = self.connect()
         self.assertEqual(client.drop_slow(), "192.0.2.1:50000")
         self.assertEqual((wire.ended, self.factory.rejected["slow_client"]), ("aborted", 1))
+
+
+class NothingAfterTheEnd(ConnectionTestCase):
+    """Laws of a connection that has been aborted, or finished, before the transport has reported its end."""
+
+    def ended(self) -> Iterator[tuple[Lines, Wire]]:
+        """Connections that have ended in each way."""
+        for end in (Lines.abort, Lines.finish, lambda client: client.send(b"lost")):
+            client, wire = self.connect()
+            wire.aborts_late = wire.is_broken = True
+            end(client)
+            self.assertIn(client.phase, ENDING)
+            yield client, wire
+
+    def test_no_turn(self) -> None:
+        """A client that has yielded gets no turn after its end, and none if it yields after it."""
+        for yields_before in (True, False):
+            for end in (Lines.abort, Lines.finish):
+                client, wire = self.connect()
+                wire.aborts_late = True
+                if yields_before:
+                    wire.receive(b"ab")
+                    wire.take()
+                client.input = b"b"
+                end(client)
+                if not yields_before:
+                    client.yield_turn()
+                for _ in range(2):
+                    self.turn()
+                self.assertEqual((wire.take(), client.input), (b"", b"b"))
+                self.assertIn(client.phase, ENDING)
+                wire.abort_arrives()
+
+    def test_nothing_is_awaited(self) -> None:
+        """A reply that would be awaited is cancelled, and the end stays."""
+        for client, wire in self.ended():
+            cancelled: list[object] = []
+            client.wait(Deferred(cancelled.append))
+            self.assertEqual((len(cancelled), client.answers), (1, []))
+            self.assertIn(client.phase, ENDING)
+            wire.abort_arrives()
+
+    def test_nothing_is_streamed(self) -> None:
+        """Pieces are closed and none is taken, and their snapshots are not held."""
+        held: list[object] = []
+        self.patch(self.factory.held, "begin", lambda *of: held.append(of))
+        for client, wire in self.ended():
+            pieces = (piece for piece in [b"a", b"b"])
+            client.stream(pieces)
+            client.stream(Streamed(iter([b"a"]), {}))
+            self.assertEqual((list(pieces), held), ([], []))
+            self.assertIn(client.phase, ENDING)
+            wire.abort_arrives()
+
+    def test_a_piece_that_breaks_the_socket(self) -> None:
+        """A stream whose output fails is not read again while it awaits a piece, and its next piece is not taken."""
+        client, wire = self.connect()
+        wire.aborts_late = wire.is_broken = True
+        coming: Deferred[None] = Deferred()
+        pieces = iter([b"a", coming, b"b"])
+        self.patch(wire, "resumeProducing", lambda: self.fail("an aborted transport is read"))
+        client.stream(pieces)
+        coming.callback(None)
+        self.turn()
+        self.assertEqual((wire.ended, list(pieces)), ("aborted", [b"b"]))
+        wire.abort_arrives()
 
 
 class Admission(ConnectionTestCase):

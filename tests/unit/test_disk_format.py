@@ -20,9 +20,11 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.base import clock
 from cacheservice.base.errors import SnapshotRejected
-from cacheservice.sources.disk.age import ReadOn
-from cacheservice.sources.disk.format import BLOCK_BYTES, FORMAT, MAGIC, SnapshotWriter, packed, read
-from cacheservice.sources.disk.header import fingerprint
+from cacheservice.sources.disk.format import FORMAT, MAGIC, SnapshotWriter, read
+from cacheservice.sources.frames.age import ReadOn
+from cacheservice.sources.frames.header import fingerprint
+from cacheservice.sources.frames.parts import BLOCK_BYTES
+from cacheservice.sources.frames.rows import packed
 from tests.kit.datasets import Table, rows_of
 from tests.kit.saved_files import AS_OF, file_of, header_of, noise, saved_dataset, table_of
 

@@ -13,14 +13,18 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.base.errors import Stopped
 from cacheservice.cache.cache import Cache
+from cacheservice.cache.events import Event, Noted
 from cacheservice.cache.rows import Rows
 from cacheservice.cache.snapshot import Snapshot
 from cacheservice.config import DatasetSettings
 from cacheservice.refresh.restore import restore
+from cacheservice.sources.disk.failures import SaveFailures
 from cacheservice.sources.disk.generations import Generations, of_one_moment
-from cacheservice.sources.disk.header import Header
+from cacheservice.sources.disk.lock import DirectoryLock
 from cacheservice.sources.disk.schedule import LEAST_RETRY_S, Schedule
 from cacheservice.sources.disk.work import Work
+from cacheservice.sources.disk.writer import Writer
+from cacheservice.sources.frames.header import Header
 from tests.kit.datasets import declared, numbered_rows, snapshot_of
 from tests.kit.logs import Log
 from tests.kit.saved_files import AS_OF, header_of
@@ -69,6 +73,47 @@ class Schedules(SynchronousTestCase):
                 self.assertEqual(schedule.first(), (100.0 + retry_in_s, PRODUCTS))
                 schedule.clear()
             self.assertIsNone(schedule.first())
+
+
+class Failures(SynchronousTestCase):
+    """What a failed save and its end notify and log."""
+
+    def setUp(self) -> None:
+        clock = Clock()
+        self.log = Log()
+        self.cache = Cache([declared("products"), declared("prices")], clock.seconds)
+        self.noted: list[str] = []
+        self.cache.events.subscribe(self.note, Noted)
+        directory = Path("/nowhere")
+        writer = Writer(Generations(directory, 1), DirectoryLock(directory), Work(clock))
+        self.failures = SaveFailures(self.cache, Schedule(60.0), writer, clock, self.log)
+
+    def note(self, event: Event) -> None:
+        self.noted.append(event.dataset)
+
+    def test_a_save_without_a_problem_before_it(self) -> None:
+        """No observer is notified and nothing is logged, because nothing has changed."""
+        self.failures.succeeded("products")
+        self.assertEqual((self.noted, self.log.lines), ([], []))
+
+    def test_the_end_of_a_problem(self) -> None:
+        """The end of a problem is notified and logged once, for the dataset that had it."""
+        self.failures.failed(PRODUCTS, OSError(28, "No space left on device"))
+        self.assertEqual(self.log.names(), ["snapshot_save_failed"])
+        for _ in range(2):
+            self.failures.succeeded("products")
+            self.failures.succeeded("prices")
+        self.assertEqual(self.noted, ["products", "products"])
+        self.assertEqual(self.log.names(), ["snapshot_save_failed", "snapshot_save_recovered"])
+        self.assertIsNone(self.cache.dataset("products").save_problem)
+
+    def test_a_dataset_that_was_removed_meanwhile(self) -> None:
+        """It has no problem any more: nothing is notified."""
+        self.cache.declare([declared("prices")])
+        self.noted.clear()
+        self.failures.failed(PRODUCTS, OSError(28, "No space left on device"))
+        self.failures.succeeded("products")
+        self.assertEqual((self.noted, self.log.lines), ([], []))
 
 
 class Moments(SynchronousTestCase):

@@ -15,6 +15,8 @@ from cacheservice.ports.clients import Limits
 from cacheservice.ports.connection import READ_AHEAD_BYTES
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.http import AccessSettings, HttpFactory, Served, connection
+from cacheservice.ports.http.events import HEARTBEAT_S, PERIOD_S
+from cacheservice.ports.http.exchange import LAST_CHUNK, chunked
 from tests.kit.clocks import one_turn, started_clock
 from tests.kit.datasets import MOMENT_WITH_MS, declared, rows_of
 from tests.kit.fake_refreshes import FakeRefreshes
@@ -29,6 +31,18 @@ WHOLE = b"GET /v1/datasets/products HTTP/1.1\r\nHost: a\r\n\r\n"
 FRESH = b"GET /v1/datasets/products/rows/1?max_age=0 HTTP/1.1\r\nHost: a\r\n\r\n"
 EVENTS = b"GET /events HTTP/1.1\r\nHost: a\r\n\r\n"
 ROWS = 2000
+
+
+def chunks(body: bytes) -> list[bytes]:
+    """The contents of the chunks of a body. A chunk that is not whole fails."""
+    contents = []
+    while body:
+        size, _, body = body.partition(b"\r\n")
+        length = int(size, 16)
+        contents.append(body[:length])
+        assert body[length : length + 2] == b"\r\n", "the last chunk is not whole"
+        body = body[length + 2 :]
+    return contents
 
 
 class ConnectionTestCase(SynchronousTestCase):
@@ -123,12 +137,34 @@ class Requests(ConnectionTestCase):
         self.turns()
         head, _, body = wire.sent.partition(b"\r\n\r\n")
         self.assertIn(b"Transfer-Encoding: chunked", head)
-        parts = []
-        while body:
-            size, _, body = body.partition(b"\r\n")
-            parts.append(body[: int(size, 16)])
-            body = body[int(size, 16) + 2 :]
-        self.assertEqual(len(json.loads(b"".join(parts))), ROWS)
+        self.assertEqual(len(json.loads(b"".join(chunks(body)))), ROWS)
+
+    def test_turns_of_chunks(self) -> None:
+        """A turn ends after a whole chunk, however little a turn may send; an empty piece is not a chunk."""
+        wire = self.connect()
+        wire.protocol.bytes_per_turn = 1  # type: ignore[attr-defined]  # of a connection
+        wire.receive(EVENTS)
+        turns = wire.take().partition(b"\r\n\r\n")[2]
+        for _ in range(10):
+            chunks(turns)
+            self.turns(1)
+            turns = wire.take()
+        self.assertEqual(list(chunked(iter([b"a", b"", b"bc"]))), [b"1\r\na\r\n", b"", b"2\r\nbc\r\n", LAST_CHUNK])
+
+    def test_input_during_an_endless_reply(self) -> None:
+        """It is bounded, however many events are sent; the connection is read on before that, to detect its end."""
+        wire = self.connect()
+        wire.receive(EVENTS)
+        self.turns()
+        received = 0
+        for _ in range(100):
+            if not wire.is_reading:
+                break
+            wire.receive(b"x" * (READ_AHEAD_BYTES // 4))
+            received += READ_AHEAD_BYTES // 4
+            self.clock.advance(HEARTBEAT_S + 1)
+            self.turns()
+        self.assertEqual((wire.is_reading, received), (False, READ_AHEAD_BYTES // 4 * 5))
 
     def test_a_reply_that_waits(self) -> None:
         """Requests behind one that waits are answered after it, and input that comes too early is bounded."""
@@ -192,6 +228,24 @@ class Ends(ConnectionTestCase):
             wire.client_leaves()
             self.assertEqual(self.factory.clients, set())
         self.assertEqual(self.cache.events.subscription_count, subscriptions)
+
+    def test_the_port_stops(self) -> None:
+        """An event stream ends as complete, unless its client does not read; other replies in progress are aborted."""
+        listening, slow, waiting, reading = wires = [self.connect() for _ in range(4)]
+        listening.receive(EVENTS)
+        slow.receive(EVENTS)
+        self.turns()
+        slow.room_bytes = 5
+        self.publish(2)
+        self.clock.advance(PERIOD_S)
+        self.turns()
+        waiting.receive(FRESH)
+        reading.receive(WHOLE)
+        reading.protocol.factory.close_clients()  # type: ignore[attr-defined]  # of a connection
+        self.assertEqual([wire.ended for wire in wires], ["closed", "aborted", "aborted", "aborted"])
+        self.assertEqual(chunks(listening.sent.partition(b"\r\n\r\n")[2])[-1], b"")
+        for wire in (slow, reading):
+            self.assertFalse(wire.sent.endswith(LAST_CHUNK))
 
 
 class Times(ConnectionTestCase):

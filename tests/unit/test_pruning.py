@@ -128,6 +128,68 @@ class Prunes(SynchronousTestCase):
         self.assertEqual(self.asked_at, [])
 
 
+class Stop(SynchronousTestCase):
+    """The loop of the pruning, and its end."""
+
+    def setUp(self) -> None:
+        self.world = World(watch=WATCH)
+        self.calls: list[Deferred[Pruned]] = []
+        changes = FakeChanges(self.prune)
+        self.pruning = Pruning(self.world.cache, changes, self.world.clock, self.world.log)
+
+    def prune(self, keep_s: float) -> Deferred[Pruned]:
+        self.calls.append(self.answer())
+        return self.calls[-1]
+
+    def answer(self) -> Deferred[Pruned]:
+        return Deferred()
+
+    def assert_stopped(self) -> None:
+        """Nothing is left, and nothing follows."""
+        calls = len(self.calls)
+        self.assertEqual(self.world.clock.getDelayedCalls(), [])
+        self.world.clock.advance(600)
+        self.assertEqual(len(self.calls), calls)
+
+    def test_never_started(self) -> None:
+        """Stop before start is done at once."""
+        self.successResultOf(self.pruning.stopService())
+
+    def test_between_two_calls(self) -> None:
+        """Stop between two calls is done at once; the service can be started again."""
+        for _ in range(2):
+            self.pruning.startService()
+            self.world.clock.advance(1)
+            self.successResultOf(self.pruning.stopService())
+            self.assert_stopped()
+
+    def test_while_a_call_runs(self) -> None:
+        """Stop cancels a running call, fires once the call has ended, and logs nothing."""
+        ended: Deferred[Pruned] = Deferred()
+        self.answer = lambda: Deferred(lambda _: None).addErrback(lambda _: ended)  # type: ignore[method-assign]
+        self.pruning.startService()
+        self.world.clock.advance(60)
+        stopped = self.pruning.stopService()
+        self.assertNoResult(stopped)
+        ended.errback(QueryFailed("the session was closed"))
+        self.successResultOf(stopped)
+        self.assert_stopped()
+        self.assertEqual(self.world.log.names("internal_error"), [])
+
+    def test_a_bug(self) -> None:
+        """A bug is logged with its traceback, and the loop continues."""
+        self.answer = lambda: fail(ZeroDivisionError("a bug"))  # type: ignore[method-assign]
+        self.pruning.startService()
+        self.world.clock.advance(60)
+        self.world.clock.advance(60)
+        self.assertEqual(len(self.calls), 2)
+        errors = [fields for _, event, fields in self.world.log.lines if event == "internal_error"]
+        self.assertEqual([fields["error"] for fields in errors], ["a bug", "a bug"])
+        self.assertIn("ZeroDivisionError", errors[0]["traceback"])
+        self.successResultOf(self.pruning.stopService())
+        self.assert_stopped()
+
+
 class DeltasOff(SynchronousTestCase):
     def setUp(self) -> None:
         self.world = World(watch=WATCH, interval_s=1000.0)

@@ -36,9 +36,9 @@ class EqualContent(RefreshTestCase):
     def test_it_is_unchanged(self) -> None:
         """It keeps its generation and its rows, is not announced or counted as a publish, and its age restarts."""
         world = self.loaded()
-        served, told, followed = world.dataset.snapshot, [], []
+        served, notified, followed = world.dataset.snapshot, [], []
         assert served is not None
-        world.dataset.subscribe(lambda event: told.append(event.dataset), Published, Ended)
+        world.dataset.subscribe(lambda event: notified.append(event.dataset), Published, Ended)
         world.dataset.subscribe(lambda event: followed.append(event.dataset), Published, Renewed, Ended)
         for number in (2, 3):
             dataset = self.read_again(world)
@@ -47,12 +47,12 @@ class EqualContent(RefreshTestCase):
             self.assertIs(renewed.rows, served.rows)
             self.assertEqual((renewed.generation, dataset.attempts[-1].outcome), (1, "unchanged"))
             self.assertEqual((dataset.age_s(), renewed.modified_as_of), (0.0, served.as_of))
-            self.assertEqual((told, len(followed)), ([], number - 1))
+            self.assertEqual((notified, len(followed)), ([], number - 1))
         self.assertEqual(dict(dataset.counts.outcomes), {"published": 1, "unchanged": 2})
         self.assertEqual(world.log.lines[-1][1], "refresh_unchanged")
         dataset = self.read_again(world, rows=4)
         assert dataset.snapshot is not None
-        self.assertEqual((dataset.snapshot.generation, len(told)), (2, 1))
+        self.assertEqual((dataset.snapshot.generation, len(notified)), (2, 1))
 
     def test_other_columns_without_a_row(self) -> None:
         """An empty result of other columns is another content, although no row differs."""
@@ -74,13 +74,13 @@ class EqualContent(RefreshTestCase):
     def test_pinned(self) -> None:
         """A pinned dataset's age rises all the same; unpin then renews it, and publishes nothing."""
         world = self.loaded()
-        told: list[str] = []
-        world.dataset.subscribe(lambda event: told.append(event.dataset), Published, Ended)
+        notified: list[str] = []
+        world.dataset.subscribe(lambda event: notified.append(event.dataset), Published, Ended)
         world.service.pin("products")
         dataset = self.read_again(world)
         self.assertEqual((dataset.age_s(), dataset.attempts[-1].outcome), (60.0, "held"))
         world.service.unpin("products")
-        self.assertEqual((dataset.age_s(), dataset.last_generation, told), (0.0, 1, []))
+        self.assertEqual((dataset.age_s(), dataset.last_generation, notified), (0.0, 1, []))
 
     def test_what_was_rolled_back_from(self) -> None:
         """What is read again behind a rollback is the candidate that there was: the same rows since the same moment."""
@@ -170,7 +170,7 @@ class Starts(RefreshTestCase):
         self.assertGreaterEqual(next_in_s, interval_s * (1 - jitter) * 0.999)
         self.stop(world)
 
-    def test_the_next_start_is_told(self) -> None:
+    def test_the_next_start_is_planned(self) -> None:
         """At any time next_refresh_in_s counts down to the start that then happens."""
         world = self.started(interval_s=60.0, jitter=0.1, random=lambda: 0.5)
         self.assertEqual(world.dataset.next_refresh_in_s(), 57)
@@ -224,6 +224,50 @@ class Notified(RefreshTestCase):
         world.heard("things", '["3"]')
         world.advance(1)
         self.assertEqual(self.asked(world), {"3"})
+
+    def assert_all_is_read_once(self, world: World) -> None:
+        """The read that runs reads all rows, and after it keys are enough again."""
+        if world.database.last.notified is not None:  # a notification has begun it, not the retry
+            self.assertIsNone(self.asked(world))
+        world.database.last.complete(rows=4)
+        world.heard("things", '["2"]')
+        world.advance(5)
+        self.assertEqual(self.asked(world), {"2"})
+        world.database.last.complete_nothing()
+
+    def test_keys_of_a_failed_read(self) -> None:
+        """The keys are lost with the read that took them: the retry reads all rows, even if the probe is the same."""
+        world = self.notified()
+        world.database.last.fail()
+        world.advance(30)
+        self.assertEqual(len(world.database.reads), 3)
+        self.assertFalse(world.database.last.trust_probe)
+        self.assert_all_is_read_once(world)
+
+    def test_keys_of_a_held_result(self) -> None:
+        """What was held is not served, so the next read is of all rows."""
+        world = self.started(notify="things", heard_all=lambda: succeed(True), min_rows=3)
+        world.database.last.complete(rows=4)
+        world.advance(5)
+        world.heard("things", '["1"]')
+        world.advance(1)
+        self.assertEqual(self.asked(world), {"1"})
+        world.database.last.complete(rows=2)
+        self.assertIsNotNone(world.dataset.held)
+        world.heard("things", '["2"]')
+        world.advance(60)
+        self.assert_all_is_read_once(world)
+
+    def test_a_stop_while_keys_are_read(self) -> None:
+        """Stop ends the read, and a notification that arrives afterwards begins none."""
+        world = self.notified()
+        world.heard("things", '["2"]')
+        self.stop(world)
+        reads = len(world.database.reads)
+        world.heard("things", '["3"]')
+        world.clock.advance(100)
+        self.assertEqual(len(world.database.reads), reads)
+        self.assertEqual(world.log.names("refresh_failed"), [])
 
 
 class Overlaps(RefreshTestCase):
@@ -318,7 +362,7 @@ class Bursts(RefreshTestCase):
                     read.complete()
 
         for _ in range(count):
-            world.heard("told", "")
+            world.heard("changes", "")
             for _ in range(max(1, round(pause_s / 0.001))):
                 world.advance(min(pause_s, 0.001))
                 work()
@@ -328,7 +372,7 @@ class Bursts(RefreshTestCase):
         return len(world.database.reads) - before
 
     def loaded(self, **options: Any) -> World:
-        world = self.started(**({"notify": "told"} | options))
+        world = self.started(**({"notify": "changes"} | options))
         world.advance(0.0)
         world.database.reads[0].complete()
         world.advance(10.0)
@@ -365,13 +409,13 @@ class Bursts(RefreshTestCase):
     def test_while_it_fails(self) -> None:
         """Notifications do not drive a dataset that fails past its backoff."""
         world = self.loaded(retry_initial_s=4.0)
-        world.heard("told", "")
+        world.heard("changes", "")
         world.advance(0.001)
-        world.heard("told", "")
+        world.heard("changes", "")
         world.database.running[0].fail()
         before = len(world.database.reads)
         for _ in range(100):
-            world.heard("told", "")
+            world.heard("changes", "")
             world.advance(0.01)
         self.assertEqual(len(world.database.reads), before)
         world.advance(4.0)
@@ -382,12 +426,24 @@ class Bursts(RefreshTestCase):
         """What waits for the end of a burst is dropped at the stop."""
         world = self.loaded()
         for _ in range(50):
-            world.heard("told", "")
+            world.heard("changes", "")
             world.advance(0.001)
             for read in world.database.running:
                 read.complete()
         self.assertEqual(world.database.running, [])
         self.stop(world)
+
+    def test_stop_amid_a_burst_while_a_read_runs(self) -> None:
+        """The running read is ended, and none follows it."""
+        world = self.loaded()
+        for _ in range(50):
+            world.heard("changes", "")
+            world.advance(0.001)
+        self.assertEqual(len(world.database.running), 1)
+        reads = len(world.database.reads)
+        self.stop(world)
+        world.advance(100)
+        self.assertEqual(len(world.database.reads), reads)
 
 
 class Failures(RefreshTestCase):
@@ -451,7 +507,7 @@ class Failures(RefreshTestCase):
         self.assertEqual([at for _, at in world.starts], [60 * number for number in range(12)])
         self.assertEqual(world.dataset.counts.outcomes, {"failed": 10, "published": 2})
 
-    def test_an_unexpected_error_is_told_with_its_traceback(self) -> None:
+    def test_an_unexpected_error_is_logged_with_its_traceback(self) -> None:
         """A bug is a failed attempt that names its kind, and an error in the log with the traceback."""
         world = self.started()
         world.database.last.fail(ZeroDivisionError("secret"))
@@ -579,7 +635,7 @@ class Progress(RefreshTestCase):
 
 
 class Expiry(RefreshTestCase):
-    def test_told_once_each(self) -> None:
+    def test_logged_once_each(self) -> None:
         """dataset_expired is logged once when the age passes its limit, dataset_recovered once with a new snapshot."""
         world = self.started(retry_initial_s=60.0)
         world.database.last.complete()

@@ -201,6 +201,19 @@ class Idle(ConnectionTestCase):
         self.assertEqual((silent.ended, subscriber.ended, half.ended), (None, None, "aborted"))
         self.assertEqual(self.factory.rejected["slow_client"], 0)
 
+    def test_a_subscriber_that_begins_to_be_slow(self) -> None:
+        """A subscriber that was silent for long has the idle time to read a message, from its queue on."""
+        _, wire = self.connect()
+        wire.receive(encode("SUBSCRIBE", "cache:empty"))
+        for _ in range(21):  # to the middle between two looks at the time
+            self.clock.advance(IDLE_S / 2)
+        wire.room_bytes = 0
+        publish(self.cache, "empty", range(0))
+        self.clock.advance(IDLE_S - 1)
+        self.assertIsNone(wire.ended)
+        self.clock.advance(1)
+        self.assertEqual((wire.ended, self.factory.rejected["slow_client"]), ("aborted", 1))
+
 
 class Silence(ConnectionTestCase):
     silence_timeout_s = SILENCE_S

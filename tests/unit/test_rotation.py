@@ -6,10 +6,8 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from twisted.internet.defer import Deferred
-from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice import config
@@ -19,44 +17,14 @@ from cacheservice.ports.http.problem import Problem
 from cacheservice.ports.rotation import ClientSecrets, Rotation
 from cacheservice.ports.throttle import LONG_WAIT_S, SHORT_WAIT_S, Throttle
 from tests.kit.logs import Log
+from tests.kit.threads import ReactorWithThreads
 
 STARTED = ClientSecrets("old password", "old token", "old admin")
 
 
-class Pool:
-    """Threads that end when the test has them end."""
-
-    def __init__(self) -> None:
-        self.calls: list[Any] = []
-
-    def callInThreadWithCallback(self, ended: Any, call: Any, *arguments: Any, **named: Any) -> None:
-        self.calls.append((ended, lambda: call(*arguments, **named)))
-
-    def run(self) -> None:
-        calls, self.calls = self.calls, []
-        for ended, call in calls:
-            try:
-                result, succeeded = call(), True
-            except Exception as error:
-                result, succeeded = error, False
-            ended(succeeded, result)
-
-
-class Reactor(Clock):
-    def __init__(self) -> None:
-        super().__init__()
-        self.pool = Pool()
-
-    def getThreadPool(self) -> Pool:
-        return self.pool
-
-    def callFromThread(self, call: Any, *arguments: Any) -> None:
-        call(*arguments)
-
-
 class Rotating(SynchronousTestCase):
     def setUp(self) -> None:
-        self.reactor = Reactor()
+        self.reactor = ReactorWithThreads()
         self.files: dict[str, str] = {}
         self.reads = 0
         self.log = Log()

@@ -11,7 +11,8 @@ from twisted.trial.unittest import SynchronousTestCase
 from cacheservice import config
 from cacheservice.base.errors import ConfigError
 from cacheservice.config import DatasetSettings
-from cacheservice.sources.disk.header import fingerprint
+from cacheservice.sources.frames.header import fingerprint
+from cacheservice.sources.postgres.session_settings import pinned_sql
 
 
 class Declared(SynchronousTestCase):
@@ -89,3 +90,12 @@ class Declared(SynchronousTestCase):
         self.assertEqual(
             fingerprint(plain), fingerprint(DatasetSettings(name="a", query="SELECT 1 AS id", key=("id",)))
         )
+
+
+def test_settings_are_quoted() -> None:
+    """Names and values are quoted, and the name of an extension's setting part by part."""
+    chosen = {"app.tenant": "o'hare", "jit": "off"}
+    assert pinned_sql(chosen).splitlines()[-2:] == [
+        """SET LOCAL "app"."tenant" TO 'o''hare';""",
+        """SET LOCAL "jit" TO 'off';""",
+    ]

@@ -16,6 +16,7 @@ ADAPTER = "cacheservice/sources/"
 """The driver has no types."""
 MOST_ANY = 15
 OF_LIBRARIES = {
+    "seconds",  # the reactor
     "clock",  # twisted.internet.task.LoopingCall
     "atexit",  # weakref.finalize
     "autocommit",  # psycopg2's connection

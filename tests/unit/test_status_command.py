@@ -176,6 +176,52 @@ class Judgement(SynchronousTestCase):
 
 
 class PluginLine(SynchronousTestCase):
+    def test_levels(self) -> None:
+        """The line begins with the worst problem's level, and the exit code is that level."""
+        stale = replace(FRESH, name="b", state="stale", age_s=100.0)
+        expired = replace(FRESH, name="c", state="expired", age_s=1900.0)
+        for datasets, level, word, begins in (
+            ((FRESH,), 0, "OK", "1 dataset fresh, PostgreSQL up"),
+            ((FRESH, stale), 1, "WARNING", "b stale, 100 s old, limit 30 min"),
+            ((FRESH, stale, expired), 2, "CRITICAL", "c expired, 31 min 40 s old, limit 30 min; b stale"),
+        ):
+            found, line = plugin.verdict(facts(*datasets))
+            self.assertEqual(found, level)
+            self.assertTrue(line.startswith(f"CACHESERVICE {word} - {begins}"), line)
+
+    def test_a_service_that_does_not_answer(self) -> None:
+        """It is critical; wrong usage is unknown. Each is one line without a bar."""
+        level, line = plugin.no_answer("refused |\nthe connection")
+        self.assertEqual((level, line), (2, "CACHESERVICE CRITICAL - refused / the connection"))
+        self.assertEqual(plugin.unknown("a |\nb"), "CACHESERVICE UNKNOWN - a / b")
+
+    def test_some_datasets_only(self) -> None:
+        """With names, neither other datasets nor the service count, and the figures are without the service."""
+        expired = replace(FRESH, name="b", state="expired", age_s=1900.0)
+        seen = facts(FRESH, expired, database=Database(state="down", error="refused"))
+        level, line = plugin.verdict(seen, ("a",))
+        self.assertEqual(level, 0)
+        self.assertIn(" | fresh=1;;;0;1 stale=0;;;0;1 ", line)
+        self.assertNotIn("ready=", line)
+        self.assertEqual(plugin.verdict(seen, ("b",))[0], 2)
+
+    def test_figures_by_detail(self) -> None:
+        """The summary has the service and the counts, all has four figures of each dataset, none has no bar."""
+        datasets = (replace(FRESH, rows=2, bytes=5), replace(NEVER_LOADED, name="b", consecutive_failures=3))
+        seen = facts(*datasets)
+        self.assertNotIn("|", plugin.verdict(seen, (), "none")[1])
+        self.assertEqual(
+            plugin.verdict(seen)[1].partition(" | ")[2],
+            "ready=1;;;0;1 fresh=1;;;0;2 stale=0;;;0;2 expired=0;;;0;2 never_loaded=1;;;0;2 held=0;0;;0;2 "
+            "failing=1;0;;0;2 age_of_limit=0.056%;;100;0",
+        )
+        self.assertEqual(
+            plugin.verdict(seen, (), "all")[1].partition(" | ")[2],
+            "ready=1;;;0;1 a_age=1s;90;1800;0 a_rows=2;;;0 a_bytes=5B;;;0 a_failures=0;0;;0 "
+            "b_age=U;90;1800;0 b_rows=0;;;0 b_bytes=0B;;;0 b_failures=3;0;;0",
+        )
+        self.assertIn("age_of_limit=U;;100;0", plugin.verdict(facts(NEVER_LOADED))[1])
+
     def test_a_line_for_agents(self) -> None:
         """With a hundred datasets that all fail the plugin's line stays below 1,024 bytes."""
         attempt = Attempt("failed", "retry", MOMENT, 3.0, error="a reason that goes on " * 20)

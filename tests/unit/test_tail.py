@@ -140,6 +140,42 @@ class Following(SynchronousTestCase):
         words = in_words(Event(MOMENT, "refresh_failed", "a", event)).plain
         self.assertEqual(words, "03:04:05.000Z  a  failed  no table (after 0.50 s, 2 in a row, next try in 1.00 s)")
 
+    def test_a_held_result(self) -> None:
+        """A held result is one event, however many polls see it."""
+        held = {"last_attempt": Attempt("held", "interval", MOMENT, 0.5, error="would drop rows")}
+        (event,) = self.poll(5, **held)
+        self.assertEqual((event["event"], event["error"]), ("refresh_held", "would drop rows"))
+        self.assertEqual(self.poll(5, **held), [])
+
+    def test_an_attempt_without_a_failure(self) -> None:
+        """Attempts that publish or find nothing new are no events of their own."""
+        for outcome in ("published", "unchanged"):
+            self.assertEqual(self.poll(5, last_attempt=Attempt(outcome, "interval", MOMENT, 0.5)), [])
+
+    def test_expired_and_recovered(self) -> None:
+        """Both are reported once; a dataset that becomes stale is not."""
+        self.assertEqual(self.poll(5, state="stale"), [])
+        (event,) = self.poll(5, state="expired", age_s=4.0)
+        self.assertEqual((event["event"], event["age_s"], event["max_age_s"]), ("dataset_expired", 4.0, 3.0))
+        self.assertEqual(self.poll(5, state="expired", age_s=5.0), [])
+        (event,) = self.poll(5, age_s=0.5)
+        self.assertEqual((event["event"], event["age_s"]), ("dataset_recovered", 0.5))
+        self.assertEqual(self.poll(5), [])
+
+    def test_the_first_poll(self) -> None:
+        """What was so before tail began is no event."""
+        follower = Follower()
+        seen = status(5, state="expired", last_attempt=Attempt("failed", "retry", MOMENT, 0.5, error="no table"))
+        self.assertEqual([*follower.restart(seen), *follower.poll(seen, subscribed=True)], [])
+        self.assertTrue(follower.knows("a"))
+
+    def test_other_datasets(self) -> None:
+        """With names, only these are followed."""
+        follower = Follower(["b"])
+        for generation in (5, 6):
+            self.assertEqual(list(follower.poll(status(generation), subscribed=False)), [])
+        self.assertEqual((follower.follows("a"), follower.follows("b"), follower.knows("a")), (False, True, False))
+
     def test_a_publish_without_a_row(self) -> None:
         """The first load of an empty table has no rows; later, no row differs."""
         for generation, expected in ((1, "generation 1, no rows"), (2, "generation 2, no row differs")):

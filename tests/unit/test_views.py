@@ -19,7 +19,7 @@ from cacheservice.cache.workers import WorkerStatus
 from cacheservice.views import collect, facts, parse, table, units
 from cacheservice.views import json as as_json
 from cacheservice.views.problems import problems
-from cacheservice.views.why import sentences
+from cacheservice.views.why import listening, sentences
 from tests.kit.datasets import MOMENT, declared, reading, rows_of
 from tests.kit.status_port import BLOCKER, filled_cache
 
@@ -192,6 +192,69 @@ class Why(SynchronousTestCase):
         settings = declared("products").model_copy(update={"on_expired": "refuse"})
         refusing = replace(self.details, settings=settings)
         self.assertIn("the limit is 60 s. Readers get an error.", self.why(refusing, state="expired", age_s=61.0)[0])
+
+    def test_never_loaded(self) -> None:
+        """Readers get nothing, and nothing is served."""
+        sentences = self.why(state="never_loaded", age_s=None, as_of=None, next_refresh_in_s=3.0)
+        self.assertEqual(
+            sentences,
+            [
+                "products has never been loaded, so readers get nothing from it yet.",
+                "The next attempt starts in 3.00 s.",
+            ],
+        )
+
+    def test_commands_of_operators(self) -> None:
+        """A pin with its candidate, a roll back and an accepted result each have a sentence."""
+        details = replace(self.details, candidate_rows=2, rolled_back_to=7, accepts_next=True)
+        pinned = "It is pinned by an operator: nothing newer is served"
+        sentences = self.why(details, pinned=True)
+        self.assertIn(f"{pinned}; a result with 2 rows waits for 'unpin products'.", sentences)
+        self.assertIn("It was rolled back to the saved generation 7.", sentences)
+        self.assertIn(
+            "The next result is published even if a gate refuses it, because an operator accepted it.", sentences
+        )
+        self.assertIn(f"{pinned}.", self.why(pinned=True))
+
+    def test_a_failure(self) -> None:
+        """It has the error, how often, who blocks it, and the step, in that order."""
+        reason = {"error": "waited for a lock", "advice": "end the session", "blocked_by": ("session 7",)}
+        attempt = facts.Attempt("failed", "retry", MOMENT, 1.0, **reason)  # type: ignore[arg-type]
+        details = replace(self.details, last_ended_s=2.0)
+        failing: dict[str, object] = {"last_attempt": attempt, "consecutive_failures": 2}
+        self.assertEqual(
+            self.why(details, **failing)[2:],
+            [
+                "The last attempt failed 2.00 s ago, after 1.00 s: waited for a lock.",
+                "It has failed twice in a row.",
+                "It was blocked: session 7.",
+                "What to do: end the session.",
+            ],
+        )
+
+    def test_the_next_attempt(self) -> None:
+        """It is running, delayed, due, or planned."""
+        for expected, more in (
+            ("A refresh is running now and has read 5 of about 1,000 rows.", {"progress": facts.Progress(5, 1000)}),
+            ("A refresh is running now and has read 5 rows.", {"progress": facts.Progress(5, None)}),
+            ("A refresh has been due for 2.00 s and waits, because", {"behind_s": 2.0, "refreshing": True}),
+            ("A refresh is due now and waits for one of the postgres.max_connections", {"refreshing": True}),
+            ("The next attempt starts in 2.00 s.", {"next_refresh_in_s": 2.0}),
+        ):
+            self.assertIn(expected, self.why(**more)[-1])
+
+    def test_listening(self) -> None:
+        """With notify, it is whether notifications arrive, and the reason if not; nothing if none are wanted."""
+        wanted = facts.Database(state="up", listening_wanted=True)
+        proven = replace(wanted, listening=True, listening_proven_s=3.0)
+        self.assertIsNone(listening(facts.Database(state="up")))
+        for database, deltas_work, begins in (
+            (proven, True, "Changes arrive as notifications: the service is listening, tested 3.00 s ago."),
+            (proven, False, "The service is listening, tested 3.00 s ago, but it may see some changes only"),
+            (wanted, True, "The service is not listening yet;"),
+            (replace(wanted, listening_problem="a pooler"), True, "Notifications do not arrive: a pooler."),
+        ):
+            self.assertIn(begins, listening(database, deltas_work=deltas_work) or "")
 
     def test_skipped_starts(self) -> None:
         """They are counted."""

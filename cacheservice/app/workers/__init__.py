@@ -1,5 +1,6 @@
-"""Workers: processes that serve the cache of the main process to its clients.
+"""Worker processes: they serve the RESP port and the HTTP port, and the main process does everything else.
 
-The main process reads the database, and has the facts about the whole service. A worker serves what the main process
-publishes, and asks it for the rest over a link.
+In the main process, `held` binds the ports and accepts nothing, `member` runs one worker, and `supervisor` all of them;
+`center` answers the workers, and adds up their counts. `__main__` is the program of a worker, `worker` builds its
+parts, and `part` connects its ports with the main process.
 """

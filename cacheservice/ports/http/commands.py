@@ -23,7 +23,8 @@ Done = tuple[int, Mapping[str, object]]
 def run(command: bytes, refreshes: Refreshes, name: str) -> Done:
     """Run a command on a dataset, which must exist.
 
-    :raises Problem: 409 if the command is not possible now, 503 if the service is stopping.
+    :raises Problem: 409 if the command is not possible now, 503 if the process is stopping,
+        or does not refresh.
     """
     try:
         return COMMANDS[command](refreshes, name)

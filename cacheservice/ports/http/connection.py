@@ -86,6 +86,10 @@ class HttpConnection(Connection):
 
     # Requests
 
+    def read_on(self) -> None:
+        if self.phase is not STREAMING or self._parser.waiting_bytes <= READ_AHEAD_BYTES:
+            super().read_on()
+
     def dataReceived(self, data: bytes) -> None:
         if self.phase is READING:
             self._parser.receive(data)
@@ -191,10 +195,26 @@ class HttpConnection(Connection):
         if self.phase is READING:
             self.finish()
         elif exchange is not None and exchange.ends_with_input:
-            if self.phase is STREAMING and exchange.is_chunked:
-                self.end_stream()
-                self.send(LAST_CHUNK)
-            self.finish()
+            self._end_exchange(exchange)
+
+    def close_now(self) -> None:
+        """Close the connection because the port stops.
+
+        An event stream ends after a whole chunk, if its client has read all events. Another reply is aborted, so that
+        its client cannot take a part for the whole.
+        """
+        exchange = self._exchange
+        if self.phase is STREAMING and exchange is not None and exchange.ends_with_input and not self.is_choked:
+            self._end_exchange(exchange, linger=False)
+        else:
+            super().close_now()
+
+    def _end_exchange(self, exchange: Exchange, *, linger: bool = True) -> None:
+        """End a reply that waits for an event, or an endless one, which is complete at each of its ends."""
+        if self.phase is STREAMING and exchange.is_chunked:
+            self.end_stream()
+            self.send(LAST_CHUNK)
+        self.finish(linger=linger)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         super().connectionLost(reason)

@@ -120,17 +120,19 @@ def send_last(client: Client, reply: Reply, *, with_body: bool) -> None:
 
 
 def chunked(body: Iterator[Piece]) -> Iterator[Piece]:
-    """Return a body in the chunked coding (RFC 9112, 7.1)."""
+    """Return a body in the chunked coding (RFC 9112, 7.1), each chunk in one piece.
+
+    An empty piece, which marks work without output, is not a chunk: that would end the body.
+    """
     pieces = _chunks(body)
     return Streamed(pieces, body.snapshots) if isinstance(body, Streamed) else pieces
 
 
 def _chunks(body: Iterator[Piece]) -> Iterator[Piece]:
     for piece in body:
-        if isinstance(piece, bytes):
-            yield b"%x\r\n" % len(piece)
-            yield piece
-            yield b"\r\n"
+        if isinstance(piece, bytes) and piece:
+            # In one piece, so that a turn, and a body that is ended early, end after a whole chunk.
+            yield b"%x\r\n%b\r\n" % (len(piece), piece)
         else:
             yield piece
     yield LAST_CHUNK

@@ -109,6 +109,6 @@ class HttpFactory(HttpClients):
             self.guard.replace(token, admin_token)
 
     def close_clients(self) -> None:
-        """Abort every connection now."""
+        """Close every connection now. Event streams end, other replies in progress are aborted."""
         super().close_clients()
         self._assembled.stop()

@@ -1,7 +1,7 @@
 """The heads of responses, rendered once and sent many times.
 
 A head has the status line and the header lines, except those that frame its body (Content-Length, Transfer-Encoding,
-Connection): the channel adds these.
+Connection): `exchange` adds these.
 """
 
 from __future__ import annotations

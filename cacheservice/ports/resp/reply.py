@@ -15,7 +15,6 @@ OK = b"+OK\r\n"
 PONG = b"+PONG\r\n"
 QUEUED = b"+QUEUED\r\n"
 NIL = {2: b"$-1\r\n", 3: b"_\r\n"}
-EMPTY_BULK = b"$0\r\n\r\n"
 
 CHUNK_ROWS = 256
 """About 64 KiB of ordinary rows, encoded in 0.2 ms."""

@@ -50,7 +50,7 @@ class SaveFailures:
         for dataset in self._declared([name]):
             if dataset.save_problem is not None:
                 self._log.info("snapshot_save_recovered", dataset=name)
-            dataset.note_save(None)
+                dataset.note_save(None)
 
     def _declared(self, names: Iterable[str]) -> list[Dataset]:
         return [dataset for name in names if (dataset := self._cache.datasets.get(name)) is not None]

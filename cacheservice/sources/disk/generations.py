@@ -9,8 +9,8 @@ from weakref import ref
 from cacheservice.base.errors import UnknownGeneration
 from cacheservice.cache.rows import Rows
 from cacheservice.cache.snapshot import Snapshot
-from cacheservice.sources.disk.header import Header
 from cacheservice.sources.disk.layout import Saved, renewal_of, snapshot_path
+from cacheservice.sources.frames.header import Header
 
 Names = tuple[str, ...]
 """The names of the datasets of one group, or the name of a single dataset."""

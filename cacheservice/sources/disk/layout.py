@@ -19,7 +19,7 @@ from cacheservice.base import file_errors
 from cacheservice.base.errors import SnapshotRejected
 from cacheservice.config import DatasetSettings
 from cacheservice.sources.disk.format import read, read_whole_header
-from cacheservice.sources.disk.header import Header
+from cacheservice.sources.frames.header import Header
 
 Saved = dict[int, Header | None]
 """The generations of a dataset on disk, newest first, with their headers after renewals; None if the header cannot be

@@ -20,12 +20,12 @@ from cacheservice.cache.identity import ServerIdentity, why_elsewhere
 from cacheservice.cache.rows import Groups, Rows, RowsBuilder
 from cacheservice.cache.snapshot import Snapshot, rows_builder
 from cacheservice.config import DatasetSettings
-from cacheservice.sources.disk.clocks import Clocks
-from cacheservice.sources.disk.format import RowsUnpacker
 from cacheservice.sources.disk.generations import Generations
-from cacheservice.sources.disk.header import Header
 from cacheservice.sources.disk.layout import move_aside, open_saved, problem_of
 from cacheservice.sources.disk.work import Work
+from cacheservice.sources.frames.clocks import Clocks
+from cacheservice.sources.frames.header import Header, damaged
+from cacheservice.sources.frames.rows import RowsUnpacker
 
 _AHEAD_BYTES = 1024 * 1024
 """Bytes that the thread reads ahead while the reactor unpacks as many."""
@@ -64,9 +64,7 @@ class FileReader:
             await self._unpack(header, blocks, builder, path.name)
             # The trailer repeats the header; the unpacked rows must match both.
             if (builder.count, builder.size_bytes) != (header.rows, header.size_bytes):
-                raise SnapshotRejected(
-                    f"{path.name}: it is damaged: its header declares other numbers of rows or bytes"
-                )
+                raise damaged(path.name, "its header declares other numbers of rows or bytes")
             rows = builder.finish()
             rows.note_digest(header.digest)
             return header, rows
@@ -76,7 +74,7 @@ class FileReader:
             builder.discard()
 
     async def _unpack(self, header: Header, blocks: Generator[bytes], builder: RowsBuilder, name: str) -> None:
-        unpacker = RowsUnpacker(header, name)
+        unpacker = RowsUnpacker(name, header.size_bytes)
         ahead: Deferred[list[bytes]] | None = self._work.in_thread(_next_blocks, blocks)
         try:
             while ahead is not None:

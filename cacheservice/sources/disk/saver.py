@@ -19,12 +19,12 @@ from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset
 from cacheservice.cache.events import Event, Published, Renewed
 from cacheservice.cache.snapshot import Snapshot
-from cacheservice.sources.disk.clocks import Clocks
 from cacheservice.sources.disk.failures import SaveFailures
 from cacheservice.sources.disk.generations import Names
-from cacheservice.sources.disk.header import Header, header_of
 from cacheservice.sources.disk.schedule import Schedule
 from cacheservice.sources.disk.writer import Part, Writer
+from cacheservice.sources.frames.clocks import Clocks
+from cacheservice.sources.frames.header import Header, header_of
 
 
 class Saver:

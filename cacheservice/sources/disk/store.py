@@ -14,7 +14,6 @@ from cacheservice.cache.cache import Cache
 from cacheservice.cache.rows import Groups
 from cacheservice.cache.snapshot import Snapshot
 from cacheservice.config import DatasetSettings, PersistenceSettings
-from cacheservice.sources.disk.clocks import Clocks
 from cacheservice.sources.disk.generations import Generations
 from cacheservice.sources.disk.layout import problem_of, scan
 from cacheservice.sources.disk.loader import FileReader, Loader
@@ -23,6 +22,7 @@ from cacheservice.sources.disk.saver import Saver
 from cacheservice.sources.disk.schedule import Schedule
 from cacheservice.sources.disk.work import Work, shielded
 from cacheservice.sources.disk.writer import Writer
+from cacheservice.sources.frames.clocks import Clocks
 
 
 class SnapshotStore(Service):

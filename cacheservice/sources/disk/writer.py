@@ -15,12 +15,13 @@ from weakref import ref
 
 from cacheservice.cache.rows import Rows
 from cacheservice.cache.snapshot import Snapshot
-from cacheservice.sources.disk.format import SnapshotWriter, packed
+from cacheservice.sources.disk.format import SnapshotWriter
 from cacheservice.sources.disk.generations import Generations
-from cacheservice.sources.disk.header import Header
 from cacheservice.sources.disk.layout import remove, renewal_of, temporary_path
 from cacheservice.sources.disk.lock import DirectoryLock
 from cacheservice.sources.disk.work import Work
+from cacheservice.sources.frames.header import Header
+from cacheservice.sources.frames.rows import packed
 
 
 class Part(NamedTuple):

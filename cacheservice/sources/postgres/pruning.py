@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Protocol
 
 from twisted.application.service import Service
-from twisted.internet.defer import CancelledError, Deferred
-from twisted.python.failure import Failure
+from twisted.internet.defer import Deferred, succeed
 
 from cacheservice.base.errors import RefreshFailed
 from cacheservice.base.interfaces import Clock, Log
+from cacheservice.base.tasks import Tasks
 from cacheservice.base.timers import looping
 from cacheservice.cache.cache import Cache
 from cacheservice.sources.postgres.recorded import Pruned, Recorded
@@ -45,36 +45,21 @@ class Pruning(Service):
         self._database = database
         self._clock = clock
         self._log = log
-        self._loop = looping(clock, self._begin)
-        self._running: Deferred[None] | None = None
+        self._loop = looping(clock, lambda: self._tasks.run(self._prune()))
+        self._tasks = Tasks(log)
+        self._ended: Deferred[None] = succeed(None)
 
     def startService(self) -> None:
         super().startService()
-        self._loop.start(_INTERVAL_S, now=False)
+        self._ended = self._loop.start(_INTERVAL_S, now=False).addCallback(lambda _: None)
 
     def stopService(self) -> Deferred[None]:
         """End the loop and a running call; fires when it has ended."""
         super().stopService()
         if self._loop.running:
             self._loop.stop()
-        stopped: Deferred[None] = Deferred()
-        if self._running is None:
-            stopped.callback(None)
-        else:
-            self._running.addBoth(lambda _: stopped.callback(None))
-            self._running.cancel()
-        return stopped
-
-    def _begin(self) -> Deferred[None]:
-        running = Deferred.fromCoroutine(self._prune())
-        if not running.called:
-            self._running = running
-        return running.addBoth(self._ended)
-
-    def _ended(self, result: object) -> None:
-        self._running = None
-        if isinstance(result, Failure) and not result.check(CancelledError):
-            self._log.error("internal_error", error=result.getErrorMessage(), traceback=result.getTraceback())
+        self._tasks.cancel()
+        return self._ended
 
     async def _prune(self) -> None:
         """Delete recorded changes that are not needed any more. A failure does not end the loop."""

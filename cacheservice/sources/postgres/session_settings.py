@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from cacheservice.config import DatasetSettings
 from cacheservice.config.session_rules import DEFAULT_SEARCH_PATH
-from cacheservice.sources.postgres.quoting import literal
+from cacheservice.sources.postgres.quoting import literal, quoted
 
 RENDERING: Mapping[str, str] = MappingProxyType(
     {
@@ -124,7 +124,7 @@ SET LOCAL cursor_tuple_fraction = 1;
 def pinned_sql(chosen: Mapping[str, str]) -> str:
     """Return the statements that pin rendering and meaning; `chosen` takes precedence."""
     return "\n".join(
-        f"SET LOCAL {_quoted(name)} TO {'DEFAULT' if value is None else literal(value)};"
+        f"SET LOCAL {_setting(name)} TO {'DEFAULT' if value is None else literal(value)};"
         for name, value in _pinned(chosen)
     )
 
@@ -160,9 +160,6 @@ def _pinned(chosen: Mapping[str, str]) -> Iterator[tuple[str, str | None]]:
     yield from chosen.items()
 
 
-def _quoted(name: str) -> str:
-    """Return a setting's quoted name.
-
-    The configuration does not allow quotes in it. The name of an extension's setting has a dot between its parts.
-    """
-    return ".".join(f'"{part}"' for part in name.split("."))
+def _setting(name: str) -> str:
+    """Return a setting's quoted name; that of an extension's setting has a dot between its parts."""
+    return ".".join(map(quoted, name.split(".")))

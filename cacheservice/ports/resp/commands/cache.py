@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from twisted.internet.defer import Deferred
 
-from cacheservice.base.errors import UnknownDataset
+from cacheservice.base.errors import Stopped, UnknownDataset
 from cacheservice.cache.dataset import Dataset
 from cacheservice.ports.resp import reply
 from cacheservice.ports.resp.commands.arguments import number_in
@@ -45,6 +45,7 @@ def cache_age(datasets: Datasets, client: Client, words: Words) -> Reply:
 def cache_wait(datasets: Datasets, client: Client, words: Words) -> Reply:
     """Wait until the snapshot includes a transaction.
 
+    An error replies to a wait for a refresh in a process that is stopping, or does not refresh.
     It blocks only its connection. Within MULTI it does not wait, like the blocking commands of Redis.
     """
     dataset = datasets.find(words[1])
@@ -61,7 +62,7 @@ def cache_wait(datasets: Datasets, client: Client, words: Words) -> Reply:
 async def _included(client: Client, dataset: Dataset, transaction_id: int, timeout_s: float) -> bytes:
     try:
         return reply.integer(await client.server.freshness.includes(dataset, transaction_id, timeout_s))
-    except UnknownDataset as error:  # it was removed during the wait
+    except (UnknownDataset, Stopped) as error:  # it was removed during the wait, or nothing refreshes it
         raise CommandError(f"ERR {error}") from None
 
 

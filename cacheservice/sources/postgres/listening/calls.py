@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from twisted.python.failure import Failure
 
 from cacheservice.base.interfaces import Log
+from cacheservice.base.internal_errors import log_internal_error
 
 
 @dataclass(slots=True)
@@ -47,8 +48,3 @@ class Calls:
             log_internal_error(self._log, Failure())
         finally:
             self.running = False
-
-
-def log_internal_error(log: Log, failure: Failure) -> None:
-    """Log a bug with its traceback."""
-    log.error("internal_error", error=failure.getErrorMessage(), traceback=failure.getTraceback())

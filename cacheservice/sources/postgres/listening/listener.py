@@ -10,10 +10,11 @@ from twisted.python.failure import Failure
 
 from cacheservice.base.errors import DatabaseUnavailable, RefreshFailed
 from cacheservice.base.interfaces import Log, Reactor
+from cacheservice.base.internal_errors import log_internal_error
 from cacheservice.base.timers import pause
 from cacheservice.cache.cache import DatabaseStatus
 from cacheservice.sources.postgres.guard import GuardedConnection
-from cacheservice.sources.postgres.listening.calls import Calls, Observer, log_internal_error
+from cacheservice.sources.postgres.listening.calls import Calls, Observer
 from cacheservice.sources.postgres.listening.canaries import Canaries
 from cacheservice.sources.postgres.listening.failures import Failures, Problem
 from cacheservice.sources.postgres.listening.opening import Access, ListenerSessions

@@ -23,6 +23,7 @@ from cacheservice.sources.postgres.listening.canaries import Canaries
 from cacheservice.sources.postgres.listening.failures import HeardNothing
 from cacheservice.sources.postgres.listening.opening import ListenerSessions
 from cacheservice.sources.postgres.listening.pace import Pace
+from cacheservice.sources.postgres.quoting import quoted
 
 # A role's idle_session_timeout would end the session. Behind a proxy the setting would apply to another client.
 _STAY_SQL = "SELECT CASE WHEN pg_backend_pid() = {pid} THEN set_config('idle_session_timeout', '0', false) END"
@@ -192,10 +193,6 @@ def listen_sql(in_force: frozenset[str], wanted: frozenset[str]) -> str:
 
     That way LISTEN takes effect together for all channels, including the canary's.
     """
-    statements = [f"UNLISTEN {_quoted(channel)}" for channel in sorted(in_force - wanted)]
-    statements += [f"LISTEN {_quoted(channel)}" for channel in sorted(wanted - in_force)]
+    statements = [f"UNLISTEN {quoted(channel)}" for channel in sorted(in_force - wanted)]
+    statements += [f"LISTEN {quoted(channel)}" for channel in sorted(wanted - in_force)]
     return "; ".join(["BEGIN", *statements, "COMMIT"])
-
-
-def _quoted(identifier: str) -> str:
-    return '"' + identifier.replace('"', '""') + '"'

@@ -9,8 +9,8 @@ from typing import NamedTuple
 from cacheservice.base import clock
 from cacheservice.base.clock import Host
 from cacheservice.base.interfaces import Clock
-from cacheservice.sources.disk.age import ReadOn
-from cacheservice.sources.disk.header import Header
+from cacheservice.sources.frames.age import ReadOn
+from cacheservice.sources.frames.header import Header
 
 
 class ReadAt(NamedTuple):
@@ -27,20 +27,28 @@ class Clocks:
     :param wall_s: the wall clock, in seconds since 1970. It counts the age of files that were written before the
         machine was started, or on another machine.
     :param host: the machine and the run of its kernel; this one unless given.
+    :param boot_s: the clock since the start of the machine, in seconds.
     """
 
-    def __init__(self, monotonic: Clock, wall_s: Callable[[], float] = time.time, host: Host | None = None) -> None:
+    def __init__(
+        self,
+        monotonic: Clock,
+        wall_s: Callable[[], float] = time.time,
+        host: Host | None = None,
+        boot_s: Callable[[], float] = clock.seconds,
+    ) -> None:
         self._monotonic = monotonic
+        self._boot_s = boot_s
         self._wall_s = wall_s
         self._host = Host.here() if host is None else host
 
     def read_on(self, read_at: float) -> ReadOn:
         """Return a moment of the monotonic clock by the clocks that a file records."""
         age_s = self._monotonic.seconds() - read_at
-        wall_s, boot_s = self._wall_s() - age_s, clock.seconds() - age_s
+        wall_s, boot_s = self._wall_s() - age_s, self._boot_s() - age_s
         return ReadOn(int(wall_s * 1e6), self._host.boot, int(boot_s * 1e6), self._host.machine)
 
     def read_at(self, header: Header) -> ReadAt:
         """Return the moment the rows of a file were read."""
-        age = header.age(self._wall_s(), clock.seconds(), self._host)
+        age = header.age(self._wall_s(), self._boot_s(), self._host)
         return ReadAt(self._monotonic.seconds() - age.seconds, age.uncertain)

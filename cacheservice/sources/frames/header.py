@@ -17,7 +17,7 @@ from cacheservice.cache.identity import ServerIdentity
 from cacheservice.cache.snapshot import Snapshot
 from cacheservice.config import DatasetSettings
 from cacheservice.config.session_rules import DEFAULT_SEARCH_PATH
-from cacheservice.sources.disk.age import Age, ReadOn
+from cacheservice.sources.frames.age import Age, ReadOn
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)

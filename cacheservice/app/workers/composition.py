@@ -1,0 +1,57 @@
+"""The parts of the main process that run the workers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+from twisted.application.service import Service
+
+from cacheservice.app.reload import Served
+from cacheservice.app.workers.held import HeldSockets
+from cacheservice.app.workers.member import Surroundings, Timing
+from cacheservice.app.workers.spawn import Spawner
+from cacheservice.app.workers.supervisor import Supervisor, without_snapshots
+from cacheservice.base.backoff import full_jitter
+from cacheservice.base.interfaces import Log, Reactor
+from cacheservice.config import Settings
+
+_FIRST_PAUSE_S = 0.5
+_LONGEST_PAUSE_S = 30.0
+
+
+class Workers:
+    """Builds the sockets of the workers and their supervisor."""
+
+    def __init__(self, settings: Settings, reactor: Reactor, log: Log, timing: Timing | None = None) -> None:
+        self._sockets = HeldSockets(settings, reactor)
+        surroundings = Surroundings(
+            spawn=Spawner(reactor, self._sockets.descriptors),
+            attach=without_snapshots,
+            pause_s=full_jitter(_FIRST_PAUSE_S, _LONGEST_PAUSE_S, random.random),
+            timing=timing or Timing(),
+            reactor=reactor,
+            log=log,
+        )
+        self.supervisor = Supervisor(settings, surroundings)
+
+    def services(self) -> Iterator[Service]:
+        """Return the services in the order of their start."""
+        yield from self._sockets.services(self.supervisor.stop_resp)
+        yield self.supervisor
+
+    def apply(self, settings: Settings) -> None:
+        """Apply a changed configuration in all workers."""
+        self.supervisor.apply(settings)
+
+
+class Both:
+    """Applies a changed configuration in this process and in the workers."""
+
+    def __init__(self, here: Served, workers: Served) -> None:
+        self._here = here
+        self._workers = workers
+
+    def apply(self, settings: Settings) -> None:
+        self._here.apply(settings)
+        self._workers.apply(settings)

@@ -1,0 +1,73 @@
+"""Detects a process that does not answer."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from twisted.python.failure import Failure
+
+from cacheservice.base.errors import CacheServiceError
+from cacheservice.base.interfaces import Clock
+from cacheservice.base.timers import looping
+from cacheservice.replication.link import Link, LinkLost
+
+_NEVER_S = 86_400.0
+
+
+SILENT_AFTER = 2
+"""Intervals without an answer after which the other end is silent, so that others take over its work."""
+
+
+class Listener(Protocol):
+    """Is notified of what a heartbeat finds."""
+
+    def answering(self, answers: bool, /) -> None:
+        """Note that the other end does not answer any more, or does again."""
+
+    def hung(self) -> None:
+        """Note that the other end has not answered for too long. There are no more calls."""
+
+
+class Heartbeat:
+    """Calls `ping` of the other end at an interval, one call at a time.
+
+    It counts the intervals without an answer, not the seconds: if this process or the whole machine was suspended, the
+    answers have arrived but are not read yet, and only one interval is counted.
+
+    :param most_missed: intervals without an answer after which the other end hangs.
+    """
+
+    def __init__(self, link: Link, clock: Clock, interval_s: float, most_missed: int, listener: Listener) -> None:
+        self._link = link
+        self._interval_s = interval_s
+        self._most_missed = most_missed
+        self._listener = listener
+        self._missed = 0
+        self._is_asked = False
+        self._loop = looping(clock, self._tick)
+
+    def start(self) -> None:
+        self._loop.start(self._interval_s)
+
+    def stop(self) -> None:
+        if self._loop.running:
+            self._loop.stop()
+
+    def _tick(self) -> None:
+        if not self._is_asked:
+            self._missed, self._is_asked = 0, True
+            self._link.call("ping", _NEVER_S).addBoth(self._answered)
+            return
+        self._missed += 1
+        if self._missed == SILENT_AFTER:
+            self._listener.answering(False)
+        if self._missed >= self._most_missed:
+            self.stop()
+            self._listener.hung()
+
+    def _answered(self, result: object) -> None:
+        self._is_asked = False
+        if isinstance(result, Failure) and result.trap(CacheServiceError) is LinkLost:
+            return  # the link reports it
+        if self._missed >= SILENT_AFTER:
+            self._listener.answering(True)

@@ -1,0 +1,1 @@
+"""Valkey, or another server with the Redis protocol, as the carrier between machines."""

@@ -1,0 +1,187 @@
+"""One connection to one server, which is opened when it is needed."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import txredisapi  # type: ignore[import-untyped]  # ships no type information
+from twisted.internet.defer import Deferred
+from twisted.internet.endpoints import HostnameEndpoint, wrapClientTLS
+from twisted.internet.protocol import Factory
+from twisted.internet.ssl import optionsForClientTLS
+
+from cacheservice.base.interfaces import Reactor
+from cacheservice.base.text import printable
+from cacheservice.replication.valkey.errors import ValkeyDown, ValkeyRefused
+from cacheservice.replication.valkey.target import Address
+
+Word = bytes | str | int
+
+_PASSING = frozenset({"CLUSTERDOWN", "LOADING", "MASTERDOWN", "TRYAGAIN", "BUSY", "READONLY", "UNKILLABLE", "MISCONF"})
+"""Refusals that end by themselves, or with another server."""
+
+
+class Login(NamedTuple):
+    """How a connection begins.
+
+    :param timeout_s: the most seconds that connecting, and each reply, may take.
+    """
+
+    user: str = ""
+    password: str = ""
+    database: int = 0
+    tls: bool = False
+    timeout_s: float = 2.0
+
+
+class Redirected(Exception):
+    """The node of a cluster names another one for the key.
+
+    `asks` is whether only this command goes there.
+    """
+
+    def __init__(self, slot: int, node: Address, *, asks: bool) -> None:
+        super().__init__()
+        self.slot = slot
+        self.node = node
+        self.asks = asks
+
+
+class Node:
+    """A server. Commands of all callers share one connection, and their replies come in order.
+
+    It is closed, opening or open. A connection that fails, or does not answer in time, is closed, and fails all its
+    commands; the next command opens another one.
+    """
+
+    def __init__(self, address: Address, login: Login, reactor: Reactor) -> None:
+        self.address = address
+        self._login = login
+        self._reactor = reactor
+        self._protocol: Any = None
+        self._opening: list[Deferred[None]] | None = None
+        self._attempt: Deferred[Any] | None = None
+
+    @property
+    def name(self) -> str:
+        """Host and port, for messages."""
+        host, port = self.address
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    async def run(self, *words: Word) -> Any:
+        """Run a command and return its reply: None, an integer, bytes or a list of these.
+
+        :raises ValkeyDown: if the server is not reached in time.
+        :raises ValkeyRefused: if it refuses the command, or the login.
+        :raises Redirected: if another node has the key.
+        """
+        await self._opened()
+        return await self._run(*words)
+
+    async def run_asked(self, *words: Word) -> Any:
+        """Run a command for a slot that is being moved to this node; see `run`."""
+        await self._opened()
+        asking = Deferred.fromCoroutine(self._run("ASKING"))
+        reply = Deferred.fromCoroutine(self._run(*words))
+        await asking
+        return await reply
+
+    def close(self) -> None:
+        """Close the connection; its commands fail."""
+        if self._attempt is not None:
+            self._attempt.cancel()
+        protocol, self._protocol = self._protocol, None
+        if protocol is not None:
+            protocol.transport.abortConnection()
+
+    async def _opened(self) -> None:
+        if self._protocol is not None and self._protocol.connected:
+            return
+        if self._opening is not None:  # another command opens it
+            opened: Deferred[None] = Deferred()
+            self._opening.append(opened)
+            await opened
+            return
+        self._opening = []
+        problem: Exception | None = None
+        try:
+            await self._open()
+        except Exception as error:
+            problem = error
+            raise
+        finally:
+            waiting, self._opening = self._opening, None
+            for each in waiting:
+                if problem is None:
+                    each.callback(None)
+                else:
+                    each.errback(problem)
+
+    async def _open(self) -> None:
+        protocols = _Protocols(self._login.timeout_s)
+        self._attempt = attempt = self._endpoint().connect(protocols)
+        try:
+            self._protocol = await attempt
+        except Exception as error:
+            raise ValkeyDown(f"{self.name} cannot be reached: {_reason(error)}") from None
+        finally:
+            self._attempt = None
+        login = self._login
+        try:
+            if login.password:
+                await self._run("AUTH", *([login.user] if login.user else []), login.password)
+            if login.database:
+                await self._run("SELECT", login.database)
+        except ValkeyRefused as error:
+            self.close()
+            code, settings = error.code, "the user, the password and the database in cluster.valkey_url"
+            raise ValkeyRefused(f"{self.name} refused the login: {code}; check {settings}", code) from None
+
+    def _endpoint(self) -> Any:
+        host, port = self.address
+        endpoint: Any = HostnameEndpoint(cast("Any", self._reactor), host, port, timeout=self._login.timeout_s)
+        return wrapClientTLS(optionsForClientTLS(host), endpoint) if self._login.tls else endpoint
+
+    async def _run(self, *words: Word) -> Any:
+        protocol = self._protocol
+        if protocol is None:
+            raise ValkeyDown(f"the connection to {self.name} is closed")
+        try:
+            return await protocol.execute_command(*words)
+        except txredisapi.ResponseError as error:
+            raise self._refusal(str(error)) from None
+        except txredisapi.RedisError as error:
+            self.close()
+            raise ValkeyDown(f"{self.name}: {_reason(error)}") from None
+
+    def _refusal(self, text: str) -> Exception:
+        code, *rest = text.split(" ")
+        if code in ("MOVED", "ASK") and len(rest) == 2 and rest[0].isdecimal():
+            host, _, port = rest[1].rpartition(":")
+            if port.isdecimal():
+                return Redirected(int(rest[0]), (host or self.address[0], int(port)), asks=code == "ASK")
+        message = f"{self.name} refused a command: {printable(text)}"
+        return ValkeyDown(message) if code in _PASSING else ValkeyRefused(message, code)
+
+
+class _Protocols(Factory):
+    """Makes the connection of one attempt.
+
+    The library's own factories reconnect and pool, which the cluster's redirections do not allow.
+    """
+
+    noisy = False
+    isLazy = False
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+
+    def protocol(self) -> Any:
+        return txredisapi.RedisProtocol(charset=None, replyTimeout=self._timeout_s, convertNumbers=False)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, txredisapi.TimeoutError):
+        return "it did not answer in time"
+    text = str(error).strip().rstrip(".")
+    return text[:1].lower() + text[1:] if text else type(error).__name__

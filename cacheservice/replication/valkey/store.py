@@ -1,0 +1,174 @@
+"""The generations of one unit in a Valkey, and the one step that makes another one current.
+
+The pieces of a generation are written under new names first. Then a script makes the manifest that names them current,
+unless the writer's lead is over: the hash of the unit has the epoch of the newest lead, so a leader that was suspended
+and wakes up is refused, however late its command arrives (a fencing token). The script also checks that the manifest
+follows the one that the writer knows, and that all pieces are there, because a failover may lose acknowledged writes.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import NamedTuple
+
+from cacheservice.base.errors import CacheServiceError, SnapshotRejected
+from cacheservice.replication.valkey.client import Valkey
+from cacheservice.replication.valkey.manifest import Manifest, Names, Piece, from_bytes
+
+CHUNK_BYTES = 512 * 1024
+
+_TAKE_LEAD = """
+local epoch = math.max(tonumber(redis.call('HGET', KEYS[1], 'epoch') or 0) + 1, tonumber(ARGV[1]))
+redis.call('HSET', KEYS[1], 'epoch', string.format('%.0f', epoch), 'leader', ARGV[2])
+redis.call('PEXPIRE', KEYS[1], ARGV[3])
+return {string.format('%.0f', epoch), redis.call('HGET', KEYS[1], 'manifest')}
+"""
+_PUBLISH = """
+local head = redis.call('HMGET', KEYS[1], 'epoch', 'moment')
+if tonumber(head[1] or 0) > tonumber(ARGV[1]) then return {'fenced', head[1]} end
+if tonumber(head[2] or 0) ~= tonumber(ARGV[2]) then return {'overtaken', head[2] or '0'} end
+for number = 2, #KEYS do
+  if redis.call('EXISTS', KEYS[number]) == 0 then return {'missing', KEYS[number]} end
+end
+redis.call('HSET', KEYS[1], 'epoch', ARGV[1], 'moment', ARGV[3], 'manifest', ARGV[4], 'leader', ARGV[5])
+redis.call('PEXPIRE', KEYS[1], ARGV[6])
+redis.call('PUBLISH', ARGV[7], ARGV[3])
+return {'published', ARGV[3]}
+"""
+_CLOCK = """
+local time = redis.call('TIME')
+return {string.match(redis.call('INFO', 'server'), 'run_id:(%x+)') or '', time[1], time[2]}
+"""
+
+
+class Fenced(CacheServiceError):
+    """Another process has taken the lead since; `epoch` is that of its lead. Stop publishing."""
+
+    def __init__(self, epoch: int) -> None:
+        super().__init__(f"another process has the lead, epoch {epoch}")
+        self.epoch = epoch
+
+
+class Overtaken(CacheServiceError):
+    """The unit is not at the moment that the writer knows, or pieces are missing. Read it, and publish a snapshot."""
+
+
+class Lead(NamedTuple):
+    """A lead of a unit.
+
+    :param epoch: greater than that of every lead before.
+    :param manifest: what is current; None if nothing is.
+    """
+
+    epoch: int
+    manifest: Manifest | None
+
+
+class ServerClock(NamedTuple):
+    """The clock of a server: its run, and microseconds since 1970. Clocks of different runs cannot be compared."""
+
+    run: str
+    now_us: int
+
+
+class Store:
+    """Reads and writes one unit.
+
+    :param keep_s: how long the server keeps the current generation without a publish.
+    """
+
+    def __init__(self, valkey: Valkey, names: Names, keep_s: float = 86_400.0) -> None:
+        self.names = names
+        self._valkey = valkey
+        self._keep_ms = int(keep_s * 1000)
+
+    async def take_lead(self, leader: str, least_epoch: int) -> Lead:
+        """Begin a lead: from now on no other process can publish, except one that takes the lead later.
+
+        :param leader: the name of this process, for people.
+        :param least_epoch: greater than that of every lead that this process knows of; the wall clock in milliseconds
+            is usual, because the server may lose the epochs that it had.
+        :raises ValkeyDown: if no server answers.
+        :raises ValkeyRefused: if it refuses.
+        """
+        head = self.names.head
+        epoch, manifest = await self._valkey.run(head, "EVAL", _TAKE_LEAD, 1, head, least_epoch, leader, self._keep_ms)
+        return Lead(int(epoch), None if manifest is None else self._manifest(manifest))
+
+    async def write(self, generation: int, base: int, frames: Iterable[bytes]) -> Piece:
+        """Write frames as a piece that nothing names yet; it expires unless a manifest is published that names it.
+
+        :param frames: one piece of bytes is written in each turn of the reactor.
+        """
+        token = secrets.token_hex(8)
+        piece, waiting = Piece(generation, base, token, 0, 0), bytearray()
+        for data in frames:
+            waiting += data
+            while len(waiting) >= CHUNK_BYTES:
+                piece = await self._write_chunk(piece, bytes(waiting[:CHUNK_BYTES]))
+                del waiting[:CHUNK_BYTES]
+        return await self._write_chunk(piece, bytes(waiting)) if waiting else piece
+
+    async def _write_chunk(self, piece: Piece, data: bytes) -> Piece:
+        key = self.names.chunk(piece, piece.chunks)
+        await self._valkey.run(key, "SET", key, data, "PX", self._keep_ms)
+        return Piece(piece.generation, piece.base, piece.token, piece.chunks + 1, piece.size_bytes + len(data))
+
+    async def publish(self, manifest: Manifest, after: int, leader: str) -> None:
+        """Make a manifest current in one step.
+
+        :param after: the moment of the manifest that it follows; 0 if there was none.
+        :raises Fenced: if another process has taken the lead.
+        :raises Overtaken: if another manifest is current, or a piece is missing.
+        """
+        head = self.names.head
+        keys = [head, *(key for piece in manifest.pieces for key in self.names.chunks(piece))]
+        words = (manifest.epoch, after, manifest.moment, manifest.to_bytes(), leader, self._keep_ms, self.names.channel)
+        outcome, value = await self._valkey.run(head, "EVAL", _PUBLISH, len(keys), *keys, *words)
+        if outcome == b"fenced":
+            raise Fenced(int(value))
+        if outcome != b"published":
+            raise Overtaken(f"{head.decode()}: {outcome.decode()}: {value.decode()}")
+
+    async def drop(self, pieces: Sequence[Piece], after_s: float) -> None:
+        """Let pieces that no manifest names expire; readers that have begun to read them still can for a while."""
+        for piece in pieces:
+            for key in self.names.chunks(piece):
+                await self._valkey.run(key, "PEXPIRE", key, int(after_s * 1000))
+
+    async def current(self) -> Manifest | None:
+        """Return the current manifest; None if there is none.
+
+        :raises SnapshotRejected: if something else is there.
+        """
+        data = await self._valkey.run(self.names.head, "HGET", self.names.head, "manifest")
+        return None if data is None else self._manifest(data)
+
+    async def read(self, piece: Piece) -> AsyncIterator[bytes]:
+        """Yield the parts of a piece.
+
+        :raises SnapshotRejected: if a part is missing, or has another length; the piece has been superseded.
+        """
+        size_bytes = 0
+        for number in range(piece.chunks):
+            key = self.names.chunk(piece, number)
+            data = await self._valkey.run(key, "GET", key)
+            if not isinstance(data, bytes):
+                raise SnapshotRejected(f"{key.decode()}: it is not there any more")
+            size_bytes += len(data)
+            yield data
+        if size_bytes != piece.size_bytes:
+            raise SnapshotRejected(f"{self.names.head.decode()}: generation {piece.generation} has another length")
+
+    async def clock(self) -> ServerClock:
+        """Return the clock of the server that has the unit."""
+        head = self.names.head
+        run, seconds, microseconds = await self._valkey.run(head, "EVAL", _CLOCK, 1, head)
+        return ServerClock(run.decode(), int(seconds) * 1_000_000 + int(microseconds))
+
+    def _manifest(self, data: object) -> Manifest:
+        name = self.names.head.decode()
+        if not isinstance(data, bytes):
+            raise SnapshotRejected(f"{name}: it is not a manifest of a cacheservice")
+        return from_bytes(data, name)
