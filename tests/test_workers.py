@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import signal
 import socket
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 from twisted.application.service import MultiService
 from twisted.internet import reactor
+from twisted.internet.error import CannotListenError
+from twisted.internet.protocol import ServerFactory
 from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import TestCase
 
 from cacheservice.app.workers.composition import Workers
 from cacheservice.app.workers.member import Member, State, Timing
+from cacheservice.base.errors import PortUnavailable
+from cacheservice.cache.cache import Cache
+from cacheservice.cache.rows import RowsPatch
 from cacheservice.config import Settings
-from cacheservice.ports.listen import PortService
+from cacheservice.ports.listen import PortService, tcp
+from cacheservice.ports.shared_listen import held
 from tests.kit.daemon import PRODUCTS, QUICK, Daemon
+from tests.kit.datasets import rows_of, snapshot_of
 from tests.kit.logs import Log
 from tests.kit.real_service import RealServiceTestCase
 from tests.kit.resp import Client
 from tests.kit.waiting import GIVE_UP_S, until, wait_until
-from tests.kit.workers import Address, client_of_each, is_over, livez, ping, workers_of
+from tests.kit.workers import Address, client_of_each, is_over, livez, ping, server_of, workers_of
 
 SECRET = "known only to clients"
 
@@ -34,8 +44,7 @@ class RealWorkers(TestCase):
 
     timeout = 300
 
-    async def begin(self, timing: Timing | None = None, **tables: Any) -> None:
-        self.log = Log()
+    def settings(self, **tables: Any) -> Settings:
         everything: dict[str, Any] = {
             "postgres": {"dsn": "postgresql://reader:hidden@127.0.0.1:1/shop"},
             "resp": {"port": 0},
@@ -43,7 +52,13 @@ class RealWorkers(TestCase):
             "workers": {"processes": 2},
             "datasets": {"products": {"name": "products", "query": "TABLE products", "key": "id"}},
         }
-        self.workers = Workers(Settings.model_validate(everything | tables), reactor, self.log, timing)
+        return Settings.model_validate(everything | tables)
+
+    async def begin(self, timing: Timing | None = None, **tables: Any) -> None:
+        self.log = Log()
+        settings = self.settings(**tables)
+        self.cache = Cache(settings.datasets.values(), reactor.seconds)
+        self.workers = Workers(settings, self.cache, reactor, self.log, timing)
         self.service = MultiService()
         for part in self.workers.services():
             part.setServiceParent(self.service)
@@ -88,6 +103,61 @@ class RealWorkers(TestCase):
             {name: len(self.log.named(name)) for name in ("worker_started", "worker_serving", "worker_ended")},
             {"worker_started": 2, "worker_serving": 2, "worker_ended": 0},
         )
+
+    async def test_an_address_in_use(self) -> None:
+        """A second service cannot share the address of the first, whether that has workers or not."""
+        await self.begin()
+        (host, port), settings = self.addresses["resp"], {"port": self.addresses["resp"][1]}
+        for listen in (partial(held, reactor, host, port, 2), tcp(reactor, host, port, ServerFactory())):
+            with self.assertRaises(CannotListenError) as caught:
+                listen()
+            self.assertEqual(caught.exception.socketError.errno, errno.EADDRINUSE)
+        workers = Workers(self.settings(resp=settings), self.cache, reactor, self.log)
+        resp, *_ = workers.services()
+        with self.assertRaises(PortUnavailable) as refused:
+            resp.privilegedStartService()
+        self.assertEqual(
+            str(refused.exception),
+            f"resp.port: cannot listen on 127.0.0.1:{port}: address already in use; end what uses it, or set another",
+        )
+
+    async def test_one_address_of_ipv6(self) -> None:
+        """Both workers serve "::", by IPv6 and by IPv4."""
+        await self.begin(resp={"port": 0, "host": "::", "password": SECRET}, limits={"allow_anonymous": True})
+
+        def connect() -> list[Any]:
+            replies = []
+            for host in ("127.0.0.1", "::1")[: 1 + socket.has_ipv6]:
+                with socket.create_connection((host, self.addresses["resp"][1]), timeout=GIVE_UP_S) as client:
+                    replies.append(Client(client).ask("AUTH", SECRET))
+            return replies
+
+        self.assertEqual(set(await deferToThread(connect)), {b"OK"})
+
+    async def test_snapshots(self) -> None:
+        """All workers serve what the main process publishes, and so does one that is started later."""
+        await self.begin()
+        dataset = self.cache.dataset("products")
+        rows = rows_of({b"%d" % number: b'{"n":1}' for number in range(1000)})
+        dataset.publish(snapshot_of(rows, read_at=reactor.seconds()))
+        clients = await self.clients()
+
+        def read(key: str) -> list[Any]:
+            return [Client(client).ask("GET", f"products:{key}") for client in clients.values()]
+
+        await until(lambda: read("999") == [b'{"n":1}'] * 2)
+        changed = RowsPatch(dataset.snapshot.rows)
+        changed.put(b"999", b'{"n":2}')
+        changed.remove(b"0")
+        dataset.publish(snapshot_of(changed.finish(), 2, reactor.seconds()), changed.delta)
+        await until(lambda: read("999") == [b'{"n":2}'] * 2)
+        self.assertEqual(read("0"), [None] * 2)
+        os.kill(self.pids[0], signal.SIGKILL)
+        await until(lambda: self.log.named("worker_ended"))
+        await self.until_serving()
+        # It accepts no client before it has all snapshots.
+        clients = await self.clients()
+        self.assertEqual((read("999"), read("998"), read("0")), ([b'{"n":2}'] * 2, [b'{"n":1}'] * 2, [None] * 2))
 
     async def test_nothing_secret_is_shown(self) -> None:
         """The command line and the environment of a worker contain no secret, and it has only what it needs open."""
@@ -142,6 +212,24 @@ class RealWorkers(TestCase):
         self.assertTrue(is_over(victim))
         self.assertEqual(self.members[1].pid, survivor)
         self.assertEqual(set(await self.clients()), set(self.pids))
+
+    async def test_one_is_frozen_for_a_while(self) -> None:
+        """The other one serves the clients that the frozen one would have got, and then both serve again."""
+        await self.begin(Timing(ping_interval_s=0.1, hung_after_s=3600.0))
+        victim, survivor = self.pids
+        os.kill(victim, signal.SIGSTOP)
+
+        def connect_often() -> set[int | None]:
+            servers = set()
+            for _ in range(50):
+                with ping(self.addresses["resp"]) as client:
+                    servers.add(server_of(client, [victim, survivor]))
+            return servers
+
+        self.assertEqual(await deferToThread(connect_often), {survivor})
+        os.kill(victim, signal.SIGCONT)
+        self.assertEqual(set(await self.clients()), {victim, survivor})
+        self.assertEqual(self.log.names("worker_hung", "worker_ended"), [])
 
     async def test_one_hangs_during_the_stop(self) -> None:
         """It is killed, and the stop ends when all processes have ended."""
@@ -217,6 +305,27 @@ class UnderTwistd(RealServiceTestCase):
         self.assertEqual(self.resp_of(again)[1], ports["resp"])
         again.end()
         self.assertEqual(again.errors, "")
+
+    def test_rows(self) -> None:
+        """Each worker serves what the main process reads, generation after generation, and none goes back."""
+        daemon = self.begun()
+        clients = client_of_each(self.resp_of(daemon), workers_of(daemon.process.pid))
+        for client in clients.values():
+            self.addCleanup(client.close)
+        seen: dict[int, list[bytes]] = {pid: [] for pid in clients}
+
+        def all_new() -> bool:
+            for pid, client in clients.items():
+                document = Client(client).ask("GET", "products:1")
+                if isinstance(document, bytes) and document not in seen[pid][-1:]:
+                    seen[pid].append(document)
+            return all(len(documents) >= 4 for documents in seen.values())
+
+        wait_until(all_new, "four generations in each worker")
+        for documents in seen.values():
+            self.assertEqual(documents, sorted(documents, key=lambda each: json.loads(each)["read_at"]))
+        daemon.end()
+        self.assert_ended(daemon, -signal.SIGTERM)
 
     def test_sigterm(self) -> None:
         """All end in order within 5 s, and the main process as it does without workers."""

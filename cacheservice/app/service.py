@@ -51,7 +51,7 @@ def make_service(
     ports = Ports(settings, Shared(cache, reads.requests, metrics, held, reactor, log))
     ports.add_status()
     services: list[Service] = [stalls, *reads.services()]
-    workers = Workers(settings, reactor, log) if role == WHOLE and settings.workers.processes else None
+    workers = Workers(settings, cache, reactor, log) if role == WHOLE and settings.workers.processes else None
     if isinstance(reads, Reads):
         served = ports if workers is None else Both(ports, workers)
         reload = Reload(settings, cache, reads, served, Process(reactor, threshold, log))

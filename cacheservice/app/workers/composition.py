@@ -9,12 +9,16 @@ from twisted.application.service import Service
 
 from cacheservice.app.reload import Served
 from cacheservice.app.workers.held import HeldSockets
-from cacheservice.app.workers.member import Surroundings, Timing
+from cacheservice.app.workers.member import Feed, Surroundings, Timing
 from cacheservice.app.workers.spawn import Spawner
-from cacheservice.app.workers.supervisor import Supervisor, without_snapshots
+from cacheservice.app.workers.supervisor import Supervisor
 from cacheservice.base.backoff import full_jitter
 from cacheservice.base.interfaces import Log, Reactor
+from cacheservice.cache.cache import Cache
 from cacheservice.config import Settings
+from cacheservice.replication.link import Link
+from cacheservice.replication.sender import RESEND, TAKEN, Sender
+from cacheservice.sources.frames.clocks import Clocks
 
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 30.0
@@ -23,11 +27,17 @@ _LONGEST_PAUSE_S = 30.0
 class Workers:
     """Builds the sockets of the workers and their supervisor."""
 
-    def __init__(self, settings: Settings, reactor: Reactor, log: Log, timing: Timing | None = None) -> None:
+    def __init__(
+        self, settings: Settings, cache: Cache, reactor: Reactor, log: Log, timing: Timing | None = None
+    ) -> None:
+        self._cache = cache
+        self._reactor = reactor
+        self._log = log
+        self._clocks = Clocks(reactor)
         self._sockets = HeldSockets(settings, reactor)
         surroundings = Surroundings(
             spawn=Spawner(reactor, self._sockets.descriptors),
-            attach=without_snapshots,
+            attach=self._attach,
             pause_s=full_jitter(_FIRST_PAUSE_S, _LONGEST_PAUSE_S, random.random),
             timing=timing or Timing(),
             reactor=reactor,
@@ -43,6 +53,13 @@ class Workers:
     def apply(self, settings: Settings) -> None:
         """Apply a changed configuration in all workers."""
         self.supervisor.apply(settings)
+
+    def _attach(self, number: int, link: Link) -> Feed:
+        """Return the feed of a worker: all that the cache publishes."""
+        sender = Sender(self._cache, link, self._clocks, self._reactor, self._log.bind(worker=number))
+        link.handle(TAKEN, sender.taken)
+        link.handle(RESEND, sender.resend)
+        return sender
 
 
 class Both:

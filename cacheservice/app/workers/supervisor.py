@@ -9,9 +9,8 @@ from twisted.application.service import Service
 from twisted.internet.defer import Deferred, DeferredList
 
 from cacheservice.app.effective import effective
-from cacheservice.app.workers.member import Feed, Member, Surroundings
+from cacheservice.app.workers.member import Member, Surroundings
 from cacheservice.config import Settings, for_workers
-from cacheservice.replication.link import Link
 from cacheservice.replication.messages import Plain
 
 
@@ -67,21 +66,3 @@ class Supervisor(Service):
         if self.running:
             for member in self.members:
                 member.start()
-
-
-class NoFeed:
-    """A feed without snapshots: the datasets of a worker stay empty."""
-
-    def __init__(self, link: Link) -> None:
-        self._link = link
-
-    def start(self) -> None:
-        self._link.send("live")
-
-    def stop(self) -> None:
-        """Do nothing."""
-
-
-def without_snapshots(number: int, link: Link) -> Feed:
-    """Attach nothing to the link of a worker."""
-    return NoFeed(link)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from functools import partial
 
 from twisted.application.service import MultiService, Service
 from twisted.internet.defer import Deferred, maybeDeferred
@@ -21,26 +21,17 @@ from cacheservice.app.ports import Ports, Shared
 from cacheservice.app.workers import descriptors
 from cacheservice.base.interfaces import Json, Log, Reactor
 from cacheservice.cache.cache import Cache
+from cacheservice.cache.drain import Drain
 from cacheservice.config import Settings, from_main
 from cacheservice.ops.exposition import Metrics
 from cacheservice.ops.stall import StallWatch
 from cacheservice.ports.held import HeldSnapshots
 from cacheservice.ports.listen import PortService
 from cacheservice.ports.shared_listen import AdoptedPort
+from cacheservice.replication.follower import Follower
 from cacheservice.replication.link import Handler, Link
-
-
-class Follower(Protocol):
-    """Publishes what arrives as frames."""
-
-    def received(self, data: bytes) -> None: ...
-
-
-class NoFollower:
-    """Ignores frames."""
-
-    def received(self, data: bytes) -> None:
-        """Do nothing."""
+from cacheservice.replication.sender import COMMIT, LIVE, WITHDRAW
+from cacheservice.sources.frames.clocks import Clocks
 
 
 class Worker:
@@ -58,7 +49,9 @@ class Worker:
         self._is_ending = False
         handlers: dict[str, Handler] = {
             "settings": self._settings,
-            "live": self._live,
+            COMMIT: self._commit,
+            WITHDRAW: self._withdraw,
+            LIVE: self._live,
             "accept": self._accept,
             "stopping": self._stopping,
             "stop": self.stop,
@@ -92,15 +85,28 @@ class Worker:
 
     def _settings(self, settings: Mapping[str, Json], number: int = 0, incarnation: int = 0) -> None:
         if self._serving is not None:
-            self._serving.apply(from_main(settings))
+            later = from_main(settings)
+            self._serving.follower.then(partial(self._serving.apply, later))
             return
         try:
-            self._serving = Serving(from_main(settings), number, self._reactor, self._log)
+            self._serving = Serving(from_main(settings), number, self._link, self._reactor, self._log)
         except BaseException:
             self.stop()  # the main process starts another one after a pause
             raise
 
+    def _commit(self) -> None:
+        if self._serving is not None:
+            self._serving.follower.then(self._serving.follower.commit)
+
+    def _withdraw(self, name: str) -> None:
+        if self._serving is not None:
+            self._serving.follower.then(partial(self._serving.follower.withdraw, name))
+
     def _live(self) -> None:
+        if self._serving is not None:
+            self._serving.follower.then(self._listen)
+
+    def _listen(self) -> None:
         if self._serving is not None and not self._is_ending:
             self._serving.listen()
             self._link.send("serving")
@@ -124,12 +130,12 @@ class Serving:
     :param number: of the worker, from 1.
     """
 
-    def __init__(self, settings: Settings, number: int, reactor: Reactor, log: Log) -> None:
+    def __init__(self, settings: Settings, number: int, link: Link, reactor: Reactor, log: Log) -> None:
         self._number = number
         self._count = settings.workers.processes
         self._adopted: list[AdoptedPort] = []
         self.cache = Cache(settings.datasets.values(), reactor.seconds)
-        self.follower: Follower = NoFollower()
+        self.follower = Follower(self.cache, link, Drain(reactor).add, Clocks(reactor), reactor, log)
         stalls = StallWatch(reactor)
         limits = settings.limits
         held = HeldSnapshots(self.cache, reactor, log, limits.max_old_generations, limits.max_answer_s)
@@ -174,6 +180,7 @@ class Serving:
     def stop(self) -> Deferred[object]:
         """Close everything."""
         self.cache.stop()
+        self.follower.stop()
         parts = MultiService()
         for service in (*self._others, *self._listening):
             service.setServiceParent(parts)
