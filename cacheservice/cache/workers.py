@@ -22,6 +22,7 @@ class WorkerStatus:
     :param restarts: how often it was started again since the start of the service.
     :param memory_bytes: its memory in RAM, as of a second ago; 0 if it is not known.
     :param cpu_s: the CPU time of the worker since the start of the service.
+    :param superseded: the superseded generations that answers of the worker keep in memory, and their bytes.
     :param stalls: how late the ticks of its reactor came, in seconds, since the start of the service.
     """
 
@@ -32,4 +33,5 @@ class WorkerStatus:
     restarts: int
     memory_bytes: int
     cpu_s: float
+    superseded: tuple[int, int]
     stalls: Histogram

@@ -148,12 +148,12 @@ class ServiceMetrics:
         yield GaugeMetricFamily(
             "cacheservice_reader_generations",
             "Superseded generations that answers in progress keep in memory.",
-            len(superseded),
+            len(superseded) + sum(each.superseded[0] for each in workers),
         )
         yield GaugeMetricFamily(
             "cacheservice_reader_bytes",
             "Size of these generations; those made by deltas share most of it.",
-            sum(superseded.values()),
+            sum(superseded.values()) + sum(each.superseded[1] for each in workers),
         )
         *cumulative, _, total = histogram_values(self._lateness)
         yield HistogramMetricFamily(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from itertools import count
 from typing import Any
 
@@ -10,13 +9,13 @@ from twisted.internet.address import IPv4Address
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
-from cacheservice.app.workers.connections import SharedConnections, shared_memory
-from cacheservice.app.workers.part import CountsService, Member, Part
+from cacheservice.app.workers.connections import SharedConnections, SharedMemory
+from cacheservice.app.workers.member import State
+from cacheservice.app.workers.part import CountsService, Incarnation, Part
 from cacheservice.app.workers.questions import Sources
 from cacheservice.app.workers.whole import Whole
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.counts import Histogram
-from cacheservice.cache.workers import WorkerState
 from cacheservice.ops.exposition import Metrics
 from cacheservice.ops.stall import BOUNDS_S
 from cacheservice.ports.admission import Door, Room
@@ -45,7 +44,7 @@ class FakeLife:
         self._number = number
         self.starts = 0
         self.pid: int | None = None
-        self.condition: WorkerState = "down"
+        self.state = State.STOPPED
 
     @property
     def restarts(self) -> int:
@@ -53,13 +52,13 @@ class FakeLife:
 
     def begin(self) -> None:
         self.starts += 1
-        self.pid, self.condition = 1000 + self._number, "starting"
+        self.pid, self.state = 1000 + self._number, State.FILLING
 
     def serve(self) -> None:
-        self.condition = "serving"
+        self.state = State.SERVING
 
     def end(self) -> None:
-        self.pid, self.condition = None, "down"
+        self.pid, self.state = None, State.WAITING
 
 
 class FleetWorker:
@@ -70,8 +69,8 @@ class FleetWorker:
         self.number = number
         self.pair = LinkPair(clock)
         self.cache = Cache(fleet.settings, clock.seconds)
-        member = Member(number, fleet.lives[number].starts, fleet.processes)
-        self.part = Part(member, SharedConnections(fleet.memory), self.cache, self.pair.worker)
+        incarnation = Incarnation(number, fleet.lives[number].starts, fleet.processes)
+        self.part = Part(incarnation, SharedConnections(fleet.memory.descriptor), self.cache, self.pair.worker)
         freshness = Freshness(self.part.main, self.cache.database, clock)
         self.log = Log()
         secrets = self.part.secrets(fleet.secrets, self.log)
@@ -141,8 +140,9 @@ class Fleet:
         self.settings = [declared("products"), declared("prices")]
         self.cache = Cache(self.settings, clock.seconds)
         self.refreshes = FakeRefreshes()
-        self.memory = shared_memory()
-        self.whole = Whole(processes, self.cache, SharedConnections(self.memory), {"resp": MOST, "http": MOST}, clock)
+        self.memory = SharedMemory()
+        connections = SharedConnections(self.memory.descriptor)
+        self.whole = Whole(processes, self.cache, connections, {"resp": MOST, "http": MOST}, clock)
         self.metrics = Metrics(self.cache, Histogram(BOUNDS_S), clock)
         self.metrics.prepare_by(self.whole.updated)
         for name, port in self.whole.ports.items():
@@ -196,7 +196,6 @@ class Fleet:
         for number in list(self.workers):
             self.kill(number)
         self.assembled.stop()
-        os.close(self.memory)
         self.settle()
         left = [str(call) for call in self.clock.getDelayedCalls()]
         assert left == [], left

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 from hypothesis import given
 from hypothesis import strategies as st
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from cacheservice.app.workers.connections import SharedConnections, SharedTally, shared_memory
+from cacheservice.app.workers.connections import SharedConnections, SharedMemory, SharedTally
 from cacheservice.ports.admission import Door, Plan, Room, plan
 from tests.kit.logs import Log
 
@@ -80,10 +78,9 @@ class Doors(SynchronousTestCase):
 
 class SeveralProcesses(SynchronousTestCase):
     def setUp(self) -> None:
-        descriptor = shared_memory()
-        self.addCleanup(os.close, descriptor)
+        self.memory = SharedMemory()
         # Each process has its own mapping of the same memory.
-        self.maps = [SharedConnections(descriptor) for _ in range(3)]
+        self.maps = [SharedConnections(self.memory.descriptor) for _ in range(3)]
         self.log = Log()
         self.rooms = [Room(Plan(100, 50, 2, 10), processes=3) for _ in self.maps]
         self.doors = [

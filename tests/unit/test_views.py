@@ -58,8 +58,8 @@ class Json(SynchronousTestCase):
         stalls = Histogram((1.0,))
         self.cache.see_workers_by(
             lambda: [
-                WorkerStatus(1, 4711, "serving", {"resp": 30, "http": 2}, 0, 220_000_000, 1.5, stalls),
-                WorkerStatus(2, None, "down", {"resp": 0, "http": 0}, 3, 0, 0.0, stalls),
+                WorkerStatus(1, 4711, "serving", {"resp": 30, "http": 2}, 0, 220_000_000, 1.5, (0, 0), stalls),
+                WorkerStatus(2, None, "down", {"resp": 0, "http": 0}, 3, 0, 0.0, (0, 0), stalls),
             ]
         )
         here, there = self.through_json()

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import mmap
 import os
+import weakref
 
 PORTS = ("resp", "http")
 """The ports of workers."""
 MOST_WORKERS = 64
-_SLOT_BYTES = 8
+_SIZE_BYTES = MOST_WORKERS * len(PORTS) * 8
 
 
 class SharedConnections:
@@ -20,11 +21,11 @@ class SharedConnections:
 
     Writing and reading a number is one access to memory, so that no process reads a part of it.
 
-    :param descriptor: of the memory, made by `shared_memory`; it can be closed afterwards.
+    :param descriptor: of a `SharedMemory`; it can be closed afterwards.
     """
 
     def __init__(self, descriptor: int) -> None:
-        memory = mmap.mmap(descriptor, MOST_WORKERS * len(PORTS) * _SLOT_BYTES)
+        memory = mmap.mmap(descriptor, _SIZE_BYTES)
         self._numbers = memoryview(memory).cast("q")
 
     def tally(self, worker: int, port: str) -> SharedTally:
@@ -56,8 +57,13 @@ class SharedTally:
         return sum(self._of_port) - self._of_port[self._place]
 
 
-def shared_memory() -> int:
-    """Return the descriptor of new memory for `SharedConnections`, without any client."""
-    descriptor = os.memfd_create("cacheservice-connections")
-    os.ftruncate(descriptor, MOST_WORKERS * len(PORTS) * _SLOT_BYTES)
-    return descriptor
+class SharedMemory:
+    """New memory for `SharedConnections`, without any client.
+
+    `descriptor` is closed when this object is not used any more.
+    """
+
+    def __init__(self) -> None:
+        self.descriptor = os.memfd_create("cacheservice-connections")
+        os.ftruncate(self.descriptor, _SIZE_BYTES)
+        weakref.finalize(self, os.close, self.descriptor)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from twisted.application.service import Service
 
+from cacheservice.app.workers import descriptors
 from cacheservice.app.workers.connections import SharedConnections, SharedTally
 from cacheservice.app.workers.counting import COUNT_S, CountedPort, Counting
 from cacheservice.app.workers.guesses import SharedGuesses
@@ -29,8 +31,8 @@ FIRST_IDS = 1 << 32
 """The ids for the clients of one worker process, more than it can use up."""
 
 
-class Member(NamedTuple):
-    """A worker process among those of the service.
+class Incarnation(NamedTuple):
+    """One process of one worker.
 
     :param number: of the worker, from 1.
     :param start: how often the worker has been started, with this process.
@@ -50,6 +52,13 @@ class Member(NamedTuple):
         return ((self.start - 1) * self.processes + self.number) * FIRST_IDS + 1
 
 
+def inherited_connections() -> SharedConnections:
+    """Return the numbers of clients of all workers, from the memory that a worker inherits."""
+    connections = SharedConnections(descriptors.MEMORY)
+    os.close(descriptors.MEMORY)
+    return connections
+
+
 class Part:
     """Connects the ports of a worker with the main process.
 
@@ -57,8 +66,8 @@ class Part:
     :param cache: of this process.
     """
 
-    def __init__(self, member: Member, connections: SharedConnections, cache: Cache, link: Link) -> None:
-        self.member = member
+    def __init__(self, incarnation: Incarnation, connections: SharedConnections, cache: Cache, link: Link) -> None:
+        self.incarnation = incarnation
         self.main = MainProcess(cache, link)
         self._connections = connections
         self._link = link
@@ -69,7 +78,7 @@ class Part:
 
     def tally(self, port: str) -> SharedTally:
         """Return the numbers of clients of a port in all workers."""
-        return self._connections.tally(self.member.number, port)
+        return self._connections.tally(self.incarnation.number, port)
 
     def secrets(self, started: ClientSecrets, log: Log) -> AskedSecrets:
         """Return the secrets of the ports, which the main process replaces."""
@@ -78,7 +87,7 @@ class Part:
     def add_resp(self, factory: RespFactory) -> None:
         """Make the RESP port a part of that of the service."""
         self._factories["resp"] = factory
-        factory.join(self.main, self.member.first_id)
+        factory.join(self.main, self.incarnation.first_id)
         self._guesses.add("resp", factory.server.passwords.throttle)
 
     def add_http(self, factory: HttpFactory) -> None:

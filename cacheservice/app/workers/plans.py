@@ -18,6 +18,9 @@ from cacheservice.cache.identity import ServerIdentity
 from cacheservice.replication.link import Link
 from cacheservice.replication.messages import Plain
 
+Plan = tuple[float | None, float | None]
+"""When the next attempt is planned, and when the last one ended, on the monotonic clock; None for neither."""
+
 _KINDS = (Added, Changed, Noted, AttemptEnded, Published, Renewed)
 
 
@@ -78,13 +81,28 @@ def follow_plans(cache: Cache, link: Link) -> None:
         server = None if identity is None else ServerIdentity(**cast("dict[str, Any]", identity))
         database.seen(server, database.lag)
 
-    def take_plans(plans: Mapping[str, tuple[float | None, float | None]]) -> None:
-        for name, (next_at, ended_at) in plans.items():
-            dataset = cache.datasets.get(name)
-            if dataset is not None:
-                dataset.note_refresh(replace(dataset.refresh, next_at=next_at))
-                if ended_at is not None:
-                    dataset.attempted_elsewhere(ended_at)
+    # Those of datasets that the worker does not know yet, because changed settings are applied after earlier snapshots.
+    early: dict[str, Plan] = {}
+
+    def take_plans(plans: Mapping[str, Plan]) -> None:
+        for name, plan in plans.items():
+            if name in cache.datasets:
+                note(name, plan)
+            else:
+                early[name] = plan
+
+    def note(name: str, plan: Plan) -> None:
+        dataset, (next_at, ended_at) = cache.dataset(name), plan
+        dataset.note_refresh(replace(dataset.refresh, next_at=next_at))
+        if ended_at is not None:
+            dataset.attempted_elsewhere(ended_at)
+
+    def added(event: Event) -> None:
+        plan = early.pop(event.dataset, None)
+        if plan is not None:
+            note(event.dataset, plan)
+
+    cache.events.subscribe(added, Added)
 
     link.handle("server", take_server)
     link.handle("plans", take_plans)

@@ -12,11 +12,12 @@ from twisted.internet.defer import Deferred, DeferredList
 from cacheservice.app.workers.connections import PORTS, SharedConnections
 from cacheservice.app.workers.counting import WorkerCounts, WorkerLedger
 from cacheservice.app.workers.guesses import AllGuesses
+from cacheservice.app.workers.member import State
 from cacheservice.app.workers.plans import PlanSender
 from cacheservice.app.workers.questions import Questions, Sources
 from cacheservice.base.interfaces import Clock
 from cacheservice.cache.cache import Cache
-from cacheservice.cache.workers import WorkerState, WorkerStatus
+from cacheservice.cache.workers import WorkerStatus
 from cacheservice.ops.stall import BOUNDS_S
 from cacheservice.ports import rejected
 from cacheservice.ports.resp.server import own_usage
@@ -65,8 +66,8 @@ class Life(Protocol):
         """The number of processes after the first."""
 
     @property
-    def condition(self) -> WorkerState:
-        """The state of the worker, as operators see it."""
+    def state(self) -> State:
+        """The state of the worker."""
 
 
 class _Worker:
@@ -83,11 +84,12 @@ class _Worker:
         return WorkerStatus(
             number=self.number,
             pid=life.pid,
-            state=life.condition,
+            state=life.state.shown,
             connections={port: self.ledger.clients.get(port, 0) for port in PORTS},
             restarts=life.restarts,
             memory_bytes=self.ledger.memory_bytes,
             cpu_s=self.ledger.cpu_s,
+            superseded=self.ledger.superseded,
             stalls=self.ledger.stalls,
         )
 
@@ -187,15 +189,6 @@ class Whole:
     def statuses(self) -> Sequence[WorkerStatus]:
         """Return the workers for the status and the metrics."""
         return [each.status(life) for each, life in zip(self._workers.values(), self._lives, strict=True)]
-
-    def superseded(self) -> Mapping[tuple[str, int], int]:
-        """Return the bytes of the superseded generations in the workers, in one sum for each of them."""
-        found: dict[tuple[str, int], int] = {}
-        for each in self._workers.values():
-            count, size_bytes = each.ledger.superseded
-            # Each worker has its own copies. Only their number and their sum matter.
-            found |= {(f"@{each.number}", place): size_bytes if place == 0 else 0 for place in range(count)}
-        return found
 
     async def totals(self) -> Totals:
         """Return the totals of all processes, as of now."""
