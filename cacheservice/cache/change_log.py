@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from itertools import islice
 from typing import NamedTuple
 
-from cacheservice.cache.delta import Delta
+from cacheservice.cache.delta import NO_CHANGE, Delta
 from cacheservice.cache.snapshot import Snapshot
 
 MOST_ROWS = 50_000
@@ -144,12 +144,13 @@ class ChangeLog:
 class Merge:
     """Merges deltas into one with the same effect: iterate to the end, one step in each turn, then read `delta`.
 
-    A step takes half a millisecond, or as long as one delta takes.
+    A step takes half a millisecond. `Delta.then` has the same result for two deltas, but for a thousand of them it
+    would copy the rows of the first a thousand times, in one turn.
     """
 
     def __init__(self, deltas: Sequence[Delta]) -> None:
         self._deltas = deltas
-        self.delta = deltas[0] if len(deltas) == 1 else Delta({}, frozenset())
+        self.delta = deltas[0] if len(deltas) == 1 else NO_CHANGE
 
     def __iter__(self) -> Iterator[None]:
         if len(self._deltas) == 1:
@@ -158,9 +159,15 @@ class Merge:
         removed: set[bytes] = set()
         work = 0
         for delta in self._deltas:
-            for key in delta.removed:
-                put.pop(key, None)
-            removed |= delta.removed
+            keys = iter(delta.removed)
+            while gone := list(islice(keys, _MERGED_ROWS)):
+                for key in gone:
+                    put.pop(key, None)
+                removed.update(gone)
+                work += len(gone)
+                if work >= _MERGED_ROWS:
+                    yield
+                    work = 0
             rows = iter(delta.put.items())
             while some := dict(islice(rows, _MERGED_ROWS)):
                 put.update(some)
@@ -169,7 +176,6 @@ class Merge:
                 if work >= _MERGED_ROWS:
                     yield
                     work = 0
-            work += len(delta.removed)
         self.delta = Delta(put, frozenset(removed))
 
 

@@ -98,11 +98,15 @@ class Log(SynchronousTestCase):
         together = merged(deltas)
         self.assertEqual(applied(table, together), expected)
         self.assertTrue(together.removed.isdisjoint(together.put))
+        if len(deltas) == 2:
+            self.assertEqual(together, deltas[0].then(deltas[1]))
 
     def test_steps(self) -> None:
         """A merge of many rows takes several turns; a single delta takes none."""
         self.assertEqual(len(list(Merge([numbered(0, 10_000), numbered(5_000, 10_000)]))), 10)
         self.assertEqual(list(Merge([numbered(0, 10_000)])), [])
+        gone = Delta({}, frozenset(numbered(0, 10_000).put))
+        self.assertEqual(len(list(Merge([numbered(0, 10_000), gone]))), 10)
 
     def test_positions(self) -> None:
         """A generation of another life of the service has another moment, and is not known; a bare number is taken."""
