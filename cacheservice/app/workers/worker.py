@@ -134,7 +134,10 @@ class Serving:
         self._count = settings.workers.processes
         self._adopted: list[AdoptedPort] = []
         self.cache = Cache(settings.datasets.values(), reactor.seconds)
-        self.follower = Follower(self.cache, link, Drain(reactor).add, Clocks(reactor), reactor, log)
+        clocks = Clocks(reactor)
+        self.follower = Follower(
+            self.cache, link, Drain(reactor).add, lambda head: clocks.read_at(head.header), reactor, log
+        )
         stalls = StallWatch(reactor)
         limits = settings.limits
         held = HeldSnapshots(self.cache, reactor, log, limits.max_old_generations, limits.max_answer_s)
