@@ -126,7 +126,6 @@ class Commands(TestCase):
             for server in servers:
                 server.cli("CLUSTER", "SETSLOT", slot, "NODE", ids[target])
             self.assertEqual(await client.run(b"{1}:head", "GET", "{1}:head"), b"1")
-            await client.run_everywhere("PUBLISH", "channel", "x")
             await self.closed(client)
 
     async def test_a_failover_by_a_sentinel(self) -> None:

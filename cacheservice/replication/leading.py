@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from cacheservice.base.errors import SnapshotRejected
 from cacheservice.cache.delta import NO_CHANGE
 from cacheservice.replication.valkey.publisher import Here, Publisher
 from cacheservice.replication.valkey.replica import Replica
@@ -83,7 +84,11 @@ class Leading:
         lead = await self._store.take_lead(self._here.name, max(self.epoch + 1, int(self._fleet.wall_s() * 1000)))
         self.epoch = lead.epoch
         if lead.manifest is not None:
-            await self._replica.load()
+            try:
+                await self._replica.load()
+            except SnapshotRejected as error:
+                # The server has lost a part of it. What this process serves takes its place.
+                self._log.warning("lead_without_snapshot", error=str(error))
         if not has_lead():
             return
         loaded = {name: each for name, each in self._replica.loaded.items() if self._serves(name, each)}

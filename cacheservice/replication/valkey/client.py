@@ -62,17 +62,6 @@ class Valkey:
         self._forget()
         raise ValkeyDown(f"the nodes of the cluster disagree about where {key[:100]!r} is; it may be changing")
 
-    async def run_everywhere(self, *words: Word) -> None:
-        """Run a command on each primary that is known; the failures of some do not keep the others from it.
-
-        :raises ValkeyDown: if all fail.
-        """
-        await self._node_of(b"")
-        nodes = [self._node(address) for address in self._slots.nodes] if self._slots else [self._primary]
-        failures = [await _failure(node.run(*words)) for node in nodes if node is not None]
-        if failures and all(failures):
-            raise ValkeyDown(str(failures[0]))
-
     async def open(self, protocol: Callable[[], Connection]) -> Connection:
         """Open a connection of its own to a server that is a primary, for a subscription; return its protocol.
 
@@ -156,13 +145,3 @@ class Valkey:
         if role[0] != b"master":
             raise ValkeyDown(f"{primary.name} is not a primary, although the sentinel {sentinel.name} reports it")
         return primary
-
-
-async def _failure(work: Awaitable[object]) -> CacheServiceError | None:
-    try:
-        await work
-    except CacheServiceError as error:
-        return error
-    except Redirected:
-        return None
-    return None
