@@ -144,6 +144,7 @@ def running_service(
     dataset: Mapping[str, Any] = MappingProxyType({}),
     more: str = "",
     python: Path = Path(sys.executable),
+    wait: bool = True,
     **environment: str,
 ) -> Iterator[RunningService]:
     """The service, with its first snapshot loaded.
@@ -151,6 +152,7 @@ def running_service(
     :param dataset: more keys of the dataset, or others in place of ours.
     :param more: tables for the end of the configuration.
     :param python: of the environment whose twistd runs it.
+    :param wait: whether to wait for the end of the first refresh, which a process that follows does not have.
     """
     with tempfile.TemporaryDirectory(prefix="cacheservice-benchmark-") as name:
         directory = Path(name)
@@ -173,7 +175,8 @@ def running_service(
             )
         try:
             service = RunningService(process.pid, _ports(process, log), admin, log)
-            service.wait_refreshed()
+            if wait:
+                service.wait_refreshed()
             yield service
         finally:
             process.terminate()
