@@ -43,10 +43,14 @@ _BEGIN_SQL = (
 _HEARTBEAT_SQL = """
 SELECT pg_backend_pid() = {pid}, pg_is_in_recovery(),
     CASE WHEN pg_backend_pid() = {pid} AND NOT pg_is_in_recovery() THEN ARRAY[{taken}]::boolean[] END,
-    ARRAY(SELECT (l.classid::bigint << 32) | l.objid::bigint FROM pg_locks AS l
-        WHERE l.locktype = 'advisory' AND l.objsubid = 1 AND l.granted AND l.pid = pg_backend_pid()
-            AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database()))
+    {locks}
 """
+_LOCKS_SQL = """ARRAY(
+    SELECT (l.classid::bigint << 32) | l.objid::bigint FROM pg_locks AS l
+    WHERE l.locktype = 'advisory' AND l.objsubid = 1 AND l.granted AND l.pid = pg_backend_pid()
+        AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+)"""
+_NO_LOCKS_SQL = "ARRAY[]::bigint[]"
 
 _LOCKS = 1 << 64
 
@@ -226,14 +230,15 @@ class Leads(Service):
         taken = ", ".join(f"pg_try_advisory_lock({lock_number(self._settings.prefix, unit)})" for unit in wanted)
         # The server's silence is counted from the end of a statement, which is not before its start.
         guard.renew(self._reactor.seconds() + self._settings.silent_s * 0.75)
-        cursor = await guard.execute(_HEARTBEAT_SQL.format(pid=guard.pid, taken=taken))
-        is_own, is_standby, granted, locks = cursor.fetchone()
+        locks = _LOCKS_SQL if self._held else _NO_LOCKS_SQL
+        cursor = await guard.execute(_HEARTBEAT_SQL.format(pid=guard.pid, taken=taken, locks=locks))
+        is_own, is_standby, granted, numbers = cursor.fetchone()
         if not is_own:
             raise LeadsImpossible(_POOLED)
         if is_standby:
             raise LeadsImpossible(_STANDBY)
         won = [unit for unit, is_granted in zip(wanted, granted, strict=True) if is_granted]
-        present = {int(lock) % _LOCKS for lock in locks}
+        present = {int(lock) % _LOCKS for lock in numbers}
         if any(lock_number(self._settings.prefix, unit) % _LOCKS not in present for unit in self._held):
             raise LeadsImpossible(_POOLED)
         for unit in won:
