@@ -76,6 +76,12 @@ METRICS = {
     "cacheservice_save_failures_total",
     "cacheservice_standby_lag_seconds",
     "cacheservice_uptime_seconds",
+    "cacheservice_worker_connections",
+    "cacheservice_worker_cpu_seconds_total",
+    "cacheservice_worker_memory_bytes",
+    "cacheservice_worker_restarts_total",
+    "cacheservice_worker_stall_seconds_bucket",
+    "cacheservice_worker_up",
     "process_cpu_seconds_total",
     "process_max_fds",
     "process_open_fds",
@@ -97,6 +103,8 @@ NOT_DRAWN = {
 }
 OF_STANDBYS = {"cacheservice_standby_lag_seconds"}
 """What only a service that reads a standby has."""
+OF_WORKERS = {name for name in METRICS if name.startswith("cacheservice_worker_")}
+"""What only a service with workers has."""
 AFTER_A_MINUTE = {"cacheservice_recorded_changes"}
 """What a service has after its first pruning."""
 
@@ -232,7 +240,7 @@ class Served(SynchronousTestCase):
         dsn = self.server.dsn(database=database)
         served = metrics_of_service(folder, os.environ | {"CACHESERVICE_POSTGRES__DSN": dsn})
         used = named_metrics([*dashboard_expressions(), *(rule["expr"] for rule in alert_rules())])
-        self.assertEqual(used - served, OF_STANDBYS | AFTER_A_MINUTE)
+        self.assertEqual(used - served, OF_STANDBYS | OF_WORKERS | AFTER_A_MINUTE)
 
 
 @pytest.mark.usefixtures("server")

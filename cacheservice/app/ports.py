@@ -13,6 +13,7 @@ from twisted.internet.interfaces import IListeningPort
 from twisted.internet.protocol import ServerFactory
 
 from cacheservice import config
+from cacheservice.app.workers.part import Part
 from cacheservice.base.interfaces import Log, Reactor
 from cacheservice.cache.cache import Cache, ConnectionCap, Refreshes, Reloaded
 from cacheservice.config import Settings
@@ -27,11 +28,9 @@ from cacheservice.ports.http import AccessSettings, HttpFactory, Served
 from cacheservice.ports.listen import PortService, tcp, unix
 from cacheservice.ports.operator_commands import Commands
 from cacheservice.ports.resp.connection import RespFactory
-from cacheservice.ports.rotation import ClientSecrets, Rotation
+from cacheservice.ports.rotation import ClientSecrets, Rotation, Secrets
 from cacheservice.ports.status import StatusFactory
 
-_OF_A_WORKER = 4
-"""The descriptors that each process has for each worker: two listening sockets, with an epoll set each or a link."""
 _MANY_DESCRIPTORS = 1 << 20
 """The number of descriptors to plan for if the process has no limit of open files."""
 
@@ -58,6 +57,7 @@ class Shared(NamedTuple):
 
     :param refreshes: carries out what clients request of the refreshes.
     :param metrics: renders the metrics; the ports are added to it.
+    :param part: connects the ports with the main process; None if this process is not a worker.
     """
 
     cache: Cache
@@ -66,6 +66,7 @@ class Shared(NamedTuple):
     held: HeldSnapshots
     reactor: Reactor
     log: Log
+    part: Part | None = None
 
 
 class Listen(Protocol):
@@ -90,15 +91,13 @@ class Ports:
         self._listen = listen or partial(_bind, shared.reactor)
         self._settings = settings
         self._shared = shared
-        self._room = _make_room(settings, shared.cache, shared.log)
+        part = shared.part
+        self._room = _make_room(settings, shared.cache, shared.log) if part is None else _room_of_worker(settings)
         self._freshness = Freshness(shared.refreshes, shared.cache.database, shared.reactor)
         self._ports: list[_Port] = []
-        self._rotation = Rotation(
-            ClientSecrets.of(settings),
-            partial(config.client_secrets_in_files, os.environ),
-            has_files=bool(config.client_secret_files(os.environ)),
-            reactor=shared.reactor,
-            log=shared.log,
+        started = ClientSecrets.of(settings)
+        self.secrets: Secrets = (
+            _rotation(started, shared.reactor, shared.log) if part is None else part.secrets(started, shared.log)
         )
 
     def services(self) -> Iterator[PortService]:
@@ -114,7 +113,7 @@ class Ports:
         for port in self._ports:
             most = self._room.limit(limits.max_connections)
             port.factory.set_limits(max_connections=most, idle_timeout_s=limits.idle_timeout_s)
-        self._rotation.take(ClientSecrets.of(settings).by_key())
+        self.secrets.take(ClientSecrets.of(settings).by_key())
 
     def add_status(self) -> None:
         """Add the status port."""
@@ -144,9 +143,11 @@ class Ports:
             limits=self._limits("resp", silence_timeout_s=resp.idle_timeout_s, reserve=0),
             clock=shared.reactor,
             password=resp.password.get_secret_value(),
-            look=self._rotation.look,
+            look=self.secrets.look,
         )
-        self._rotation.watch(lambda secrets: factory.replace_password(secrets.password))
+        if shared.part is not None:
+            shared.part.add_resp(factory)
+        self.secrets.watch(lambda secrets: factory.replace_password(secrets.password))
         self._add("resp", "resp.port", factory, self._tcp("resp", resp.host, resp.port, factory))
 
     def add_http(self) -> None:
@@ -158,11 +159,15 @@ class Ports:
             token=http.token.get_secret_value(),
             admin_token=http.admin_token.get_secret_value(),
             allow_data=config.is_loopback(http.host) or self._settings.limits.allow_anonymous,
-            look=self._rotation.look,
+            look=self.secrets.look,
         )
-        served = Served(shared.cache, self._freshness, shared.refreshes, shared.metrics)
+        part = shared.part
+        main = None if part is None else part.main
+        served = Served(shared.cache, self._freshness, shared.refreshes, shared.metrics, main)
         factory = HttpFactory(served, access, self._limits("http"), shared.reactor)
-        self._rotation.watch(lambda secrets: factory.replace_tokens(secrets.token, secrets.admin_token))
+        if part is not None:
+            part.add_http(factory)
+        self.secrets.watch(lambda secrets: factory.replace_tokens(secrets.token, secrets.admin_token))
         self._add("http", "http.port", factory, self._tcp("http", http.host, http.port, factory))
 
     def _add(self, name: str, setting: str, factory: Factory, listen: Callable[[], IListeningPort]) -> None:
@@ -184,7 +189,9 @@ class Ports:
 
     def _door(self, name: str, reserve: int | None = None) -> Door:
         reserve = self._room.plan.reserve if reserve is None else reserve
-        return Door(name, self._room, reserve, self._shared.log, self._shared.reactor.seconds)
+        part = self._shared.part
+        tally = admission.ALONE if part is None else part.tally(name)
+        return Door(name, self._room, reserve, self._shared.log, self._shared.reactor.seconds, tally)
 
     def _tcp(self, name: str, host: str, port: int, factory: ServerFactory) -> Callable[[], IListeningPort]:
         return self._listen(name, host, port, factory, self._room.plan.accepted)
@@ -196,16 +203,33 @@ def _bind(
     return tcp(reactor, host, port, factory, most_accepted)
 
 
+def _rotation(started: ClientSecrets, reactor: Reactor, log: Log) -> Rotation:
+    return Rotation(
+        started,
+        partial(config.client_secrets_in_files, os.environ),
+        has_files=bool(config.client_secret_files(os.environ)),
+        reactor=reactor,
+        log=log,
+    )
+
+
+def _room_of_worker(settings: Settings) -> Room:
+    """Return the descriptors that the ports of a worker may use; the main process reports a cap."""
+    others = admission.OF_A_WORKER * settings.workers.processes
+    plan = admission.plan(raise_descriptor_limit(), others, settings.resp.enabled + settings.http.enabled)
+    return Room(plan, settings.workers.processes)
+
+
 def _make_room(settings: Settings, cache: Cache, log: Log) -> Room:
     """Return the descriptors that the ports may use.
 
     Log a warning if the limit of open files allows fewer connections than the configuration.
     """
     ports = 2 + bool(settings.admin.socket) + settings.resp.enabled + settings.http.enabled
-    others = settings.postgres.max_connections + _OF_A_WORKER * settings.workers.processes
-    room = Room(admission.plan(_raise_descriptor_limit(), others, ports))
+    others = settings.postgres.max_connections + admission.OF_A_WORKER * settings.workers.processes
+    room = Room(admission.plan(raise_descriptor_limit(), others, ports))
     configured, open_files = settings.limits.max_connections, room.plan.descriptors
-    limit = room.limit(configured)
+    limit = (_room_of_worker(settings) if settings.workers.processes else room).limit(configured)
     if limit < configured:
         cache.cap_connections(ConnectionCap(limit, configured, open_files))
         advice = "raise the limit of open files, or lower limits.max_connections"
@@ -213,7 +237,7 @@ def _make_room(settings: Settings, cache: Cache, log: Log) -> Room:
     return room
 
 
-def _raise_descriptor_limit() -> int:
+def raise_descriptor_limit() -> int:
     """Raise the soft limit of open files to the hard limit, and return it.
 
     Ten thousand clients need more descriptors than the usual soft limit of 1024.

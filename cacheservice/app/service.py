@@ -11,12 +11,13 @@ from twisted.application.service import Service
 
 from cacheservice import config
 from cacheservice.app.no_reads import NoReads
-from cacheservice.app.ports import Ports, Shared
+from cacheservice.app.ports import Ports, Shared, raise_descriptor_limit
 from cacheservice.app.reads import Reads
 from cacheservice.app.reload import Process, Reload
 from cacheservice.app.roles import WHOLE, Role
 from cacheservice.app.root import CacheServiceRoot
 from cacheservice.app.signals import Signals
+from cacheservice.app.workers import center
 from cacheservice.app.workers.composition import Both, Workers
 from cacheservice.base.interfaces import Log, Reactor
 from cacheservice.cache.cache import Cache
@@ -51,7 +52,11 @@ def make_service(
     ports = Ports(settings, Shared(cache, reads.requests, metrics, held, reactor, log))
     ports.add_status()
     services: list[Service] = [stalls, *reads.services()]
-    workers = Workers(settings, cache, reactor, log) if role == WHOLE and settings.workers.processes else None
+    workers = None
+    if role == WHOLE and settings.workers.processes:
+        known = center.Shared(cache, reads.requests, metrics, ports.secrets, reactor)
+        answering = center.Center(settings, known, raise_descriptor_limit())
+        workers = Workers(settings, cache, reactor, log, center=answering)
     if isinstance(reads, Reads):
         served = ports if workers is None else Both(ports, workers)
         reload = Reload(settings, cache, reads, served, Process(reactor, threshold, log))

@@ -56,6 +56,13 @@ class Stopped(CacheServiceError):
     """
 
 
+class MainUnavailable(CacheServiceError):
+    """The main process did not answer one of its workers.
+
+    It is busy, or it has ended. Repeat the request; a worker whose main process has ended ends too.
+    """
+
+
 class RefreshFailed(CacheServiceError):
     """A refresh of a dataset failed. Readers keep the previous snapshot.
 

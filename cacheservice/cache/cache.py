@@ -13,6 +13,7 @@ from cacheservice.cache.events import Added, Changed, Events
 from cacheservice.cache.identity import ServerIdentity
 from cacheservice.cache.lag import NO_LAG, Lag
 from cacheservice.cache.reading import is_readable
+from cacheservice.cache.workers import WorkerStatus
 from cacheservice.config import ConfigFile, DatasetSettings
 
 
@@ -154,6 +155,7 @@ class Cache:
         self.connection_cap: ConnectionCap | None = None
         self.config_file = config_file
         self._untried = set(self._datasets)
+        self._workers: Callable[[], Sequence[WorkerStatus]] = tuple
 
     @property
     def datasets(self) -> Mapping[str, Dataset]:
@@ -212,6 +214,14 @@ class Cache:
     def cap_connections(self, cap: ConnectionCap) -> None:
         """Note that clients are capped, for the status."""
         self.connection_cap = cap
+
+    def see_workers_by(self, workers: Callable[[], Sequence[WorkerStatus]]) -> None:
+        """Have `workers` return the workers of this process, for the status."""
+        self._workers = workers
+
+    def workers(self) -> Sequence[WorkerStatus]:
+        """Return the workers of this process; none if it serves all clients itself."""
+        return self._workers()
 
     @property
     def is_starting(self) -> bool:

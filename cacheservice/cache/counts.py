@@ -30,6 +30,11 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
 
+    def add(self, counts: Sequence[int], total: float) -> None:
+        """Add the values that another histogram with the same bounds has counted."""
+        self.counts = [own + more for own, more in zip(self.counts, counts, strict=True)]
+        self.total += total
+
 
 class Reads:
     """Reads of documents or whole datasets by the clients of one port.
@@ -60,6 +65,17 @@ class Reads:
     def refuse_stale(self) -> None:
         """Count a refusal because the dataset is too old."""
         self.stale += 1
+
+    def add(self, hits: int, misses: int, loading: int, stale: int) -> None:
+        """Count reads that another process has answered."""
+        self.hits += hits
+        self.misses += misses
+        self.loading += loading
+        self.stale += stale
+
+    def values(self) -> tuple[int, int, int, int]:
+        """Return the counts in the order of `add`."""
+        return self.hits, self.misses, self.loading, self.stale
 
 
 class Counts:

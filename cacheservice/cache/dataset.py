@@ -124,6 +124,10 @@ class Dataset(Served):
         self._greatest_age_s = None
         self._events.notify(AttemptEnded(self.name))
 
+    def attempted_elsewhere(self, ended_at: float) -> None:
+        """Note when another process last ended an attempt, on the monotonic clock of this machine."""
+        self.last_ended_at = ended_at
+
     def change(self, settings: DatasetSettings) -> None:
         """Apply changed settings. The served snapshot stays until the next publish, whatever has changed."""
         if settings.definition != self.settings.definition:

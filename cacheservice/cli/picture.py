@@ -20,6 +20,7 @@ from rich.text import Text
 from cacheservice.cli.client import Endpoint
 from cacheservice.views.facts import Dataset, Facts
 from cacheservice.views.problems import Problem, Severity, next_attempt, problems
+from cacheservice.views.table import workers_lines
 from cacheservice.views.units import duration, last_attempt, size, standby
 
 _MOST_WRITTEN_OUT = 8
@@ -55,7 +56,7 @@ def render(picture: Picture, width: int, *, bars: bool, height: int | None = Non
     :param height: of the screen, in lines, if it is redrawn continuously: content that does not fit is omitted.
     """
     found = problems(picture.facts, picture.names)
-    parts: list[RenderableType] = [_head(picture)]
+    parts: list[RenderableType] = [_head(picture), *map(Text, workers_lines(picture.facts.service))]
     loading = _loading(picture, bars=bars)
     if found:
         most = _MOST_WRITTEN_OUT

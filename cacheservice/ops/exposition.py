@@ -9,7 +9,7 @@ with this one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -17,6 +17,7 @@ from prometheus_client.core import (
     Metric,
 )
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
+from twisted.internet.defer import Deferred
 
 from cacheservice.base.interfaces import Clock
 from cacheservice.base.timers import pause
@@ -92,12 +93,17 @@ class Metrics:
         ProcessCollector(registry=self._of_service)
         self._lines: dict[str, _Lines] = {}
         cache.events.subscribe(lambda event: self._lines.pop(event.dataset, None), Ended)
+        self._prepare: Callable[[], Deferred[None]] | None = None
         # Lines are rendered when an attempt ends, so that refreshes do not make the next scrape slower.
         cache.events.subscribe(self._attempt_ended, AttemptEnded)
 
     def add_port(self, name: str, port: ServedPort) -> None:
         """Have the metrics include the clients of a port."""
         self._ports[name] = port
+
+    def prepare_by(self, prepare: Callable[[], Deferred[None]]) -> None:
+        """Call `prepare` before the metrics are rendered, and wait for it: it brings the counters up to date."""
+        self._prepare = prepare
 
     def _attempt_ended(self, event: Event) -> None:
         dataset = self._cache.datasets.get(event.dataset)
@@ -109,6 +115,8 @@ class Metrics:
 
         It takes several turns of the reactor, none of them long.
         """
+        if self._prepare is not None:
+            await self._prepare()
         of_service = generate_openmetrics(self._of_service) if openmetrics else generate_latest(self._of_service)
         await self._render_all()
         # One copy, because the result may be megabytes, and each copy costs as much as the rest.
@@ -121,6 +129,8 @@ class Metrics:
 
     async def monitor_lines(self) -> str:
         """Return key<TAB>value lines with the same keys and values."""
+        if self._prepare is not None:
+            await self._prepare()
         of_service = [line.rpartition(" ") for line in generate_latest(self._of_service).decode().splitlines()]
         await self._render_all()
         of_datasets = b"".join(chain.from_iterable(self._columns())).decode()

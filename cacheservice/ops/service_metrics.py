@@ -18,6 +18,7 @@ from prometheus_client.core import (
 from cacheservice import __version__
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.counts import Histogram
+from cacheservice.cache.workers import WorkerStatus
 from cacheservice.ops.dataset_metrics import bucket_names, histogram_values
 
 Superseded = Callable[[], Mapping[tuple[str, int], int]]
@@ -140,16 +141,19 @@ class ServiceMetrics:
             for reason, count in port.rejected.items():
                 rejected.add_metric([name, reason], count)
         yield from (connections, limits, rejected)
+        workers = self._cache.workers()
+        if workers:
+            yield from _of_workers(workers)
         superseded = self._superseded()
         yield GaugeMetricFamily(
             "cacheservice_reader_generations",
             "Superseded generations that answers in progress keep in memory.",
-            len(superseded),
+            len(superseded) + sum(each.superseded[0] for each in workers),
         )
         yield GaugeMetricFamily(
             "cacheservice_reader_bytes",
             "Size of these generations; those made by deltas share most of it.",
-            sum(superseded.values()),
+            sum(superseded.values()) + sum(each.superseded[1] for each in workers),
         )
         *cumulative, _, total = histogram_values(self._lateness)
         yield HistogramMetricFamily(
@@ -158,3 +162,37 @@ class ServiceMetrics:
             list(zip(bucket_names(self._lateness.bounds), cumulative, strict=True)),
             total,
         )
+
+
+def _of_workers(workers: Sequence[WorkerStatus]) -> Iterator[Metric]:
+    """Yield the metrics of the workers; a service without workers does not have them."""
+    up = GaugeMetricFamily(
+        "cacheservice_worker_up", "1 while the worker serves clients; not there without workers.", labels=["worker"]
+    )
+    restarts = CounterMetricFamily(
+        "cacheservice_worker_restarts", "How often the worker was started again.", labels=["worker"]
+    )
+    memory = GaugeMetricFamily(
+        "cacheservice_worker_memory_bytes", "Memory of the worker in RAM; 0 if it is not known.", labels=["worker"]
+    )
+    cpu = CounterMetricFamily("cacheservice_worker_cpu_seconds", "CPU time of the worker.", labels=["worker"])
+    connections = GaugeMetricFamily(
+        "cacheservice_worker_connections", "Clients that are connected to the worker.", labels=["worker", "port"]
+    )
+    stalls = HistogramMetricFamily(
+        "cacheservice_worker_stall_seconds",
+        "How late each tick of the worker's reactor came; there is one every 31 ms.",
+        labels=["worker"],
+    )
+    for each in workers:
+        label = str(each.number)
+        up.add_metric([label], int(each.state == "serving"))
+        restarts.add_metric([label], each.restarts)
+        memory.add_metric([label], each.memory_bytes)
+        cpu.add_metric([label], each.cpu_s)
+        for port, count in each.connections.items():
+            connections.add_metric([label, port], count)
+        *cumulative, _, total = histogram_values(each.stalls)
+        buckets = list(zip(bucket_names(each.stalls.bounds), cumulative, strict=True))
+        stalls.add_metric([label], buckets, total)
+    yield from (up, restarts, memory, cpu, connections, stalls)

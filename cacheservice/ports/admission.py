@@ -19,6 +19,8 @@ RESERVE_S = 2.0
 
 _OWN_DESCRIPTORS = 28
 """Listening sockets, epoll sets, standard streams, files being saved, name look-ups. Measured: 20."""
+OF_A_WORKER = 4
+"""The descriptors that each process has for each worker: two listening sockets, with an epoll set each or a link."""
 _SPARE_SESSIONS = 3
 """The listening session, the session of an operator's refresh, and a session that is being closed."""
 _MOST_RESERVE = 16
@@ -56,15 +58,19 @@ UNLIMITED = Plan(1 << 30, 1 << 30, _MOST_RESERVE, _MOST_ACCEPTED)
 
 
 class Room:
-    """Counts the descriptors that the clients of all ports use."""
+    """Counts the descriptors that the clients of all ports of this process use.
 
-    def __init__(self, of: Plan = UNLIMITED) -> None:
+    :param processes: the number of processes that serve the clients of the service.
+    """
+
+    def __init__(self, of: Plan = UNLIMITED, processes: int = 1) -> None:
         self.plan = of
+        self._processes = processes
         self._taken = 0
 
     def limit(self, max_connections: int) -> int:
-        """Return the part of a port's configured limit that the descriptors allow."""
-        return min(max_connections, self.plan.clients)
+        """Return the part of a port's configured limit that the descriptors of all processes allow."""
+        return min(max_connections, self.plan.clients * self._processes)
 
     def take(self) -> bool:
         """Take a place; return False if there is none."""
@@ -84,16 +90,52 @@ class Guest(Protocol):
         """Report that there are too many connections, and close at once."""
 
 
+class Tally(Protocol):
+    """The clients that the other processes of the service have admitted to a port."""
+
+    def note(self, inside: int) -> None:
+        """Let the other processes know how many clients this process has admitted."""
+
+    def others(self) -> int:
+        """Return how many clients the other processes have admitted."""
+
+
+class Alone:
+    """The `Tally` of a service with one process."""
+
+    def note(self, inside: int) -> None:
+        """Do nothing."""
+
+    def others(self) -> int:
+        return 0
+
+
+ALONE = Alone()
+
+
 class Door:
     """Admits the clients of one port.
+
+    Two processes may admit a client at the same moment. So a process notes a client before it counts all of them: if
+    only one place is free, both clients may be refused, but not both admitted.
 
     :param port: its name in the log.
     :param reserve: places past the limit; 0 for a port that serves no probes.
     :param log: logs refused connections, at most once a minute; None for no log.
     :param now: the monotonic clock, in seconds.
+    :param tally: the clients of this port in other processes.
     """
 
-    def __init__(self, port: str, room: Room, reserve: int, log: Log | None, now: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        port: str,
+        room: Room,
+        reserve: int,
+        log: Log | None,
+        now: Callable[[], float],
+        tally: Tally = ALONE,
+    ) -> None:
+        self._tally = tally
         self._port = port
         self._room = room
         self._reserve = reserve
@@ -109,9 +151,13 @@ class Door:
 
         Otherwise it takes a place in reserve, if the port has any, or is turned away.
         """
-        if self._inside < limit and self._room.take():
+        if self._inside + self._tally.others() < limit and self._room.take():
             self._inside += 1
-            return True
+            self._tally.note(self._inside)
+            # Again: another process may have admitted a client since.
+            if self._inside + self._tally.others() <= limit:
+                return True
+            self._free()
         if self._reserve:
             if len(self._in_reserve) >= self._reserve:
                 oldest = next(iter(self._in_reserve))
@@ -123,22 +169,27 @@ class Door:
     def left(self, guest: Guest, *, was_admitted: bool) -> None:
         """Free the place of a connection that has ended."""
         if was_admitted:
-            self._inside -= 1
-            self._room.give_back()
+            self._free()
         else:
             self._in_reserve.pop(guest, None)
+
+    def _free(self) -> None:
+        self._inside -= 1
+        self._tally.note(self._inside)
+        self._room.give_back()
 
     def note_refusal(self, limit: int) -> None:
         """Log, at most once a minute, that connections were refused."""
         self._not_logged += 1
         now = self._now()
         if self._log is not None and (self._logged_at is None or now - self._logged_at >= _LOG_INTERVAL_S):
-            by_files = self._inside < limit or self._room.plan.clients <= limit
+            clients = self._inside + self._tally.others()
+            by_files = clients < limit or self._room.limit(limit + 1) <= limit
             self._log.warning(
                 "clients_turned_away",
                 port=self._port,
                 count=self._not_logged,
-                clients=self._inside,
+                clients=clients,
                 limit=limit,
                 open_files=self._room.plan.descriptors if by_files else None,
             )

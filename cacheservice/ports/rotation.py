@@ -63,8 +63,45 @@ class ClientSecrets:
         return {_NAMES[name]: secret for name, secret in asdict(self).items()}
 
 
-class Rotation:
-    """Replaces the secrets of the ports.
+class Secrets:
+    """The present secrets of the ports."""
+
+    def __init__(self, started: ClientSecrets, log: Log) -> None:
+        self._current = started
+        self._log = log
+        self._replace: list[Callable[[ClientSecrets], None]] = []
+
+    @property
+    def current(self) -> ClientSecrets:
+        """The secrets that are in effect now."""
+        return self._current
+
+    def watch(self, replaced: Callable[[ClientSecrets], None]) -> None:
+        """Call `replaced` with all secrets whenever one changes. It must not raise."""
+        self._replace.append(replaced)
+
+    def look(self) -> Deferred[None] | None:
+        """Look for newer secrets: a `Look`. There are none here."""
+        return None
+
+    def take(self, secrets: Mapping[str, str]) -> list[str]:
+        """Apply secrets by the names of their keys; return the names that changed."""
+        before = self._current.by_key()
+        wanted = self._current.replaced_by(secrets)
+        if wanted.token and wanted.token == wanted.admin_token:
+            # Readers would get the rights of operators.
+            self._log.error("secret_not_used", error="http.token and http.admin_token are the same; the old ones stay")
+            wanted = replace(wanted, token=self._current.token, admin_token=self._current.admin_token)
+        self._current = wanted
+        replaced = [name for name, secret in wanted.by_key().items() if secret != before[name]]
+        if replaced:
+            for each in self._replace:
+                each(wanted)
+        return replaced
+
+
+class Rotation(Secrets):
+    """Replaces the secrets of the ports by those in their files.
 
     It is either idle or reading. While it reads, all callers of `look` wait for the same read.
 
@@ -82,18 +119,12 @@ class Rotation:
         reactor: Reactor,
         log: Log,
     ) -> None:
-        self._current = started
+        super().__init__(started, log)
         self._read = read
         self._has_files = has_files
         self._reactor = reactor
-        self._log = log
-        self._replace: list[Callable[[ClientSecrets], None]] = []
         self._looked_at = -math.inf
         self._waiting: list[Deferred[None]] | None = None
-
-    def watch(self, replaced: Callable[[ClientSecrets], None]) -> None:
-        """Call `replaced` with all secrets whenever one changes. It must not raise."""
-        self._replace.append(replaced)
 
     def look(self) -> Deferred[None] | None:
         """Read the files in a thread, at most once a second: a `Look`."""
@@ -109,21 +140,6 @@ class Rotation:
         waiting: Deferred[None] = Deferred()
         self._waiting.append(waiting)
         return waiting
-
-    def take(self, secrets: Mapping[str, str]) -> list[str]:
-        """Apply secrets by the names of their keys; return the names that changed."""
-        before = self._current.by_key()
-        wanted = self._current.replaced_by(secrets)
-        if wanted.token and wanted.token == wanted.admin_token:
-            # Readers would get the rights of operators.
-            self._log.error("secret_not_used", error="http.token and http.admin_token are the same; the old ones stay")
-            wanted = replace(wanted, token=self._current.token, admin_token=self._current.admin_token)
-        self._current = wanted
-        replaced = [name for name, secret in wanted.by_key().items() if secret != before[name]]
-        if replaced:
-            for each in self._replace:
-                each(wanted)
-        return replaced
 
     def _found(self, secrets: Mapping[str, str], before: ClientSecrets) -> None:
         # A reload that ended during the read may have applied newer ones.

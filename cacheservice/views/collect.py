@@ -12,6 +12,7 @@ from cacheservice.cache import dataset as live
 from cacheservice.cache import history
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.lag import Lag
+from cacheservice.cache.workers import WorkerStatus
 from cacheservice.views import facts
 from cacheservice.views.facts import Attempt, Database, Dataset, Details, Facts, Held, Point, Progress, Service
 
@@ -35,6 +36,7 @@ def service(cache: Cache) -> Service:
         rejection=rejection(cache),
         stopping=cache.stopping,
         configured_at=None if file is None else file.modified_at,
+        workers=tuple(map(_worker, cache.workers())),
     )
 
 
@@ -124,6 +126,17 @@ def point(source: history.Point, now: float) -> Point:
 def points(sources: Iterable[history.Point], now: float) -> list[Point]:
     """Return the points of the last hour, the oldest first."""
     return [point(each, now) for each in sources]
+
+
+def _worker(source: WorkerStatus) -> facts.Worker:
+    return facts.Worker(
+        number=source.number,
+        pid=source.pid,
+        state=source.state,
+        connections=dict(source.connections),
+        restarts=source.restarts,
+        memory_bytes=source.memory_bytes,
+    )
 
 
 def _lag(lag: Lag) -> facts.Lag:

@@ -34,9 +34,28 @@ class Rejection:
 
 
 @dataclass(frozen=True, slots=True)
+class Worker:
+    """A worker process: its state is `starting`, `serving` or `down`.
+
+    :param number: from 1; it stays when the process is started again.
+    :param pid: None while it is down.
+    :param connections: its clients by port.
+    :param restarts: how often it was started again since the start of the service.
+    """
+
+    number: int
+    pid: int | None
+    state: str
+    connections: Mapping[str, int]
+    restarts: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Service:
     """The process as a whole.
 
+    :param workers: none in a service that serves its clients itself.
     :param not_ready: the states of the required datasets that cannot be read, by name.
     :param stopping: not in the JSON.
     :param configured_at: when the configuration file in effect was modified; not in the JSON.
@@ -51,6 +70,7 @@ class Service:
     rejection: Rejection | None = None
     stopping: bool = False
     configured_at: datetime | None = None
+    workers: tuple[Worker, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

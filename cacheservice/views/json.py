@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 
 from cacheservice.base.interfaces import Json
 from cacheservice.base.text import iso, seconds
-from cacheservice.views.facts import Attempt, Database, Dataset, Facts, Lag, Point, Service
+from cacheservice.views.facts import Attempt, Database, Dataset, Facts, Lag, Point, Service, Worker
 
 Object = dict[str, Json]
 
@@ -44,7 +44,8 @@ def _packed(value: object) -> str:
 def service(facts: Service) -> Object:
     """Return the service's part."""
     cap, rejection = facts.connection_cap, facts.rejection
-    return {
+    workers: Object = {"workers": [worker(each) for each in facts.workers]} if facts.workers else {}
+    common: Object = {
         "version": facts.version,
         "pid": facts.pid,
         "uptime_s": seconds(facts.uptime_s),
@@ -56,6 +57,19 @@ def service(facts: Service) -> Object:
         "configuration_rejected": None
         if rejection is None
         else {"problem": rejection.problem, "rejected_s": seconds(rejection.ago_s)},
+    }
+    return common | workers
+
+
+def worker(facts: Worker) -> Object:
+    """Return a worker's part."""
+    return {
+        "number": facts.number,
+        "pid": facts.pid,
+        "state": facts.state,
+        "connections": dict(facts.connections),
+        "restarts": facts.restarts,
+        "memory_bytes": facts.memory_bytes,
     }
 
 

@@ -18,6 +18,7 @@ from cacheservice.views.facts import (
     Progress,
     Rejection,
     Service,
+    Worker,
 )
 
 
@@ -55,6 +56,10 @@ class Members:
     def members(self, name: str) -> Members | None:
         value = self._members.get(name)
         return None if value is None else Members(value)
+
+    def list_of_members(self, name: str) -> list[Members]:
+        value = self._members.get(name)
+        return [Members(each) for each in value] if isinstance(value, list) else []
 
     def required(self, name: str) -> Members:
         return Members(self._members.get(name))
@@ -104,6 +109,19 @@ def _service(found: Members) -> Service:
         rejection=None
         if rejection is None
         else Rejection(rejection.text("problem") or "", rejection.number("rejected_s") or 0.0),
+        workers=tuple(map(_worker, found.list_of_members("workers"))),
+    )
+
+
+def _worker(found: Members) -> Worker:
+    connections = found.members("connections")
+    return Worker(
+        number=found.count("number") or 0,
+        pid=found.count("pid"),
+        state=found.text("state") or "unknown",
+        connections={} if connections is None else {port: connections.count(port) or 0 for port in connections.names()},
+        restarts=found.count("restarts") or 0,
+        memory_bytes=found.count("memory_bytes") or 0,
     )
 
 

@@ -81,6 +81,9 @@ def _of_service(service: Service, database: Database) -> Iterator[Problem]:
 
     if database.state == "down":
         yield warning(f"PostgreSQL is down: {database.error or 'the reason is unknown'}")
+    for each in service.workers:
+        if each.state == "down":
+            yield warning(f"worker {each.number} is down; the service starts it again, its log lines show why it ended")
     if service.connection_cap is not None:
         todo = "raise the limit of open files, or lower limits.max_connections; then restart"
         yield warning(f"{capped(service.connection_cap)}: {todo}")

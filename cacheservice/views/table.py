@@ -10,7 +10,7 @@ from tabulate import tabulate
 from cacheservice.base.text import iso
 from cacheservice.views import json as as_json
 from cacheservice.views.facts import Attempt, Database, Dataset, Details, Service
-from cacheservice.views.units import capped, duration, last_attempt, moment, rejected, standby
+from cacheservice.views.units import capped, duration, last_attempt, moment, plural, rejected, standby, worker
 
 
 def ready_line(service: Service) -> str:
@@ -32,7 +32,7 @@ def status_table(service: Service, database: Database, datasets: Iterable[Datase
         disable_numparse=True,
         colalign=("left", "left", "left", "right"),
     )
-    lines = [_head(service, database), *(line.rstrip() for line in table.splitlines())]
+    lines = [_head(service, database), *workers_lines(service), *(line.rstrip() for line in table.splitlines())]
     return "\n".join(lines)
 
 
@@ -49,6 +49,14 @@ def _head(service: Service, database: Database) -> str:
         f"configuration {rejected(service.rejection)}" if service.rejection else "",
     ]
     return ", ".join(filter(None, parts))
+
+
+def workers_lines(service: Service) -> list[str]:
+    """Return one line that describes the workers; no line without workers."""
+    if not service.workers:
+        return []
+    serving = sum(each.state == "serving" for each in service.workers)
+    return [f"{serving} of {plural(len(service.workers), 'worker')} serving: {'; '.join(map(worker, service.workers))}"]
 
 
 def _listening(database: Database) -> str:

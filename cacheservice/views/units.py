@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from cacheservice.views.facts import ConnectionCap, Dataset, Lag, Rejection
+from cacheservice.views.facts import ConnectionCap, Dataset, Lag, Rejection, Worker
 
 
 def duration(value_s: float) -> str:
@@ -56,6 +56,18 @@ def plural(count: int, noun: str) -> str:
 def capped(cap: ConnectionCap) -> str:
     """Describe why fewer clients may connect than configured."""
     return f"clients capped at {cap.limit:,} of {cap.configured:,} by the limit of {cap.open_files:,} open files"
+
+
+def worker(worker: Worker) -> str:
+    """Describe a worker, such as "1 with 30 resp and 12 http clients, 210.5 MiB"."""
+    if worker.state == "serving":
+        clients = " and ".join(f"{count:,} {port}" for port, count in worker.connections.items())
+        parts = [f"{worker.number} with {clients} clients", size(worker.memory_bytes)]
+    else:
+        parts = [f"{worker.number} is {worker.state}"]
+    if worker.restarts:
+        parts.append(f"restarted {times(worker.restarts)}")
+    return ", ".join(parts)
 
 
 def rejected(rejection: Rejection) -> str:

@@ -58,8 +58,8 @@ class _Wire:
 class LinkPair:
     """Two links whose bytes `deliver` moves. Their clock stands still until a test moves it."""
 
-    def __init__(self) -> None:
-        self.clock: Clock = started_clock()
+    def __init__(self, clock: Clock | None = None) -> None:
+        self.clock: Clock = started_clock() if clock is None else clock
         self.log = Log()
         self.frames: list[bytes] = []
         self.lost: list[tuple[str, str]] = []

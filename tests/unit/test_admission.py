@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
+from cacheservice.app.workers.connections import SharedConnections, SharedMemory, SharedTally
 from cacheservice.ports.admission import Door, Plan, Room, plan
 from tests.kit.logs import Log
 
@@ -73,3 +74,74 @@ class Doors(SynchronousTestCase):
         clock.advance(61)
         door.note_refusal(1)
         self.assertEqual([line["count"] for _, line in log.events], [1, 5])
+
+
+class SeveralProcesses(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.memory = SharedMemory()
+        # Each process has its own mapping of the same memory.
+        self.maps = [SharedConnections(self.memory.descriptor) for _ in range(3)]
+        self.log = Log()
+        self.rooms = [Room(Plan(100, 50, 2, 10), processes=3) for _ in self.maps]
+        self.doors = [
+            Door("http", room, 2, self.log, Clock().seconds, each.tally(number, "http"))
+            for number, (room, each) in enumerate(zip(self.rooms, self.maps, strict=True), 1)
+        ]
+
+    def test_one_limit(self) -> None:
+        """The limit is of all processes together, whichever of them the clients reach."""
+        guests = [Guest() for _ in range(5)]
+        first, second, third = self.doors
+        self.assertTrue(first.admit(guests[0], 3) and first.admit(guests[1], 3) and second.admit(guests[2], 3))
+        self.assertFalse(any(door.admit(guests[3], 3) for door in self.doors))
+        first.left(guests[0], was_admitted=True)
+        self.assertTrue(third.admit(guests[4], 3))
+        self.assertEqual([each.total("http") for each in self.maps], [3, 3, 3])
+        self.assertEqual(self.maps[0].total("resp"), 0)
+
+    def test_the_refused_leave_nothing(self) -> None:
+        """A refused client takes no place, neither of the service nor of the process."""
+        first, second, _ = self.doors
+        self.assertTrue(first.admit(Guest(), 1))
+        for _ in range(200):
+            guest = Guest()
+            self.assertFalse(second.admit(guest, 1))
+            second.left(guest, was_admitted=False)
+        self.assertEqual(self.maps[0].total("http"), 1)
+        self.assertTrue(second.admit(Guest(), 2))
+
+    def test_at_the_same_moment(self) -> None:
+        """A client that another process admits between the look and the entry is counted."""
+        second = self.doors[1]
+        tally = self.maps[0].tally(1, "http")
+        looked: list[int] = []
+
+        def others() -> int:
+            if not looked:
+                looked.append(0)
+                assert second.admit(Guest(), 1)
+                return 0
+            return SharedTally.others(tally)
+
+        tally.others = others  # type: ignore[method-assign]
+        door = Door("http", self.rooms[0], 2, None, Clock().seconds, tally)
+        self.assertFalse(door.admit(Guest(), 1))
+        self.assertEqual(self.maps[2].total("http"), 1)
+
+    def test_a_worker_that_has_ended(self) -> None:
+        """Its places are free."""
+        first, second, _ = self.doors
+        self.assertTrue(first.admit(Guest(), 1))
+        self.assertFalse(second.admit(Guest(), 1))
+        self.maps[2].clear(1)
+        self.assertTrue(second.admit(Guest(), 1))
+
+    def test_the_log(self) -> None:
+        """A refusal is logged with the clients of all processes; open files are named only if they are the reason."""
+        first, second, _ = self.doors
+        for _ in range(2):
+            self.assertTrue(first.admit(Guest(), 2))
+        second.note_refusal(2)
+        ((event, fields),) = self.log.events
+        self.assertEqual((event, fields["clients"], fields["open_files"]), ("clients_turned_away", 2, None))
+        self.assertEqual(self.rooms[0].limit(1000), 150)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from cacheservice.ports.throttle import LONG_WAIT_S, PROVEN_S, SHORT_WAIT_S, Throttle
+from cacheservice.ports.throttle import LONG_WAIT_S, PROVEN_S, SHORT_WAIT_S, Guess, Throttle
 from tests.kit.clocks import started_clock
 
 HOST = "192.0.2.1"
@@ -89,3 +89,49 @@ class Waits(SynchronousTestCase):
         self.assertTrue(self.throttle.is_proven(HOST, "a"))
         self.assertTrue(self.throttle.is_proven("10.19.249.1", "a"))
         self.assertFalse(self.throttle.is_proven("10.0.0.1", "a"))
+
+
+class SeveralProcesses(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.clock = started_clock()
+        self.throttles = [Throttle(self.clock.seconds) for _ in range(3)]
+        self.shared: list[Guess] = []
+        for each in self.throttles:
+            each.share(lambda guess, by=each: self.pass_on(guess, by))
+
+    def pass_on(self, guess: Guess, by: Throttle) -> None:
+        self.shared.append(guess)
+        for each in self.throttles:
+            if each is not by:
+                each.take(guess)
+
+    def test_a_guess_counts_everywhere(self) -> None:
+        """The places and the delays are those of an address, whichever process it guesses at."""
+        waits = [self.throttles[number % 3].failed(HOST) for number in range(32)]
+        self.assertEqual((waits[23], waits[24]), (SHORT_WAIT_S, LONG_WAIT_S))
+        self.assertEqual([each.is_full(HOST) for each in self.throttles], [True] * 3)
+        self.throttles[1].withdraw(HOST)
+        self.assertEqual([each.is_full(HOST) for each in self.throttles], [False] * 3)
+        self.assertEqual(len(self.shared), 33)
+
+    def test_a_proven_address(self) -> None:
+        """It is proven everywhere, and shared once a minute however often it sends its secret."""
+        for _ in range(10):
+            self.throttles[0].succeeded(HOST, "resp.password")
+        self.assertEqual([each.is_proven(HOST, "resp.password") for each in self.throttles], [True] * 3)
+        self.clock.advance(61)
+        self.throttles[0].succeeded(HOST, "resp.password")
+        self.assertEqual(len(self.shared), 2)
+
+    def test_a_new_process(self) -> None:
+        """It knows what the others know, to the end of each delay."""
+        for host in (HOST, "2001:db8::1", "::ffff:192.0.2.7", "not an address"):
+            for _ in range(32):
+                self.throttles[0].failed(host)
+            self.throttles[0].succeeded(host, "http.token")
+        new = Throttle(self.clock.seconds)
+        new.restore(self.throttles[0].state())
+        self.assertEqual(new.state(), self.throttles[0].state())
+        self.assertTrue(new.is_full("2001:db8::2") and new.is_full("192.0.2.7") and new.is_proven(HOST, "http.token"))
+        self.clock.advance(LONG_WAIT_S)
+        self.assertFalse(new.is_full(HOST))

@@ -10,12 +10,15 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.cache.cache import ConnectionCap
 from cacheservice.cache.changes import Change
+from cacheservice.cache.counts import Histogram
 from cacheservice.cache.history import Attempt
 from cacheservice.cache.identity import ServerIdentity
 from cacheservice.cache.lag import Lag
 from cacheservice.cache.snapshot import Snapshot
-from cacheservice.views import collect, facts, parse, units
+from cacheservice.cache.workers import WorkerStatus
+from cacheservice.views import collect, facts, parse, table, units
 from cacheservice.views import json as as_json
+from cacheservice.views.problems import problems
 from cacheservice.views.why import listening, sentences
 from tests.kit.datasets import MOMENT, declared, reading, rows_of
 from tests.kit.status_port import BLOCKER, filled_cache
@@ -52,6 +55,13 @@ class Json(SynchronousTestCase):
         self.cache.connection_cap = ConnectionCap(1, 2, 3)
         self.cache.database.seen(ServerIdentity("shop", 5, "reader", in_recovery=True, started_us=1), lag)
         self.cache.database.pruned("denied", 5, 7.0)
+        stalls = Histogram((1.0,))
+        self.cache.see_workers_by(
+            lambda: [
+                WorkerStatus(1, 4711, "serving", {"resp": 30, "http": 2}, 0, 220_000_000, 1.5, (0, 0), stalls),
+                WorkerStatus(2, None, "down", {"resp": 0, "http": 0}, 3, 0, 0.0, (0, 0), stalls),
+            ]
+        )
         here, there = self.through_json()
         self.assertEqual(self.plain(here.service), self.plain(there.service))
         self.assertEqual(self.plain(here.database), self.plain(there.database))
@@ -64,6 +74,8 @@ class Json(SynchronousTestCase):
         """Return the fields that are in the JSON, rounded as there."""
         if isinstance(value, float):
             return round(value, 3)
+        if isinstance(value, tuple):
+            return tuple(map(self.plain, value))
         if type(value).__module__ != facts.__name__:
             return value
         hidden = NOT_IN_JSON.get(type(value), set())  # type: ignore[call-overload]
@@ -87,6 +99,11 @@ class Json(SynchronousTestCase):
         self.assertIsNone(there.datasets["products"].save_problem)
         self.assertEqual((there.datasets["prices"].advice, there.datasets["prices"].blocked_by), (None, ()))
 
+    def test_without_workers(self) -> None:
+        """The member is not there, as in older services."""
+        self.assertNotIn("workers", json.loads(as_json.line(collect.everything(self.cache)))["service"])
+        self.assertEqual(self.through_json()[1].service.workers, ())
+
     def test_another_server(self) -> None:
         """JSON that is not the status of a service, and text that is not JSON, are refused."""
         good = json.loads(as_json.line(collect.everything(self.cache)))
@@ -106,6 +123,33 @@ class Json(SynchronousTestCase):
             json.loads(as_json.only_datasets(line, ("prices",))),
             everything | {"datasets": {"prices": everything["datasets"]["prices"]}},
         )
+
+
+class Workers(SynchronousTestCase):
+    """One line for people, and a problem for each worker that is down."""
+
+    def test_line(self) -> None:
+        """It describes each worker; a service without workers has no such line."""
+        service = facts.Service(
+            version="1",
+            ready=True,
+            workers=(
+                facts.Worker(1, 4711, "serving", {"resp": 3000, "http": 2}, 0, 220_000_000),
+                facts.Worker(2, None, "down", {"resp": 0, "http": 0}, 3, 0),
+                facts.Worker(3, 4713, "starting", {}, 1, 0),
+            ),
+        )
+        self.assertEqual(
+            table.workers_lines(service),
+            [
+                "1 of 3 workers serving: 1 with 3,000 resp and 2 http clients, 209.8 MiB; "
+                "2 is down, restarted 3 times; 3 is starting, restarted once"
+            ],
+        )
+        self.assertEqual(table.workers_lines(replace(service, workers=())), [])
+        shown = facts.Facts(AT, service, facts.Database(state="up"), {})
+        (problem,) = problems(shown)
+        self.assertIn("worker 2 is down", problem.what)
 
 
 class Why(SynchronousTestCase):

@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from twisted.application.service import Service
 
 from cacheservice.app.reload import Served
+from cacheservice.app.workers import descriptors
+from cacheservice.app.workers.center import Center
+from cacheservice.app.workers.connections import SharedMemory
 from cacheservice.app.workers.held import HeldSockets
 from cacheservice.app.workers.member import Feed, Surroundings, Timing
 from cacheservice.app.workers.spawn import Spawner
@@ -25,18 +28,29 @@ _LONGEST_PAUSE_S = 10.0
 
 
 class Workers:
-    """Builds the sockets of the workers and their supervisor."""
+    """Builds the sockets of the workers and their supervisor.
+
+    :param center: answers the workers; None for workers without answers.
+    """
 
     def __init__(
-        self, settings: Settings, cache: Cache, reactor: Reactor, log: Log, timing: Timing | None = None
+        self,
+        settings: Settings,
+        cache: Cache,
+        reactor: Reactor,
+        log: Log,
+        timing: Timing | None = None,
+        center: Center | None = None,
     ) -> None:
+        self._center = center
+        self._memory = SharedMemory() if center is None else center.memory
         self._cache = cache
         self._reactor = reactor
         self._log = log
         self._clocks = Clocks(reactor)
         self._sockets = HeldSockets(settings, reactor)
         surroundings = Surroundings(
-            spawn=Spawner(reactor, self._sockets.descriptors),
+            spawn=Spawner(reactor, self._descriptors),
             attach=self._attach,
             pause_s=full_jitter(_FIRST_PAUSE_S, _LONGEST_PAUSE_S, random.random),
             timing=timing or Timing(),
@@ -44,6 +58,11 @@ class Workers:
             log=log,
         )
         self.supervisor = Supervisor(settings, surroundings)
+        if center is not None:
+            center.whole.follow(self.supervisor.members)
+
+    def _descriptors(self) -> dict[int, int]:
+        return {descriptors.MEMORY: self._memory.descriptor, **self._sockets.descriptors()}
 
     def services(self) -> Iterator[Service]:
         """Return the services in the order of their start."""
@@ -53,13 +72,15 @@ class Workers:
     def apply(self, settings: Settings) -> None:
         """Apply a changed configuration in all workers."""
         self.supervisor.apply(settings)
+        if self._center is not None:
+            self._center.apply(settings)
 
     def _attach(self, number: int, link: Link) -> Feed:
         """Return the feed of a worker: all that the cache publishes."""
         sender = Sender(self._cache, link, self._clocks, self._reactor, self._log.bind(worker=number))
         link.handle(TAKEN, sender.taken)
         link.handle(RESEND, sender.resend)
-        return sender
+        return sender if self._center is None else self._center.attached(number, link, sender)
 
 
 class Both:

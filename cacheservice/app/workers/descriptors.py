@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 LINK = 3
+MEMORY = 4
+"""The memory that all processes share."""
 _FIRST_PORT = 10
 _PORTS = ("resp", "http")
 

@@ -13,6 +13,7 @@ from cacheservice.app.workers.heartbeat import Heartbeat
 from cacheservice.app.workers.spawn import Ending, Process, Spawn
 from cacheservice.base.interfaces import Log, Reactor
 from cacheservice.base.timers import Alarm
+from cacheservice.cache.workers import WorkerState
 from cacheservice.replication.link import Link
 from cacheservice.replication.messages import Plain
 from cacheservice.replication.sockets import adopt
@@ -37,6 +38,13 @@ class State(enum.Enum):
     SERVING = enum.auto()
     ENDING = enum.auto()
     WAITING = enum.auto()
+
+    @property
+    def shown(self) -> WorkerState:
+        """The state as operators see it."""
+        if self is State.SERVING:
+            return "serving"
+        return "starting" if self in (State.STARTING, State.FILLING) else "down"
 
 
 class Timing(NamedTuple):

@@ -16,9 +16,9 @@ from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.interfaces import IListeningPort
 from twisted.internet.protocol import ServerFactory
 
-from cacheservice.app.no_reads import NoReads
 from cacheservice.app.ports import Ports, Shared
 from cacheservice.app.workers import descriptors
+from cacheservice.app.workers.part import CountsService, Incarnation, Part, inherited_connections
 from cacheservice.base.interfaces import Json, Log, Reactor
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.drain import Drain
@@ -89,7 +89,9 @@ class Worker:
             self._serving.follower.then(partial(self._serving.apply, later))
             return
         try:
-            self._serving = Serving(from_main(settings), number, self._link, self._reactor, self._log)
+            loaded = from_main(settings)
+            this = Incarnation(number, incarnation, loaded.workers.processes)
+            self._serving = Serving(loaded, this, self._link, self._reactor, self._log)
         except BaseException:
             self.stop()  # the main process starts another one after a pause
             raise
@@ -125,13 +127,10 @@ class Worker:
 
 
 class Serving:
-    """The half of the service that serves, on the inherited sockets.
+    """The half of the service that serves, on the inherited sockets."""
 
-    :param number: of the worker, from 1.
-    """
-
-    def __init__(self, settings: Settings, number: int, link: Link, reactor: Reactor, log: Log) -> None:
-        self._number = number
+    def __init__(self, settings: Settings, incarnation: Incarnation, link: Link, reactor: Reactor, log: Log) -> None:
+        self._number = incarnation.number
         self._count = settings.workers.processes
         self._adopted: list[AdoptedPort] = []
         self.cache = Cache(settings.datasets.values(), reactor.seconds)
@@ -141,12 +140,14 @@ class Serving:
         held = HeldSnapshots(self.cache, reactor, log, limits.max_old_generations, limits.max_answer_s)
         metrics = Metrics(self.cache, stalls.lateness, reactor, held.superseded)
         self._reactor = reactor
-        shared = Shared(self.cache, NoReads().requests, metrics, held, reactor, log)
+        part = Part(incarnation, inherited_connections(), self.cache, link)
+        shared = Shared(self.cache, part.main, metrics, held, reactor, log, part)
         self._ports = Ports(settings, shared, self._adopt)
         self._ports.add_resp()
         self._ports.add_http()
         self._listening: list[PortService] = []
-        self._others: list[Service] = [stalls]
+        counts = CountsService(self.cache, part, stalls.lateness, held.superseded, link, reactor)
+        self._others: list[Service] = [stalls, counts]
         for service in self._others:
             service.startService()
         # As in the main process: the first full collection over the imported modules would take 40 ms.

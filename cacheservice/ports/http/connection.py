@@ -140,6 +140,8 @@ class HttpConnection(Connection):
         self._exchange.send(reply)
         if self.phase is READING:
             self.streamed()
+        elif self.phase is STREAMING and self.input_ended:
+            self.input_over()
 
     def _failed(self, failure: Failure) -> None:
         assert self._exchange is not None, "a reply is to a request"

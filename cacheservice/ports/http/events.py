@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from twisted.internet.defer import Deferred
@@ -69,6 +69,7 @@ class Feed:
         self._names: tuple[str, ...] = ()
         self._names_version = 0
         self._rest: dict[str, Json] = {}
+        self._workers: Sequence[tuple[int, str]] = ()
         self._sent_at = 0.0
         self._events: dict[int, bytes] = {}
         self._waiting: list[Deferred[None]] = []
@@ -153,8 +154,9 @@ class Feed:
             self._names, self._names_version, self._has_changed = tuple(datasets), version, True
             self._described = {name: self._described[name] for name in datasets}
         rest = self._describe_rest()
-        if rest != self._rest:
-            self._rest, self._has_changed = rest, True
+        workers = [(each.number, each.state) for each in self._cache.workers()]
+        if rest != self._rest or workers != self._workers:
+            self._rest, self._workers, self._has_changed = rest, workers, True
 
     def _event(self, seen: int) -> bytes:
         """Return the changes since the version `seen`; for version 0 the whole state."""

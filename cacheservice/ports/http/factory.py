@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from cacheservice.base.interfaces import Reactor
 from cacheservice.cache.cache import Cache, Refreshes
@@ -23,7 +24,7 @@ from cacheservice.ports.http.monitors import Exposition, MetricsPage, Probes
 from cacheservice.ports.http.pages import Pages
 from cacheservice.ports.http.reads import Reads
 from cacheservice.ports.http.reports import Reports
-from cacheservice.ports.http.routes import Handlers, Routes, table
+from cacheservice.ports.http.routes import Handlers, Main, Routes, table
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +34,48 @@ class Served:
     :param freshness: serves ``?max_age=``.
     :param refreshes: the target of commands.
     :param exposition: renders /metrics; None for no such page.
+    :param main: the main process, if this one is only a part of the service.
     """
 
     cache: Cache
     freshness: Freshness
     refreshes: Refreshes
     exposition: Exposition | None = None
+    main: Main | None = None
+
+
+class Assembled(NamedTuple):
+    """The routes with their handlers, and the parts that have to be stopped."""
+
+    routes: Routes
+    feed: Feed
+    bodies: GzipBodies
+
+    def stop(self) -> None:
+        """Send no more events, and free the compressed bodies."""
+        self.feed.stop()
+        self.bodies.forget()
+
+
+def assembled(served: Served, access: Access, reactor: Reactor, wall_s: WallClock = time.time) -> Assembled:
+    """Build the handlers of all routes.
+
+    :param reactor: `IReactorTime`, monotonic, and `IReactorThreads`.
+    :param wall_s: returns seconds since the epoch, for dates.
+    """
+    bodies, feed = GzipBodies(reactor), Feed(served.cache, reactor)
+    reads = Reads(served.cache, served.freshness, wall_s)
+    exposition = served.exposition
+    handlers = Handlers(
+        data=Data(reads, bodies, Digests(reactor)),
+        reports=Reports(served.cache, reads, wall_s),
+        commands=Commands(reads, served.refreshes, wall_s),
+        probes=Probes(served.cache, wall_s),
+        pages=Pages(assets.load(), feed, access, wall_s),
+        metrics=None if exposition is None else MetricsPage(exposition, bodies, wall_s),
+    )
+    routes = Routes(table(handlers, has_commands=access.has_commands), access, wall_s, served.main)
+    return Assembled(routes, feed, bodies)
 
 
 class HttpFactory(HttpClients):
@@ -59,23 +96,12 @@ class HttpFactory(HttpClients):
         wall_s: WallClock = time.time,
     ) -> None:
         super().__init__(limits, reactor, head_timeout_s)
-        self.bodies = GzipBodies(reactor)
-        self.feed = Feed(served.cache, reactor)
         self.guard = None
         if access.token or access.admin_token:
             self.guard = Guard(access.token, access.admin_token, self.rejected, reactor, look=access.look)
         checked = Access(self.guard, access.allow_data)
-        reads = Reads(served.cache, served.freshness, wall_s)
-        exposition = served.exposition
-        handlers = Handlers(
-            data=Data(reads, self.bodies, Digests(reactor)),
-            reports=Reports(served.cache, reads, wall_s),
-            commands=Commands(reads, served.refreshes, wall_s),
-            probes=Probes(served.cache, wall_s),
-            pages=Pages(assets.load(), self.feed, checked, wall_s),
-            metrics=None if exposition is None else MetricsPage(exposition, self.bodies, wall_s),
-        )
-        self.routes = Routes(table(handlers, has_commands=checked.has_commands), checked, wall_s)
+        self._assembled = assembled(served, checked, reactor, wall_s)
+        self.routes, self.feed, self.bodies = self._assembled
 
     def replace_tokens(self, token: str, admin_token: str) -> None:
         """Require these tokens from now on. Open event streams continue."""
@@ -85,5 +111,4 @@ class HttpFactory(HttpClients):
     def close_clients(self) -> None:
         """Close every connection now. Event streams end, other replies in progress are aborted."""
         super().close_clients()
-        self.feed.stop()
-        self.bodies.forget()
+        self._assembled.stop()

@@ -10,10 +10,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, NoReturn, Protocol
 
+from twisted.internet.defer import Deferred
+from twisted.python.failure import Failure
+
+from cacheservice.base.errors import MainUnavailable
 from cacheservice.ports.http import parameters, response_heads
-from cacheservice.ports.http.access import Access, Checking, Level
+from cacheservice.ports.http.access import Access, Checking, Level, Rights
 from cacheservice.ports.http.commands import COMMANDS, Commands
 from cacheservice.ports.http.data import Data
 from cacheservice.ports.http.messages import READ_METHODS, Later, Reply, Request, WallClock, query_of
@@ -36,14 +41,25 @@ Handler = Callable[..., Reply | Later]
 """Takes the request and the parts of its path; raises `Problem`."""
 
 
+class Main(Protocol):
+    """The main process, as a worker passes requests on to it."""
+
+    def ask(self, request: Request, rights: Rights) -> Deferred[Reply]:
+        """Return the reply of the main process. It fails with `MainUnavailable` if there is none."""
+
+
 class Route(NamedTuple):
-    """A template of paths, and the handler of requests for them."""
+    """A template of paths, and the handler of requests for them.
+
+    :param is_of_whole: whether the reply needs the facts of the whole service, so that a worker passes the request on.
+    """
 
     methods: tuple[bytes, ...]
     template: str
     handler: Handler
     level: Level
     takes_parameters: bool = False
+    is_of_whole: bool = False
 
 
 class Handlers(NamedTuple):
@@ -66,25 +82,25 @@ def table(handlers: Handlers, *, has_commands: bool) -> list[Route]:
     routes = [
         Route(READ_METHODS, "/v1/datasets/{name}/rows/{rest}", data.row, Level.READ, takes_parameters=True),
         Route(READ_METHODS, "/v1/datasets/{name}", data.whole, Level.READ, takes_parameters=True),
-        Route(READ_METHODS, "/v1/datasets", reports.all_datasets, Level.READ),
-        Route(READ_METHODS, "/v1/datasets/{name}/status", reports.status, Level.READ),
-        Route(READ_METHODS, "/v1/datasets/{name}/why", reports.why, Level.READ),
-        Route(READ_METHODS, "/v1/datasets/{name}/history", reports.history, Level.READ),
+        Route(READ_METHODS, "/v1/datasets", reports.all_datasets, Level.READ, is_of_whole=True),
+        Route(READ_METHODS, "/v1/datasets/{name}/status", reports.status, Level.READ, is_of_whole=True),
+        Route(READ_METHODS, "/v1/datasets/{name}/why", reports.why, Level.READ, is_of_whole=True),
+        Route(READ_METHODS, "/v1/datasets/{name}/history", reports.history, Level.READ, is_of_whole=True),
         Route(READ_METHODS, "/livez", probes.alive, Level.OPEN),
-        Route(READ_METHODS, "/readyz", probes.ready, Level.OPEN),
+        Route(READ_METHODS, "/readyz", probes.ready, Level.OPEN, is_of_whole=True),
         # The page decides about access itself: without the token, it prompts for it.
         Route(READ_METHODS, "/", pages.page, Level.OPEN),
         Route(READ_METHODS, "/assets/{rest}", pages.asset, Level.PUBLIC),
-        Route(READ_METHODS, "/events", pages.events, Level.LISTEN),
+        Route(READ_METHODS, "/events", pages.events, Level.LISTEN, is_of_whole=True),
     ]
     if has_commands:
-        routes.append(Route(_POST, "/v1/datasets/{name}/{command}", commands.run, Level.COMMAND))
+        routes.append(Route(_POST, "/v1/datasets/{name}/{command}", commands.run, Level.COMMAND, is_of_whole=True))
     else:
         routes.append(Route(READ_METHODS, "/v1/datasets/{name}/{command}", _nothing, Level.READ))
     if metrics is not None:
-        routes.append(Route(READ_METHODS, "/metrics", metrics.page, Level.OPEN))
+        routes.append(Route(READ_METHODS, "/metrics", metrics.page, Level.OPEN, is_of_whole=True))
     else:
-        routes.append(Route(READ_METHODS, "/metrics", _nothing, Level.OPEN))
+        routes.append(Route(READ_METHODS, "/metrics", _nothing, Level.OPEN, is_of_whole=True))
     return routes
 
 
@@ -92,11 +108,18 @@ class Routes:
     """Passes requests to their handlers.
 
     :param wall_s: returns seconds since the epoch, for dates.
+    :param main: answers the requests that need the facts of the whole service; None if this process is the whole.
     """
 
-    def __init__(self, routes: list[Route], access: Access, wall_s: WallClock) -> None:
+    def __init__(self, routes: list[Route], access: Access, wall_s: WallClock, main: Main | None = None) -> None:
         self._access = access
         self._wall_s = wall_s
+        self._main = main
+        if main is not None:
+            routes = [
+                route._replace(handler=partial(self._pass_on, route.level)) if route.is_of_whole else route
+                for route in routes
+            ]
         self._routes = [(_pattern(route.template), route, access.is_free(route.level)) for route in routes]
 
     def answer(self, request: Request) -> Reply | Later:
@@ -138,11 +161,22 @@ class Routes:
         head = response_heads.plain_head(problem.status, b"application/problem+json", self._wall_s())
         return Reply(head + problem.headers, problem.body(target))
 
+    def _pass_on(self, level: Level, request: Request, *_: bytes) -> Deferred[Reply]:
+        assert self._main is not None, "this process is a part of the service"
+        # Other levels do not depend on the rights, and a token that was not checked must not be compared.
+        rights = self._access.rights(request) if level is Level.LISTEN else "read"
+        return self._main.ask(request, rights).addErrback(_refuse_without_main)
+
     async def _answer_again(self, checking: Checking, request: Request) -> Reply:
         """Answer a request whose token was wrong, and has become right."""
         await checking
         answer = self.answer(request)
         return answer if isinstance(answer, Reply) else await answer
+
+
+def _refuse_without_main(failure: Failure) -> NoReturn:
+    failure.trap(MainUnavailable)
+    raise Problem(503, str(failure.value), b"Retry-After: 1\r\n") from None
 
 
 def is_probe(request: Request) -> bool:

@@ -30,6 +30,7 @@ from cacheservice.ports.resp.inline import ProtocolViolation
 from cacheservice.ports.resp.reply import CommandError
 from cacheservice.ports.resp.server import PASSWORD, Password, Reply, Server, Table
 from cacheservice.ports.resp.session import Session, Step
+from cacheservice.ports.resp.whole import Whole
 from cacheservice.ports.rotation import Look, no_files
 
 _READ, _MORE, _ANSWER, _CLOSE, _ABORT = Step
@@ -126,7 +127,7 @@ class RespConnection(Connection):
             # In the next turn: if many answers need no wait, each would add frames to the stack of the one before it.
             self.yield_turn()
         elif isinstance(answer, Deferred):
-            self.wait_for(answer, self._begin, self._failed)
+            self.wait_for(cast("Deferred[Reply]", answer), self._begin, self._failed)
         else:
             self.stream(answer)
 
@@ -228,13 +229,21 @@ class RespFactory(ClientFactory[RespConnection]):
             passwords=Passwords(clock, self.rejected, look),
             port=self,
         )
-        self._numbers = count(1)
+        self._ids = count(1)
         self._unsent: list[RespConnection] = []
         self._end_of_turn: DelayedCall | None = None
         self._in_round = False
 
     def buildProtocol(self, addr: object) -> RespConnection:  # type: ignore[override]  # its `factory` has another type
-        return RespConnection(self, next(self._numbers))
+        return RespConnection(self, next(self._ids))
+
+    def join(self, whole: Whole, first_id: int) -> None:
+        """Be a part of a service that has other processes.
+
+        :param first_id: the CLIENT ID of the first client of this process. No other process may have ids from there on.
+        """
+        self.server.join(whole)
+        self._ids = count(first_id)
 
     def replace_password(self, password: str) -> None:
         """Accept only this password from now on. Authenticated clients remain so."""

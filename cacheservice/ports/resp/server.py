@@ -5,13 +5,15 @@ from __future__ import annotations
 import enum
 import hmac
 import math
+import resource
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from twisted.internet.defer import Deferred
 
 from cacheservice.base import text
+from cacheservice.base.errors import MainUnavailable
 from cacheservice.cache.cache import Cache
 from cacheservice.ports.client_socket import IpAddress
 from cacheservice.ports.freshness import Freshness
@@ -22,6 +24,7 @@ from cacheservice.ports.resp.datasets import Datasets
 from cacheservice.ports.resp.fast_get import FastGets
 from cacheservice.ports.resp.reply import CommandError
 from cacheservice.ports.resp.subscriptions import Subscriptions
+from cacheservice.ports.resp.whole import Totals, Whole
 
 REDIS_VERSION = "7.0.15"
 """The version in INFO and HELLO, whose behaviour this port follows."""
@@ -31,8 +34,9 @@ PASSWORD = "resp.password"  # noqa: S105  # the name of the setting
 _OF_A_CLUSTER = (b"asking", b"cluster", b"readonly", b"readwrite")
 """Commands that some clients send first. They expect the refusal of a Redis server without cluster support."""
 
+T = TypeVar("T")
 Words = Sequence[bytes]
-Reply = bytes | Iterator[bytes] | Deferred[bytes]
+Reply = bytes | Iterator[bytes] | Deferred[bytes] | Deferred[bytes | Iterator[bytes]]
 """Bytes; or an iterator if the reply is too large for one turn of the reactor (it keeps the snapshot with which it
 began); or a Deferred if the reply has to wait."""
 
@@ -107,7 +111,7 @@ class Client(Protocol):
 
     def end_transaction(self) -> Transaction | None: ...
 
-    def run_queued(self, words: Words, datasets: Datasets) -> bytes | Iterator[bytes]: ...
+    def run_queued(self, words: Words, datasets: Datasets) -> Reply: ...
 
     def subscribe(self, channel: bytes) -> None: ...
 
@@ -133,6 +137,7 @@ class Command:
     :param arity: as in Redis: the number of words including the name, negative for a minimum.
     :param without_password: whether it runs before AUTH.
     :param while_subscribed: whether it runs while the client has subscriptions in version 2 of the protocol.
+    :param asks: whether a worker asks its main process for the reply, even within MULTI.
     """
 
     name: str
@@ -141,6 +146,7 @@ class Command:
     without_password: bool = False
     while_subscribed: bool = False
     in_multi: InMulti = InMulti.QUEUED
+    asks: bool = False
     least: int = field(init=False)
     most: float = field(init=False)
 
@@ -211,7 +217,8 @@ class PortStatus(Protocol):
 class Server:
     """The objects that all sessions of a port share.
 
-    `sessions` are the connected clients by id.
+    `sessions` are the connected clients by id. `whole` asks for facts about all processes of the service; it is None if
+    this process is the whole service.
 
     :param port: its factory, whose `rejected` counts refused clients.
     :param passwords: slows guesses of `password`.
@@ -239,6 +246,41 @@ class Server:
         self.sessions: dict[int, Client] = {}
         self.connections_received = 0
         self.commands_processed = 0
+        self.whole: Whole | None = None
+        self._asking: set[int] = set()
+
+    def join(self, whole: Whole) -> None:
+        """Be a part of a service that has other processes."""
+        self.whole = whole
+
+    async def ask(self, client: Client, coming: Deferred[T]) -> T:
+        """Return the answer of the main process to a command of `client`.
+
+        :raises CommandError: if the main process does not answer.
+        """
+        self._asking.add(client.id)
+        try:
+            return await coming
+        except MainUnavailable as error:
+            raise CommandError(f"ERR {error}") from None
+        finally:
+            self._asking.discard(client.id)
+
+    def is_blocked(self, client: Client) -> bool:
+        """Return whether the command of `client` waits for an event."""
+        return client.link.is_waiting and client.id not in self._asking
+
+    def totals(self) -> Totals:
+        """Return the counts and the usage of this process."""
+        counts = Totals(
+            clients=len(self.sessions),
+            blocked=sum(map(self.is_blocked, self.sessions.values())),
+            connections_received=self.connections_received,
+            commands_processed=self.commands_processed,
+            rejected=self.port.rejected["too_many_connections"],
+            channels=frozenset(channel.decode() for channel in self.subscriptions.channels),
+        )
+        return counts + own_usage()
 
     def connected(self, client: Client) -> None:
         """Add a client."""
@@ -252,6 +294,19 @@ class Server:
     def count_commands(self, number: int) -> None:
         """Count commands that have run."""
         self.commands_processed += number
+
+
+def own_usage() -> Totals:
+    """Return the usage of this process."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    with open("/proc/self/statm", "rb") as statm:
+        resident_bytes = int(statm.read().split()[1]) * resource.getpagesize()
+    return Totals(
+        resident_bytes=resident_bytes,
+        peak_bytes=usage.ru_maxrss * 1024,
+        user_s=usage.ru_utime,
+        system_s=usage.ru_stime,
+    )
 
 
 def wrong_number(name: str) -> CommandError:

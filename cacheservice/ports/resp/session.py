@@ -17,9 +17,7 @@ ABORT   The client is not a Redis client: close the connection at once.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
 
-from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
@@ -78,7 +76,7 @@ class Session(ClientState):
         self._parser = RequestParser()
         self._left: list[list[bytes]] = []
         self.step = _READ
-        self.pending: Iterator[bytes] | Deferred[bytes] | None = None
+        self.pending: Reply | None = None
         super().__init__(server, number, link)
 
     # The input
@@ -155,7 +153,7 @@ class Session(ClientState):
         self._log.failure("a command failed", failure)
         return _INTERNAL_ERROR
 
-    def take_pending(self) -> Iterator[bytes] | Deferred[bytes]:
+    def take_pending(self) -> Reply:
         """Return the reply that is not ready, for the step ANSWER."""
         pending, self.pending = self.pending, None
         assert pending is not None, "the step is ANSWER"
@@ -200,13 +198,14 @@ class Session(ClientState):
         transaction.queue.append(words)
         return reply.QUEUED
 
-    def run_queued(self, words: Words, datasets: Datasets) -> bytes | Iterator[bytes]:
-        """Run a command of a transaction; its error is its reply."""
+    def run_queued(self, words: Words, datasets: Datasets) -> Reply:
+        """Run a command of a transaction; its error is its reply.
+
+        The reply is a Deferred only if the command asks the main process.
+        """
         self.in_transaction = True
         try:
-            answer = self.server.table.find(words[0].lower(), words).run(datasets, self, words)
-            assert not isinstance(answer, Deferred), "nothing waits within MULTI"
-            return answer
+            return self.server.table.find(words[0].lower(), words).run(datasets, self, words)
         except CommandError as error:
             return reply.error(str(error))
         except Exception:

@@ -22,7 +22,7 @@ export function showHead(problems, counts, newest) {
   const down = postgres.state === "down";
   const isDeaf = postgres.listening_wanted && !postgres.listening && postgres.listening_problem !== null && !postgres.standby;
   const isCapped = service.connection_cap !== null;
-  const number = Object.values(problems).reduce((sum, names) => sum + names.length, 0) + down + isDeaf + isCapped + (state.rejected !== null);
+  const number = Object.values(problems).reduce((sum, names) => sum + names.length, 0) + down + isDeaf + isCapped + (state.rejected !== null) + downWorkers().length;
   let level = counts.alarm ? "alarm" : number ? "warning" : counts.waiting && !counts.fine ? "waiting" : "fine";
   let headline = number ? words.plural(number, "problem") : level === "waiting" ? "Loading …" : "All well";
   if (down) headline = number > 1 ? `${headline}: PostgreSQL is down` : "PostgreSQL is down";
@@ -49,7 +49,7 @@ export function showHead(problems, counts, newest) {
   const because = unready.length > 2 ? words.plural(unready.length, "dataset") : unready.join(", ");
   vital("service", service.ready ? "fine" : "alarm", service.ready ? "ready" : `not ready because of ${because}`);
   setText($("span"), words.duration(window_s(now())));
-  setText($("footer"), `cacheservice ${service.version}, up ${words.duration(now())}, process ${service.pid}`);
+  setText($("footer"), `cacheservice ${service.version}, up ${words.duration(now())}, process ${service.pid}${workers()}`);
 }
 
 function summary(problems, counts, newest, down, isDeaf) {
@@ -63,6 +63,7 @@ function summary(problems, counts, newest, down, isDeaf) {
   if (isDeaf) sentences.push(`Notifications of changes do not arrive: ${sentence(state.postgres.listening_problem)}`);
   if (state.postgres.standby?.problem) sentences.push(`PostgreSQL is ${standby()}: ${sentence(state.postgres.standby.problem)}`);
   if (state.service.connection_cap) sentences.push(capped(state.service.connection_cap));
+  for (const { number } of downWorkers()) sentences.push(`Worker ${number} is down; the service starts it again.`);
   if (state.rejected !== null) sentences.push(`The newest configuration is not in effect: ${sentence(state.rejected)}`);
   if (sentences.length) return sentences.join(" ");
   if (counts.waiting) return `${words.plural(counts.fine, "dataset")} of ${counts.fine + counts.waiting} are loaded and within their limits.`;
@@ -72,6 +73,16 @@ function summary(problems, counts, newest, down, isDeaf) {
 function standby() {
   const { lag_s, known, problem } = state.postgres.standby;
   return problem ? `a standby ${known ? "" : "perhaps "}up to ${words.duration(lag_s)} behind` : "a standby";
+}
+
+/** The workers that do not run; a service that serves its clients itself has no workers. */
+const downWorkers = () => (state.service.workers ?? []).filter((worker) => worker.state === "down");
+
+/** Describes the workers for the footer. */
+function workers() {
+  const all = state.service.workers ?? [];
+  const serving = all.filter((worker) => worker.state === "serving").length;
+  return all.length ? `, ${words.count(serving)} of ${words.plural(all.length, "worker")} serving` : "";
 }
 
 const capped = ({ limit, configured, open_files }) =>

@@ -11,6 +11,7 @@ from cacheservice.ports.resp.commands.arguments import number_in
 from cacheservice.ports.resp.datasets import Datasets
 from cacheservice.ports.resp.reply import CommandError
 from cacheservice.ports.resp.server import Client, Command, Reply, Words
+from cacheservice.ports.resp.whole import Whole
 from cacheservice.views import collect
 from cacheservice.views import json as as_json
 
@@ -22,7 +23,18 @@ def cache_list(datasets: Datasets, client: Client, _: Words) -> Reply:
 
 
 def cache_info(datasets: Datasets, client: Client, words: Words) -> Reply:
-    return reply.encode(as_json.dataset(collect.dataset(datasets.find(words[1]))), client.protocol)
+    dataset, whole = datasets.find(words[1]), client.server.whole
+    if whole is not None:
+        return Deferred.fromCoroutine(_info_of_whole(whole, client, dataset.name))
+    return reply.encode(as_json.dataset(collect.dataset(dataset)), client.protocol)
+
+
+async def _info_of_whole(whole: Whole, client: Client, name: str) -> bytes:
+    try:
+        fields = await client.server.ask(client, whole.dataset(name))
+    except UnknownDataset as error:  # the main process has removed it
+        raise CommandError(f"ERR {error}") from None
+    return reply.encode(fields, client.protocol)
 
 
 def cache_age(datasets: Datasets, client: Client, words: Words) -> Reply:
@@ -56,7 +68,7 @@ async def _included(client: Client, dataset: Dataset, transaction_id: int, timeo
 
 COMMANDS = (
     Command("cache.list", cache_list, 1),
-    Command("cache.info", cache_info, 2),
+    Command("cache.info", cache_info, 2, asks=True),
     Command("cache.age", cache_age, 2),
     Command("cache.wait", cache_wait, 4),
 )

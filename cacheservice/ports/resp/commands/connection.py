@@ -7,7 +7,7 @@ from collections.abc import Callable
 from twisted.internet.defer import Deferred
 
 from cacheservice.cache.framing import bulk
-from cacheservice.ports.resp import reply
+from cacheservice.ports.resp import client_list, reply
 from cacheservice.ports.resp.commands.arguments import SYNTAX, number_in, unknown_subcommand
 from cacheservice.ports.resp.datasets import Datasets
 from cacheservice.ports.resp.inline import integer
@@ -23,6 +23,7 @@ from cacheservice.ports.resp.server import (
     printable,
     wrong_number,
 )
+from cacheservice.ports.resp.whole import Whole
 
 _WRONGPASS = reply.error("WRONGPASS invalid username-password pair or user is disabled.")
 _UNREAD_PASS = reply.error("WRONGPASS too many wrong passwords from this address, so this one was not looked at")
@@ -158,9 +159,12 @@ def client_(_: Datasets, client: Client, words: Words) -> Reply:
         case b"setinfo", [attribute, value]:
             return _set_info(client, attribute.lower(), value)
         case b"info", []:
-            return bulk(_described(client) + b"\n")
+            return bulk(client_list.line(client))
         case b"list", _:
-            return bulk(b"".join(_described(each) + b"\n" for each in client.server.sessions.values()))
+            server = client.server
+            if server.whole is not None:
+                return Deferred.fromCoroutine(_listed(server.whole, client))
+            return bulk(b"".join(map(client_list.line, server.sessions.values())))
         case ((b"no-evict" | b"no-touch"), [switch]) if switch.lower() in (b"on", b"off"):
             return reply.OK
     if subcommand in (b"id", b"getname", b"setname", b"setinfo", b"info", b"no-evict", b"no-touch"):
@@ -190,36 +194,15 @@ def _has_blanks(value: bytes) -> bool:
     return any(character < 33 or character > 126 for character in value)
 
 
-def _described(client: Client) -> bytes:
-    """Return a line of CLIENT LIST."""
-    link, transaction = client.link, client.transaction
-    peer, host = link.peer(), link.host()
-    fields = {
-        "id": client.id,
-        "addr": f"{peer.host}:{peer.port}",
-        "laddr": f"{host.host}:{host.port}",
-        "name": client.name.decode(),
-        "age": int(link.age_s()),
-        "idle": int(link.idle_s()),
-        "flags": "b" if link.is_waiting else "P" if client.channels else "N",
-        "db": 0,
-        "sub": len(client.channels),
-        "psub": 0,
-        "multi": -1 if transaction is None else len(transaction.queue),
-        "cmd": printable(client.last_command).lower(),
-        "user": "default",
-        "resp": client.protocol,
-        "lib-name": client.library_name.decode(),
-        "lib-ver": client.library_version.decode(),
-    }
-    return " ".join(f"{name}={value}" for name, value in fields.items()).encode()
+async def _listed(whole: Whole, client: Client) -> bytes:
+    return bulk(await client.server.ask(client, whole.client_list()))
 
 
 COMMANDS = (
     Command("ping", ping, -1, while_subscribed=True),
     Command("echo", echo, 2),
     Command("select", select, 2),
-    Command("client", client_, -2),
+    Command("client", client_, -2, asks=True),
     Command("auth", auth, -2, without_password=True, in_multi=InMulti.REFUSED),
     Command("hello", hello, -1, without_password=True, in_multi=InMulti.REFUSED),
     Command("reset", reset, 1, while_subscribed=True, in_multi=InMulti.RUNS),

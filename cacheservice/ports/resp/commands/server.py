@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
+
+from twisted.internet.defer import Deferred
 
 from cacheservice import __version__
 from cacheservice.cache.framing import bulk
@@ -16,53 +17,64 @@ from cacheservice.ports.resp.commands.arguments import unknown_subcommand
 from cacheservice.ports.resp.datasets import Datasets
 from cacheservice.ports.resp.reply import CommandError, Value
 from cacheservice.ports.resp.server import REDIS_VERSION, Client, Command, Reply, Words
+from cacheservice.ports.resp.whole import ServiceInfo, Totals, Whole
 
 _DEFAULT = frozenset({"default", "all", "everything"})
 
 
 def info(datasets: Datasets, client: Client, words: Words) -> Reply:
     wanted = {word.decode("utf-8", "replace").lower() for word in words[1:]} or _DEFAULT
+    server = client.server
+    if server.whole is not None:
+        return Deferred.fromCoroutine(_info_of_whole(server.whole, datasets, client, wanted))
+    cache = server.cache
+    return _info(datasets, client, wanted, ServiceInfo(os.getpid(), cache.now() - cache.started_at, server.totals()))
+
+
+async def _info_of_whole(whole: Whole, datasets: Datasets, client: Client, wanted: Set[str]) -> bytes:
+    return _info(datasets, client, wanted, await client.server.ask(client, whole.info()))
+
+
+def _info(datasets: Datasets, client: Client, wanted: Set[str], facts: ServiceInfo) -> bytes:
     sections = [
         "\r\n".join([f"# {title}", *(f"{name}:{value}" for name, value in fields.items()), ""])
-        for title, fields in _sections(datasets, client).items()
+        for title, fields in _sections(datasets, client, facts).items()
         if wanted & _DEFAULT or title.lower() in wanted
     ]
     return bulk("\r\n".join(sections).encode())
 
 
-def _sections(datasets: Datasets, client: Client) -> dict[str, Mapping[str, object]]:
-    server = client.server
-    usage = resource.getrusage(resource.RUSAGE_SELF)
+def _sections(datasets: Datasets, client: Client, facts: ServiceInfo) -> dict[str, Mapping[str, object]]:
+    totals = facts.totals
     return {
-        "Server": _of_server(client),
+        "Server": _of_server(client, facts),
         "Clients": {
-            "connected_clients": len(server.sessions),
-            "maxclients": server.port.max_connections,
-            "blocked_clients": sum(each.link.is_waiting for each in server.sessions.values()),
+            "connected_clients": totals.clients,
+            "maxclients": client.server.port.max_connections,
+            "blocked_clients": totals.blocked,
         },
-        "Memory": _of_memory(datasets, usage.ru_maxrss * 1024),
+        "Memory": _of_memory(datasets, totals),
         "Persistence": {"loading": 0, "rdb_bgsave_in_progress": 0, "aof_enabled": 0},
         "Stats": {
-            "total_connections_received": server.connections_received,
-            "total_commands_processed": server.commands_processed,
-            "rejected_connections": server.port.rejected["too_many_connections"],
+            "total_connections_received": totals.connections_received,
+            "total_commands_processed": totals.commands_processed,
+            "rejected_connections": totals.rejected,
             "expired_keys": 0,
             "evicted_keys": 0,
-            "pubsub_channels": len(server.subscriptions.channels),
+            "pubsub_channels": len(totals.channels),
         },
         "Replication": {"role": "master", "connected_slaves": 0},
         "CPU": {
-            "used_cpu_sys": f"{usage.ru_stime:.6f}",
-            "used_cpu_user": f"{usage.ru_utime:.6f}",
+            "used_cpu_sys": f"{totals.system_s:.6f}",
+            "used_cpu_user": f"{totals.user_s:.6f}",
         },
         "Cluster": {"cluster_enabled": 0},
         "Keyspace": _of_keys(datasets),
     }
 
 
-def _of_server(client: Client) -> dict[str, object]:
-    cache = client.server.cache
-    uptime_s = int(cache.now() - cache.started_at)
+def _of_server(client: Client, facts: ServiceInfo) -> dict[str, object]:
+    uptime_s = int(facts.uptime_s)
     return {
         "redis_version": REDIS_VERSION,
         "redis_mode": "standalone",
@@ -70,7 +82,7 @@ def _of_server(client: Client) -> dict[str, object]:
         "cacheservice_version": __version__,
         "os": f"{platform.system()} {platform.release()} {platform.machine()}",
         "arch_bits": 64,
-        "process_id": os.getpid(),
+        "process_id": facts.pid,
         "tcp_port": client.link.host().port,
         "server_time_usec": int(time.time() * 1e6),
         "uptime_in_seconds": uptime_s,
@@ -78,8 +90,8 @@ def _of_server(client: Client) -> dict[str, object]:
     }
 
 
-def _of_memory(datasets: Datasets, peak_bytes: int) -> dict[str, object]:
-    used_bytes = _resident_bytes()
+def _of_memory(datasets: Datasets, totals: Totals) -> dict[str, object]:
+    used_bytes, peak_bytes = totals.resident_bytes, totals.peak_bytes
     return {
         "used_memory": used_bytes,
         "used_memory_human": f"{used_bytes / 2**20:.2f}M",
@@ -100,11 +112,6 @@ def _of_keys(datasets: Datasets) -> dict[str, object]:
     keys = datasets.key_count()
     left_ms = [max(0.0, each.settings.max_age_s - (each.age_s() or 0.0)) * 1000 for each in loaded]
     return {"db0": f"keys={keys},expires={keys},avg_ttl={int(sum(left_ms) / len(left_ms))}"}
-
-
-def _resident_bytes() -> int:
-    with open("/proc/self/statm", "rb") as statm:
-        return int(statm.read().split()[1]) * resource.getpagesize()
 
 
 def command(_: Datasets, client: Client, words: Words) -> Reply:
@@ -129,6 +136,6 @@ def command(_: Datasets, client: Client, words: Words) -> Reply:
 
 
 COMMANDS = (
-    Command("info", info, -1),
+    Command("info", info, -1, asks=True),
     Command("command", command, -1),
 )

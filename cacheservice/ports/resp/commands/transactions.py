@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
+
+from twisted.internet.defer import Deferred
 
 from cacheservice.ports.clients import BYTES_PER_TURN
 from cacheservice.ports.held import Streamed
@@ -36,31 +38,68 @@ def exec_(datasets: Datasets, client: Client, _: Words) -> Reply:
         raise CommandError("ERR EXEC without MULTI")
     if transaction.is_broken:
         raise CommandError("EXECABORT Transaction discarded because of previous errors.")
-    queue = transaction.queue
+    queue, server = transaction.queue, client.server
+    if server.whole is not None and any(server.table.by_name[words[0].lower()].asks for words in queue):
+        return Deferred.fromCoroutine(_exec_asking(datasets, client, queue))
+    return _run(datasets, client, queue, {})
+
+
+async def _exec_asking(datasets: Datasets, client: Client, queue: Sequence[Words]) -> bytes | Iterator[bytes]:
+    """Ask the main process for the replies that it has, then run the other commands together."""
+    known: dict[int, bytes] = {}
+    by_name = client.server.table.by_name
+    for number, words in enumerate(queue):
+        if by_name[words[0].lower()].asks:
+            answer = client.run_queued(words, datasets)
+            try:
+                whole = await answer if isinstance(answer, Deferred) else answer
+            except CommandError as error:
+                whole = reply.error(str(error))
+            assert isinstance(whole, bytes), "an answer of the main process is one piece"
+            known[number] = whole
+    return _run(datasets, client, queue, known)
+
+
+def _run(
+    datasets: Datasets, client: Client, queue: Sequence[Words], known: Mapping[int, bytes]
+) -> bytes | Iterator[bytes]:
+    """Run commands on the snapshots of one moment.
+
+    :param known: the replies that are known already, by their places in the queue.
+    """
     out = [reply.array_header(len(queue))]
     size_bytes = 0
-    for number, each in enumerate(queue, 1):
-        answer = client.run_queued(each, datasets)
+    for number, each in enumerate(queue):
+        answer = known[number] if number in known else _at_once(client, each, datasets)
         if isinstance(answer, bytes):
             out.append(answer)
             size_bytes += len(answer)
-            if size_bytes < BYTES_PER_TURN and number % COMMANDS_PER_TURN:
+            if size_bytes < BYTES_PER_TURN and (number + 1) % COMMANDS_PER_TURN:
                 continue
             answer = iter(())
         frozen = datasets.frozen()
-        return Streamed(chain(out, answer, _rest(client, queue[number:], frozen)), frozen.snapshots())
+        rest = _rest(client, queue, number + 1, known, frozen)
+        return Streamed(chain(out, answer, rest), frozen.snapshots())
     return b"".join(out)
 
 
-def _rest(client: Client, queue: list[Words], frozen: Datasets) -> Iterator[bytes]:
-    for number, words in enumerate(queue, 1):
-        answer = client.run_queued(words, frozen)
+def _rest(
+    client: Client, queue: Sequence[Words], start: int, known: Mapping[int, bytes], frozen: Datasets
+) -> Iterator[bytes]:
+    for number in range(start, len(queue)):
+        answer = known[number] if number in known else _at_once(client, queue[number], frozen)
         if isinstance(answer, bytes):
             yield answer
         else:
             yield from answer
-        if not number % COMMANDS_PER_TURN:
+        if not (number + 1 - start) % COMMANDS_PER_TURN:
             yield b""
+
+
+def _at_once(client: Client, words: Words, datasets: Datasets) -> bytes | Iterator[bytes]:
+    answer = client.run_queued(words, datasets)
+    assert not isinstance(answer, Deferred), "nothing waits within MULTI"
+    return answer
 
 
 COMMANDS = (
