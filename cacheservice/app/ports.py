@@ -31,8 +31,6 @@ from cacheservice.ports.resp.connection import RespFactory
 from cacheservice.ports.rotation import ClientSecrets, Rotation, Secrets
 from cacheservice.ports.status import StatusFactory
 
-_OF_A_WORKER = 4
-"""The descriptors that each process has for each worker: two listening sockets, with an epoll set each or a link."""
 _MANY_DESCRIPTORS = 1 << 20
 """The number of descriptors to plan for if the process has no limit of open files."""
 
@@ -220,7 +218,8 @@ def _rotation(started: ClientSecrets, reactor: Reactor, log: Log) -> Rotation:
 
 def _room_of_worker(settings: Settings) -> Room:
     """Return the descriptors that the ports of a worker may use; the main process reports a cap."""
-    plan = admission.plan(raise_descriptor_limit(), 0, settings.resp.enabled + settings.http.enabled)
+    others = admission.OF_A_WORKER * settings.workers.processes
+    plan = admission.plan(raise_descriptor_limit(), others, settings.resp.enabled + settings.http.enabled)
     return Room(plan, settings.workers.processes)
 
 
@@ -230,7 +229,7 @@ def _make_room(settings: Settings, cache: Cache, log: Log) -> Room:
     Log a warning if the limit of open files allows fewer connections than the configuration.
     """
     ports = 2 + bool(settings.admin.socket) + settings.resp.enabled + settings.http.enabled
-    others = settings.postgres.max_connections + _OF_A_WORKER * settings.workers.processes
+    others = settings.postgres.max_connections + admission.OF_A_WORKER * settings.workers.processes
     room = Room(admission.plan(raise_descriptor_limit(), others, ports))
     configured, open_files = settings.limits.max_connections, room.plan.descriptors
     limit = (_room_of_worker(settings) if settings.workers.processes else room).limit(configured)

@@ -19,6 +19,8 @@ RESERVE_S = 2.0
 
 _OWN_DESCRIPTORS = 28
 """Listening sockets, epoll sets, standard streams, files being saved, name look-ups. Measured: 20."""
+OF_A_WORKER = 4
+"""The descriptors that each process has for each worker: two listening sockets, with an epoll set each or a link."""
 _SPARE_SESSIONS = 3
 """The listening session, the session of an operator's refresh, and a session that is being closed."""
 _MOST_RESERVE = 16

@@ -50,7 +50,8 @@ class Center:
     def __init__(self, settings: Settings, shared: Shared, open_files: int) -> None:
         cache, reactor = shared.cache, shared.reactor
         self._secrets = shared.secrets
-        self._room = Room(admission.plan(open_files, 0, WORKER_PORTS), settings.workers.processes)
+        others = admission.OF_A_WORKER * settings.workers.processes
+        self._room = Room(admission.plan(open_files, others, WORKER_PORTS), settings.workers.processes)
         self.memory = SharedMemory()
         most = self._room.limit(settings.limits.max_connections)
         ports = {"resp": settings.resp.enabled, "http": settings.http.enabled}
