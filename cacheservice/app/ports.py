@@ -113,7 +113,8 @@ class Ports:
         for port in self._ports:
             most = self._room.limit(limits.max_connections)
             port.factory.set_limits(max_connections=most, idle_timeout_s=limits.idle_timeout_s)
-        self.secrets.take(ClientSecrets.of(settings).by_key())
+        if self._shared.part is None:  # the main process sends its workers the secrets that it takes
+            self.secrets.take(ClientSecrets.of(settings).by_key())
 
     def add_status(self) -> None:
         """Add the status port."""
