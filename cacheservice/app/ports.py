@@ -31,6 +31,8 @@ from cacheservice.ports.resp.connection import RespFactory
 from cacheservice.ports.rotation import ClientSecrets, Rotation, Secrets
 from cacheservice.ports.status import StatusFactory
 
+_OF_A_WORKER = 4
+"""The descriptors that each process has for each worker: two listening sockets, with an epoll set each or a link."""
 _MANY_DESCRIPTORS = 1 << 20
 """The number of descriptors to plan for if the process has no limit of open files."""
 
@@ -92,7 +94,7 @@ class Ports:
         self._settings = settings
         self._shared = shared
         part = shared.part
-        self._room = _make_room(settings, shared.cache, shared.log) if part is None else _room_of_worker(settings)
+        self._room = _make_room(settings, shared.cache, shared.log) if part is None else room_of_worker(settings)
         self._freshness = Freshness(shared.refreshes, shared.cache.database, shared.reactor)
         self._ports: list[_Port] = []
         started = ClientSecrets.of(settings)
@@ -214,10 +216,11 @@ def _rotation(started: ClientSecrets, reactor: Reactor, log: Log) -> Rotation:
     )
 
 
-def _room_of_worker(settings: Settings) -> Room:
+def room_of_worker(settings: Settings) -> Room:
     """Return the descriptors that the ports of a worker may use; the main process reports a cap."""
-    plan = admission.plan(raise_descriptor_limit(), 0, settings.resp.enabled + settings.http.enabled)
-    return Room(plan, settings.workers.processes)
+    processes = settings.workers.processes
+    ports = settings.resp.enabled + settings.http.enabled
+    return Room(admission.plan(_raise_descriptor_limit(), _OF_A_WORKER * processes, ports), processes)
 
 
 def _make_room(settings: Settings, cache: Cache, log: Log) -> Room:
@@ -226,9 +229,10 @@ def _make_room(settings: Settings, cache: Cache, log: Log) -> Room:
     Log a warning if the limit of open files allows fewer connections than the configuration.
     """
     ports = 2 + bool(settings.admin.socket) + settings.resp.enabled + settings.http.enabled
-    room = Room(admission.plan(raise_descriptor_limit(), settings.postgres.max_connections, ports))
+    others = settings.postgres.max_connections + _OF_A_WORKER * settings.workers.processes
+    room = Room(admission.plan(_raise_descriptor_limit(), others, ports))
     configured, open_files = settings.limits.max_connections, room.plan.descriptors
-    limit = (_room_of_worker(settings) if settings.workers.processes else room).limit(configured)
+    limit = (room_of_worker(settings) if settings.workers.processes else room).limit(configured)
     if limit < configured:
         cache.cap_connections(ConnectionCap(limit, configured, open_files))
         advice = "raise the limit of open files, or lower limits.max_connections"
@@ -236,7 +240,7 @@ def _make_room(settings: Settings, cache: Cache, log: Log) -> Room:
     return room
 
 
-def raise_descriptor_limit() -> int:
+def _raise_descriptor_limit() -> int:
     """Raise the soft limit of open files to the hard limit, and return it.
 
     Ten thousand clients need more descriptors than the usual soft limit of 1024.

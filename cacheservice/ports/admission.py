@@ -44,7 +44,7 @@ class Plan(NamedTuple):
 def plan(descriptors: int, sessions: int, ports: int) -> Plan:
     """Divide the descriptors: refreshes and saving first, clients get the rest.
 
-    :param sessions: the most sessions that refreshes may have open at once.
+    :param sessions: the most sessions that refreshes may have open at once, and the descriptors for workers.
     """
     free = max(0, descriptors - _OWN_DESCRIPTORS - _SPARE_SESSIONS - sessions)
     accepted = max(1, min(_MOST_ACCEPTED, free // 8))

@@ -16,6 +16,7 @@ from cacheservice.app.workers.heartbeat import Heartbeat
 from cacheservice.app.workers.link_log import LinkLog, LogSender, plain
 from cacheservice.app.workers.member import Member, State, Surroundings, Timing
 from cacheservice.app.workers.spawn import Ending, environment
+from cacheservice.app.workers.supervisor import Supervisor
 from cacheservice.config import Settings, for_workers, from_main
 from tests.kit.clocks import started_clock
 from tests.kit.links import LinkPair
@@ -231,7 +232,7 @@ class Feed:
         self.calls.append("stop")
 
 
-class Members(SynchronousTestCase):
+class FakesTestCase(SynchronousTestCase):
     def setUp(self) -> None:
         self.clock: Clock = started_clock()
         self.log = Log()
@@ -242,15 +243,7 @@ class Members(SynchronousTestCase):
         self.pairs: list[LinkPair] = []
         for name, fake in (("adopt", self.adopt), ("socket.socketpair", self.socketpair)):
             self.patch_name(name, fake)
-        surroundings = Surroundings(self.spawn, self.attach, self.pause_s, Timing(), self.clock, self.log)
-        self.changes: list[bool] = []
-        self.member = Member(1, self, surroundings)
-
-    def settings(self) -> dict[str, Any]:
-        return {"a": 1}
-
-    def changed(self) -> None:
-        self.changes.append(self.member.accepts)
+        self.surroundings = Surroundings(self.spawn, self.attach, self.pause_s, Timing(), self.clock, self.log)
 
     def patch_name(self, name: str, fake: object) -> None:
         patched = mock.patch(f"cacheservice.app.workers.member.{name}", fake)
@@ -282,6 +275,19 @@ class Members(SynchronousTestCase):
     def pause_s(self, failures: int) -> float:
         self.pauses.append(failures)
         return 2.0
+
+
+class Members(FakesTestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.changes: list[bool] = []
+        self.member = Member(1, self, self.surroundings)
+
+    def settings(self) -> dict[str, Any]:
+        return {"a": 1}
+
+    def changed(self) -> None:
+        self.changes.append(self.member.accepts)
 
     def send(self, name: str, **fields: Any) -> None:
         """Send an event of the worker that runs now."""
@@ -422,3 +428,66 @@ class Members(SynchronousTestCase):
         self.assertEqual(
             self.log.lines[-2:], [("warning", "seen", {"worker": 1, "port": "resp"}), ("error", "odd", {"worker": 1})]
         )
+
+
+class Supervisors(FakesTestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.clock.callWhenRunning = lambda call: call()  # type: ignore[attr-defined]
+        self.supervisor = Supervisor(settings_of(workers={"processes": 3}), self.surroundings)
+        self.supervisor.startService()
+        self.accepted: dict[int, list[int]] = {}
+        self.received: list[Any] = []
+        for place in range(3):
+            self.serve(place, place + 1)
+
+    def serve(self, place: int, number: int) -> None:
+        """Have the process that was started at a place serve, as the worker with a number."""
+        worker = self.pairs[place].worker
+
+        def accept(numbers: list[int]) -> None:
+            self.accepted[number] = numbers
+
+        worker.handle("accept", accept)
+        worker.handle("settings", lambda settings, **more: self.received.append(settings))
+        worker.send("hello")
+        worker.send("serving")
+        self.deliver()
+
+    def deliver(self) -> None:
+        for pair in self.pairs * 2:  # what one worker sends may have the main process send to another one
+            pair.deliver()
+
+    def test_each_accepts_from_its_own_socket(self) -> None:
+        """While all workers serve, none accepts from the socket of another one."""
+        self.assertEqual(self.accepted, {1: [1], 2: [2], 3: [3]})
+
+    def test_a_worker_that_ends(self) -> None:
+        """The others accept from its socket until the next process serves."""
+        self.processes[1].end(Ending(None, "SIGKILL"))
+        self.deliver()
+        self.assertEqual(self.accepted, {1: [1, 2], 2: [2], 3: [2, 3]})
+        self.clock.advance(2.0)
+        self.serve(3, 2)
+        self.assertEqual(self.accepted, {1: [1], 2: [2], 3: [3]})
+
+    def test_settings(self) -> None:
+        """A reload reaches the workers that run, and those that are started later."""
+        changed = settings_of(workers={"processes": 3}, resp={"password": "new"})
+        self.received.clear()
+        self.supervisor.apply(changed)
+        self.deliver()
+        self.assertEqual([each["resp"]["password"] for each in self.received], ["new"] * 3)
+        self.assertEqual(self.supervisor.settings(), for_workers(changed))
+        self.assertEqual(self.received[0], for_workers(changed))
+
+    def test_the_stop(self) -> None:
+        """It ends when all processes have ended."""
+        stopped = self.supervisor.stopService()
+        self.deliver()
+        for process in self.processes[:2]:
+            process.end(Ending(0, None))
+        self.assertNoResult(stopped)
+        self.processes[2].end(Ending(0, None))
+        self.successResultOf(stopped)
+        self.assertEqual(self.clock.getDelayedCalls(), [])

@@ -24,7 +24,7 @@ from cacheservice.replication.sender import RESEND, TAKEN, Sender
 from cacheservice.sources.frames.clocks import Clocks
 
 _FIRST_PAUSE_S = 0.5
-_LONGEST_PAUSE_S = 30.0
+_LONGEST_PAUSE_S = 10.0
 
 
 class Workers:

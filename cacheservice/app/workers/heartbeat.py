@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.python.failure import Failure
 
 from cacheservice.base.errors import CacheServiceError
 from cacheservice.base.interfaces import Clock
 from cacheservice.base.timers import looping
 from cacheservice.replication.link import Link, LinkLost
+from cacheservice.replication.messages import Plain
 
 _NEVER_S = 86_400.0
 
@@ -43,7 +45,7 @@ class Heartbeat:
         self._most_missed = most_missed
         self._listener = listener
         self._missed = 0
-        self._is_asked = False
+        self._asked: Deferred[Plain] | None = None
         self._loop = looping(clock, self._tick)
 
     def start(self) -> None:
@@ -52,11 +54,14 @@ class Heartbeat:
     def stop(self) -> None:
         if self._loop.running:
             self._loop.stop()
+        if self._asked is not None:
+            self._asked.cancel()
 
     def _tick(self) -> None:
-        if not self._is_asked:
-            self._missed, self._is_asked = 0, True
-            self._link.call("ping", _NEVER_S).addBoth(self._answered)
+        if self._asked is None:
+            self._missed = 0
+            self._asked = asked = self._link.call("ping", _NEVER_S)
+            asked.addBoth(self._answered)
             return
         self._missed += 1
         if self._missed == SILENT_AFTER:
@@ -66,8 +71,8 @@ class Heartbeat:
             self._listener.hung()
 
     def _answered(self, result: object) -> None:
-        self._is_asked = False
-        if isinstance(result, Failure) and result.trap(CacheServiceError) is LinkLost:
-            return  # the link reports it
+        self._asked = None
+        if isinstance(result, Failure) and result.trap(CacheServiceError, CancelledError) in (LinkLost, CancelledError):
+            return  # the link reports its end
         if self._missed >= SILENT_AFTER:
             self._listener.answering(True)

@@ -155,17 +155,15 @@ class Member:
     def start(self) -> None:
         """Start a process."""
         around = self._surroundings
-        ours, theirs = socket.socketpair()
         link: Link = Link(around.reactor, self._log, on_lost=lambda _: self._link_lost(link))
         self._link = link
         for name, handler in (("hello", self._hello), ("serving", self._serving), ("log", self._logged)):
             link.handle(name, handler)
         self._feed = around.attach(self.number, link)
         try:
-            self._process = around.spawn(theirs, self._ended)
+            self._process, ours = _spawned(around.spawn, self._ended)
         except OSError as error:
-            # No process or no memory is left: the next attempt may succeed.
-            ours.close()
+            # No process, no memory or no descriptor is left: the next attempt may succeed.
             self._log.error("worker_not_started", error=str(error))
             self._restart()
             return
@@ -284,3 +282,18 @@ class Member:
         heartbeat, self._heartbeat = self._heartbeat, None
         if heartbeat is not None:
             heartbeat.stop()
+
+
+def _spawned(spawn: Spawn, ended: Callable[[Ending], None]) -> tuple[Process, socket.socket]:
+    """Start a process, and return it with this end of its link.
+
+    :raises OSError: if the system has no room for it.
+    """
+    ours, theirs = socket.socketpair()
+    try:
+        return spawn(theirs, ended), ours
+    except OSError:
+        ours.close()
+        raise
+    finally:
+        theirs.close()

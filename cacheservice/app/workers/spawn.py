@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import site
 import socket
 import sys
 from collections.abc import Callable, Mapping
@@ -41,7 +42,8 @@ class Process(Protocol):
 
 
 Spawn = Callable[[socket.socket, Callable[[Ending], None]], Process]
-"""Starts a worker with one end of its link, and calls back once when it has ended. It closes that end of the link."""
+"""Starts a worker with one end of its link, which the caller closes, and calls back once when it has ended. It raises
+OSError if the system has no process left."""
 
 
 class Spawner:
@@ -60,7 +62,7 @@ class Spawner:
         try:
             streams = {0: nothing, 1: _standard(sys.__stdout__, nothing), 2: _standard(sys.__stderr__, nothing)}
             process = self._reactor.spawnProcess(
-                _Protocol(ended),
+                _Protocol(lambda ending: self._reactor.callLater(0, ended, ending)),
                 sys.executable,
                 # -P: nothing in the working directory is imported.
                 args=(sys.executable, "-P", "-m", __package__ or ""),
@@ -69,7 +71,6 @@ class Spawner:
             )
         finally:
             os.close(nothing)
-            link.close()
         return _Running(process)
 
 
@@ -79,6 +80,9 @@ def environment(environ: Mapping[str, str]) -> dict[str, str]:
         name: value for name, value in environ.items() if name in _INHERITED or name.startswith(_INHERITED_PREFIXES)
     }
     folder = str(Path(cacheservice.__file__).parents[1])
+    if folder in (*site.getsitepackages(), site.getusersitepackages()):
+        return kept
+    # It runs from a checkout that is not installed, such as the one in the working directory.
     return {**kept, "PYTHONPATH": os.pathsep.join(filter(None, (folder, environ.get("PYTHONPATH"))))}
 
 
@@ -95,7 +99,7 @@ def _standard(stream: TextIO | None, otherwise: int) -> int:
 
 
 class _Protocol(ProcessProtocol):
-    def __init__(self, ended: Callable[[Ending], None]) -> None:
+    def __init__(self, ended: Callable[[Ending], object]) -> None:
         self._ended = ended
 
     def processEnded(self, reason: Failure) -> None:
