@@ -270,7 +270,7 @@ class RealWorkers(TestCase):
         await deferToThread(connect_many)
         await until(lambda: self.log.named("clients_turned_away"))
         (first, *_) = self.log.named("clients_turned_away")
-        self.assertEqual((first["port"], first["limit"]), ("resp", 2))
+        self.assertEqual((first["port"], first["limit"]), ("resp", 1))
         self.assertIn(first["worker"], (1, 2))
 
 
