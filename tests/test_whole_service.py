@@ -225,6 +225,26 @@ class Operators(WorkersTestCase):
         self.assertEqual((statuses("two"), statuses("one")), ([200, 200], [401, 401]))
         self.assertNotIn("internal_error", daemon.output)
 
+    def test_a_secret_that_a_reload_leaves_out(self) -> None:
+        """As without workers, the one in effect stays, not the one of the start; a new worker has it, too."""
+        file = self.directory / "token"
+        file.write_text("one")
+        daemon = self.begun(QUICK, environ={"CACHESERVICE_HTTP__TOKEN_FILE": str(file)})
+        clients = self.clients(daemon, "http")
+        for secret, reply in (("two", "OK reloaded"), ("", "at the next start: http.token")):
+            file.write_text(secret)
+            self.assertIn(reply, self.admin("reload"))
+        victim, survivor = clients
+
+        def statuses(client: socket.socket) -> list[int]:
+            return [ask_on(client, "/v1/datasets", Authorization=f"Bearer {token}").status for token in ("two", "one")]
+
+        wait_until(lambda: statuses(clients[survivor]) == [200, 401], "the new token")
+        os.kill(victim, signal.SIGKILL)
+        wait_until(lambda: sum(each["restarts"] for each in self.workers(daemon)) == 1, "a restart")
+        self.until_serving(daemon)
+        self.assertEqual([statuses(client) for client in self.clients(daemon, "http").values()], [[200, 401]] * 2)
+
     def test_guesses(self) -> None:
         """Guesses at one worker lock their address out of the other, until their delays have ended."""
         daemon = self.begun(QUICK, environ={"CACHESERVICE_HTTP__TOKEN": "secret"})

@@ -95,7 +95,7 @@ class Ports:
         self._settings = settings
         self._shared = shared
         part = shared.part
-        self._room = _make_room(settings, shared.cache, shared.log) if part is None else _room_of_worker(settings)
+        self._room = _make_room(settings, shared.cache, shared.log) if part is None else room_of_worker(settings)
         self._freshness = Freshness(shared.refreshes, shared.cache.database, shared.reactor)
         self._ports: list[_Port] = []
         started = ClientSecrets.of(settings)
@@ -116,7 +116,8 @@ class Ports:
         for port in self._ports:
             most = self._room.limit(limits.max_connections)
             port.factory.set_limits(max_connections=most, idle_timeout_s=limits.idle_timeout_s)
-        self.secrets.take(ClientSecrets.of(settings).by_key())
+        if self._shared.part is None:  # the main process sends its workers the secrets that it takes
+            self.secrets.take(ClientSecrets.of(settings).by_key())
 
     def add_status(self) -> None:
         """Add the status port."""
@@ -216,11 +217,11 @@ def _rotation(started: ClientSecrets, reactor: Reactor, log: Log) -> Rotation:
     )
 
 
-def _room_of_worker(settings: Settings) -> Room:
+def room_of_worker(settings: Settings) -> Room:
     """Return the descriptors that the ports of a worker may use; the main process reports a cap."""
-    others = admission.OF_A_WORKER * settings.workers.processes
-    plan = admission.plan(raise_descriptor_limit(), others, settings.resp.enabled + settings.http.enabled)
-    return Room(plan, settings.workers.processes)
+    processes = settings.workers.processes
+    ports = settings.resp.enabled + settings.http.enabled
+    return Room(admission.plan(_raise_descriptor_limit(), admission.OF_A_WORKER * processes, ports), processes)
 
 
 def _make_room(settings: Settings, cache: Cache, log: Log) -> Room:
@@ -230,9 +231,9 @@ def _make_room(settings: Settings, cache: Cache, log: Log) -> Room:
     """
     ports = 2 + bool(settings.admin.socket) + settings.resp.enabled + settings.http.enabled
     others = settings.postgres.max_connections + admission.OF_A_WORKER * settings.workers.processes
-    room = Room(admission.plan(raise_descriptor_limit(), others, ports))
+    room = Room(admission.plan(_raise_descriptor_limit(), others, ports))
     configured, open_files = settings.limits.max_connections, room.plan.descriptors
-    limit = (_room_of_worker(settings) if settings.workers.processes else room).limit(configured)
+    limit = (room_of_worker(settings) if settings.workers.processes else room).limit(configured)
     if limit < configured:
         cache.cap_connections(ConnectionCap(limit, configured, open_files))
         advice = "raise the limit of open files, or lower limits.max_connections"
@@ -240,7 +241,7 @@ def _make_room(settings: Settings, cache: Cache, log: Log) -> Room:
     return room
 
 
-def raise_descriptor_limit() -> int:
+def _raise_descriptor_limit() -> int:
     """Raise the soft limit of open files to the hard limit, and return it.
 
     Ten thousand clients need more descriptors than the usual soft limit of 1024.

@@ -11,7 +11,7 @@ from twisted.application.service import Service
 
 from cacheservice import config
 from cacheservice.app.no_reads import NoReads
-from cacheservice.app.ports import Ports, Shared, raise_descriptor_limit
+from cacheservice.app.ports import Ports, Shared
 from cacheservice.app.reads import Reads
 from cacheservice.app.reload import Process, Reload
 from cacheservice.app.roles import WHOLE, Role
@@ -55,7 +55,7 @@ def make_service(
     workers = None
     if role == WHOLE and settings.workers.processes:
         known = center.Shared(cache, reads.requests, metrics, ports.secrets, reactor)
-        answering = center.Center(settings, known, raise_descriptor_limit())
+        answering = center.Center(settings, known)
         workers = Workers(settings, cache, reactor, log, center=answering)
     if isinstance(reads, Reads):
         served = ports if workers is None else Both(ports, workers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from cacheservice.app.ports import room_of_worker
 from cacheservice.app.workers.connections import SharedConnections, SharedMemory
 from cacheservice.app.workers.member import Feed
 from cacheservice.app.workers.questions import Sources
@@ -12,16 +13,11 @@ from cacheservice.base.interfaces import Reactor
 from cacheservice.cache.cache import Cache, Refreshes
 from cacheservice.config import Settings
 from cacheservice.ops.exposition import Metrics
-from cacheservice.ports import admission
-from cacheservice.ports.admission import Room
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.http.factory import Served, assembled
 from cacheservice.ports.http.whole import Answers, CheckedElsewhere
 from cacheservice.ports.rotation import ClientSecrets, Secrets
 from cacheservice.replication.link import Link
-
-WORKER_PORTS = 2
-"""The ports of a worker, for its plan of descriptors."""
 
 
 class Shared(NamedTuple):
@@ -43,15 +39,12 @@ class Center:
     """Answers the workers, adds up their counts, and sends them secrets and guesses.
 
     `memory` has the numbers of the clients of all workers.
-
-    :param open_files: the most files that a process may have open.
     """
 
-    def __init__(self, settings: Settings, shared: Shared, open_files: int) -> None:
+    def __init__(self, settings: Settings, shared: Shared) -> None:
         cache, reactor = shared.cache, shared.reactor
         self._secrets = shared.secrets
-        others = admission.OF_A_WORKER * settings.workers.processes
-        self._room = Room(admission.plan(open_files, others, WORKER_PORTS), settings.workers.processes)
+        self._room = room_of_worker(settings)
         self.memory = SharedMemory()
         most = self._room.limit(settings.limits.max_connections)
         ports = {"resp": settings.resp.enabled, "http": settings.http.enabled}
