@@ -128,6 +128,10 @@ class Dataset(Served):
         """Note when another process last ended an attempt, on the monotonic clock of this machine."""
         self.last_ended_at = ended_at
 
+    def skip_to(self, generation: int) -> None:
+        """Give the next publish a greater generation than this one, which another process has used."""
+        self._generation_before = max(self.last_generation, generation)
+
     def change(self, settings: DatasetSettings) -> None:
         """Apply changed settings. The served snapshot stays until the next publish, whatever has changed."""
         if settings.definition != self.settings.definition:

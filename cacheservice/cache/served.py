@@ -62,7 +62,7 @@ class Served:
 
     @property
     def last_generation(self) -> int:
-        return self.snapshot.generation if self.snapshot else self._generation_before
+        return max(self._generation_before, self.snapshot.generation if self.snapshot else 0)
 
     @property
     def redefined(self) -> bool:

@@ -80,10 +80,11 @@ class Cluster(Service):
             kept = before.get(name)
             if kept is not None and kept.names == members:
                 self.units[name] = before.pop(name)
+                kept.redeclared()
             else:
                 self.units[name] = self._unit(Names(self._carried.prefix, name), members)
         for unit in before.values():
-            unit.stop()
+            unit.retire()
         for name, unit in self.units.items():
             if name in self._held:
                 unit.gained()

@@ -81,17 +81,23 @@ class Leading:
 
     async def _begin(self, has_lead: Callable[[], bool]) -> None:
         """Begin an epoch, catch up with what the leader before has published, and publish from now on."""
-        lead = await self._store.take_lead(self._here.name, max(self.epoch + 1, int(self._fleet.wall_s() * 1000)))
+        known = self._replica.manifest.epoch if self._replica.manifest is not None else 0
+        least = max(self.epoch + 1, known + 1, int(self._fleet.wall_s() * 1000))
+        lead = await self._store.take_lead(self._here.name, least)
         self.epoch = lead.epoch
         if lead.manifest is not None:
             try:
                 await self._replica.load()
             except SnapshotRejected as error:
-                # The server has lost a part of it. What this process serves takes its place.
+                # The server has lost a part of it, or the leader before has another definition. What this process
+                # serves takes its place.
                 self._log.warning("lead_without_snapshot", error=str(error))
         if not has_lead():
             return
         loaded = {name: each for name, each in self._replica.loaded.items() if self._serves(name, each)}
+        for name, member in lead.manifest.members.items() if lead.manifest is not None else ():
+            if loaded.get(name) != member.generation:
+                self._exceed(name, member.generation)
         self._publisher = Publisher(self._names, self._store, self._here, lead, loaded, self._fenced)
         self._publisher.start()
         self._log.info("lead_began", epoch=lead.epoch)
@@ -104,13 +110,21 @@ class Leading:
         """Do what replicas have asked the leader for."""
         asked = await self._store.asked(self._names)
         for name, least in asked.least.items():
-            dataset = self._here.cache.datasets.get(name)
-            if dataset is not None and dataset.snapshot is not None and dataset.last_generation <= least:
-                dataset.publish(replace(dataset.snapshot, generation=least + 1), NO_CHANGE)
+            self._exceed(name, least)
         if asked.times != self._asked:
             is_first, self._asked = not self._asked, asked.times
             if not is_first:
                 self._fleet.refreshing.refresh_since(self._names[0], self._here.clock.seconds())
+
+    def _exceed(self, name: str, generation: int) -> None:
+        """Serve a greater generation than this one: now, or with the next read if these rows may not be published."""
+        dataset = self._here.cache.datasets.get(name)
+        if name not in self._names or dataset is None or dataset.last_generation > generation:
+            return
+        if dataset.snapshot is None or dataset.redefined:
+            dataset.skip_to(generation)
+        else:
+            dataset.publish(replace(dataset.snapshot, generation=generation + 1), NO_CHANGE)
 
     def _fenced(self, error: Fenced) -> None:
         self._publisher = None

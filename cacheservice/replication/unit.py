@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from twisted.internet.defer import CancelledError
+from twisted.python.failure import Failure
 
 from cacheservice.base.alarm import Alarm
 from cacheservice.base.backoff import full_jitter
 from cacheservice.base.errors import CacheServiceError
+from cacheservice.base.internal_errors import log_internal_error
 from cacheservice.base.tasks import Tasks
 from cacheservice.replication.leading import Fleet, Leading
 from cacheservice.replication.roles import Facts, Role, role_of
@@ -71,6 +73,18 @@ class Unit:
         self._tasks.cancel()
         self.leading.end()
 
+    def retire(self) -> None:
+        """Stop, because the datasets are not declared together any more; refresh them no longer."""
+        self.stop()
+        if self.names[0] in self._here.cache.datasets:
+            self._play(Role.FOLLOWING)
+
+    def redeclared(self) -> None:
+        """Continue in the same role after a reload, which may have replaced the refreshes of the datasets."""
+        if self.role is not Role.FOLLOWING:
+            self._take_over(delay_s=0.0)
+        self.wake()
+
     def wake(self) -> None:
         """Look at the Valkey now."""
         self._alarm.wake()
@@ -109,6 +123,9 @@ class Unit:
                 raise
             except CacheServiceError as error:
                 self._note(error)
+                failures += 1
+            except Exception:
+                log_internal_error(self._log, Failure())  # a bug; the unit goes on, because nothing else looks
                 failures += 1
             self._decide()
             await self._alarm.wait(POLL_S if not failures else max(POLL_S / 4, delay_s(failures - 1)))
@@ -151,16 +168,19 @@ class Unit:
             return
         before, self.role = self.role, role
         self._log.info("role_changed", role=role.value, before=before.value)
-        refreshing, name = self._fleet.refreshing, self.names[0]
         if before is not Role.FOLLOWING:
-            refreshing.stand_by(name)
+            self._fleet.refreshing.stand_by(self.names[0])
         if role is Role.LEADING:
-            refreshing.take_over(name, stretch=1.0, delay_s=0.0)
+            self._take_over(delay_s=0.0)
         elif role is Role.ALONE:
-            dataset = self._here.cache.datasets.get(name)
+            dataset = self._here.cache.datasets.get(self.names[0])
             interval_s = dataset.settings.interval_s if dataset is not None else 0.0
             # All replicas become alone at about the same time; their refreshes are spread over an interval.
-            refreshing.take_over(name, stretch=STRETCH, delay_s=interval_s * self._here.random())
+            self._take_over(delay_s=interval_s * self._here.random())
+
+    def _take_over(self, *, delay_s: float) -> None:
+        stretch = STRETCH if self.role is Role.ALONE else 1.0
+        self._fleet.refreshing.take_over(self.names[0], stretch=stretch, delay_s=delay_s)
 
     def _note(self, error: CacheServiceError) -> None:
         """Note why the Valkey cannot be read; the log has a line for each change, not for each try."""

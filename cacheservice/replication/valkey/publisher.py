@@ -155,7 +155,7 @@ class Publisher:
         """Find out what is current, and plan to publish all rows after it."""
         for name in self._names:
             dataset = self._here.cache.datasets.get(name)
-            if dataset is not None and dataset.snapshot is not None:
+            if dataset is not None and dataset.snapshot is not None and not dataset.redefined:
                 self._outbox.resend(name, dataset.snapshot.generation)
         try:
             self._current = await self._store.current() or Manifest(self._epoch, 0)
@@ -186,7 +186,8 @@ class Publisher:
         served = {}
         for name, update in self._outbox.take().items():
             dataset = self._here.cache.datasets.get(name)
-            if dataset is not None and dataset.snapshot is not None:
+            # Rows of an earlier definition would get the fingerprint of the new one.
+            if dataset is not None and dataset.snapshot is not None and not dataset.redefined:
                 served[name] = update, dataset.snapshot
         return served
 

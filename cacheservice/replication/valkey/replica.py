@@ -8,14 +8,17 @@ from functools import partial
 from twisted.internet.defer import Deferred
 
 from cacheservice.base.errors import SnapshotRejected
+from cacheservice.cache.dataset import Dataset
 from cacheservice.cache.rows import Groups
-from cacheservice.replication.codec import Head
+from cacheservice.cache.snapshot import Snapshot
+from cacheservice.replication.codec import Decoder, Head
 from cacheservice.replication.follower import Follower
 from cacheservice.replication.sender import RESEND
 from cacheservice.replication.valkey.manifest import Manifest, Member, Piece
 from cacheservice.replication.valkey.publisher import Here
 from cacheservice.replication.valkey.store import ServerClock, Store
 from cacheservice.sources.frames.clocks import ReadAt
+from cacheservice.sources.frames.header import fingerprint
 
 
 class Replica:
@@ -48,30 +51,45 @@ class Replica:
         if manifest is None:
             self.manifest = None
             return {}
-        if self.manifest == manifest:
+        if self.manifest == manifest and not any(dataset.redefined for dataset in self._datasets().values()):
             return {}
         asked_at = self._here.clock.seconds()
         server = await self._store.clock()
         steps: dict[str, tuple[Member, Sequence[Piece]]] = {}
         ahead: dict[str, int] = {}
-        for name, member in manifest.members.items():
-            dataset = self._here.cache.datasets.get(name)
-            if dataset is None or name not in self._names:
+        for name, dataset in self._datasets().items():
+            member = manifest.members.get(name)
+            if member is None:
                 continue
+            _check_definition(dataset, member)
             served = self.loaded.get(name)
-            if dataset.snapshot is None or served != dataset.snapshot.generation:
+            if dataset.snapshot is None or served != dataset.snapshot.generation or dataset.redefined:
                 served = None  # it serves something of its own
-            if served is None and dataset.last_generation >= member.generation:
+            if dataset.last_generation >= member.generation and served != member.generation:
                 ahead[name] = dataset.last_generation
                 continue
             since = None if served is None else member.since(served)
             steps[name] = (member, member.pieces if since is None else since)
         if ahead:
             return ahead
-        await self._apply(manifest, steps, asked_at, server)
+        try:
+            await self._apply(manifest, steps, asked_at, server)
+        except SnapshotRejected:
+            # Frames that do not follow what is served may follow nothing here; all rows do.
+            self.loaded = {}
+            raise
         self.loaded = {name: member.generation for name, (member, _) in steps.items()}
         self.manifest = manifest
         return {}
+
+    def _datasets(self) -> dict[str, Dataset]:
+        """Return the unit's datasets that are declared."""
+        declared = self._here.cache.datasets
+        return {name: declared[name] for name in self._names if name in declared}
+
+    def _served(self) -> dict[str, tuple[Snapshot | None, str]]:
+        """Return what each dataset serves, and the fingerprint of its definition."""
+        return {name: (each.snapshot, fingerprint(each.settings)) for name, each in self._datasets().items()}
 
     async def _apply(
         self,
@@ -83,6 +101,7 @@ class Replica:
         carrier = _Carrier()
         read_at = partial(self._read_at, manifest, asked_at, server)
         follower = Follower(self._here.cache, carrier, self._release, read_at, self._here.clock, self._here.log)
+        before = self._served()
         try:
             for member, pieces in steps.values():
                 for piece in pieces:
@@ -91,6 +110,9 @@ class Replica:
                         carrier.check()
                 await _applied(follower, member.renewal)
             carrier.check()
+            now = self._served()
+            if any(now.get(name) != before[name] for name in steps):
+                raise SnapshotRejected("a dataset was published or redefined while the leader's rows were loaded")
             follower.commit()
         finally:
             follower.stop()
@@ -104,6 +126,17 @@ class Replica:
         if manifest.run != server.run:
             return self._here.clocks.read_at(head.header)
         return ReadAt(asked_at - (server.now_us - member.read_us) / 1e6, None)
+
+
+def _check_definition(dataset: Dataset, member: Member) -> None:
+    """:raises SnapshotRejected: if the leader has another definition of a dataset, whose rows must not be served."""
+    name = dataset.name
+    head = next(iter(Decoder(name).feed(member.renewal)), None)
+    if not isinstance(head, Head) or head.header.fingerprint != fingerprint(dataset.settings):
+        raise SnapshotRejected(
+            f"{name}: the leader has another definition of it (the query, the key, the probe, watch, settings or "
+            "search_path); reload the configuration of all processes"
+        )
 
 
 class _Carrier:

@@ -19,6 +19,8 @@ from cacheservice.replication.valkey.client import Valkey
 from cacheservice.replication.valkey.manifest import Manifest, Names, Piece, from_bytes
 
 CHUNK_BYTES = 512 * 1024
+_UNPUBLISHED_S = 600.0
+"""How long the server keeps parts that are not published: those of a writer that failed must not fill it."""
 
 _TAKE_LEAD = """
 local epoch = math.max(tonumber(redis.call('HGET', KEYS[1], 'epoch') or 0) + 1, tonumber(ARGV[1]))
@@ -31,7 +33,7 @@ local head = redis.call('HMGET', KEYS[1], 'epoch', 'moment')
 if tonumber(head[1] or 0) > tonumber(ARGV[1]) then return {'fenced', head[1]} end
 if tonumber(head[2] or 0) ~= tonumber(ARGV[2]) then return {'overtaken', head[2] or '0'} end
 for number = 2, #KEYS do
-  if redis.call('EXISTS', KEYS[number]) == 0 then return {'missing', KEYS[number]} end
+  if redis.call('PEXPIRE', KEYS[number], ARGV[6]) == 0 then return {'missing', KEYS[number]} end
 end
 redis.call('HSET', KEYS[1], 'epoch', ARGV[1], 'moment', ARGV[3], 'manifest', ARGV[4], 'leader', ARGV[5])
 redis.call('PEXPIRE', KEYS[1], ARGV[6])
@@ -139,7 +141,7 @@ class Store:
 
     async def _write_chunk(self, piece: Piece, data: bytes) -> Piece:
         key = self.names.chunk(piece, piece.chunks)
-        await self._valkey.run(key, "SET", key, data, "PX", self._keep_ms)
+        await self._valkey.run(key, "SET", key, data, "PX", int(_UNPUBLISHED_S * 1000))
         return Piece(piece.generation, piece.base, piece.token, piece.chunks + 1, piece.size_bytes + len(data))
 
     async def publish(self, manifest: Manifest, after: int, leader: str) -> None:
