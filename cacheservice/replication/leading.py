@@ -81,6 +81,8 @@ class Leading:
 
     async def _begin(self, has_lead: Callable[[], bool]) -> None:
         """Begin an epoch, catch up with what the leader before has published, and publish from now on."""
+        # What was asked for before is answered by the first refresh of this lead.
+        self._asked = (await self._store.asked(self._names)).times
         known = self._replica.manifest.epoch if self._replica.manifest is not None else 0
         least = max(self.epoch + 1, known + 1, int(self._fleet.wall_s() * 1000))
         lead = await self._store.take_lead(self._here.name, least)
@@ -112,9 +114,8 @@ class Leading:
         for name, least in asked.least.items():
             self._exceed(name, least)
         if asked.times != self._asked:
-            is_first, self._asked = not self._asked, asked.times
-            if not is_first:
-                self._fleet.refreshing.refresh_since(self._names[0], self._here.clock.seconds())
+            self._asked = asked.times
+            self._fleet.refreshing.refresh_since(self._names[0], self._here.clock.seconds())
 
     def _exceed(self, name: str, generation: int) -> None:
         """Serve a greater generation than this one: now, or with the next read if these rows may not be published."""

@@ -80,6 +80,10 @@ class Replica:
             raise
         self.loaded = {name: member.generation for name, (member, _) in steps.items()}
         self.manifest = manifest
+        for dataset in self._datasets().values():
+            if dataset.snapshot is not None and dataset.snapshot.server is not None:
+                # Readers wait for transactions of the server that the leader reads.
+                self._here.cache.database.seen(dataset.snapshot.server, dataset.snapshot.lag)
         return {}
 
     def _datasets(self) -> dict[str, Dataset]:
