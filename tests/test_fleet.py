@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 
+from psycopg2.extensions import parse_dsn
+
+from tests.kit import status
 from tests.kit.daemon import Daemon
+from tests.kit.faulty_network import NetworkProcess
 from tests.kit.postgres import query
 from tests.kit.processes import HEAD, PRODUCTS, FleetTestCase, Publishes
-from tests.kit.waiting import wait_until
+from tests.kit.resp import Client
+from tests.kit.waiting import GIVE_UP_S, wait_until
+
+ADMIN = '[admin]\nsocket = "{place}/admin"\n'
+SAVED = '[persistence]\ndirectory = "{place}/saved"\n'
 
 ROUNDS = int(os.environ.get("TESTS_FLEET_ROUNDS", "3"))
 """How often a leader is stopped and continued; the soak sets more."""
@@ -192,20 +201,209 @@ class Carrier(FleetTestCase):
         self.check()
 
 
+class Network(FleetTestCase):
+    """Faults of the network between the processes and the Valkey."""
+
+    def networks(self) -> list[NetworkProcess]:
+        """Start a fleet, each whose processes has a network of its own; return the networks."""
+        networks = []
+        for _ in range(3):
+            networks.append(network := NetworkProcess(self.valkey.port))
+            self.addCleanup(network.kill)
+            url = f"redis://127.0.0.1:{network.port}"
+            self.fleet.append(self.start_process(self.fleet_configuration(valkey=url, fallback_s=2)))
+        for daemon in self.fleet:
+            daemon.wait_until_ready()
+        return networks
+
+    def test_faults(self) -> None:
+        """Connections that are silent, reset, cut short or slow; all heals, and readers see nothing of it."""
+        networks = self.networks()
+        readers = [self.reader(daemon) for daemon in self.fleet]
+        for fault in (("silence", 0), ("reset", 0), ("truncate", 700), ("delay", 0.3), ("slice", 3)):
+            for network in networks:
+                network.call(*fault)
+            generation = self.served(self.leader()).generation
+            wait_until(lambda g=generation: self.served(self.leader()).generation > g, "the leader's own refreshes")
+            for network in networks:
+                network.call("heal")
+            self.wait_healed()
+        for reader in readers:
+            reader.stop()
+
+    def test_leader_without_the_valkey(self) -> None:
+        """The leader goes on for itself, the others do so after some time, and follow it again at last."""
+        networks = self.networks()
+        readers = [self.reader(daemon) for daemon in self.fleet]
+        leader = self.leader()
+        network = networks[self.fleet.index(leader)]
+        network.call("silence")
+        moment = self.moment()
+        for daemon in self.fleet:
+            wait_until(lambda d=daemon: self.served(d).n > moment, "a refresh of its own")
+        self.assertEqual(sorted(map(self.role, self.fleet)), ["alone", "alone", "leader"])
+        network.call("heal")
+        self.wait_healed()
+        for reader in readers:
+            reader.stop()
+
+
+class Database(FleetTestCase):
+    def test_gone_for_some_time(self) -> None:
+        """While PostgreSQL cannot be reached nobody leads, and the fleet heals afterwards."""
+        network = NetworkProcess(int(parse_dsn(self.server.dsn())["port"]))
+        self.addCleanup(network.kill)
+        self.start_fleet(dsn=self.server.dsn(database=self.database, port=network.port))
+        readers = [self.reader(daemon) for daemon in self.fleet]
+        publishes = Publishes(self.valkey)
+        for fault in ("silence", "reset"):
+            leader = self.leader()
+            network.call(fault)
+            wait_until(lambda d=leader: self.role(d) == "replica", "the end of the lead")
+            network.call("heal")
+            self.wait_healed()
+        self.assert_one_content([reader.stop() for reader in readers])
+        self.assert_in_order(publishes.stop())
+
+
+class Operators(FleetTestCase):
+    def test_pins_and_rollbacks(self) -> None:
+        """A pin or a rollback at the leader holds for all; at another process it is refused."""
+        self.start_fleet(more=f"{ADMIN}{SAVED}")
+        leader = self.leader()
+        for daemon in self.others(leader):
+            self.assertIn("another process refreshes products", self.admin_of(daemon, "pin products"))
+        wait_until(lambda: self.served(leader).generation > 5, "generations")
+
+        def rolled_back() -> bool:
+            self.admin_of(leader, "rollback products")
+            return bool(leader.json()["datasets"]["products"]["pinned"])
+
+        wait_until(rolled_back, "a saved generation")
+        rolled = self.served(leader)
+        for daemon in self.fleet:
+            wait_until(lambda d=daemon: self.served(d) == rolled, "the rollback")
+        self.admin_of(leader, "unpin products")
+        self.wait_healed()
+
+    def admin_of(self, daemon: Daemon, line: str) -> str:
+        return status.ask(self.directory_of(daemon) / "admin", line)
+
+    def test_readers_that_need_newer_rows(self) -> None:
+        """`max_age`, `CACHE.WAIT` and `refresh` at a process that follows work through the leader."""
+        slow = PRODUCTS.replace("interval_s = 0.5", "interval_s = 600")
+        self.start_fleet(slow, more=ADMIN)
+        follower = self.others(self.leader())[0]
+        moment = self.moment()
+        answer = self.get(follower, "/v1/datasets/products/rows/1?max_age=0")
+        self.assertEqual(answer.status, 200, answer.body)
+        self.assertGreater(answer.json()["n"], moment)
+        self.assertEqual(self.events(follower, "refresh_published"), [])
+        ((xid,),) = query(self.server, self.database, "SELECT pg_current_xact_id()::text")
+        with socket.create_connection(("127.0.0.1", self.port_of(follower, "resp")), GIVE_UP_S) as client:
+            self.assertEqual(Client(client).ask("CACHE.WAIT", "products", xid, 50_000), 1)
+        moment = self.moment()
+        self.admin_of(follower, "refresh products")
+        for daemon in self.fleet:
+            wait_until(lambda d=daemon: self.served(d).n > moment, "the refresh")
+
+
+class Whole(FleetTestCase):
+    def test_rolling_restart(self) -> None:
+        """With workers, a group and saved snapshots: a restart of one process after the other shows at none of them."""
+        group = PRODUCTS + 'group = "shop"\n'
+        tables = (group, group.replace("datasets.products", "datasets.prices"))
+        options = {"more": f"[workers]\nprocesses = 2\n{SAVED}"}
+        self.start_fleet(*tables, **options)
+        unit = "group/shop"
+        publishes = Publishes(self.valkey, HEAD.replace("dataset/products", unit))
+        for number, daemon in enumerate(list(self.fleet)):
+            rest = self.others(daemon)
+            readers = [self.reader(each, name) for each in rest for name in ("products", "prices")]
+            daemon.end()
+            self.leader(among=rest, unit=unit)
+            self.fleet[number] = self.start_process(
+                self.fleet_configuration(*tables, **options), directory=self.directory_of(daemon).name
+            )
+            self.fleet[number].wait_until_ready()
+            moment = self.moment()
+            for each in self.fleet:
+                wait_until(lambda d=each, m=moment: self.served(d, "prices").n > m, "a new read")
+            self.assert_one_content([reader.stop() for reader in readers[::2]])
+            self.assert_one_content([reader.stop() for reader in readers[1::2]])
+        self.assert_in_order(publishes.stop())
+
+
 class Definitions(FleetTestCase):
-    def redefine(self, daemon: Daemon, *tables: str) -> None:
+    def reload(self, daemon: Daemon, *tables: str) -> None:
         number = len(self.events(daemon, "config_reloaded"))
-        directory = self.directory_of(daemon)
-        (directory / "cacheservice.toml").write_text(self.fleet_configuration(*tables, fallback_s=5))
-        daemon.process.send_signal(1)
+        (self.directory_of(daemon) / "cacheservice.toml").write_text(self.fleet_configuration(*tables))
+        daemon.process.send_signal(signal.SIGHUP)
         wait_until(lambda: len(self.events(daemon, "config_reloaded")) > number, "the reload")
 
+    def differs(self, daemon: Daemon) -> None:
+        """Wait until a process has logged that the leader has another definition."""
+        wait_until(
+            lambda: [each for each in self.events(daemon, "cluster_unreadable") if "definition" in each["error"]],
+            "the difference",
+        )
+
     def test_redefined_one_after_the_other(self) -> None:
-        """A process serves rows of its own definition only, and the whole fleet heals once all have the new one."""
-        self.start_fleet(fallback_s=5)
+        """A process serves rows of its own definition only, and the fleet heals once all have the new one."""
+        self.start_fleet()
         leader = self.leader()
+        early, late = self.others(leader)
         new = PRODUCTS.replace("SELECT id,", "SELECT id, 'new' AS kind,")
-        for daemon in [leader, *self.others(leader)]:
-            self.redefine(daemon, new)
-            wait_until(lambda d=daemon: "kind" in self.get(d, "/v1/datasets/products/rows/1").json(), "the new rows")
+        self.reload(early, new)
+        self.differs(early)
+        kept = self.served(early)
+        generation = self.served(leader).generation
+        wait_until(lambda: self.served(late).generation > generation + 2, "generations of the old definition")
+        self.assertEqual(self.served(early), kept)
+        self.reload(leader, new)
+        self.differs(late)
+        kept = self.served(late)
+        moment = self.moment()
+        for daemon in (leader, early):
+            wait_until(lambda d=daemon: self.served(d).n > moment, "rows of the new definition")
+            self.assertIn("kind", self.row(daemon))
+        self.assertNotIn("kind", self.row(late))
+        self.assertEqual(self.served(late), kept)
+        self.reload(late, new)
+        self.wait_healed()
+        self.assertIn("kind", self.row(late))
+
+    def row(self, daemon: Daemon) -> str:
+        return self.get(daemon, "/v1/datasets/products/rows/1").body.decode()
+
+    def test_lead_by_another_definition(self) -> None:
+        """A new leader with another definition goes on with greater generations."""
+        self.start_fleet()
+        leader = self.leader()
+        generation, epoch = self.served(leader).generation, self.epoch(leader)
+        rest = self.others(leader)
+        new = PRODUCTS.replace("SELECT id,", "SELECT id, 'new' AS kind,")
+        for daemon in rest:
+            self.reload(daemon, new)
+            self.differs(daemon)
+        readers = [self.reader(daemon) for daemon in rest]
+        self.kill_now(leader)
+        self.leader(among=rest, after=epoch)
+        self.wait_healed(rest)
+        for daemon in rest:
+            self.assertIn("kind", self.row(daemon))
+            self.assertGreater(self.served(daemon).generation, generation)
+        self.assert_one_content([reader.stop()[1:] for reader in readers])
+
+    def test_added_and_removed(self) -> None:
+        """A dataset that processes get one after the other, and lose so."""
+        self.start_fleet()
+        more = PRODUCTS.replace("datasets.products", "datasets.prices")
+        for daemon in self.fleet:
+            self.reload(daemon, PRODUCTS, more)
+            wait_until(lambda d=daemon: self.get(d, "/v1/datasets/prices/rows/1").status == 200, "the new dataset")
+        self.wait_healed(name="prices")
+        for daemon in self.fleet:
+            self.reload(daemon, PRODUCTS)
+            self.assertEqual(self.get(daemon, "/v1/datasets/prices/rows/1").status, 404)
         self.wait_healed()

@@ -135,7 +135,7 @@ class FleetTestCase(RealServiceTestCase):
     def start_process(self, configuration: str, *, directory: str = "") -> Daemon:
         place = self.directory / (directory or f"process-{len(list(self.directory.iterdir()))}")
         place.mkdir(exist_ok=True)
-        daemon = Daemon(place, configuration)
+        daemon = Daemon(place, configuration.replace("{place}", str(place)))
         self._places[daemon] = place
         self.addCleanup(daemon.kill)
         self.addCleanup(self.check_log, daemon)
