@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -12,10 +13,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 import pytest
+import redis
 from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.cli.demo_texts import quoted
@@ -41,6 +44,13 @@ def unpacked_wheel() -> object:
     )
     yield folder / "lib"
     shutil.rmtree(folder)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Return whether it runs; a process whose parent was killed may not have been reaped."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 class FromTheWheel(SynchronousTestCase):
@@ -360,3 +370,51 @@ class Demo(FromTheWheel):
         self.assertEqual([process for process in family if process.is_running()], [])
         directory = re.search(r"embedded PostgreSQL in (\S+)", output)[1]
         self.assertFalse(Path(directory).exists())
+
+    def test_a_fleet_outlives_its_leader(self) -> None:
+        """Three services serve the same generations; another leads after a kill -9, and Ctrl-C leaves no process."""
+        demo = self.start("--fleet")
+        output = self.read_until(demo, "Ctrl-C stops everything.")
+        rows = re.findall(r"^  service-\d +(\d+) +(\d+) +(\d+) +(\d+)$", output, re.M)
+        pids, status_ports, resp_ports, _ = zip(*(map(int, row) for row in rows), strict=True)
+        self.assertEqual(len(pids), 3)
+        family = psutil.Process(demo.pid).children(recursive=True)
+        for pid in pids:
+            self.assertGreaterEqual(len(psutil.Process(pid).children()), 2, "workers")
+        self.newest_everywhere(status_ports, 1)
+        for port in resp_ports:
+            self.assertIn(b'"id":42', self.get(port, "products:42") or b"")
+
+        generation = self.generation(status_ports[1])
+        os.kill(pids[0], signal.SIGKILL)
+        self.newest_everywhere(status_ports[1:], generation + 2)
+        self.assertIsNotNone(self.get(resp_ports[1], "products:42"))
+        self.read_until(demo, "service-1 is running again")
+        self.newest_everywhere(status_ports, self.generation(status_ports[1]))
+
+        family += psutil.Process(demo.pid).children(recursive=True)
+        demo.send_signal(signal.SIGINT)
+        rest, _ = demo.communicate(timeout=LIMIT_S)
+        self.assertEqual(demo.returncode, 130, rest)
+        self.assertNotIn("Traceback", output + rest)
+        self.assertEqual([process for process in family if is_alive(process)], [])
+        directory = re.search(r"embedded PostgreSQL in (\S+)", output)[1]
+        self.assertFalse(Path(directory).exists())
+
+    def get(self, port: int, key: str) -> bytes | None:
+        with redis.Redis(port=port) as client:
+            return client.get(key)
+
+    def generation(self, port: int) -> int:
+        return json.loads(ask(("127.0.0.1", port), "json"))["datasets"]["products"]["generation"] or 0
+
+    def newest_everywhere(self, ports: Sequence[int], least: int) -> None:
+        """Wait until each service has at least a generation."""
+        limit = time.monotonic() + LIMIT_S
+        for port in ports:
+            while True:
+                with contextlib.suppress(ConnectionRefusedError):
+                    if self.generation(port) >= least:
+                        break
+                self.assertLess(time.monotonic(), limit, f"generation {least} did not arrive at {port}")
+                time.sleep(0.2)

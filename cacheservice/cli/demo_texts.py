@@ -11,7 +11,10 @@ from shlex import quote
 from typing import NamedTuple
 
 REVIVE_AFTER_S = 10.0
-"""How long a database that another process ended stays down, so that users can watch the effect."""
+"""How long a process that another one ended stays down, so that users can watch the effect."""
+WORKERS = 2
+"""Of each service of a fleet."""
+USUAL_VALKEY_PORT = 6390
 
 
 class Ports(NamedTuple):
@@ -98,6 +101,17 @@ required = false
 watch = [{{table = "shop.customers", key = "id"}}, {{table = "shop.permissions", key = "customer_id"}}]
 """
 
+_OF_FLEET = """
+[workers]
+processes = {workers}
+
+[cluster]
+enabled = true
+prefix = "demo"
+name = "{name}"
+fallback_after_s = 20
+"""
+
 _TO_TRY = """
 The service is running. In another terminal:
 
@@ -124,10 +138,104 @@ Ctrl-C stops everything.{kept}
 """
 
 
+_TO_TRY_IN_FLEET = """
+The fleet is running: one service reads the database, and all serve the same generations.
+
+{table}
+
+In another terminal:
+
+  Look:     http://127.0.0.1:{http_port}/      in a browser (operator's token: demo); each service has its own
+            {program} status --port {other_status_port}
+  Read:     for port in {resp_ports}; do redis-cli -p $port GET products:42; done
+            for port in {http_ports}; do curl -si http://127.0.0.1:$port/v1/datasets/products/rows/42; done
+            (the same X-Cache-Generation at each port)
+  Change:   {psql} -c "UPDATE shop.prices SET amount = 1.23 WHERE product_id = 42"
+            for port in {resp_ports}; do redis-cli -p $port GET prices:42:EUR; done
+  Leaders:  grep -H role_changed {logs}
+  Crash:    kill -9 {leader_pid}       {leader}, which leads at the start: within seconds another service leads, and
+            the others serve meanwhile; the demo restarts it after {revive_after_s:.0f} s
+            kill -9 $(pgrep -P {leader_pid} | head -1)       one worker: it is restarted
+  Freeze:   kill -STOP {leader_pid}       the same, but its lead ends only after 4 s without a heartbeat
+            kill -CONT {leader_pid}       it follows the new leader
+  Valkey:   kill -9 {valkey_pid}       readers notice nothing; the leader continues, the others age until it is back
+            kill -STOP {valkey_pid}       after 20 s each service refreshes for itself, less often
+            kill -CONT {valkey_pid}       they follow their leader again
+            REDISCLI_AUTH=$(cat {password}) redis-cli -p {valkey_port} FLUSHALL
+  Database: kill -QUIT {postgres_pid}       ages rise until the demo restarts it, after {revive_after_s:.0f} s
+
+Ctrl-C stops everything.{kept}
+"""
+
+
+class Member(NamedTuple):
+    """One service of a fleet.
+
+    :param pid: the process ID of its main process.
+    """
+
+    place: Place
+    ports: Ports
+    pid: int | None
+
+
+class Parts(NamedTuple):
+    """The servers of a fleet.
+
+    :param psql: the command that connects to the database as its owner.
+    """
+
+    psql: Sequence[str]
+    postgres_pid: int | None
+    valkey_port: int
+    valkey_pid: int | None
+    valkey_password: Path
+
+
 def configuration(place: Place, ports: Ports) -> str:
     """Return the content of the configuration file."""
     return _CONFIGURATION.format(
         status_port=ports.status, resp_port=ports.resp, http_port=ports.http, admin_socket=place.admin_socket
+    )
+
+
+def configuration_of_fleet(place: Place, ports: Ports) -> str:
+    """Return the content of the configuration file of a service of a fleet; its name is that of its folder."""
+    return configuration(place, ports) + _OF_FLEET.format(workers=WORKERS, name=place.directory.name)
+
+
+def what_to_try_in_fleet(place: Place, members: Sequence[Member], parts: Parts) -> str:
+    """Return the ports of each service, and the commands to try.
+
+    :param place: the folder of the demo.
+    :param members: the first one leads.
+    """
+    rows = [
+        ("service", "process", "status", "RESP", "HTTP"),
+        *((each.place.directory.name, each.pid, *each.ports) for each in members),
+        ("Valkey", parts.valkey_pid, "", parts.valkey_port, ""),
+    ]
+    lines = [
+        f"  {name:<12}{process:<10}{status:<9}{resp:<8}{http}".rstrip() for name, process, status, resp, http in rows
+    ]
+    leader, other, *_ = members
+    return _TO_TRY_IN_FLEET.format(
+        table="\n".join(lines),
+        program=_program(),
+        http_port=leader.ports.http,
+        other_status_port=other.ports.status,
+        resp_ports=" ".join(str(each.ports.resp) for each in members),
+        http_ports=" ".join(str(each.ports.http) for each in members),
+        psql=" ".join(map(quoted, parts.psql)),
+        logs=" ".join(quote(str(each.place.log)) for each in members),
+        leader=leader.place.directory.name,
+        leader_pid=leader.pid,
+        valkey_pid=parts.valkey_pid,
+        valkey_port=parts.valkey_port,
+        password=quote(str(parts.valkey_password)),
+        postgres_pid=parts.postgres_pid,
+        revive_after_s=REVIVE_AFTER_S,
+        kept=f" The data remain in {place.directory}." if place.is_kept else "",
     )
 
 

