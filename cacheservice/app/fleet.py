@@ -43,7 +43,14 @@ def make_fleet(
     name = settings.name or f"{socket.gethostname()}:{os.getpid()}"
     valkey = Valkey(valkey_url.parse(settings.valkey_url.get_secret_value()), reactor)
     here = Here(name, cache, Clocks(reactor), reactor, log, random.random)
-    fleet = Fleet(refresh, lambda: leads.can_refresh, leads.resign, settings.fallback_after_s, time.time)
+    fleet = Fleet(
+        refresh,
+        lambda: leads.can_refresh,
+        leads.resign,
+        settings.fallback_after_s,
+        time.time,
+        lambda: leads.problem,
+    )
     cluster = Cluster(Carried(valkey, settings.prefix, drain.add, reactor), here, fleet, leads)
     leads.notify(LeadObserver(cluster.gained, cluster.lost))
     refresh.follow_leaders(cluster.ask)

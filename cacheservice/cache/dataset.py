@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from cacheservice.cache.counts import Counts
 from cacheservice.cache.events import AttemptEnded, Event, Events, Noted, Observer
+from cacheservice.cache.fleet_status import FleetStatus
 from cacheservice.cache.history import KEPT_ATTEMPTS, Attempt, LastHour
 from cacheservice.cache.refresh_status import RefreshStatus
 from cacheservice.cache.served import Served
@@ -27,6 +28,8 @@ class State(enum.StrEnum):
 class Dataset(Served):
     """A dataset: its served snapshot (`Served`), and the history of its refreshes.
 
+    `fleet` is what this process does about it in a fleet; None without a fleet.
+
     :param now: the monotonic clock, in seconds.
     :param generation_before: the last generation of a removed dataset with this name.
     :param counts: the counts of a removed dataset with this name, which continue.
@@ -45,6 +48,7 @@ class Dataset(Served):
         self._now = now
         self._greatest_age_s: float | None = None
         self.refresh = RefreshStatus()
+        self.fleet: FleetStatus | None = None
         self.save_problem: str | None = None
         self.attempts: deque[Attempt] = deque(maxlen=KEPT_ATTEMPTS)
         self.last_hour = LastHour()
@@ -102,6 +106,16 @@ class Dataset(Served):
         if status != self.refresh:
             self.refresh = status
             self._events.notify(Noted(self.name))
+
+    def note_fleet(self, status: FleetStatus) -> None:
+        """Note what this process does about it in a fleet. Observers are not notified if only time has passed."""
+        before, self.fleet = self.fleet, status
+        if status.differs_from(before):
+            self._events.notify(Noted(self.name))
+
+    def silent_s(self) -> float | None:
+        """Return for how many seconds no results of a leader have come; None without a fleet."""
+        return None if self.fleet is None else self.fleet.silent_s(self._now())
 
     def note_save(self, problem: str | None, *, tried: bool = True) -> None:
         """Note the problem of saving a snapshot; None once it is saved.

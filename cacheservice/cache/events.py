@@ -57,7 +57,8 @@ class AttemptEnded(Event):
 class Noted(Event):
     """Something else that operators see of it has changed.
 
-    That is what its refreshes do or plan, a held result, a pin, an acceptance, or a problem of saving.
+    That is what its refreshes do or plan, its part in a fleet, a held result, a pin, an acceptance, or a problem of
+    saving.
     """
 
 

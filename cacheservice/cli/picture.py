@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cacheservice.cli.client import Endpoint
+from cacheservice.views import fleet
 from cacheservice.views.facts import Dataset, Facts
 from cacheservice.views.problems import Problem, Severity, next_attempt, problems
 from cacheservice.views.table import workers_lines
@@ -57,6 +58,7 @@ def render(picture: Picture, width: int, *, bars: bool, height: int | None = Non
     """
     found = problems(picture.facts, picture.names)
     parts: list[RenderableType] = [_head(picture), *map(Text, workers_lines(picture.facts.service))]
+    parts += map(Text, fleet.line(picture.shown.values()))
     loading = _loading(picture, bars=bars)
     if found:
         most = _MOST_WRITTEN_OUT
@@ -158,15 +160,17 @@ def _table(shown: Mapping[str, Dataset], found: Collection[Problem], width: int,
     names = list(dict.fromkeys([*with_problems, *shown]))
     if height is not None:
         del names[height:]
-    cells = {column: [column.cell(shown[name]) for name in names] for column in _COLUMNS}
+    is_fleet = any(dataset.fleet is not None for dataset in shown.values())
+    columns = [column for column in _COLUMNS if is_fleet or column.title != _OF_A_FLEET]
+    cells = {column: [column.cell(shown[name]) for name in names] for column in columns}
     widths = {column: max(map(_width, [column.title, *texts])) for column, texts in cells.items()}
-    for column in _COLUMNS:
+    for column in columns:
         if column.least_width:
             others = sum(widths[other] + len(_GAP) for other in widths if other != column)
             widths[column] = min(widths[column], max(column.least_width, width - others))
     for column in _DROPPED_FIRST:
         if sum(widths.values()) + len(_GAP) * (len(widths) - 1) > width:
-            del widths[column]
+            widths.pop(column, None)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, len(_GAP) - 1, 0, 0), pad_edge=False, show_edge=False)
     for column, column_width in widths.items():
         table.add_column(
@@ -224,6 +228,7 @@ def _change(dataset: Dataset) -> str:
     return f" ({counts or ('no row differs' if dataset.rows else 'no rows')})"
 
 
+_OF_A_FLEET = "fleet"
 _COLUMNS = (
     _Column("dataset", lambda dataset: Text(dataset.name)),
     _Column("state", _state),
@@ -232,12 +237,13 @@ _COLUMNS = (
     _Column("rows", lambda dataset: f"{dataset.rows:,}", right=True),
     _Column("size", lambda dataset: size(dataset.bytes), right=True),
     _Column("gen.", lambda dataset: str(dataset.generation or "–"), right=True),
+    _Column(_OF_A_FLEET, lambda dataset: fleet.cell(dataset.fleet)),
     _Column("next", _next),
     _Column("last attempt", _last, least_width=20),
 )
 _DROPPED_FIRST = tuple(
     column
-    for title in ("last attempt", "size", "gen.", "limit", "rows")
+    for title in ("last attempt", "size", "gen.", "limit", "rows", _OF_A_FLEET)
     for column in _COLUMNS
     if column.title == title
 )

@@ -1,6 +1,6 @@
 """The metrics of each dataset: their names, their meaning and their values.
 
-All formats of the metrics are derived from `GROUPS`.
+All formats of the metrics are derived from `GROUPS`, and those of `fleet_metrics`.
 """
 
 from __future__ import annotations
@@ -89,17 +89,20 @@ class Group(NamedTuple):
     """Families whose values change together.
 
     `stamp` returns the inputs of the values: while they are equal, the values are too. `values` returns the values of
-    each family, one for each of its series, from the dataset and its current stamp.
+    each family, one for each of its series, from the dataset and its current stamp. `optional` families are left out as
+    a whole while no dataset has a value.
     """
 
     families: tuple[Family, ...]
     stamp: Callable[[Dataset], object]
     values: Callable[[Dataset, object], Iterable[Values]]
+    optional: bool = False
 
 
-def _group(
+def group(
     families: tuple[Family, ...], stamp: Callable[[Dataset], S], values: Callable[[Dataset, S], Iterable[Values]]
 ) -> Group:
+    """Return a group; `values` gets the stamp with its type."""
     return Group(families, stamp, cast("Callable[[Dataset, object], Iterable[Values]]", values))
 
 
@@ -193,9 +196,9 @@ def _whole_for_s(dataset: Dataset) -> float:
 
 
 GROUPS = (
-    _group((AGE,), _age_s, lambda _, age_s: ((() if age_s is None else (age_s,)),)),
-    _group((_WITHOUT_DELTAS,), _whole_for_s, lambda _, value: ((value,),)),
-    _group(
+    group((AGE,), _age_s, lambda _, age_s: ((() if age_s is None else (age_s,)),)),
+    group((_WITHOUT_DELTAS,), _whole_for_s, lambda _, value: ((value,),)),
+    group(
         (
             Family(
                 "cacheservice_dataset_state",
@@ -207,7 +210,7 @@ GROUPS = (
         Dataset.state,
         lambda _, current: (tuple(state is current for state in State),),
     ),
-    _group(
+    group(
         (
             Family("cacheservice_dataset_rows", "gauge", "Rows of the served snapshot."),
             Family(
@@ -286,7 +289,7 @@ GROUPS = (
         _refreshes_stamp,
         _refreshes_values,
     ),
-    _group(
+    group(
         (
             Family(
                 "cacheservice_reads_total",

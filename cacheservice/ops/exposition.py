@@ -26,14 +26,16 @@ from cacheservice.cache.counts import Histogram
 from cacheservice.cache.dataset import Dataset
 from cacheservice.cache.events import AttemptEnded, Ended, Event
 from cacheservice.ops.dataset_metrics import GROUPS, Sample
+from cacheservice.ops.fleet_metrics import FLEET_GROUPS
 from cacheservice.ops.service_metrics import ServedPort, ServiceMetrics, Superseded
 
 _A_TURN = 100
 """The most datasets rendered in one turn of the reactor: 2 ms."""
 _NOT_RENDERED = object()
-_FAMILIES = [family for group in GROUPS for family in group.families]
+_GROUPS = (*GROUPS, *FLEET_GROUPS)
+_FAMILIES = [(family, group.optional) for group in _GROUPS for family in group.families]
 # The first family is the age, which changes all the time.
-_OF_CHANGES = GROUPS[1:]
+_OF_CHANGES = _GROUPS[1:]
 _STAMPS = [group.stamp for group in _OF_CHANGES]
 
 
@@ -47,7 +49,7 @@ class _Lines:
 
     def __init__(self, dataset: str) -> None:
         self.families = [b""] * len(_FAMILIES)
-        self._templates = [family.template(dataset) for family in _FAMILIES]
+        self._templates = [family.template(dataset) for family, _ in _FAMILIES]
         self._stamps: list[object] = [_NOT_RENDERED] * len(_STAMPS)
 
     def render(self, dataset: Dataset) -> bool:
@@ -121,7 +123,9 @@ class Metrics:
         await self._render_all()
         # One copy, because the result may be megabytes, and each copy costs as much as the rest.
         parts: list[bytes] = []
-        for family, column in zip(_FAMILIES, self._columns(), strict=True):
+        for (family, optional), column in zip(_FAMILIES, self._columns(), strict=True):
+            if optional and not any(column):
+                continue
             parts.append(family.openmetrics_head if openmetrics else family.text_head)
             parts += column
         parts.append(of_service)
@@ -143,18 +147,20 @@ class Metrics:
         for metric in self._of_service.collect():
             yield from ((metric.type, Sample(*sample[:3])) for sample in metric.samples)
         for dataset in list(self._cache.datasets.values()):
-            for group in GROUPS:
+            for group in _GROUPS:
                 for family, values in zip(group.families, group.values(dataset, group.stamp(dataset)), strict=True):
                     yield from ((family.kind, sample) for sample in family.samples(dataset.name, values))
 
     def collect(self) -> Iterator[Metric]:
         """Yield all metrics for prometheus-client, as one of its collectors."""
-        for group in GROUPS:
+        for group in _GROUPS:
             of_datasets = {
                 dataset.name: list(group.values(dataset, group.stamp(dataset)))
                 for dataset in self._cache.datasets.values()
             }
             for number, family in enumerate(group.families):
+                if group.optional and not any(values[number] for values in of_datasets.values()):
+                    continue
                 yield family.metric(
                     sample for name, values in of_datasets.items() for sample in family.samples(name, values[number])
                 )

@@ -137,7 +137,7 @@ class Outcomes:
         """Stop serving what was saved from another database, once this one is reached."""
         for dataset, log, _ in self._members:
             served = dataset.snapshot
-            if served is None or served.source == "postgres":
+            if served is None or served.source != "disk":
                 continue
             reason = why_elsewhere(served.server, self._status.server)
             if reason is not None:

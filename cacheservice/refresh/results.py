@@ -104,9 +104,7 @@ class Result(NamedTuple):
     def _judged(cls, dataset: Dataset, read: ReadResult, rows: Rows, base: Snapshot | None) -> Result:
         """Return a result with what the gates of its dataset hold against it."""
         served = dataset.snapshot
-        elsewhere = (
-            served is not None and served.source != "postgres" and why_elsewhere(served.server, read.moment.server)
-        )
+        elsewhere = served is not None and served.source == "disk" and why_elsewhere(served.server, read.moment.server)
         comparable = None if dataset.redefined or elsewhere else served
         refused = refusal(comparable, rows.count, read.columns, dataset.settings)
         return cls(dataset, read, rows, refused, base)

@@ -10,7 +10,7 @@ from cacheservice.base.errors import SnapshotRejected
 from cacheservice.cache.delta import NO_CHANGE
 from cacheservice.replication.valkey.publisher import Here, Publisher
 from cacheservice.replication.valkey.replica import Replica
-from cacheservice.replication.valkey.store import Fenced, Store
+from cacheservice.replication.valkey.store import Fenced, Leader, Store
 
 
 class Refreshing(Protocol):
@@ -37,6 +37,7 @@ class Fleet:
     :param may_refresh: returns whether a refresh of this process can help.
     :param resign: gives up all leads, for a reason, and competes for them again.
     :param wall_s: returns seconds since 1970.
+    :param lead_problem: returns why this process cannot win a lead; None if it can.
     """
 
     refreshing: Refreshing
@@ -44,6 +45,7 @@ class Fleet:
     resign: Callable[[str], object]
     fallback_after_s: float
     wall_s: Callable[[], float]
+    lead_problem: Callable[[], str | None] = lambda: None
 
 
 class Leading:
@@ -67,6 +69,11 @@ class Leading:
     def problem(self) -> str | None:
         """Why nothing can be published now; None if it can, or if nothing is to be published."""
         return None if self._publisher is None else self._publisher.problem
+
+    @property
+    def present(self) -> Leader | None:
+        """This process with the epoch of its lead; None while it has not begun one in the Valkey."""
+        return None if self._publisher is None else Leader(self._here.name, self.epoch)
 
     async def look(self, has_lead: Callable[[], bool]) -> None:
         """Begin an epoch, if this lead has none yet; otherwise do what replicas have asked for.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from twisted.internet.defer import CancelledError
 from twisted.python.failure import Failure
@@ -12,6 +13,7 @@ from cacheservice.base.backoff import full_jitter
 from cacheservice.base.errors import CacheServiceError
 from cacheservice.base.internal_errors import log_internal_error
 from cacheservice.base.tasks import Tasks
+from cacheservice.cache.fleet_status import FleetStatus
 from cacheservice.replication.leading import Fleet, Leading
 from cacheservice.replication.roles import Facts, Role, role_of
 from cacheservice.replication.valkey.publisher import Here
@@ -49,23 +51,12 @@ class Unit:
         self._has_lead = False
         self.leading = Leading(self.names, store, replica, here, fleet)
         self._alarm = Alarm(here.clock)
-
-    @property
-    def lag(self) -> int | None:
-        """How many generations a dataset is behind the leader's, at most, as far as is known; None for a leader."""
-        manifest = self._replica.manifest
-        if self.role is Role.LEADING or manifest is None:
-            return None
-        datasets = self._here.cache.datasets
-        behind = [
-            member.generation - datasets[name].last_generation
-            for name, member in manifest.members.items()
-            if name in datasets
-        ]
-        return max(0, *behind) if behind else None
+        self._lead_changes = 0
+        replica.notify(self._report)
 
     def start(self) -> None:
         """Follow the leader, if there is one."""
+        self._report()
         self._tasks.run(self._keep())
 
     def stop(self) -> None:
@@ -92,14 +83,17 @@ class Unit:
     def gained(self) -> None:
         """Note that this process has the lead."""
         self._has_lead = True
+        self._lead_changes += 1
         self.wake()
 
     def lost(self) -> None:
         """Note that this process has the lead no longer. It stops publishing at once."""
         self._has_lead = False
+        self._lead_changes += 1
         self.leading.end()
         self._heard_at = self._here.clock.seconds()
         self._play(Role.FOLLOWING)
+        self._report()
         self.wake()
 
     def ask(self) -> None:
@@ -162,6 +156,30 @@ class Unit:
         silent_s = self._here.clock.seconds() - self._heard_at
         facts = Facts(self._has_lead, silent_s, self._fleet.may_refresh())
         self._play(role_of(facts, self.role, self._fleet.fallback_after_s))
+        self._report()
+
+    def _report(self) -> None:
+        """Note in the datasets what operators see."""
+        leads = self.role is Role.LEADING
+        leader = self.leading.present if leads else self._store.leader
+        status = FleetStatus(
+            self.role.value,
+            self._here.name,
+            epoch=None if leader is None else leader.epoch,
+            leader=None if leader is None else leader.name,
+            heard_at=None if leads else self._heard_at,
+            valkey_problem=self.problem,
+            publish_problem=self.leading.problem,
+            lead_problem=self._fleet.lead_problem(),
+            lead_changes=self._lead_changes,
+        )
+        newest = None if leads else self._replica.newest
+        for name in self.names:
+            dataset = self._here.cache.datasets.get(name)
+            if dataset is not None:
+                member = None if newest is None else newest.members.get(name)
+                lag = None if member is None else max(0, member.generation - dataset.last_generation)
+                dataset.note_fleet(replace(status, lag=lag))
 
     def _play(self, role: Role) -> None:
         if role is self.role:

@@ -94,6 +94,7 @@ def dataset(source: live.Dataset) -> Dataset:
         save_problem=source.save_problem,
         without_deltas_s=source.without_deltas_s(),
         behind_s=source.behind_s(),
+        fleet=_fleet(source),
     )
 
 
@@ -126,6 +127,23 @@ def point(source: history.Point, now: float) -> Point:
 def points(sources: Iterable[history.Point], now: float) -> list[Point]:
     """Return the points of the last hour, the oldest first."""
     return [point(each, now) for each in sources]
+
+
+def _fleet(source: live.Dataset) -> facts.Fleet | None:
+    status = source.fleet
+    if status is None:
+        return None
+    return facts.Fleet(
+        role=status.role,
+        process=status.process,
+        epoch=status.epoch,
+        leader=status.leader,
+        lag_generations=status.lag,
+        leader_silent_s=source.silent_s() or 0.0,
+        valkey_problem=status.valkey_problem,
+        publish_problem=status.publish_problem,
+        lead_problem=status.lead_problem,
+    )
 
 
 def _worker(source: WorkerStatus) -> facts.Worker:

@@ -159,6 +159,31 @@ class Attempt:
 
 
 @dataclass(frozen=True, slots=True)
+class Fleet:
+    """The part of this process in the fleet, for one dataset: its role is `leader`, `replica` or `alone`.
+
+    :param process: the name of this process.
+    :param leader: the name of the process with the newest lead, and `epoch` of that lead; None if none is known.
+    :param lag_generations: how many generations the leader has published that this process lacks; None for a leader,
+        and if that is not known.
+    :param leader_silent_s: the time for which no new results of a leader have come; 0 for a leader.
+    :param valkey_problem: why the Valkey cannot be used.
+    :param publish_problem: why the results of this process cannot be published.
+    :param lead_problem: why this process cannot win a lead.
+    """
+
+    role: str
+    process: str
+    epoch: int | None = None
+    leader: str | None = None
+    lag_generations: int | None = None
+    leader_silent_s: float = 0.0
+    valkey_problem: str | None = None
+    publish_problem: str | None = None
+    lead_problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Dataset:
     """The state of one dataset.
 
@@ -166,6 +191,7 @@ class Dataset:
     :param standby: the standby of the served read, if that was behind its primary.
     :param without_deltas_s: for how long deltas have not worked; None without `watch`.
     :param behind_s: for how long postgres.max_load has delayed a refresh; None if it delays none. Not in the JSON.
+    :param fleet: None without a fleet.
     """
 
     name: str
@@ -192,6 +218,7 @@ class Dataset:
     save_problem: str | None = None
     without_deltas_s: float | None = None
     behind_s: float | None = None
+    fleet: Fleet | None = None
 
     @property
     def advice(self) -> str | None:

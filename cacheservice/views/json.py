@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 
 from cacheservice.base.interfaces import Json
 from cacheservice.base.text import iso, seconds
-from cacheservice.views.facts import Attempt, Database, Dataset, Facts, Lag, Point, Service, Worker
+from cacheservice.views.facts import Attempt, Database, Dataset, Facts, Fleet, Lag, Point, Service, Worker
 
 Object = dict[str, Json]
 
@@ -92,7 +92,7 @@ def database(facts: Database) -> Object:
 def dataset(facts: Dataset) -> Object:
     """Return a dataset's part."""
     held, progress, change = facts.held, facts.progress, facts.last_change
-    return {
+    common: Object = {
         "state": facts.state,
         "refreshing": facts.refreshing,
         "held": None if held is None else {"reason": held.reason, "since": iso(held.since), "rows": held.rows},
@@ -117,6 +117,22 @@ def dataset(facts: Dataset) -> Object:
         "standby": _lag(facts.standby),
         "save_problem": facts.save_problem,
         "without_deltas_s": _optional_seconds(facts.without_deltas_s),
+    }
+    return common if facts.fleet is None else common | {"cluster": fleet(facts.fleet)}
+
+
+def fleet(facts: Fleet) -> Object:
+    """Return the part of a dataset about the fleet."""
+    return {
+        "role": facts.role,
+        "process": facts.process,
+        "epoch": facts.epoch,
+        "leader": facts.leader,
+        "lag_generations": facts.lag_generations,
+        "leader_silent_s": seconds(facts.leader_silent_s),
+        "valkey_problem": facts.valkey_problem,
+        "publish_problem": facts.publish_problem,
+        "lead_problem": facts.lead_problem,
     }
 
 

@@ -13,6 +13,7 @@ from cacheservice.views.facts import (
     Database,
     Dataset,
     Facts,
+    Fleet,
     Held,
     Lag,
     Progress,
@@ -165,6 +166,23 @@ def _dataset(name: str, found: Members) -> Dataset:
         standby=_lag(found.members("standby")),
         save_problem=found.text("save_problem"),
         without_deltas_s=found.number("without_deltas_s"),
+        fleet=_fleet(found.members("cluster")),
+    )
+
+
+def _fleet(found: Members | None) -> Fleet | None:
+    if found is None:
+        return None
+    return Fleet(
+        role=found.text("role") or "unknown",
+        process=found.text("process") or "",
+        epoch=found.count("epoch"),
+        leader=found.text("leader"),
+        lag_generations=found.count("lag_generations"),
+        leader_silent_s=found.number("leader_silent_s") or 0.0,
+        valkey_problem=found.text("valkey_problem"),
+        publish_problem=found.text("publish_problem"),
+        lead_problem=found.text("lead_problem"),
     )
 
 

@@ -93,6 +93,10 @@ def _counts(datasets: Collection[Dataset]) -> Iterator[str]:
         yield f"{state}={states[state]};;;0;{len(datasets)}"
     yield f"held={sum(dataset.held is not None for dataset in datasets)};0;;0;{len(datasets)}"
     yield f"failing={sum(dataset.consecutive_failures > 0 for dataset in datasets)};0;;0;{len(datasets)}"
+    roles = Counter(dataset.fleet.role for dataset in datasets if dataset.fleet is not None)
+    if roles:
+        yield f"leading={roles['leader']};;;0;{len(datasets)}"
+        yield f"alone={roles['alone']};0;;0;{len(datasets)}"
     shares = [dataset.age_s / dataset.max_age_s for dataset in datasets if dataset.age_s is not None]
     # U: the value could not be determined, because nothing has been loaded.
     oldest = f"{_number(100 * max(shares))}%" if shares else "U"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import IntEnum
 
+from cacheservice.views import fleet
 from cacheservice.views.facts import Database, Dataset, Facts, Service
 from cacheservice.views.units import capped, duration, lag_and_reason, moment, rejected, times
 
@@ -64,7 +65,7 @@ def problems(facts: Facts, names: Collection[str] = ()) -> list[Problem]:
         if (problem := _of_dataset(dataset, facts.at, required=dataset.name in facts.service.not_ready)) is not None
     ]
     # The service comes before its datasets, because it is usually their cause; sorted() keeps the order of declaration.
-    service = () if names else _of_service(facts.service, facts.database)
+    service = () if names else (*_of_service(facts.service, facts.database), *_of_fleet(facts))
     return [*service, *sorted(found, key=lambda problem: -problem.severity)]
 
 
@@ -95,6 +96,22 @@ def _of_service(service: Service, database: Database) -> Iterator[Problem]:
             yield warning(f"old recorded changes are not deleted: {database.prune_problem}")
     if service.rejection is not None:
         yield warning(f"the newest configuration was {rejected(service.rejection)}")
+
+
+def _of_fleet(facts: Facts) -> Iterator[Problem]:
+    """Yield the problems of this process in its fleet; each is a warning."""
+    fleets = {name: dataset.fleet for name, dataset in facts.datasets.items() if dataset.fleet is not None}
+    for what in fleet.problems(fleets.values()):
+        yield Problem(Severity.WARNING, None, what)
+    alone = [name for name, each in fleets.items() if each.role == "alone"]
+    if alone:
+        more = f" and {len(alone) - 1} more" if len(alone) > 1 else ""
+        since = duration(max(fleets[name].leader_silent_s for name in alone))
+        yield Problem(
+            Severity.WARNING,
+            None,
+            f"no leader's results of {alone[0]}{more} have come for {since}; this process refreshes alone",
+        )
 
 
 def _of_dataset(dataset: Dataset, now: datetime, *, required: bool) -> Problem | None:

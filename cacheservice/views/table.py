@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from tabulate import tabulate
 
 from cacheservice.base.text import iso
+from cacheservice.views import fleet
 from cacheservice.views import json as as_json
 from cacheservice.views.facts import Attempt, Database, Dataset, Details, Service
 from cacheservice.views.units import capped, duration, last_attempt, moment, plural, rejected, standby, worker
@@ -26,13 +27,17 @@ def ready_line(service: Service) -> str:
 
 def status_table(service: Service, database: Database, datasets: Iterable[Dataset]) -> str:
     """Return a head line, then an aligned line for each dataset."""
+    datasets = list(datasets)
     table = tabulate(
         [_row(dataset) for dataset in datasets],
         tablefmt="plain",
         disable_numparse=True,
         colalign=("left", "left", "left", "right"),
     )
-    lines = [_head(service, database), *workers_lines(service), *(line.rstrip() for line in table.splitlines())]
+    wrong = fleet.problems([dataset.fleet for dataset in datasets if dataset.fleet is not None])
+    fleet_line = ["; ".join([*fleet.line(datasets), *wrong])]
+    head = [_head(service, database), *workers_lines(service), *filter(None, fleet_line)]
+    lines = [*head, *(line.rstrip() for line in table.splitlines())]
     return "\n".join(lines)
 
 
@@ -75,6 +80,7 @@ def _row(dataset: Dataset) -> list[str]:
         f"no age yet, limit {limit}" if dataset.age_s is None else f"age {duration(dataset.age_s)} of {limit}",
         "no rows" if dataset.as_of is None else f"{dataset.rows:,} rows",
         f"generation {dataset.generation}",
+        *([fleet.cell(dataset.fleet)] if dataset.fleet else []),
         _now_and_next(dataset),
         _last(dataset),
     ]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from cacheservice.views import fleet
 from cacheservice.views.facts import Database, Dataset, Details, Rejection
 from cacheservice.views.units import duration, lag, plural, rejected, times
 
 
 def sentences(details: Details, database: Database, rejection: Rejection | None = None) -> list[str]:
     """Return sentences about the state, its cause, any blockers and the next step."""
-    sentences = [*_state(details), *_standby(details.dataset), *_failure(details), *_operators(details)]
-    settings = details.settings
+    dataset, settings = details.dataset, details.settings
+    sentences = [*_state(details), *_standby(dataset), *fleet.sentences(dataset.name, dataset.fleet)]
+    sentences += [*_failure(details), *_operators(details)]
     if settings.notify or settings.watch:
         sentences += filter(None, [listening(database, deltas_work=details.without_deltas_because is None)])
     if settings.watch:

@@ -14,6 +14,7 @@ from cacheservice.cache.cache import Cache
 from cacheservice.cache.changes import Change
 from cacheservice.cache.counts import Histogram
 from cacheservice.cache.dataset import Dataset
+from cacheservice.cache.fleet_status import FleetStatus
 from cacheservice.cache.history import Attempt
 from cacheservice.cache.snapshot import Snapshot
 from cacheservice.ops.exposition import Metrics
@@ -125,5 +126,19 @@ class World:
                 reads = counts.resp if number % 2 else counts.http
                 name = ("hits", "misses", "loading", "stale")[number // 2 % 4]
                 setattr(reads, name, getattr(reads, name) + 1 + number)
+            case "fleet":
+                role = ("leader", "replica", "alone")[number % 3]
+                heard_at = None if role == "leader" else self.clock.seconds() - number
+                dataset.note_fleet(
+                    FleetStatus(
+                        role,  # type: ignore[arg-type]  # it is one of the three
+                        "cache-1",
+                        epoch=number or None,
+                        lag=number or None,
+                        heard_at=heard_at,
+                        valkey_problem="refused" if number % 2 else None,
+                        lead_changes=dataset.fleet.lead_changes + 1 if dataset.fleet is not None else 0,
+                    )
+                )
             case "declare":
                 dataset.change(declared(dataset.name, max_age_s=100.0 + number, query=f"SELECT {number}"))

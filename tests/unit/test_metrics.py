@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import generate_latest
@@ -10,10 +12,12 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
+from cacheservice.cache.fleet_status import FleetStatus
 from cacheservice.ops.stall import TICK_S, StallWatch
 from tests.kit.clocks import started_clock
 from tests.kit.datasets import declared
 from tests.kit.metrics import Series, World, of_monitor_lines, of_openmetrics, of_text, place
+from tests.kit.paths import ROOT
 
 EVENTS = [
     "publish",
@@ -28,6 +32,7 @@ EVENTS = [
     "count",
     "read",
     "declare",
+    "fleet",
 ]
 
 
@@ -80,6 +85,41 @@ class Forms(SynchronousTestCase):
         self.assertEqual(now[place("cacheservice_reads_total", dataset="prices", port="http", result="hit")], 0)
         self.assertEqual(now[place("cacheservice_rejected_total", port="resp", reason="auth_failed")], 0)
         self.assertEqual(now[place("cacheservice_ready")], 0)
+
+    def test_a_fleet(self) -> None:
+        """A process of a fleet has a role for each dataset; the page describes each metric. Others have none of it."""
+        world = World()
+        self.assertNotIn(b"cacheservice_cluster", world.text())
+        products, prices = (world.cache.dataset(name) for name in ("products", "prices"))
+        products.note_fleet(FleetStatus("replica", "cache-2", 17, "cache-1", 3, world.clock.seconds() - 2, "refused"))
+        prices.note_fleet(FleetStatus("leader", "cache-2", 18, "cache-2", publish_problem="full", lead_changes=1))
+        text = world.text()
+        now = of_text(text)
+
+        def of(metric: str, dataset: str, **labels: str) -> float:
+            return now[place(f"cacheservice_cluster_{metric}", dataset=dataset, **labels)]
+
+        roles = ("leader", "replica", "alone")
+        self.assertEqual([of("role", "products", role=role) for role in roles], [0, 1, 0])
+        self.assertEqual([of("role", "prices", role=role) for role in roles], [1, 0, 0])
+        for metric, of_products, of_prices in (
+            ("epoch", 17, 18),
+            ("lag_generations", 3, 0),
+            ("leader_silent_seconds", 2, 0),
+            ("valkey_up", 0, 1),
+            ("publish_failing", 0, 1),
+            ("can_lead", 1, 1),
+            ("lead_changes_total", 0, 1),
+        ):
+            self.assertEqual((of(metric, "products"), of(metric, "prices")), (of_products, of_prices), metric)
+        page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+        kinds = dict(re.findall(rb"^# TYPE (cacheservice_cluster_\w+) (\w+)", text, re.M))
+        self.assertEqual(len(kinds), 8)
+        for name, kind in kinds.items():
+            labels = {label for (each, places) in now if each == name.decode() for label, _ in places}
+            row = re.search(rf"^\| `{name.decode()}` \| (\w+) \|([^|]*)\|", page, re.M)
+            assert row is not None, f"{name.decode()} is not in docs/metrics.md"
+            self.assertEqual((row[1], set(re.findall(r"\w+", row[2]))), (kind.decode(), labels), name)
 
     def test_the_histogram_of_refreshes(self) -> None:
         """A bucket counts what took no longer than its bound, the bound itself included."""

@@ -11,14 +11,15 @@ from twisted.trial.unittest import SynchronousTestCase
 from cacheservice.cache.cache import ConnectionCap
 from cacheservice.cache.changes import Change
 from cacheservice.cache.counts import Histogram
+from cacheservice.cache.fleet_status import FleetStatus
 from cacheservice.cache.history import Attempt
 from cacheservice.cache.identity import ServerIdentity
 from cacheservice.cache.lag import Lag
 from cacheservice.cache.snapshot import Snapshot
 from cacheservice.cache.workers import WorkerStatus
-from cacheservice.views import collect, facts, parse, table, units
+from cacheservice.views import collect, facts, parse, plugin, table, units
 from cacheservice.views import json as as_json
-from cacheservice.views.problems import problems
+from cacheservice.views.problems import Severity, problems
 from cacheservice.views.why import listening, sentences
 from tests.kit.datasets import MOMENT, declared, reading, rows_of
 from tests.kit.status_port import BLOCKER, filled_cache
@@ -50,6 +51,9 @@ class Json(SynchronousTestCase):
         products.hold("would drop rows", 7, MOMENT)
         products.note_save("full")
         products.pin()
+        products.note_fleet(
+            FleetStatus("replica", "cache-2", 17, "cache-1", 3, self.cache.now() - 1.5, "refused", "full", "no session")
+        )
         reading(products, None)
         self.cache.reject(("a", "b"))
         self.cache.connection_cap = ConnectionCap(1, 2, 3)
@@ -104,6 +108,11 @@ class Json(SynchronousTestCase):
         self.assertNotIn("workers", json.loads(as_json.line(collect.everything(self.cache)))["service"])
         self.assertEqual(self.through_json()[1].service.workers, ())
 
+    def test_without_a_fleet(self) -> None:
+        """The member is not there, as in older services."""
+        self.assertNotIn("cluster", json.loads(as_json.line(collect.everything(self.cache)))["datasets"]["products"])
+        self.assertIsNone(self.through_json()[1].datasets["products"].fleet)
+
     def test_another_server(self) -> None:
         """JSON that is not the status of a service, and text that is not JSON, are refused."""
         good = json.loads(as_json.line(collect.everything(self.cache)))
@@ -150,6 +159,63 @@ class Workers(SynchronousTestCase):
         shown = facts.Facts(AT, service, facts.Database(state="up"), {})
         (problem,) = problems(shown)
         self.assertIn("worker 2 is down", problem.what)
+
+
+class Fleet(SynchronousTestCase):
+    """The part of a process in a fleet: a cell and a line for people, and each problem once."""
+
+    def setUp(self) -> None:
+        cache = filled_cache(2)
+        self.dataset = collect.dataset(cache.dataset("products"))
+        self.fleet = facts.Fleet("replica", "cache-2", 17, "cache-1", 0, 0.5)
+
+    def facts(self, *fleets: facts.Fleet | None) -> facts.Facts:
+        names = ("products", "prices", "flags")
+        datasets = {
+            name: replace(self.dataset, name=name, fleet=fleet) for name, fleet in zip(names, fleets, strict=False)
+        }
+        return facts.Facts(AT, facts.Service(version="1", ready=True), facts.Database(state="up"), datasets)
+
+    def table(self, *fleets: facts.Fleet | None) -> list[str]:
+        shown = self.facts(*fleets)
+        return table.status_table(shown.service, shown.database, shown.datasets.values()).splitlines()
+
+    def test_the_table(self) -> None:
+        """It has the role of each dataset; without a fleet there is no such line, and no such cell."""
+        leader = replace(self.fleet, role="leader", leader="cache-2", lag_generations=None)
+        behind = replace(self.fleet, lag_generations=2)
+        _, line, first, second, third = self.table(leader, behind, replace(self.fleet, leader=None))
+        self.assertEqual(line, "fleet: cache-2 leads 1 and follows 2 of 3 datasets")
+        self.assertRegex(first, r"generation 3  leader  +next in")
+        self.assertIn("generation 3  follows cache-1, 2 generations behind  next in", second)
+        self.assertRegex(third, r"generation 3  replica  +next in")
+        head, only = self.table(None)
+        self.assertNotIn("fleet", head)
+        self.assertIn("generation 3  next in", only)
+
+    def test_problems(self) -> None:
+        """Each is there once, although all datasets have it; so is being alone."""
+        broken = replace(
+            self.fleet, role="alone", leader_silent_s=90.0, valkey_problem="v:1 is down", lead_problem="no"
+        )
+        shown = self.facts(broken, broken)
+        self.assertEqual(
+            [problem.what for problem in problems(shown) if problem.dataset is None],
+            [
+                "the Valkey cannot be used: v:1 is down",
+                "this process cannot win a lead: no",
+                "no leader's results of products and 1 more have come for 90 s; this process refreshes alone",
+            ],
+        )
+        self.assertEqual(
+            self.table(broken, replace(broken, valkey_problem="v:2 is down"))[1],
+            "fleet: cache-2 leads 0 and follows 0 of 2 datasets, refreshes 2 alone; "
+            "the Valkey cannot be used: v:1 is down (and 1 more); this process cannot win a lead: no",
+        )
+        level, line = plugin.verdict(shown)
+        self.assertEqual(level, Severity.WARNING)
+        self.assertIn(" leading=0;;;0;2 alone=2;0;;0;2 ", line)
+        self.assertEqual([each for each in problems(self.facts(self.fleet)) if each.dataset is None], [])
 
 
 class Why(SynchronousTestCase):
@@ -231,6 +297,40 @@ class Why(SynchronousTestCase):
                 "What to do: end the session.",
             ],
         )
+
+    def test_a_fleet(self) -> None:
+        """It names the leader, why the process is alone, what is wrong, and the next step."""
+        replica = facts.Fleet("replica", "cache-2", 17, "cache-1", 0, 0.5)
+        for expected, fleet in (
+            (
+                "cache-1 leads it, epoch 17; this process, cache-2, serves the results, the last ones as of 0.50 s "
+                "ago. Send commands such as pin to cache-1.",
+                replica,
+            ),
+            (
+                "This process, cache-2, leads it, epoch 17: it refreshes products, and publishes the results for the "
+                "fleet.",
+                replace(replica, role="leader", leader="cache-2"),
+            ),
+            (
+                "This process, cache-2, refreshes it alone and for itself only, at three times its interval, because "
+                "no new results of a leader have come for 90 s. The last known leader is cache-1, epoch 17. It follows "
+                "a leader again as soon as its results come.",
+                replace(replica, role="alone", leader_silent_s=90.0),
+            ),
+            (
+                "No leader is known; this process, cache-2, has waited for results for 5.00 s.",
+                replace(replica, leader=None, epoch=None, leader_silent_s=5.0),
+            ),
+            (
+                "The leader has published 2 generations that this process lacks.",
+                replace(replica, lag_generations=2),
+            ),
+            ("The Valkey cannot be used: refused. Readers get", replace(replica, valkey_problem="refused")),
+            ("Its results cannot be published: OOM. Other", replace(replica, publish_problem="OOM")),
+            ("This process cannot win a lead: a standby.", replace(replica, lead_problem="a standby")),
+        ):
+            self.assertIn(expected, " ".join(self.why(fleet=fleet)))
 
     def test_the_next_attempt(self) -> None:
         """It is running, delayed, due, or planned."""

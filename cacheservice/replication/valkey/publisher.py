@@ -182,13 +182,16 @@ class Publisher:
             await self._store.expire(kept, self._store.keep_s)
 
     def _served(self) -> dict[str, tuple[Update, Snapshot]]:
-        """Take what is to be published, with the snapshots of this moment, which belong together."""
+        """Take what is to be published, with the snapshots of this moment, which belong together.
+
+        Replicas show the Valkey as the source of their rows.
+        """
         served = {}
         for name, update in self._outbox.take().items():
             dataset = self._here.cache.datasets.get(name)
             # Rows of an earlier definition would get the fingerprint of the new one.
             if dataset is not None and dataset.snapshot is not None and not dataset.redefined:
-                served[name] = update, dataset.snapshot
+                served[name] = update, replace(dataset.snapshot, source="valkey")
         return served
 
     async def _member(self, name: str, before: Member | None, update: Update, snapshot: Snapshot) -> Member:

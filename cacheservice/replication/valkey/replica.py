@@ -24,7 +24,8 @@ from cacheservice.sources.frames.header import fingerprint
 class Replica:
     """Loads generations of a unit, one load at a time.
 
-    `loaded` has the generation of each dataset that this process serves as the leader has published it.
+    `loaded` has the generation of each dataset that this process serves as the leader has published it. `newest` is the
+    manifest that the Valkey had last; `manifest` the one whose generations were loaded last.
 
     :param names: of the unit's datasets.
     :param release: called with the groups of rows once they have no readers left.
@@ -33,10 +34,16 @@ class Replica:
     def __init__(self, names: Sequence[str], store: Store, here: Here, release: Callable[[Groups], None]) -> None:
         self.loaded: dict[str, int] = {}
         self.manifest: Manifest | None = None
+        self.newest: Manifest | None = None
+        self._seen: Callable[[], object] = lambda: None
         self._names = names
         self._store = store
         self._here = here
         self._release = release
+
+    def notify(self, seen: Callable[[], object]) -> None:
+        """Call `seen` from now on when there is something new, before it is loaded."""
+        self._seen = seen
 
     async def load(self) -> Mapping[str, int]:
         """Publish what is new, whole.
@@ -47,12 +54,13 @@ class Replica:
         :raises SnapshotRejected: if what is there cannot be applied; nothing has changed.
         :raises ValkeyDown: if no server answers; nothing has changed.
         """
-        manifest = await self._store.current()
+        self.newest = manifest = await self._store.current()
         if manifest is None:
             self.manifest = None
             return {}
         if self.manifest == manifest and not any(dataset.redefined for dataset in self._datasets().values()):
             return {}
+        self._seen()
         asked_at = self._here.clock.seconds()
         server = await self._store.clock()
         steps: dict[str, tuple[Member, Sequence[Piece]]] = {}

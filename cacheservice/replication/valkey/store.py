@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from cacheservice.base.errors import CacheServiceError, SnapshotRejected
 from cacheservice.base.interfaces import Clock
+from cacheservice.base.text import printable
 from cacheservice.base.timers import pause
 from cacheservice.replication.valkey.client import Valkey
 from cacheservice.replication.valkey.manifest import Manifest, Names, Piece, from_bytes
@@ -79,6 +80,13 @@ class Lead(NamedTuple):
     manifest: Manifest | None
 
 
+class Leader(NamedTuple):
+    """The process that has begun the newest lead, by its name for people."""
+
+    name: str
+    epoch: int
+
+
 class Asked(NamedTuple):
     """What replicas ask the leader for.
 
@@ -100,12 +108,15 @@ class ServerClock(NamedTuple):
 class Store:
     """Reads and writes one unit.
 
+    `leader` is the one that the last read or write has found; None if there was none.
+
     :param clock: `IReactorTime`.
     :param keep_s: how long the server keeps the current generation without a publish.
     """
 
     def __init__(self, valkey: Valkey, names: Names, clock: Clock, keep_s: float = 86_400.0) -> None:
         self.names = names
+        self.leader: Leader | None = None
         self.keep_s = keep_s
         self._valkey = valkey
         self._clock = clock
@@ -122,6 +133,7 @@ class Store:
         """
         head = self.names.head
         epoch, manifest = await self._valkey.run(head, "EVAL", _TAKE_LEAD, 1, head, least_epoch, leader, self._keep_ms)
+        self.leader = Leader(leader, int(epoch))
         return Lead(int(epoch), None if manifest is None else self._manifest(manifest))
 
     async def write(self, generation: int, base: int, frames: Iterable[bytes]) -> Piece:
@@ -171,7 +183,9 @@ class Store:
 
         :raises SnapshotRejected: if something else is there.
         """
-        data = await self._valkey.run(self.names.head, "HGET", self.names.head, "manifest")
+        head = self.names.head
+        data, epoch, leader = await self._valkey.run(head, "HMGET", head, "manifest", "epoch", "leader")
+        self.leader = _leader(epoch, leader)
         return None if data is None else self._manifest(data)
 
     async def read(self, piece: Piece) -> AsyncIterator[bytes]:
@@ -214,3 +228,9 @@ class Store:
         if not isinstance(data, bytes):
             raise SnapshotRejected(f"{name}: it is not a manifest of a cacheservice")
         return from_bytes(data, name)
+
+
+def _leader(epoch: object, name: object) -> Leader | None:
+    if not isinstance(epoch, bytes) or not epoch.isdigit() or not isinstance(name, bytes):
+        return None
+    return Leader(printable(name.decode(errors="replace")), int(epoch))

@@ -69,7 +69,7 @@ class Saver:
     def _happened(self, event: Event) -> None:
         dataset = self._cache.dataset(event.dataset)
         snapshot = dataset.snapshot
-        if snapshot is None or snapshot.source != "postgres" or dataset.redefined:
+        if snapshot is None or not _is_to_be_saved(snapshot) or dataset.redefined:
             return
         is_saved = self._writer.holds(self._header(dataset, snapshot))
         self._schedule.want(self._with_its_group(dataset), renews=is_saved)
@@ -147,7 +147,7 @@ class Saver:
         """
         datasets = [dataset for name in names if (dataset := self._cache.datasets.get(name))]
         served = [dataset.snapshot for dataset in datasets if not dataset.redefined]
-        snapshots = [snapshot for snapshot in served if snapshot is not None and snapshot.source == "postgres"]
+        snapshots = [snapshot for snapshot in served if snapshot is not None and _is_to_be_saved(snapshot)]
         one_moment = len({snapshot.as_of for snapshot in snapshots}) == 1
         return snapshots if one_moment and len(snapshots) == len(names) else []
 
@@ -161,3 +161,8 @@ class Saver:
         log.info(
             "snapshot_saved", generation=header.generation, rows=header.rows, bytes=size_bytes, took_s=seconds(took_s)
         )
+
+
+def _is_to_be_saved(snapshot: Snapshot) -> bool:
+    """Return whether it is new: it was neither saved before nor rolled back, here or at the leader of a fleet."""
+    return snapshot.source != "disk" and snapshot.rolled_back_to is None

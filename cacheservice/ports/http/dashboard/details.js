@@ -56,6 +56,7 @@ function showFacts({ latest }) {
     required: latest.required ? "yes" : "no",
     group: latest.group || "none",
     source: latest.source ?? "–",
+    ...(latest.cluster ? { "in the fleet": words.roleWords(latest.cluster) } : {}),
     "last attempt": attempt ? `${attempt.outcome} in ${words.took(attempt.took_s)}, by ${attempt.trigger}` : "none yet",
     "consecutive failures": words.count(latest.consecutive_failures),
   };

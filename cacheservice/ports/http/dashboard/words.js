@@ -57,7 +57,7 @@ export function levelOf(dataset, age) {
   const state = stateOf(dataset, age);
   const failing = dataset.consecutive_failures > 0;
   if (state === "expired" || (state === "never_loaded" && failing)) return "alarm";
-  if (state === "stale" || failing || dataset.held || dataset.save_problem || dataset.differences || dataset.age_uncertain) return "warning";
+  if (state === "stale" || failing || dataset.held || dataset.save_problem || dataset.differences || dataset.age_uncertain || dataset.cluster?.role === "alone") return "warning";
   return state === "never_loaded" || dataset.pinned ? "waiting" : "fine";
 }
 
@@ -76,7 +76,15 @@ export function stateWords(dataset, age) {
   if (dataset.age_uncertain) words.push("of uncertain age");
   if (dataset.save_problem) words.push("not saved");
   if (dataset.differences) words.push("differs");
+  if (dataset.cluster?.role === "alone") words.push("alone");
   return words.join(", ");
+}
+
+/** Describes the part of this process in a fleet: "leader, epoch 17", "replica of cache-1, epoch 17". */
+export function roleWords({ role, leader, epoch, lag_generations }) {
+  const of = role === "replica" && leader !== null ? ` of ${leader}` : "";
+  const behind = lag_generations ? `, ${plural(lag_generations, "generation")} behind` : "";
+  return `${role}${of}${epoch === null || role === "alone" ? "" : `, epoch ${epoch}`}${behind}`;
 }
 
 export function changeWords(change) {
@@ -131,6 +139,8 @@ export function problem(dataset, { age, since, nextIn, endedAgo, behind }, isDow
   if (dataset.age_uncertain) pieces.push(` Their age is uncertain until the next refresh: ${sentenceEnd(dataset.age_uncertain)}`);
   if (dataset.save_problem) pieces.push(` It cannot be saved: ${sentenceEnd(dataset.save_problem)}`);
   if (dataset.differences) pieces.push(` Checks have corrected ${plural(dataset.differences, "row")} whose change no trigger recorded.`);
+  if (dataset.cluster?.role === "alone") pieces.push(" No results of a leader have come, so this process of the fleet refreshes alone, less often.");
+  if (dataset.cluster?.valkey_problem) pieces.push(` The Valkey cannot be used: ${sentenceEnd(dataset.cluster.valkey_problem)}`);
   pieces.push(" ", { strong: nextSentence(dataset, nextIn, behind) });
   return pieces;
 }
