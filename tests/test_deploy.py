@@ -49,6 +49,14 @@ MOST_EXPOSED = 1.5  # of 10, as systemd-analyze rates it
 
 METRICS = {
     "cacheservice_build_info",
+    "cacheservice_cluster_can_lead",
+    "cacheservice_cluster_epoch",
+    "cacheservice_cluster_lag_generations",
+    "cacheservice_cluster_lead_changes_total",
+    "cacheservice_cluster_leader_silent_seconds",
+    "cacheservice_cluster_publish_failing",
+    "cacheservice_cluster_role",
+    "cacheservice_cluster_valkey_up",
     "cacheservice_config_rejected",
     "cacheservice_connections",
     "cacheservice_connections_limit",
@@ -99,6 +107,14 @@ METRICS = {
 }
 """What is public, of histograms their buckets."""
 NOT_DRAWN = {
+    "cacheservice_cluster_can_lead",
+    "cacheservice_cluster_epoch",
+    "cacheservice_cluster_lag_generations",
+    "cacheservice_cluster_lead_changes_total",
+    "cacheservice_cluster_leader_silent_seconds",
+    "cacheservice_cluster_publish_failing",
+    "cacheservice_cluster_role",
+    "cacheservice_cluster_valkey_up",
     "cacheservice_dataset_generation",
     "cacheservice_dataset_last_attempt_timestamp_seconds",
     "cacheservice_dataset_without_deltas_seconds",
@@ -113,6 +129,8 @@ OF_STANDBYS = {"cacheservice_standby_lag_seconds"}
 """What only a service that reads a standby has."""
 OF_WORKERS = {name for name in METRICS if name.startswith("cacheservice_worker_")}
 """What only a service with workers has."""
+OF_FLEETS = {name for name in METRICS if name.startswith("cacheservice_cluster_")}
+"""What only a process of a fleet has."""
 AFTER_A_MINUTE = {"cacheservice_recorded_changes"}
 """What a service has after its first pruning."""
 
@@ -248,7 +266,7 @@ class Served(SynchronousTestCase):
         dsn = self.server.dsn(database=database)
         served = metrics_of_service(folder, os.environ | {"CACHESERVICE_POSTGRES__DSN": dsn})
         used = named_metrics([*dashboard_expressions(), *(rule["expr"] for rule in alert_rules())])
-        self.assertEqual(used - served, OF_STANDBYS | OF_WORKERS | AFTER_A_MINUTE)
+        self.assertEqual(used - served, OF_STANDBYS | OF_WORKERS | (OF_FLEETS & used) | AFTER_A_MINUTE)
 
 
 @pytest.mark.usefixtures("server")

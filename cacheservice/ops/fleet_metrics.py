@@ -12,7 +12,7 @@ _ROLES = ("leader", "replica", "alone")
 
 
 def _family(name: str, documentation: str, kind: Kind = "gauge") -> Family:
-    return Family(f"cacheservice_cluster_{name}", kind, documentation)
+    return Family(name, kind, documentation)
 
 
 _FAMILIES = (
@@ -22,12 +22,17 @@ _FAMILIES = (
         "1 for the role that the process has for the dataset, 0 for the others; not there without a fleet.",
         [("", {"role": role}) for role in _ROLES],
     ),
-    _family("epoch", "Epoch of the newest lead that is known."),
-    _family("lag_generations", "Generations that the leader has published and that this process lacks."),
-    _family("valkey_up", "1 if the Valkey could be used the last time."),
-    _family("publish_failing", "1 while the results of a leader cannot be published."),
-    _family("can_lead", "1 while the process can win leads: it has a session with the database for them."),
-    _family("lead_changes_total", "How often the process has gained or lost the lead.", "counter"),
+    _family("cacheservice_cluster_epoch", "Epoch of the newest lead that is known."),
+    _family(
+        "cacheservice_cluster_lag_generations", "Generations that the leader has published and that this process lacks."
+    ),
+    _family("cacheservice_cluster_valkey_up", "1 if the Valkey could be used the last time."),
+    _family("cacheservice_cluster_publish_failing", "1 while the results of a leader cannot be published."),
+    _family(
+        "cacheservice_cluster_can_lead",
+        "1 while the process can win leads: it has a session with the database for them.",
+    ),
+    _family("cacheservice_cluster_lead_changes_total", "How often the process has gained or lost the lead.", "counter"),
 )
 _SILENT = Family(
     "cacheservice_cluster_leader_silent_seconds",
