@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 from twisted.internet import reactor
@@ -76,12 +77,16 @@ class Process:
         self.replica = Replica(("products",), store, here, lambda _: None)
         self.lead_problem: str | None = None
         self.refreshing = Refreshing()
-        fleet = Fleet(
-            self.refreshing, lambda: True, lambda _: None, fallback_after_s, lambda: 1e9, lambda: self.lead_problem
-        )
+        fleet = Fleet(self.refreshing, lambda: True, lambda _: None, fallback_after_s, lambda: 1e9, self._looked)
+        self.roles: list[str] = []
         self.unit = Unit(("products",), store, self.replica, here, fleet)
         test.addCleanup(self.unit.stop)
         self.unit.start()
+
+    def _looked(self) -> str | None:
+        """Note the role after each look at the Valkey."""
+        self.roles.append(self.unit.role.value)
+        return self.lead_problem
 
     @property
     def status(self) -> FleetStatus:
@@ -167,6 +172,28 @@ class Statuses(TestCase):
             await until(lambda: replica.status.role == "replica" and replica.dataset.last_generation == 2)
             await until(lambda: leader.status.publish_problem is None and replica.status.valkey_problem is None)
             self.assertEqual(leader.status.role, "leader")
+
+    async def test_alone_with_a_valkey(self) -> None:
+        """A process that is alone stays so while only its own reads are new, until a leader publishes again."""
+        with running_valkey() as server:
+            leader, replica = Process(self, server, "leader"), Process(self, server, "replica", 0.5)
+            leader.serve(100)
+            leader.unit.gained()
+            await replica.follows(leader)
+            leader.unit.stop()
+            served = replica.dataset.snapshot
+            assert served is not None
+            # The leader's result becomes stale, and then a read of its own returns the same rows.
+            replica.dataset.renew(replace(served, read_at=monotonic.seconds() - 1000))
+            await until(lambda: replica.status.role == "alone")
+            replica.dataset.renew(replace(served, read_at=monotonic.seconds(), source="postgres"))
+            looks = len(replica.roles)
+            await until(lambda: len(replica.roles) > looks + 2)
+            self.assertEqual(set(replica.roles[looks:]), {"alone"})
+            leader.unit.start()
+            leader.serve(90)
+            await replica.follows(leader)
+            await until(lambda: replica.status.role == "replica")
 
     async def test_observers(self) -> None:
         """They are notified of changes, and not of each look at the Valkey."""

@@ -13,6 +13,7 @@ from cacheservice.base.backoff import full_jitter
 from cacheservice.base.errors import CacheServiceError
 from cacheservice.base.internal_errors import log_internal_error
 from cacheservice.base.tasks import Tasks
+from cacheservice.cache.dataset import Dataset
 from cacheservice.cache.fleet_status import FleetStatus
 from cacheservice.replication.leading import Fleet, Leading
 from cacheservice.replication.roles import Facts, Role, role_of
@@ -139,18 +140,9 @@ class Unit:
                 self._heard_at = self._here.clock.seconds()
 
     def _is_fresh(self) -> bool:
-        """Return whether the leader has published lately: what it has published is within an interval."""
-        manifest, cache = self._replica.manifest, self._here.cache
-        if manifest is None:
-            return False
-        ages = [
-            (age_s, dataset.settings)
-            for name in self.names
-            if (dataset := cache.datasets.get(name)) is not None and (age_s := dataset.age_s()) is not None
-        ]
-        return len(ages) == len(self.names) and all(
-            age_s <= settings.interval_s + settings.timeout_s for age_s, settings in ages
-        )
+        """Return whether the leader has published lately: all datasets serve its results, which are not stale."""
+        datasets = [self._here.cache.datasets.get(name) for name in self.names]
+        return all(dataset is not None and _is_fresh_of_leader(dataset) for dataset in datasets)
 
     def _decide(self) -> None:
         silent_s = self._here.clock.seconds() - self._heard_at
@@ -205,3 +197,10 @@ class Unit:
         if self.problem != str(error):
             self.problem = str(error)
             self._log.warning("cluster_unreadable", error=str(error))
+
+
+def _is_fresh_of_leader(dataset: Dataset) -> bool:
+    snapshot, age_s, settings = dataset.snapshot, dataset.age_s(), dataset.settings
+    if snapshot is None or age_s is None or snapshot.source != "valkey":
+        return False  # rows that this process has read by itself prove no leader
+    return age_s <= settings.interval_s + settings.timeout_s

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol, cast
 
 import txredisapi  # type: ignore[import-untyped]  # ships no type information
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.endpoints import HostnameEndpoint, wrapClientTLS
 from twisted.internet.protocol import Factory
 from twisted.internet.ssl import optionsForClientTLS
@@ -130,7 +130,9 @@ class Node:
         try:
             self._protocol = await self.open(partial(_protocol, self._login.timeout_s))
         except Exception as error:
-            problem = error
+            # Another caller may be cancelled; those that wait for its connection are not.
+            given_up = isinstance(error, CancelledError)
+            problem = ValkeyDown(f"connecting to {self.name} was given up") if given_up else error
             raise
         finally:
             waiting, self._opening = self._opening, None
@@ -149,6 +151,8 @@ class Node:
         self._attempt = attempt = self._endpoint().connect(_Protocols(protocol))
         try:
             opened: Connection = await attempt
+        except CancelledError:
+            raise
         except Exception as error:
             raise ValkeyDown(f"{self.name} cannot be reached: {_reason(error)}") from None
         finally:
