@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 
 from twisted.internet import reactor
-from twisted.internet.defer import Deferred, gatherResults
+from twisted.internet.defer import CancelledError, Deferred, gatherResults
 from twisted.internet.task import deferLater
 from twisted.trial.unittest import TestCase
 
@@ -149,6 +149,22 @@ class Commands(TestCase):
             unknown = self.connected(f"redis+sentinel://{sentinel.address}/other")
             with self.assertRaisesRegex(ValkeyDown, "knows no service 'other'"):
                 await unknown.run(b"k", "GET", "k")
+
+    async def test_a_connect_that_is_cancelled(self) -> None:
+        """The caller that is cancelled ends; another one that waits for the same connection fails or succeeds."""
+        with running_valkey() as server:
+            client = self.connected(f"redis://{server.address}")
+            first = Deferred.fromCoroutine(client.run(b"k", "GET", "k"))
+            second = Deferred.fromCoroutine(client.run(b"k", "GET", "k"))
+            first.cancel()
+            with self.assertRaises(CancelledError):
+                await first
+            try:
+                self.assertIsNone(await second)
+            except ValkeyDown as error:
+                self.assertIn("given up", str(error))
+            self.assertIsNone(await client.run(b"k", "GET", "k"))
+            await self.closed(client)
 
     async def test_nobody_there(self) -> None:
         one, other = free_port(), free_port()

@@ -11,6 +11,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.endpoints import HostnameEndpoint, wrapClientTLS
 from twisted.internet.protocol import Factory
 from twisted.internet.ssl import optionsForClientTLS
+from twisted.python.failure import Failure
 
 from cacheservice.base.interfaces import Reactor
 from cacheservice.base.text import printable
@@ -83,7 +84,7 @@ class Node:
         self._reactor = reactor
         self._protocol: Connection | None = None
         self._opening: list[Deferred[None]] | None = None
-        self._attempt: Deferred[Any] | None = None
+        self._attempt: Deferred[Connection] | None = None
 
     @property
     def name(self) -> str:
@@ -148,7 +149,7 @@ class Node:
         :raises ValkeyDown: if the server is not reached in time.
         :raises ValkeyRefused: if it refuses the login.
         """
-        self._attempt = attempt = self._endpoint().connect(_Protocols(protocol))
+        self._attempt = attempt = _cancellable(self._endpoint().connect(_Protocols(protocol)))
         try:
             opened: Connection = await attempt
         except CancelledError:
@@ -215,6 +216,31 @@ class _Protocols(Factory):
 def _protocol(timeout_s: float) -> Connection:
     made: Connection = txredisapi.RedisProtocol(charset=None, replyTimeout=timeout_s, convertNumbers=False)
     return made
+
+
+def _cancellable(attempt: Deferred[Connection]) -> Deferred[Connection]:
+    """Return the result of connecting; it fails with `CancelledError` if it is cancelled.
+
+    A cancelled endpoint fails with other errors: ConnectingCancelledError, or while it looks the name up with
+    DNSLookupError. The caller would take these for a server that is down, and go on.
+    """
+    is_cancelled = False
+
+    def cancel(_: Deferred[Connection]) -> None:
+        nonlocal is_cancelled
+        is_cancelled = True
+        attempt.cancel()
+
+    connected: Deferred[Connection] = Deferred(cancel)
+
+    def pass_on(result: Connection | Failure) -> None:
+        if not is_cancelled:
+            connected.callback(result)  # a failure as well
+        elif not isinstance(result, Failure):
+            result.transport.abortConnection()
+
+    attempt.addBoth(pass_on)
+    return connected
 
 
 def _reason(error: BaseException) -> str:
