@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import socket
 import stat
 import sys
 import tempfile
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -115,7 +116,7 @@ class Lifetime(SynchronousTestCase):
         password = self.server.dsn().split(":")[2].split("@")[0]
         words = []
         for process in self.family():
-            with suppress(psutil.NoSuchProcess):  # the server ends some of its processes by itself
+            with contextlib.suppress(psutil.NoSuchProcess):  # the server ends some of its processes by itself
                 words += process.cmdline()
         self.assertNotIn(password, " ".join(words))
         self.assertTrue(words)
