@@ -239,6 +239,21 @@ class Fleet(TestCase):
             leader.change("prices", b"1", b"new")
             await replica.follow(leader)
 
+    async def test_a_reload_while_rows_are_written(self) -> None:
+        """Rows that were read by one definition are never published as those of another."""
+        with running_valkey() as server:
+            leader, replica = Machine(self, server, "leader"), Machine(self, server, "replica")
+            leader.serve("products", numbered_rows(20_000))
+            leader.serve("prices", numbered_rows(5))
+            await leader.lead()
+            while not server.cli("KEYS", "*}:*:0"):  # the first part is written, the rest is not
+                await deferLater(reactor, 0)
+            self.assertIsNone(await leader.store.current())
+            leader.cache.declare([declared(name, group="shop", query="SELECT 2 AS id") for name in NAMES])
+            while not replica.tables():
+                await replica.replica.load()
+            self.assertEqual(replica.tables(), leader.tables())
+
     async def test_a_replica_that_is_ahead(self) -> None:
         """A replica that has refreshed for itself reports its generation, and serves the leader's next greater one."""
         with running_valkey() as server:

@@ -17,6 +17,7 @@ from cacheservice.cache.cache import Cache
 from cacheservice.cache.delta import NO_CHANGE
 from cacheservice.cache.events import Ended, Event, Published, Renewed
 from cacheservice.cache.snapshot import Snapshot
+from cacheservice.config import DatasetSettings
 from cacheservice.replication.codec import encoded
 from cacheservice.replication.heads import head_of
 from cacheservice.replication.outbox import Outbox, Update
@@ -30,6 +31,17 @@ _MOST_DELTA_SHARE = 0.5
 """Of the snapshot's size, for the same reason."""
 _SUPERSEDED_S = 60.0
 """Replicas that have begun to load a generation may finish."""
+
+
+class _Taken(NamedTuple):
+    """An update of a dataset, with the snapshot and the settings of the moment at which it was taken.
+
+    A reload may change the settings while rows are written, and their frames have the fingerprint of the settings.
+    """
+
+    update: Update
+    snapshot: Snapshot
+    settings: DatasetSettings
 
 
 class Here(NamedTuple):
@@ -164,14 +176,14 @@ class Publisher:
 
     async def _publish(self) -> None:
         here, before = self._here, self._current
-        served = self._served()
+        taken = self._take()
         server = await self._store.clock()
         # Reckoned at once: the age grows while rows are written.
-        read_us = {name: server.now_us - here.clocks.age_us(each.read_at) for name, (_, each) in served.items()}
+        read_us = {name: server.now_us - here.clocks.age_us(each.snapshot.read_at) for name, each in taken.items()}
         members = {name: member for name, member in before.members.items() if name in here.cache.datasets}
-        for name, (update, snapshot) in served.items():
-            member = await self._member(name, members.get(name), update, snapshot)
-            members[name] = replace(member, renewal=self._renewal(name, snapshot), read_us=max(0, read_us[name]))
+        for name, each in taken.items():
+            member = await self._member(members.get(name), each)
+            members[name] = replace(member, renewal=self._renewal(each), read_us=max(0, read_us[name]))
         manifest = Manifest(self._epoch, before.moment + 1, members, server.run)
         await self._store.publish(manifest, before.moment, here.name)
         self._current = manifest
@@ -181,22 +193,23 @@ class Publisher:
             self._kept_at = here.clock.seconds()
             await self._store.expire(kept, self._store.keep_s)
 
-    def _served(self) -> dict[str, tuple[Update, Snapshot]]:
+    def _take(self) -> dict[str, _Taken]:
         """Take what is to be published, with the snapshots of this moment, which belong together.
 
         Replicas show the Valkey as the source of their rows.
         """
-        served = {}
+        taken = {}
         for name, update in self._outbox.take().items():
             dataset = self._here.cache.datasets.get(name)
             # Rows of an earlier definition would get the fingerprint of the new one.
             if dataset is not None and dataset.snapshot is not None and not dataset.redefined:
-                served[name] = update, replace(dataset.snapshot, source="valkey")
-        return served
+                taken[name] = _Taken(update, replace(dataset.snapshot, source="valkey"), dataset.settings)
+        return taken
 
-    async def _member(self, name: str, before: Member | None, update: Update, snapshot: Snapshot) -> Member:
+    async def _member(self, before: Member | None, taken: _Taken) -> Member:
         """Write what is new of a dataset, and return it; nothing if it is only renewed."""
-        settings, delta = self._here.cache.dataset(name).settings, update.delta
+        update, snapshot, settings = taken
+        delta = update.delta
         if before is not None and delta is not None and before.generation == update.base:
             if update.generation == update.base:
                 return before
@@ -208,8 +221,8 @@ class Publisher:
         head = head_of(settings, snapshot, self._here.clocks)
         return Member(await self._store.write(snapshot.generation, 0, encoded(head, snapshot.rows, compress=True)))
 
-    def _renewal(self, name: str, snapshot: Snapshot) -> bytes:
-        settings = self._here.cache.dataset(name).settings
+    def _renewal(self, taken: _Taken) -> bytes:
+        _, snapshot, settings = taken
         head = head_of(settings, snapshot, self._here.clocks, base=snapshot.generation, delta=NO_CHANGE)
         return b"".join(encoded(head, NO_CHANGE, compress=True))
 
