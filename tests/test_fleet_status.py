@@ -121,6 +121,7 @@ class Statuses(TestCase):
             self.assertEqual(sources, ["postgres", "valkey"])
             epoch = first.status.epoch
             assert epoch is not None
+            first.unit.gained()  # as after a reload
             first.unit.lost()
             self.assertEqual((first.status.role, first.status.lead_changes), ("replica", 2))
             second.unit.gained()

@@ -82,9 +82,10 @@ class Unit:
         self._alarm.wake()
 
     def gained(self) -> None:
-        """Note that this process has the lead."""
-        self._has_lead = True
-        self._lead_changes += 1
+        """Note that this process has the lead; it may have had it before."""
+        if not self._has_lead:
+            self._has_lead = True
+            self._lead_changes += 1
         self.wake()
 
     def lost(self) -> None:
