@@ -8,11 +8,11 @@ from dataclasses import replace
 from twisted.internet.defer import CancelledError
 from twisted.python.failure import Failure
 
-from cacheservice.base.alarm import Alarm
 from cacheservice.base.backoff import full_jitter
 from cacheservice.base.errors import CacheServiceError
 from cacheservice.base.internal_errors import log_internal_error
 from cacheservice.base.tasks import Tasks
+from cacheservice.base.wakeup import Wakeup
 from cacheservice.cache.dataset import Dataset
 from cacheservice.cache.fleet_status import FleetStatus
 from cacheservice.replication.leading import Fleet, Leading
@@ -51,7 +51,7 @@ class Unit:
         self._heard_at = here.clock.seconds()
         self._has_lead = False
         self.leading = Leading(self.names, store, replica, here, fleet)
-        self._alarm = Alarm(here.clock)
+        self._wakeup = Wakeup(here.clock)
         self._lead_changes = 0
         replica.notify(self._report)
 
@@ -79,7 +79,7 @@ class Unit:
 
     def wake(self) -> None:
         """Look at the Valkey now."""
-        self._alarm.wake()
+        self._wakeup.wake()
 
     def gained(self) -> None:
         """Note that this process has the lead; it may have had it before."""
@@ -124,7 +124,7 @@ class Unit:
                 log_internal_error(self._log, Failure())  # a bug; the unit goes on, because nothing else looks
                 failures += 1
             self._decide()
-            await self._alarm.wait(POLL_S if not failures else max(POLL_S / 4, delay_s(failures - 1)))
+            await self._wakeup.wait(POLL_S if not failures else max(POLL_S / 4, delay_s(failures - 1)))
 
     async def _look(self) -> None:
         """Look at the Valkey, and act on what is there.

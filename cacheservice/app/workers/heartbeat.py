@@ -20,7 +20,7 @@ SILENT_AFTER = 2
 """Intervals without an answer after which the other end is silent, so that others take over its work."""
 
 
-class Listener(Protocol):
+class Observer(Protocol):
     """Is notified of what a heartbeat finds."""
 
     def answering(self, answers: bool, /) -> None:
@@ -39,11 +39,11 @@ class Heartbeat:
     :param most_missed: intervals without an answer after which the other end hangs.
     """
 
-    def __init__(self, link: Link, clock: Clock, interval_s: float, most_missed: int, listener: Listener) -> None:
+    def __init__(self, link: Link, clock: Clock, interval_s: float, most_missed: int, observer: Observer) -> None:
         self._link = link
         self._interval_s = interval_s
         self._most_missed = most_missed
-        self._listener = listener
+        self._observer = observer
         self._missed = 0
         self._asked: Deferred[Plain] | None = None
         self._loop = looping(clock, self._tick)
@@ -65,14 +65,14 @@ class Heartbeat:
             return
         self._missed += 1
         if self._missed == SILENT_AFTER:
-            self._listener.answering(False)
+            self._observer.answering(False)
         if self._missed >= self._most_missed:
             self.stop()
-            self._listener.hung()
+            self._observer.hung()
 
     def _answered(self, result: object) -> None:
         self._asked = None
         if isinstance(result, Failure) and result.trap(CacheServiceError, CancelledError) in (LinkLost, CancelledError):
             return  # the link reports its end
         if self._missed >= SILENT_AFTER:
-            self._listener.answering(True)
+            self._observer.answering(True)

@@ -8,7 +8,7 @@ from cacheservice.base.interfaces import Clock
 from cacheservice.base.timers import is_active
 
 
-class Alarm:
+class Wakeup:
     """Lets one coroutine wait. A call of `wake` while nothing waits ends the next wait at once.
 
     :param clock: `IReactorTime`.
