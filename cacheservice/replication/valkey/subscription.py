@@ -38,7 +38,6 @@ class Subscription:
         log: Log,
         random: Callable[[], float],
     ) -> None:
-        self.is_up = False
         self._valkey = valkey
         self._heard = heard
         self._reactor = reactor
@@ -63,26 +62,30 @@ class Subscription:
 
     async def _keep(self) -> None:
         failures = 0
+
+        def began() -> None:
+            nonlocal failures
+            failures = 0
+
         while True:
             try:
-                await self._listen()
+                await self._listen(began)
             except CancelledError:
                 raise
             except (ValkeyDown, ValkeyRefused):
-                pass  # logged where the unit is read
-            failures = 0 if self.is_up else failures + 1
-            self.is_up = False
+                failures += 1  # logged where the unit is read
             await pause(self._reactor, self._delay_s(failures))
 
-    async def _listen(self) -> None:
+    async def _listen(self, began: Callable[[], None]) -> None:
         """Listen until the connection is lost.
 
+        :param began: called once the subscription has begun.
         :raises ValkeyDown: when it is, or if it cannot be opened.
         """
         protocol = await self._valkey.open(lambda: cast("Connection", _Subscriber(self._heard)))
         try:
             await _answered(protocol, "SUBSCRIBE", *self._channels)
-            self.is_up = True
+            began()
             self._heard(None)
             while True:
                 await pause(self._reactor, _PROBE_S)
