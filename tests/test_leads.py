@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 from twisted.internet import reactor
 
 from cacheservice.sources.postgres.leads import LeadObserver, Leads, LeadSettings
 from cacheservice.sources.postgres.listening.opening import Access
 from cacheservice.sources.postgres.target import parse
-from tests.kit import pgbouncer
 from tests.kit.guard import LONG_S, GuardTestCase
 from tests.kit.logs import Log
 from tests.kit.pgbouncer import running_pgbouncer
@@ -113,7 +111,6 @@ class Impossible(LeadsTestCase):
             self.assertEqual((candidate.events, candidate.log.names()), ([], ["leads_impossible"]))
             await candidate.leads.stopService()
 
-    @pytest.mark.skipif(pgbouncer.PROGRAM is None, reason=pgbouncer.NEEDED)
     async def test_a_pooler(self) -> None:
         """Behind a proxy that pools transactions a lock would belong to the next client."""
         with running_pgbouncer(self.server) as dsn:
