@@ -106,15 +106,9 @@ METRICS = {
     "process_virtual_memory_bytes",
 }
 """What is public, of histograms their buckets."""
+OF_FLEETS = {name for name in METRICS if name.startswith("cacheservice_cluster_")}
+"""What only a process of a fleet has."""
 NOT_DRAWN = {
-    "cacheservice_cluster_can_lead",
-    "cacheservice_cluster_epoch",
-    "cacheservice_cluster_lag_generations",
-    "cacheservice_cluster_lead_changes_total",
-    "cacheservice_cluster_leader_silent_seconds",
-    "cacheservice_cluster_publish_failing",
-    "cacheservice_cluster_role",
-    "cacheservice_cluster_valkey_up",
     "cacheservice_dataset_generation",
     "cacheservice_dataset_last_attempt_timestamp_seconds",
     "cacheservice_dataset_without_deltas_seconds",
@@ -124,13 +118,11 @@ NOT_DRAWN = {
     "cacheservice_standby_lag_seconds",
     "cacheservice_uptime_seconds",
     "process_virtual_memory_bytes",
-}
+} | OF_FLEETS
 OF_STANDBYS = {"cacheservice_standby_lag_seconds"}
 """What only a service that reads a standby has."""
 OF_WORKERS = {name for name in METRICS if name.startswith("cacheservice_worker_")}
 """What only a service with workers has."""
-OF_FLEETS = {name for name in METRICS if name.startswith("cacheservice_cluster_")}
-"""What only a process of a fleet has."""
 AFTER_A_MINUTE = {"cacheservice_recorded_changes"}
 """What a service has after its first pruning."""
 
