@@ -10,7 +10,7 @@ from psycopg2.extensions import parse_dsn
 
 from tests.kit import status
 from tests.kit.daemon import Daemon
-from tests.kit.faulty_network import NetworkProcess
+from tests.kit.faulty_network import Network
 from tests.kit.postgres import query
 from tests.kit.processes import HEAD, PRODUCTS, FleetTestCase, Publishes
 from tests.kit.resp import Client
@@ -201,15 +201,15 @@ class Carrier(FleetTestCase):
         self.check()
 
 
-class Network(FleetTestCase):
+class NetworkFaults(FleetTestCase):
     """Faults of the network between the processes and the Valkey."""
 
-    def networks(self) -> list[NetworkProcess]:
+    def networks(self) -> list[Network]:
         """Start a fleet, each whose processes has a network of its own; return the networks."""
         networks = []
         for _ in range(3):
-            networks.append(network := NetworkProcess(self.valkey.port))
-            self.addCleanup(network.kill)
+            networks.append(network := Network(self.valkey.port))
+            self.addCleanup(network.close)
             url = f"redis://127.0.0.1:{network.port}"
             self.fleet.append(self.start_process(self.fleet_configuration(valkey=url, fallback_s=2)))
         for daemon in self.fleet:
@@ -222,11 +222,11 @@ class Network(FleetTestCase):
         readers = [self.reader(daemon) for daemon in self.fleet]
         for fault in (("silence", 0), ("reset", 0), ("truncate", 700), ("delay", 0.3), ("slice", 3)):
             for network in networks:
-                network.call(*fault)
+                network.order(*fault)
             generation = self.served(self.leader()).generation
             wait_until(lambda g=generation: self.served(self.leader()).generation > g, "the leader's own refreshes")
             for network in networks:
-                network.call("heal")
+                network.order("heal")
             self.wait_healed()
         for reader in readers:
             reader.stop()
@@ -237,12 +237,12 @@ class Network(FleetTestCase):
         readers = [self.reader(daemon) for daemon in self.fleet]
         leader = self.leader()
         network = networks[self.fleet.index(leader)]
-        network.call("silence")
+        network.order("silence")
         moment = self.moment()
         for daemon in self.fleet:
             wait_until(lambda d=daemon: self.served(d).n > moment, "a refresh of its own")
         self.assertEqual(sorted(map(self.role, self.fleet)), ["alone", "alone", "leader"])
-        network.call("heal")
+        network.order("heal")
         self.wait_healed()
         for reader in readers:
             reader.stop()
@@ -251,16 +251,16 @@ class Network(FleetTestCase):
 class Database(FleetTestCase):
     def test_gone_for_some_time(self) -> None:
         """While PostgreSQL cannot be reached nobody leads, and the fleet heals afterwards."""
-        network = NetworkProcess(int(parse_dsn(self.server.dsn())["port"]))
-        self.addCleanup(network.kill)
+        network = Network(int(parse_dsn(self.server.dsn())["port"]))
+        self.addCleanup(network.close)
         self.start_fleet(dsn=self.server.dsn(database=self.database, port=network.port))
         readers = [self.reader(daemon) for daemon in self.fleet]
         publishes = Publishes(self.valkey)
         for fault in ("silence", "reset"):
             leader = self.leader()
-            network.call(fault)
+            network.order(fault)
             wait_until(lambda d=leader: self.role(d) == "replica", "the end of the lead")
-            network.call("heal")
+            network.order("heal")
             self.wait_healed()
         self.assert_one_content([reader.stop() for reader in readers])
         self.assert_in_order(publishes.stop())

@@ -26,7 +26,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -45,11 +44,8 @@ from typing import Any, NamedTuple, Protocol
 import hiredis
 import psycopg2
 from twisted.internet import reactor
-from twisted.internet.defer import Deferred, maybeDeferred
-from twisted.internet.stdio import StandardIO
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
-from twisted.protocols.basic import LineReceiver
 
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.snapshot import Snapshot
@@ -58,11 +54,10 @@ from cacheservice.config import PersistenceSettings
 from cacheservice.refresh.restore import restore
 from cacheservice.sources.disk.store import SnapshotStore
 from tests.kit import status
-from tests.kit.chaos import FaultyNetwork
 from tests.kit.clock_shim import COMPILER, ClockShim
 from tests.kit.daemon import STOP_LIMIT_S, Daemon
 from tests.kit.datasets import rows_builder
-from tests.kit.paths import ROOT
+from tests.kit.faulty_network import Network
 from tests.kit.persistence_child import SETTINGS, killed_after
 from tests.kit.postgres import connect, query, sessions
 from tests.kit.resp import encode
@@ -289,68 +284,6 @@ def parsed(snapshot: str) -> tuple[int, int, set[int]]:
     """Of ``pg_current_snapshot()``: below what all are seen, from what on none, and those between that are not."""
     lowest, highest, running = snapshot.split(":")
     return int(lowest), int(highest), {int(xid) for xid in running.split(",") if xid}
-
-
-# The network
-
-
-class Network:
-    """The faulty network in a process of its own, so that its caller needs no reactor."""
-
-    def __init__(self, target_port: int) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.kit.faults", str(target_port)],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.port = int(self._answer())
-
-    def order(self, *words: object) -> None:
-        assert self._process.stdin is not None
-        print(*words, file=self._process.stdin, flush=True)
-        answer = self._answer()
-        assert answer == "ok", answer
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(GIVE_UP_S)
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-
-    def _answer(self) -> str:
-        assert self._process.stdout is not None
-        return self._process.stdout.readline().strip()
-
-
-class _Orders(LineReceiver):
-    delimiter = b"\n"
-
-    def __init__(self, network: FaultyNetwork) -> None:
-        self._network = network
-
-    def lineReceived(self, line: bytes) -> None:
-        verb, *numbers = line.decode().split()
-        done = maybeDeferred(getattr(self._network, verb), *[json.loads(number) for number in numbers])
-        done.addCallbacks(lambda _: self.sendLine(b"ok"), lambda failure: self.sendLine(repr(failure).encode()))
-
-    def connectionLost(self, reason: Any = None) -> None:
-        reactor.stop()
-
-
-def main() -> None:
-    network = FaultyNetwork(int(sys.argv[1]))
-
-    def begin() -> None:
-        started = Deferred.fromCoroutine(network.start())
-        orders = _Orders(network)
-        started.addCallback(lambda _: StandardIO(orders))
-        started.addCallback(lambda _: orders.sendLine(b"%d" % network.port))
-
-    reactor.callWhenRunning(begin)
-    reactor.run()
 
 
 # The service
@@ -1365,7 +1298,3 @@ class Shelf:
                 )
             self._counts.add("kills")
             self._counts.add(f"kills that loaded the {'new' if generation == begun else 'old'} generation")
-
-
-if __name__ == "__main__":
-    main()

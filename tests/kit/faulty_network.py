@@ -1,21 +1,24 @@
-"""The faulty network in a process of its own, for tests that block: each line of its input is a method to call."""
+"""The faulty network in a process of its own, so that its caller needs no reactor."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from typing import Any
 
 from twisted.internet import reactor
-from twisted.internet.defer import ensureDeferred
+from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.stdio import StandardIO
-from twisted.protocols.basic import LineOnlyReceiver
+from twisted.protocols.basic import LineReceiver
 
 from tests.kit.chaos import FaultyNetwork
 from tests.kit.paths import ROOT
+from tests.kit.waiting import GIVE_UP_S
 
 
-class NetworkProcess:
-    """A network before a port of this machine; `port` is its own."""
+class Network:
+    """The faulty network in a process of its own, so that its caller needs no reactor."""
 
     def __init__(self, target_port: int) -> None:
         self._process = subprocess.Popen(
@@ -25,46 +28,53 @@ class NetworkProcess:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.port = int(self._read())
+        self.port = int(self._answer())
 
-    def _read(self) -> str:
-        assert self._process.stdout is not None
-        return self._process.stdout.readline()
-
-    def call(self, name: str, *words: float) -> None:
-        """Call a method of `FaultyNetwork` with numbers; return once it has returned."""
+    def order(self, *words: object) -> None:
         assert self._process.stdin is not None
-        print(name, *words, file=self._process.stdin, flush=True)
-        assert self._read() == "done\n"
+        print(*words, file=self._process.stdin, flush=True)
+        answer = self._answer()
+        assert answer == "ok", answer
 
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            pipe.close()
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(GIVE_UP_S)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
 
 
-class _Calls(LineOnlyReceiver):
+class _Orders(LineReceiver):
     delimiter = b"\n"
 
     def __init__(self, network: FaultyNetwork) -> None:
         self._network = network
 
     def lineReceived(self, line: bytes) -> None:
-        name, *words = line.decode().split()
-        getattr(self._network, name)(*[float(word) if "." in word else int(word) for word in words])
-        self.sendLine(b"done")
+        verb, *numbers = line.decode().split()
+        done = maybeDeferred(getattr(self._network, verb), *[json.loads(number) for number in numbers])
+        done.addCallbacks(lambda _: self.sendLine(b"ok"), lambda failure: self.sendLine(repr(failure).encode()))
+
+    def connectionLost(self, reason: Any = None) -> None:
+        reactor.stop()
 
 
-async def _main() -> None:
+def main() -> None:
     network = FaultyNetwork(int(sys.argv[1]))
-    await network.start()
-    sys.stdout.write(f"{network.port}\n")
-    sys.stdout.flush()
-    StandardIO(_Calls(network))
+
+    def begin() -> None:
+        started = Deferred.fromCoroutine(network.start())
+        orders = _Orders(network)
+        started.addCallback(lambda _: StandardIO(orders))
+        started.addCallback(lambda _: orders.sendLine(b"%d" % network.port))
+
+    reactor.callWhenRunning(begin)
+    reactor.run()
 
 
 if __name__ == "__main__":
-    reactor.callWhenRunning(lambda: ensureDeferred(_main()))
-    reactor.run()
+    main()
