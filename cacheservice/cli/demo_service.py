@@ -7,9 +7,9 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from subprocess import Popen
 
 from cacheservice.base.errors import DemoFailed, NoAnswer
+from cacheservice.cli.child import Child, last_line
 from cacheservice.cli.client import UnixSocket, ask_once
 from cacheservice.cli.demo_parts import child, is_free, port_like
 from cacheservice.cli.demo_texts import Place, Ports
@@ -18,7 +18,7 @@ _MOST_STARTS = 5
 _ANSWER_LIMIT_S = 30.0
 
 
-class DemoService:
+class DemoService(Child):
     """A service as a child process, on ports that are free.
 
     :param environment: the variables of its secrets.
@@ -30,22 +30,12 @@ class DemoService:
         self.ports = Ports(0, 0, 0)
         self._secrets = environment
         self._resources = resources
-        self._process: Popen[bytes] | None = None
-
-    @property
-    def running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
-
-    @property
-    def pid(self) -> int | None:
-        """The process ID; None while it does not run."""
-        return self._process.pid if self._process is not None and self.running else None
 
     @property
     def problem(self) -> str:
         """How the process has ended."""
         code = self._process.returncode if self._process is not None else None
-        return f"the service has ended with exit code {code}; the last line of its log: {self._last_line()}"
+        return f"the service has ended with exit code {code}; the last line of its log: {last_line(self.place.log)}"
 
     def start(self, usual: Ports, configuration: Callable[[Place, Ports], str]) -> None:
         """Start it on the usual ports, or on others if those are taken; wait until it is ready.
@@ -61,7 +51,8 @@ class DemoService:
                 break
             # Another demo that starts at the same time may have taken a port that was free.
             if not tries_left or self.running or all(map(is_free, self.ports)):
-                raise DemoFailed(f"the service did not become ready; the last line of its log: {self._last_line()}")
+                last = last_line(self.place.log)
+                raise DemoFailed(f"the service did not become ready; the last line of its log: {last}")
 
     def start_again(self) -> None:
         """Start the process with the configuration that is there; its ports stay."""
@@ -88,7 +79,3 @@ class DemoService:
                     return True
             time.sleep(0.1)
         return False
-
-    def _last_line(self) -> str:
-        *_, last = ["its log is empty", *self.place.log.read_text(errors="replace").splitlines()]
-        return last

@@ -6,12 +6,12 @@ import importlib
 import secrets
 import shutil
 import socket
-import subprocess
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
 from cacheservice.base.errors import DemoFailed
+from cacheservice.cli.child import Child, last_line
 from cacheservice.cli.demo_parts import child, is_free, port_like
 
 _PROGRAMS = ("valkey-server", "redis-server")
@@ -27,7 +27,7 @@ maxmemory-policy noeviction
 """
 
 
-class DemoValkey:
+class DemoValkey(Child):
     """A Valkey as a child process, on 127.0.0.1, with a new password. Its files are readable by this user only.
 
     :param resources: ends the process.
@@ -38,16 +38,6 @@ class DemoValkey:
         self._directory = directory
         self._resources = resources
         self._password = secrets.token_urlsafe(24)
-        self._process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
-
-    @property
-    def pid(self) -> int | None:
-        """The process ID; None while it does not run."""
-        return self._process.pid if self._process is not None and self.running else None
 
     @property
     def url(self) -> str:
@@ -77,8 +67,7 @@ class DemoValkey:
             if self._answers():
                 break
             if not tries_left or self.running or is_free(self.port):
-                *_, last = ["its log is empty", *self._log.read_text(errors="replace").splitlines()]
-                raise DemoFailed(f"the Valkey did not answer; the last line of its log: {last}")
+                raise DemoFailed(f"the Valkey did not answer; the last line of its log: {last_line(self._log)}")
 
     def start_again(self) -> None:
         """Start the process on the port that it had."""

@@ -22,6 +22,7 @@ from typing import Literal, NamedTuple, Protocol, cast
 from urllib.parse import quote
 
 from cacheservice.base.errors import CacheServiceError
+from cacheservice.cli.child import Child
 from cacheservice.sources.postgres.quoting import literal, quoted
 
 START_LIMIT_S = 60
@@ -85,7 +86,7 @@ class _User(NamedTuple):
     extra_groups: list[int] | None = None
 
 
-class EmbeddedPostgres:
+class EmbeddedPostgres(Child):
     """One PostgreSQL server in `directory`.
 
     The caller creates the directory for it alone, and removes it afterwards. All methods block: use them before the
@@ -100,17 +101,7 @@ class EmbeddedPostgres:
         self.socket_directory = self.directory / "data"
         self.port = free_port()
         self._password = secrets.token_urlsafe(24)
-        self._process: subprocess.Popen[bytes] | None = None
         self._frozen: list[_System] = []
-
-    @property
-    def running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
-
-    @property
-    def pid(self) -> int | None:
-        """The postmaster's process ID; None while it does not run."""
-        return self._process.pid if self._process is not None and self.running else None
 
     @property
     def programs(self) -> Path:
