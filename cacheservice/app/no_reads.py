@@ -14,15 +14,15 @@ class NoReads:
     """The parts of a process that does not read: none. What clients request of the refreshes is refused."""
 
     def __init__(self) -> None:
-        self.requests: Refreshes = _Refused()
+        self.requests: Refreshes = RefusedRefreshes()
 
     def services(self) -> Iterator[Service]:
         """Return no service."""
         return iter(())
 
 
-class _Refused:
-    """Refuses what clients request of the refreshes."""
+class RefusedRefreshes:
+    """Refuses what clients request of the refreshes; a `Refreshes`."""
 
     def refresh_now(self, name: str) -> bool:
         raise _does_not_read()

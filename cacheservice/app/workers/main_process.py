@@ -8,9 +8,10 @@ from typing import Any, TypeVar, cast
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
+from cacheservice.app.no_reads import RefusedRefreshes
 from cacheservice.app.workers.counting import totals_in
 from cacheservice.app.workers.streams import Pulled
-from cacheservice.base.errors import MainUnavailable, Stopped, UnknownDataset
+from cacheservice.base.errors import MainUnavailable, UnknownDataset
 from cacheservice.base.interfaces import Json, Log
 from cacheservice.cache.cache import Cache
 from cacheservice.ports.http.access import Rights
@@ -26,10 +27,11 @@ ANSWER_S = 5.0
 T = TypeVar("T")
 
 
-class MainProcess:
+class MainProcess(RefusedRefreshes):
     """Asks the main process for what is of the whole service.
 
-    It is the `Whole` of the RESP port, the `Main` of the HTTP port, and the `Refreshes` of both.
+    It is the `Whole` of the RESP port, the `Main` of the HTTP port, and the `Refreshes` of both. Commands
+    are passed on as HTTP requests, so it only needs `refresh_since`.
 
     :param cache: of this worker.
     """
@@ -96,21 +98,6 @@ class MainProcess:
         self._cache.dataset(name)
         self._link.send("refresh_since", dataset=name, moment=moment)
 
-    def refresh_now(self, name: str) -> bool:
-        raise _only_in_main()
-
-    def accept_next(self, name: str) -> None:
-        raise _only_in_main()
-
-    def pin(self, name: str) -> list[str]:
-        raise _only_in_main()
-
-    def unpin(self, name: str) -> list[str]:
-        raise _only_in_main()
-
-    def roll_back(self, name: str) -> dict[str, int]:
-        raise _only_in_main()
-
     def _ask(self, name: str, **fields: Plain) -> Deferred[Plain]:
         return self._link.call(name, ANSWER_S, **fields).addErrback(_unavailable)
 
@@ -141,7 +128,3 @@ def _unavailable(failure: Failure) -> None:
     raise MainUnavailable(
         f"the main process did not answer this worker ({failure.getErrorMessage()}); repeat the request"
     ) from None
-
-
-def _only_in_main() -> Stopped:
-    return Stopped("commands are run by the main process")
