@@ -152,7 +152,7 @@ In another terminal:
             (the same X-Cache-Generation at each port)
   Change:   {psql} -c "UPDATE shop.prices SET amount = 1.23 WHERE product_id = 42"
             for port in {resp_ports}; do redis-cli -p $port GET prices:42:EUR; done
-  Leaders:  grep -H role_changed {logs}
+  Leaders:  for port in {status_ports}; do {program} why products --port $port; done
   Crash:    kill -9 {leader_pid}       {leader}, which leads at the start: within seconds another service leads, and
             the others serve meanwhile; the demo restarts it after {revive_after_s:.0f} s
             kill -9 $(pgrep -P {leader_pid} | head -1)       one worker: it is restarted
@@ -227,7 +227,7 @@ def what_to_try_in_fleet(place: Place, members: Sequence[Member], parts: Parts) 
         resp_ports=" ".join(str(each.ports.resp) for each in members),
         http_ports=" ".join(str(each.ports.http) for each in members),
         psql=" ".join(map(quoted, parts.psql)),
-        logs=" ".join(quote(str(each.place.log)) for each in members),
+        status_ports=" ".join(str(each.ports.status) for each in members),
         leader=leader.place.directory.name,
         leader_pid=leader.pid,
         valkey_pid=parts.valkey_pid,
