@@ -95,6 +95,15 @@ class OneLeader(LeadsTestCase):
         await until(lambda: not leader.leads.held)
         self.assertEqual(leader.events.count(("lost", UNITS[0])), 1)
 
+    async def test_a_suspended_process(self) -> None:
+        """The server ends the session of a process that sends nothing, although its connection still exists."""
+        leader = self.candidate(heartbeat_s=LONG_S, silent_s=1.0)
+        await until(leader.has_all)
+        other = self.candidate()
+        await until(other.has_all)
+        await until(lambda: not leader.leads.held)
+        self.assertIn("lead_session_lost", leader.log.names())
+
     async def test_a_resignation(self) -> None:
         leader, other = await self.leader_and_other()
         leader.leads.resign("a test")

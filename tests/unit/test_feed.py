@@ -72,6 +72,14 @@ class Pair:
 
     def deliver(self, count: int = 1_000_000) -> None:
         """Deliver at most so many messages of each direction."""
+        self.deliver_down(count)
+        for _ in range(min(count, len(self.up.messages))):
+            name, content = self.up.messages.popleft()
+            assert isinstance(content, dict)
+            {"taken": self.sender.taken, "resend": self.sender.resend}[name](**content)
+
+    def deliver_down(self, count: int = 1_000_000) -> None:
+        """Deliver at most so many messages of the sender."""
         for _ in range(min(count, len(self.down.messages))):
             name, content = self.down.messages.popleft()
             if isinstance(content, bytes):
@@ -83,10 +91,6 @@ class Pair:
                 self.follower.then(lambda dataset=content["name"]: self.follower.withdraw(dataset))
             else:
                 self.is_live = True
-        for _ in range(min(count, len(self.up.messages))):
-            name, content = self.up.messages.popleft()
-            assert isinstance(content, dict)
-            {"taken": self.sender.taken, "resend": self.sender.resend}[name](**content)
 
     def turn(self, count: int = 1) -> None:
         for _ in range(count):
@@ -222,6 +226,29 @@ class Feeds(SynchronousTestCase):
         pair.publish("products", numbered_rows(6))
         pair.settle()
         self.assertEqual(rows_in(pair.replica, "products").count, 6)
+
+    def test_a_group_waits_for_a_dataset_that_is_lacking(self) -> None:
+        """A delta that cannot be applied is requested again, and the rest of its group waits for it."""
+        pair = Pair()
+        for name in NAMES:
+            pair.publish(name, numbered_rows(50))
+        pair.sender.start()
+        pair.settle()
+        seen: list[Event] = []
+        pair.replica.dataset("products").withdraw()
+        pair.replica.events.subscribe(seen.append, Published)
+        for name in NAMES:
+            pair.change(name, {b"1": b"new"})
+        pair.turn(20)
+        while pair.down.messages:  # everything is delivered but the request
+            pair.deliver_down()
+            pair.turn(20)
+        self.assertEqual(seen, [])
+        self.assertIn("resend", pair.up.sent)
+        pair.settle()
+        self.assertEqual([event.dataset for event in seen], ["prices", "products"])
+        self.assertEqual([rows_in(pair.replica, name).get(b"1") for name in NAMES], [b"new", b"new"])
+        self.assertEqual(pair.log.events, [])
 
     def test_damaged_frames_end_the_connection(self) -> None:
         """The follower publishes nothing of damaged frames, and begins again."""
