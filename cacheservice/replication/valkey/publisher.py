@@ -178,7 +178,7 @@ class Publisher:
         here, before = self._here, self._current
         taken = self._take()
         server = await self._store.clock()
-        # Reckoned at once: the age grows while rows are written.
+        # Computed before anything is written, because the age grows meanwhile.
         read_us = {name: server.now_us - here.clocks.age_us(each.snapshot.read_at) for name, each in taken.items()}
         members = {name: member for name, member in before.members.items() if name in here.cache.datasets}
         for name, each in taken.items():
