@@ -6,7 +6,10 @@ import os
 import random
 import socket
 import time
+from collections.abc import Iterator
 from typing import NamedTuple
+
+from twisted.application.service import Service
 
 from cacheservice.base.interfaces import Log, Reactor
 from cacheservice.cache.cache import Cache
@@ -20,6 +23,7 @@ from cacheservice.replication.valkey.publisher import Here
 from cacheservice.sources.frames.clocks import Clocks
 from cacheservice.sources.postgres.leads import LeadObserver, Leads, LeadSettings
 from cacheservice.sources.postgres.listening.opening import Access
+from cacheservice.sources.postgres.target import Target
 
 
 class Process(NamedTuple):
@@ -31,27 +35,40 @@ class Process(NamedTuple):
     log: Log
 
 
-def make_fleet(
-    settings: ClusterSettings, access: Access, refresh: CacheService, process: Process
-) -> tuple[Cluster, Leads]:
-    """Return the services of a process of a fleet.
+class FleetPart:
+    """The services of a process of a fleet.
 
     :param access: how sessions are opened, for the leads.
+    :param refresh: refreshes what this process leads.
     """
-    cache, drain, reactor, log = process
-    leads = Leads(LeadSettings(settings.prefix), access, cache.database, reactor, log)
-    name = settings.name or f"{socket.gethostname()}:{os.getpid()}"
-    valkey = Valkey(valkey_url.parse(settings.valkey_url.get_secret_value()), reactor)
-    here = Here(name, cache, Clocks(reactor), reactor, log, random.random)
-    fleet = Fleet(
-        refresh,
-        lambda: leads.can_refresh,
-        leads.resign,
-        settings.fallback_after_s,
-        time.time,
-        lambda: leads.problem,
-    )
-    cluster = Cluster(Carried(valkey, settings.prefix, drain.add, reactor), here, fleet, leads)
-    leads.notify(LeadObserver(cluster.gained, cluster.lost))
-    refresh.follow_leaders(cluster.ask)
-    return cluster, leads
+
+    def __init__(self, settings: ClusterSettings, access: Access, refresh: CacheService, process: Process) -> None:
+        cache, drain, reactor, log = process
+        self._leads = leads = Leads(LeadSettings(settings.prefix), access, cache.database, reactor, log)
+        name = settings.name or f"{socket.gethostname()}:{os.getpid()}"
+        valkey = Valkey(valkey_url.parse(settings.valkey_url.get_secret_value()), reactor)
+        here = Here(name, cache, Clocks(reactor), reactor, log, random.random)
+        fleet = Fleet(
+            refresh,
+            lambda: leads.can_refresh,
+            leads.resign,
+            settings.fallback_after_s,
+            time.time,
+            lambda: leads.problem,
+        )
+        self._cluster = Cluster(Carried(valkey, settings.prefix, drain.add, reactor), here, fleet, leads)
+        leads.notify(LeadObserver(self._cluster.gained, self._cluster.lost))
+        refresh.follow_leaders(self._cluster.ask)
+
+    def services(self) -> Iterator[Service]:
+        """Return the services in the order of their start."""
+        yield self._cluster
+        yield self._leads
+
+    def connect_to(self, target: Target, connect_timeout_s: float) -> None:
+        """Open sessions with these settings from now on."""
+        self._leads.configure(target, connect_timeout_s)
+
+    def redeclared(self) -> None:
+        """Lead and follow the datasets that are declared now."""
+        self._cluster.redeclared()

@@ -13,21 +13,22 @@ from twisted.internet.interfaces import IListeningPort
 from twisted.internet.protocol import ServerFactory
 
 from cacheservice import config
-from cacheservice.app.workers.part import Part
 from cacheservice.base.interfaces import Log, Reactor
 from cacheservice.cache.cache import Cache, ConnectionCap, Refreshes, Reloaded
 from cacheservice.config import Settings
 from cacheservice.ops.exposition import Metrics
 from cacheservice.ops.service_metrics import ServedPort
 from cacheservice.ports import admission
-from cacheservice.ports.admission import Door, Room
+from cacheservice.ports.admission import Door, Room, Tally
 from cacheservice.ports.clients import Limits
 from cacheservice.ports.freshness import Freshness
 from cacheservice.ports.held import HeldSnapshots
 from cacheservice.ports.http import AccessSettings, HttpFactory, Served
+from cacheservice.ports.http.routes import Main
 from cacheservice.ports.listen import PortService, tcp, unix
 from cacheservice.ports.operator_commands import Commands
 from cacheservice.ports.resp.connection import RespFactory
+from cacheservice.ports.resp.whole import Whole
 from cacheservice.ports.rotation import ClientSecrets, Rotation, Secrets
 from cacheservice.ports.status import StatusFactory
 
@@ -46,6 +47,30 @@ class Factory(ServedPort, Protocol):
 
     def close_clients(self) -> None:
         """Close every connection now."""
+
+
+class MainProcess(Refreshes, Whole, Main, Protocol):
+    """The main process, as the ports of a worker ask it."""
+
+
+class Part(Protocol):
+    """Connects the ports of a worker with the main process: ``cacheservice.app.workers.part.Part``."""
+
+    @property
+    def main(self) -> MainProcess:
+        """The main process."""
+
+    def tally(self, port: str) -> Tally:
+        """Return the numbers of clients of a port in all workers."""
+
+    def secrets(self, started: ClientSecrets, log: Log) -> Secrets:
+        """Return the secrets of the ports, which the main process replaces."""
+
+    def add_resp(self, factory: RespFactory) -> None:
+        """Make the RESP port a part of that of the service."""
+
+    def add_http(self, factory: HttpFactory) -> None:
+        """Make the HTTP port a part of that of the service."""
 
 
 class _Port(NamedTuple):

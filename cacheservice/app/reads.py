@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from typing import Protocol
 
 from pydantic import SecretStr
 from twisted.application.service import Service
 
-from cacheservice.app.fleet import Process as FleetProcess
-from cacheservice.app.fleet import make_fleet
 from cacheservice.base.interfaces import Log, Reactor
 from cacheservice.cache.cache import Cache, Refreshes
 from cacheservice.cache.drain import Drain
 from cacheservice.config import PersistenceSettings, PostgresSettings, Settings
 from cacheservice.refresh.process import Process
 from cacheservice.refresh.service import CacheService, Limits
-from cacheservice.replication.cluster import Cluster
 from cacheservice.sources.disk.store import SnapshotStore
 from cacheservice.sources.postgres import target
 from cacheservice.sources.postgres.database import Database
-from cacheservice.sources.postgres.leads import Leads
 from cacheservice.sources.postgres.listening.calls import Observer
 from cacheservice.sources.postgres.listening.listener import Listener
 from cacheservice.sources.postgres.listening.opening import Access
 from cacheservice.sources.postgres.notifications import Notifications
 from cacheservice.sources.postgres.pruning import Pruning
+from cacheservice.sources.postgres.target import Target
 
 
 class DatabaseService(Service):
@@ -39,6 +37,19 @@ class DatabaseService(Service):
     def stopService(self) -> None:
         super().stopService()
         self._database.stop()
+
+
+class Fleet(Protocol):
+    """The part of the service that leads and follows in a fleet: ``cacheservice.app.fleet.FleetPart``."""
+
+    def services(self) -> Iterator[Service]:
+        """Return the services in the order of their start."""
+
+    def connect_to(self, target: Target, connect_timeout_s: float) -> None:
+        """Open sessions with these settings from now on."""
+
+    def redeclared(self) -> None:
+        """Lead and follow the datasets that are declared now."""
 
 
 class Reads:
@@ -63,11 +74,13 @@ class Reads:
             self._listener.heard_all,
         )
         self.requests: Refreshes = self.refresh
-        self._cluster: Cluster | None = None
-        self._leads: Leads | None = None
+        self._fleet: Fleet | None = None
         if settings.cluster.enabled:
-            fleet = make_fleet(settings.cluster, access, self.refresh, FleetProcess(cache, drain, reactor, log))
-            self._cluster, self._leads = fleet
+            # Only a process of a fleet needs these modules, which take a tenth of the time of a start, and 4 MiB.
+            from cacheservice.app import fleet  # noqa: PLC0415  # see above
+
+            process = fleet.Process(cache, drain, reactor, log)
+            self._fleet = fleet.FleetPart(settings.cluster, access, self.refresh, process)
         self._pruning = Pruning(cache, self.database, reactor, log)
         self._notifications.deliver_to(self.refresh)
         self._listener.listen_to(self._notifications.channels())
@@ -81,17 +94,16 @@ class Reads:
         yield self._pruning
         yield self.refresh
         yield self._listener
-        if self._cluster is not None and self._leads is not None:
-            yield self._cluster
-            yield self._leads
+        if self._fleet is not None:
+            yield from self._fleet.services()
 
     def connect_to(self, dsn: SecretStr, connect_timeout_s: float) -> None:
         """Open sessions with these settings from now on."""
         parsed = target.parse(dsn.get_secret_value())
         self.database.configure(parsed, connect_timeout_s)
         self._listener.configure(parsed, connect_timeout_s)
-        if self._leads is not None:
-            self._leads.configure(parsed, connect_timeout_s)
+        if self._fleet is not None:
+            self._fleet.connect_to(parsed, connect_timeout_s)
 
     def limit(self, postgres: PostgresSettings) -> None:
         """Apply changed limits of the refreshes."""
@@ -100,8 +112,8 @@ class Reads:
     def listen(self) -> None:
         """Listen to the channels that the declared datasets need now."""
         self._listener.listen_to(self._notifications.channels())
-        if self._cluster is not None:
-            self._cluster.redeclared()
+        if self._fleet is not None:
+            self._fleet.redeclared()
 
 
 def _limits(postgres: PostgresSettings) -> Limits:

@@ -48,6 +48,18 @@ class Served(Protocol):
         """Apply changed limits and secrets."""
 
 
+class Both:
+    """Applies a changed configuration in this process and in the workers."""
+
+    def __init__(self, here: Served, workers: Served) -> None:
+        self._here = here
+        self._workers = workers
+
+    def apply(self, settings: Settings) -> None:
+        self._here.apply(settings)
+        self._workers.apply(settings)
+
+
 class Reload:
     """Reads the configuration again on request, one read at a time.
 

@@ -13,12 +13,10 @@ from cacheservice import config
 from cacheservice.app.no_reads import NoReads
 from cacheservice.app.ports import Ports, Shared
 from cacheservice.app.reads import Reads
-from cacheservice.app.reload import Process, Reload
+from cacheservice.app.reload import Both, Process, Reload
 from cacheservice.app.roles import WHOLE, Role
 from cacheservice.app.root import CacheServiceRoot
 from cacheservice.app.signals import Signals
-from cacheservice.app.workers import center
-from cacheservice.app.workers.composition import Both, Workers
 from cacheservice.base.interfaces import Log, Reactor
 from cacheservice.cache.cache import Cache
 from cacheservice.config import Settings
@@ -54,9 +52,10 @@ def make_service(
     services: list[Service] = [stalls, *reads.services()]
     workers = None
     if role == WHOLE and settings.workers.processes:
-        known = center.Shared(cache, reads.requests, metrics, ports.secrets, reactor)
-        answering = center.Center(settings, known)
-        workers = Workers(settings, cache, reactor, log, center=answering)
+        # As for a fleet: only a service with workers needs these modules.
+        from cacheservice.app.workers import composition  # noqa: PLC0415  # see above
+
+        workers = composition.make_workers(settings, cache, reads.requests, metrics, ports.secrets, reactor, log)
     if isinstance(reads, Reads):
         served = ports if workers is None else Both(ports, workers)
         reload = Reload(settings, cache, reads, served, Process(reactor, threshold, log))

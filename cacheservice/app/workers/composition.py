@@ -1,4 +1,7 @@
-"""The parts of the main process that run the workers."""
+"""The parts of the main process that run the workers.
+
+Only a service with workers imports this module and what it imports.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,8 @@ from collections.abc import Iterator
 
 from twisted.application.service import Service
 
-from cacheservice.app.reload import Served
 from cacheservice.app.workers import descriptors
-from cacheservice.app.workers.center import Center
+from cacheservice.app.workers.center import Center, Shared
 from cacheservice.app.workers.connections import SharedMemory
 from cacheservice.app.workers.held import HeldSockets
 from cacheservice.app.workers.member import Feed, Surroundings, Timing
@@ -17,8 +19,10 @@ from cacheservice.app.workers.spawn import Spawner
 from cacheservice.app.workers.supervisor import Supervisor
 from cacheservice.base.backoff import full_jitter
 from cacheservice.base.interfaces import Log, Reactor
-from cacheservice.cache.cache import Cache
+from cacheservice.cache.cache import Cache, Refreshes
 from cacheservice.config import Settings
+from cacheservice.ops.exposition import Metrics
+from cacheservice.ports.rotation import Secrets
 from cacheservice.replication.link import Link
 from cacheservice.replication.sender import RESEND, TAKEN, Sender
 from cacheservice.sources.frames.clocks import Clocks
@@ -83,13 +87,20 @@ class Workers:
         return sender if self._center is None else self._center.attached(number, link, sender)
 
 
-class Both:
-    """Applies a changed configuration in this process and in the workers."""
+def make_workers(
+    settings: Settings,
+    cache: Cache,
+    refreshes: Refreshes,
+    metrics: Metrics,
+    secrets: Secrets,
+    reactor: Reactor,
+    log: Log,
+) -> Workers:
+    """Return the workers of a service, and what answers them.
 
-    def __init__(self, here: Served, workers: Served) -> None:
-        self._here = here
-        self._workers = workers
-
-    def apply(self, settings: Settings) -> None:
-        self._here.apply(settings)
-        self._workers.apply(settings)
+    :param refreshes: carries out what clients request of the refreshes.
+    :param metrics: the ports of the workers are added to it.
+    :param secrets: the present secrets of the ports.
+    """
+    center = Center(settings, Shared(cache, refreshes, metrics, secrets, reactor))
+    return Workers(settings, cache, reactor, log, center=center)
