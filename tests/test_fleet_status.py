@@ -152,6 +152,31 @@ class Statuses(TestCase):
             self.assertIn("not there any more", replica.status.valkey_problem or "")
             self.assertEqual((replica.status.lag, replica.dataset.last_generation), (1, 1))
 
+    async def test_a_leader_that_can_load_nothing(self) -> None:
+        """Its first generation is greater than the published one, although it has neither those rows nor others."""
+        with running_valkey() as server:
+            first, second = Process(self, server, "first"), Process(self, server, "second")
+            second.unit.stop()
+            for rows in (100, 90, 80):
+                first.serve(rows)
+            first.unit.gained()
+
+            async def published() -> bool:
+                return await first.replica._store.current() is not None
+
+            while not await published():
+                await deferLater(reactor, 0.01)
+            first.unit.lost()
+            first.unit.stop()
+            for key in server.cli("KEYS", "*}:*:0").split():
+                server.cli("DEL", key)
+            second.unit.start()
+            second.unit.gained()
+            await until(lambda: second.status.epoch is not None and second.status.leader == "second")
+            self.assertIsNone(second.dataset.snapshot)
+            second.serve(70)
+            self.assertEqual(second.dataset.last_generation, 4)
+
     async def test_problems(self) -> None:
         """A Valkey that is down is a problem of both; a process that hears of no leader for long is alone."""
         with running_valkey() as server:
