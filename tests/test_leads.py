@@ -78,6 +78,19 @@ class OneLeader(LeadsTestCase):
         await until(lambda: other.leads.held == {UNITS[1]})
         self.assertEqual(leader.leads.held, {UNITS[0]})
 
+    async def test_no_units(self) -> None:
+        """Without units the leads are given up, and there is no session, until there are units again."""
+        leader = self.candidate()
+        await until(leader.has_all)
+        self.assertTrue(leader.leads.can_refresh)
+        leader.leads.compete_for(())
+        await until(lambda: self.status.connections == 0)
+        self.assertEqual(leader.events[2:], [("lost", unit) for unit in UNITS])
+        self.assertEqual((leader.leads.problem, leader.leads.can_refresh), (None, False))
+        leader.leads.compete_for(UNITS)
+        self.assertIsNotNone(leader.leads.problem)
+        await until(leader.has_all)
+
     async def test_a_killed_session(self) -> None:
         """The leader is notified, and there is a leader again, the same one or another."""
         leader, other = await self.leader_and_other()

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from twisted.application.service import Service
 
 from cacheservice.base.interfaces import Reactor
 from cacheservice.cache.rows import Groups
 from cacheservice.config import groups
+from cacheservice.replication.competition import Competition, Leads
 from cacheservice.replication.leading import Fleet
 from cacheservice.replication.unit import Unit
 from cacheservice.replication.valkey.client import Valkey
+from cacheservice.replication.valkey.deputy import Deputy
 from cacheservice.replication.valkey.manifest import Names
 from cacheservice.replication.valkey.publisher import Here
 from cacheservice.replication.valkey.replica import Replica
 from cacheservice.replication.valkey.store import Store
 from cacheservice.replication.valkey.subscription import Subscription
-
-
-class Leads(Protocol):
-    """The competition for leads: ``cacheservice.sources.postgres.leads.Leads``."""
-
-    def compete_for(self, units: Iterable[str]) -> None:
-        """Compete for these units only, from now on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +49,20 @@ class Cluster(Service):
         self._carried = carried
         self._here = here
         self._fleet = fleet
-        self._leads = leads
         self._held: set[str] = set()
         self._by_channel: dict[bytes, Unit] = {}
         self._subscription = Subscription(carried.valkey, self._heard, carried.reactor, here.log, here.random)
+        deputy = Deputy(carried.valkey, carried.prefix, here.name)
+        self._competition = Competition(lambda: self.units, deputy, leads, carried.reactor, here.log, here.random)
 
     def startService(self) -> None:
         super().startService()
         self.redeclared()
+        self._competition.start()
 
     def stopService(self) -> None:
         super().stopService()
+        self._competition.stop()
         self._subscription.stop()
         for unit in self.units.values():
             unit.stop()
@@ -90,7 +87,7 @@ class Cluster(Service):
                 unit.gained()
         self._by_channel = {Names(self._carried.prefix, name).channel: unit for name, unit in self.units.items()}
         self._subscription.subscribe(self._by_channel)
-        self._leads.compete_for(self.units)
+        self._competition.look()
 
     def _unit(self, names: Names, members: tuple[str, ...]) -> Unit:
         store = Store(self._carried.valkey, names, self._here.clock)
@@ -104,12 +101,14 @@ class Cluster(Service):
         self._held.add(name)
         if name in self.units:
             self.units[name].gained()
+        self._competition.look()
 
     def lost(self, name: str) -> None:
         """Note that this process has the lead of a unit no longer."""
         self._held.discard(name)
         if name in self.units:
             self.units[name].lost()
+        self._competition.look()
 
     def unit_of(self, dataset: str) -> Unit | None:
         """Return the unit of a dataset; None if the fleet has none of it yet."""

@@ -35,7 +35,8 @@ class Unit:
     the lead it first begins a new epoch there, catches up, and then publishes. While the Valkey fails, it refreshes
     nevertheless, and begins the epoch when that is possible.
 
-    `problem` is why the Valkey cannot be read, None if it can.
+    `problem` is why the Valkey cannot be read, None if it can. `has_lead` is whether this process has the lead, even
+    if it has not begun it in the Valkey yet.
     """
 
     def __init__(self, names: Sequence[str], store: Store, replica: Replica, here: Here, fleet: Fleet) -> None:
@@ -49,11 +50,21 @@ class Unit:
         self._log = here.log.bind(unit=store.names.unit)
         self._tasks = Tasks(here.log)
         self._heard_at = here.clock.seconds()
-        self._has_lead = False
+        self.has_lead = False
         self.leading = Leading(self.names, store, replica, here, fleet)
         self._wakeup = Wakeup(here.clock)
         self._lead_changes = 0
         replica.notify(self._report)
+
+    @property
+    def is_deserted(self) -> bool:
+        """Whether no leader helps: it is silent for long, or nothing is served yet and the Valkey cannot be read."""
+        datasets = self._here.cache.datasets
+        is_empty = any(name in datasets and datasets[name].snapshot is None for name in self.names)
+        return (self.problem is not None and is_empty) or self._silent_s() >= self._fleet.fallback_after_s
+
+    def _silent_s(self) -> float:
+        return self._here.clock.seconds() - self._heard_at
 
     def start(self) -> None:
         """Follow the leader, if there is one."""
@@ -83,14 +94,14 @@ class Unit:
 
     def gained(self) -> None:
         """Note that this process has the lead; it may have had it before."""
-        if not self._has_lead:
-            self._has_lead = True
+        if not self.has_lead:
+            self.has_lead = True
             self._lead_changes += 1
         self.wake()
 
     def lost(self) -> None:
         """Note that this process has the lead no longer. It stops publishing at once."""
-        self._has_lead = False
+        self.has_lead = False
         self._lead_changes += 1
         self.leading.end()
         self._heard_at = self._here.clock.seconds()
@@ -131,8 +142,8 @@ class Unit:
 
         :raises CacheServiceError: if that fails.
         """
-        if self._has_lead:
-            await self.leading.look(lambda: self._has_lead)
+        if self.has_lead:
+            await self.leading.look(lambda: self.has_lead)
         else:
             ahead = await self._replica.load()
             if ahead:
@@ -146,8 +157,7 @@ class Unit:
         return all(dataset is not None and _is_fresh_of_leader(dataset) for dataset in datasets)
 
     def _decide(self) -> None:
-        silent_s = self._here.clock.seconds() - self._heard_at
-        facts = Facts(self._has_lead, silent_s, self._fleet.may_refresh())
+        facts = Facts(self.has_lead, self._silent_s(), self._fleet.may_refresh())
         self._play(role_of(facts, self.role, self._fleet.fallback_after_s))
         self._report()
 

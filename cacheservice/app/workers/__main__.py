@@ -20,7 +20,7 @@ from twisted.logger import globalLogBeginner
 from cacheservice.app.workers import descriptors
 from cacheservice.app.workers.link_log import LinkLog, LogSender
 from cacheservice.app.workers.worker import Worker
-from cacheservice.base import clock
+from cacheservice.base import clock, scheduling
 from cacheservice.base.interfaces import Reactor
 from cacheservice.ops.logs import TwistedEvents
 from cacheservice.replication.link import Link
@@ -88,6 +88,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     # When the main process is killed, the kernel ends a worker even if it hangs.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    scheduling.ask_for_slices(scheduling.SHORTEST_S)
     twisted_reactor.seconds = clock.seconds  # type: ignore[method-assign, misc]  # as in tac/cacheservice.tac
     exit_code = _Program().run()
     sys.stderr.flush()

@@ -10,6 +10,7 @@ from twisted.internet.defer import Deferred, DeferredList
 
 from cacheservice.app.effective import effective
 from cacheservice.app.workers.member import Member, Surroundings
+from cacheservice.base import scheduling
 from cacheservice.config import Settings, for_workers
 from cacheservice.replication.messages import Plain
 
@@ -64,5 +65,7 @@ class Supervisor(Service):
 
     def _start_all(self) -> None:
         if self.running:
+            # The workers have short ones, so that a refresh does not keep them from their clients.
+            scheduling.ask_for_slices(scheduling.LONGEST_S)
             for member in self.members:
                 member.start()

@@ -91,10 +91,10 @@ class LeadsImpossible(RefreshFailed):
 class Leads(Service):
     """Competes for the leads of some units, and keeps those that it wins.
 
-    It is idle while it does not run, or has no units. Otherwise its loop opens one session after the other; a session
-    that is lost loses all leads.
+    It is idle while it does not run, or has no units: it has no session then. Otherwise its loop opens one session
+    after the other; a session that is lost loses all leads.
 
-    `problem` is why no lead can be won now, None while there is a session.
+    `problem` is why no lead can be won now, None while there is a session, or no units.
     """
 
     name = "leads"
@@ -107,8 +107,9 @@ class Leads(Service):
         reactor: Reactor,
         log: Log,
     ) -> None:
-        self.problem: str | None = "no session has been opened yet"
+        self.problem: str | None = None
         self._is_impossible = False
+        self._has_session = False
         self._observer = LeadObserver(lambda unit: None, lambda unit: None)
         self._failures = 0
         self._reactor = reactor
@@ -122,8 +123,8 @@ class Leads(Service):
 
     @property
     def can_refresh(self) -> bool:
-        """Whether the database can be read from here, although another process may have the leads."""
-        return self.problem is None or self._is_impossible
+        """Whether the database is known to be readable from here, although another process may have the leads."""
+        return self._has_session or self._is_impossible
 
     @property
     def held(self) -> frozenset[str]:
@@ -149,8 +150,10 @@ class Leads(Service):
         self._observer = observer
 
     def compete_for(self, units: Iterable[str]) -> None:
-        """Compete for these units only, from now on; leads of others are given up."""
+        """Compete for these units only, from now on; leads of others are given up. Without units, close the session."""
         self._wanted = frozenset(units)
+        if not self._wanted and self._loop is not None:
+            self._loop.cancel()
         if self.running:
             self._begin()
         if self._guard is not None:
@@ -168,13 +171,17 @@ class Leads(Service):
 
     def _begin(self) -> None:
         if self._wanted and self._loop is None:
+            self.problem = "no session has been opened yet"
             self._loop = Deferred.fromCoroutine(self._compete())
             self._loop.addBoth(self._ended)
 
     def _ended(self, result: object) -> None:
         self._loop = None
+        self.problem, self._is_impossible, self._failures = None, False, 0
         if isinstance(result, Failure) and not result.check(CancelledError):
             log_internal_error(self._log, result)
+        if self.running:
+            self._begin()  # units that are wanted since
 
     async def _compete(self) -> None:
         """Open one session after the other, until cancelled."""
@@ -211,10 +218,11 @@ class Leads(Service):
                 next_at = self._reactor.seconds() + self._settings.heartbeat_s
                 await self._beat(guard)
                 self.problem, self._is_impossible, self._failures = None, False, 0
+                self._has_session = True
                 guard.renew(next_at + self._settings.silent_s)
                 await guard.notifications(next_at)  # also detects the end of the session at once
         finally:
-            self._guard = None
+            self._guard, self._has_session = None, False
             for unit in sorted(self._held):
                 self._lose(unit)
 
