@@ -2,11 +2,12 @@
 
     python -m benchmarks.fleet_model [--processes 1000] [--seed 1] [--plots DIR]
 
-Each process of the model is a loop for its lead session, a loop for its unit, and a refresher, with the decisions and
-the parameters of the service itself: `LeadSettings`, `full_jitter`, `POLL_S`, `STRETCH`, `role_of` and `Retries`. The
-servers are simple: they answer at once, or refuse at once while they are down, and one process has the lead. The model
-counts attempts to connect and queries in each second of the virtual time. Beside it runs the same without jitter and
-backoff: each delay is the shortest that the service may wait after a first failure.
+Each process of the model is a loop that decides whether it competes for leads, one for its lead session, one for its
+unit, and a refresher, with the decisions and the parameters of the service itself: those of `Competition`,
+`LeadSettings`, `full_jitter`, `POLL_S`, `STRETCH`, `role_of` and `Retries`. The servers are simple: they answer or
+refuse at once, and one process has the lead. The model counts attempts to connect and queries in each second of the
+virtual time. Beside it runs the same without jitter, backoff and deputy: each delay is the shortest that there is after
+a first failure, and each process competes for the lead.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from benchmarks import plots
 from cacheservice.base.backoff import full_jitter
 from cacheservice.config import DatasetSettings
 from cacheservice.refresh.retries import Retries
-from cacheservice.replication import unit
+from cacheservice.replication import competition, unit
 from cacheservice.replication.roles import Facts, Role, role_of
+from cacheservice.replication.valkey.deputy import DEPUTY_S
 from cacheservice.sources.postgres.leads import LeadSettings
 
 FALLBACK_AFTER_S = 60.0
@@ -71,6 +73,8 @@ class World:
     clock: VirtualTime = field(default_factory=VirtualTime)
     counts: dict[str, Counter[int]] = field(default_factory=lambda: {name: Counter() for name in COUNTED})
     leader: Process | None = None
+    deputy: Process | None = None
+    deputy_until: float = 0.0
     published_at: float = 0.0
 
     def __post_init__(self) -> None:
@@ -111,23 +115,57 @@ class Process:
             world.leader = None
         self._life += 1
         self._role, self._heard_at = Role.FOLLOWING, world.clock.seconds()
-        self._has_session = self._has_connection = False
+        self._has_session = self._has_connection = self._competes = False
+        self._able_at = self._away_until = 0.0
+        self._joins_at: float | None = None
         self._lead_failures = self._unit_failures = self._refresh_failures = 0
         self._lead_delay_s = world.backoff(self._leads.retry_initial_s, self._leads.retry_max_s)
         self._unit_delay_s = world.backoff(LEAST_RETRY_S, MOST_RETRY_S)
         self._retries = Retries(world.random)
         self._retries.take(self._settings)
         self._turn = 0
-        self._later(self._phase, self._compete)
+        self._later(self._phase, self._decide)
         self._later(self._phase, self._look)
 
     def _later(self, seconds: float, what: Callable[[], None]) -> None:
         life = self._life
         self._world.clock.call_later(seconds, lambda: what() if self._life == life else None)
 
+    def _decide(self) -> None:
+        """A look at who is the deputy, and the decision whether to compete for the lead."""
+        world, now = self._world, self._world.clock.seconds()
+        leads = world.leader is self
+        competes = self._competes
+        if world.has_valkey():
+            world.count("Valkey: queries")
+            is_deputy = world.deputy is self and now < world.deputy_until
+            if not is_deputy or self._has_session:
+                self._able_at = now
+            elif now - self._able_at > competition.PATIENCE_S:
+                self._away_until = now + competition.away_s(world.random)
+            if leads or now < self._away_until:
+                if is_deputy:
+                    world.deputy = None
+            elif is_deputy or world.deputy is None or now >= world.deputy_until:
+                world.deputy, world.deputy_until = self, now + DEPUTY_S
+            competes = world.deputy is self
+        if now - self._heard_at < FALLBACK_AFTER_S:
+            self._joins_at = None
+        elif self._joins_at is None:
+            self._joins_at = now + competition.SPREAD_S * world.random()
+        joins = self._joins_at is not None and now >= self._joins_at
+        competes = competes or leads or joins or not world.has_jitter
+        if competes and not self._competes:
+            self._later(0.0, self._compete)
+        self._competes = competes
+        self._later(competition.POLL_S, self._decide)
+
     def _compete(self) -> None:
         """A heartbeat of the lead session, or an attempt to open one."""
         world = self._world
+        if not self._competes:
+            self._has_session, self._lead_failures = False, 0
+            return
         if not self._has_session:
             world.count("PostgreSQL: connections")
         if not world.has_database():
@@ -228,7 +266,7 @@ def main() -> None:
     for phase, (begin, end) in PHASES.items():
         for name in COUNTED:
             print(f"{phase}: {name}: at most {peak(real[name], begin, end):,} a second, ", end="")
-            print(f"without jitter and backoff {peak(plain[name], begin, end):,}", flush=True)
+            print(f"without jitter, backoff and deputy {peak(plain[name], begin, end):,}", flush=True)
     if options.plots is not None:
         plots.load(options.plots / "fleet-load.svg", real, plain)
 

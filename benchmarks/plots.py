@@ -70,12 +70,12 @@ def over_size(
 
 
 def load(path: Path, real: Mapping[str, Sequence[int]], plain: Mapping[str, Sequence[int]]) -> None:
-    """Events per second of a fleet at its servers, by name; `plain` is without jitter and backoff."""
+    """Events per second of a fleet at its servers, by name; `plain` is without jitter, backoff and deputy."""
     figure, first = _begun()
     first.remove()
     figure.set_size_inches(_SIZE_INCHES[0], 2 * _SIZE_INCHES[1])
     for axes, name in zip(figure.subplots(len(real), sharex=True), real, strict=True):
-        axes.plot(plain[name], color="0.6", linewidth=1, label="without jitter and backoff")
+        axes.plot(plain[name], color="0.6", linewidth=1, label="without jitter, backoff and deputy")
         axes.plot(real[name], linewidth=1, label="the service")
         axes.set_title(f"{name} per second", loc="left", fontsize=9)
         axes.set_ylim(bottom=0)

@@ -138,13 +138,15 @@ class Competing(TestCase):
             self.assertTrue(await deputy.look())
 
     async def test_no_leader_helps(self) -> None:
-        """A process that has heard of no leader for long competes, too."""
+        """A process that has heard of no leader for long competes, too, after a pause of some seconds."""
         with running_valkey() as server:
             deputy = Process(self, server, "deputy")
             await until(lambda: deputy.competes)
             other = Process(self, server, "other")
             await until(lambda: other.looks > 0)
             other.unit.is_deserted = True
+            self.assertFalse(await other.look())
+            other.clock.shift_s += 3
             self.assertTrue(await other.look())
             other.unit.is_deserted = False
             self.assertFalse(await other.look())

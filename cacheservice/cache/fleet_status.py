@@ -22,7 +22,7 @@ class FleetStatus:
         enough, or the start of the process; None for a leader.
     :param valkey_problem: why the Valkey cannot be used; None if it can.
     :param publish_problem: why a leader's results cannot be published; None if they can.
-    :param lead_problem: why this process cannot win a lead; None if it can.
+    :param lead_problem: why this process cannot win a lead; None if it can, or if it does not compete for leads.
     :param lead_changes: how often this process has gained or lost the lead since its start.
     """
 

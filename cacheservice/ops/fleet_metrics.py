@@ -30,7 +30,7 @@ _FAMILIES = (
     _family("cacheservice_cluster_publish_failing", "1 while the results of a leader cannot be published."),
     _family(
         "cacheservice_cluster_can_lead",
-        "1 while the process can win leads: it has a session with the database for them.",
+        "0 while the process competes for leads, and cannot win them.",
     ),
     _family("cacheservice_cluster_lead_changes_total", "How often the process has gained or lost the lead.", "counter"),
 )

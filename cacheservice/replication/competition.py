@@ -2,7 +2,8 @@
 
 A fleet has one leader of a unit and, for all units, one deputy, which competes for the leads of the others and gets
 them as soon as they are free. A process that is neither has no session for leads. It competes nevertheless once no
-leader helps it: if there are neither leader nor deputy, or if it cannot read the Valkey and serves nothing yet.
+leader helps it: if results have not come for long, or if it cannot read the Valkey and serves nothing yet. As that
+happens to all processes at about the same time, each begins at a random moment of some seconds.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from cacheservice.replication.valkey.deputy import Deputy
 
 POLL_S = 1.0
 """Between two renewals of the deputy, or attempts to become it."""
-_PATIENCE_S = 5.0
+PATIENCE_S = 5.0
 """A deputy that cannot win leads for so long lets another process try."""
+SPREAD_S = 5.0
+"""Within which processes that no leader helps begin to compete."""
 _LEAST_AWAY_S, _MOST_AWAY_S = 5.0, 15.0
 
 
@@ -76,6 +79,7 @@ class Competition:
         self._is_deputy = False
         self._able_at = clock.seconds()
         self._away_until = 0.0
+        self._joins_at: float | None = None
 
     def start(self) -> None:
         """Compete from now on, when that is needed."""
@@ -100,9 +104,19 @@ class Competition:
             except CacheServiceError:
                 pass  # the units report it; a process that competes goes on, because it may be the only one that can
             units = self._units()
-            competes = competes or any(unit.has_lead or unit.is_deserted for unit in units.values())
+            joins = self._joins(any(unit.is_deserted for unit in units.values()))
+            competes = competes or joins or any(unit.has_lead for unit in units.values())
             self._leads.compete_for(units if competes else ())
             await self._wakeup.wait(POLL_S)
+
+    def _joins(self, is_deserted: bool) -> bool:
+        """Return whether this process competes because no leader helps it."""
+        now = self._clock.seconds()
+        if not is_deserted:
+            self._joins_at = None
+        elif self._joins_at is None:
+            self._joins_at = now + SPREAD_S * self._random()
+        return self._joins_at is not None and now >= self._joins_at
 
     async def _renew(self) -> None:
         """Become the deputy or stay it, unless this process leads or is away.
@@ -112,10 +126,15 @@ class Competition:
         now = self._clock.seconds()
         if not self._is_deputy or self._leads.problem is None:
             self._able_at = now
-        elif now - self._able_at > _PATIENCE_S:
-            self._away_until = now + _LEAST_AWAY_S + (_MOST_AWAY_S - _LEAST_AWAY_S) * self._random()
+        elif now - self._able_at > PATIENCE_S:
+            self._away_until = now + away_s(self._random)
         if now >= self._away_until and not any(unit.has_lead for unit in self._units().values()):
             self._is_deputy = await self._deputy.renew()
         elif self._is_deputy:
             self._is_deputy = False
             await self._deputy.leave()
+
+
+def away_s(random: Callable[[], float]) -> float:
+    """Return for how long a process that could not win leads does not try to be the deputy."""
+    return _LEAST_AWAY_S + (_MOST_AWAY_S - _LEAST_AWAY_S) * random()
