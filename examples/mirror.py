@@ -6,46 +6,34 @@ import random
 import sys
 import time
 from http.client import HTTPException
-from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+url, path, token = (*sys.argv[1:], "")[:3]
+headers = {"Accept": "application/x-ndjson"} | ({"Authorization": f"Bearer {token}"} if token else {})
+rows, position = {}, ""
 
-def mirror(url, changed, token=""):
-    """Call changed(rows, event) for each complete generation, until the dataset is removed."""
-    rows, position = {}, ""
-    headers = {"Accept": "application/x-ndjson"} | ({"Authorization": f"Bearer {token}"} if token else {})
-    while True:
-        try:
-            # After 30 s without a line, which is three heartbeats, the connection is lost.
-            with urlopen(
-                Request(f"{url}/changes", headers=headers | {"Last-Event-ID": position}), timeout=30
-            ) as stream:
-                pending = []
-                for event in map(json.loads, stream):
-                    if event["event"] == "ended":
-                        return
-                    if event["event"] in ("snapshot", "rows"):
-                        pending.append(event)
-                    elif event["event"] in ("generation", "renewed"):
-                        for each in pending:
-                            rows = {} if each["event"] == "snapshot" else rows | each["put"]
-                            for key in each.get("removed", ()):
-                                rows.pop(key, None)
-                        pending, position = [], event["position"]
-                        changed(rows, event)
-        except (OSError, HTTPException, ValueError) as error:
-            if isinstance(error, HTTPError) and error.code < 500:
-                raise
-            print(f"{error}; trying again", file=sys.stderr)
-        time.sleep(random.uniform(1, 4))
-
-
-def save(rows, event):
-    with open(f"{sys.argv[2]}.new", "w", encoding="utf-8") as file:
-        json.dump(rows, file)
-    os.replace(f"{sys.argv[2]}.new", sys.argv[2])
-    print(f"{event['event']} {event['generation']}: {len(rows)} rows, {event['age_s']:.1f} s old", flush=True)
-
-
-if __name__ == "__main__":
-    mirror(sys.argv[1], save, *sys.argv[3:])
+while True:
+    try:
+        request = Request(f"{url}/changes", headers=headers | {"Last-Event-ID": position})
+        with urlopen(request, timeout=30) as stream:  # a heartbeat comes every 10 s
+            pending = []
+            for event in map(json.loads, stream):
+                if event["event"] == "ended":
+                    sys.exit()
+                if event["event"] in ("snapshot", "rows"):
+                    pending.append(event)
+                if event["event"] in ("generation", "renewed"):  # the pending changes are complete
+                    for change in pending:
+                        if change["event"] == "snapshot":
+                            rows.clear()
+                        rows.update(change.get("put", {}))
+                        for key in change.get("removed", ()):
+                            rows.pop(key, None)
+                    pending, position = [], event["position"]
+                    with open(f"{path}.new", "w", encoding="utf-8") as file:
+                        json.dump(rows, file)
+                    os.replace(f"{path}.new", path)
+                    print(event["event"], event["generation"], len(rows), "rows", event["age_s"], "s old", flush=True)
+    except (OSError, HTTPException, ValueError) as error:
+        print(f"{error}; trying again", file=sys.stderr)
+    time.sleep(random.uniform(1, 4))

@@ -481,7 +481,7 @@ class Service(RealServiceTestCase):
         browser.get(f"http://127.0.0.1:{port}/mirror.html?dataset=products")
 
         def rows() -> dict[str, Any]:
-            text = browser.execute_script("return document.getElementById('rows').textContent")
+            text = browser.execute_script("return document.getElementById('table').textContent")
             return {key: json.loads(row) for key, _, row in (line.partition(" ") for line in text.splitlines())}
 
         self.until_n(rows, "5", 0)
