@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import json
 import os
 import shutil
@@ -38,6 +39,7 @@ from tests.kit.paths import ROOT
 from tests.kit.ports import free_port
 from tests.kit.real_service import RealServiceTestCase
 from tests.kit.waiting import GIVE_UP_S, until, wait_until
+from tests.kit.workers import server_at, workers_of
 
 PATH = "/v1/datasets/products/changes"
 SSE, NDJSON = "text/event-stream", "application/x-ndjson"
@@ -55,6 +57,7 @@ class Follower:
         lines = {"Accept": NDJSON} | {name.replace("_", "-"): value for name, value in headers.items()}
         self._connection.request("GET", path, headers=lines)
         self._socket = self._connection.sock
+        self.address = self._socket.getsockname()
         self.response = self._connection.getresponse()
         self.headers = {name.lower(): value for name, value in self.response.getheaders()}
         assert self.response.status == 200, self.response.read()
@@ -376,8 +379,9 @@ class Service(RealServiceTestCase):
     def sql(self, statement: str) -> None:
         self.server.run_sql(statement, self.database)
 
-    def serve(self, *, saved: bool = False) -> Daemon:
+    def serve(self, *, saved: bool = False, workers: int = 0) -> Daemon:
         more = f'[persistence]\ndirectory = "{self.directory / "saved"}"\nmin_save_interval_s = 0\n' if saved else ""
+        more += f"[workers]\nprocesses = {workers}\n" if workers else ""
         text = self.configuration(more, SHOP).replace("[http]\nport = 0\n", f"[http]\nport = {self.port}\n", 1)
         daemon = self.started(text)
         daemon.wait_until_ready()
@@ -445,6 +449,23 @@ class Service(RealServiceTestCase):
                 daemon.kill()
                 self.sql("UPDATE products SET n = 0")
                 shutil.rmtree(self.directory / "saved", ignore_errors=True)
+
+    def test_workers(self) -> None:
+        """A client that comes back to another worker goes on where it was, without a snapshot."""
+        daemon = self.serve(workers=2)
+        workers = workers_of(daemon.process.pid)
+        follower, served_by = self.follow(), set()
+        for n in itertools.count(1):
+            served_by.add(server_at(follower.address, workers))
+            self.sql(f"UPDATE products SET n = {n} WHERE id = 5")
+            self.until_n(lambda f=follower: f.mirror.rows, "5", n)
+            follower.close()
+            self.sql(f"UPDATE products SET n = {n} WHERE id = 6")
+            if n > 3 and served_by == set(workers):
+                break
+            follower = self.follow(follower.mirror)
+        self.assertEqual(follower.mirror.kinds().count("snapshot"), 1)
+        self.until_same(lambda: self.follow(follower.mirror).mirror.rows)
 
     def test_the_python_example(self) -> None:
         """examples/mirror.py keeps a file in step, also across a restart of the service, and ends with the dataset."""

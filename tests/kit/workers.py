@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -55,10 +56,14 @@ def livez(address: Address) -> socket.socket:
 
 def server_of(client: socket.socket, pids: list[int]) -> int | None:
     """Return the process that has the other end of a connection."""
-    name = client.getsockname()[:2]
+    return server_at(client.getsockname(), pids)
+
+
+def server_at(address: tuple[Any, ...], pids: list[int]) -> int | None:
+    """Return the process that has the other end of the connection with this address of the client."""
     for pid in pids:
         with suppress(psutil.NoSuchProcess):
-            if any(each.raddr[:2] == name for each in psutil.Process(pid).net_connections("tcp") if each.raddr):
+            if any(each.raddr[:2] == address[:2] for each in psutil.Process(pid).net_connections("tcp") if each.raddr):
                 return pid
     return None
 
