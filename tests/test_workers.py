@@ -34,7 +34,7 @@ from tests.kit.logs import Log
 from tests.kit.real_service import RealServiceTestCase
 from tests.kit.resp import Client
 from tests.kit.waiting import GIVE_UP_S, until, wait_until
-from tests.kit.workers import Address, client_of_each, is_over, livez, ping, server_of, workers_of
+from tests.kit.workers import Address, client_of_each, is_over, livez, ping, server_of, slice_ns, workers_of
 
 SECRET = "known only to clients"
 
@@ -103,6 +103,12 @@ class RealWorkers(TestCase):
             {name: len(self.log.named(name)) for name in ("worker_started", "worker_serving", "worker_ended")},
             {"worker_started": 2, "worker_serving": 2, "worker_ended": 0},
         )
+
+    async def test_slices(self) -> None:
+        """Workers have the shortest slices, if the kernel shows them, so that they get a core soon."""
+        await self.begin()
+        slices = {slice_ns(pid) for pid in self.pids}
+        self.assertEqual(slices, {100_000} if slice_ns(1) is not None else {None})
 
     async def test_an_address_in_use(self) -> None:
         """A second service cannot share the address of the first, whether that has workers or not."""

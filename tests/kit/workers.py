@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +23,13 @@ def workers_of(pid: int) -> list[int]:
         children = psutil.Process(pid).children()
         return sorted(child.pid for child in children if not is_over(child.pid) and "workers" in command_of(child.pid))
     return []
+
+
+def slice_ns(pid: int) -> int | None:
+    """Return the length of the slices in which the kernel runs a process; None if it does not show that."""
+    path = Path(f"/proc/{pid}/sched")
+    found = re.search(r"se\.slice\s*:\s*(\d+)", path.read_text()) if path.exists() else None
+    return None if found is None else int(found[1])
 
 
 def command_of(pid: int) -> str:
