@@ -25,9 +25,9 @@ def workers_of(pid: int) -> list[int]:
     return []
 
 
-def slice_ns(pid: int) -> int | None:
-    """Return the length of the slices in which the kernel runs a process; None if it does not show that."""
-    path = Path(f"/proc/{pid}/sched")
+def slice_ns(process: int | str) -> int | None:
+    """Return the length of the slices in which the kernel runs a process, or "thread-self"; None if it does not show that."""
+    path = Path(f"/proc/{process}/sched")
     found = re.search(r"se\.slice\s*:\s*(\d+)", path.read_text()) if path.exists() else None
     return None if found is None else int(found[1])
 
