@@ -26,7 +26,7 @@ def workers_of(pid: int) -> list[int]:
 
 
 def slice_ns(process: int | str) -> int | None:
-    """Return the length of the slices in which the kernel runs a process, or "thread-self"; None if it does not show that."""
+    """Return the length of the slices of a process, or of "thread-self"; None if the kernel does not show it."""
     path = Path(f"/proc/{process}/sched")
     found = re.search(r"se\.slice\s*:\s*(\d+)", path.read_text()) if path.exists() else None
     return None if found is None else int(found[1])
