@@ -53,12 +53,16 @@ class Reading(FleetTestCase):
         self.assertLessEqual(reads, len(published) + 4)
 
     def test_sessions(self) -> None:
-        """Of five processes two have a session for leads: the leader, and the one that waits."""
-        sessions = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'cacheservice leads'"
-        self.start_fleet(processes=5)
+        """Of five processes the leader listens, and it and one that waits have a session for leads."""
+        sessions = (
+            "SELECT application_name, count(*) FROM pg_stat_activity WHERE datname = current_database()"
+            " AND application_name IN ('cacheservice leads', 'cacheservice listens') GROUP BY 1 ORDER BY 1"
+        )
+        expected = [("cacheservice leads", 2), ("cacheservice listens", 1)]
+        self.start_fleet(PRODUCTS + 'notify = "things"\n', processes=5)
         for _ in range(3):
             self.wait_healed()
-            wait_until(lambda: query(self.server, self.database, sessions) == [(2,)], "two sessions")
+            wait_until(lambda: query(self.server, self.database, sessions) == expected, "the sessions")
             leader = self.leader()
             self.kill_now(leader)
             self.fleet.remove(leader)

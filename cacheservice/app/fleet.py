@@ -6,7 +6,7 @@ import os
 import random
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from twisted.application.service import Service
@@ -14,6 +14,7 @@ from twisted.application.service import Service
 from cacheservice.base.interfaces import Log, Reactor
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.drain import Drain
+from cacheservice.cache.events import Event, Noted
 from cacheservice.config import ClusterSettings, valkey_url
 from cacheservice.refresh.service import CacheService
 from cacheservice.replication.cluster import Carried, Cluster
@@ -40,9 +41,17 @@ class FleetPart:
 
     :param access: how sessions are opened, for the leads.
     :param refresh: refreshes what this process leads.
+    :param changed: called when this process begins or ends to refresh a dataset.
     """
 
-    def __init__(self, settings: ClusterSettings, access: Access, refresh: CacheService, process: Process) -> None:
+    def __init__(
+        self,
+        settings: ClusterSettings,
+        access: Access,
+        refresh: CacheService,
+        process: Process,
+        changed: Callable[[], None],
+    ) -> None:
         cache, drain, reactor, log = process
         self._leads = leads = Leads(LeadSettings(settings.prefix), access, cache.database, reactor, log)
         name = settings.name or f"{socket.gethostname()}:{os.getpid()}"
@@ -59,11 +68,21 @@ class FleetPart:
         self._cluster = Cluster(Carried(valkey, settings.prefix, drain.add, reactor), here, fleet, leads)
         leads.notify(LeadObserver(self._cluster.gained, self._cluster.lost))
         refresh.follow_leaders(self._cluster.ask)
+        self._cache = cache
+        self._changed = changed
+        self._refreshed: set[str] = set()
+        cache.events.subscribe(self._noted, Noted)
 
     def services(self) -> Iterator[Service]:
         """Return the services in the order of their start."""
         yield self._cluster
         yield self._leads
+
+    def _noted(self, event: Event) -> None:
+        dataset = self._cache.datasets.get(event.dataset)
+        if dataset is not None and dataset.is_refreshed_here is not (dataset.name in self._refreshed):
+            self._refreshed ^= {dataset.name}
+            self._changed()
 
     def connect_to(self, target: Target, connect_timeout_s: float) -> None:
         """Open sessions with these settings from now on."""

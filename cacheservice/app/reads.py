@@ -80,10 +80,11 @@ class Reads:
             from cacheservice.app import fleet  # noqa: PLC0415  # see above
 
             process = fleet.Process(cache, drain, reactor, log)
-            self._fleet = fleet.FleetPart(settings.cluster, access, self.refresh, process)
+            self._fleet = fleet.FleetPart(settings.cluster, access, self.refresh, process, self._listen)
         self._pruning = Pruning(cache, self.database, reactor, log)
         self._notifications.deliver_to(self.refresh)
-        self._listener.listen_to(self._notifications.channels())
+        if self._fleet is None:
+            self._listen()
         self.database.make_room_by(self._listener.give_up_session)  # with few connections, refreshes have priority
 
     def services(self) -> Iterator[Service]:
@@ -111,9 +112,12 @@ class Reads:
 
     def listen(self) -> None:
         """Listen to the channels that the declared datasets need now."""
-        self._listener.listen_to(self._notifications.channels())
         if self._fleet is not None:
             self._fleet.redeclared()
+        self._listen()
+
+    def _listen(self) -> None:
+        self._listener.listen_to(self._notifications.channels())
 
 
 def _limits(postgres: PostgresSettings) -> Limits:

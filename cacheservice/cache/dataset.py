@@ -55,6 +55,11 @@ class Dataset(Served):
         self.last_ended_at: float | None = None
         self.consecutive_failures = 0
 
+    @property
+    def is_refreshed_here(self) -> bool:
+        """Whether this process reads it from the database, and not only what a leader publishes."""
+        return self.fleet is None or self.fleet.role != "replica"
+
     def age_s(self) -> float | None:
         """Return the age of the served snapshot in seconds; None if the dataset was never loaded."""
         return None if self.snapshot is None else max(0.0, self._now() - self.snapshot.read_at)

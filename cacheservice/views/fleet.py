@@ -18,7 +18,7 @@ def cell(fleet: Fleet | None) -> str:
     if fleet.role != "replica":
         return fleet.role
     behind = f", {plural(fleet.lag_generations, 'generation')} behind" if fleet.lag_generations else ""
-    return f"follows {fleet.leader}{behind}" if fleet.leader else f"replica{behind}"
+    return f"replica{behind}" if fleet.leader in (None, fleet.process) else f"follows {fleet.leader}{behind}"
 
 
 def line(datasets: Iterable[Dataset]) -> list[str]:
@@ -64,6 +64,8 @@ def sentences(name: str, fleet: Fleet | None) -> Iterator[str]:
         )
     elif fleet.leader is None:
         yield f"No leader is known; this process, {fleet.process}, has waited for results for {silent}."
+    elif fleet.leader == fleet.process:
+        yield f"This process, {fleet.process}, led it{epoch}, and has lost the lead; the next leader is not known yet."
     else:
         yield (
             f"{fleet.leader} leads it{epoch}; this process, {fleet.process}, serves the results, the last ones as of "

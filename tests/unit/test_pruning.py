@@ -9,6 +9,7 @@ from twisted.internet.defer import Deferred, fail, succeed
 from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.base.errors import QueryFailed
+from cacheservice.cache.fleet_status import FleetStatus
 from cacheservice.cache.identity import ServerIdentity
 from cacheservice.cache.lag import NO_LAG, Lag
 from cacheservice.config import OWN_CHANNEL
@@ -67,6 +68,15 @@ class Prunes(SynchronousTestCase):
     def logged(self) -> list[str]:
         """The levels of the log's lines about changes that are not deleted."""
         return [level for level, event, _ in self.world.log.lines if event == "changes_not_pruned"]
+
+    def test_of_another_process(self) -> None:
+        """In a fleet only the process that refreshes a watched dataset deletes its changes."""
+        self.world.dataset.note_fleet(FleetStatus("replica", "second"))
+        self.keep(None)
+        self.assertEqual(self.asked_at, [])
+        self.world.dataset.note_fleet(FleetStatus("leader", "second"))
+        self.keep(None)
+        self.assertEqual(self.asked_at, [120])
 
     def test_until_it_is_done(self) -> None:
         """While a call deletes as many as it may, another follows, and then the next minute's."""

@@ -323,6 +323,10 @@ class Why(SynchronousTestCase):
                 replace(replica, leader=None, epoch=None, leader_silent_s=5.0),
             ),
             (
+                "This process, cache-2, led it, epoch 17, and has lost the lead; the next leader is not known yet.",
+                replace(replica, leader="cache-2"),
+            ),
+            (
                 "The leader has published 2 generations that this process lacks.",
                 replace(replica, lag_generations=2),
             ),

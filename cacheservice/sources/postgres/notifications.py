@@ -38,8 +38,11 @@ class Notifications:
         self._receivers.append(receiver)
 
     def channels(self) -> set[str]:
-        """Return the LISTEN channels of the datasets, and the service's own channel if a table is watched."""
-        declared = [dataset.settings for dataset in self._cache.datasets.values()]
+        """Return the LISTEN channels of the datasets, and the service's own channel if a table is watched.
+
+        Changes of datasets that another process refreshes do not matter here.
+        """
+        declared = [dataset.settings for dataset in self._cache.datasets.values() if dataset.is_refreshed_here]
         named = {settings.notify for settings in declared if settings.notify}
         return named | {OWN_CHANNEL} if any(settings.watch for settings in declared) else named
 

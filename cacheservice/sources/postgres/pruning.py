@@ -63,8 +63,9 @@ class Pruning(Service):
 
     async def _prune(self) -> None:
         """Delete recorded changes that are not needed any more. A failure does not end the loop."""
-        if not any(dataset.settings.watch for dataset in self._cache.datasets.values()):
-            return
+        datasets = self._cache.datasets.values()
+        if not any(dataset.settings.watch and dataset.is_refreshed_here for dataset in datasets):
+            return  # in a fleet, the leader deletes them
         status = self._cache.database
         can_delete = status.server is None or not status.server.in_recovery
         total, until = 0, self._clock.seconds() + _INTERVAL_S / 2
