@@ -20,27 +20,25 @@ class Operator:
 
         :raises NothingToPin: if a dataset serves nothing yet.
         """
-        for dataset, _, _ in self._members:
+        for dataset, _ in self._members:
             if dataset.snapshot is None:
                 raise NothingToPin(f"{dataset.name} has not been loaded yet")
-        for dataset, log, _ in self._members:
+        for dataset, log in self._members:
             dataset.pin()
             log.info("dataset_pinned")
         return [member.dataset.name for member in self._members]
 
     def unpin(self) -> list[str]:
         """Serve the newest results, and those that follow. Return the names."""
-        for dataset, log, expiry in self._members:
+        for dataset, log in self._members:
             served = dataset.snapshot
             dataset.unpin()
             log.info("dataset_unpinned", published=dataset.snapshot is not served)
-            if dataset.snapshot is not served:
-                expiry.published()
         return [member.dataset.name for member in self._members]
 
     def roll_back(self, saved: Sequence[Snapshot]) -> None:
         """Serve saved snapshots, one of each dataset, and pin them."""
-        for (dataset, log, expiry), snapshot in zip(self._members, saved, strict=True):
+        for (dataset, log), snapshot in zip(self._members, saved, strict=True):
             dataset.roll_back(snapshot)
             log.info(
                 "dataset_rolled_back",
@@ -48,4 +46,3 @@ class Operator:
                 generation=dataset.snapshot.generation if dataset.snapshot else None,
                 rows=snapshot.rows.count,
             )
-            expiry.published()

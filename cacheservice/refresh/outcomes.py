@@ -44,9 +44,6 @@ class Outcomes:
         self._status.seen(moment.server, moment.lag)
         for result, comparison in zip(results, comparisons, strict=True):
             self._publish_one(result, comparison, this, queued_s)
-        for member in self._members:
-            if not member.dataset.pinned:
-                member.expiry.published()
 
     def _publish_one(self, result: Result, comparison: Comparison, this: Try, queued_s: float) -> None:
         dataset, rows = result.dataset, result.rows
@@ -121,7 +118,7 @@ class Outcomes:
             self._status.failed(str(error), login_refused=isinstance(error, LoginRefused))
         else:
             self._status.answered()
-        for dataset, log, _ in self._members:
+        for dataset, log in self._members:
             dataset.attempted(this.ended("failed", took_s, None, str(error), advice=error.advice, blockers=blockers))
             log.warning(
                 "refresh_failed",
@@ -135,7 +132,7 @@ class Outcomes:
 
     def withdraw_what_is_elsewhere(self) -> None:
         """Stop serving what was saved from another database, once this one is reached."""
-        for dataset, log, _ in self._members:
+        for dataset, log in self._members:
             served = dataset.snapshot
             if served is None or served.source != "disk":
                 continue

@@ -57,7 +57,7 @@ class Refresher:
         self.datasets = tuple(datasets)
         self._shared = shared
         self._clock = shared.process.clock
-        self._members = members_of(datasets, shared.process.clock, shared.process.log)
+        self._members = members_of(datasets, shared.process.log)
         self._statuses = Statuses(self.datasets, shared.process.clock)
         self._outcomes = Outcomes(self._members, self._statuses, shared.status, shared.process.clock)
         self.operator = Operator(self._members)
@@ -76,8 +76,6 @@ class Refresher:
 
         :param stretch: multiplies the interval.
         """
-        for member in self._members:
-            member.expiry.published()  # a restored snapshot, or one that is still served
         now = self._clock.seconds()
         self._statuses.started()
         self._timetable.stretch(stretch, self.datasets[0].settings)
@@ -87,9 +85,6 @@ class Refresher:
 
     def settings_changed(self) -> None:
         """Apply changed settings. A running attempt keeps the old ones."""
-        if not self._timetable.is_new:
-            for member in self._members:
-                member.expiry.published()
         planned_at = self._timetable.settings_changed(self.datasets[0].settings, self._clock.seconds())
         if planned_at is None:
             return
@@ -157,7 +152,7 @@ class Refresher:
 
     def _tick(self, due: int) -> None:
         started = self._timetable.interval_began()
-        for dataset, log, _ in self._members:
+        for dataset, log in self._members:
             # The starts that came while the reactor was blocked, and this one.
             dataset.counts.count_missed(due - 1 + (started is None))
             if started is None:
@@ -174,8 +169,6 @@ class Refresher:
 
     def _forget_plans(self) -> None:
         self._starts.stop()
-        for member in self._members:
-            member.expiry.stop()
         self._statuses.planned(None)
 
     def _notifiable(self) -> Notifiable:

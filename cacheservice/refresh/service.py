@@ -15,6 +15,7 @@ from cacheservice.cache.dataset import Dataset
 from cacheservice.config import DatasetSettings, groups
 from cacheservice.refresh.budget import Budget
 from cacheservice.refresh.bursts import Bursts
+from cacheservice.refresh.expiry import Expiries
 from cacheservice.refresh.history import History
 from cacheservice.refresh.lives import Lives
 from cacheservice.refresh.process import Process
@@ -70,12 +71,14 @@ class CacheService(Service):
         shared = Shared(process, source, cache.database, self._slots, heard_all)
         self._refreshers = Registry(shared, self._groups(dataset.settings for dataset in cache.datasets.values()))
         self._lives = Lives(self._refreshers, cache, history, process, self._tasks)
+        self._expiries = Expiries(cache, process.clock, process.log)
 
     def _groups(self, declared: Iterable[DatasetSettings]) -> list[list[Dataset]]:
         return [[self._cache.dataset(settings.name) for settings in group] for group in groups(declared)]
 
     def startService(self) -> None:
         super().startService()
+        self._expiries.start()
         self._lives.start(self._refreshers.each())
 
     def follow_leaders(self, ask: Callable[[str], object]) -> None:
@@ -157,6 +160,7 @@ class CacheService(Service):
         super().stopService()
         self._stopping = True
         self._bursts.stop()
+        self._expiries.stop()
         self._tasks.cancel()
         self._slots.stop()
         stopped = DeferredList([refresher.stop() for refresher in {*self._refreshers.each(), *self._lives.ending}])

@@ -16,7 +16,7 @@ from cacheservice.cache.dataset import Dataset, State
 from cacheservice.cache.events import Ended, Published, Renewed
 from cacheservice.cache.refresh_status import Phase
 from cacheservice.sources.base import Moment, ReadResult, Unchanged
-from tests.kit.datasets import MOMENT
+from tests.kit.datasets import MOMENT, rows_of, snapshot_of
 from tests.kit.refreshes import BLOCKER, START_S, Read, RefreshTestCase, World
 
 
@@ -647,7 +647,7 @@ class Expiry(RefreshTestCase):
         world.database.last.complete()
         events = ["dataset_expired", "dataset_recovered"]
         self.assertEqual(world.log.names(*events), events)
-        self.assert_last_line(world, "info", "dataset_recovered", {"dataset": "products"})
+        self.assertIn(("info", "dataset_recovered", {"dataset": "products"}), world.log.lines)
         for at in (660, 720, 780):
             world.advance_to(at)
             world.database.last.complete()
@@ -663,6 +663,18 @@ class Expiry(RefreshTestCase):
         self.assertEqual(world.dataset.state(), State.EXPIRED)
         expired = {"dataset": "products", "age_s": 180.001, "max_age_s": 180.0}
         self.assertIn(("warning", "dataset_expired", expired), world.log.lines)
+
+    def test_of_another_process(self) -> None:
+        """What a leader publishes expires and recovers in the log of a process that never reads, too."""
+        world = World()
+        world.service.follow_leaders(lambda name: None)
+        world.service.startService()
+        self.addCleanup(self.stop, world)
+        world.dataset.publish(snapshot_of(rows_of({}), 1, world.clock.seconds()))
+        world.advance(181)
+        world.dataset.publish(snapshot_of(rows_of({}), 2, world.clock.seconds()))
+        self.assertEqual(world.log.names(), ["dataset_expired", "dataset_recovered"])
+        self.assertEqual(world.database.reads, [])
 
     def test_no_recovery_by_what_has_expired(self) -> None:
         """A snapshot that took longer to read than it may be old is not a recovery; only a good one is."""
