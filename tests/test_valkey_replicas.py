@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from os import urandom
 from random import Random
 
 from twisted.internet import reactor
 from twisted.internet.task import deferLater
 from twisted.trial.unittest import TestCase
 
-from cacheservice.base.errors import CacheServiceError
+from cacheservice.base.errors import CacheServiceError, SnapshotRejected
 from cacheservice.cache.events import Event, Published
 from cacheservice.replication.valkey import chains, compactor
 from cacheservice.replication.valkey.chains import KEPT_DELTAS
@@ -86,6 +87,29 @@ class Fleet(TestCase):
             late = Machine(self, server, "late")
             await late.follow(leader)
             self.assertEqual(late.moments, [(KEPT_DELTAS + 11, 0), (KEPT_DELTAS + 11, 1)])
+
+    async def test_a_large_snapshot_that_is_damaged(self) -> None:
+        """It is refused, whether a part of it is changed or missing, and nothing has changed."""
+        with running_valkey() as server:
+            leader, replica = Machine(self, server, "leader"), Machine(self, server, "replica")
+            leader.serve("products", rows_of((b"%d" % number, urandom(512)) for number in range(4000)))
+            leader.serve("prices", numbered_rows(5))
+            await leader.lead()
+            piece = (await leader.published("products")).snapshot
+            self.assertGreater(piece.chunks, 3)
+            second, third = (leader.store.names.chunk(piece, number).decode() for number in (1, 2))
+            for damage, error in (
+                (("SETRANGE", second, "400000", "damaged"), "a checksum before byte [0-9]+ is wrong"),
+                (("DEL", third), "2: it is not there any more"),
+            ):
+                server.cli(*damage)
+                with self.assertRaisesRegex(SnapshotRejected, error):
+                    await replica.replica.load()
+                self.assertEqual(replica.tables(), {})
+                self.assertIn("feed_broken", replica.log.names())
+            leader.serve("products", numbered_rows(10))
+            await leader.published("products")
+            await replica.follow(leader)
 
     async def test_another_leader(self) -> None:
         """A replica takes the lead and goes on with deltas; the leader before it is fenced, and publishes nothing."""

@@ -64,7 +64,7 @@ class Machine:
         clocks = Clocks(self.clock, lambda: 2e9 + self.clock.seconds(), Host(name, name), self.clock.seconds)
         self.here = Here(name, self.cache, clocks, self.clock, self.log, Random(1).random)
         self.store = store(valkey, Names("cs", "group/shop"), self.clock)
-        self.replica = Replica(NAMES, self.store, self.here, lambda _: None)
+        self.replica = Replica(NAMES, self.store, self.here, lambda _: None, reactor)
         self.publisher: Publisher | None = None
         self.fenced: list[Fenced] = []
         self.moments: list[tuple[int, ...]] = []

@@ -9,8 +9,10 @@ follows the one that the writer knows, and that all pieces are there, because a 
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import NamedTuple
 
 from twisted.internet.defer import CancelledError, Deferred
@@ -24,6 +26,9 @@ from cacheservice.replication.valkey.client import Valkey
 from cacheservice.replication.valkey.manifest import Manifest, Names, Piece, from_bytes
 
 CHUNK_BYTES = 512 * 1024
+_AHEAD = 2
+"""Parts that are requested while one is applied. More would have to wait for one another on a slow network, and each
+reply has two seconds."""
 _UNPUBLISHED_S = 600.0
 """How long the server keeps parts that are not published: those of a writer that failed must not fill it."""
 
@@ -204,21 +209,38 @@ class Store:
         self.leader = _leader(epoch, leader)
         return None if data is None else self._manifest(data)
 
-    async def read(self, piece: Piece) -> AsyncIterator[bytes]:
-        """Yield the parts of a piece.
+    async def read(self, pieces: Sequence[Piece]) -> AsyncGenerator[tuple[Piece, bytes]]:
+        """Yield the parts of pieces; the next two are requested meanwhile. Close the generator in the end.
 
-        :raises SnapshotRejected: if a part is missing, or has another length; the piece has been superseded.
+        :raises SnapshotRejected: if a part is missing, or a piece has another length; it has been superseded.
         """
+        parts = ((piece, number) for piece in pieces for number in range(piece.chunks))
+        ahead: deque[tuple[Piece, int, Deferred[object]]] = deque()
         size_bytes = 0
-        for number in range(piece.chunks):
-            key = self.names.chunk(piece, number)
-            data = await self._valkey.run(key, "GET", key)
-            if not isinstance(data, bytes):
-                raise SnapshotRejected(f"{key.decode()}: it is not there any more")
-            size_bytes += len(data)
-            yield data
-        if size_bytes != piece.size_bytes:
-            raise SnapshotRejected(f"{self.names.head.decode()}: generation {piece.generation} has another length")
+        try:
+            while True:
+                for piece, number in islice(parts, 1 + _AHEAD - len(ahead)):
+                    ahead.append((piece, number, Deferred.fromCoroutine(self._part(piece, number))))
+                if not ahead:
+                    return
+                piece, number, part = ahead.popleft()
+                data = await part
+                if not isinstance(data, bytes):
+                    raise SnapshotRejected(f"{self.names.chunk(piece, number).decode()}: it is not there any more")
+                size_bytes = len(data) + (size_bytes if number else 0)
+                if number + 1 == piece.chunks and size_bytes != piece.size_bytes:
+                    raise SnapshotRejected(
+                        f"{self.names.head.decode()}: generation {piece.generation} has another length"
+                    )
+                yield piece, data
+        finally:
+            for _, _, part in ahead:
+                part.addErrback(_ignored)
+                part.cancel()
+
+    async def _part(self, piece: Piece, number: int) -> object:
+        key = self.names.chunk(piece, number)
+        return await self._valkey.run(key, "GET", key)
 
     async def ask(self, least: Mapping[str, int]) -> None:
         """Ask the leader for a refresh, and for greater generations than these."""
