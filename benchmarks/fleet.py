@@ -1,7 +1,11 @@
 """What a fleet costs PostgreSQL, how soon a commit is read on every process, and how soon a new process serves.
 
-Five processes of a fleet against one service without a Valkey, on one server, each side with a database of its own.
-PostgreSQL's time is `active_time` of pg_stat_database: what its sessions spent in statements.
+Five processes of a fleet against one service without a Valkey, at the same time, each side with a PostgreSQL of its
+own. PostgreSQL's time is the processor time of all its processes, also of those that have ended, between two moments
+at which no query runs, divided by the number of reads between them.
+
+Commits are read on every process by GETs a millisecond apart. A commit follows the one before after PAUSE_S, so that
+the machine does not compute all the time.
 """
 
 from __future__ import annotations
@@ -11,7 +15,8 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
+from pathlib import Path
 from random import Random
 from statistics import median
 
@@ -19,8 +24,8 @@ import hiredis
 import psycopg2
 
 from benchmarks.figures import limit, mib, ms, percentile, print_figures, spread
-from benchmarks.products import TABLE, server_with_products
-from benchmarks.service import ROOT, RunningService, memory_bytes, running_service
+from benchmarks.products import TABLE, own_server
+from benchmarks.service import ROOT, RunningService, memory_bytes, running_service, scheduled_s
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.sources.postgres.migrate import migrate
 from cacheservice.sources.postgres.watch import watch
@@ -32,8 +37,10 @@ MOST_START_RATIO = 0.5
 
 _WATCHED = {"watch": [{"table": "public.products", "key": "id"}]}
 _INTERVAL_S = 2.0
-_SETTLE_S = 2.0
-_PAUSE_S = 0.0005
+_INTERVALS = 5
+_SETTLE_S = 3.0
+PAUSE_S = 0.1
+_POLL_S = 0.001
 _GIVE_UP_S = 120.0
 
 Figure = tuple[str, str, str, str]
@@ -44,11 +51,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--processes", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=5, help="of intervals, and of starts")
-    parser.add_argument("--commits", type=int, default=200)
+    parser.add_argument("--commits", type=int, default=400)
     options = parser.parse_args()
-    with server_with_products(options.rows) as server, running_valkey() as valkey:
+    with own_server() as server, running_valkey() as valkey:
         rows = [
-            *database_time(server, valkey, options.rows, options.processes, options.rounds),
+            *database_time(valkey, options.rows, options.processes, options.rounds),
             *visible(server, valkey, options.rows, options.processes, options.commits),
             *starts(server, valkey, options.rows, options.rounds),
         ]
@@ -73,38 +80,78 @@ def clustered(valkey: ValkeyServer, prefix: str) -> str:
     return f'\n[cluster]\nenabled = true\nvalkey_url = "redis://{valkey.address}"\nprefix = "{prefix}"\n'
 
 
-def database_time(
-    server: EmbeddedPostgres, valkey: ValkeyServer, rows: int, processes: int, rounds: int
-) -> Iterator[Figure]:
+class Side:
+    """A PostgreSQL of our own, with the table."""
+
+    def __init__(self, stack: ExitStack, name: str, rows: int) -> None:
+        self._server = stack.enter_context(own_server())
+        self.dsn = stack.enter_context(database(self._server, name, rows))
+        self._session = stack.enter_context(closing(psycopg2.connect(self.dsn)))
+        self._session.autocommit = True
+
+    def _value(self, query: str) -> int:
+        with self._session.cursor() as cursor:
+            cursor.execute(query)
+            return int(cursor.fetchone()[0])
+
+    def sessions(self) -> int:
+        return self._value("SELECT count(*) - 1 FROM pg_stat_activity WHERE backend_type = 'client backend'")
+
+    def reads(self) -> int:
+        """The full reads so far, once no query runs."""
+        active = "SELECT count(*) - 1 FROM pg_stat_activity WHERE state <> 'idle' AND datname = current_database()"
+        while self._value(active):
+            time.sleep(0.02)
+        return self._value("SELECT seq_scan FROM pg_stat_user_tables WHERE relname = 'products'")
+
+    def cpu_s(self) -> float:
+        """Seconds that its processes have computed, without our own session."""
+        postmaster = self._server.pid
+        assert postmaster is not None, "it runs"
+        fields = Path(f"/proc/{postmaster}/stat").read_text().rpartition(")")[2].split()
+        total = (int(fields[13]) + int(fields[14])) / os.sysconf("SC_CLK_TCK")  # of the processes that have ended
+        running = Path(f"/proc/{postmaster}/task/{postmaster}/children").read_text().split()
+        for pid in (postmaster, *map(int, running)):
+            if pid != self._session.info.backend_pid:
+                with suppress(OSError):
+                    total += scheduled_s(pid)
+        return total
+
+
+def database_time(valkey: ValkeyServer, rows: int, processes: int, rounds: int) -> Iterator[Figure]:
     """PostgreSQL's time in each interval, with full reads."""
     rows = min(rows, 200_000)
-
-    def active_ms(name: str) -> float:
-        return float(server.run_sql(f"SELECT active_time FROM pg_stat_database WHERE datname = '{name}'"))
-
     with ExitStack() as stack:
+        sides = {name: Side(stack, name, rows) for name in ("one", "fleet")}
         for name, count, more in (("one", 1, ""), ("fleet", processes, clustered(valkey, "time"))):
-            dsn = stack.enter_context(database(server, name, rows))
             for _ in range(count):
+                dsn = sides[name].dsn
                 stack.enter_context(running_service(dsn, dataset={"interval_s": _INTERVAL_S}, more=more, wait=False))
-        time.sleep(_SETTLE_S)
-        spent: dict[str, list[float]] = {"one": [], "fleet": []}
+        time.sleep(2 * _SETTLE_S)
+        spent: dict[str, list[float]] = {name: [] for name in sides}
+        begins = {name: (side.reads(), side.cpu_s()) for name, side in sides.items()}
+        before = begins
         for number in range(rounds):
-            before = {name: active_ms(name) for name in spent}
-            time.sleep(3 * _INTERVAL_S)
-            for name, each in spent.items():
-                each.append((active_ms(name) - before[name]) / 3)
-            print(
-                f"round {number}: " + ", ".join(f"{name} {each[-1]:.1f} ms" for name, each in spent.items()), flush=True
-            )
+            time.sleep(_INTERVALS * _INTERVAL_S)
+            now = {name: (side.reads(), side.cpu_s()) for name, side in sides.items()}
+            shown = []
+            for name in sides:
+                reads, cpu_s = (new - old for new, old in zip(now[name], before[name], strict=True))
+                spent[name].append(1000 * cpu_s / reads)
+                shown.append(f"{name} {spent[name][-1]:.1f} ms of {reads} reads")
+            before = now
+            print(f"round {number}: " + ", ".join(shown), flush=True)
+        sessions = {name: side.sessions() for name, side in sides.items()}
     ratios = [new / old for new, old in zip(spent["fleet"], spent["one"], strict=True)]
-    shown = f"one {spread(spent['one'])} ms"
+    reads = [before[name][0] - begins[name][0] for name in ("fleet", "one")]
+    total = {name: (before[name][1] - begins[name][1]) / (before[name][0] - begins[name][0]) for name in sides}
     yield (
-        f"PostgreSQL's time per interval, {processes} to 1",
-        spread(ratios),
-        shown,
-        limit(median(ratios), MOST_DATABASE_RATIO, ""),
+        f"PostgreSQL's CPU per interval, {processes} to 1, {reads[0]} and {reads[1]} intervals",
+        f"{total['fleet'] / total['one']:.3f}; rounds {spread(ratios)}",
+        f"one {1000 * total['one']:.1f} ms",
+        limit(total["fleet"] / total["one"], MOST_DATABASE_RATIO, ""),
     )
+    yield "sessions at PostgreSQL", f"{sessions['fleet']}", f"one {sessions['one']}", ""
 
 
 def visible(
@@ -131,14 +178,15 @@ def visible(
                 cursor.execute("UPDATE products SET stock = stock + 1 WHERE id = %s", (key,))
             writer.commit()
             began_at = time.perf_counter()
-            while waiting:
-                waiting = [(client, old) for client, old in waiting if exchanged(client, request) == old]
+            while waiting := [(client, old) for client, old in waiting if exchanged(client, request) == old]:
                 assert time.perf_counter() < began_at + _GIVE_UP_S, "the change does not arrive"
-                time.sleep(_PAUSE_S)
+                time.sleep(_POLL_S)
             took.append(time.perf_counter() - began_at)
+            time.sleep(PAUSE_S)
         memory = [memory_bytes(service.pid) for service in services]
     p99 = percentile(took, 99)
-    shown = f"p50 {ms(percentile(took, 50))}, most {ms(max(took))}"
+    pace = len(took) / (sum(took) + len(took) * PAUSE_S)
+    shown = f"p50 {ms(percentile(took, 50))}, max {ms(max(took))}; {pace:.1f} commits/s"
     yield f"commit to a read on {processes} processes, p99", ms(p99), shown, limit(p99 * 1000, 100, " ms")
     yield "memory of a process", mib(median(memory)), f"{rows:,} rows", ""
 

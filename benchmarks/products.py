@@ -26,16 +26,23 @@ VACUUM (ANALYZE, FREEZE) products;
 
 
 @contextmanager
-def server_with_products(rows: int) -> Iterator[EmbeddedPostgres]:
-    """A PostgreSQL of our own whose database `postgres` holds the table, all of it in its buffers."""
+def own_server() -> Iterator[EmbeddedPostgres]:
+    """An empty PostgreSQL of our own."""
     directory = Path(tempfile.mkdtemp(prefix="cacheservice-benchmarks-"))
     server = EmbeddedPostgres(directory, settings={"shared_buffers": "512MB"})
     try:
         server.start()
-        server.run_sql(TABLE.format(rows=rows))
-        document_bytes = float(server.run_sql("SELECT avg(octet_length(row_to_json(p)::text)) FROM products p"))
-        print(f"{rows:,} rows, documents of {document_bytes:.0f} bytes on average\n", flush=True)
         yield server
     finally:
         server.stop("immediate")
         shutil.rmtree(directory)
+
+
+@contextmanager
+def server_with_products(rows: int) -> Iterator[EmbeddedPostgres]:
+    """A PostgreSQL of our own whose database `postgres` holds the table, all of it in its buffers."""
+    with own_server() as server:
+        server.run_sql(TABLE.format(rows=rows))
+        document_bytes = float(server.run_sql("SELECT avg(octet_length(row_to_json(p)::text)) FROM products p"))
+        print(f"{rows:,} rows, documents of {document_bytes:.0f} bytes on average\n", flush=True)
+        yield server

@@ -74,7 +74,7 @@ class Process:
         clocks = Clocks(clock, lambda: 2e9 + monotonic.seconds(), Host(name, name), monotonic.seconds)
         here = Here(name, self.cache, clocks, clock, Log(), Random(1).random)
         store = Store(valkey, Names("cs", "dataset/products"), clock)
-        self.replica = Replica(("products",), store, here, lambda _: None)
+        self.replica = Replica(("products",), store, here, lambda _: None, reactor)
         self.lead_problem: str | None = None
         self.refreshing = Refreshing()
         fleet = Fleet(self.refreshing, lambda: True, lambda _: None, fallback_after_s, lambda: 1e9, self._looked)

@@ -2,118 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from os import urandom
 from random import Random
 
 from twisted.internet import reactor
 from twisted.internet.task import deferLater
 from twisted.trial.unittest import TestCase
 
-from cacheservice.base import clock as monotonic
-from cacheservice.base.clock import Host
-from cacheservice.base.errors import CacheServiceError
-from cacheservice.base.interfaces import Clock
-from cacheservice.cache.cache import Cache
+from cacheservice.base.errors import CacheServiceError, SnapshotRejected
 from cacheservice.cache.events import Event, Published
-from cacheservice.cache.rows import Rows, RowsPatch
-from cacheservice.config.valkey_url import parse
-from cacheservice.replication.valkey.client import Valkey
+from cacheservice.replication.valkey import chains, compactor
+from cacheservice.replication.valkey.chains import KEPT_DELTAS
 from cacheservice.replication.valkey.errors import ValkeyDown
-from cacheservice.replication.valkey.manifest import Names
-from cacheservice.replication.valkey.publisher import MOST_DELTAS, Here, Publisher
-from cacheservice.replication.valkey.replica import Replica
-from cacheservice.replication.valkey.store import Fenced, Lead, Store
-from cacheservice.sources.frames.clocks import Clocks
-from tests.kit.datasets import Table, declared, numbered_rows, rows_of, snapshot_of, table_of
-from tests.kit.logs import Log
+from cacheservice.replication.valkey.manifest import Member, Piece
+from tests.kit.datasets import Table, declared, numbered_rows, rows_of, table_of
+from tests.kit.machines import LONG_S, NAMES, Machine
 from tests.kit.valkey import ValkeyServer, running_valkey
 from tests.kit.waiting import until
-
-LONG_S = 30.0
-NAMES = ("products", "prices")
-
-
-class ClockOf(Clock):
-    """The monotonic clock of a machine: another zero than that of others."""
-
-    def __init__(self, ahead_s: float) -> None:
-        self._ahead_s = ahead_s
-        self.callLater = reactor.callLater
-
-    def seconds(self) -> float:
-        return monotonic.seconds() + self._ahead_s
-
-
-class Machine:
-    """A process on a machine of its own: a cache, and a connection to the Valkey.
-
-    :param ahead_s: its clocks go ahead of those of the first machine.
-    """
-
-    def __init__(
-        self, test: TestCase, server: ValkeyServer, name: str, ahead_s: float = 0.0, group: str = "shop"
-    ) -> None:
-        self.clock = ClockOf(ahead_s)
-        self.log = Log()
-        self.cache = Cache([declared(each, group="shop") for each in NAMES], self.clock.seconds)
-        valkey = Valkey(parse(f"redis://{server.address}"), reactor, LONG_S)
-        test.addCleanup(deferLater, reactor, 0.01)
-        test.addCleanup(valkey.close)
-        clocks = Clocks(self.clock, lambda: 2e9 + self.clock.seconds(), Host(name, name), self.clock.seconds)
-        self.here = Here(name, self.cache, clocks, self.clock, self.log, Random(1).random)
-        self.store = Store(valkey, Names("cs", "group/shop"), self.clock)
-        self.replica = Replica(NAMES, self.store, self.here, lambda _: None)
-        self.publisher: Publisher | None = None
-        self.fenced: list[Fenced] = []
-        self.moments: list[tuple[int, ...]] = []
-        self.cache.events.subscribe(self._published, Published)
-        test.addCleanup(self.stop)
-
-    def _published(self, event: Event) -> None:
-        self.moments.append(tuple(self.cache.dataset(name).last_generation for name in NAMES))
-
-    def stop(self) -> None:
-        if self.publisher is not None:
-            self.publisher.stop()
-
-    async def lead(self, epoch: int = 1) -> Lead:
-        lead = await self.store.take_lead(self.here.name, epoch)
-        self.publisher = Publisher(NAMES, self.store, self.here, lead, self.replica.loaded, self.fenced.append)
-        self.publisher.start()
-        return lead
-
-    def serve(self, name: str, rows: Rows, patch: RowsPatch | None = None, age_s: float = 0.0) -> None:
-        dataset = self.cache.dataset(name)
-        snapshot = snapshot_of(rows, dataset.last_generation + 1, self.clock.seconds() - age_s)
-        dataset.publish(snapshot, None if patch is None else patch.delta)
-
-    def change(self, name: str, key: bytes, document: bytes | None) -> None:
-        patch = RowsPatch(self.rows(name))
-        if document is None:
-            patch.remove(key)
-        else:
-            patch.put(key, document)
-        self.serve(name, patch.finish(), patch)
-
-    def rows(self, name: str) -> Rows:
-        snapshot = self.cache.dataset(name).snapshot
-        assert snapshot is not None
-        return snapshot.rows
-
-    def tables(self) -> dict[str, tuple[int, Table]]:
-        served = {name: self.cache.dataset(name) for name in NAMES}
-        return {
-            name: (dataset.snapshot.generation, table_of(dataset.snapshot.rows))
-            for name, dataset in served.items()
-            if dataset.snapshot is not None
-        }
-
-    async def follow(self, leader: Machine) -> None:
-        """Load until it serves what the leader does."""
-        while self.tables() != leader.tables():
-            await self.replica.load()
-            await deferLater(reactor, 0.002)
 
 
 class Fleet(TestCase):
@@ -165,30 +72,44 @@ class Fleet(TestCase):
                 self.assertIsNone(replica.cache.dataset(name).snapshot.age_uncertain)  # type: ignore[union-attr]
 
     async def test_a_replica_that_starts_late(self) -> None:
-        """It gets the snapshot and the deltas since; after many deltas there is a new snapshot."""
+        """It gets the snapshot and the deltas since; after many deltas of few rows there is a new snapshot."""
         with running_valkey() as server:
             leader = Machine(self, server, "leader")
-            leader.serve("products", numbered_rows(30_000))
+            leader.serve("products", numbered_rows(1000))
             leader.serve("prices", numbered_rows(5))
             await leader.lead()
-            pieces = 0
-            for number in range(MOST_DELTAS + 10):
-                leader.change("products", b"%d" % number, b"new")
-                moment = number + 2
-
-                async def published(moment: int = moment) -> bool:
-                    manifest = await leader.store.current()
-                    return manifest is not None and manifest.members["products"].generation >= moment
-
-                while not await published():
-                    await deferLater(reactor, 0.001)
-                manifest = await leader.store.current()
-                assert manifest is not None
-                pieces = max(pieces, len(manifest.members["products"].pieces))
-            self.assertEqual(pieces, MOST_DELTAS + 1)
+            pieces = []
+            for number in range(KEPT_DELTAS + 10):
+                leader.change("products", b"1", b"%d" % number)
+                pieces.append(len((await leader.published("products")).pieces))
+            self.assertLessEqual(max(pieces), KEPT_DELTAS + 1)
+            self.assertIn(1, pieces)
             late = Machine(self, server, "late")
             await late.follow(leader)
-            self.assertEqual(late.moments, [(MOST_DELTAS + 11, 0), (MOST_DELTAS + 11, 1)])
+            self.assertEqual(late.moments, [(KEPT_DELTAS + 11, 0), (KEPT_DELTAS + 11, 1)])
+
+    async def test_a_large_snapshot_that_is_damaged(self) -> None:
+        """It is refused, whether a part of it is changed or missing, and nothing has changed."""
+        with running_valkey() as server:
+            leader, replica = Machine(self, server, "leader"), Machine(self, server, "replica")
+            leader.serve("products", rows_of((b"%d" % number, urandom(512)) for number in range(4000)))
+            leader.serve("prices", numbered_rows(5))
+            await leader.lead()
+            piece = (await leader.published("products")).snapshot
+            self.assertGreater(piece.chunks, 3)
+            second, third = (leader.store.names.chunk(piece, number).decode() for number in (1, 2))
+            for damage, error in (
+                (("SETRANGE", second, "400000", "damaged"), "a checksum before byte [0-9]+ is wrong"),
+                (("DEL", third), "2: it is not there any more"),
+            ):
+                server.cli(*damage)
+                with self.assertRaisesRegex(SnapshotRejected, error):
+                    await replica.replica.load()
+                self.assertEqual(replica.tables(), {})
+                self.assertIn("feed_broken", replica.log.names())
+            leader.serve("products", numbered_rows(10))
+            await leader.published("products")
+            await replica.follow(leader)
 
     async def test_another_leader(self) -> None:
         """A replica takes the lead and goes on with deltas; the leader before it is fenced, and publishes nothing."""
@@ -282,6 +203,30 @@ class Fleet(TestCase):
 
     async def test_any_order(self) -> None:
         """Random publishes, lost servers and late loads: replicas serve moments of the leader only, and at last all."""
+        await self.any_order()
+
+    async def test_any_order_with_chains_that_are_replaced(self) -> None:
+        """The same while pieces are replaced by snapshots and by merges all the time."""
+        self.patch(chains, "SMALL_BYTES", 0)
+        self.patch(chains, "KEPT_DELTAS", 3)
+        self.patch(chains, "MERGED_DELTAS", 2)
+        self.patch(chains, "_ENDLESS_SHARE", 1000.0)
+        chance, bases = Random(1), list[int]()
+        self.patch(compactor, "is_long", lambda member: len(member.deltas) > 2 and chance.random() < 0.2)
+        substituted = chains.substituted
+
+        def noted(member: Member, run: Sequence[Piece], piece: Piece) -> Member | None:
+            shorter = substituted(member, run, piece)
+            if shorter is not None:
+                bases.append(piece.base)
+            return shorter
+
+        self.patch(compactor, "substituted", noted)
+        await self.any_order()
+        self.assertIn(0, bases, "no snapshot took the place of a chain")
+        self.assertTrue(any(bases), "no deltas were merged")
+
+    async def any_order(self) -> None:
         random = Random(20261130)
         with running_valkey() as server:
             leader = Machine(self, server, "leader")

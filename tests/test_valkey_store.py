@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import aclosing
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,7 +44,7 @@ class Stores(TestCase):
         return manifest
 
     async def data(self, store: Store, piece: Piece) -> bytes:
-        return b"".join([part async for part in store.read(piece)])
+        return b"".join([part async for _, part in store.read([piece])])
 
     async def test_a_generation(self) -> None:
         """What one process publishes, another reads; pieces are cut into parts."""
@@ -60,6 +61,27 @@ class Stores(TestCase):
             self.assertEqual((piece.chunks, piece.size_bytes), (4, len(frames)))
             self.assertEqual(await self.data(reader, piece), frames)
             self.assertGreater(int(server.cli("PTTL", writer.names.head.decode())), 80_000_000)
+
+    async def test_parts_are_requested_ahead(self) -> None:
+        """All parts of several pieces come in order, at most two of them too early; a reader may stop at any time."""
+        with running_valkey() as server:
+            store = self.store(server)
+            contents = [os.urandom(size) for size in (2 * CHUNK_BYTES + 1, 3, 2 * CHUNK_BYTES, 5, 7)]
+            pieces = [await store.write(number, 0, [data]) for number, data in enumerate(contents, 1)]
+            async with aclosing(store.read(pieces)) as parts:
+                read = dict.fromkeys(pieces, b"")
+                number = 0
+                async for piece, data in parts:
+                    read[piece] += data
+                    number += 1
+                    requested = server.cli("INFO", "commandstats").split("cmdstat_get:calls=")[1].split(",")[0]
+                    self.assertLessEqual(int(requested), number + 2)
+            self.assertEqual(list(read.values()), contents)
+            for stop_after in range(4):
+                async with aclosing(store.read(pieces)) as parts:
+                    for _ in range(stop_after):
+                        await anext(parts)
+                self.assertIsNone(await store.current())
 
     async def test_a_later_lead_fences_an_earlier_one(self) -> None:
         """Once another process has the lead, the one before it cannot publish, whatever it has prepared."""

@@ -91,7 +91,7 @@ class Cluster(Service):
 
     def _unit(self, names: Names, members: tuple[str, ...]) -> Unit:
         store = Store(self._carried.valkey, names, self._here.clock)
-        replica = Replica(members, store, self._here, self._carried.release)
+        replica = Replica(members, store, self._here, self._carried.release, self._carried.reactor)
         unit = Unit(members, store, replica, self._here, self._fleet)
         unit.start()
         return unit

@@ -12,7 +12,7 @@ parts are compressed, and then parts (see `cacheservice.sources.frames.parts`):
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal, NamedTuple, cast
@@ -133,6 +133,50 @@ def _packed_put(delta: Delta) -> Iterator[bytes]:
         yield from packed_slice(keys, documents)
 
 
+Part = tuple[bytes, bytes]
+"""The kind and the content of a part."""
+
+
+class Unframer:
+    """Cuts frames into parts, which it decompresses, publish after publish. It may run in a thread.
+
+    :param name: of the sender, for the errors.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._waiting = b""
+        self._parts: PartReader | None = None
+
+    def feed(self, data: bytes) -> Iterator[Part]:
+        """Yield the parts that `data` completes; exhaust the iterator before more is fed.
+
+        :raises SnapshotRejected: for frames that are damaged, or of an unknown version. Nothing may be fed afterwards.
+        """
+        while data or self._waiting:
+            if self._parts is None:
+                self._waiting += data
+                if len(self._waiting) < _START.size:
+                    return
+                self._parts = self._begun(self._waiting[: _START.size])
+                data, self._waiting = self._waiting[_START.size :], b""
+            parts = self._parts
+            yield from parts.feed(data)
+            if not parts.ended:
+                return
+            data, self._parts = parts.rest, None
+
+    def _begun(self, start: bytes) -> PartReader:
+        magic, version, coding = _START.unpack(start)
+        if magic != MAGIC or coding not in (0, 1):
+            raise SnapshotRejected(f"{self._name}: these are not frames of a publish")
+        if version != VERSION:
+            raise SnapshotRejected(
+                f"{self._name}: version {version} of the frames is unknown; this one reads {VERSION}"
+            )
+        return PartReader(self._name, start, _KINDS, compressed=coding == 1)
+
+
 class Decoder:
     """Returns the content of frames, publish after publish.
 
@@ -141,7 +185,7 @@ class Decoder:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._waiting = b""
+        self._unframer = Unframer(name)
         self._publish: _Publish | None = None
 
     def feed(self, data: bytes) -> Iterator[Item]:
@@ -149,63 +193,46 @@ class Decoder:
 
         :raises SnapshotRejected: for frames that are damaged, or of an unknown version. Nothing may be fed afterwards.
         """
-        while data or self._waiting:
+        return self.items(self._unframer.feed(data))
+
+    def items(self, parts: Iterable[Part]) -> Iterator[Item]:
+        """Yield what parts complete that another object has cut; see `feed`."""
+        for kind, content in parts:
             if self._publish is None:
-                self._waiting += data
-                if len(self._waiting) < _START.size:
-                    return
-                self._publish = _Publish(self._name, self._waiting[: _START.size])
-                data, self._waiting = self._waiting[_START.size :], b""
-            publish = self._publish
-            yield from publish.feed(data)
-            if not publish.ended:
-                return
-            data, self._publish = publish.rest, None
+                self._publish = _Publish(self._name)
+            yield from self._publish.take(kind, content)
+            if kind == _END:
+                self._publish = None
 
 
 class _Publish:
-    """Decodes the frames of one publish."""
+    """Decodes the parts of one publish."""
 
-    def __init__(self, name: str, start: bytes) -> None:
-        magic, version, coding = _START.unpack(start)
-        if magic != MAGIC or coding not in (0, 1):
-            raise SnapshotRejected(f"{name}: these are not frames of a publish")
-        if version != VERSION:
-            raise SnapshotRejected(f"{name}: version {version} of the frames is unknown; this one reads {VERSION}")
+    def __init__(self, name: str) -> None:
         self._name = name
-        self._parts = PartReader(name, start, _KINDS, compressed=coding == 1)
         self._head: Head | None = None
         self._rows: RowsUnpacker | None = None
         self._keys = KeysUnpacker(name, SLICE_ROWS * MAX_KEY_BYTES)
         self._put = self._removed = 0
 
-    @property
-    def ended(self) -> bool:
-        return self._parts.ended
-
-    @property
-    def rest(self) -> bytes:
-        return self._parts.rest
-
-    def feed(self, data: bytes) -> Iterator[Item]:
-        for kind, content in self._parts.feed(data):
-            if (kind == _HEAD) is not (self._head is None):
-                raise damaged(self._name, "it does not have one head, before all else")
-            if kind == _HEAD:
-                self._head = head = _from_fields(_unpacked(content, self._name), self._name)
-                self._rows = RowsUnpacker(self._name, head.header.size_bytes)
-                yield head
-            elif kind == _ROWS and self._rows is not None:
-                for rows in self._rows.slices(content):
-                    self._put += len(rows)
-                    yield Put(rows)
-            elif kind == _KEYS:
-                for keys in self._keys.slices(content):
-                    self._removed += len(keys)
-                    yield Removed(keys)
-            else:
-                self._check_end(content)
-                yield End()
+    def take(self, kind: bytes, content: bytes) -> Iterator[Item]:
+        if (kind == _HEAD) is not (self._head is None):
+            raise damaged(self._name, "it does not have one head, before all else")
+        if kind == _HEAD:
+            self._head = head = _from_fields(_unpacked(content, self._name), self._name)
+            self._rows = RowsUnpacker(self._name, head.header.size_bytes)
+            yield head
+        elif kind == _ROWS and self._rows is not None:
+            for rows in self._rows.slices(content):
+                self._put += len(rows)
+                yield Put(rows)
+        elif kind == _KEYS:
+            for keys in self._keys.slices(content):
+                self._removed += len(keys)
+                yield Removed(keys)
+        else:
+            self._check_end(content)
+            yield End()
 
     def _check_end(self, content: bytes) -> None:
         head = self._head

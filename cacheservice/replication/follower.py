@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +18,7 @@ from cacheservice.cache.delta import Delta
 from cacheservice.cache.dependencies import Dependencies
 from cacheservice.cache.rows import Groups, Rows, RowsBuilder, RowsPatch
 from cacheservice.cache.snapshot import Snapshot
-from cacheservice.replication.codec import Decoder, End, Head, Item, Put, Removed
+from cacheservice.replication.codec import Decoder, End, Head, Item, Part, Put, Removed
 from cacheservice.replication.sender import RESEND, TAKEN
 from cacheservice.sources.frames.clocks import ReadAt
 
@@ -77,7 +77,7 @@ class Follower:
         self._log = log
         self._tasks = Tasks(log)
         self._decoder = Decoder(_NAME)
-        self._queue: deque[bytes | Callable[[], object]] = deque()
+        self._queue: deque[bytes | Sequence[Part] | Callable[[], object]] = deque()
         self._is_working = False
         self._building: _Building | None = None
         self._batch: dict[str, _Received] = {}
@@ -86,6 +86,11 @@ class Follower:
     def received(self, data: bytes) -> None:
         """Apply bytes of frames."""
         self._queue.append(data)
+        self._begin()
+
+    def cut(self, parts: Sequence[Part]) -> None:
+        """Apply parts of frames, which have been cut elsewhere; whole publishes, apart from `received`."""
+        self._queue.append(parts)
         self._begin()
 
     def then(self, call: Callable[[], object]) -> None:
@@ -136,10 +141,11 @@ class Follower:
                 if callable(next_one):
                     next_one()
                     continue
-                for item in self._decoder.feed(next_one):
-                    if self._take(item):
-                        await pause(self._clock)
-                self._carrier.send(TAKEN, size_bytes=len(next_one))
+                if isinstance(next_one, bytes):
+                    await self._apply(self._decoder.feed(next_one))
+                    self._carrier.send(TAKEN, size_bytes=len(next_one))
+                else:
+                    await self._apply(self._decoder.items(next_one))
         except CancelledError:
             raise
         except (SnapshotRejected, BadResult) as error:
@@ -151,6 +157,11 @@ class Follower:
             raise
         finally:
             self._is_working = False
+
+    async def _apply(self, items: Iterator[Item]) -> None:
+        for item in items:
+            if self._take(item):
+                await pause(self._clock)
 
     def _take(self, item: Item) -> bool:
         """Apply one item; return whether that took so long that others should have a turn."""

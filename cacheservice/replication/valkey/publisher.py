@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 from twisted.internet.defer import CancelledError
@@ -21,14 +22,12 @@ from cacheservice.config import DatasetSettings
 from cacheservice.replication.codec import encoded
 from cacheservice.replication.heads import head_of
 from cacheservice.replication.outbox import Outbox, Update
-from cacheservice.replication.valkey.manifest import Manifest, Member, Piece
+from cacheservice.replication.valkey.chains import must_begin_again
+from cacheservice.replication.valkey.compactor import Compactor, Written
+from cacheservice.replication.valkey.manifest import Manifest, Member
 from cacheservice.replication.valkey.store import Fenced, Lead, Store
 from cacheservice.sources.frames.clocks import Clocks
 
-MOST_DELTAS = 64
-"""More are replaced by a snapshot, so that a replica that starts has little to apply."""
-_MOST_DELTA_SHARE = 0.5
-"""Of the snapshot's size, for the same reason."""
 _SUPERSEDED_S = 60.0
 """Replicas that have begun to load a generation may finish."""
 
@@ -90,8 +89,8 @@ class Publisher:
         self._fenced = fenced
         self._outbox = Outbox()
         self._tasks = Tasks(here.log)
+        self._compactor = Compactor(store, here.clock, here.log, self._compacted)
         self._is_publishing = False
-        self._kept_at = here.clock.seconds()
         self._unsubscribe: Callable[[], None] | None = None
         for name, generation in loaded.items():
             self._outbox.has_been_sent(name, generation)
@@ -114,6 +113,7 @@ class Publisher:
         if self._unsubscribe is not None:
             self._unsubscribe()
             self._unsubscribe = None
+        self._compactor.cancel()
         self._tasks.cancel()
 
     def _happened(self, event: Event) -> None:
@@ -125,6 +125,12 @@ class Publisher:
             self._outbox.renewed(event.dataset)
         else:
             self._outbox.forget(event.dataset)
+            self._compactor.forget(event.dataset)
+        self._begin()
+
+    def _compacted(self, name: str) -> None:
+        """Publish a shorter chain of the same generation."""
+        self._outbox.renewed(name)
         self._begin()
 
     def _begin(self) -> None:
@@ -165,6 +171,7 @@ class Publisher:
 
     async def _catch_up(self) -> None:
         """Find out what is current, and plan to publish all rows after it."""
+        self._compactor.cancel()
         for name in self._names:
             dataset = self._here.cache.datasets.get(name)
             if dataset is not None and dataset.snapshot is not None and not dataset.redefined:
@@ -180,18 +187,20 @@ class Publisher:
         server = await self._store.clock()
         # Computed before anything is written, because the age grows meanwhile.
         read_us = {name: server.now_us - here.clocks.age_us(each.snapshot.read_at) for name, each in taken.items()}
-        members = {name: member for name, member in before.members.items() if name in here.cache.datasets}
+        members = {
+            name: self._compactor.compacted(name, member)
+            for name, member in before.members.items()
+            if name in here.cache.datasets
+        }
         for name, each in taken.items():
-            member = await self._member(members.get(name), each)
+            member = await self._member(name, members.get(name), each)
             members[name] = replace(member, renewal=self._renewal(each), read_us=max(0, read_us[name]))
         manifest = Manifest(self._epoch, before.moment + 1, members, server.run)
         await self._store.publish(manifest, before.moment, here.name)
         self._current = manifest
         kept = set(manifest.pieces)
         await self._store.expire([piece for piece in before.pieces if piece not in kept], _SUPERSEDED_S)
-        if here.clock.seconds() - self._kept_at > self._store.keep_s / 3:
-            self._kept_at = here.clock.seconds()
-            await self._store.expire(kept, self._store.keep_s)
+        self._compactor.published(members, {name: partial(self._all_rows, each) for name, each in taken.items()})
 
     def _take(self) -> dict[str, _Taken]:
         """Take what is to be published, with the snapshots of this moment, which belong together.
@@ -206,7 +215,7 @@ class Publisher:
                 taken[name] = _Taken(update, replace(dataset.snapshot, source="valkey"), dataset.settings)
         return taken
 
-    async def _member(self, before: Member | None, taken: _Taken) -> Member:
+    async def _member(self, name: str, before: Member | None, taken: _Taken) -> Member:
         """Write what is new of a dataset, and return it; nothing if it is only renewed."""
         update, snapshot, settings = taken
         delta = update.delta
@@ -215,18 +224,19 @@ class Publisher:
                 return before
             head = head_of(settings, snapshot, self._here.clocks, base=update.base, delta=delta)
             piece = await self._store.write(snapshot.generation, update.base, encoded(head, delta, compress=True))
-            if not _is_long(deltas := (*before.deltas, piece), before.snapshot):
+            if not must_begin_again(deltas := (*before.deltas, piece), before.snapshot):
+                self._compactor.wrote(name, piece, Written(head, delta))
                 return Member(before.snapshot, deltas)
             await self._store.expire([piece], 0)  # a snapshot takes its place
-        head = head_of(settings, snapshot, self._here.clocks)
-        return Member(await self._store.write(snapshot.generation, 0, encoded(head, snapshot.rows, compress=True)))
+        self._compactor.forget(name)
+        head, rows = self._all_rows(taken)
+        return Member(await self._store.write(snapshot.generation, 0, encoded(head, rows, compress=True)))
+
+    def _all_rows(self, taken: _Taken) -> Written:
+        _, snapshot, settings = taken
+        return Written(head_of(settings, snapshot, self._here.clocks), snapshot.rows)
 
     def _renewal(self, taken: _Taken) -> bytes:
         _, snapshot, settings = taken
         head = head_of(settings, snapshot, self._here.clocks, base=snapshot.generation, delta=NO_CHANGE)
         return b"".join(encoded(head, NO_CHANGE, compress=True))
-
-
-def _is_long(deltas: Sequence[Piece], snapshot: Piece) -> bool:
-    size_bytes = sum(delta.size_bytes for delta in deltas)
-    return len(deltas) > MOST_DELTAS or size_bytes > _MOST_DELTA_SHARE * snapshot.size_bytes

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
 from functools import partial
 
 from twisted.internet.defer import Deferred
 
 from cacheservice.base.errors import SnapshotRejected
+from cacheservice.base.interfaces import Reactor
+from cacheservice.base.threads import in_thread
 from cacheservice.cache.dataset import Dataset
 from cacheservice.cache.rows import Groups
 from cacheservice.cache.snapshot import Snapshot
-from cacheservice.replication.codec import Decoder, Head
+from cacheservice.replication.codec import Decoder, Head, Part, Unframer
 from cacheservice.replication.follower import Follower
 from cacheservice.replication.sender import RESEND
 from cacheservice.replication.valkey.manifest import Manifest, Member, Piece
@@ -19,6 +22,9 @@ from cacheservice.replication.valkey.publisher import Here
 from cacheservice.replication.valkey.store import ServerClock, Store
 from cacheservice.sources.frames.clocks import ReadAt
 from cacheservice.sources.frames.header import fingerprint
+
+_THREADED_BYTES = 64 * 1024
+"""The compressed size of a piece from which on a thread saves more time than it takes."""
 
 
 class Replica:
@@ -29,9 +35,12 @@ class Replica:
 
     :param names: of the unit's datasets.
     :param release: called with the groups of rows once they have no readers left.
+    :param reactor: has threads, in which large pieces are decompressed.
     """
 
-    def __init__(self, names: Sequence[str], store: Store, here: Here, release: Callable[[Groups], None]) -> None:
+    def __init__(
+        self, names: Sequence[str], store: Store, here: Here, release: Callable[[Groups], None], reactor: Reactor
+    ) -> None:
         self.loaded: dict[str, int] = {}
         self.manifest: Manifest | None = None
         self.newest: Manifest | None = None
@@ -40,6 +49,7 @@ class Replica:
         self._store = store
         self._here = here
         self._release = release
+        self._reactor = reactor
 
     def notify(self, seen: Callable[[], object]) -> None:
         """Call `seen` from now on when there is something new, before it is loaded."""
@@ -116,9 +126,9 @@ class Replica:
         before = self._served()
         try:
             for member, pieces in steps.values():
-                for piece in pieces:
-                    async for data in self._store.read(piece):
-                        await _applied(follower, data)
+                async with aclosing(self._frames(pieces)) as frames:
+                    async for some in frames:
+                        await _applied(follower, some)
                         carrier.check()
                 await _applied(follower, member.renewal)
             carrier.check()
@@ -128,6 +138,39 @@ class Replica:
             follower.commit()
         finally:
             follower.stop()
+
+    async def _frames(self, pieces: Sequence[Piece]) -> AsyncGenerator[bytes | list[Part]]:
+        """Yield the frames of pieces. While those of a large piece are applied, a thread decompresses the next."""
+        unframer = Unframer("the frames in the Valkey")
+        cutting: Deferred[list[Part]] | None = None
+        async with aclosing(self._store.read(pieces)) as parts:
+            try:
+                async for piece, data in parts:
+                    if cutting is not None:
+                        cut, cutting = await cutting, None
+                    else:
+                        cut = []
+                    if piece.size_bytes < _THREADED_BYTES:
+                        if cut:
+                            yield cut
+                        yield data
+                        continue
+                    cutting = Deferred.fromCoroutine(self._cut(unframer, data))
+                    if cut:
+                        yield cut
+                if cutting is not None:
+                    last, cutting = await cutting, None
+                    yield last
+            finally:
+                if cutting is not None:
+                    cutting.addErrback(lambda _: None)  # its failure does not matter any more
+
+    async def _cut(self, unframer: Unframer, data: bytes) -> list[Part]:
+        try:
+            return await in_thread(self._reactor, lambda: list(unframer.feed(data)))
+        except SnapshotRejected as error:
+            self._here.log.error("feed_broken", error=str(error))
+            raise
 
     def _read_at(self, manifest: Manifest, asked_at: float, server: ServerClock, head: Head) -> ReadAt:
         """Return when rows were read, never later than they were.
@@ -170,9 +213,12 @@ class _Carrier:
             raise SnapshotRejected(self._problem)
 
 
-def _applied(follower: Follower, data: bytes) -> Deferred[None]:
-    """Apply bytes; fire when that is done, or has failed."""
+def _applied(follower: Follower, frames: bytes | list[Part]) -> Deferred[None]:
+    """Apply frames; fire when that is done, or has failed."""
     applied: Deferred[None] = Deferred()
-    follower.received(data)
+    if isinstance(frames, bytes):
+        follower.received(frames)
+    else:
+        follower.cut(frames)
     follower.then(lambda: applied.callback(None))
     return applied

@@ -9,8 +9,14 @@ follows the one that the writer knows, and that all pieces are there, because a 
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
 from typing import NamedTuple
+
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.python.failure import Failure
 
 from cacheservice.base.errors import CacheServiceError, SnapshotRejected
 from cacheservice.base.interfaces import Clock
@@ -20,6 +26,9 @@ from cacheservice.replication.valkey.client import Valkey
 from cacheservice.replication.valkey.manifest import Manifest, Names, Piece, from_bytes
 
 CHUNK_BYTES = 512 * 1024
+_AHEAD = 2
+"""Parts that are requested while one is applied. More would have to wait for one another on a slow network, and each
+reply has two seconds."""
 _UNPUBLISHED_S = 600.0
 """How long the server keeps parts that are not published: those of a writer that failed must not fill it."""
 
@@ -40,6 +49,9 @@ redis.call('HSET', KEYS[1], 'epoch', ARGV[1], 'moment', ARGV[3], 'manifest', ARG
 redis.call('PEXPIRE', KEYS[1], ARGV[6])
 redis.call('PUBLISH', ARGV[7], ARGV[3])
 return {'published', ARGV[3]}
+"""
+_EXPIRE = """
+for number = 1, #KEYS do redis.call('PEXPIRE', KEYS[number], ARGV[1]) end
 """
 _ASK = """
 for number = 2, #ARGV, 2 do
@@ -136,20 +148,25 @@ class Store:
         self.leader = Leader(leader, int(epoch))
         return Lead(int(epoch), None if manifest is None else self._manifest(manifest))
 
-    async def write(self, generation: int, base: int, frames: Iterable[bytes]) -> Piece:
+    async def write(self, generation: int, base: int, frames: Iterable[bytes], pause_s: float = 0.0) -> Piece:
         """Write frames as a piece that nothing names yet; it expires unless a manifest is published that names it.
 
         :param frames: one piece of bytes is written in each turn of the reactor.
+        :param pause_s: between two turns.
         """
         token = secrets.token_hex(8)
         piece, waiting = Piece(generation, base, token, 0, 0), bytearray()
-        for data in frames:
-            waiting += data
-            await pause(self._clock)
-            while len(waiting) >= CHUNK_BYTES:
-                piece = await self._write_chunk(piece, bytes(waiting[:CHUNK_BYTES]))
-                del waiting[:CHUNK_BYTES]
-        return await self._write_chunk(piece, bytes(waiting)) if waiting else piece
+        try:
+            for data in frames:
+                waiting += data
+                await pause(self._clock, pause_s)
+                while len(waiting) >= CHUNK_BYTES:
+                    piece = await self._write_chunk(piece, bytes(waiting[:CHUNK_BYTES]))
+                    del waiting[:CHUNK_BYTES]
+            return await self._write_chunk(piece, bytes(waiting)) if waiting else piece
+        except (CacheServiceError, CancelledError):
+            self.forget(replace(piece, chunks=piece.chunks + 1))  # the last part may be on its way
+            raise
 
     async def _write_chunk(self, piece: Piece, data: bytes) -> Piece:
         key = self.names.chunk(piece, piece.chunks)
@@ -174,9 +191,13 @@ class Store:
 
     async def expire(self, pieces: Iterable[Piece], after_s: float) -> None:
         """Let pieces expire after so many seconds: soon if no manifest names them any more, later if one still does."""
-        for piece in pieces:
-            for key in self.names.chunks(piece):
-                await self._valkey.run(key, "PEXPIRE", key, int(after_s * 1000))
+        keys = [key for piece in pieces for key in self.names.chunks(piece)]
+        if keys:
+            await self._valkey.run(keys[0], "EVAL", _EXPIRE, len(keys), *keys, int(after_s * 1000))
+
+    def forget(self, piece: Piece) -> None:
+        """Delete a piece that was written in vain, if the server can be reached; otherwise it expires."""
+        Deferred.fromCoroutine(self.expire([piece], 0)).addErrback(_ignored)
 
     async def current(self) -> Manifest | None:
         """Return the current manifest; None if there is none.
@@ -188,21 +209,38 @@ class Store:
         self.leader = _leader(epoch, leader)
         return None if data is None else self._manifest(data)
 
-    async def read(self, piece: Piece) -> AsyncIterator[bytes]:
-        """Yield the parts of a piece.
+    async def read(self, pieces: Sequence[Piece]) -> AsyncGenerator[tuple[Piece, bytes]]:
+        """Yield the parts of pieces; the next two are requested meanwhile. Close the generator in the end.
 
-        :raises SnapshotRejected: if a part is missing, or has another length; the piece has been superseded.
+        :raises SnapshotRejected: if a part is missing, or a piece has another length; it has been superseded.
         """
+        parts = ((piece, number) for piece in pieces for number in range(piece.chunks))
+        ahead: deque[tuple[Piece, int, Deferred[object]]] = deque()
         size_bytes = 0
-        for number in range(piece.chunks):
-            key = self.names.chunk(piece, number)
-            data = await self._valkey.run(key, "GET", key)
-            if not isinstance(data, bytes):
-                raise SnapshotRejected(f"{key.decode()}: it is not there any more")
-            size_bytes += len(data)
-            yield data
-        if size_bytes != piece.size_bytes:
-            raise SnapshotRejected(f"{self.names.head.decode()}: generation {piece.generation} has another length")
+        try:
+            while True:
+                for piece, number in islice(parts, 1 + _AHEAD - len(ahead)):
+                    ahead.append((piece, number, Deferred.fromCoroutine(self._part(piece, number))))
+                if not ahead:
+                    return
+                piece, number, part = ahead.popleft()
+                data = await part
+                if not isinstance(data, bytes):
+                    raise SnapshotRejected(f"{self.names.chunk(piece, number).decode()}: it is not there any more")
+                size_bytes = len(data) + (size_bytes if number else 0)
+                if number + 1 == piece.chunks and size_bytes != piece.size_bytes:
+                    raise SnapshotRejected(
+                        f"{self.names.head.decode()}: generation {piece.generation} has another length"
+                    )
+                yield piece, data
+        finally:
+            for _, _, part in ahead:
+                part.addErrback(_ignored)
+                part.cancel()
+
+    async def _part(self, piece: Piece, number: int) -> object:
+        key = self.names.chunk(piece, number)
+        return await self._valkey.run(key, "GET", key)
 
     async def ask(self, least: Mapping[str, int]) -> None:
         """Ask the leader for a refresh, and for greater generations than these."""
@@ -228,6 +266,10 @@ class Store:
         if not isinstance(data, bytes):
             raise SnapshotRejected(f"{name}: it is not a manifest of a cacheservice")
         return from_bytes(data, name)
+
+
+def _ignored(failure: Failure) -> None:
+    failure.trap(CacheServiceError, CancelledError)
 
 
 def _leader(epoch: object, name: object) -> Leader | None:

@@ -114,7 +114,8 @@ def _unpacked(unpacker: msgpack.Unpacker, block: bytes, name: str, what: str) ->
 
 
 def _are_rows(rows: object) -> TypeGuard[tuple[Row, ...]]:
-    if type(rows) is not tuple or {type(row) for row in rows} - {tuple} or {len(row) for row in rows} - {2}:
+    # Sets of maps, because comprehensions take twice the time.
+    if type(rows) is not tuple or set(map(type, rows)) - {tuple} or set(map(len, rows)) - {2}:
         return False
     return not set(map(type, chain.from_iterable(rows))) - {bytes}
 
