@@ -25,7 +25,7 @@ from cacheservice.app.workers.member import Member, State, Timing
 from cacheservice.base.errors import PortUnavailable
 from cacheservice.base.scheduling import SHORTEST_S, ask_for_slices
 from cacheservice.cache.cache import Cache
-from cacheservice.cache.rows import RowsPatch
+from cacheservice.cache.patch import RowsPatch
 from cacheservice.config import Settings
 from cacheservice.ports.listen import PortService, tcp
 from cacheservice.ports.shared_listen import held

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections import Counter
+from collections.abc import Iterator, Sequence, Set
 from itertools import islice
 from typing import NamedTuple
+from zlib import crc32
 
 from cacheservice.cache.delta import Delta, DeltaBuilder
 from cacheservice.cache.digest import reduced, row_digest
@@ -13,6 +15,8 @@ from cacheservice.cache.rows import Rows
 _SLICE_ROWS = 250
 _STEP_ROWS = 4000
 """The number of rows that are compared in half a millisecond."""
+_SHARD_ROWS = 5000
+"""A shard of ordinary size, which has at most 4096 rows on average, is compared in one step."""
 _ROW_BY_ROW = 4
 """How many times longer a single row takes than a row of an unchanged shard."""
 _DIGESTED = 12
@@ -39,14 +43,23 @@ class ChangeCount:
 
     :param expected: the keys whose rows may differ. `unexpected` lists up to ten other keys whose rows differ, and
         `unexpected_count` counts them.
+    :param differing: the keys of the new rows that the old rows do not have with the same document, if they are known;
+        both have the same number of shards then.
     """
 
-    def __init__(self, old: Rows, new: Rows, expected: Set[bytes] | None = None) -> None:
+    def __init__(
+        self,
+        old: Rows,
+        new: Rows,
+        expected: Set[bytes] | None = None,
+        differing: Sequence[bytes] | None = None,
+    ) -> None:
         self.unexpected: list[bytes] = []
         self.unexpected_count = 0
         self._old = old
         self._new = new
         self._expected = expected
+        self._differing = differing
         self._added = 0
         self._changed = 0
         self._digest = old.digest if old.mask == new.mask else None
@@ -54,12 +67,39 @@ class ChangeCount:
         self._digests_left = max(_MOST_DIGESTED_ROWS, int(old.count * _MOST_DIGESTED_SHARE))
 
     def __iter__(self) -> Iterator[None]:
+        return self._all() if self._differing is None else self._known(self._differing)
+
+    def _known(self, differing: Sequence[bytes]) -> Iterator[None]:
+        """Count the rows that are known to differ, and look for removed ones if there are any."""
+        bulk, mask, added, work = self._new.bulk, self._new.mask, Counter[int](), 0
+        for first in range(0, len(differing), _SLICE_ROWS):
+            some = differing[first : first + _SLICE_ROWS]
+            added.update(crc32(key) & mask for key in some if key not in self._old)
+            self._count([(key, ready) for key in some if (ready := bulk(key)) is not None])
+            work += _DIGESTED * len(some)
+            if work >= _STEP_ROWS:
+                yield
+                work = 0
+        if not self.change.removed:
+            return
+        for place, (old, new) in enumerate(zip(self._old.shards(), self._new.shards(), strict=True)):
+            work += 1
+            if len(old) + added[place] > len(new):
+                work += len(old) + _DIGESTED * self._count_removed(old, new)
+            if work >= _STEP_ROWS:
+                yield
+                work = 0
+
+    def _all(self) -> Iterator[None]:
         work = 0
         alike = self._old.mask == self._new.mask
         for place, new in enumerate(self._new.shards()):
             old = self._old.shard(place) if alike else None
+            if work and work + len(new) > _STEP_ROWS:
+                yield
+                work = 0
             # Most often nothing has changed, and comparing the dicts finds that at C speed.
-            if old is not None and len(new) <= _STEP_ROWS and old == new:
+            if old is not None and len(new) <= _SHARD_ROWS and old == new:
                 work += len(new)
             else:
                 rows, added_before = iter(new.items()), self._added

@@ -14,13 +14,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
+from typing import NoReturn
 from zlib import crc32
 
 from cacheservice.base.errors import BadResult, ResultTooLarge
 from cacheservice.base.text import printable
-from cacheservice.cache.delta import Delta, DeltaBuilder
 from cacheservice.cache.digest import reduced, row_digest
-from cacheservice.cache.framing import HEADERS, PREPARED, bulk, unframed
+from cacheservice.cache.framing import HEADERS, PREPARED, unframed
 
 Shards = list[dict[bytes, bytes]]
 """Keys to bulk strings."""
@@ -30,11 +30,17 @@ Groups = list[Shards]
 SHARD_COUNT = 256
 """The number of shards of ordinary rows, and the minimum for others: always a power of two."""
 _MOST_SHARDS = 65_536
+_SHARD_ROWS = 4096
+"""A larger shard takes long to grow, and to compare in one step."""
+_KEPT = 4
+_LEAST_DIFFERING = 1000
+_DIFFERING = 8
+"""If more than an eighth of the rows differ, comparing each row costs more than it saves."""
+_SPARSE = 3 / 4
 _PATCHED_SHARD_ROWS = 32
 """A copy spends its time on the reference counts of the entries, each in a cache line that is not cached."""
 PATCHED_GROUP_BITS = 5
 PATCHED_GROUP_MASK = (1 << PATCHED_GROUP_BITS) - 1
-_PLAIN_GROUP_BITS = SHARD_COUNT.bit_length() - 1
 MAX_KEY_BYTES = 64 * 1024
 _SHOWN_KEY_BYTES = 100
 _DIGESTED_ROWS = 512
@@ -52,10 +58,11 @@ class Rows:
 
     When the last reference is dropped, `release` takes over the groups and frees them slice by slice.
 
-    `digest` is the digest of the content (see `cacheservice.cache.digest`), None until it is needed.
+    `digest` is the digest of the content (see `cacheservice.cache.digest`), None until it is needed. `most` is the
+    largest number of rows of all that have shared documents with these, one after the other.
     """
 
-    __slots__ = ("__weakref__", "bits", "count", "digest", "groups", "mask", "release", "size_bytes")
+    __slots__ = ("__weakref__", "bits", "count", "digest", "groups", "mask", "most", "release", "size_bytes")
 
     def __init__(
         self,
@@ -64,6 +71,7 @@ class Rows:
         size_bytes: int,
         release: Callable[[Groups], None],
         digest: int | None = None,
+        most: int = 0,
     ) -> None:
         self.groups = groups
         self.bits = len(groups[0]).bit_length() - 1
@@ -72,6 +80,7 @@ class Rows:
         self.size_bytes = size_bytes
         self.release = release
         self.digest = digest
+        self.most = max(count, most)
         # At exit the process frees everything by itself.
         weakref.finalize(self, release, groups).atexit = False
 
@@ -130,6 +139,14 @@ class Rows:
         """Take the digest of exactly these rows, which was computed elsewhere."""
         self.digest = digest
 
+    @property
+    def is_sparse(self) -> bool:
+        """Return whether the documents occupy much more memory than they need.
+
+        Each of them may keep a page that it shared with removed ones.
+        """
+        return self.count < self.most * _SPARSE
+
     def is_laid_out_as(self, other: Rows) -> bool:
         """Return whether both have the same number of shards and groups, so that patches cost the same."""
         return (self.mask, self.bits) == (other.mask, other.bits)
@@ -144,6 +161,9 @@ class Rows:
 class RowsBuilder:
     """Collects the rows of one read; `finish` turns them into a `Rows`.
 
+    `differing` lists the keys of the rows that the rows before do not have with the same document. It is None if that
+    is not known: there are no rows before, they are spread over another number of shards, or many rows differ.
+
     :param max_rows: the most rows it takes, 0 for no limit.
     :param max_bytes: the most bytes of keys and documents it takes, 0 for no limit.
     :param patched: whether the rows will be patched.
@@ -154,18 +174,31 @@ class RowsBuilder:
     ) -> None:
         self.count = 0
         self.size_bytes = 0
+        self.differing: list[bytes] | None = None
         self._max_rows = max_rows
         self._max_bytes = max_bytes
         self._patched = patched
         self._shard_count = SHARD_COUNT
         self._shards: Shards = []
+        self._before: Rows | None = None
+        self._shards_before: Shards = []
+        self._most = self._most_differing = 0
         self._release = release
 
-    def expect(self, rows: int) -> None:
-        """Expect about this many rows; call it before the first."""
-        if self._patched:
-            count = 1 << (max(0, rows - 1) // _PATCHED_SHARD_ROWS).bit_length()
-            self._shard_count = min(max(count, SHARD_COUNT), _MOST_SHARDS)
+    def expect(self, rows: int, before: Rows | None = None) -> None:
+        """Expect about this many rows; call it before the first.
+
+        :param before: the rows that these will be compared with. Their documents are used again for equal rows, and
+            their number of shards if it is a few times as large as needed.
+        """
+        most = _PATCHED_SHARD_ROWS if self._patched else _SHARD_ROWS
+        count = min(max(1 << (max(0, rows - 1) // most).bit_length(), SHARD_COUNT), _MOST_SHARDS)
+        kept = 0 if before is None else before.mask + 1
+        self._shard_count = kept if count <= kept <= _KEPT * count else count
+        if before is not None and self._shard_count == kept and not before.is_sparse:
+            self._before, self.differing = before, []
+            self._most = before.most
+            self._most_differing = max(_LEAST_DIFFERING, before.count // _DIFFERING)
 
     def add(self, chunk: Sequence[tuple[bytes | None, bytes]]) -> None:
         """Take the next rows.
@@ -173,136 +206,106 @@ class RowsBuilder:
         :raises BadResult: for a NULL key, a repeated key, or a key over 64 KiB; the message names it.
         :raises ResultTooLarge: past `max_rows` or `max_bytes`.
         """
-        # Runs a million times in a refresh, so `bulk` and `max` are written out: the calls cost more than the work.
-        shards, headers, checksum = self._shards or self._begun(), HEADERS, crc32
-        mask = len(shards) - 1
-        size_bytes = longest = 0
-        for key, document in chunk:
-            if key is None:
-                number = self.count + 1 + next(number for number, (key, _) in enumerate(chunk) if key is None)
-                raise BadResult(f"the key of row {number} is NULL; every row needs a key")
-            size = len(document)
-            ready = (headers[size] if size < PREPARED else b"$%d\r\n" % size) + document + b"\r\n"
-            if shards[checksum(key) & mask].setdefault(key, ready) is not ready:
-                raise BadResult(f"the key {_shown(key)} occurs twice; a key must be unique")
-            length = len(key)
-            if length > longest:  # noqa: PLR1730
-                longest = length
-            size_bytes += length + size
+        shards = self._shards or self._begun()
+        longest = self._add_new(shards, chunk) if self.differing is None else self._add_compared(shards, chunk)
         if longest > MAX_KEY_BYTES:
-            _refuse_length(next(key for key, _ in chunk if key is not None and len(key) == longest))
+            refuse_length(next(key for key, _ in chunk if key is not None and len(key) == longest))
         self.count += len(chunk)
-        self.size_bytes += size_bytes
         if 0 < self._max_rows < self.count:
             raise ResultTooLarge(f"the result has more than max_rows = {self._max_rows} rows")
         if 0 < self._max_bytes < self.size_bytes:
             raise ResultTooLarge(f"the result has more than max_bytes = {self._max_bytes} bytes")
 
+    # The loops run a million times in a refresh, so `bulk` and `max` are written out: the calls cost more than the
+    # work.
+
+    def _add_new(self, shards: Shards, chunk: Sequence[tuple[bytes | None, bytes]]) -> int:
+        """Take rows; return the length of the longest key."""
+        headers, checksum, mask = HEADERS, crc32, len(shards) - 1
+        size_bytes = longest = 0
+        for key, document in chunk:
+            if key is None:
+                self._refuse_null(chunk)
+            size = len(document)
+            ready = (headers[size] if size < PREPARED else b"$%d\r\n" % size) + document + b"\r\n"
+            if shards[checksum(key) & mask].setdefault(key, ready) is not ready:
+                _refuse_repeated(key)
+            length = len(key)
+            if length > longest:  # noqa: PLR1730
+                longest = length
+            size_bytes += length + size
+        self.size_bytes += size_bytes
+        return longest
+
+    def _add_compared(self, shards: Shards, chunk: Sequence[tuple[bytes | None, bytes]]) -> int:
+        """Take rows, with the documents before for those that are equal; return the length of the longest key.
+
+        The new document is in the processor's cache now, and the one before probably lies beside that of the last row.
+        A comparison after the read takes several times as long.
+        """
+        headers, checksum, mask = HEADERS, crc32, len(shards) - 1
+        before, differing = self._shards_before, self.differing
+        assert differing is not None, "there are rows to compare with"
+        size_bytes = longest = 0
+        for key, document in chunk:
+            if key is None:
+                self._refuse_null(chunk)
+            size = len(document)
+            ready = (headers[size] if size < PREPARED else b"$%d\r\n" % size) + document + b"\r\n"
+            place = checksum(key) & mask
+            shard = shards[place]
+            if key in shard:
+                _refuse_repeated(key)
+            old = before[place].get(key)
+            if old == ready:
+                shard[key] = old
+            else:
+                shard[key] = ready
+                differing.append(key)
+            length = len(key)
+            if length > longest:  # noqa: PLR1730
+                longest = length
+            size_bytes += length + size
+        self.size_bytes += size_bytes
+        if len(differing) > self._most_differing:
+            self.differing, self._before, self._shards_before = None, None, []
+        return longest
+
+    def _refuse_null(self, chunk: Sequence[tuple[bytes | None, bytes]]) -> NoReturn:
+        number = self.count + 1 + next(number for number, (key, _) in enumerate(chunk) if key is None)
+        raise BadResult(f"the key of row {number} is NULL; every row needs a key")
+
     def _begun(self) -> Shards:
         self._shards = [{} for _ in range(self._shard_count)]
+        if self._before is not None:
+            groups = self._before.groups
+            self._shards_before = groups[0] if len(groups) == 1 else list(chain.from_iterable(groups))
         return self._shards
 
     def _grouped(self) -> Groups:
         shards, self._shards = self._shards or self._begun(), []
-        size = 1 << (PATCHED_GROUP_BITS if self._patched else _PLAIN_GROUP_BITS)
+        self._shards_before = []
+        size = 1 << PATCHED_GROUP_BITS if self._patched else len(shards)
         return [shards[first : first + size] for first in range(0, len(shards), size)]
 
     def finish(self) -> Rows:
         """Return the rows taken so far; the builder is empty afterwards."""
-        return Rows(self._grouped(), self.count, self.size_bytes, self._release)
+        groups, self._before = self._grouped(), None
+        return Rows(groups, self.count, self.size_bytes, self._release, most=self._most)
 
     def discard(self) -> None:
         """Free the rows taken so far slice by slice, after a read that failed."""
+        self._before, self._shards_before = None, []
         if self._shards:
             self._release(self._grouped())
 
 
-class RowsPatch:
-    """Builds new rows from old ones and changes: `put` and `remove`, then `finish`.
-
-    It keeps the old rows, and shares the unchanged parts with the new ones. Each key takes a microsecond or two.
-    """
-
-    def __init__(self, old: Rows, *, max_rows: int = 0, max_bytes: int = 0) -> None:
-        self.old = old
-        self.added = self.changed = self.removed = 0
-        self._max_rows = max_rows
-        self._max_bytes = max_bytes
-        self._size_bytes = old.size_bytes
-        self._digest = old.digest
-        self._copied: dict[int, dict[bytes, bytes]] = {}
-        self._delta = DeltaBuilder(old.count)
-
-    @property
-    def delta(self) -> Delta | None:
-        """How the new rows differ; None if it would be too large."""
-        return self._delta.finish()
-
-    def put(self, key: bytes, document: bytes) -> None:
-        """Set the row `key` to `document`.
-
-        :raises BadResult: for a key over 64 KiB.
-        """
-        if len(key) > MAX_KEY_BYTES:
-            _refuse_length(key)
-        ready, place = bulk(document), crc32(key) & self.old.mask
-        own = self._copied.get(place)
-        before = (self.old.shard(place) if own is None else own).get(key)
-        if before == ready:
-            return
-        if before is None:
-            self.added += 1
-            self._size_bytes += len(key) + len(document)
-        else:
-            self.changed += 1
-            self._size_bytes += len(document) - len(unframed(before))
-        if self._digest is not None:
-            self._digest += row_digest(key, ready) - (0 if before is None else row_digest(key, before))
-        if own is None:
-            own = self._copied[place] = self.old.shard(place).copy()
-        own[key] = ready
-        self._delta.put(((key, ready),))
-
-    def remove(self, key: bytes) -> None:
-        """Remove the row `key` if it exists."""
-        place = crc32(key) & self.old.mask
-        own = self._copied.get(place)
-        before = (self.old.shard(place) if own is None else own).get(key)
-        if before is None:
-            return
-        self.removed += 1
-        self._size_bytes -= len(key) + len(unframed(before))
-        if self._digest is not None:
-            self._digest -= row_digest(key, before)
-        if own is None:
-            own = self._copied[place] = self.old.shard(place).copy()
-        del own[key]
-        self._delta.remove((key,))
-
-    @property
-    def count(self) -> int:
-        return self.old.count + self.added - self.removed
-
-    def finish(self) -> Rows:
-        """Return the new rows.
-
-        :raises ResultTooLarge: past `max_rows` or `max_bytes`.
-        """
-        if 0 < self._max_rows < self.count:
-            raise ResultTooLarge(f"the result has more than max_rows = {self._max_rows} rows")
-        if 0 < self._max_bytes < self._size_bytes:
-            raise ResultTooLarge(f"the result has more than max_bytes = {self._max_bytes} bytes")
-        groups, bits = self.old.groups.copy(), self.old.bits
-        for place, shard in self._copied.items():
-            number = place >> bits
-            if groups[number] is self.old.groups[number]:
-                groups[number] = groups[number].copy()
-            groups[number][place & ((1 << bits) - 1)] = shard
-        digest = None if self._digest is None else reduced(self._digest)
-        return Rows(groups, self.count, self._size_bytes, self.old.release, digest)
+def _refuse_repeated(key: bytes) -> NoReturn:
+    raise BadResult(f"the key {_shown(key)} occurs twice; a key must be unique")
 
 
-def _refuse_length(key: bytes) -> None:
+def refuse_length(key: bytes) -> NoReturn:
+    """Raise the error for a key over 64 KiB."""
     raise BadResult(f"the key {_shown(key)} is {len(key)} bytes long; at most 64 KiB are allowed")
 
 

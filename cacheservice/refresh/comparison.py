@@ -73,7 +73,8 @@ class Comparer:
         if result.change is not None and result.base is served:
             return result.change, result.delta
         expected = result.read.may_differ if isinstance(result.read, AllRows) and result.base is served else None
-        count = ChangeCount(served.rows, result.rows, expected)
+        differing = result.differing if result.base is not None and result.base.rows is served.rows else None
+        count = ChangeCount(served.rows, result.rows, expected, differing)
         for _ in count:
             await pause(self._clock)
         result.rows.note_digest(count.digest)

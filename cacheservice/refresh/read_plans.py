@@ -55,7 +55,7 @@ class Planning:
             builder = rows_builder(settings, self._process.drain.add)
             self._statuses.loading(dataset, builder, base.rows.count if base else None)
             if base is not None:
-                builder.expect(base.rows.count)
+                builder.expect(base.rows.count, base.rows)
             return builder
 
         def expect(rows: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import NamedTuple
 
@@ -14,7 +15,8 @@ from cacheservice.cache.dataset import Dataset
 from cacheservice.cache.delta import Delta
 from cacheservice.cache.history import Attempt, Outcome, Trigger
 from cacheservice.cache.identity import why_elsewhere
-from cacheservice.cache.rows import Rows, RowsPatch
+from cacheservice.cache.patch import RowsPatch
+from cacheservice.cache.rows import Rows
 from cacheservice.cache.snapshot import Snapshot
 from cacheservice.refresh.gates import refusal
 from cacheservice.sources.base import AllRows, ReadResult, Unchanged
@@ -65,6 +67,8 @@ class Result(NamedTuple):
     :param base: the snapshot they follow.
     :param change: how many rows of a delta differ from `base`; None for a full read.
     :param delta: which ones; None if that is not known, or they are many.
+    :param differing: the keys of the added and changed rows of a full read, in relation to the rows of `base`; None if
+        they are not known.
     """
 
     dataset: Dataset
@@ -74,6 +78,7 @@ class Result(NamedTuple):
     base: Snapshot | None = None
     change: Change | None = None
     delta: Delta | None = None
+    differing: Sequence[bytes] | None = None
 
     @classmethod
     async def of(cls, clock: Clock, dataset: Dataset, read: ReadResult, base: Snapshot | None) -> Result:
@@ -84,7 +89,7 @@ class Result(NamedTuple):
         if isinstance(read, AllRows):
             rows = read.rows.finish()
             dataset.counts.count_read(rows.count)
-            return cls._judged(dataset, read, rows, base)
+            return cls._judged(dataset, read, rows, base)._replace(differing=read.rows.differing)
         assert base is not None, "a delta follows something"
         settings, changed = dataset.settings, {} if isinstance(read, Unchanged) else read.changed
         dataset.counts.count_read(len(changed))

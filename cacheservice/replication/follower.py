@@ -16,7 +16,8 @@ from cacheservice.base.timers import pause
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.delta import Delta
 from cacheservice.cache.dependencies import Dependencies
-from cacheservice.cache.rows import Groups, Rows, RowsBuilder, RowsPatch
+from cacheservice.cache.patch import RowsPatch
+from cacheservice.cache.rows import Groups, Rows, RowsBuilder
 from cacheservice.cache.snapshot import Snapshot
 from cacheservice.replication.codec import Decoder, End, Head, Item, Part, Put, Removed
 from cacheservice.replication.sender import RESEND, TAKEN

@@ -13,7 +13,8 @@ from cacheservice.base.clock import Host
 from cacheservice.base.interfaces import Clock
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.events import Event, Published
-from cacheservice.cache.rows import Rows, RowsPatch
+from cacheservice.cache.patch import RowsPatch
+from cacheservice.cache.rows import Rows
 from cacheservice.config.valkey_url import parse
 from cacheservice.replication.valkey.client import Valkey
 from cacheservice.replication.valkey.manifest import Member, Names

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.cache.changes import Change, ChangeCount
-from cacheservice.cache.rows import Rows, RowsPatch
+from cacheservice.cache.patch import RowsPatch
+from cacheservice.cache.rows import Rows
 from tests.kit.datasets import rows_of
 
 tables = st.dictionaries(st.binary(max_size=2), st.sampled_from([b"", b"1", b"2"]), max_size=60)
@@ -50,6 +51,12 @@ class Counting(SynchronousTestCase):
             change, steps = counted(old, other)
             self.assertEqual(change, expected)
             self.assertGreaterEqual(steps, count // 6000)
+
+    def test_a_shard_of_ordinary_size(self) -> None:
+        """Equal shards with some rows more than the average of the largest results are compared in one step each."""
+        shards = [{b"%d:%d" % (number, row): b"$0\r\n\r\n" for row in range(4600)} for number in range(4)]
+        rows, other = (Rows([[dict(shard) for shard in shards]], 4 * 4600, 0, lambda _: None) for _ in range(2))
+        self.assertEqual(counted(rows, other), ((0, 0, 0), 4))
 
     def test_one_large_shard(self) -> None:
         """Rows that all fall into one shard are counted in steps as well."""

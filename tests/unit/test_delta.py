@@ -10,7 +10,8 @@ from cacheservice.cache.changes import ChangeCount
 from cacheservice.cache.delta import Delta
 from cacheservice.cache.events import Event, Published
 from cacheservice.cache.framing import unframed
-from cacheservice.cache.rows import Rows, RowsBuilder, RowsPatch
+from cacheservice.cache.patch import RowsPatch
+from cacheservice.cache.rows import Rows, RowsBuilder
 from tests.kit.datasets import Table, rows_of, table_of
 from tests.kit.refreshes import RefreshTestCase
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.cache.drain import Drain
-from cacheservice.cache.rows import Rows, RowsBuilder, RowsPatch, Shards
+from cacheservice.cache.patch import RowsPatch
+from cacheservice.cache.rows import Rows, RowsBuilder, Shards
 from cacheservice.sources.postgres.quoting import literal
 from tests.kit.datasets import Table, table_of
 

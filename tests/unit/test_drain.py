@@ -88,6 +88,16 @@ class Draining(SynchronousTestCase):
         self.assertEqual(Row.alive, 16 * (1000 - 16))
         self.assertLessEqual(max(self.freed_by_turn()), 256)
 
+    def test_the_last_ones_of_many(self) -> None:
+        """Of many shards the same share is freed some rows a turn, and each turn frees something."""
+        for count, size in ((4096, 4096), (16_384, 32)):
+            self.drain.add(self.groups(count, 10, size))
+            freed = self.freed_by_turn()
+            little_by_little = [rows for rows in freed if rows <= 256]
+            self.assertGreaterEqual(sum(little_by_little), count // 16 * 10)
+            self.assertLessEqual(len(freed), 2 * count)
+            self.assertEqual(Row.alive, 0)
+
     def test_large_shards(self) -> None:
         """A shard of many rows is not freed at once."""
         self.drain.add(self.groups(18, 20_000, 18))

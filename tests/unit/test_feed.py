@@ -18,7 +18,8 @@ from cacheservice.cache.delta import NO_CHANGE
 from cacheservice.cache.events import Event, Published, Renewed
 from cacheservice.cache.framing import unframed
 from cacheservice.cache.lag import Lag
-from cacheservice.cache.rows import Rows, RowsPatch
+from cacheservice.cache.patch import RowsPatch
+from cacheservice.cache.rows import Rows
 from cacheservice.replication.follower import Follower
 from cacheservice.replication.outbox import Outbox, Update
 from cacheservice.replication.sender import Sender
