@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from http.client import HTTPException
 from typing import NamedTuple, Protocol
@@ -134,8 +135,7 @@ class PatientReader(threading.Thread):
     def __init__(self, process: Process, way: Way, killed: Killed) -> None:
         super().__init__(daemon=True)
         self.seen: list[Sight] = []
-        self.connections = 0
-        self.oldest_s = 0.0
+        self.answers = 0
         self.problem: str | None = None
         self._process, self._way, self._killed = process, way, killed
         self._pid: int | None = None
@@ -165,7 +165,6 @@ class PatientReader(threading.Thread):
             self._pid, self._deaths = None, len(self._killed)
             try:
                 with closing(socket.create_connection(self._way.address(self._process), GIVE_UP_S)) as client:
-                    self.connections += 1
                     self._read(client)
             except Broken as broken:
                 self.problem = self._described(str(broken))
@@ -192,6 +191,7 @@ class PatientReader(threading.Thread):
         while not self._stopping.wait(_PAUSE_S):
             asked_at = time.time()
             sight, age_s = self._way.ask(client)
+            self.answers += 1
             # Before the first answer the connection may still wait to be accepted.
             self._pid = self._pid or server_of(client, self._process.pids())
             if sight.generation < before.generation or sight.n < before.n:
@@ -200,5 +200,47 @@ class PatientReader(threading.Thread):
                 raise Broken(f"an age of {age_s} s at {asked_at} of {sight}")
             if sight != self.last:
                 self.seen.append(sight)
-            self.oldest_s = max(self.oldest_s, asked_at - sight.n / 1e6)
             before = sight
+
+
+class Sampled(threading.Thread):
+    """Reads some rows of a large dataset at once, again and again; all of them must have the moment of one read."""
+
+    def __init__(self, port: int, keys: Sequence[int]) -> None:
+        super().__init__(daemon=True)
+        self.problem: str | None = None
+        self.moments: list[int] = []
+        self._address, self._keys = ("127.0.0.1", port), keys
+        self._stopping = threading.Event()
+        self.start()
+
+    def end(self) -> None:
+        """Read no more."""
+        self._stopping.set()
+        self.join(GIVE_UP_S)
+
+    def stop(self) -> list[int]:
+        """Read no more; return the moments that were served.
+
+        :raises AssertionError: if a law was broken.
+        """
+        self.end()
+        assert self.problem is None, self.problem
+        return self.moments
+
+    def run(self) -> None:
+        try:
+            with closing(socket.create_connection(self._address, GIVE_UP_S)) as client:
+                while not self._stopping.wait(_PAUSE_S):
+                    self._read(Client(client).ask("HMGET", "products", *self._keys))
+        except Exception as error:  # whatever it is, it is a problem
+            self.problem = repr(error)
+
+    def _read(self, documents: list[bytes]) -> None:
+        moments = {json.loads(document)["n"] for document in documents}
+        if len(moments) != 1:
+            raise Broken(f"rows of {len(moments)} moments")
+        if moments != set(self.moments[-1:]):
+            self.moments += moments
+        if self.moments[-2:] != sorted(self.moments[-2:]):
+            raise Broken(f"{self.moments[-1]} after {self.moments[-2]}")
