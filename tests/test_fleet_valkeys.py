@@ -96,8 +96,9 @@ class Failovers(FleetTestCase):
         generation = self.served(daemon).generation
         wait_until(lambda: self.served(daemon).generation >= generation + more, "generations")
 
-    def check(self) -> None:
+    def check(self, failover: LossyFailover) -> None:
         self.wait_healed()
+        self.assertGreater(failover.lost_bytes(), 0)
         self.assert_one_content([reader.stop() for reader in self.readers])
 
     def test_a_cluster(self) -> None:
@@ -118,7 +119,7 @@ class Failovers(FleetTestCase):
                 self.generations(daemon)
             failover.end()
             replica.cli("CLUSTER", "FAILOVER", "TAKEOVER")
-            self.check()
+            self.check(failover)
 
     def test_sentinels(self) -> None:
         """The epoch of a leader is lost, and the one before it, which was suspended, does not publish by its own."""
@@ -135,7 +136,7 @@ class Failovers(FleetTestCase):
             sentinel.wait("SENTINEL", "GET-MASTER-ADDR-BY-NAME", "shop", until=str(replica.port))
             replica.wait("ROLE", until="master")
             self.go_on(first)
-            self.check()
+            self.check(failover)
 
 
 def of_itself(server: ValkeyServer) -> list[str]:

@@ -102,8 +102,17 @@ class LossyFailover:
 
     def end(self) -> None:
         """Kill the primary; the replica goes on without it, and does not take over by itself."""
+        self._written = self._offset(self._primary, "master_repl_offset")
         self._primary.kill()
         self._replica.go_on()
+
+    def lost_bytes(self) -> int:
+        """Return how much of the primary's writes the replica lacked when it took over."""
+        return self._written - self._offset(self._replica, "second_repl_offset") + 1
+
+    def _offset(self, server: ValkeyServer, name: str) -> int:
+        facts = dict(line.split(":") for line in server.cli("INFO", "replication").splitlines() if ":" in line)
+        return int(facts[name])
 
 
 @contextmanager
