@@ -2,9 +2,10 @@
 
 Half of the time one process has to stand all that does not end it; then it is killed, restarted and its files damaged
 as well. After that: a process that may have 64 descriptors, saves that are killed at random moments, files with a
-changed byte or cut off, and the tests that draw their inputs, with new seeds, which are printed. `tests/kit/faults.py`
-describes the checks, and runs a short version of them in the tests.
-It needs root, for a small file system that fills, and a C compiler, for a clock that can be turned.
+changed byte or cut off, a fleet with workers (`benchmarks/soak_fleet.py`), and the tests that draw their inputs, with
+new seeds, which are printed. `tests/kit/faults.py` describes the checks, and runs a short version of them in the tests.
+It needs root, for a small file system that fills and for network namespaces, and a C compiler, for a clock that can be
+turned.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 
 from benchmarks.figures import mib
+from benchmarks.soak_fleet import FLEET_HEADERS, fleet_faults, fleet_table
 from cacheservice.cli.embedded import EmbeddedPostgres
 from tests.kit.faults import ENDING, MUST_BE_0, RECOVERY_LIMIT_S, Counts, Shelf, Storm, Struck, flood, possible, storm
 
@@ -62,6 +64,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=500, help="of a process that saves")
     parser.add_argument("--corruptions", type=int, default=1000, help="single bytes of a saved file")
     parser.add_argument("--starts", type=int, default=20, help="of the whole service with a damaged file")
+    parser.add_argument("--fleet-minutes", type=float, default=10.0, help="of random faults of a fleet")
     parser.add_argument("--draws", type=int, default=1, help="runs of the tests that draw their inputs, with new seeds")
     parser.add_argument("--report", type=Path, help="a Markdown file to write")
     options = parser.parse_args()
@@ -70,8 +73,12 @@ def main() -> None:
     random, counts, began_at = Random(options.seed), Counts(), time.monotonic()
     storms = stormy(options, random, counts)
     on_files(options, random, counts)
+    fleet = fleet_faults(options.fleet_minutes, random)
+    for problem in fleet.problems:
+        counts.add("fleet", problem)
     failed = [seed for seed in (secrets.randbelow(2**32) for _ in range(options.draws)) if not drawn(seed)]
     tables = report(storms, counts, time.monotonic() - began_at)
+    tables.append(("Recoveries of the fleet", fleet_table(fleet), FLEET_HEADERS))
     bad = counts.bad()
     for title, rows, headers in tables:
         print(f"\n{title}\n{tabulate(rows, headers, disable_numparse=True)}")

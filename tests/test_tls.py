@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from cacheservice.sources.postgres.guard import GuardedConnection
 from cacheservice.sources.postgres.inspect import inspecting
 from cacheservice.sources.postgres.resolve import Resolver
 from cacheservice.sources.postgres.target import parse, problem
+from tests.kit.certificates import make_certificates
 from tests.kit.versions import OlderPostgres
 
 TIMEOUT_S = 60.0
@@ -30,26 +30,6 @@ HBA = """\
 local   all all                trust
 hostssl all all 127.0.0.1/32   scram-sha-256
 """
-
-
-def openssl(folder: Path, *arguments: str) -> None:
-    subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
-
-
-def make_certificates(folder: Path) -> None:
-    """`ca.crt`, another authority `other.crt`, and `server.crt` of the first for the name localhost, not an address."""
-    for name in "ca", "other":
-        subject = ["-subj", f"/CN={name} of the tests", "-days", "2", "-nodes", "-newkey", "rsa:2048"]
-        openssl(folder, "req", "-x509", *subject, "-keyout", f"{name}.key", "-out", f"{name}.crt")
-    openssl(
-        folder, "req", "-subj", "/CN=localhost", "-nodes", "-newkey", "rsa:2048", "-keyout", "server.key",
-        "-out", "server.csr",
-    )  # fmt: skip
-    (folder / "names").write_text("subjectAltName=DNS:localhost\n")
-    openssl(
-        folder, "x509", "-req", "-in", "server.csr", "-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial",
-        "-days", "2", "-extfile", "names", "-out", "server.crt",
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
+import tempfile
+from pathlib import Path
 
 from twisted.internet import reactor
 from twisted.internet.defer import CancelledError, Deferred, gatherResults
 from twisted.internet.task import deferLater
+from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import TestCase
 
 from cacheservice.config.valkey_url import parse
 from cacheservice.replication.valkey.client import Valkey
 from cacheservice.replication.valkey.errors import ValkeyDown, ValkeyRefused
+from tests.kit.certificates import make_certificates
 from tests.kit.ports import free_port
+from tests.kit.tls import TlsFront
 from tests.kit.valkey import running_cluster, running_sentinel, running_valkey
 
 LONG_S = 30.0
@@ -149,6 +156,30 @@ class Commands(TestCase):
             unknown = self.connected(f"redis+sentinel://{sentinel.address}/other")
             with self.assertRaisesRegex(ValkeyDown, "knows no service 'other'"):
                 await unknown.run(b"k", "GET", "k")
+
+    async def test_tls(self) -> None:
+        """The certificate has to be of a trusted authority and for the name; each error names the next step."""
+        folder = Path(tempfile.mkdtemp(prefix="cacheservice-tests-"))
+        self.addCleanup(shutil.rmtree, folder)
+        make_certificates(folder)
+        self.addCleanup(os.environ.pop, "SSL_CERT_FILE")
+        with running_valkey() as server:
+            front = await deferToThread(TlsFront, folder, server.port)
+            self.addCleanup(deferToThread, front.close)
+            for authority, host, problem in (
+                ("ca", "localhost", ""),
+                ("other", "localhost", "certificate verify failed; .* name its file in SSL_CERT_FILE"),
+                ("ca", "127.0.0.1", "not for this name; use a name of the certificate"),
+            ):
+                os.environ["SSL_CERT_FILE"] = str(folder / f"{authority}.crt")
+                client = self.connected(f"rediss://{host}:{front.port}")
+                if problem:
+                    with self.assertRaisesRegex(ValkeyDown, f"{host}:{front.port}: TLS failed: .*{problem}"):
+                        await client.run(b"k", "GET", "k")
+                else:
+                    self.assertEqual(await client.run(b"k", "SET", "k", bytes(1 << 20)), b"OK")
+                    self.assertEqual(await client.run(b"k", "GET", "k"), bytes(1 << 20))
+                await self.closed(client)
 
     async def test_a_connect_that_is_cancelled(self) -> None:
         """The caller that is cancelled ends; another one that waits for the same connection fails or succeeds."""

@@ -27,9 +27,13 @@ Ending = Literal["silence", "reset", "truncate"]
 
 
 class FaultyNetwork:
-    """Listens on 127.0.0.1 at `port`, which stays the same, and connects each client to the target."""
+    """Listens on 127.0.0.1 at `port`, which stays the same, and connects each client to the target.
 
-    def __init__(self, target_port: int, target_host: str = "127.0.0.1") -> None:
+    :param host: another address to listen on.
+    """
+
+    def __init__(self, target_port: int, target_host: str = "127.0.0.1", host: str = "127.0.0.1") -> None:
+        self._host = host
         self.target = TCP4ClientEndpoint(reactor, target_host, target_port)
         self.port = 0
         self.delay_s = 0.0
@@ -69,7 +73,7 @@ class FaultyNetwork:
         if self._reserved is not None:
             self._reserved.close()
             self._reserved = None
-        self._listening = reactor.listenTCP(self.port, self._factory, backlog=511, interface="127.0.0.1")
+        self._listening = reactor.listenTCP(self.port, self._factory, backlog=511, interface=self._host)
         self.port = self._listening.getHost().port
 
     async def refuse(self) -> None:
@@ -81,7 +85,7 @@ class FaultyNetwork:
         # Bound but not listening: refuses, and nobody else can get the port, a client's own end least of all.
         self._reserved = socket.socket()
         self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._reserved.bind(("127.0.0.1", self.port))
+        self._reserved.bind((self._host, self.port))
 
     def delay(self, seconds: float) -> None:
         """Let what the server sends arrive `seconds` later."""

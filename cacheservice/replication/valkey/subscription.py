@@ -14,7 +14,7 @@ from cacheservice.base.tasks import Tasks
 from cacheservice.base.timers import pause
 from cacheservice.replication.valkey.client import Valkey
 from cacheservice.replication.valkey.errors import ValkeyDown, ValkeyRefused
-from cacheservice.replication.valkey.node import Connection, Word
+from cacheservice.replication.valkey.node import Connection, RemembersTls, Word
 
 _PROBE_S = 5.0
 """Between two proofs that the connection lives."""
@@ -101,7 +101,7 @@ async def _answered(protocol: Connection, *words: Word) -> None:
         raise ValkeyDown(f"the subscription was lost: {error}") from None
 
 
-class _Subscriber(txredisapi.SubscriberProtocol):  # type: ignore[misc]  # the library has no types
+class _Subscriber(RemembersTls, txredisapi.SubscriberProtocol):  # type: ignore[misc]  # the library has no types
     def __init__(self, heard: Callable[[bytes | None], object]) -> None:
         super().__init__(charset=None, replyTimeout=_PROBE_S, convertNumbers=False)
         self._heard = heard
