@@ -21,11 +21,18 @@ class Delta:
     put: Mapping[bytes, bytes]
     removed: frozenset[bytes]
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it changes nothing."""
+        return not self.put and not self.removed
+
     def then(self, later: Delta) -> Delta | None:
         """Return the delta of both changes, `later` after this one; None if it would be too large.
 
         It may remove rows that do not exist before it: those that this delta puts and `later` removes.
         """
+        if self.is_empty or later.is_empty:
+            return later if self.is_empty else self  # without a copy: all receivers of a publish share its delta
         if len(self.put) + len(self.removed) + len(later.put) + len(later.removed) > _MOST_ROWS:
             return None
         put = {key: ready for key, ready in self.put.items() if key not in later.removed}

@@ -12,14 +12,10 @@ from cacheservice.base.tasks import Tasks
 from cacheservice.base.timers import pause
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset
-from cacheservice.cache.delta import Delta
 from cacheservice.cache.events import Ended, Event, Noted, Published, Renewed
-from cacheservice.cache.rows import Rows
 from cacheservice.cache.snapshot import Snapshot
-from cacheservice.replication.codec import encoded
-from cacheservice.replication.heads import head_of
+from cacheservice.replication.encoder import Encoder
 from cacheservice.replication.outbox import Outbox, Update
-from cacheservice.sources.frames.clocks import Clocks
 
 COMMIT, LIVE, TAKEN, RESEND, WITHDRAW = "commit", "live", "taken", "resend", "withdraw"
 """The events beside the frames. The sender sends `commit` after the updates that belong together, `withdraw` with the
@@ -61,14 +57,14 @@ class Sender:
     in the next batch. The receiver publishes a batch as a whole. Batches begin a turn after the publish, so that all
     datasets of a group are in the same batch.
 
-    :param clocks: the clocks of this machine.
+    :param encoder: shared by all senders of the cache.
     :param clock: `IReactorTime`.
     """
 
-    def __init__(self, cache: Cache, carrier: Carrier, clocks: Clocks, clock: Clock, log: Log) -> None:
+    def __init__(self, cache: Cache, carrier: Carrier, encoder: Encoder, clock: Clock, log: Log) -> None:
         self._cache = cache
         self._carrier = carrier
-        self._clocks = clocks
+        self._encoder = encoder
         self._clock = clock
         self._outbox = Outbox()
         self._tasks = Tasks(log)
@@ -157,16 +153,13 @@ class Sender:
         return messages
 
     async def _send_one(self, message: _Message) -> None:
-        settings, snapshot, update = message.dataset.settings, message.snapshot, message.update
-        delta = update.delta
-        head = head_of(settings, snapshot, self._clocks, base=update.base, delta=delta)
-        content: Rows | Delta = snapshot.rows if delta is None else delta
-        for data in encoded(head, content, compress=False):
+        update = message.update
+        for data in self._encoder.frames(message.dataset.settings, message.snapshot, update):
             for start in range(0, len(data), _MESSAGE_BYTES):
                 self._carrier.send_frames(data[start : start + _MESSAGE_BYTES])
             self._not_taken_bytes += len(data)
             if self._not_taken_bytes > _WINDOW_BYTES:
                 self._window = Deferred()
                 await self._window
-            elif isinstance(content, Rows):
+            elif update.delta is None:
                 await pause(self._clock)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.cache.changes import ChangeCount
-from cacheservice.cache.delta import Delta
+from cacheservice.cache.delta import NO_CHANGE, Delta
 from cacheservice.cache.events import Event, Published
 from cacheservice.cache.framing import unframed
 from cacheservice.cache.patch import RowsPatch
@@ -65,6 +65,12 @@ class Deltas(SynchronousTestCase):
             else:
                 patch.put(key, document)
         self.assertEqual(applied(old, patch.delta), table_of(patch.finish()))
+
+    def test_before_and_after_nothing(self) -> None:
+        """A delta before or after no change is not copied, so that all receivers of a publish are sent the same one."""
+        delta = Delta({b"1": b"$1\r\n1\r\n"}, frozenset({b"2"}))
+        self.assertIs(NO_CHANGE.then(delta), delta)
+        self.assertIs(delta.then(NO_CHANGE), delta)
 
     def test_a_large_one_is_not_kept(self) -> None:
         """A delta of a tenth of the rows or of 1000 is kept; a larger one is unknown, whatever differs."""

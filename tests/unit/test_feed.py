@@ -20,6 +20,7 @@ from cacheservice.cache.framing import unframed
 from cacheservice.cache.lag import Lag
 from cacheservice.cache.patch import RowsPatch
 from cacheservice.cache.rows import Rows
+from cacheservice.replication.encoder import Encoder
 from cacheservice.replication.follower import Follower
 from cacheservice.replication.outbox import Outbox, Update
 from cacheservice.replication.sender import Sender
@@ -65,7 +66,7 @@ class Pair:
         self.replica = Cache(settings, self.clock.seconds)
         self.down, self.up = Connection(), Connection()
         clocks = Clocks(self.clock, lambda: 2e9 + self.clock.seconds(), Host("boot", "machine"), self.clock.seconds)
-        self.sender = Sender(self.leader, self.down, clocks, self.clock, self.log)
+        self.sender = Sender(self.leader, self.down, Encoder(clocks), self.clock, self.log)
         self.follower = Follower(
             self.replica, self.up, lambda _: None, lambda head: clocks.read_at(head.header), self.clock, self.log
         )

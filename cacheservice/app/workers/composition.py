@@ -23,6 +23,7 @@ from cacheservice.cache.cache import Cache, Refreshes
 from cacheservice.config import Settings
 from cacheservice.ops.exposition import Metrics
 from cacheservice.ports.rotation import Secrets
+from cacheservice.replication.encoder import Encoder
 from cacheservice.replication.link import Link
 from cacheservice.replication.sender import RESEND, TAKEN, Sender
 from cacheservice.sources.frames.clocks import Clocks
@@ -51,7 +52,7 @@ class Workers:
         self._cache = cache
         self._reactor = reactor
         self._log = log
-        self._clocks = Clocks(reactor)
+        self._encoder = Encoder(Clocks(reactor))
         self._sockets = HeldSockets(settings, reactor)
         surroundings = Surroundings(
             spawn=Spawner(reactor, self._descriptors),
@@ -81,7 +82,7 @@ class Workers:
 
     def _attach(self, number: int, link: Link) -> Feed:
         """Return the feed of a worker: all that the cache publishes."""
-        sender = Sender(self._cache, link, self._clocks, self._reactor, self._log.bind(worker=number))
+        sender = Sender(self._cache, link, self._encoder, self._reactor, self._log.bind(worker=number))
         link.handle(TAKEN, sender.taken)
         link.handle(RESEND, sender.resend)
         return sender if self._center is None else self._center.attached(number, link, sender)
