@@ -4,7 +4,7 @@ Five processes of a fleet against one service without a Valkey, at the same time
 own. PostgreSQL's time is the processor time of all its processes, also of those that have ended, between two moments
 at which no query runs, divided by the number of reads between them.
 
-Commits are read on every process by GETs a millisecond apart. A commit follows the one before after PAUSE_S, so that
+Commits are read on every process by GETs two milliseconds apart. A commit follows the one before after PAUSE_S, so that
 the machine does not compute all the time.
 """
 
@@ -40,7 +40,7 @@ _INTERVAL_S = 2.0
 _INTERVALS = 5
 _SETTLE_S = 3.0
 PAUSE_S = 0.1
-_POLL_S = 0.001
+_POLL_S = 0.002
 _GIVE_UP_S = 120.0
 
 Figure = tuple[str, str, str, str]

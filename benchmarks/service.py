@@ -20,7 +20,7 @@ from benchmarks.products import QUERY
 ROOT = Path(__file__).parent.parent
 TAC = ROOT / "tac" / "cacheservice.tac"
 
-_START_LIMIT_S = 30
+_START_LIMIT_S = 120
 _REFRESH_LIMIT_S = 120
 _POLL_INTERVAL_S = 0.02
 _EVENT_INTERVAL_S = 0.002

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Coroutine
+from typing import TypeVar
 
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.python.failure import Failure
 
 from cacheservice.base.interfaces import Log
 from cacheservice.base.internal_errors import log_internal_error
+
+T = TypeVar("T")
+
+
+def abandon(running: Deferred[T]) -> None:
+    """Cancel what is not needed any more, and ignore how it ends."""
+    running.addErrback(lambda _: None)
+    running.cancel()
 
 
 class Tasks:

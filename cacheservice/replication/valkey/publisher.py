@@ -7,12 +7,12 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
-from twisted.internet.defer import CancelledError
+from twisted.internet.defer import CancelledError, Deferred
 
 from cacheservice.base.backoff import full_jitter
 from cacheservice.base.errors import CacheServiceError
 from cacheservice.base.interfaces import Clock, Log
-from cacheservice.base.tasks import Tasks
+from cacheservice.base.tasks import Tasks, abandon
 from cacheservice.base.timers import pause
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.delta import NO_CHANGE
@@ -184,23 +184,33 @@ class Publisher:
     async def _publish(self) -> None:
         here, before = self._here, self._current
         taken = self._take()
-        server = await self._store.clock()
-        # Computed before anything is written, because the age grows meanwhile.
-        read_us = {name: server.now_us - here.clocks.age_us(each.snapshot.read_at) for name, each in taken.items()}
         members = {
             name: self._compactor.compacted(name, member)
             for name, member in before.members.items()
             if name in here.cache.datasets
         }
+        # Asked before anything is written, and compared when the reply comes, because the age grows meanwhile.
+        asking = Deferred.fromCoroutine(self._read_us(taken))
+        try:
+            for name, each in taken.items():
+                members[name] = await self._member(name, members.get(name), each)
+            run, read_us = await asking
+        finally:
+            abandon(asking)
         for name, each in taken.items():
-            member = await self._member(name, members.get(name), each)
-            members[name] = replace(member, renewal=self._renewal(each), read_us=max(0, read_us[name]))
-        manifest = Manifest(self._epoch, before.moment + 1, members, server.run)
+            members[name] = replace(members[name], renewal=self._renewal(each), read_us=read_us[name])
+        manifest = Manifest(self._epoch, before.moment + 1, members, run)
         await self._store.publish(manifest, before.moment, here.name)
         self._current = manifest
         kept = set(manifest.pieces)
         await self._store.expire([piece for piece in before.pieces if piece not in kept], _SUPERSEDED_S)
         self._compactor.published(members, {name: partial(self._all_rows, each) for name, each in taken.items()})
+
+    async def _read_us(self, taken: Mapping[str, _Taken]) -> tuple[str, dict[str, int]]:
+        """Return the run of the server, and when the rows of each dataset were read, by its clock."""
+        server = await self._store.clock()
+        ages_us = {name: self._here.clocks.age_us(each.snapshot.read_at) for name, each in taken.items()}
+        return server.run, {name: max(0, server.now_us - age_us) for name, age_us in ages_us.items()}
 
     def _take(self) -> dict[str, _Taken]:
         """Take what is to be published, with the snapshots of this moment, which belong together.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from functools import partial
 
 from twisted.internet.defer import Deferred
 
 from cacheservice.base.errors import SnapshotRejected
 from cacheservice.base.interfaces import Reactor
+from cacheservice.base.tasks import abandon
 from cacheservice.base.threads import in_thread
 from cacheservice.cache.dataset import Dataset
 from cacheservice.cache.rows import Groups
@@ -71,8 +71,6 @@ class Replica:
         if self.manifest == manifest and not any(dataset.redefined for dataset in self._datasets().values()):
             return {}
         self._seen()
-        asked_at = self._here.clock.seconds()
-        server = await self._store.clock()
         steps: dict[str, tuple[Member, Sequence[Piece]]] = {}
         ahead: dict[str, int] = {}
         for name, dataset in self._datasets().items():
@@ -91,7 +89,7 @@ class Replica:
         if ahead:
             return ahead
         try:
-            await self._apply(manifest, steps, asked_at, server)
+            await self._apply(manifest, steps)
         except SnapshotRejected:
             # Frames that do not follow what is served may follow nothing here; all rows do.
             self.loaded = {}
@@ -113,23 +111,26 @@ class Replica:
         """Return what each dataset serves, and the fingerprint of its definition."""
         return {name: (each.snapshot, fingerprint(each.settings)) for name, each in self._datasets().items()}
 
-    async def _apply(
-        self,
-        manifest: Manifest,
-        steps: Mapping[str, tuple[Member, Sequence[Piece]]],
-        asked_at: float,
-        server: ServerClock,
-    ) -> None:
+    async def _apply(self, manifest: Manifest, steps: Mapping[str, tuple[Member, Sequence[Piece]]]) -> None:
+        asked_at = self._here.clock.seconds()
+        asking = Deferred.fromCoroutine(self._store.clock())  # its reply comes with the first frames
+        server: ServerClock | None = None
+
+        def read_at(head: Head) -> ReadAt:
+            assert server is not None, "no frames are applied before"
+            return self._read_at(manifest, asked_at, server, head)
+
         carrier = _Carrier()
-        read_at = partial(self._read_at, manifest, asked_at, server)
         follower = Follower(self._here.cache, carrier, self._release, read_at, self._here.clock, self._here.log)
         before = self._served()
         try:
             for member, pieces in steps.values():
                 async with aclosing(self._frames(pieces)) as frames:
                     async for some in frames:
+                        server = server or await asking
                         await _applied(follower, some)
                         carrier.check()
+                server = server or await asking
                 await _applied(follower, member.renewal)
             carrier.check()
             now = self._served()
@@ -137,6 +138,7 @@ class Replica:
                 raise SnapshotRejected("a dataset was published or redefined while the leader's rows were loaded")
             follower.commit()
         finally:
+            abandon(asking)
             follower.stop()
 
     async def _frames(self, pieces: Sequence[Piece]) -> AsyncGenerator[bytes | list[Part]]:
@@ -163,7 +165,7 @@ class Replica:
                     yield last
             finally:
                 if cutting is not None:
-                    cutting.addErrback(lambda _: None)  # its failure does not matter any more
+                    abandon(cutting)
 
     async def _cut(self, unframer: Unframer, data: bytes) -> list[Part]:
         try:

@@ -20,6 +20,7 @@ from twisted.python.failure import Failure
 
 from cacheservice.base.errors import CacheServiceError, SnapshotRejected
 from cacheservice.base.interfaces import Clock
+from cacheservice.base.tasks import abandon
 from cacheservice.base.text import printable
 from cacheservice.base.timers import pause
 from cacheservice.replication.valkey.client import Valkey
@@ -235,8 +236,7 @@ class Store:
                 yield piece, data
         finally:
             for _, _, part in ahead:
-                part.addErrback(_ignored)
-                part.cancel()
+                abandon(part)
 
     async def _part(self, piece: Piece, number: int) -> object:
         key = self.names.chunk(piece, number)
