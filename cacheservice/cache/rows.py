@@ -1,10 +1,11 @@
 """The rows of one snapshot: an immutable mapping of keys to JSON documents, both bytes.
 
 The rows are spread over 256 dicts by the CRC-32 of their keys, because a single dict of a million entries holds the
-reactor for 29 ms each time it grows, and again when it is freed (measured). Python's own hash differs from process to
-process, but the cursors of SCAN, which follow these dicts, must not; a CRC takes no longer (measured). Rows that are
-patched are spread over more dicts, and these are gathered in groups. A patch shares the groups and dicts that it does
-not change with the rows before it, and copies the others: a group and one of its dicts for each key.
+reactor for 29 ms each time it grows, and again when it is freed (measured). More than a million rows are spread over
+more dicts. Python's own hash differs from process to process, but the cursors of SCAN, which follow these dicts, must
+not; a CRC takes no longer (measured). Rows that are patched are spread over more dicts, and these are gathered in
+groups. A patch shares the groups and dicts that it does not change with the rows before it, and copies the others: a
+group and one of its dicts for each key.
 
 Documents are stored as they are framed for most clients; see `cacheservice.cache.framing`.
 """
@@ -240,8 +241,8 @@ class RowsBuilder:
     def _add_compared(self, shards: Shards, chunk: Sequence[tuple[bytes | None, bytes]]) -> int:
         """Take rows, with the documents before for those that are equal; return the length of the longest key.
 
-        The new document is in the processor's cache now, and the one before probably lies beside that of the last row.
-        A comparison after the read takes several times as long.
+        The new document is in the processor's cache now. A comparison after the read would have to fetch both, and both
+        generations would need memory for their documents.
         """
         headers, checksum, mask = HEADERS, crc32, len(shards) - 1
         before, differing = self._shards_before, self.differing

@@ -88,6 +88,13 @@ class Draining(SynchronousTestCase):
         self.assertEqual(Row.alive, 16 * (1000 - 16))
         self.assertLessEqual(max(self.freed_by_turn()), 256)
 
+    def test_small_shards(self) -> None:
+        """A turn frees many small shards, and fewer rows than a large one may have."""
+        self.drain.add(self.groups(4096, 30, 32))
+        freed = self.freed_by_turn()
+        self.assertLessEqual(max(freed), 2500)
+        self.assertGreater(max(freed), 2000)
+
     def test_the_last_ones_of_many(self) -> None:
         """Of many shards the same share is freed some rows a turn, and each turn frees something."""
         for count, size in ((4096, 4096), (16_384, 32)):

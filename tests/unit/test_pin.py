@@ -52,6 +52,17 @@ class Pinning(RefreshTestCase):
         self.refreshed(world, 97)
         self.assertEqual(told, [2, 3])
 
+    def test_the_change_of_a_candidate(self) -> None:
+        """What unpin publishes differs from what is served, even if it equals the candidate before it."""
+        world = self.loaded(rows=2)
+        world.service.pin("products")
+        for _ in range(2):
+            world.advance(60)
+            world.database.last.into.add([(b"0", b"{}"), (b"1", b"[]")])
+            world.database.last.complete(rows=0)
+        world.service.unpin("products")
+        self.assertEqual(world.dataset.snapshot.change, (0, 1, 0))
+
     def test_twice_and_in_vain(self) -> None:
         """To pin twice is to pin once; to unpin what is not pinned, or has read nothing since, publishes nothing."""
         world = self.loaded()
