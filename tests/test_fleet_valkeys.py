@@ -32,6 +32,18 @@ max_age_s = 600
 retry_initial_s = 0.1
 retry_max_s = 0.3
 """
+# One row of many changes, so that the leader publishes deltas, which need the publishes before them.
+LITTLE = """
+[datasets.products]
+query = '''SELECT id, CASE id WHEN 1 THEN (extract(epoch FROM clock_timestamp()) * 1e6)::bigint END AS n
+  FROM generate_series(1, 5000) AS id'''
+key = "id"
+interval_s = 0.5
+timeout_s = 20
+max_age_s = 600
+retry_initial_s = 0.1
+retry_max_s = 0.3
+"""
 SOME_KEYS = [1, *range(ROWS // 20, ROWS + 1, ROWS // 20)]
 PARTS = 3
 """So many parts of a snapshot are written, of many more, when the Valkey is killed."""
@@ -85,7 +97,8 @@ class Failovers(FleetTestCase):
 
     def watched(self, url: str) -> None:
         """Start a fleet with readers."""
-        self.start_fleet(valkey=url)
+        self.url = url
+        self.start_fleet(LITTLE, valkey=url)
         self.readers = [self.reader(daemon) for daemon in self.fleet]
         for reader in self.readers:
             self.addCleanup(reader.stop)
@@ -99,6 +112,11 @@ class Failovers(FleetTestCase):
     def check(self, failover: LossyFailover) -> None:
         self.wait_healed()
         self.assertGreater(failover.lost_bytes(), 0)
+        late = self.start_process(self.fleet_configuration(LITTLE, valkey=self.url))
+        late.wait_until_ready()
+        self.fleet.append(late)
+        self.wait_healed()
+        self.assertEqual(self.events(late, "cluster_unreadable"), [])
         self.assert_one_content([reader.stop() for reader in self.readers])
 
     def test_a_cluster(self) -> None:
@@ -120,6 +138,34 @@ class Failovers(FleetTestCase):
             failover.end()
             replica.cli("CLUSTER", "FAILOVER", "TAKEOVER")
             self.check(failover)
+
+    def test_between_two_publishes(self) -> None:
+        """A leader that has noticed nothing finds that its last publishes are lost, and publishes a whole snapshot."""
+        seldom = LITTLE.replace("interval_s = 0.5", "interval_s = 600")
+        with running_sentinel("shop") as (primary, replica, sentinel):
+            failover = LossyFailover(primary, replica)
+            url = f"redis+sentinel://{sentinel.address}/shop"
+            self.start_fleet(seldom, valkey=url)
+            self.refresh()
+            failover.begin()
+            for _ in range(3):
+                self.refresh()
+            failover.end()
+            sentinel.wait("SENTINEL", "GET-MASTER-ADDR-BY-NAME", "shop", until=str(replica.port))
+            replica.wait("ROLE", until="master")
+            self.refresh()
+            self.assertGreater(failover.lost_bytes(), 0)
+            late = self.start_process(self.fleet_configuration(seldom, valkey=url))
+            late.wait_until_ready()
+            self.assertEqual(self.served(late), self.served(self.leader()))
+            self.assertEqual(self.events(late, "cluster_unreadable"), [])
+
+    def refresh(self) -> None:
+        """Let the leader refresh; return when all processes serve that."""
+        moment = self.moment()
+        self.assertEqual(self.get(self.leader(), "/v1/datasets/products/rows/1?max_age=0").status, 200)
+        for daemon in self.fleet:
+            wait_until(lambda d=daemon: self.served(d).n > moment, "the refresh")
 
     def test_sentinels(self) -> None:
         """The epoch of a leader is lost, and the one before it, which was suspended, does not publish by its own."""

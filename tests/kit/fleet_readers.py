@@ -32,6 +32,8 @@ retry_max_s = 0.3
 _CLOCKS_S = 0.2
 """How much an age may be less than by the wall clock, which the system adjusts."""
 _PAUSE_S = 0.02
+_MOST_ANSWERS = 50
+"""On one connection, so that workers that have been started again get clients."""
 
 
 class Sight(NamedTuple):
@@ -127,7 +129,7 @@ def one_moment(rows: list[dict[str, int]]) -> int:
 class PatientReader(threading.Thread):
     """Reads all rows again and again until it is stopped, or until the main process of its port is killed.
 
-    It connects again if the process that served it was killed, which was a worker, and is then served by another one.
+    It connects again after some answers, or if the process that served it was killed, which was a worker.
     `problem` is the first answer that breaks a law: an error, a refused connection, rows of several reads, a generation
     or a moment that is less than one before on the same connection, or an age that is too small.
     """
@@ -188,7 +190,9 @@ class PatientReader(threading.Thread):
 
     def _read(self, client: socket.socket) -> None:
         before = Sight(0, 0)
-        while not self._stopping.wait(_PAUSE_S):
+        for _ in range(_MOST_ANSWERS):
+            if self._stopping.wait(_PAUSE_S):
+                return
             asked_at = time.time()
             sight, age_s = self._way.ask(client)
             self.answers += 1
