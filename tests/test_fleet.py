@@ -19,7 +19,7 @@ from tests.kit.waiting import GIVE_UP_S, wait_until
 ADMIN = '[admin]\nsocket = "{place}/admin"\n'
 SAVED = '[persistence]\ndirectory = "{place}/saved"\n'
 
-ROUNDS = int(os.environ.get("TESTS_FLEET_ROUNDS", "3"))
+ROUNDS = int(os.environ.get("TESTS_FLEET_ROUNDS", "2"))
 """How often a leader is stopped and continued; the soak sets more."""
 
 
@@ -72,7 +72,7 @@ class Reading(FleetTestCase):
         )
         expected = [("cacheservice leads", 2), ("cacheservice listens", 1)]
         self.start_fleet(PRODUCTS + 'notify = "things"\n', processes=5)
-        for _ in range(3):
+        for _ in range(2):
             self.wait_healed()
             wait_until(lambda: query(self.server, self.database, sessions) == expected, "the sessions")
             leader = self.leader()
@@ -431,7 +431,12 @@ class Definitions(FleetTestCase):
             self.reload(daemon, PRODUCTS, more)
             wait_until(lambda d=daemon: self.get(d, "/v1/datasets/prices/rows/1").status == 200, "the new dataset")
         self.wait_healed(name="prices")
-        for daemon in self.fleet:
+        leader = self.leader(unit="dataset/prices")
+        rest = self.others(leader)
+        self.reload(leader, PRODUCTS)
+        self.wait_healed(rest, name="prices")
+        for daemon in rest:
             self.reload(daemon, PRODUCTS)
+        for daemon in self.fleet:
             self.assertEqual(self.get(daemon, "/v1/datasets/prices/rows/1").status, 404)
         self.wait_healed()

@@ -12,7 +12,7 @@ from tests.kit.faulty_network import Network
 from tests.kit.processes import FleetTestCase, Publishes
 from tests.kit.waiting import wait_until
 
-ROUNDS = int(os.environ.get("TESTS_FLEET_ROUNDS", "2"))
+ROUNDS = int(os.environ.get("TESTS_FLEET_ROUNDS", "1"))
 SEED = int(os.environ.get("TESTS_FLEET_SEED", "20261130"))
 FAULTS = ("silence", "reset", "half_open")
 

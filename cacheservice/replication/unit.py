@@ -54,11 +54,18 @@ class Unit:
         self.leading = Leading(self.names, store, replica, here, fleet)
         self._wakeup = Wakeup(here.clock)
         self._lead_changes = 0
+        self._has_looked = False
         replica.notify(self._report)
 
     @property
     def is_deserted(self) -> bool:
-        """Whether no leader helps: it is silent for long, or nothing is served yet and the Valkey cannot be read."""
+        """Whether no leader helps.
+
+        There is none, as for a new dataset; or it is silent for long; or nothing is served yet and the Valkey cannot be
+        read.
+        """
+        if self.problem is None and self._has_looked and self._store.leader is None:
+            return True
         datasets = self._here.cache.datasets
         is_empty = any(name in datasets and datasets[name].snapshot is None for name in self.names)
         return (self.problem is not None and is_empty) or self._silent_s() >= self._fleet.fallback_after_s
@@ -79,6 +86,8 @@ class Unit:
     def retire(self) -> None:
         """Stop, because the datasets are not declared together any more; refresh them no longer."""
         self.stop()
+        if self.has_lead:
+            self._store.leave(self.leading.epoch)
         if self.names[0] in self._here.cache.datasets:
             self._play(Role.FOLLOWING)
 
@@ -125,7 +134,7 @@ class Unit:
         while True:
             try:
                 await self._look()
-                self.problem, failures = None, 0
+                self.problem, self._has_looked, failures = None, True, 0
             except CancelledError:
                 raise
             except CacheServiceError as error:

@@ -51,6 +51,12 @@ redis.call('PEXPIRE', KEYS[1], ARGV[6])
 redis.call('PUBLISH', ARGV[7], ARGV[3])
 return {'published', ARGV[3]}
 """
+_LEAVE = """
+if redis.call('HGET', KEYS[1], 'epoch') == ARGV[1] then
+  redis.call('HDEL', KEYS[1], 'leader')
+  redis.call('PUBLISH', ARGV[2], 'left')
+end
+"""
 _EXPIRE = """
 for number = 1, #KEYS do redis.call('PEXPIRE', KEYS[number], ARGV[1]) end
 """
@@ -199,6 +205,12 @@ class Store:
     def forget(self, piece: Piece) -> None:
         """Delete a piece that was written in vain, if the server can be reached; otherwise it expires."""
         Deferred.fromCoroutine(self.expire([piece], 0)).addErrback(_ignored)
+
+    def leave(self, epoch: int) -> None:
+        """Note that this lead has no leader any more, if the server can be reached."""
+        head = self.names.head
+        left = self._valkey.run(head, "EVAL", _LEAVE, 1, head, epoch, self.names.channel)
+        Deferred.fromCoroutine(left).addErrback(_ignored)
 
     async def current(self) -> Manifest | None:
         """Return the current manifest; None if there is none.
