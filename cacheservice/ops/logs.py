@@ -39,9 +39,18 @@ class LineWriter:
     On the reactor's thread, a stalled pipe would block the service. With `path` the descriptor is that of a file, which
     `reopen` opens again. While no process reads the pipe, up to 10,000 lines wait. Further lines are dropped, and a
     line with their number is logged as soon as there is a reader again.
+
+    :param flush_timeout_s: how long `stop` waits for each of its steps.
     """
 
-    def __init__(self, descriptor: int, lost_line: Callable[[int], str], path: str | None = None) -> None:
+    def __init__(
+        self,
+        descriptor: int,
+        lost_line: Callable[[int], str],
+        path: str | None = None,
+        flush_timeout_s: float = _FLUSH_TIMEOUT_S,
+    ) -> None:
+        self._flush_timeout_s = flush_timeout_s
         self._path = path
         self._descriptor = descriptor
         self._lost_line = lost_line
@@ -78,12 +87,12 @@ class LineWriter:
         """Write the queued lines while there is a reader, and end the thread."""
         try:
             if self._lost:
-                self._lines.put(self._lost_line(self._lost), timeout=_FLUSH_TIMEOUT_S)
-            self._lines.put(None, timeout=_FLUSH_TIMEOUT_S)
+                self._lines.put(self._lost_line(self._lost), timeout=self._flush_timeout_s)
+            self._lines.put(None, timeout=self._flush_timeout_s)
         except queue.Full:
             return
         if self._thread.is_alive():
-            self._thread.join(_FLUSH_TIMEOUT_S)
+            self._thread.join(self._flush_timeout_s)
 
     def _write_all(self) -> None:
         while (line := self._lines.get()) is not None:

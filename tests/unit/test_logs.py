@@ -18,6 +18,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.ops.logs import LineWriter, Threshold, TwistedEvents, lost_line, make_logger
 
+LONG_S = 60.0
 MORE_THAN_FITS = 25_000  # lines: a pipe's 64 KiB hold 6,000 of them and the writer 10,000
 
 
@@ -89,6 +90,7 @@ class Writing(SynchronousTestCase):
 
     def test_lines_lost_are_told_at_the_end(self) -> None:
         """Lost lines are reported even if no line is written after them."""
+        self.writer = LineWriter(self.write_end, lost_line, flush_timeout_s=LONG_S)
         self.writer.start()
         for number in range(MORE_THAN_FITS):
             self.writer.write(f"line {number}")
