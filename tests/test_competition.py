@@ -128,6 +128,10 @@ class Competing(TestCase):
             self.assertTrue(await deputy.look())
             deputy.clock.shift_s += 2
             self.assertFalse(await deputy.look())
+            # Now a look asks nobody. It must not change the leads in the turn of its call, which may be theirs.
+            looks = deputy.looks
+            deputy.competition.look()
+            self.assertEqual(deputy.looks, looks)
             deputy.session.problem = None
             self.assertTrue(await other.look())
             other.unit.has_lead = True

@@ -2,8 +2,8 @@
 
 A fleet has one leader of a unit and, for all units, one deputy, which competes for the leads of the others and gets
 them as soon as they are free. A process that is neither has no session for leads. It competes nevertheless once no
-leader helps it: if results have not come for long, or if it cannot read the Valkey and serves nothing yet. As that
-happens to all processes at about the same time, each begins at a random moment of some seconds.
+leader helps it: if there is none, if results have not come for long, or if it cannot read the Valkey and serves nothing
+yet. As that happens to all processes at about the same time, each begins at a random moment of some seconds.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 from twisted.internet.defer import CancelledError
+from twisted.python.failure import Failure
 
 from cacheservice.base.errors import CacheServiceError
 from cacheservice.base.interfaces import Clock, Log
+from cacheservice.base.internal_errors import log_internal_error
 from cacheservice.base.tasks import Tasks
+from cacheservice.base.timers import pause
 from cacheservice.base.wakeup import Wakeup
 from cacheservice.replication.valkey.deputy import Deputy
 
@@ -74,6 +77,7 @@ class Competition:
         self._leads = leads
         self._clock = clock
         self._random = random
+        self._log = log
         self._tasks = Tasks(log)
         self._wakeup = Wakeup(clock)
         self._is_deputy = False
@@ -103,11 +107,14 @@ class Competition:
                 raise
             except CacheServiceError:
                 pass  # the units report it; a process that competes goes on, because it may be the only one that can
+            except Exception:
+                log_internal_error(self._log, Failure())  # a bug; the loop goes on, because nothing else decides
             units = self._units()
             joins = self._joins(any(unit.is_deserted for unit in units.values()))
             competes = competes or joins or any(unit.has_lead for unit in units.values())
             self._leads.compete_for(units if competes else ())
             await self._wakeup.wait(POLL_S)
+            await pause(self._clock)  # `look` may have been called by the leads, which are not to be changed meanwhile
 
     def _joins(self, is_deserted: bool) -> bool:
         """Return whether this process competes because no leader helps it."""
