@@ -1,4 +1,4 @@
-"""Rows a second of a refresh, against psql's \\copy of the same rows from the same server, in turns."""
+"""Rows a second of first and further reads, against psql's \\copy of the same rows from the same server, in turns."""
 
 from __future__ import annotations
 
@@ -22,30 +22,48 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--pairs", type=int, default=7)
     options = parser.parse_args()
-    with server_with_products(options.rows) as server, running_service(server.dsn()) as service:
+    with server_with_products(options.rows) as server:
         copy_s(server)
-        ours, theirs, computed = [], [], []
+        pairs = {"first": Reads(), "further": Reads()}
         for _ in range(options.pairs):
-            before_s = cpu_s(service.pid)
-            service.start_refresh()
-            attempt = service.wait_refreshed()
-            assert attempt["rows"] == options.rows
-            computed.append(cpu_s(service.pid) - before_s)
-            ours.append(options.rows / attempt["took_s"])
-            theirs.append(options.rows / copy_s(server))
-            print(
-                f"refresh {ours[-1]:,.0f} rows/s   psql {theirs[-1]:,.0f} rows/s   {ours[-1] / theirs[-1]:.2f}",
-                flush=True,
-            )
-    ratios = [our / their for our, their in zip(ours, theirs, strict=True)]
+            with running_service(server.dsn()) as service:
+                for name, reads in pairs.items():
+                    computed_s = 0.0 if name == "first" else cpu_s(service.pid)
+                    if name == "further":
+                        service.start_refresh()
+                    attempt = service.wait_refreshed()
+                    assert attempt["rows"] == options.rows
+                    reads.computed_s.append(cpu_s(service.pid) - computed_s)
+                    reads.ours.append(options.rows / attempt["took_s"])
+                    reads.theirs.append(options.rows / copy_s(server))
+                    print(f"{name:8} {reads.last}", flush=True)
     print()
-    print_figures(
-        [
-            ("refresh, rows/s", spread(ours, "{:,.0f}".format), f"psql {spread(theirs, '{:,.0f}'.format)}", ""),
-            ("ratio of each pair", spread(ratios), "psql \\copy", floor(median(ratios), LEAST_RATIO)),
-            ("CPU of a refresh in the service, s", spread(computed), "", ""),
+    print_figures([row for name, reads in pairs.items() for row in reads.figures(name)])
+
+
+class Reads:
+    """Rows a second of some reads, and of psql after each; and what the service computed."""
+
+    def __init__(self) -> None:
+        self.ours: list[float] = []
+        self.theirs: list[float] = []
+        self.computed_s: list[float] = []
+
+    @property
+    def last(self) -> str:
+        """The last pair."""
+        ours, theirs = self.ours[-1], self.theirs[-1]
+        return f"refresh {ours:,.0f} rows/s   psql {theirs:,.0f} rows/s   {ours / theirs:.2f}"
+
+    def figures(self, name: str) -> list[tuple[str, str, str, str]]:
+        """The rows of the table."""
+        ratios = [our / their for our, their in zip(self.ours, self.theirs, strict=True)]
+        theirs = f"psql {spread(self.theirs, '{:,.0f}'.format)}"
+        return [
+            (f"{name} read, rows/s", spread(self.ours, "{:,.0f}".format), theirs, ""),
+            ("  ratio of each pair", spread(ratios), "psql \\copy", floor(median(ratios), LEAST_RATIO)),
+            ("  CPU of the service, s", spread(self.computed_s), "", ""),
         ]
-    )
 
 
 def copy_s(server: EmbeddedPostgres) -> float:

@@ -99,7 +99,7 @@ class ChangeCount:
                 yield
                 work = 0
             # Most often nothing has changed, and comparing the dicts finds that at C speed.
-            if old is not None and len(new) <= _SHARD_ROWS and old == new:
+            if old is not None and (old is new or (len(new) <= _SHARD_ROWS and old == new)):
                 work += len(new)
             else:
                 rows, added_before = iter(new.items()), self._added

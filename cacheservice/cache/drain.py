@@ -21,7 +21,8 @@ from twisted.internet.task import Cooperator
 
 from cacheservice.base.interfaces import Clock
 from cacheservice.base.timers import next_turns
-from cacheservice.cache.rows import Groups, Shards
+from cacheservice.cache.collectors import Shards
+from cacheservice.cache.rows import Groups
 
 _SLICE_ROWS = 256
 _MOST_SHARD_ROWS = 5000

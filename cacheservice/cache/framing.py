@@ -8,6 +8,7 @@ from __future__ import annotations
 PREPARED = 4096
 HEADERS = tuple(b"$%d\r\n" % length for length in range(PREPARED))
 """Making a header takes longer than looking it up, and most documents are short."""
+HEADER_BYTES = tuple(map(len, HEADERS))
 
 
 def bulk(document: bytes) -> bytes:

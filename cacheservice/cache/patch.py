@@ -8,7 +8,8 @@ from cacheservice.base.errors import ResultTooLarge
 from cacheservice.cache.delta import Delta, DeltaBuilder
 from cacheservice.cache.digest import reduced, row_digest
 from cacheservice.cache.framing import bulk, unframed
-from cacheservice.cache.rows import MAX_KEY_BYTES, Rows, refuse_length
+from cacheservice.cache.keys import MAX_KEY_BYTES, refuse_length
+from cacheservice.cache.rows import Rows
 
 
 class RowsPatch:

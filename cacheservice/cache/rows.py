@@ -13,18 +13,18 @@ Documents are stored as they are framed for most clients; see `cacheservice.cach
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import chain, islice
-from typing import NoReturn
+from operator import is_
 from zlib import crc32
 
-from cacheservice.base.errors import BadResult, ResultTooLarge
-from cacheservice.base.text import printable
+from cacheservice.base.errors import ResultTooLarge
+from cacheservice.cache.collectors import Chunk, Collector, ComparedRows, NewRows, Shards
 from cacheservice.cache.digest import reduced, row_digest
-from cacheservice.cache.framing import HEADERS, PREPARED, unframed
+from cacheservice.cache.framing import unframed
+from cacheservice.cache.in_order import RowsInOrder
+from cacheservice.cache.keys import MAX_KEY_BYTES, refuse_length
 
-Shards = list[dict[bytes, bytes]]
-"""Keys to bulk strings."""
 Groups = list[Shards]
 """All of the same length, a power of two."""
 
@@ -34,16 +34,13 @@ _MOST_SHARDS = 65_536
 _SHARD_ROWS = 4096
 """A larger shard takes long to grow, and to compare in one step."""
 _KEPT = 4
-_LEAST_DIFFERING = 1000
-_DIFFERING = 8
-"""If more than an eighth of the rows differ, comparing each row costs more than it saves."""
 _SPARSE = 3 / 4
+_FIRST_ROWS = 1024
+"""So many rows show whether the result comes in the order of the one before."""
 _PATCHED_SHARD_ROWS = 32
 """A copy spends its time on the reference counts of the entries, each in a cache line that is not cached."""
 PATCHED_GROUP_BITS = 5
 PATCHED_GROUP_MASK = (1 << PATCHED_GROUP_BITS) - 1
-MAX_KEY_BYTES = 64 * 1024
-_SHOWN_KEY_BYTES = 100
 _DIGESTED_ROWS = 512
 """Takes a third of a millisecond, if the documents are short."""
 _DIGESTED_BYTES = 256 * 1024
@@ -162,9 +159,6 @@ class Rows:
 class RowsBuilder:
     """Collects the rows of one read; `finish` turns them into a `Rows`.
 
-    `differing` lists the keys of the rows that the rows before do not have with the same document. It is None if that
-    is not known: there are no rows before, they are spread over another number of shards, or many rows differ.
-
     :param max_rows: the most rows it takes, 0 for no limit.
     :param max_bytes: the most bytes of keys and documents it takes, 0 for no limit.
     :param patched: whether the rows will be patched.
@@ -175,141 +169,93 @@ class RowsBuilder:
     ) -> None:
         self.count = 0
         self.size_bytes = 0
-        self.differing: list[bytes] | None = None
         self._max_rows = max_rows
         self._max_bytes = max_bytes
         self._patched = patched
-        self._shard_count = SHARD_COUNT
-        self._shards: Shards = []
+        self._collector: Collector = NewRows(SHARD_COUNT)
+        self._in_order: RowsInOrder | None = None
+        self._first: list[Chunk] = []
         self._before: Rows | None = None
-        self._shards_before: Shards = []
-        self._most = self._most_differing = 0
         self._release = release
+
+    @property
+    def differing(self) -> list[bytes] | None:
+        """The keys of the rows that the rows before do not have with the same document.
+
+        None if that is not known: there are no rows before, they are spread over another number of shards, or many rows
+        differ.
+        """
+        return self._collector.differing
+
+    @property
+    def settling(self) -> Iterator[None]:
+        """The steps that complete the rows after the last one, for one turn each; `finish` takes those left."""
+        return self._collector.settling
 
     def expect(self, rows: int, before: Rows | None = None) -> None:
         """Expect about this many rows; call it before the first.
 
-        :param before: the rows that these will be compared with. Their documents are used again for equal rows, and
-            their number of shards if it is a few times as large as needed.
+        :param before: the rows that these will be compared with. Their documents and shards are used again for equal
+            rows, and their number of shards if it is a few times as large as needed.
         """
         most = _PATCHED_SHARD_ROWS if self._patched else _SHARD_ROWS
         count = min(max(1 << (max(0, rows - 1) // most).bit_length(), SHARD_COUNT), _MOST_SHARDS)
         kept = 0 if before is None else before.mask + 1
-        self._shard_count = kept if count <= kept <= _KEPT * count else count
-        if before is not None and self._shard_count == kept and not before.is_sparse:
-            self._before, self.differing = before, []
-            self._most = before.most
-            self._most_differing = max(_LEAST_DIFFERING, before.count // _DIFFERING)
+        if before is not None and count <= kept <= _KEPT * count:
+            count = kept
+        if before is not None and count == kept and not before.is_sparse:
+            self._before = before
+            self._collector = self._in_order = RowsInOrder(list(before.shards()), before.count)
+        else:
+            self._collector = NewRows(count)
 
-    def add(self, chunk: Sequence[tuple[bytes | None, bytes]]) -> None:
+    def add(self, chunk: Chunk) -> None:
         """Take the next rows.
 
         :raises BadResult: for a NULL key, a repeated key, or a key over 64 KiB; the message names it.
         :raises ResultTooLarge: past `max_rows` or `max_bytes`.
         """
-        shards = self._shards or self._begun()
-        longest = self._add_new(shards, chunk) if self.differing is None else self._add_compared(shards, chunk)
+        longest, size_bytes = self._collector.add(self.count + 1, chunk)
         if longest > MAX_KEY_BYTES:
             refuse_length(next(key for key, _ in chunk if key is not None and len(key) == longest))
         self.count += len(chunk)
+        self.size_bytes += size_bytes
         if 0 < self._max_rows < self.count:
             raise ResultTooLarge(f"the result has more than max_rows = {self._max_rows} rows")
         if 0 < self._max_bytes < self.size_bytes:
             raise ResultTooLarge(f"the result has more than max_bytes = {self._max_bytes} bytes")
+        if self._in_order is not None:
+            self._first.append(chunk)
+            if self.count >= _FIRST_ROWS:
+                self._choose(self._in_order)
 
-    # The loops run a million times in a refresh, so `bulk` and `max` are written out: the calls cost more than the
-    # work.
-
-    def _add_new(self, shards: Shards, chunk: Sequence[tuple[bytes | None, bytes]]) -> int:
-        """Take rows; return the length of the longest key."""
-        headers, checksum, mask = HEADERS, crc32, len(shards) - 1
-        size_bytes = longest = 0
-        for key, document in chunk:
-            if key is None:
-                self._refuse_null(chunk)
-            size = len(document)
-            ready = (headers[size] if size < PREPARED else b"$%d\r\n" % size) + document + b"\r\n"
-            if shards[checksum(key) & mask].setdefault(key, ready) is not ready:
-                _refuse_repeated(key)
-            length = len(key)
-            if length > longest:  # noqa: PLR1730
-                longest = length
-            size_bytes += length + size
-        self.size_bytes += size_bytes
-        return longest
-
-    def _add_compared(self, shards: Shards, chunk: Sequence[tuple[bytes | None, bytes]]) -> int:
-        """Take rows, with the documents before for those that are equal; return the length of the longest key.
-
-        The new document is in the processor's cache now. A comparison after the read would have to fetch both, and both
-        generations would need memory for their documents.
-        """
-        headers, checksum, mask = HEADERS, crc32, len(shards) - 1
-        before, differing = self._shards_before, self.differing
-        assert differing is not None, "there are rows to compare with"
-        size_bytes = longest = 0
-        for key, document in chunk:
-            if key is None:
-                self._refuse_null(chunk)
-            size = len(document)
-            ready = (headers[size] if size < PREPARED else b"$%d\r\n" % size) + document + b"\r\n"
-            place = checksum(key) & mask
-            shard = shards[place]
-            if key in shard:
-                _refuse_repeated(key)
-            old = before[place].get(key)
-            if old == ready:
-                shard[key] = old
-            else:
-                shard[key] = ready
-                differing.append(key)
-            length = len(key)
-            if length > longest:  # noqa: PLR1730
-                longest = length
-            size_bytes += length + size
-        self.size_bytes += size_bytes
-        if len(differing) > self._most_differing:
-            self.differing, self._before, self._shards_before = None, None, []
-        return longest
-
-    def _refuse_null(self, chunk: Sequence[tuple[bytes | None, bytes]]) -> NoReturn:
-        number = self.count + 1 + next(number for number, (key, _) in enumerate(chunk) if key is None)
-        raise BadResult(f"the key of row {number} is NULL; every row needs a key")
-
-    def _begun(self) -> Shards:
-        self._shards = [{} for _ in range(self._shard_count)]
-        if self._before is not None:
-            groups = self._before.groups
-            self._shards_before = groups[0] if len(groups) == 1 else list(chain.from_iterable(groups))
-        return self._shards
-
-    def _grouped(self) -> Groups:
-        shards, self._shards = self._shards or self._begun(), []
-        self._shards_before = []
-        size = 1 << PATCHED_GROUP_BITS if self._patched else len(shards)
-        return [shards[first : first + size] for first in range(0, len(shards), size)]
+    def _choose(self, in_order: RowsInOrder) -> None:
+        """Go on in the order of the rows before if the first rows came so, and otherwise look up each row."""
+        first, self._first, self._in_order = self._first, [], None
+        if in_order.is_worthwhile(self.count) or self._before is None:
+            return
+        in_order.own()
+        self._collector = ComparedRows(list(self._before.shards()), self._before.count)
+        for chunk in first:
+            self._collector.add(1, chunk)
 
     def finish(self) -> Rows:
         """Return the rows taken so far; the builder is empty afterwards."""
-        groups, self._before = self._grouped(), None
-        return Rows(groups, self.count, self.size_bytes, self._release, most=self._most)
+        shards, before = self._collector.shards(), self._before
+        self._forget()
+        size = 1 << PATCHED_GROUP_BITS if self._patched else len(shards)
+        groups = [shards[first : first + size] for first in range(0, len(shards), size)]
+        if before is None:
+            return Rows(groups, self.count, self.size_bytes, self._release)
+        if len(groups) == len(before.groups):
+            groups = [old if all(map(is_, old, new)) else new for old, new in zip(before.groups, groups, strict=True)]
+        return Rows(groups, self.count, self.size_bytes, self._release, most=before.most)
 
     def discard(self) -> None:
         """Free the rows taken so far slice by slice, after a read that failed."""
-        self._before, self._shards_before = None, []
-        if self._shards:
-            self._release(self._grouped())
+        self._forget()
+        if own := self._collector.own():
+            self._release([own])
 
-
-def _refuse_repeated(key: bytes) -> NoReturn:
-    raise BadResult(f"the key {_shown(key)} occurs twice; a key must be unique")
-
-
-def refuse_length(key: bytes) -> NoReturn:
-    """Raise the error for a key over 64 KiB."""
-    raise BadResult(f"the key {_shown(key)} is {len(key)} bytes long; at most 64 KiB are allowed")
-
-
-def _shown(key: bytes) -> str:
-    text = printable(key[:_SHOWN_KEY_BYTES].decode("utf-8", "replace"))
-    return f'"{text}"' if len(key) <= _SHOWN_KEY_BYTES else f'"{text}…"'
+    def _forget(self) -> None:
+        self._first, self._before, self._in_order = [], None, None

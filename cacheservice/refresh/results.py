@@ -87,6 +87,8 @@ class Result(NamedTuple):
         :param clock: `IReactorTime`.
         """
         if isinstance(read, AllRows):
+            for _ in read.rows.settling:
+                await pause(clock)
             rows = read.rows.finish()
             dataset.counts.count_read(rows.count)
             return cls._judged(dataset, read, rows, base)._replace(differing=read.rows.differing)

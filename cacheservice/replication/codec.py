@@ -22,8 +22,9 @@ import msgpack  # type: ignore[import-untyped]  # ships no type information
 from cacheservice.base.errors import SnapshotRejected
 from cacheservice.cache.changes import Change
 from cacheservice.cache.delta import Delta
+from cacheservice.cache.keys import MAX_KEY_BYTES
 from cacheservice.cache.lag import NO_LAG, Lag
-from cacheservice.cache.rows import MAX_KEY_BYTES, Rows
+from cacheservice.cache.rows import Rows
 from cacheservice.sources.frames.header import Header, damaged, from_fields, to_fields
 from cacheservice.sources.frames.parts import Blocks, PartReader, PartWriter
 from cacheservice.sources.frames.rows import (

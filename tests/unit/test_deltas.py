@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
+from cacheservice.cache.collectors import Shards
 from cacheservice.cache.drain import Drain
 from cacheservice.cache.patch import RowsPatch
-from cacheservice.cache.rows import Rows, RowsBuilder, Shards
+from cacheservice.cache.rows import Rows, RowsBuilder
 from cacheservice.sources.postgres.quoting import literal
 from tests.kit.datasets import Table, table_of
 

@@ -12,7 +12,8 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cacheservice.base.errors import BadResult, ResultTooLarge
 from cacheservice.cache.framing import bulk, unframed
-from cacheservice.cache.rows import MAX_KEY_BYTES, SHARD_COUNT, Groups, RowsBuilder
+from cacheservice.cache.keys import MAX_KEY_BYTES
+from cacheservice.cache.rows import SHARD_COUNT, Groups, RowsBuilder
 
 Chunk = list[tuple[bytes | None, bytes]]
 

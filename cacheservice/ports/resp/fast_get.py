@@ -8,7 +8,8 @@ from zlib import crc32
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.counts import Reads
 from cacheservice.cache.events import Added, Changed, Ended, Event, Published, Renewed
-from cacheservice.cache.rows import PATCHED_GROUP_BITS, PATCHED_GROUP_MASK, Groups, Shards
+from cacheservice.cache.collectors import Shards
+from cacheservice.cache.rows import PATCHED_GROUP_BITS, PATCHED_GROUP_MASK, Groups
 
 _Served = tuple[Shards, Groups, int, Reads]
 """The parts of a dataset that `hits` needs: its shards, if they are in one group; its groups; the mask; and its read
