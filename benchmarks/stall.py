@@ -118,6 +118,7 @@ def figures(measured: list[tuple[Sample, Sample]]) -> list[tuple[str, str, str, 
         *(row(f"longest turn, {name}", longest(clock), MOST_STALL_S) for clock, name in CLOCKS.items()),
         row("ruok p50", lambda sample: percentile(sample[0], 50), None),
         row("ruok p99", lambda sample: percentile(sample[0], 99), MOST_RUOK_S),
+        row("longest ruok", lambda sample: max(sample[0]), MOST_STALL_S),
     ]
 
 

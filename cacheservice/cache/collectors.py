@@ -96,7 +96,7 @@ class NewRows:
 
 
 class ComparedRows(NewRows):
-    """Rows of which each is looked up among the rows before; equal ones keep their documents.
+    """Rows that are looked up among the rows before, one by one; equal ones keep their documents.
 
     :param before: the shards of the rows before. They are never changed.
     :param count: the number of their rows.

@@ -70,6 +70,7 @@ def _nearly_all_are_shared(shards: Shards) -> bool:
 
 
 def _emptied(groups: Groups) -> Iterator[None]:
+    yield  # what the turn of the publish has written is sent first
     own = [number for number in range(len(groups)) if getrefcount(groups[number]) == _OURS]
     shards = list(chain.from_iterable(groups[number] for number in own))
     groups.clear()

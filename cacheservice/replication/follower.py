@@ -20,11 +20,13 @@ from cacheservice.cache.patch import RowsPatch
 from cacheservice.cache.rows import Groups, Rows, RowsBuilder
 from cacheservice.cache.snapshot import Snapshot
 from cacheservice.replication.codec import Decoder, End, Head, Item, Part, Put, Removed
-from cacheservice.replication.sender import RESEND, TAKEN
+from cacheservice.replication.sender import RESEND, TAKEN, WINDOW_BYTES
 from cacheservice.sources.frames.clocks import ReadAt
 
 _FEW = 128
 """Rows or keys that are applied in a fifth of a millisecond, so that nothing else has to wait for a turn."""
+_REPORTED_BYTES = WINDOW_BYTES // 8
+"""The sender is not woken up for less, as each small delta would."""
 _NAME = "the frames of the main process"
 
 
@@ -83,6 +85,7 @@ class Follower:
         self._building: _Building | None = None
         self._batch: dict[str, _Received] = {}
         self._lacking: set[str] = set()
+        self._taken_bytes = 0
 
     def received(self, data: bytes) -> None:
         """Apply bytes of frames."""
@@ -144,7 +147,7 @@ class Follower:
                     continue
                 if isinstance(next_one, bytes):
                     await self._apply(self._decoder.feed(next_one))
-                    self._carrier.send(TAKEN, size_bytes=len(next_one))
+                    self._note_taken(len(next_one))
                 else:
                     await self._apply(self._decoder.items(next_one))
         except CancelledError:
@@ -158,6 +161,12 @@ class Follower:
             raise
         finally:
             self._is_working = False
+
+    def _note_taken(self, size_bytes: int) -> None:
+        self._taken_bytes += size_bytes
+        if self._taken_bytes >= _REPORTED_BYTES:
+            self._carrier.send(TAKEN, size_bytes=self._taken_bytes)
+            self._taken_bytes = 0
 
     async def _apply(self, items: Iterator[Item]) -> None:
         for item in items:

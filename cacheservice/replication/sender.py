@@ -22,8 +22,8 @@ COMMIT, LIVE, TAKEN, RESEND, WITHDRAW = "commit", "live", "taken", "resend", "wi
 name of a dataset that serves nothing any more, and `live` once after the first updates. The receiver sends `taken` with
 the number of bytes that it has applied, and `resend` with the name of a dataset that it lacks."""
 
-_WINDOW_BYTES = 2 * 1024 * 1024
-"""Bytes that the receiver may still have to apply before it is sent more."""
+WINDOW_BYTES = 2 * 1024 * 1024
+"""Bytes that the receiver may still have to apply, or to report, before it is sent more."""
 
 _MESSAGE_BYTES = 1024 * 1024
 """The most bytes of one message; a row may be larger."""
@@ -93,7 +93,7 @@ class Sender:
     def taken(self, size_bytes: int) -> None:
         """Note that the receiver has applied bytes of frames."""
         self._not_taken_bytes -= size_bytes
-        if self._window is not None and self._not_taken_bytes <= _WINDOW_BYTES:
+        if self._window is not None and self._not_taken_bytes <= WINDOW_BYTES:
             window, self._window = self._window, None
             window.callback(None)
 
@@ -158,7 +158,7 @@ class Sender:
             for start in range(0, len(data), _MESSAGE_BYTES):
                 self._carrier.send_frames(data[start : start + _MESSAGE_BYTES])
             self._not_taken_bytes += len(data)
-            if self._not_taken_bytes > _WINDOW_BYTES:
+            if self._not_taken_bytes > WINDOW_BYTES:
                 self._window = Deferred()
                 await self._window
             elif update.delta is None:

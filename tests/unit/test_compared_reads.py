@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from random import Random
+from zlib import crc32
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -69,6 +71,15 @@ class Layout(SynchronousTestCase):
             self.assertEqual(laid_out(rows, empty_rows(before)).mask + 1, shards)
 
 
+def shuffled_in_part(table: Table, moved: int, random: Random) -> Table:
+    """The same rows, of which so many, at most, are at other places."""
+    keys = list(table)
+    places = random.sample(range(len(keys)), min(moved, len(keys)))
+    for place, key in zip(places, [keys[place] for place in sorted(places)], strict=True):
+        keys[place] = key
+    return {key: table[key] for key in keys}
+
+
 class Compared(SynchronousTestCase):
     @settings(deadline=None)
     @given(tables, tables, st.booleans(), st.sets(st.binary(max_size=2), max_size=20) | st.none())
@@ -89,6 +100,63 @@ class Compared(SynchronousTestCase):
             counted(ChangeCount(before, rows_of(new), expected)),
         )
 
+    @settings(deadline=None, max_examples=30)
+    @given(st.integers(0, 2**32), st.sampled_from([600, 3000]), st.sampled_from(range(0, 3001, 50)), st.booleans())
+    def test_any_order(self, seed: int, count: int, moved: int, patched: bool) -> None:
+        """Rows may come in any order, and others may be added, changed and removed anywhere."""
+        random = Random(seed)
+        old = {b"%d" % number: b"old" for number in range(count)}
+        before, _ = compared(rows_of({}), old, patched=patched)
+        new = shuffled_in_part(old, moved, random)
+        for key in random.sample(list(old), moved // 20):
+            if random.random() < 0.5:
+                del new[key]
+            else:
+                new[key] = b"new"
+        for number in range(moved // 20):
+            new[b"new %d" % number] = b"new"
+        new = shuffled_in_part(new, moved // 10, random)
+        rows, differing = compared(before, new, patched=patched)
+        self.assertEqual((table_of(rows), rows.count), (new, len(new)))
+        self.assertEqual(differing, [key for key in new if old.get(key) != new[key]])
+        self.assertEqual(table_of(before), old)
+
+    def test_equal_shards_are_shared(self) -> None:
+        """What is equal and comes in the same order takes no memory: neither for documents, nor for keys and dicts."""
+        old = {b"%d" % number: b"document %d" % number for number in range(9000)}
+        for patched in (False, True):
+            before, _ = compared(rows_of({}), old, patched=patched)
+            rows, _ = compared(before, {**old, b"7": b"another"}, patched=patched)
+            differ = [place for place in range(rows.mask + 1) if rows.shard(place) is not before.shard(place)]
+            self.assertEqual(differ, [crc32(b"7") & rows.mask])
+            self.assertEqual(
+                [new is not old for old, new in zip(before.groups, rows.groups, strict=True)].count(True), 1
+            )
+
+    def test_settling(self) -> None:
+        """What differs in a large result is put together in many turns, none of which copies more than a few shards."""
+        old = {b"%d" % number: b"old" for number in range(40_000)}
+        before = rows_of(old)
+        builder = RowsBuilder(lambda _: None)
+        builder.expect(40_000, before)
+        new = {**old, **dict.fromkeys(Random(1).sample(list(old), 2000), b"new")}
+        rows = list(new.items())
+        for first in range(0, len(rows), 64):
+            builder.add(rows[first : first + 64])
+        # 256 shards of 156 rows, and nearly each has some that differ.
+        self.assertGreaterEqual(sum(1 for _ in builder.settling), 7)
+        self.assertEqual(table_of(builder.finish()), new)
+
+    def test_a_result_in_another_order(self) -> None:
+        """After a thousand rows that come unexpectedly each row is looked up, which costs less; nothing is lost."""
+        old = {b"%d" % number: b"%d" % number for number in range(5000)}
+        new = dict(reversed(old.items()))
+        before = rows_of(old)
+        rows, differing = compared(before, new)
+        self.assertEqual((table_of(rows), differing), (new, []))
+        self.assertIsNot(rows.groups[0][0], before.groups[0][0])
+        self.assertIs(rows.bulk(b"4711"), before.bulk(b"4711"))
+
     def test_equal_rows_keep_their_documents(self) -> None:
         """A second generation takes memory for the documents that differ, in ordinary rows and in patched ones."""
         old = {b"%d" % number: b"document %d" % number for number in range(2000)}
@@ -100,6 +168,14 @@ class Compared(SynchronousTestCase):
             rows, _ = compared(before, new, patched=patched)
             self.assertEqual([key for key in new if rows.bulk(key) is not before.bulk(key)], [b"7"])
 
+    def test_documents_of_any_length(self) -> None:
+        """Documents are compared to the last byte, whatever their headers look like."""
+        for size in (0, 1, 9, 10, 99, 100, 4095, 4096, 9999, 10_000):
+            for other in (b"x" * size + b"y", b"x" * max(0, size - 1) + b"y", b"x" * size):
+                old, new = {b"1": b"x" * size, b"2": b""}, {b"1": other, b"2": b""}
+                rows, differing = compared(rows_of(old), new)
+                self.assertEqual((table_of(rows), differing), (new, [b"1"] if other != old[b"1"] else []))
+
     def test_bad_keys(self) -> None:
         """A repeated key and a NULL are refused as in any read, with equal documents and with others."""
         before = rows_of({b"1": b"one", b"2": b"two"})
@@ -108,6 +184,8 @@ class Compared(SynchronousTestCase):
             ([(b"1", b"one"), (b"1", b"other")], 'the key "1" occurs twice; a key must be unique'),
             ([(b"1", b"other"), (b"1", b"one")], 'the key "1" occurs twice; a key must be unique'),
             ([(b"3", b""), (b"3", b"")], 'the key "3" occurs twice; a key must be unique'),
+            ([(b"2", b"two"), (b"1", b"one"), (b"2", b"two")], 'the key "2" occurs twice; a key must be unique'),
+            ([(b"513", b"two"), (b"1", b"one"), (b"513", b"two")], 'the key "513" occurs twice; a key must be unique'),
             ([(b"1", b"one"), (None, b"two")], "the key of row 2 is NULL; every row needs a key"),
         ):
             builder = RowsBuilder(lambda _: None)

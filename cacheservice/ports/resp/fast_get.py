@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from zlib import crc32
 
 from cacheservice.cache.cache import Cache
+from cacheservice.cache.collectors import Shards
 from cacheservice.cache.counts import Reads
 from cacheservice.cache.events import Added, Changed, Ended, Event, Published, Renewed
-from cacheservice.cache.collectors import Shards
 from cacheservice.cache.rows import PATCHED_GROUP_BITS, PATCHED_GROUP_MASK, Groups
 
 _Served = tuple[Shards, Groups, int, Reads]
