@@ -13,7 +13,7 @@ from typing import Any
 from tests.kit.certificates import make_certificates
 from tests.kit.daemon import Daemon
 from tests.kit.fleet_readers import Sampled
-from tests.kit.processes import HEAD, FleetTestCase
+from tests.kit.processes import HEAD, ONE_MOMENT, FleetTestCase, products
 from tests.kit.resp import Client
 from tests.kit.tls import TlsFront
 from tests.kit.valkey import LossyFailover, ValkeyServer, running_cluster, running_node, running_sentinel
@@ -21,29 +21,14 @@ from tests.kit.waiting import GIVE_UP_S, wait_until
 
 ROWS = 200_000
 # Digests do not compress well, so that the rows of a snapshot take tens of parts.
-LARGE = f"""
-[datasets.products]
-query = '''SELECT id, n, md5(n::text || id) AS digest FROM generate_series(1, {ROWS}) AS id,
-  (SELECT (extract(epoch FROM clock_timestamp()) * 1e6)::bigint AS n OFFSET 0) AS one_read'''
-key = "id"
-interval_s = 2
-timeout_s = 60
-max_age_s = 600
-retry_initial_s = 0.1
-retry_max_s = 0.3
-"""
+LARGE = products(
+    f"SELECT id, n, md5(n::text || id) AS digest FROM generate_series(1, {ROWS}) AS id, {ONE_MOMENT}", interval_s=2
+)
 # One row of many changes, so that the leader publishes deltas, which need the publishes before them.
-LITTLE = """
-[datasets.products]
-query = '''SELECT id, CASE id WHEN 1 THEN (extract(epoch FROM clock_timestamp()) * 1e6)::bigint END AS n
-  FROM generate_series(1, 5000) AS id'''
-key = "id"
-interval_s = 0.5
-timeout_s = 20
-max_age_s = 600
-retry_initial_s = 0.1
-retry_max_s = 0.3
-"""
+LITTLE = products(
+    "SELECT id, CASE id WHEN 1 THEN (extract(epoch FROM clock_timestamp()) * 1e6)::bigint END AS n "
+    "FROM generate_series(1, 5000) AS id"
+)
 SOME_KEYS = [1, *range(ROWS // 20, ROWS + 1, ROWS // 20)]
 PARTS = 3
 """So many parts of a snapshot are written, of many more, when the Valkey is killed."""

@@ -12,23 +12,13 @@ from http.client import HTTPException
 from typing import NamedTuple, Protocol
 
 from tests.kit.http import ask_on
+from tests.kit.processes import ONE_MOMENT, products
 from tests.kit.resp import Client
 from tests.kit.waiting import GIVE_UP_S
 from tests.kit.workers import Address, server_of, workers_of
 
 ROWS = 50
-# Each read returns one moment, in microseconds, in all of its rows.
-WHOLE_PRODUCTS = f"""
-[datasets.products]
-query = '''SELECT id, n FROM generate_series(1, {ROWS}) AS id,
-  (SELECT (extract(epoch FROM clock_timestamp()) * 1e6)::bigint AS n OFFSET 0) AS one_read'''
-key = "id"
-interval_s = 0.5
-timeout_s = 20
-max_age_s = 600
-retry_initial_s = 0.1
-retry_max_s = 0.3
-"""
+WHOLE_PRODUCTS = products(f"SELECT id, n FROM generate_series(1, {ROWS}) AS id, {ONE_MOMENT}")
 _CLOCKS_S = 0.2
 """How much an age may be less than by the wall clock, which the system adjusts."""
 _PAUSE_S = 0.02

@@ -21,17 +21,29 @@ from tests.kit.waiting import GIVE_UP_S, wait_until
 
 PREFIX = "fleet"
 HEAD = f"{PREFIX}:{{dataset/products}}:head"
-# Each read returns a later moment, in microseconds.
-PRODUCTS = """
+ONE_MOMENT = "(SELECT (extract(epoch FROM clock_timestamp()) * 1e6)::bigint AS n OFFSET 0) AS one_read"
+"""In a FROM clause: the moment of the read, in microseconds, the same one in all rows."""
+
+
+def products(query: str, interval_s: float = 0.5, timeout_s: float = 20) -> str:
+    """The table of a dataset that is read often, and again soon after a failure.
+
+    :param timeout_s: less than GIVE_UP_S, because a read from a server that has been stopped hangs for so long.
+    """
+    return f"""
 [datasets.products]
-query = "SELECT id, (extract(epoch FROM clock_timestamp()) * 1e6)::bigint AS n FROM things"
+query = '''{query}'''
 key = "id"
-interval_s = 0.5
-timeout_s = 20
+interval_s = {interval_s}
+timeout_s = {timeout_s}
 max_age_s = 600
 retry_initial_s = 0.1
 retry_max_s = 0.3
 """
+
+
+# Each read returns a later moment.
+PRODUCTS = products("SELECT id, (extract(epoch FROM clock_timestamp()) * 1e6)::bigint AS n FROM things")
 _PUBLISHED = re.compile(rb'lua\] "HSET" "([^"]+)" "epoch" "(\d+)" "moment" "(\d+)" "manifest"')
 
 

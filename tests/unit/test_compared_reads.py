@@ -72,7 +72,7 @@ class Layout(SynchronousTestCase):
 
 
 def shuffled_in_part(table: Table, moved: int, random: Random) -> Table:
-    """The same rows, of which so many, at most, are at other places."""
+    """The same rows; at most so many are at other places."""
     keys = list(table)
     places = random.sample(range(len(keys)), min(moved, len(keys)))
     for place, key in zip(places, [keys[place] for place in sorted(places)], strict=True):
@@ -134,7 +134,7 @@ class Compared(SynchronousTestCase):
             )
 
     def test_settling(self) -> None:
-        """What differs in a large result is put together in many turns, none of which copies more than a few shards."""
+        """What differs in a large result is put together in many turns, a few shards in each."""
         old = {b"%d" % number: b"old" for number in range(40_000)}
         before = rows_of(old)
         builder = RowsBuilder(lambda _: None)
