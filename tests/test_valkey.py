@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import tempfile
+from contextlib import closing
 from pathlib import Path
 
 from twisted.internet import reactor
@@ -180,6 +182,21 @@ class Commands(TestCase):
                     self.assertEqual(await client.run(b"k", "SET", "k", bytes(1 << 20)), b"OK")
                     self.assertEqual(await client.run(b"k", "GET", "k"), bytes(1 << 20))
                 await self.closed(client)
+
+    async def test_tls_on_one_side(self) -> None:
+        """A URL with TLS for a port without it, which may wait for more, is not reported as a slow server."""
+        with running_valkey() as server:
+            client = self.connected(f"rediss://{server.address}", 2.0)
+            with self.assertRaisesRegex(ValkeyDown, f"{server.address}: TLS failed: "):
+                await client.run(b"k", "GET", "k")
+            await self.closed(client)
+        with closing(socket.create_server(("127.0.0.1", 0))) as silent:
+            address = f"127.0.0.1:{silent.getsockname()[1]}"
+            client = self.connected(f"rediss://{address}", 0.2)
+            problem = f"{address}: TLS failed: no handshake; a port without TLS needs redis:// in cluster.valkey_url"
+            with self.assertRaisesRegex(ValkeyDown, problem):
+                await client.run(b"k", "GET", "k")
+            await self.closed(client)
 
     async def test_a_connect_that_is_cancelled(self) -> None:
         """The caller that is cancelled ends; another one that waits for the same connection fails or succeeds."""

@@ -11,9 +11,11 @@ from OpenSSL.SSL import Error as TlsError
 from service_identity import VerificationError
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.endpoints import HostnameEndpoint, wrapClientTLS
+from twisted.internet.interfaces import IHandshakeListener, ISSLTransport
 from twisted.internet.protocol import Factory
 from twisted.internet.ssl import optionsForClientTLS
 from twisted.python.failure import Failure
+from zope.interface import implementer
 
 from cacheservice.base.interfaces import Reactor
 from cacheservice.base.text import printable
@@ -41,7 +43,7 @@ class Connection(Protocol):
 
     @property
     def tls_problem(self) -> str:
-        """Why TLS ended the connection; empty if it did not."""
+        """Why TLS has ended the connection, or has not begun; empty if TLS works or is not used."""
 
     def execute_command(self, *words: Word, apply_timeout: bool = True) -> Deferred[Any]:
         """Send a command; fire with its reply, or a `txredisapi.RedisError`."""
@@ -219,13 +221,23 @@ class _Protocols(Factory):
         self.protocol = protocol  # type: ignore[assignment]  # the library's protocols have no types
 
 
+@implementer(IHandshakeListener)
 class RemembersTls:
-    """A protocol of the library that remembers what TLS lost it for, which the errors of the library do not contain."""
+    """A protocol of the library that remembers its problem with TLS, which the errors of the library do not contain."""
 
     tls_problem = ""
 
+    def connectionMade(self) -> None:
+        if ISSLTransport.providedBy(self.transport):  # type: ignore[attr-defined]  # of the library
+            self.tls_problem = "TLS failed: no handshake; a port without TLS needs redis:// in cluster.valkey_url"
+        super().connectionMade()  # type: ignore[misc]  # of the library
+
+    def handshakeCompleted(self) -> None:
+        """TLS works."""
+        self.tls_problem = ""
+
     def connectionLost(self, why: Failure) -> None:
-        self.tls_problem = _tls_problem(why.value)
+        self.tls_problem = _tls_problem(why.value) or self.tls_problem
         super().connectionLost(why)  # type: ignore[misc]  # of the library
 
 
