@@ -1,0 +1,1 @@
+"""Change capture by logical decoding: the keys of changed rows, read from the write-ahead log."""
