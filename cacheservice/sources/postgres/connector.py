@@ -12,7 +12,7 @@ from functools import partial
 from termios import FIONREAD
 
 import psycopg2
-from psycopg2 import extensions
+from psycopg2 import extensions, extras
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
 from twisted.python.failure import Failure
 
@@ -46,6 +46,13 @@ class Session(extensions.connection):  # type: ignore[misc]  # psycopg2 has no t
         return state
 
 
+class ReplicationSession(extras.LogicalReplicationConnection):  # type: ignore[misc]  # psycopg2 has no types
+    """The driver's session for logical replication, which runs the statements of its database, too."""
+
+
+AnySession = Session | ReplicationSession
+
+
 class Connector:
     """Opens all sessions to a database.
 
@@ -64,18 +71,28 @@ class Connector:
         self._memory = Memory()
         self._slow_names: set[str] = set()
 
-    def open(self, target: Target, purpose: str, by: float, defaults: Mapping[str, object]) -> Deferred[Session]:
+    def open(
+        self,
+        target: Target,
+        purpose: str,
+        by: float,
+        defaults: Mapping[str, object],
+        factory: type[AnySession] = Session,
+    ) -> Deferred[AnySession]:
         """Log in at the first suitable address.
 
         Cancelling the Deferred ends the attempt.
 
         :param by: on the reactor's clock; each address gets its share of the time until then.
         :param defaults: libpq's parameters that apply if the connection string does not set them.
+        :param factory: the kind of session.
         :raises DatabaseUnavailable: with each address and its cause, in one line.
         """
-        return Deferred.fromCoroutine(self._open(target, purpose, by, defaults))
+        return Deferred.fromCoroutine(self._open(target, purpose, by, defaults, factory))
 
-    async def _open(self, target: Target, purpose: str, by: float, defaults: Mapping[str, object]) -> Session:
+    async def _open(
+        self, target: Target, purpose: str, by: float, defaults: Mapping[str, object], factory: type[AnySession]
+    ) -> AnySession:
         began_at = self._reactor.seconds()
         addresses, failed = await _LookUps(self._reactor, self._resolve, target, self._slow_names).addresses(by)
         if target.random_order:
@@ -90,7 +107,7 @@ class Connector:
                 limit_s = share_s(by - now, candidates, target.connect_timeout_s, self._memory.trial_s(address, now))
                 arguments = {**defaults, **target.connect_arguments(address, attrs, purpose)}
                 try:
-                    session = await self._log_in(arguments, limit_s)
+                    session = await self._log_in(arguments, limit_s, factory)
                 except psycopg2.Error as error:
                     tries[address] = tried(str(address), error)
                 except _SilentError:
@@ -103,8 +120,8 @@ class Connector:
                     raise not_connected([*failed, *tries.values()], target, self._reactor.seconds() - began_at)
         raise not_connected([*failed, *tries.values()], target, self._reactor.seconds() - began_at)
 
-    async def _log_in(self, arguments: Mapping[str, object], limit_s: float) -> Session:
-        handshake = Handshake(self._reactor, asynchronous(Session, arguments))
+    async def _log_in(self, arguments: Mapping[str, object], limit_s: float, factory: type[AnySession]) -> AnySession:
+        handshake = Handshake(self._reactor, asynchronous(factory, arguments))
         expired = False
 
         def expire() -> None:
@@ -114,7 +131,7 @@ class Connector:
 
         timer = self._reactor.callLater(limit_s, expire)
         try:
-            session: Session = await handshake.opened
+            session: AnySession = await handshake.opened
             return session
         except CancelledError:
             if expired:

@@ -10,23 +10,23 @@ from __future__ import annotations
 
 import select
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 import psycopg2
 from psycopg2 import extensions
 from twisted.internet.defer import CancelledError, Deferred, fail
-from twisted.internet.interfaces import IReadDescriptor
 from twisted.python.failure import Failure
 from txpostgres import txpostgres
-from zope.interface import implementer
 
 from cacheservice.base.errors import DatabaseUnavailable, DeadlineExceeded, ServerTooOld
 from cacheservice.base.interfaces import Cursor, Reactor
-from cacheservice.sources.postgres.connector import Connector, Session
+from cacheservice.sources.postgres.connector import AnySession, Connector, Session
 from cacheservice.sources.postgres.oldest import too_old
 from cacheservice.sources.postgres.target import Target
 from cacheservice.sources.postgres.translate import translate
+from cacheservice.sources.postgres.waits import Ear, Notification, Readable
 
 T = TypeVar("T")
 
@@ -34,8 +34,6 @@ _OTHER_TEXT = extensions.new_type((18, 19, 1042, 1043), "OTHER_TEXT", extensions
 """char, name, bpchar, varchar. BYTES itself covers these and text. A type made from BYTES with `new_type` would decode
 each value first, which costs as much again and fails for bytes that are not UTF-8."""
 
-
-_NOTIFICATIONS_PER_TURN = 1000
 
 # A connection that dies without a FIN is detected while idle (keepalives) and while sending (tcp_user_timeout).
 KEEPALIVES: Mapping[str, object] = MappingProxyType(
@@ -52,11 +50,57 @@ _LAST_MOST_S = 0.25
 """The search for an address ends this long before its own limit, so that its error can name every address tried."""
 
 
-class Notification(Protocol):
-    """A notification that the driver received."""
+class ReplicationMessage(Protocol):
+    """A message of logical replication."""
 
-    channel: str
-    payload: str
+    payload: bytes
+
+
+class _ReplicationCursor(Protocol):
+    """The driver's cursor of a session that streams."""
+
+    wal_end: int
+
+    def read_message(self) -> ReplicationMessage | None:
+        """Return the next message that has arrived; None if there is none."""
+
+    def send_feedback(self, *, flush_lsn: int = 0, reply: bool = False, force: bool = False) -> None:
+        """Report what is not needed any more, and ask for a keepalive."""
+
+
+class Replication:
+    """The stream of a session, after START_REPLICATION.
+
+    :param ended: returns why the session has ended, None if it has not.
+    """
+
+    def __init__(self, cursor: _ReplicationCursor, target: Target, ended: Callable[[], Exception | None]) -> None:
+        self._cursor = cursor
+        self._target = target
+        self._ended = ended
+
+    @property
+    def wal_end(self) -> int:
+        """How far the server has decoded the log, by the last message or keepalive that was read."""
+        return self._cursor.wal_end
+
+    def message(self) -> ReplicationMessage | None:
+        """Return the next message that has arrived; None if there is none.
+
+        :raises RefreshFailed: if the session is lost.
+        """
+        if (ended := self._ended()) is not None:
+            raise ended
+        try:
+            return self._cursor.read_message()
+        except psycopg2.Error as error:
+            raise translate(error, self._target) from error
+
+    def feedback(self, flush_lsn: int, *, reply: bool) -> None:
+        """Report what is not needed any more, and ask for a keepalive with `reply`. A loss is found by `message`."""
+        if self._ended() is None:
+            with suppress(psycopg2.Error):
+                self._cursor.send_feedback(flush_lsn=flush_lsn, reply=reply, force=True)
 
 
 class _Cursor(txpostgres.Cursor):  # type: ignore[misc]  # txpostgres has no types
@@ -75,7 +119,7 @@ class _Connection(txpostgres.Connection):  # type: ignore[misc]
 
     cursorFactory = _Cursor
 
-    def connectionFactory(self, session: Session, **_: Any) -> Session:
+    def connectionFactory(self, session: AnySession, **_: Any) -> AnySession:
         """Return the session, which `Handshake` has already logged in."""
         return session
 
@@ -87,67 +131,6 @@ class _Connection(txpostgres.Connection):  # type: ignore[misc]
 
     def cursorFinished(self, cursor: _Cursor) -> None:
         self._cursors.remove(cursor)
-
-
-@implementer(IReadDescriptor)
-class _Ear:
-    """One wait for notifications between two statements, until some arrive or a time.
-
-    It is in the reactor only while libpq's socket is certainly open, as `_Connection` is. `heard` fires in a turn of
-    the reactor of its own, so that a flood of notifications cannot monopolize the reactor.
-    """
-
-    def __init__(self, reactor: Reactor, session: Session, until: float) -> None:
-        self.heard: Deferred[list[Notification]] = Deferred()
-        self._reactor = reactor
-        self._session = session
-        self._lost: Failure | None = None
-        self._timer = reactor.callLater(max(0.0, until - reactor.seconds()), self._end)
-        # Notifications that came with the last answer are in libpq's memory; the socket has no event for them.
-        self.doRead()
-
-    def doRead(self) -> None:
-        self._reactor.removeReader(self)
-        try:
-            self._session.poll()
-        except psycopg2.Error:
-            self._lost = Failure()
-        if self._lost or self._session.notifies:
-            self.wake()
-        else:
-            self._reactor.addReader(self)
-
-    def wake(self) -> None:
-        """End the wait now."""
-        if self._timer.active():
-            self._timer.reset(0)
-
-    def stop(self) -> None:
-        """Leave the reactor; `heard` never fires."""
-        self._reactor.removeReader(self)
-        if self._timer.active():
-            self._timer.cancel()
-
-    def _end(self) -> None:
-        self._reactor.removeReader(self)
-        if self._lost is not None:
-            self.heard.errback(self._lost)
-            return
-        notifies = self._session.notifies
-        batch = notifies[:_NOTIFICATIONS_PER_TURN]
-        del notifies[:_NOTIFICATIONS_PER_TURN]
-        self.heard.callback(batch)
-
-    def fileno(self) -> int:
-        return -1 if self._session.closed else self._session.fileno()
-
-    def connectionLost(self, reason: Failure) -> None:
-        """Let libpq find the end of the socket, which the reactor saw first."""
-        if self._timer.active() and self._lost is None:
-            self.doRead()
-
-    def logPrefix(self) -> str:
-        return "notifications"
 
 
 class GuardedConnection:
@@ -166,8 +149,8 @@ class GuardedConnection:
         self._began_at: float = reactor.seconds()
         self._connection = _Connection(reactor)
         self._cursor: _Cursor | None = None
-        self._ear: _Ear | None = None
-        self._opening: Deferred[Session] | None = None
+        self._ear: Ear | Readable | None = None
+        self._opening: Deferred[AnySession] | None = None
         self._pending: Deferred[Any] | None = None
         self._ended: Exception | None = None
         self._on_end: Callable[[], None] | None = None
@@ -196,18 +179,20 @@ class GuardedConnection:
         purpose: str,
         timeout_s: float,
         defaults: Mapping[str, object] = MappingProxyType({}),
+        factory: type[AnySession] = Session,
     ) -> None:
         """Open the session within `timeout_s` and the deadline, name look-ups included.
 
         :param defaults: libpq's parameters that apply if the connection string does not set them.
+        :param factory: the kind of session.
         :raises DatabaseUnavailable: if no session can be opened, or its server is too old.
         """
         limit_s = min(timeout_s, self.remaining_s())
         self._timer.reset(limit_s)
         by = self._reactor.seconds() + limit_s - min(limit_s * _LAST_SHARE, _LAST_MOST_S)
 
-        def opening() -> Deferred[Session]:
-            self._opening = connector.open(self._target, purpose, by, defaults)
+        def opening() -> Deferred[AnySession]:
+            self._opening = connector.open(self._target, purpose, by, defaults, factory)
             return self._opening
 
         try:
@@ -288,13 +273,37 @@ class GuardedConnection:
         """
 
         def start() -> Deferred[list[Notification]]:
-            self._ear = _Ear(self._reactor, self._connection.pollable(), until)
+            self._ear = Ear(self._reactor, self._connection.pollable(), until)
+            return self._ear.heard
+
+        return self._wait(start)
+
+    async def start_replication(self, sql: str) -> Replication:
+        """Send START_REPLICATION; return the stream. Afterwards the session runs no statements.
+
+        :raises RefreshFailed: one of its subclasses, for any failure of the server or the network.
+        """
+
+        def start() -> Deferred[_ReplicationCursor]:
+            self._cursor = self._connection.cursor()
+            return self._cursor._doit("start_replication_expert", sql, decode=False)  # type: ignore[no-any-return]
+
+        return Replication(await self._wait(start), self._target, lambda: self._ended)
+
+    def readable(self, until: float) -> Deferred[None]:
+        """Wait until something arrives, until `wake`, or until a moment of the reactor's clock.
+
+        :raises DatabaseUnavailable: when the session is lost.
+        """
+
+        def start() -> Deferred[None]:
+            self._ear = Readable(self._reactor, self._connection.pollable(), until)
             return self._ear.heard
 
         return self._wait(start)
 
     def wake(self) -> None:
-        """End a wait for notifications now, if there is one."""
+        """End a wait for notifications, or for messages, now, if there is one."""
         if self._ear is not None:
             self._ear.wake()
 

@@ -17,13 +17,14 @@ from twisted.internet.defer import Deferred, succeed
 from cacheservice.base.errors import NotHeard
 from cacheservice.base.interfaces import Clock
 from cacheservice.config import OWN_CHANNEL
-from cacheservice.sources.postgres.guard import GuardedConnection, Notification
+from cacheservice.sources.postgres.guard import GuardedConnection
 from cacheservice.sources.postgres.listening.calls import Calls
 from cacheservice.sources.postgres.listening.canaries import Canaries
 from cacheservice.sources.postgres.listening.failures import HeardNothing
 from cacheservice.sources.postgres.listening.opening import ListenerSessions
 from cacheservice.sources.postgres.listening.pace import Pace
 from cacheservice.sources.postgres.quoting import quoted
+from cacheservice.sources.postgres.waits import Notification
 
 # A role's idle_session_timeout would end the session. Behind a proxy the setting would apply to another client.
 _STAY_SQL = "SELECT CASE WHEN pg_backend_pid() = {pid} THEN set_config('idle_session_timeout', '0', false) END"
