@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 
@@ -22,7 +23,7 @@ from cacheservice.replication.valkey.client import Valkey
 from cacheservice.replication.valkey.manifest import Names
 from cacheservice.replication.valkey.publisher import Here
 from cacheservice.replication.valkey.replica import Replica
-from cacheservice.replication.valkey.store import Store
+from cacheservice.replication.valkey.store import Asked, Store
 from cacheservice.sources.frames.clocks import Clocks
 from tests.kit.datasets import declared, numbered_rows, snapshot_of
 from tests.kit.logs import Log
@@ -175,7 +176,48 @@ class Statuses(TestCase):
             await until(lambda: second.status.epoch is not None and second.status.leader == "second")
             self.assertIsNone(second.dataset.snapshot)
             second.serve(70)
-            self.assertEqual(second.dataset.last_generation, 4)
+            self.assertEqual(second.dataset.last_generation, 1000)
+
+    async def test_numbers_that_a_lost_leader_may_have_used(self) -> None:
+        """The next leader publishes what it serves again, under the next multiple of 1,000; the same one does not."""
+        with running_valkey() as server:
+            first, second = Process(self, server, "first"), Process(self, server, "second")
+            first.serve(100)
+            first.unit.gained()
+            await until(lambda: second.dataset.last_generation == 1)
+            first.unit.lost()
+            first.unit.gained()
+            first.serve(90)
+            await until(lambda: second.dataset.last_generation == 2)
+            first.unit.lost()
+            first.serve(80)  # the third, which nobody else gets
+            second.unit.gained()
+            await until(lambda: first.dataset.last_generation == second.dataset.last_generation == 1000)
+            self.assertEqual(second.dataset.snapshot.rows.count, 90)
+            self.assertEqual(first.dataset.snapshot.rows.count, 90)
+
+    async def test_a_lead_that_is_lost_while_it_answers(self) -> None:
+        """A process that learns what replicas want, and has lost the lead meanwhile, leaves that to the next leader."""
+        with running_valkey() as server:
+            leader = Process(self, server, "leader")
+            leader.serve(100)
+            leader.unit.gained()
+            await until(lambda: leader.status.epoch is not None)
+            store = leader.replica._store
+            asked = store.asked
+
+            async def lost_meanwhile(names: Sequence[str]) -> Asked:
+                found = await asked(names)
+                if found.least:
+                    leader.unit.lost()
+                return found
+
+            self.patch(store, "asked", lost_meanwhile)
+            await store.ask({"products": 10})
+            leader.unit.wake()
+            await until(lambda: leader.status.role == "replica")
+            await deferLater(reactor, 0.05)
+            self.assertEqual(leader.dataset.last_generation, 1)
 
     async def test_problems(self) -> None:
         """A Valkey that is down is a problem of both; a process that hears of no leader for long is alone."""

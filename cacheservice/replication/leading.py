@@ -12,6 +12,10 @@ from cacheservice.replication.valkey.publisher import Here, Publisher
 from cacheservice.replication.valkey.replica import Replica
 from cacheservice.replication.valkey.store import Fenced, Leader, Store
 
+_RESERVED = 1000
+"""A lost leader may have served generations that it had not published. The next one leaves their numbers out, and
+continues with the next multiple of this."""
+
 
 class Refreshing(Protocol):
     """The refreshes of this process."""
@@ -84,7 +88,7 @@ class Leading:
         if self._publisher is None:
             await self._begin(has_lead)
         else:
-            await self._answer()
+            await self._answer(has_lead)
 
     async def _begin(self, has_lead: Callable[[], bool]) -> None:
         """Begin an epoch, catch up with what the leader before has published, and publish from now on."""
@@ -93,7 +97,7 @@ class Leading:
         known = self._replica.manifest.epoch if self._replica.manifest is not None else 0
         least = max(self.epoch + 1, known + 1, int(self._fleet.wall_s() * 1000))
         lead = await self._store.take_lead(self._here.name, least)
-        self.epoch = lead.epoch
+        before, self.epoch = self.epoch, lead.epoch
         if lead.manifest is not None:
             try:
                 await self._replica.load()
@@ -104,20 +108,26 @@ class Leading:
         if not has_lead():
             return
         loaded = {name: each for name, each in self._replica.loaded.items() if self._serves(name, each)}
-        for name, member in lead.manifest.members.items() if lead.manifest is not None else ():
-            if loaded.get(name) != member.generation:
-                self._exceed(name, member.generation)
         self._publisher = Publisher(self._names, self._store, self._here, lead, loaded, self._fenced)
         self._publisher.start()
+        if lead.manifest is not None:
+            is_ours = lead.manifest.epoch == before
+            for name, member in lead.manifest.members.items():
+                if not is_ours:
+                    self._exceed(name, member.generation - member.generation % _RESERVED + _RESERVED - 1)
+                elif loaded.get(name) != member.generation:
+                    self._exceed(name, member.generation)
         self._log.info("lead_began", epoch=lead.epoch)
 
     def _serves(self, name: str, generation: int) -> bool:
         dataset = self._here.cache.datasets.get(name)
         return dataset is not None and dataset.snapshot is not None and dataset.snapshot.generation == generation
 
-    async def _answer(self) -> None:
+    async def _answer(self, has_lead: Callable[[], bool]) -> None:
         """Do what replicas have asked the leader for."""
         asked = await self._store.asked(self._names)
+        if not has_lead():
+            return  # lost meanwhile, as by a process that was suspended: they have asked another one
         for name, least in asked.least.items():
             self._exceed(name, least)
         if asked.times != self._asked:
