@@ -1,4 +1,4 @@
-"""Collect the rows of one read into shards: new ones, and such as are compared with the rows before."""
+"""Collects the rows of one read into shards, with or without comparing them with the rows before."""
 
 from __future__ import annotations
 

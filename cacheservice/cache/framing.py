@@ -9,6 +9,7 @@ PREPARED = 4096
 HEADERS = tuple(b"$%d\r\n" % length for length in range(PREPARED))
 """Making a header takes longer than looking it up, and most documents are short."""
 HEADER_BYTES = tuple(map(len, HEADERS))
+"""The lengths of the headers."""
 
 
 def bulk(document: bytes) -> bytes:
