@@ -219,6 +219,31 @@ class Statuses(TestCase):
             await deferLater(reactor, 0.05)
             self.assertEqual(leader.dataset.last_generation, 1)
 
+    async def test_a_lead_that_is_won_while_it_follows(self) -> None:
+        """The refreshes of a leader begin after its epoch, and so with numbers that no other leader has used."""
+        with running_valkey() as server:
+            first, second = Process(self, server, "first"), Process(self, server, "second")
+            first.serve(100)
+            first.unit.gained()
+            await second.follows(first)
+            load, presents = second.replica.load, list[object]()
+
+            async def won_meanwhile() -> object:
+                found = await load()
+                if not second.unit.has_lead:
+                    first.unit.lost()
+                    second.unit.gained()
+                return found
+
+            def take_over(name: str, *, stretch: float, delay_s: float) -> None:
+                presents.append(second.unit.leading.present)
+
+            self.patch(second.replica, "load", won_meanwhile)
+            self.patch(second.refreshing, "take_over", take_over)
+            second.unit.wake()
+            await until(lambda: presents)
+            self.assertIsNotNone(presents[0])
+
     async def test_problems(self) -> None:
         """A Valkey that is down is a problem of both; a process that hears of no leader for long is alone."""
         with running_valkey() as server:

@@ -132,9 +132,12 @@ class Unit:
         delay_s = full_jitter(_LEAST_RETRY_S, _MOST_RETRY_S, self._here.random)
         failures = 0
         while True:
+            had_lead = self.has_lead
             try:
                 await self._look()
                 self.problem, self._has_looked, failures = None, True, 0
+                if self.has_lead and not had_lead:
+                    continue  # the epoch begins before the refreshes
             except CancelledError:
                 raise
             except CacheServiceError as error:
@@ -155,9 +158,9 @@ class Unit:
             await self.leading.look(lambda: self.has_lead)
         else:
             ahead = await self._replica.load()
-            if ahead:
+            if ahead and not self.has_lead:
                 await self._store.ask(ahead)
-            elif self._is_fresh():
+            elif not ahead and self._is_fresh():
                 self._heard_at = self._here.clock.seconds()
 
     def _is_fresh(self) -> bool:
