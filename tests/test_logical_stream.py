@@ -15,6 +15,7 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import TestCase
 
 from cacheservice.base.errors import DatabaseUnavailable, QueryFailed, RefreshFailed
+from cacheservice.cache.identity import Visibility
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.sources.postgres.connector import Connector, ReplicationSession
 from cacheservice.sources.postgres.guard import KEEPALIVES, GuardedConnection
@@ -66,9 +67,9 @@ class Stream:
         self.failure: Failure | None = None
         self.ended.addErrback(self._note)
 
-    def _places(self, relation: Relation) -> list[int]:
+    def _places(self, relation: Relation) -> list[int] | None:
         if relation.name != "things":
-            return []
+            return None
         self.oid = relation.oid
         return [[column.name for column in relation.columns].index("id")]
 
@@ -93,7 +94,8 @@ class Stream:
 
     @property
     def keys(self) -> list[set[Key] | None]:
-        return [None if keys is None else set(keys) for each in self.committed for keys in each.changed.values()]
+        found = [each.changed[self.oid] for each in self.committed if self.oid in each.changed]
+        return [None if keys is None else set(keys) for keys in found]
 
 
 @pytest.mark.usefixtures("logical_server")
@@ -236,11 +238,12 @@ class Streams(TestCase):
                     rows = dict(cursor.fetchall())
                 reading.rollback()
                 if snapshot:
-                    keys = stream.kept.changed(stream.oid, snapshot, in_recovery=False) if stream.oid else frozenset()
+                    base = Visibility.of(snapshot, in_recovery=False)
+                    keys = stream.kept.changed(stream.oid, base) if stream.oid else frozenset()
                     differing = {key for key in before.keys() | rows.keys() if before.get(key) != rows.get(key)}
                     self.assertLessEqual({(key,) for key in differing}, keys)
                 before, snapshot = rows, now
-                stream.kept.forget([(snapshot, False)])
+                stream.kept.forget([Visibility.of(snapshot, in_recovery=False)])
 
     def _write(self, number: int, writer: Any, choose: random.Random) -> None:
         """A statement that may leave its transaction open; each writer has rows of its own, so that none waits."""

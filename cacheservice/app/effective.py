@@ -13,6 +13,8 @@ AT_ONCE = frozenset(
         "postgres.connect_timeout_s",
         "postgres.max_connections",
         "postgres.max_load",
+        "postgres.capture",
+        "postgres.publication",
         "postgres.search_path",
         "postgres.settings",
         "limits.max_connections",

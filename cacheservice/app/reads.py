@@ -21,6 +21,8 @@ from cacheservice.sources.postgres.database import Database
 from cacheservice.sources.postgres.listening.calls import Observer
 from cacheservice.sources.postgres.listening.listener import Listener
 from cacheservice.sources.postgres.listening.opening import Access
+from cacheservice.sources.postgres.logical.service import Capture
+from cacheservice.sources.postgres.logical.streaming import CaptureObserver, Surroundings
 from cacheservice.sources.postgres.notifications import Notifications
 from cacheservice.sources.postgres.pruning import Pruning
 from cacheservice.sources.postgres.target import Target
@@ -64,6 +66,14 @@ class Reads:
         access = Access(parsed, self.database.connector, postgres.connect_timeout_s)
         observer = Observer(self._notifications.heard, self._notifications.missed)
         self._listener = Listener(access, observer, cache.database, reactor, log)
+        around = Surroundings(
+            self.database,
+            CaptureObserver(self._notifications.captured, self._notifications.missed, self._notifications.bases),
+            reactor,
+            log,
+        )
+        self._capture = Capture(access, around, cache.database)
+        self._use_capture(postgres)
         self._store = _store(settings.persistence, cache, drain, reactor, log)
         self.refresh = CacheService(
             cache,
@@ -95,6 +105,7 @@ class Reads:
         yield self._pruning
         yield self.refresh
         yield self._listener
+        yield self._capture
         if self._fleet is not None:
             yield from self._fleet.services()
 
@@ -103,21 +114,29 @@ class Reads:
         parsed = target.parse(dsn.get_secret_value())
         self.database.configure(parsed, connect_timeout_s)
         self._listener.configure(parsed, connect_timeout_s)
+        self._capture.configure(parsed, connect_timeout_s)
         if self._fleet is not None:
             self._fleet.connect_to(parsed, connect_timeout_s)
 
     def limit(self, postgres: PostgresSettings) -> None:
-        """Apply changed limits of the refreshes."""
+        """Apply changed limits of the refreshes, and the way in which changes are captured."""
         self.refresh.set_limits(_limits(postgres))
+        self._use_capture(postgres)
 
     def listen(self) -> None:
-        """Listen to the channels that the declared datasets need now."""
+        """Listen to the channels, and capture the changes, that the declared datasets need now."""
         if self._fleet is not None:
             self._fleet.redeclared()
         self._listen()
 
     def _listen(self) -> None:
         self._listener.listen_to(self._notifications.channels())
+        self._capture.capture(self._publication, self._notifications.watching())
+
+    def _use_capture(self, postgres: PostgresSettings) -> None:
+        self.database.capturing.configure(postgres.capture, self._capture)
+        self._notifications.use_triggers(postgres.capture != "logical")
+        self._publication = "" if postgres.capture == "triggers" else postgres.publication
 
 
 def _limits(postgres: PostgresSettings) -> Limits:

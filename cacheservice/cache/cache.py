@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Literal, NamedTuple, Protocol
 
 from cacheservice.base.errors import UnknownDataset
+from cacheservice.cache.capture import CaptureStatus
 from cacheservice.cache.counts import Counts
 from cacheservice.cache.dataset import Dataset, State
 from cacheservice.cache.events import Added, Changed, Events
@@ -27,9 +28,11 @@ class DatabaseStatus:
     - `recorded_changes`: the number of changes that triggers have recorded and that are not deleted yet.
       `oldest_change_s`: the age of the oldest, 0 if there is none. None if that is not known.
     - `prune_problem`: why old recorded changes are not deleted.
+    - `capture`: the stream of changes from the write-ahead log.
     """
 
     def __init__(self) -> None:
+        self._capture: Callable[[], CaptureStatus] = CaptureStatus
         self.state: Literal["up", "down", "unknown"] = "unknown"
         self.error: str | None = None
         self.server: ServerIdentity | None = None
@@ -56,6 +59,14 @@ class DatabaseStatus:
     def queued(self) -> int:
         """Return the number of refreshes that wait for a session."""
         return self._queued()
+
+    @property
+    def capture(self) -> CaptureStatus:
+        return self._capture()
+
+    def see_capture_by(self, capture: Callable[[], CaptureStatus]) -> None:
+        """Have `capture` return the state of the stream of changes."""
+        self._capture = capture
 
     def session_opened(self) -> None:
         """Count an open session."""

@@ -82,15 +82,36 @@ def _differ(before: str | int | None, now: str | int | None) -> bool:
     return before is not None and now is not None and before != now
 
 
-def is_visible(transaction_id: int, database_snapshot: str, *, in_recovery: bool = False) -> bool:
-    """Return whether a snapshot (xmin:xmax:xip,…) includes a committed transaction.
+@dataclass(frozen=True, slots=True)
+class Visibility:
+    """The transactions that a snapshot of the database includes.
 
     PostgreSQL manual, 9.28.2: every transaction before xmin has ended, none from xmax on has, and between them the
     listed ones have not. In recovery none are listed, so that only transactions before xmin are known to have ended.
+
+    :param in_progress: the listed ones; None in recovery.
     """
-    xmin, xmax, in_progress = database_snapshot.split(":")
-    if transaction_id < int(xmin):
-        return True
-    if in_recovery or transaction_id >= int(xmax):
-        return False
-    return str(transaction_id) not in in_progress.split(",")
+
+    xmin: int
+    xmax: int
+    in_progress: frozenset[int] | None
+
+    @staticmethod
+    def of(database_snapshot: str, *, in_recovery: bool) -> Visibility:
+        """Return the meaning of a snapshot, as `pg_current_snapshot()` writes it (xmin:xmax:xip,…)."""
+        xmin, xmax, listed = database_snapshot.split(":")
+        in_progress = None if in_recovery else frozenset(map(int, filter(None, listed.split(","))))
+        return Visibility(int(xmin), int(xmax), in_progress)
+
+    def includes(self, transaction_id: int) -> bool:
+        """Return whether a committed transaction is visible."""
+        if transaction_id < self.xmin:
+            return True
+        if self.in_progress is None or transaction_id >= self.xmax:
+            return False
+        return transaction_id not in self.in_progress
+
+
+def is_visible(transaction_id: int, database_snapshot: str, *, in_recovery: bool = False) -> bool:
+    """Return whether a snapshot includes a committed transaction; see `Visibility`."""
+    return Visibility.of(database_snapshot, in_recovery=in_recovery).includes(transaction_id)

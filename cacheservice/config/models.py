@@ -56,6 +56,17 @@ class PostgresSettings(Table):
         ge=0,
         description="share of one connection's time that refreshes may use over a minute, 0.1 = 6 s; 0 = no limit",
     )
+    capture: Literal["auto", "triggers", "logical"] = Field(
+        default="auto",
+        description='how changes of watched tables are found: by "logical" decoding, by "triggers", or "auto": by '
+        "logical decoding if that can work, else by triggers",
+    )
+    publication: str = Field(
+        default="cacheservice",
+        min_length=1,
+        max_length=63,
+        description="the publication that logical decoding reads; `cacheservice watch --logical` creates it",
+    )
     search_path: SearchPath = Field(
         default=session_rules.DEFAULT_SEARCH_PATH,
         min_length=1,

@@ -86,11 +86,11 @@ class Known:
 
     :param altered: why the documents may have another form than in the snapshot, or are of another server; None if they
         have the same form.
-    :param can_record: whether recorded changes can be asked for.
+    :param can_capture: whether captured changes can be asked for.
     """
 
     altered: str | None
-    can_record: bool
+    can_capture: bool
     probe: str | None = None
     changes: Changes | None = None
     notified: NotifiedRows | None = None
@@ -156,7 +156,7 @@ def next_step(read: ReadPlan, known: Known) -> Step:
         return AskProbe()
     same_probe = bool(settings.probe) and can_follow and since is not None and since.probe == known.probe
     # If changes are recorded, an unchanged probe does not hide them.
-    if same_probe and read.trust_probe and not read.check and not (settings.watch and known.can_record):
+    if same_probe and read.trust_probe and not read.check and not (settings.watch and known.can_capture):
         return ReadNothing()
     if settings.watch:
         return AskChanges() if known.changes is None else _by_changes(read, known, known.changes)

@@ -631,7 +631,7 @@ class Reference(SynchronousTestCase):
         rows = {path: (default, description) for path, default, description in config.reference()}
         self.assertEqual(len(rows), len(config.reference()))
         self.assertTrue(all(description for _default, description in rows.values()))
-        self.assertEqual(list(rows)[2:5], ["postgres.max_connections", "postgres.max_load", "postgres.search_path"])
+        self.assertEqual(list(rows)[2:5], ["postgres.max_connections", "postgres.max_load", "postgres.capture"])
         self.assertEqual(rows["datasets.NAME.query"], ("required", "the SQL whose result is kept"))
         self.assertEqual(rows["status.host"][0], '"127.0.0.1"')
         self.assertEqual(rows["datasets.NAME.required"][0], "true")

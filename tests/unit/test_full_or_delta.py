@@ -32,7 +32,7 @@ WATCH = [{"table": "products", "key": "id"}]
 PROBE = "SELECT max(n) FROM products"
 SAME, OTHER = "=1", "=2"
 SINCE = Snapshot(1, rows_of({b"1": b"{}"}), MOMENT, 0.0, "1:1:", probe=SAME)
-NOTHING_ALTERED = Known(None, can_record=True)
+NOTHING_ALTERED = Known(None, can_capture=True)
 
 
 async def _no_keys() -> frozenset[str] | None:
@@ -76,7 +76,7 @@ class WithinATransaction(SynchronousTestCase):
         self.assertEqual(self.last(read(keys=keys), probe=SAME), ReadNothing())
         self.assertEqual(self.last(read(keys=keys), probe=OTHER), ReadAll(None))
         self.assertEqual(self.last(read(keys=keys, trust_probe=False), probe=SAME), ReadAll(None))
-        altered = Known("view v was replaced", can_record=False)
+        altered = Known("view v was replaced", can_capture=False)
         self.assertEqual(self.last(read(keys=keys), altered, probe=SAME), ReadAll("view v was replaced"))
         self.assertEqual(self.last(read(keys=keys, since=None), probe=SAME), ReadAll(None))
 
@@ -99,7 +99,7 @@ class WithinATransaction(SynchronousTestCase):
         reason = "more than 10 keys changed, see max_delta"
         self.assertEqual(self.last(watching, changes=many), ReadAll(reason, no_delta=reason))
         self.assertEqual(self.last(watching, changes=changes(problem="off")), ReadAll("off", no_delta="off"))
-        altered = Known("view v was replaced", can_record=True)
+        altered = Known("view v was replaced", can_capture=True)
         self.assertEqual(self.last(watching, altered, changes=changes("7")), ReadAll("view v was replaced"))
         again = read(keys={"watch": WATCH}, since=None, because="keys do not fit")
         self.assertEqual(self.last(again, changes=changes("7")), ReadAll("keys do not fit"))
@@ -112,7 +112,7 @@ class WithinATransaction(SynchronousTestCase):
         """With both, recorded changes are asked for although the probe is the same, unless they cannot be."""
         both = read(keys={"watch": WATCH, "probe": PROBE})
         self.assertEqual(self.last(both, probe=SAME, changes=changes("7")), ReadKeys((("7",),)))
-        self.assertEqual(self.last(both, Known(None, can_record=False), probe=SAME), ReadNothing())
+        self.assertEqual(self.last(both, Known(None, can_capture=False), probe=SAME), ReadNothing())
 
     def test_notified_rows(self) -> None:
         """Only named rows are read, if they are few and the snapshot can be followed."""
@@ -121,7 +121,7 @@ class WithinATransaction(SynchronousTestCase):
         self.assertEqual(self.last(notified, notified=NotifiedRows(few)), ReadNotified(few))
         self.assertEqual(self.last(notified, notified=NotifiedRows(many)), ReadAll(None))
         self.assertEqual(self.last(notified, notified=NotifiedRows(None)), ReadAll(None))
-        self.assertEqual(self.last(notified, Known("altered", can_record=False)), ReadAll("altered"))
+        self.assertEqual(self.last(notified, Known("altered", can_capture=False)), ReadAll("altered"))
 
     @given(
         st.booleans(), st.booleans(), st.booleans(), st.booleans(), st.booleans(), st.booleans(),
@@ -138,7 +138,7 @@ class WithinATransaction(SynchronousTestCase):
         altered: str | None,
         value: str,
         key_count: int,
-        can_record: bool,
+        can_capture: bool,
     ) -> None:
         """It ends after three questions at most, and reads less than everything only from a snapshot it can follow."""
         keys: dict[str, Any] = {"watch": WATCH} if watch else {}
@@ -150,7 +150,7 @@ class WithinATransaction(SynchronousTestCase):
         named = [str(number) for number in range(key_count)]
         *asked, last = self.steps(
             plan_,
-            Known(altered, can_record),
+            Known(altered, can_capture),
             probe=value,
             changes=changes(*named),
             notified=NotifiedRows(frozenset(named)),

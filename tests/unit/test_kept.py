@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cacheservice.cache.identity import Visibility
 from cacheservice.sources.postgres.logical.kept import Bounds, Committed, Kept, Transactions, full_xid, size_bytes
 from cacheservice.sources.postgres.logical.pgoutput import Begin, Changed, Commit, Decoded, Key, Truncated
 
@@ -24,6 +25,10 @@ def snapshots(draw: st.DrawFn, last: int) -> tuple[str, set[int]]:
     xmin = min(running, default=xmax)
     unseen = {xid for xid in range(1, last + 1) if xid >= xmax or xid in running}
     return f"{xmin}:{xmax}:{','.join(map(str, sorted(running)))}", unseen
+
+
+def seen(snapshot: str, *, in_recovery: bool = False) -> Visibility:
+    return Visibility.of(snapshot, in_recovery=in_recovery)
 
 
 def model(history: list[tuple[int, dict[int, frozenset[Key] | None]]], oid: int, unseen: set[int]) -> object:
@@ -49,8 +54,8 @@ def test_what_a_delta_needs(history: list[dict[int, frozenset[Key] | None]], dat
     for _ in range(2):
         for snapshot, unseen in pairs:
             for oid in (A, B):
-                assert kept.changed(oid, snapshot, in_recovery=False) == model(order, oid, unseen)
-        kept.forget((snapshot, False) for snapshot, _ in pairs)
+                assert kept.changed(oid, seen(snapshot)) == model(order, oid, unseen)
+        kept.forget([seen(snapshot) for snapshot, _ in pairs])
     needed = {xid for _, unseen in pairs for xid in unseen}
     assert kept.count == sum(len(more or ()) for xid, changed in numbered if xid in needed for more in changed.values())
     kept.forget([])
@@ -62,9 +67,9 @@ def test_a_standby() -> None:
     kept = Kept(MANY)
     for xid in (4, 5, 6):
         kept.add(Committed(xid, {A: frozenset({(str(xid),)})}))
-    assert kept.changed(A, "5:7:", in_recovery=True) == {("5",), ("6",)}
-    assert kept.changed(A, "5:7:", in_recovery=False) == frozenset()
-    kept.forget([("5:7:", True)])
+    assert kept.changed(A, seen("5:7:", in_recovery=True)) == {("5",), ("6",)}
+    assert kept.changed(A, seen("5:7:")) == frozenset()
+    kept.forget([seen("5:7:", in_recovery=True)])
     assert kept.count == 2
 
 
@@ -75,14 +80,31 @@ def test_bounds() -> None:
     for xid in range(2, 12):
         kept.add(Committed(xid, {A: frozenset({(str(xid),)})}))
     assert kept.count == 1
-    assert kept.changed(A, "1:1:", in_recovery=False) is None
-    assert kept.changed(A, "12:12:", in_recovery=False) == frozenset()
-    assert kept.changed(B, "1:1:", in_recovery=False) == {("b",)}
+    assert kept.changed(A, seen("1:1:")) is None
+    assert kept.changed(A, seen("12:12:")) == frozenset()
+    assert kept.changed(B, seen("1:1:")) == {("b",)}
     kept.add(Committed(12, {A: frozenset({("new",)})}))
-    assert kept.changed(A, "12:12:", in_recovery=False) == {("new",)}
+    assert kept.changed(A, seen("12:12:")) == {("new",)}
     large = Kept(Bounds(10, 3000))
     large.add(Committed(1, {A: frozenset({("x" * 4000,)})}))
-    assert (large.count, large.changed(A, "1:1:", in_recovery=False)) == (0, None)
+    assert (large.count, large.changed(A, seen("1:1:"))) == (0, None)
+
+
+def test_lost_transactions() -> None:
+    """Few of them are known exactly; of many, only the last, so that the memory has a bound."""
+    kept = Kept(MANY)
+    for xid in range(10, 20):
+        kept.add(Committed(xid, {A: None}))
+    assert kept.changed(A, seen("5:30:5")) == frozenset()
+    assert kept.changed(A, seen("5:30:5,19")) is None
+    kept.forget([seen("5:19:5")])
+    assert kept.changed(A, seen("5:19:5")) is None
+    kept.forget([seen("5:20:5")])
+    assert kept.changed(A, seen("5:19:5")) == frozenset()
+    for xid in range(20, 2000):
+        kept.add(Committed(xid, {A: None}))
+    assert kept.changed(A, seen("5:3000:5")) is None
+    assert kept.changed(A, seen("3000:3000:")) == frozenset()
 
 
 def taken(messages: list[Decoded], bounds: Bounds = MANY) -> list[Committed]:
@@ -112,6 +134,17 @@ def test_transactions() -> None:
         Committed((1 << 32) + 7, {A: frozenset({one, two}), B: None}),
         Committed(0xFFFFFFFF, {A: None, B: None}),
     ]
+
+
+def test_a_transaction_that_loses_a_table() -> None:
+    """If another key is needed, the keys of the transaction in progress are not known."""
+    found = Transactions(MANY, lambda xid: xid)
+    found.lose(A)
+    for message in (Begin(7), Changed(B, (("1",),))):
+        assert found.take(message) is None
+    found.lose(A)
+    assert found.take(Changed(A, (("1",),))) is None
+    assert found.take(Commit(1)) == Committed(7, {A: None, B: frozenset({("1",)})})
 
 
 def test_a_large_transaction() -> None:

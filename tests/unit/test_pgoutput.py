@@ -68,9 +68,10 @@ def recorded(version: str) -> list[bytes]:
     return [bytes.fromhex(message) for message in json.loads((FOLDER / f"{version}.json").read_text())]
 
 
-def places(relation: Relation) -> Sequence[int]:
+def places(relation: Relation) -> Sequence[int] | None:
     names = [column.name for column in relation.columns]
-    return [names.index(column) for column in KEYS.get(relation.name, ())]
+    key = KEYS.get(relation.name)
+    return None if key is None else [names.index(column) for column in key]
 
 
 def decoded(version: str) -> list[Decoded]:
@@ -89,8 +90,9 @@ def changes(messages: Sequence[Decoded]) -> list[list[tuple[object, ...]]]:
             case Relation():
                 names[message.oid] = message.name
             case Changed(oid, keys):
-                assert keys is not None
-                transactions[-1].append((names[oid], *keys))
+                assert (keys is None) == (names[oid] not in KEYS)
+                if keys is not None:
+                    transactions[-1].append((names[oid], *keys))
             case Truncated():
                 transactions[-1].append(("truncated", *sorted(names[oid] for oid in message.oids)))
     return [transaction for transaction in transactions if transaction]
@@ -160,6 +162,21 @@ def test_a_key_that_was_not_sent() -> None:
         found = decoder.decode(b"U" + relation[1:5] + update)
         assert isinstance(found, Changed)
         assert found.keys == keys
+
+
+def test_tables_that_are_watched_later() -> None:
+    """Until a table is watched its keys are not known."""
+    watched: set[str] = set()
+    decoder = Decoder(lambda relation: places(relation) if relation.name in watched else None)
+    insert = next(message for message in recorded(VERSIONS[-1]) if message[:1] == b"I")
+    relation = next(message for message in recorded(VERSIONS[-1]) if message[:5] == b"R" + insert[1:5])
+    found = decoder.decode(relation)
+    assert isinstance(found, Relation)
+    assert decoder.decode(insert) == Changed(found.oid, None)
+    watched.add(found.name)
+    assert decoder.decode(insert) == Changed(found.oid, None)
+    decoder.renew()
+    assert decoder.decode(insert) == Changed(found.oid, (("1",),))
 
 
 @given(st.binary(max_size=80), st.sampled_from([b"", b"B", b"C", b"R", b"I", b"U", b"D", b"T", b"M", b"O", b"Y"]))

@@ -10,16 +10,20 @@ from collections.abc import Callable, Sequence
 
 from twisted.internet.defer import Deferred
 
-from cacheservice.base.errors import QueryFailed
+from cacheservice.base.errors import Blocker, QueryFailed
 from cacheservice.base.interfaces import Reactor
 from cacheservice.cache.cache import DatabaseStatus
 from cacheservice.sources.base import ReadPlan, ReadResult
 from cacheservice.sources.postgres import bad_bytes, recorded
 from cacheservice.sources.postgres.blocked import BlockedStatements
+from cacheservice.sources.postgres.blockers import find_blockers
+from cacheservice.sources.postgres.capturing import Capturing
 from cacheservice.sources.postgres.connector import Connector
 from cacheservice.sources.postgres.fetching import Fetching
 from cacheservice.sources.postgres.guard import GuardedConnection
 from cacheservice.sources.postgres.keys import KeyForm
+from cacheservice.sources.postgres.logical import environment
+from cacheservice.sources.postgres.logical.environment import Environment, Retained
 from cacheservice.sources.postgres.reading import DatasetReader
 from cacheservice.sources.postgres.recorded import Pruned, Recorded
 from cacheservice.sources.postgres.session_settings import begin_reading, limits
@@ -44,7 +48,8 @@ class Database:
         self._sessions = Sessions(reactor, target, connect_timeout_s, status)
         statements = BlockedStatements(reactor, self._sessions)
         self._transactions = Transactions(reactor, self._sessions, statements, status)
-        self._reader = DatasetReader(self._transactions, Fetching(reactor, statements))
+        self.capturing = Capturing(self._transactions)
+        self._reader = DatasetReader(self._transactions, Fetching(reactor, statements), self.capturing)
 
     @property
     def resolve(self) -> Resolve:
@@ -105,6 +110,8 @@ class Database:
         # A notification may arrive at any moment, and opening a session then takes longer than the delta.
         notified = any(each.dataset.watch or each.dataset.notify for each in plans)
         again_in_s = 0.0 if notified else first.interval_s
+        if any(each.dataset.watch for each in plans):
+            await self.capturing.settle()
         try:
             most = len(plans) - 1 + _MOST_READS
             for _ in range(most):
@@ -159,6 +166,40 @@ class Database:
         return self._sessions.use(
             "prunes", self._reactor.seconds() + timeout_s, lambda guard: recorded.prune(guard, keep_s)
         )
+
+    def environment(self, publication: str, timeout_s: float) -> Deferred[Environment]:
+        """Ask whether the server can decode its log for this role.
+
+        :raises RefreshFailed: one of its subclasses.
+        """
+        return self._sessions.use(
+            "changes", self._reactor.seconds() + timeout_s, lambda guard: environment.ask(guard, publication)
+        )
+
+    def retained(self, slot: str, timeout_s: float) -> Deferred[Retained]:
+        """Ask how much of the log the server keeps for a slot.
+
+        :raises RefreshFailed: one of its subclasses.
+        """
+        return self._sessions.use(
+            "changes", self._reactor.seconds() + timeout_s, lambda guard: environment.look(guard, slot)
+        )
+
+    def blockers(self, pid: int, timeout_s: float) -> Deferred[tuple[Blocker, ...]]:
+        """Ask for the sessions that a server process waits for.
+
+        :raises RefreshFailed: one of its subclasses.
+        """
+        return self._sessions.use(
+            "changes", self._reactor.seconds() + timeout_s, lambda guard: find_blockers(guard, pid)
+        )
+
+    def flush_log(self, timeout_s: float) -> Deferred[None]:
+        """Have the server write its log to the disk, by a commit of a transaction that writes nothing else.
+
+        :raises RefreshFailed: one of its subclasses.
+        """
+        return self._sessions.use("changes", self._reactor.seconds() + timeout_s, environment.flush)
 
     def recorded(self, timeout_s: float) -> Deferred[Recorded]:
         """Ask for the recorded changes that the database keeps.

@@ -101,9 +101,9 @@ def _moved(before: str, now: str) -> str | None:
 
     That is the case if they were recorded on another table, or on a table that was rewritten.
     """
-    if not before:
+    old, new = json.loads(before or "{}"), json.loads(now)
+    if not old.get("tables"):
         return "it is the first read of the watched tables"
-    old, new = json.loads(before), json.loads(now)
     if old.get("kept") != new.get("kept"):
         return "the table of recorded changes was truncated or rewritten, or rights on it have changed"
     for name, table in new["tables"].items():
@@ -186,15 +186,8 @@ def may_hold_text(type_oid: int) -> bool:
 
 def watched_ids(state: str) -> frozenset[int]:
     """Return the ids of the watched tables in the notifications of their triggers."""
-    return frozenset(table["watched"] for table in json.loads(state)["tables"].values()) if state else frozenset()
-
-
-def notifies(state: str) -> bool:
-    """Return whether all changes are notified at once.
-
-    If not, some are only found at the next interval.
-    """
-    return all(table["notifies"] for table in json.loads(state)["tables"].values()) if state else False
+    tables = json.loads(state).get("tables", {}) if state else {}
+    return frozenset(table["watched"] for table in tables.values())
 
 
 def value_of(probe: Any) -> str:

@@ -1,4 +1,4 @@
-"""Translates the notifications of the database into changed datasets."""
+"""Translates the notifications of the database, and captured changes, into changed datasets."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Protocol
 
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset
+from cacheservice.cache.identity import Visibility
 from cacheservice.config import OWN_CHANNEL
 from cacheservice.sources.postgres.deltas import watched_ids
 
@@ -31,11 +32,16 @@ class Notifications:
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
+        self._has_triggers = True
         self._receivers: list[Receiver] = []
 
     def deliver_to(self, receiver: Receiver) -> None:
         """Report changes to `receiver`, too, from now on."""
         self._receivers.append(receiver)
+
+    def use_triggers(self, yes: bool) -> None:
+        """Note whether the notifications of triggers matter."""
+        self._has_triggers = yes
 
     def channels(self) -> set[str]:
         """Return the LISTEN channels of the datasets, and the service's own channel if a table is watched.
@@ -44,7 +50,21 @@ class Notifications:
         """
         declared = [dataset.settings for dataset in self._cache.datasets.values() if dataset.is_refreshed_here]
         named = {settings.notify for settings in declared if settings.notify}
-        return named | {OWN_CHANNEL} if any(settings.watch for settings in declared) else named
+        return named | {OWN_CHANNEL} if self._has_triggers and self.watching() else named
+
+    def watching(self) -> set[str]:
+        """Return the datasets whose tables are watched, and that this process refreshes."""
+        datasets = self._cache.datasets.values()
+        return {each.name for each in datasets if each.settings.watch and each.is_refreshed_here}
+
+    def bases(self, slot: str) -> list[Visibility]:
+        """Return the snapshots from which deltas may start that use a slot of the capture."""
+        newest = [self._cache.datasets[name].newest() for name in self.watching()]
+        return [
+            Visibility.of(each.database_snapshot, in_recovery=each.server is not None and each.server.in_recovery)
+            for each in newest
+            if each is not None and slot in each.watch_state
+        ]
 
     def heard(self, channel: str, payload: str) -> None:
         """Report the datasets that a notification is about."""
@@ -53,6 +73,11 @@ class Notifications:
                 self._note_changed(name, ())
             elif channel == dataset.settings.notify:
                 self._note_changed(name, keys_of(payload))
+
+    def captured(self, name: str) -> None:
+        """Report that watched tables of a dataset have changed, by the capture."""
+        if name in self._cache.datasets:
+            self._note_changed(name, ())
 
     def missed(self) -> None:
         """Report that notifications may have been missed."""

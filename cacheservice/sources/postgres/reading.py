@@ -15,8 +15,9 @@ from cacheservice.cache.rows import RowsBuilder
 from cacheservice.config import DatasetSettings
 from cacheservice.sources import full_or_delta
 from cacheservice.sources.base import AllRows, ChangedRows, ReadPlan, ReadResult, Unchanged
-from cacheservice.sources.full_or_delta import Changes, Key, Known, NotifiedRows
+from cacheservice.sources.full_or_delta import Key, Known, NotifiedRows
 from cacheservice.sources.postgres import deltas
+from cacheservice.sources.postgres.capturing import Capturing
 from cacheservice.sources.postgres.fetching import Column, Fetching
 from cacheservice.sources.postgres.keys import KeyForm
 from cacheservice.sources.postgres.quoting import quoted
@@ -30,9 +31,10 @@ _DATA_EXCEPTION = "22"
 class DatasetReader:
     """Reads datasets within transactions."""
 
-    def __init__(self, transactions: Transactions, fetching: Fetching) -> None:
+    def __init__(self, transactions: Transactions, fetching: Fetching, capturing: Capturing) -> None:
         self._transactions = transactions
         self._fetching = fetching
+        self._capturing = capturing
 
     async def read(self, transaction: Transaction, read: ReadPlan, builder: RowsBuilder) -> ReadResult:
         """Read one dataset.
@@ -44,14 +46,14 @@ class DatasetReader:
         if another is not None:
             read = read._replace(since=None)
         altered = another or await self._transactions.altered(transaction, read.since, read.dataset)
-        known = Known(altered, transaction.can_record)
+        known = Known(altered, self._capturing.can_ask(transaction))
         while True:
             step = full_or_delta.next_step(read, known)
             match step:
                 case full_or_delta.AskProbe():
                     known = replace(known, probe=await _probe(transaction, read.dataset))
                 case full_or_delta.AskChanges():
-                    known = replace(known, changes=await _changes(transaction, read))
+                    known = replace(known, changes=await self._capturing.changes(transaction, read))
                 case full_or_delta.AskNotified():
                     assert read.notified is not None, "that step asks for the notified rows"
                     known = replace(known, notified=NotifiedRows(await read.notified()))
@@ -154,14 +156,6 @@ class DatasetReader:
 async def _probe(transaction: Transaction, dataset: DatasetSettings) -> str:
     cursor = await transaction.guard.execute(probe_query(dataset.probe))
     return deltas.value_of(cursor.fetchone()[0])
-
-
-async def _changes(transaction: Transaction, read: ReadPlan) -> Changes:
-    if not transaction.can_record:
-        return Changes("", deltas.CANNOT_ASK, ())
-    dataset, since = read.dataset, read.since
-    cursor = await transaction.guard.execute(deltas.changes_sql(dataset, since, read.most_keys))
-    return deltas.changes(cursor.fetchall(), dataset, since)
 
 
 async def _unfit_key(transaction: Transaction, dataset: DatasetSettings, columns: Sequence[Column]) -> str | None:

@@ -12,8 +12,10 @@ from datetime import UTC, datetime
 from typing import NamedTuple, NoReturn
 from weakref import WeakKeyDictionary
 
+from twisted.internet.defer import Deferred
+
 from cacheservice.base.errors import DatabaseUnavailable, QueryFailed
-from cacheservice.base.interfaces import Reactor
+from cacheservice.base.interfaces import Cursor, Reactor
 from cacheservice.cache.cache import DatabaseStatus
 from cacheservice.cache.dependencies import Dependencies
 from cacheservice.cache.lag import NO_LAG
@@ -180,6 +182,10 @@ class Transactions:
         moment = Moment(as_of, read_at - lag.seconds, snapshot.decode(), server, lag)
         digests = dict(zip([each.dataset.name for each in asked], found.decode().split(), strict=True))
         return Transaction(guard, deadline_at, pid, can_record, moment, digests, path)
+
+    def ask(self, transaction: Transaction, select: str) -> Deferred[Cursor]:
+        """Run a SELECT that is the same in each read of a dataset, as a prepared statement if possible."""
+        return transaction.guard.execute(self._prepared.sql(transaction.guard, select))
 
     async def altered(self, transaction: Transaction, since: Snapshot | None, dataset: DatasetSettings) -> str | None:
         """Return why documents may have another form than in the snapshot `since`.

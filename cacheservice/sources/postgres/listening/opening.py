@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from cacheservice.base.errors import NoSessionLeft
 from cacheservice.base.interfaces import Reactor
 from cacheservice.cache.cache import DatabaseStatus
-from cacheservice.sources.postgres.connector import Connector
+from cacheservice.sources.postgres.connector import AnySession, Connector, Session
 from cacheservice.sources.postgres.guard import KEEPALIVES, GuardedConnection
 from cacheservice.sources.postgres.target import Target
 
@@ -51,9 +51,15 @@ class ListenerSessions:
         self._access = replace(self._access, target=target, connect_timeout_s=connect_timeout_s)
         return moved
 
-    async def use(self, purpose: str, use: Callable[[GuardedConnection], Awaitable[object]]) -> None:
+    async def use(
+        self,
+        purpose: str,
+        use: Callable[[GuardedConnection], Awaitable[object]],
+        factory: type[AnySession] = Session,
+    ) -> None:
         """Open a session, call `use` with it, and close it.
 
+        :param factory: the kind of session.
         :raises RefreshFailed: if it cannot be opened, or is lost.
         """
         access = self._access
@@ -61,7 +67,7 @@ class ListenerSessions:
         self._status.session_opened()
         self._guards.append(guard)
         try:
-            await guard.connect(access.connector, purpose, access.connect_timeout_s, KEEPALIVES)
+            await guard.connect(access.connector, purpose, access.connect_timeout_s, KEEPALIVES, factory)
             guard.renew(self._reactor.seconds() + self._answer_within_s)
             await use(guard)
         finally:

@@ -7,14 +7,17 @@ not possible.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from cacheservice.cache.identity import is_visible
+from cacheservice.cache.identity import Visibility
 from cacheservice.sources.postgres.logical.pgoutput import Begin, Changed, Commit, Decoded, Key, Truncated
 
 _KEY_BYTES = 100
 """What a key takes besides its text: a tuple, its strings, and its place in a set."""
+_TRANSACTION_BYTES = 600
+"""What the keys of one table take besides, in each transaction."""
+_MOST_LOST = 1000
 
 
 class Bounds(NamedTuple):
@@ -69,6 +72,11 @@ class Transactions:
                     return Committed(self._full_xid(xid), known)
         return None
 
+    def lose(self, oid: int) -> None:
+        """Forget the keys of a table that the transaction in progress has changed, or will change."""
+        if self._xid is not None:
+            self._changed[oid] = None
+
     def _add(self, oid: int, keys: tuple[Key, ...] | None) -> None:
         known = self._changed.setdefault(oid, set())
         if known is None:
@@ -86,6 +94,29 @@ class Transactions:
             self._count = self._size_bytes = 0
 
 
+class _Lost:
+    """The transactions whose keys of a table are not known: exactly while they are few, otherwise all up to a number.
+
+    An open transaction that is older than all of these then prevents deltas of the table until it ends.
+    """
+
+    def __init__(self) -> None:
+        self.xids: set[int] = set()
+        self.through = 0
+
+    def add(self, xid: int) -> None:
+        self.xids.add(xid)
+        if len(self.xids) > _MOST_LOST:
+            self.through = max(self.through, *self.xids)
+            self.xids.clear()
+
+    def are_included(self, snapshot: Visibility) -> bool:
+        return self.through < snapshot.xmin and all(map(snapshot.includes, self.xids))
+
+    def forget(self, snapshots: Sequence[Visibility]) -> None:
+        self.xids = {xid for xid in self.xids if not all(each.includes(xid) for each in snapshots)}
+
+
 class Kept:
     """The changes of committed transactions, in the order of their commits.
 
@@ -94,7 +125,8 @@ class Kept:
 
     def __init__(self, bounds: Bounds) -> None:
         self._bounds = bounds
-        self._transactions: list[Committed] = []
+        self._transactions: list[tuple[int, dict[int, frozenset[Key]]]] = []
+        self._lost: dict[int, _Lost] = {}
         self._count: dict[int, int] = {}
         self._size_bytes: dict[int, int] = {}
 
@@ -108,56 +140,68 @@ class Kept:
         """The memory that the keys take, about."""
         return sum(self._size_bytes.values())
 
+    @property
+    def transactions(self) -> int:
+        """The number of transactions whose keys are kept."""
+        return len(self._transactions)
+
     def add(self, transaction: Committed) -> None:
         """Keep the changes of a transaction."""
-        self._transactions.append(transaction)
-        self._note(transaction, 1)
+        known: dict[int, frozenset[Key]] = {}
+        for oid, keys in transaction.changed.items():
+            if keys is None:
+                self._lost.setdefault(oid, _Lost()).add(transaction.xid)
+            else:
+                known[oid] = keys
+                self._note(oid, keys, 1)
+        if known:
+            self._transactions.append((transaction.xid, known))
         while self.count > self._bounds.keys or self.size_bytes > self._bounds.size_bytes:
-            self._lose(max(self._size_bytes, key=self._size_bytes.__getitem__))
+            self.lose(max(self._size_bytes, key=self._size_bytes.__getitem__))
 
-    def changed(self, oid: int, snapshot: str, *, in_recovery: bool) -> frozenset[Key] | None:
-        """Return the keys of a table that were changed by transactions that a snapshot does not see.
+    def changed(self, oid: int, snapshot: Visibility) -> frozenset[Key] | None:
+        """Return the keys of a table that were changed by transactions that a snapshot does not include.
 
-        :param snapshot: as `pg_current_snapshot()` returns it.
-        :param in_recovery: whether it was taken on a standby.
         :returns: None if they are not known any more, or never were, as after TRUNCATE.
         """
+        lost = self._lost.get(oid)
+        if lost is not None and not lost.are_included(snapshot):
+            return None
         keys: set[Key] = set()
         for xid, changed in self._transactions:
-            if oid in changed and not is_visible(xid, snapshot, in_recovery=in_recovery):
-                more = changed[oid]
-                if more is None:
-                    return None
-                keys |= more
+            if oid in changed and not snapshot.includes(xid):
+                keys |= changed[oid]
         return frozenset(keys)
 
-    def forget(self, snapshots: Iterable[tuple[str, bool]]) -> None:
-        """Forget the transactions that all of these snapshots see; without any snapshot, all.
-
-        :param snapshots: each with whether it was taken on a standby.
-        """
-        needed = tuple(snapshots)
-        kept: list[Committed] = []
-        gone: list[Committed] = []
-        for each in self._transactions:
-            is_seen = all(is_visible(each.xid, snapshot, in_recovery=standby) for snapshot, standby in needed)
-            (gone if is_seen else kept).append(each)
+    def forget(self, snapshots: Sequence[Visibility]) -> None:
+        """Forget the transactions that all of these snapshots include; without any snapshot, all."""
+        kept: list[tuple[int, dict[int, frozenset[Key]]]] = []
+        for xid, changed in self._transactions:
+            if all(each.includes(xid) for each in snapshots):
+                for oid, keys in changed.items():
+                    self._note(oid, keys, -1)
+            else:
+                kept.append((xid, changed))
         self._transactions = kept
-        for each in gone:
-            self._note(each, -1)
+        for lost in self._lost.values():
+            lost.forget(snapshots)
 
-    def _note(self, transaction: Committed, sign: int) -> None:
-        for oid, keys in transaction.changed.items():
-            if keys:
-                self._count[oid] = self._count.get(oid, 0) + sign * len(keys)
-                self._size_bytes[oid] = self._size_bytes.get(oid, 0) + sign * sum(map(size_bytes, keys))
-
-    def _lose(self, oid: int) -> None:
+    def lose(self, oid: int) -> None:
         """Forget the keys of a table, but not which transactions have changed it."""
-        self._transactions = [
-            Committed(xid, {**changed, oid: None} if oid in changed else changed) for xid, changed in self._transactions
-        ]
-        del self._count[oid], self._size_bytes[oid]
+        kept: list[tuple[int, dict[int, frozenset[Key]]]] = []
+        for xid, changed in self._transactions:
+            if changed.pop(oid, None) is not None:
+                self._lost.setdefault(oid, _Lost()).add(xid)
+            if changed:
+                kept.append((xid, changed))
+        self._transactions = kept
+        self._count.pop(oid, None)
+        self._size_bytes.pop(oid, None)
+
+    def _note(self, oid: int, keys: frozenset[Key], sign: int) -> None:
+        size = _TRANSACTION_BYTES + sum(map(size_bytes, keys))
+        self._count[oid] = self._count.get(oid, 0) + sign * len(keys)
+        self._size_bytes[oid] = self._size_bytes.get(oid, 0) + sign * size
 
 
 def size_bytes(key: Key) -> int:

@@ -111,13 +111,23 @@ _Values = tuple[str | _NotSent | None, ...]
 class Decoder:
     """Decodes messages in their order.
 
-    :param places: returns the places of the key columns of a watched table among its published columns, and nothing for
-        other tables. It is called for each `Relation`.
+    :param places: returns the places of the key columns of a watched table among its published columns; None for other
+        tables, whose keys are then not known. It is called for each `Relation`.
     """
 
-    def __init__(self, places: Callable[[Relation], Sequence[int]]) -> None:
+    def __init__(self, places: Callable[[Relation], Sequence[int] | None]) -> None:
         self._places_of = places
-        self._places: dict[int, tuple[int, ...]] = {}
+        self._relations: dict[int, Relation] = {}
+        self._places: dict[int, tuple[int, ...] | None] = {}
+
+    def renew(self) -> None:
+        """Ask for the places of all tables again."""
+        for relation in self._relations.values():
+            self._place(relation)
+
+    def _place(self, relation: Relation) -> None:
+        places = self._places_of(relation)
+        self._places[relation.oid] = None if places is None else tuple(places)
 
     def decode(self, payload: bytes) -> Decoded | None:
         """Return the meaning of a message; None if it concerns no watched table, or nothing that matters here.
@@ -139,7 +149,8 @@ class Decoder:
                 return Commit(_COMMIT.unpack_from(payload, 1)[2])
             case b"R":
                 relation = _relation(payload)
-                self._places[relation.oid] = tuple(self._places_of(relation))
+                self._relations[relation.oid] = relation
+                self._place(relation)
                 return relation
             case b"T":
                 count, _ = _TRUNCATE.unpack_from(payload, 1)
@@ -151,11 +162,11 @@ class Decoder:
                 return None
         raise BadChanges(f"the server sent a message of the unknown kind {payload[:1]!r}")
 
-    def _changed(self, payload: bytes) -> Changed | None:
+    def _changed(self, payload: bytes) -> Changed:
         (oid,) = _OID.unpack_from(payload, 1)
         places = self._places[oid]
-        if not places:
-            return None
+        if places is None:
+            return Changed(oid, None)
         kind, at = payload[5], 6
         if kind == _NEW:
             keys: tuple[_Values, ...] = (_values(payload, at, places)[0],)

@@ -28,6 +28,8 @@ _LOOK = 32
 _QUIET_S = 10.0
 """After so long without a message the server is asked for a keepalive."""
 _ANSWER_WITHIN_S = 5.0
+_SERVER_WAITS_S = 20
+"""The server ends the session, and the slot with it, after so long without a message from here."""
 _PAGE_BYTES, _PAGE_HEADER_BYTES = 8192, 40
 """Of the log: XLOG_BLCKSZ, and the longest header of a page (xlog_internal.h)."""
 _SHORTEST_S, _LONGEST_S = 0.0005, 0.02
@@ -100,6 +102,7 @@ class ChangeStream:
         :raises BadChanges: if the server sends something else than changes.
         """
         try:
+            await self._guard.execute(f"SET wal_sender_timeout = '{_SERVER_WAITS_S}s'")
             self._guard.renew(self._clock.seconds() + _SLOT_WITHIN_S)
             sql = f"CREATE_REPLICATION_SLOT {quoted(self.slot)} TEMPORARY LOGICAL pgoutput NOEXPORT_SNAPSHOT"
             ((_, began, *_),) = (await self._guard.execute(sql)).fetchall()
