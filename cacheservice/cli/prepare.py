@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -15,8 +16,10 @@ from cacheservice.base import shipped
 from cacheservice.base.errors import ConfigError
 from cacheservice.sources.postgres import target
 from cacheservice.sources.postgres.migrate import migrate as apply_migrations
+from cacheservice.sources.postgres.publishing import DEFAULT_PUBLICATION, Removal, publish, unpublish
 from cacheservice.sources.postgres.reader import create_reader
 from cacheservice.sources.postgres.target import parse
+from cacheservice.sources.postgres.unwatching import unwatch as undo_all
 from cacheservice.sources.postgres.watch import unwatch as remove_triggers
 from cacheservice.sources.postgres.watch import watch as create_triggers
 
@@ -29,6 +32,13 @@ _owner_dsn = click.option(
     show_envvar=True,
     help="The database, as the owner of the tables, who may create a schema.  [default: postgres.dsn of the "
     "configuration]",
+)
+_publication = click.option(
+    "--publication",
+    metavar="NAME",
+    default=DEFAULT_PUBLICATION,
+    show_default=True,
+    help="The publication that the service reads: postgres.publication of the configuration.",
 )
 
 
@@ -44,7 +54,16 @@ _owner_dsn = click.option(
 @click.option(
     "--select", "tables", metavar="TABLE", multiple=True, help="Grant the reader SELECT on this table; repeatable."
 )
-def migrate(dsn: str | None, owner: str | None, reader: str | None, tables: tuple[str, ...]) -> None:
+@click.option(
+    "--replication/--no-replication",
+    default=None,
+    help="Grant the reader the right that logical decoding needs, or take it away: REPLICATION, or membership in "
+    "rds_replication on Amazon RDS. It opens the log of all databases of the server.  [default: unchanged; a new role "
+    "does not have it]",
+)
+def migrate(
+    dsn: str | None, owner: str | None, reader: str | None, tables: tuple[str, ...], replication: bool | None
+) -> None:
     """Create or update the schema `cacheservice` in the database; with --reader, also create a role for the service.
 
     Each migration is one transaction: an interrupted run leaves nothing behind, and the next run continues.
@@ -57,9 +76,12 @@ def migrate(dsn: str | None, owner: str | None, reader: str | None, tables: tupl
       CACHESERVICE_MIGRATE_DSN=postgresql://owner@db/shop cacheservice migrate
       cacheservice migrate --reader cache_reader --select public.products --select public.prices
       CACHESERVICE_MIGRATE_DSN=postgresql://dba@db/shop cacheservice migrate --owner shop_owner
+      CACHESERVICE_MIGRATE_DSN=postgresql://dba@db/shop cacheservice migrate --reader cache_reader --replication
     """
     if tables and not reader:
         raise click.UsageError("--select requires --reader")
+    if replication is not None and not reader:
+        raise click.UsageError(f"--{'' if replication else 'no-'}replication requires --reader")
     for table in tables:
         if "," in re.sub(r'"(?:[^"]|"")*"', "", table):
             raise click.UsageError(f"--select {table}: a name does not contain a comma; repeat --select for each table")
@@ -68,7 +90,7 @@ def migrate(dsn: str | None, owner: str | None, reader: str | None, tables: tupl
     names = apply_migrations(dsn, shipped.folder("migrations"), owner, source)
     click.echo("\n".join(f"applied {name}" for name in names) or "nothing to apply: the schema is up to date")
     if reader:
-        made = create_reader(dsn, reader, tables, password, source)
+        made = create_reader(dsn, reader, tables, password, source, replication=replication)
         click.echo(f"the role {reader} may log in and read {', '.join(tables) or 'nothing yet: grant it SELECT'}")
         if made.has_password is False:
             click.echo(
@@ -77,20 +99,36 @@ def migrate(dsn: str | None, owner: str | None, reader: str | None, tables: tupl
             )
         if made.grant is not None:
             click.echo(f"to read from a standby, it must see how far that is behind; as a superuser, run: {made.grant}")
+        if made.replicates and replication:
+            click.echo(
+                "it may replicate: it can read the write-ahead log of all databases of the server, copy the server "
+                "with pg_basebackup where pg_hba.conf lets it, and create slots that keep the log; the service itself "
+                "creates only temporary slots"
+            )
+        elif replication is False:
+            click.echo("it may not replicate")
 
 
 @click.command()
 @click.argument("table")
 @click.option("--key", metavar="COLUMN", multiple=True, required=True, help="A column of the key; repeatable.")
 @click.option("--notify/--no-notify", default=True, show_default=True, help="Notify the service of each commit.")
+@click.option("--logical", is_flag=True, help="Add TABLE to a publication instead, for logical decoding.")
+@_publication
 @click.option("--dry-run", is_flag=True, help="Print the SQL, one transaction, and change nothing.")
 @_owner_dsn
-def watch(table: str, key: tuple[str, ...], notify: bool, dry_run: bool, dsn: str | None) -> None:
+def watch(
+    table: str, key: tuple[str, ...], notify: bool, logical: bool, publication: str, dry_run: bool, dsn: str | None
+) -> None:
     """Create triggers on TABLE that record the keys of changed rows, so that a refresh reads only these rows.
 
     Then add to the dataset: watch = [{table = "TABLE", key = "COLUMN"}]. A NOTIFY takes a lock that serialises the
     commits of the whole database, and PostgreSQL cannot prepare a transaction (PREPARE TRANSACTION) that has sent one.
     With --no-notify, writers avoid both, and changes are seen at the next interval.
+
+    With --logical the command creates no triggers. It adds the table to the publication through which the service reads
+    changed keys from the write-ahead log, and creates the publication if it is missing. Before that it checks that the
+    log holds the key of each deleted row. It does not need `cacheservice migrate`.
 
     Run the command as the owner of the table: the triggers run with the privileges of the role that creates them. Run
     it again after partitions were attached or detached, or triggers disabled and enabled. It waits at most 5 s for
@@ -100,11 +138,40 @@ def watch(table: str, key: tuple[str, ...], notify: bool, dry_run: bool, dsn: st
     Examples:
       cacheservice watch public.products --key id --dry-run
       cacheservice watch public.prices --key product_id --key currency --no-notify
+      cacheservice watch --logical public.products --key id
     """
+    if logical and _is_given("notify"):
+        raise click.UsageError("--notify and --no-notify belong to triggers, and --logical creates none")
+    if not logical and _is_given("publication"):
+        raise click.UsageError("--publication requires --logical")
     dsn, source = _checked(dsn)
+    if logical:
+        _publish(dsn, table, key, publication, dry_run, source)
+        return
     names = create_triggers(dsn, table, key, notify, dry_run, click.echo, source)
     if not dry_run:
         click.echo(f"changes of {', '.join(names)} are recorded by {', '.join(key)}")
+
+
+def _publish(dsn: str, table: str, key: tuple[str, ...], publication: str, dry_run: bool, source: str) -> None:
+    found = publish(dsn, table, key, publication, dry_run, click.echo, source)
+    if not found.added:
+        click.echo(f"{found.table} is already published by {found.publication}", err=dry_run)
+    elif not dry_run:
+        click.echo(f"changes of {', '.join(found.added)} are published by {found.publication}, with {', '.join(key)}")
+    # The notes of a dry run go to standard error: its output is SQL.
+    if found.identity_is_explicit:
+        click.echo(
+            "partitions do not inherit its REPLICA IDENTITY: set it for each new partition, and run this command again",
+            err=dry_run,
+        )
+    if found.wal_level != "logical":
+        click.echo(
+            f'wal_level is "{found.wal_level}", so that no change is captured by logical decoding yet; as a superuser, '
+            "run: ALTER SYSTEM SET wal_level = logical; and restart the server (on a managed service, set its "
+            "parameter, such as rds.logical_replication = 1)",
+            err=dry_run,
+        )
 
 
 @click.command()
@@ -113,21 +180,50 @@ def watch(table: str, key: tuple[str, ...], notify: bool, dry_run: bool, dsn: st
     "--key",
     metavar="COLUMN",
     multiple=True,
-    help="A column of the key of the watch to remove; repeatable. Without it, all watches of the table are removed.",
+    help="A column of the key of the triggers to remove; repeatable. Without it, all triggers are removed.",
 )
+@click.option("--logical", is_flag=True, help="Only remove TABLE from the publication.")
+@_publication
 @click.option("--dry-run", is_flag=True, help="Print the SQL, one transaction, and change nothing.")
 @_owner_dsn
-def unwatch(table: str, key: tuple[str, ...], dry_run: bool, dsn: str | None) -> None:
-    """Remove the triggers of `watch` from TABLE, and the changes that they recorded.
+def unwatch(table: str, key: tuple[str, ...], logical: bool, publication: str, dry_run: bool, dsn: str | None) -> None:
+    """Remove the triggers of `watch` from TABLE with the changes that they recorded, and TABLE from the publication.
+
+    With --key only the triggers by that key are removed, and with --logical none. The publication `cacheservice` is
+    dropped with its last table.
 
     \b
-    Example:
+    Examples:
       cacheservice unwatch public.products
+      cacheservice unwatch --logical public.products
     """
+    if key and logical:
+        raise click.UsageError("--key selects triggers, and --logical removes none")
+    if key and _is_given("publication"):
+        raise click.UsageError("--key selects triggers, and with it the publication is not changed")
     dsn, source = _checked(dsn)
-    names = remove_triggers(dsn, table, key, dry_run, click.echo, source)
-    if not dry_run:
-        click.echo(f"changes of {', '.join(names)} are no longer recorded")
+    recorded: Sequence[str] = ()
+    removal: Removal | None = None
+    left = ""
+    if key:
+        recorded = remove_triggers(dsn, table, key, dry_run, click.echo, source)
+    elif logical:
+        removal = unpublish(dsn, table, publication, dry_run, click.echo, source)
+    else:
+        recorded, removal, left = undo_all(dsn, table, publication, dry_run, click.echo, source)
+    if recorded and not dry_run:
+        click.echo(f"changes of {', '.join(recorded)} are no longer recorded")
+    if removal and not dry_run:
+        click.echo(f"changes of {', '.join(removal.names)} are no longer published by {removal.publication}")
+        if removal.drops:
+            click.echo(f"the publication {removal.publication} was empty and is dropped")
+    if left:
+        click.echo(f"still published: {left}", err=dry_run)
+
+
+def _is_given(option: str) -> bool:
+    """Return whether an option is on the command line."""
+    return click.get_current_context().get_parameter_source(option) == ParameterSource.COMMANDLINE
 
 
 def _checked(dsn: str | None) -> tuple[str, str]:
@@ -146,8 +242,7 @@ def _checked(dsn: str | None) -> tuple[str, str]:
             raise ConfigError([*error.problems, hint]) from error
         source = config.dsn_source(os.environ)
     else:
-        from_option = click.get_current_context().get_parameter_source("dsn") == ParameterSource.COMMANDLINE
-        source = "--dsn" if from_option else _VARIABLE
+        source = "--dsn" if _is_given("dsn") else _VARIABLE
     _refuse_password_in_arguments()
     try:
         parse(dsn)

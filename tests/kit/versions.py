@@ -45,6 +45,7 @@ DATABASE_LAYER = (
     "tests/test_deltas.py",
     "tests/test_watch.py",
     "tests/test_migrate.py",
+    "tests/test_publishing.py",
     "tests/test_conflicts.py",
     "tests/test_inspect.py",
 )

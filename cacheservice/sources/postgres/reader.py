@@ -1,6 +1,6 @@
 """Creates the role that the service reads as.
 
-It can log in and read granted tables only.
+It can log in and read granted tables only; on request it may also replicate, for logical decoding.
 """
 
 from __future__ import annotations
@@ -36,10 +36,12 @@ _ATTRIBUTES = {
     "rolsuper": (False, "NOSUPERUSER"),
     "rolcreatedb": (False, "NOCREATEDB"),
     "rolcreaterole": (False, "NOCREATEROLE"),
-    "rolreplication": (False, "NOREPLICATION"),
     "rolbypassrls": (False, "NOBYPASSRLS"),
     "rolconnlimit": (20, "CONNECTION LIMIT 20"),
 }
+
+_RDS = "rds_replication"
+"""The role of Amazon RDS whose members may replicate; nobody there may set the attribute REPLICATION."""
 
 # Defaults only, which a session can change: the grants are the boundary, and these limits catch mistakes.
 _DEFAULTS = {
@@ -57,11 +59,13 @@ class Reader(NamedTuple):
     :param name: quoted for SQL.
     :param has_password: None if the session may not see it.
     :param grant: the GRANT that lets it see how far a standby is behind; None if it already can.
+    :param replicates: whether it may create the slots of logical decoding.
     """
 
     name: str
     has_password: bool | None
     grant: str | None
+    replicates: bool
 
 
 def create_reader(
@@ -70,6 +74,8 @@ def create_reader(
     tables: Sequence[str] = (),
     password: str | None = None,
     dsn_source: str = "postgres.dsn",
+    *,
+    replication: bool | None = None,
 ) -> Reader:
     """Create or change the role `name`, so that it can only log in and read `tables`.
 
@@ -80,6 +86,8 @@ def create_reader(
     :param password: sent as its SCRAM verifier, so that it does not appear in the server's logs; None leaves it
         unchanged.
     :param dsn_source: as for `admin.session`.
+    :param replication: whether it may replicate, which logical decoding needs; None leaves it as it is, and a new role
+        may not.
     :raises MigrationFailed: if the database cannot be reached or refuses.
     """
     try:
@@ -87,6 +95,8 @@ def create_reader(
             if session.value("SELECT current_user = %s", (name,)):
                 raise Refused(f"{name} is the role of this session; name another for the service to read as")
             is_new = _make_role(session, name, password)
+            if replication is not None:
+                _set_replication(session, name, replication, is_new)
             has_password = False if is_new else _has_password(session, name)
             role = sql.Identifier(name)
             for table in tables:
@@ -95,7 +105,7 @@ def create_reader(
             _grant_ours(session, role)
             quoted = role.as_string(session.cursor)
             grant = None if session.value(_SEES_RECEIVER, (name,)) else GRANT.format(role=quoted) + ";"
-            return Reader(quoted, True if password is not None else has_password, grant)
+            return Reader(quoted, True if password is not None else has_password, grant, _may_replicate(session, name))
     except Refused as refused:
         raise MigrationFailed(str(refused)) from refused
 
@@ -137,11 +147,58 @@ def _make_role(session: Session, name: str, password: str | None) -> bool:
         if not present or "create role" in message:
             raise
         reader = role.as_string(session.cursor)
+        if "superuser" in message:  # before PostgreSQL 16, a role that may replicate
+            raise Refused(
+                f"PostgreSQL: {message}: {reader} may replicate, or is a superuser; run this command as a superuser"
+            ) from error
         raise Refused(
             f"PostgreSQL: {message}: {reader} exists, and {session.role} may not change it; run as the "
             f"role that created it, or as a superuser: GRANT {reader} TO {session.role} WITH ADMIN OPTION;"
         ) from error
     return not present
+
+
+def _set_replication(session: Session, name: str, wanted: bool, is_new: bool) -> None:
+    if _may_replicate(session, name) == wanted:
+        return
+    reader = sql.Identifier(name).as_string(session.cursor)
+    has_rds_role = session.value("SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = %s)", (_RDS,))
+    if wanted:
+        statements = [f"GRANT {_RDS} TO {reader};" if has_rds_role else f"ALTER ROLE {reader} REPLICATION;"]
+    else:
+        has_attribute = session.value("SELECT rolreplication FROM pg_roles WHERE rolname = %s", (name,))
+        statements = [f"ALTER ROLE {reader} NOREPLICATION;"] if has_attribute else []
+        statements += [f"REVOKE {_RDS} FROM {reader};"] if has_rds_role and _is_member(session, name) else []
+    try:
+        for statement in statements:
+            session.cursor.execute(statement)
+    except psycopg2.errors.InsufficientPrivilege as error:
+        verb, preposition = ("give", "to") if wanted else ("take", "from")
+        first = "first run this command without --replication, then, " if is_new else ""
+        raise Refused(
+            f"PostgreSQL: {error.diag.message_primary}: {session.role} may not {verb} the right to replicate "
+            f"{preposition} {reader}; {first}as an administrator, run: {' '.join(statements)}"
+        ) from error
+    if _may_replicate(session, name) != wanted:
+        raise Refused(
+            f"{reader} may still replicate: it is a member of {_RDS} through another role, or by a grant of another "
+            "role; revoke that first"
+        )
+
+
+def _may_replicate(session: Session, name: str) -> bool:
+    has_attribute = session.value("SELECT rolreplication FROM pg_roles WHERE rolname = %s", (name,))
+    return bool(has_attribute) or _is_member(session, name)
+
+
+def _is_member(session: Session, name: str) -> bool:
+    """Return whether a role is a member of the role of Amazon RDS for replication."""
+    found: bool = session.value(
+        "SELECT coalesce(bool_or(pg_has_role(m.oid, r.oid, 'MEMBER')), false) FROM pg_roles AS m, pg_roles AS r "
+        "WHERE m.rolname = %s AND r.rolname = %s",
+        (name, _RDS),
+    )
+    return found
 
 
 def attributes_to_set(present: Mapping[str, object] | None) -> Iterator[str]:

@@ -5,23 +5,28 @@ They block, so they are for the command line and never for the service.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from psycopg2 import sql
 
 from cacheservice.base.errors import WatchFailed
 from cacheservice.base.interfaces import BlockingCursor
-from cacheservice.sources.postgres import admin
-from cacheservice.sources.postgres.admin import LOCK_TIMEOUT_MS, SCHEMA, Refused, Session
+from cacheservice.sources.postgres import tables
+from cacheservice.sources.postgres.admin import SCHEMA, Session
+from cacheservice.sources.postgres.tables import TABLE_KINDS, NotWatched
 from cacheservice.sources.postgres.triggers import EVENTS, ROW, Table, recording, text, trigger, triggers
 
-_TABLE_KINDS = "rp"
-"""Ordinary and partitioned tables: the kinds that have triggers with transition tables."""
 _ONE_AT_A_TIME = "LOCK TABLE cacheservice.watched IN SHARE ROW EXCLUSIVE MODE"
 _FORM = 3
 """The version of a new watch's functions: see the comment on the column `form` of cacheservice.watched."""
-_BEGIN = f"BEGIN;\nSET LOCAL lock_timeout = {LOCK_TIMEOUT_MS};"
+
+
+class Removal(NamedTuple):
+    """The statements that remove watches, and the names of the tables that were watched."""
+
+    statements: list[str]
+    names: list[str]
 
 
 def watch(
@@ -43,7 +48,7 @@ def watch(
     :returns: the names of the watched tables.
     :raises WatchFailed: if the database cannot be reached or refuses, with the next step.
     """
-    with _transaction(dsn, dsn_source, restore=not dry_run) as session:
+    with tables.transaction(dsn, dsn_source, restore=not dry_run) as session:
         cursor = session.cursor
         _require_tables(session)
         cursor.execute(_ONE_AT_A_TIME)
@@ -63,7 +68,7 @@ def watch(
             *triggers(cursor, number, found),
             *_owning(session, number),
         ]
-        _run(cursor, statements, dry_run, show)
+        tables.run(cursor, statements, dry_run, show)
     return list(found.family)
 
 
@@ -81,34 +86,41 @@ def unwatch(
 
     :raises WatchFailed: if there is no such watch, or the database refuses.
     """
-    with _transaction(dsn, dsn_source, restore=not dry_run) as session:
-        cursor = session.cursor
-        if session.value("SELECT to_regnamespace(%s) IS NULL", (SCHEMA,)):
-            raise WatchFailed(f"{table} is not watched: the database has no schema {SCHEMA}")
-        if has_records := _has(session, "watched"):
-            cursor.execute(_ONE_AT_A_TIME)
-        tidying = _tidying(session, None) if has_records else []
-        if tidying and session.value("SELECT to_regclass(%s) IS NULL", (table,)):
-            _run(cursor, tidying, dry_run, show)
-            return [table]
-        oid, name, _ = _named(cursor, table)
-        numbers = []
-        if has_records:
-            chosen = session.rows(
-                "SELECT id FROM cacheservice.watched WHERE relation = %s AND (%s OR key_columns = %s::name[]) "
-                "ORDER BY id",
-                (oid, not key, list(key)),
-            )
-            numbers = [number for (number,) in chosen]
-        if not key:
-            # Its triggers also name the watches, if the record is gone.
-            numbers += [number for number in _numbers_of_triggers(session, oid) if number not in numbers]
-        if not numbers:
-            raise WatchFailed(f"{name} is not watched{' by ' + ', '.join(key) if key else ''}")
-        family = [member for member, _ in _family(cursor, oid)]
-        removing = [each for number in numbers for each in _removing(session, number, family)]
-        _run(cursor, [*tidying, *removing], dry_run, show)
-    return family
+    with tables.transaction(dsn, dsn_source, restore=not dry_run) as session:
+        removal = removal_of(session, table, key)
+        tables.run(session.cursor, removal.statements, dry_run, show)
+    return removal.names
+
+
+def removal_of(session: Session, table: str, key: Sequence[str]) -> Removal:
+    """Return the statements of `unwatch`.
+
+    :raises NotWatched: if there is no such watch.
+    """
+    cursor = session.cursor
+    if session.value("SELECT to_regnamespace(%s) IS NULL", (SCHEMA,)):
+        raise NotWatched(f"{table} is not watched: the database has no schema {SCHEMA}")
+    if has_records := _has(session, "watched"):
+        cursor.execute(_ONE_AT_A_TIME)
+    tidying = _tidying(session, None) if has_records else []
+    if tidying and session.value("SELECT to_regclass(%s) IS NULL", (table,)):
+        return Removal(tidying, [table])
+    oid, name, _ = tables.named(cursor, table)
+    numbers = []
+    if has_records:
+        chosen = session.rows(
+            "SELECT id FROM cacheservice.watched WHERE relation = %s AND (%s OR key_columns = %s::name[]) ORDER BY id",
+            (oid, not key, list(key)),
+        )
+        numbers = [number for (number,) in chosen]
+    if not key:
+        # Its triggers also name the watches, if the record is gone.
+        numbers += [number for number in _numbers_of_triggers(session, oid) if number not in numbers]
+    if not numbers:
+        raise NotWatched(f"{name} is not watched{' by ' + ', '.join(key) if key else ''}")
+    family = [member.name for member in tables.family(cursor, oid)]
+    removing = [each for number in numbers for each in _removing(session, number, family)]
+    return Removal([*tidying, *removing], family)
 
 
 def renew(session: Session) -> None:
@@ -138,22 +150,6 @@ def renew(session: Session) -> None:
         session.cursor.execute("UPDATE cacheservice.watched SET form = %s WHERE id = %s", (_FORM, number))
 
 
-@contextmanager
-def _transaction(dsn: str, dsn_source: str, *, restore: bool) -> Iterator[Session]:
-    """Open a session in a transaction that is committed at the end.
-
-    The driver's errors become ours.
-    """
-    try:
-        with admin.session(dsn, "cacheservice watch", dsn_source) as session, session.transaction():
-            session.cursor.execute("SET LOCAL search_path = pg_catalog, public, pg_temp")
-            if restore:
-                admin.restore_rights(session)
-            yield session
-    except Refused as refused:
-        raise WatchFailed(str(refused)) from refused
-
-
 def _require_tables(session: Session) -> None:
     form = "SELECT count(*) FROM pg_attribute WHERE attrelid = to_regclass('cacheservice.watched') AND attname = 'form'"
     if not _has(session, "changes") or not session.value(form):
@@ -166,31 +162,13 @@ def _has(session: Session, table: str) -> bool:
     return bool(session.value("SELECT to_regclass(%s) IS NOT NULL", (f"{SCHEMA}.{table}",)))
 
 
-def _named(cursor: BlockingCursor, table: str) -> tuple[int, str, str]:
-    """Return the OID, the full name and the kind of a relation ("t": temporary)."""
-    # The server splits and folds the name by its own rules.
-    cursor.execute(
-        "SELECT c.oid, n.nspname, c.relname, CASE c.relpersistence WHEN 't' THEN 't' ELSE c.relkind END::text "
-        "FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace WHERE c.oid = %s::regclass",
-        (table,),
-    )
-    oid, schema, relation, kind = cursor.fetchone()
-    return oid, sql.Identifier(schema, relation).as_string(cursor), kind
-
-
 def _find(cursor: BlockingCursor, table: str, key: Sequence[str]) -> Table:
-    oid, name, kind = _named(cursor, table)
-    if kind not in _TABLE_KINDS:
+    oid, name, kind = tables.named(cursor, table)
+    if kind not in TABLE_KINDS:
         raise WatchFailed(f"{name} cannot have such triggers; watch the tables that it reads")
-    cursor.execute(
-        "SELECT attname, attgenerated::text FROM pg_attribute WHERE attrelid = %s AND attnum > 0 AND NOT attisdropped",
-        (oid,),
-    )
-    columns = dict(cursor.fetchall())
+    columns = tables.columns(cursor, oid)
     for column in key:
-        if column not in columns:
-            repeat = ", and --key is repeated for each column" if "," in column else ""
-            raise WatchFailed(f"{name} has no column {column}; it has {', '.join(columns)}{repeat}")
+        tables.require_column(name, columns, column)
         if columns[column] == "v":
             raise WatchFailed(
                 f"{name}: the column {column} is generated and not stored, so that no trigger sees its value; "
@@ -200,40 +178,31 @@ def _find(cursor: BlockingCursor, table: str, key: Sequence[str]) -> Table:
     cursor.execute("SELECT inhparent::regclass::text FROM pg_inherits WHERE inhrelid = %s ORDER BY inhseqno", (oid,))
     if parent := cursor.fetchone():
         raise WatchFailed(f"{name} is a partition or a child of {parent[0]}; watch that, and it is watched with it")
-    family = _family(cursor, oid)
+    family = tables.family(cursor, oid)
     if other := _other_parent(cursor, oid):
         raise WatchFailed(
             f"{name}: its child {other[0]} also inherits from {other[1]}, and statements on {other[1]} fire no trigger "
             "that would record changes; remove `watch` from the dataset"
         )
-    for member, member_kind in family:
-        if member_kind not in _TABLE_KINDS:
+    for member in family:
+        if member.kind not in TABLE_KINDS:
             raise WatchFailed(
-                f"{name} has the foreign table {member} below it: with our triggers, statements on {name} that "
-                f"change rows of {member} would fail; remove `watch` from the dataset"
+                f"{name} has the foreign table {member.name} below it: with our triggers, statements on {name} that "
+                f"change rows of {member.name} would fail; remove `watch` from the dataset"
             )
     return Table(
         name,
         oid,
-        family=tuple(member for member, _ in family),
-        holding_rows=tuple(member for member, kind in family if kind == "r"),
+        family=tuple(member.name for member in family),
+        holding_rows=tuple(member.name for member in family if member.kind == "r"),
         is_partitioned=kind == "p",
     )
-
-
-_FAMILY = """
-WITH RECURSIVE family AS (
-    SELECT %s::oid AS oid
-    UNION
-    SELECT i.inhrelid FROM pg_inherits AS i JOIN family AS f ON i.inhparent = f.oid
-)
-"""
 
 
 def _other_parent(cursor: BlockingCursor, oid: int) -> tuple[str, str] | None:
     """Return a descendant of the table and a parent of it outside the family, or None."""
     cursor.execute(
-        f"""{_FAMILY}
+        f"""{tables.FAMILY}
         SELECT i.inhrelid::regclass::text, i.inhparent::regclass::text FROM pg_inherits AS i
         WHERE i.inhrelid IN (SELECT f.oid FROM family AS f WHERE f.oid <> %s)
           AND i.inhparent NOT IN (SELECT f.oid FROM family AS f)
@@ -243,18 +212,6 @@ def _other_parent(cursor: BlockingCursor, oid: int) -> tuple[str, str] | None:
     )
     found: tuple[str, str] | None = cursor.fetchone()
     return found
-
-
-def _family(cursor: BlockingCursor, oid: int) -> list[tuple[str, str]]:
-    """Return the names and kinds of a table and its descendants, the table first."""
-    cursor.execute(
-        f"""{_FAMILY}
-        SELECT n.nspname, c.relname, c.relkind::text FROM family AS f JOIN pg_class AS c ON c.oid = f.oid
-        JOIN pg_namespace AS n ON n.oid = c.relnamespace ORDER BY c.oid <> %s, c.oid
-        """,  # noqa: S608  # constants
-        (oid, oid),
-    )
-    return [(sql.Identifier(schema, name).as_string(cursor), kind) for schema, name, kind in cursor.fetchall()]
 
 
 def _numbers_of_triggers(session: Session, oid: int) -> list[int]:
@@ -351,12 +308,3 @@ def _removing(session: Session, number: int, family: Sequence[str]) -> list[str]
             for table in records
         ),
     ]
-
-
-def _run(cursor: BlockingCursor, statements: Sequence[str], dry_run: bool, show: Callable[[str], None]) -> None:
-    if dry_run:
-        # One transaction, as in a real run: since_xid is the transaction that creates the triggers.
-        show("\n".join([_BEGIN, *statements, "COMMIT;"]))
-        return
-    for statement in statements:
-        cursor.execute(statement)
