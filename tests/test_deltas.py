@@ -6,8 +6,10 @@ import contextlib
 import gc
 import os
 import random
+import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from io import StringIO
@@ -75,6 +77,8 @@ JOINED: dict[str, Any] = {
 
 
 _MOST_TIMES = 20
+DECODES_ON_STANDBYS = 160_000
+DISTURBANCES = ("ended", "frozen", "invalidated")
 
 
 class Compared(Database):
@@ -86,7 +90,6 @@ class Compared(Database):
         self.kinds: list[str] = []
         self.reasons: set[str] = set()
         self._reader = _ReadsAllToo(self, self._transactions, self._reader._fetching, self.capturing)
-
 
     @property
     def changing(self) -> list[str]:
@@ -180,9 +183,13 @@ class Proof(TestCase):
         following = {"hot_standby_feedback": "on", "max_standby_streaming_delay": "-1"}
         with running_standby(self.server, following) as standby_dsn:
             self.read_dsn = standby_dsn()
-            await self.prove(ROUNDS // 3)
+            await self.prove_on_a_standby(ROUNDS // 3)
 
-    async def prove(self, rounds: int) -> None:
+    async def prove_on_a_standby(self, rounds: int) -> None:
+        await self.prove(rounds)
+
+    async def prove(self, rounds: int, enough: Callable[[], bool] = lambda: True) -> None:
+        """Compare after each attempt, for so many rounds, with at least as many deltas, and until it is enough."""
         service, cache, database = self.service(PRODUCTS, PRICES, JOINED)
         service.startService()
         await self.until(lambda: all(dataset.snapshot for dataset in cache.datasets.values()))
@@ -194,7 +201,7 @@ class Proof(TestCase):
         choose = random.Random(SEED)
         # On a busy machine writers may do nothing between two reads, which are then no deltas.
         for number in range(_MOST_TIMES * rounds):
-            if number >= rounds and database.kinds.count("delta") > rounds:
+            if number >= rounds and database.kinds.count("delta") > rounds and enough():
                 break
             for dataset in cache.datasets.values():
                 await self.attempted(service, dataset)
@@ -309,13 +316,13 @@ class Proof(TestCase):
         await service.stopService()
 
     async def attempted(self, service: CacheService, dataset: Dataset) -> None:
-        # A late notification may have begun an attempt, which does not see what was committed since.
-        await self.until(lambda: not dataset.refresh.is_running)
         ended = dataset.counts.outcomes.total()
         service.note_changed(dataset.name, ())
         await self.until(lambda: dataset.counts.outcomes.total() > ended)
 
     async def refreshed(self, service: CacheService, dataset: Dataset, database: Compared) -> None:
+        # A late notification may have begun an attempt, which does not see what was committed since.
+        await self.until(lambda: not dataset.refresh.is_running)
         await self.attempted(service, dataset)
         await self.until(lambda: not dataset.refresh.is_running)
         self.check(dataset, database)
@@ -342,6 +349,91 @@ class LogicalProof(Proof):
 
     def use_capture(self, cache: Cache, database: Compared, service: CacheService) -> None:
         self.capture = capturing(self, self.read_dsn, cache, database, service, self.log)
+
+    async def prove_on_a_standby(self, rounds: int) -> None:
+        if self.server_version < DECODES_ON_STANDBYS:
+            await self.prove_full_reads()
+            return
+        stop = threading.Event()
+        self.addCleanup(stop.set)
+        # A slot on a standby waits for what its primary logs of running transactions, by itself each 15 s.
+        logged = deferToThread(repeat, self.dsn, "SELECT pg_log_standby_snapshot()", stop)
+        await self.prove(rounds)
+        stop.set()
+        await logged
+
+    @property
+    def server_version(self) -> int:
+        with closing(psycopg2.connect(self.dsn)) as connection:
+            return connection.server_version
+
+    async def prove_full_reads(self) -> None:
+        """A standby of an older version cannot decode its log: all rows are read, and the reason names that."""
+        service, cache, database = self.service(PRODUCTS)
+        service.startService()
+        dataset = cache.dataset("products")
+        await self.until(lambda: dataset.snapshot)
+        self.sql("UPDATE products SET n = 7 WHERE id = 7")
+        await self.until_replayed()
+        await self.refreshed(service, dataset, database)
+        self.assertEqual(self.n(dataset, 7), [7])
+        self.assertEqual(set(database.kinds), {"all"})
+        self.assertTrue(any("from PostgreSQL 16 on" in reason for reason in database.reasons), database.reasons)
+        await service.stopService()
+
+    async def test_whatever_happens_to_the_stream(self) -> None:
+        """The same while its walsender is ended or frozen, and its slot invalidated; one slot is there at the most."""
+        stop = threading.Event()
+        self.addCleanup(stop.set)
+        done: Counter[str] = Counter()
+        disturbed = deferToThread(disturb, self.dsn, random.Random(SEED), stop, done)
+        await self.prove(10, lambda: len(done) == len(DISTURBANCES) and self.restarts > 1)
+        stop.set()
+        await disturbed
+        self.assertEqual(set(done), set(DISTURBANCES))
+        self.assertGreater(self.restarts, 1)
+        with closing(psycopg2.connect(self.dsn)) as connection, connection.cursor() as cursor:
+            cursor.execute("SELECT count(*) FROM pg_replication_slots")
+            self.assertLessEqual(cursor.fetchone()[0], 1)
+
+    @property
+    def restarts(self) -> int:
+        return sum(self.capture.status().restarts.values())
+
+
+def repeat(dsn: str, statement: str, stop: threading.Event) -> None:
+    """Run a statement ten times a second until `stop` is set."""
+    with closing(psycopg2.connect(dsn)) as connection, connection.cursor() as cursor:
+        connection.autocommit = True
+        while not stop.wait(0.1):
+            cursor.execute(statement)
+
+
+def disturb(dsn: str, choose: random.Random, stop: threading.Event, done: Counter[str]) -> None:
+    """End, freeze and invalidate streams of changes until `stop` is set; count it in `done`."""
+    with closing(psycopg2.connect(dsn)) as connection, connection.cursor() as cursor:
+        connection.autocommit = True
+        while not stop.wait(0.6 + choose.random()):
+            cursor.execute("SELECT active_pid FROM pg_replication_slots WHERE active_pid IS NOT NULL")
+            for (pid,) in cursor.fetchall():
+                kind = min(DISTURBANCES, key=lambda each: (done[each], choose.random()))
+                done[kind] += 1
+                if kind == "ended":
+                    cursor.execute("SELECT pg_terminate_backend(%s)", (pid,))
+                elif kind == "frozen":
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGSTOP)
+                        time.sleep(0.2)
+                        os.kill(pid, signal.SIGCONT)
+                else:
+                    cursor.execute("ALTER SYSTEM SET max_slot_wal_keep_size = '1MB'")
+                    cursor.execute("SELECT pg_reload_conf()")
+                    for _ in range(3):
+                        cursor.execute("SELECT pg_switch_wal()")
+                        cursor.execute("SELECT pg_logical_emit_message(true, 'test', '')")
+                    cursor.execute("CHECKPOINT")
+                    cursor.execute("ALTER SYSTEM RESET max_slot_wal_keep_size")
+                    cursor.execute("SELECT pg_reload_conf()")
 
 
 def write(dsn: str, choose: random.Random, stop: threading.Event, number: int) -> int:

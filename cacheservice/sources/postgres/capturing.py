@@ -123,7 +123,7 @@ class Capturing:
         if _has_ended_unseen(before["unsure"], base, now):
             return _FromLog(state, "a transaction had begun before its changes could be captured")
         within_s = min(_MOST_WAIT_S, transaction.guard.remaining_s() / 4)
-        if not await stream.pass_by(found.lsn, within_s):
+        if not await stream.pass_by(found.lsn, within_s, may_write=not server.in_recovery):
             return _FromLog(state, f"the stream of changes was not as far as the transaction within {within_s:.3g} s")
         keys = stream.captured.changed(sent, base)
         if keys is None:

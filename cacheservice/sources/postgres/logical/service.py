@@ -188,7 +188,7 @@ class Capture(Service):
             raise _Impossible(problem)
 
         async def use(guard: GuardedConnection) -> None:
-            self._streaming = streaming = Streaming(guard, found.next_xid, self._around, self._began)
+            self._streaming = streaming = Streaming(guard, found, self._around, self._began)
             try:
                 await streaming.run(publication)
             finally:

@@ -29,6 +29,11 @@ _QUERY_WITHIN_S = 5.0
 _POKE_AFTER_S = 0.003
 """The log reaches the disk with the next commit; if none comes for so long, one of our own does that."""
 
+_LOGGED = (
+    "of the primary, which logs each 15 s those that are running; SELECT pg_log_standby_snapshot() there does that at "
+    "once"
+)
+
 
 class Asks(Protocol):
     """The database, as the capture uses it: `cacheservice.sources.postgres.database.Database`."""
@@ -75,10 +80,11 @@ class Streaming:
     """
 
     def __init__(
-        self, guard: GuardedConnection, next_xid: int, around: Surroundings, began: Callable[[], object]
+        self, guard: GuardedConnection, found: Environment, around: Surroundings, began: Callable[[], object]
     ) -> None:
         self.is_streaming = False
-        self.captured = Captured(next_xid)
+        self.captured = Captured(found.next_xid)
+        self._in_recovery = found.in_recovery
         self._around = around
         self._began_with = began
         self._guard = guard
@@ -104,7 +110,7 @@ class Streaming:
         waits = None if self.is_streaming else self._blockers
         return CaptureStatus(
             "streaming" if self.is_streaming else "waiting" if waits else "starting",
-            problem=waits and f"the slot waits for transactions that are open: {waits}",
+            problem=waits and f"the slot waits for open transactions: {waits}",
             slot=self.slot,
             lag_bytes=max(0, position(retained.written) - self._stream.passed) if retained is not None else 0,
             lag_s=now - self._marks[0][0] if self._marks else 0.0,
@@ -130,9 +136,10 @@ class Streaming:
             self._tasks.cancel()
         raise AssertionError("a stream ends with an error")
 
-    async def pass_by(self, lsn: str, within_s: float) -> bool:
+    async def pass_by(self, lsn: str, within_s: float, *, may_write: bool) -> bool:
         """Wait until all changes before a position in the log are known.
 
+        :param may_write: whether the server is a primary. A standby decodes what it has replayed, which is on the disk.
         :returns: False if they are not in time, or the stream has ended.
         """
         passing = self._stream.until_passed(position(lsn))
@@ -143,10 +150,9 @@ class Streaming:
             is_late = True
             passing.cancel()
 
-        timers = (
-            self._around.reactor.callLater(within_s, expire),
-            self._around.reactor.callLater(_POKE_AFTER_S, self._poke),
-        )
+        timers = [self._around.reactor.callLater(within_s, expire)]
+        if may_write:
+            timers.append(self._around.reactor.callLater(_POKE_AFTER_S, self._poke))
         try:
             return await passing
         except CancelledError:
@@ -204,6 +210,6 @@ class Streaming:
                     self._marks.append((at, position(self._retained.written)))
                 else:
                     found = await database.blockers(self._guard.pid, _QUERY_WITHIN_S)
-                    self._blockers = "; ".join(map(str, found)) or None
+                    self._blockers = "; ".join(map(str, found)) or (_LOGGED if self._in_recovery else None)
             except RefreshFailed as error:
                 self._around.log.debug("capture_not_looked_at", error=str(error))
