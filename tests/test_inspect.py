@@ -419,7 +419,7 @@ class Problems(Inspecting):
         )
         watch(self.owner, "shop.products", ["id"], True, False, self.fail)
         found = self.look(sql, **table)
-        self.assertEqual((found.ok, found.deltas), (True, "watches shop.products by id"))
+        self.assertEqual((found.ok, found.deltas), (True, "watches shop.products by id, by triggers"))
         self.assertIn("is not fit for deltas", self.problem("SELECT id::numeric AS id FROM shop.products", **table)[0])
         query(self.server, self.database, "ALTER TABLE shop.products DISABLE TRIGGER USER")
         self.assertIn("lacks a trigger", self.problem(sql, **table)[0])

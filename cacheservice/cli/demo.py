@@ -28,9 +28,10 @@ from cacheservice.cli.demo_service import DemoService
 from cacheservice.cli.demo_texts import REVIVE_AFTER_S, USUAL_PORTS, USUAL_VALKEY_PORT, Place, Ports
 from cacheservice.cli.demo_valkey import DemoValkey
 from cacheservice.cli.embedded import EmbeddedPostgres
+from cacheservice.config import DEFAULT_PUBLICATION
 from cacheservice.sources.postgres.migrate import migrate
+from cacheservice.sources.postgres.publishing import publish
 from cacheservice.sources.postgres.reader import create_reader
-from cacheservice.sources.postgres.watch import watch
 
 _DATABASE = "shop"
 _READER = "cache_reader"
@@ -117,7 +118,7 @@ class Demo:
         directory = self._resources.enter_context(folder(self._directory))
         place = Place(directory, is_kept=self._directory is not None)
         click.echo(f"Starting an embedded PostgreSQL in {directory} …")
-        self._postgres = EmbeddedPostgres(directory / "postgres")
+        self._postgres = EmbeddedPostgres(directory / "postgres", settings={"wal_level": "logical"})
         self._resources.callback(self._postgres.stop)
         self._postgres.start()
         self._revivals.append(_Revival("PostgreSQL", self._postgres, self._postgres.start))
@@ -179,9 +180,9 @@ class Demo:
         owner = self._postgres.dsn(database=_DATABASE)
         migrate(owner, shipped.folder("migrations"))
         for table, key in _WATCHED.items():
-            watch(owner, table, key, notify=True, dry_run=False, show=click.echo)
+            publish(owner, table, key, DEFAULT_PUBLICATION, dry_run=False, show=click.echo)
         password = secrets.token_urlsafe(24)
-        create_reader(owner, _READER, _TABLES, password)
+        create_reader(owner, _READER, _TABLES, password, replication=True)
         return password
 
     def _life_command(self) -> list[str]:

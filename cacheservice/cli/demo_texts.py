@@ -52,6 +52,9 @@ class Place(NamedTuple):
 
 _CONFIGURATION = """\
 # Made by `cacheservice demo`. The database is named by CACHESERVICE_POSTGRES__DSN, which holds a password.
+[postgres]
+capture = "logical"
+
 [status]
 port = {status_port}
 

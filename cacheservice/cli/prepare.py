@@ -14,9 +14,10 @@ from click.core import ParameterSource
 from cacheservice import config
 from cacheservice.base import shipped
 from cacheservice.base.errors import ConfigError
+from cacheservice.config import DEFAULT_PUBLICATION
 from cacheservice.sources.postgres import target
 from cacheservice.sources.postgres.migrate import migrate as apply_migrations
-from cacheservice.sources.postgres.publishing import DEFAULT_PUBLICATION, Removal, publish, unpublish
+from cacheservice.sources.postgres.publishing import Removal, publish, unpublish
 from cacheservice.sources.postgres.reader import create_reader
 from cacheservice.sources.postgres.target import parse
 from cacheservice.sources.postgres.unwatching import unwatch as undo_all
@@ -36,9 +37,8 @@ _owner_dsn = click.option(
 _publication = click.option(
     "--publication",
     metavar="NAME",
-    default=DEFAULT_PUBLICATION,
-    show_default=True,
-    help="The publication that the service reads: postgres.publication of the configuration.",
+    help="The publication that the service reads.  [default: postgres.publication of the configuration, if it can be "
+    f"read; otherwise {DEFAULT_PUBLICATION}]",
 )
 
 
@@ -118,7 +118,13 @@ def migrate(
 @click.option("--dry-run", is_flag=True, help="Print the SQL, one transaction, and change nothing.")
 @_owner_dsn
 def watch(
-    table: str, key: tuple[str, ...], notify: bool, logical: bool, publication: str, dry_run: bool, dsn: str | None
+    table: str,
+    key: tuple[str, ...],
+    notify: bool,
+    logical: bool,
+    publication: str | None,
+    dry_run: bool,
+    dsn: str | None,
 ) -> None:
     """Create triggers on TABLE that record the keys of changed rows, so that a refresh reads only these rows.
 
@@ -146,7 +152,7 @@ def watch(
         raise click.UsageError("--publication requires --logical")
     dsn, source = _checked(dsn)
     if logical:
-        _publish(dsn, table, key, publication, dry_run, source)
+        _publish(dsn, table, key, _publication_of(publication), dry_run, source)
         return
     names = create_triggers(dsn, table, key, notify, dry_run, click.echo, source)
     if not dry_run:
@@ -186,7 +192,9 @@ def _publish(dsn: str, table: str, key: tuple[str, ...], publication: str, dry_r
 @_publication
 @click.option("--dry-run", is_flag=True, help="Print the SQL, one transaction, and change nothing.")
 @_owner_dsn
-def unwatch(table: str, key: tuple[str, ...], logical: bool, publication: str, dry_run: bool, dsn: str | None) -> None:
+def unwatch(
+    table: str, key: tuple[str, ...], logical: bool, publication: str | None, dry_run: bool, dsn: str | None
+) -> None:
     """Remove the triggers of `watch` from TABLE with the changes that they recorded, and TABLE from the publication.
 
     With --key only the triggers by that key are removed, and with --logical none. The publication `cacheservice` is
@@ -202,6 +210,7 @@ def unwatch(table: str, key: tuple[str, ...], logical: bool, publication: str, d
     if key and _is_given("publication"):
         raise click.UsageError("--key selects triggers, and with it the publication is not changed")
     dsn, source = _checked(dsn)
+    publication = _publication_of(publication)
     recorded: Sequence[str] = ()
     removal: Removal | None = None
     left = ""
@@ -219,6 +228,16 @@ def unwatch(table: str, key: tuple[str, ...], logical: bool, publication: str, d
             click.echo(f"the publication {removal.publication} was empty and is dropped")
     if left:
         click.echo(f"still published: {left}", err=dry_run)
+
+
+def _publication_of(given: str | None) -> str:
+    """Return the name of the publication. With a DSN of its own, a command needs no configuration."""
+    if given is not None:
+        return given
+    try:
+        return config.load(os.environ, target.problem).postgres.publication
+    except ConfigError:
+        return DEFAULT_PUBLICATION
 
 
 def _is_given(option: str) -> bool:

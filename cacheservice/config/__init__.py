@@ -40,11 +40,12 @@ from cacheservice.config.sources import (
     why_unreadable,
 )
 from cacheservice.config.transfer import for_workers, from_main
-from cacheservice.config.values import OWN_CHANNEL
+from cacheservice.config.values import DEFAULT_PUBLICATION, OWN_CHANNEL
 
 __all__ = [
     "CLIENT_SECRETS",
     "DEFAULT_FILE",
+    "DEFAULT_PUBLICATION",
     "OWN_CHANNEL",
     "AdminSettings",
     "ClusterSettings",

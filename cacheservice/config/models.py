@@ -19,6 +19,7 @@ from pydantic import (
 
 from cacheservice.config import session_rules
 from cacheservice.config.values import (
+    DEFAULT_PUBLICATION,
     SearchPath,
     SessionSettings,
     Sql,
@@ -62,7 +63,7 @@ class PostgresSettings(Table):
         "logical decoding if that can work, else by triggers",
     )
     publication: str = Field(
-        default="cacheservice",
+        default=DEFAULT_PUBLICATION,
         min_length=1,
         max_length=63,
         description="the publication that logical decoding reads; `cacheservice watch --logical` creates it",

@@ -13,6 +13,7 @@ from cacheservice.base import query_text
 from cacheservice.config import session_rules, valkey_url
 
 OWN_CHANNEL = "cacheservice"
+DEFAULT_PUBLICATION = "cacheservice"
 """The channel of the triggers of watch, on which the service also tests that it receives notifications."""
 
 

@@ -12,11 +12,11 @@ from typing import NamedTuple
 from psycopg2 import sql
 
 from cacheservice.base.errors import WatchFailed
+from cacheservice.config import DEFAULT_PUBLICATION
 from cacheservice.sources.postgres import replica_identity, tables
 from cacheservice.sources.postgres.admin import Session
 from cacheservice.sources.postgres.tables import TABLE_KINDS, TEMPORARY, Member, NotWatched
 
-DEFAULT_PUBLICATION = "cacheservice"
 _ONE_AT_A_TIME = "SELECT pg_advisory_xact_lock(hashtextextended('cacheservice.publication', 0))"
 _LISTS = 150_000
 """The version from which on publications have row filters, column lists and schemas."""

@@ -32,7 +32,7 @@ def step(look: Look, what: str) -> Iterator[None]:
 
 
 def finding(look: Look, what: str, error: psycopg2.Error) -> Finding:
-    translated = translate(error, parse(look.dsn))
+    translated = translate(error, parse(look.postgres.dsn.get_secret_value()))
     message = str(translated)
     match error.pgcode:
         case "42501":

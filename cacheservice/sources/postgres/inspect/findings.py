@@ -100,7 +100,10 @@ class Inspection:
 
 @dataclass(slots=True)
 class Server:
-    """The server and the role of the session; `role` is quoted for SQL if necessary."""
+    """The server and the role of the session; `role` is quoted for SQL if necessary.
+
+    :param not_logical: why the write-ahead log cannot be decoded for this role.
+    """
 
     version: str
     database: str
@@ -108,4 +111,5 @@ class Server:
     standby: bool
     pooled: bool
     migrated: bool
+    not_logical: str | None = None
     findings: list[Finding] = field(default_factory=list)

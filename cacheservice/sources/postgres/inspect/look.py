@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cacheservice.base.interfaces import BlockingConnection, BlockingCursor
-from cacheservice.config import DatasetSettings
+from cacheservice.config import DatasetSettings, PostgresSettings
 from cacheservice.sources.postgres.inspect.findings import Finding, Inspection, Server
 from cacheservice.sources.postgres.lock_watch import LockWatch
 
@@ -23,7 +23,7 @@ class Look:
 
     connection: BlockingConnection
     cursor: BlockingCursor
-    dsn: str
+    postgres: PostgresSettings
     server: Server
     dataset: DatasetSettings
     found: Inspection

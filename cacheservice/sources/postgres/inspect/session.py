@@ -25,8 +25,10 @@ from cacheservice.sources.postgres.inspect.watching import (
     look_at_channel,
     look_at_probe,
     look_at_watches,
+    split_advice,
 )
 from cacheservice.sources.postgres.lock_watch import LockWatch
+from cacheservice.sources.postgres.logical import environment
 from cacheservice.sources.postgres.oldest import too_old
 from cacheservice.sources.postgres.refusal import NO_ANSWER, lead_of
 from cacheservice.sources.postgres.session_settings import Limits, begin_reading, without_transaction_timeout
@@ -47,7 +49,7 @@ class Inspector:
         self,
         connection: BlockingConnection,
         arguments: Mapping[str, object],
-        dsn: str,
+        postgres: PostgresSettings,
         datasets: Sequence[DatasetSettings],
     ) -> None:
         """Read the server's facts.
@@ -56,8 +58,8 @@ class Inspector:
         """
         self._connection = connection
         self._arguments = arguments
-        self._dsn = dsn
-        self.server = _server(connection, datasets)
+        self._postgres = postgres
+        self.server = _server(connection, postgres, datasets)
 
     def inspect(self, dataset: DatasetSettings) -> Inspection:
         """Inspect one dataset; its problems are findings, not errors.
@@ -75,7 +77,7 @@ class Inspector:
                 cursor.execute("SELECT pg_backend_pid()")
                 (pid,) = cursor.fetchone()
                 with LockWatch(self._arguments, pid) as watch:
-                    _look_at_all(Look(self._connection, cursor, self._dsn, self.server, dataset, found, watch))
+                    _look_at_all(Look(self._connection, cursor, self._postgres, self.server, dataset, found, watch))
             except (psycopg2.errors.InvalidParameterValue, psycopg2.errors.UndefinedObject) as error:
                 # Only the transaction's settings can fail here; errors of a query are findings by then.
                 found.findings.append(Finding("problem", f"settings: {error.diag.message_primary}", _OF_SETTINGS))
@@ -106,7 +108,7 @@ def inspecting(postgres: PostgresSettings, datasets: Sequence[DatasetSettings]) 
             connection.autocommit = True
             if (refusal := too_old(connection.server_version)) is not None:
                 raise InspectionFailed(refusal)
-            yield Inspector(connection, arguments, dsn, datasets)
+            yield Inspector(connection, arguments, postgres, datasets)
     except psycopg2.Error as error:
         # If an open session fails here it was lost, because errors of a query are findings.
         translated = translate(error, target, connecting=not is_open)
@@ -148,7 +150,7 @@ def _look_at_all(look: Look) -> None:
     look_for_blind_spots(look, plan, places, origins, looks_fine=len(look.found.findings) == found_before)
 
 
-def _server(connection: BlockingConnection, datasets: Sequence[DatasetSettings]) -> Server:
+def _server(connection: BlockingConnection, postgres: PostgresSettings, datasets: Sequence[DatasetSettings]) -> Server:
     with connection.cursor() as cursor:
         cursor.execute(
             "SELECT current_setting('server_version'), current_database(), format('%I', current_user), "
@@ -156,11 +158,16 @@ def _server(connection: BlockingConnection, datasets: Sequence[DatasetSettings])
         )
         version, database, role, standby, pid, migrated, sees_receiver = cursor.fetchone()
         hints = own_settings(cursor, datasets)
+        cursor.execute(environment.facts_sql(postgres.publication))
+        not_logical = environment.problem(environment.facts(cursor.fetchone()), postgres.publication)
         pgpool = _is_pgpool(cursor)
     # PgBouncer reports process ids of its own to its clients, for cancel requests. Through pgpool a standby may have
     # answered.
     pooled = not pgpool and connection.info.backend_pid != pid
-    server = Server(version, database, role, standby, pooled, migrated, hints)
+    server = Server(version, database, role, standby, pooled, migrated, not_logical, hints)
+    if postgres.capture == "auto" and not_logical is not None and any(dataset.watch for dataset in datasets):
+        text, todo = split_advice(not_logical)
+        server.findings.append(Finding("hint", f"changes are not read from the write-ahead log: {text}", todo))
     heard = [dataset.name for dataset in datasets if dataset.watch or dataset.notify]
     if heard and standby:
         server.findings.append(

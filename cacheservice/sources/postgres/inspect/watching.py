@@ -10,6 +10,7 @@ from cacheservice.sources.postgres import deltas
 from cacheservice.sources.postgres.inspect.failures import step
 from cacheservice.sources.postgres.inspect.findings import Finding, Inspection
 from cacheservice.sources.postgres.inspect.look import Look
+from cacheservice.sources.postgres.logical import tables
 from cacheservice.sources.postgres.statements import probe_query
 
 
@@ -20,31 +21,59 @@ def describe_deltas(look: Look, key_oids: Sequence[int], origins: Sequence[tuple
     if not dataset.watch:
         look.found.note_deltas(_possible(look, origins) if key.fit else "not by a key of that type")
         return
-    tables = ", ".join(f"{watch.table} by {':'.join(watch.key)}" for watch in dataset.watch)
-    look.found.note_deltas(f"watches {tables}")
-    look_at_watches(look, key_oids)
+    watched = ", ".join(f"{watch.table} by {':'.join(watch.key)}" for watch in dataset.watch)
+    look.found.note_deltas(f"watches {watched}")
+    if way := look_at_watches(look, key_oids):
+        look.found.note_deltas(f"watches {watched}, {way}")
 
 
-def look_at_watches(look: Look, key_oids: Sequence[int]) -> None:
-    """Add the problems that prevent the configured deltas.
+def look_at_watches(look: Look, key_oids: Sequence[int]) -> str | None:
+    """Add the problems that prevent the configured deltas; return how changes are found, None if they are not.
 
     :param key_oids: the types of the key; empty if they are not known.
     """
-    dataset = look.dataset
+    dataset, mode = look.dataset, look.postgres.capture
     if not dataset.watch:
-        return
-    if not look.server.migrated:
-        look.found.findings.append(_no_deltas(deltas.CANNOT_ASK.replace("NAME", look.server.role)))
-        return
+        return None
     with step(look, "watch"):
-        look.cursor.execute(deltas.lock_sql([dataset]))
-        look.cursor.execute(deltas.changes_sql(dataset, None, 0))
-        _, problem, _ = look.cursor.fetchone()
-        if problem is None and key_oids:
+        if key_oids:
             look.cursor.execute(deltas.key_types_sql(dataset, key_oids))
-            problem = deltas.unfit_key(look.cursor.fetchall(), dataset)
-        if problem:
-            look.found.findings.append(_no_deltas(problem))
+            if unfit := deltas.unfit_key(look.cursor.fetchall(), dataset):
+                look.found.findings.append(_no_deltas(unfit))
+                return None
+        not_logical = None if mode == "triggers" else _not_logical(look)
+        if mode != "triggers" and not_logical is None:
+            return "in the write-ahead log"
+        if mode == "logical":
+            assert not_logical is not None
+            look.found.findings.append(_no_deltas(not_logical))
+            return None
+        if mode == "auto" and look.server.not_logical is None:
+            text, todo = split_advice(not_logical or "")
+            look.add("hint", f"watch: changes are not read from the write-ahead log: {text}", todo)
+        if (problem := _no_triggers(look)) is None:
+            return "by triggers"
+        look.found.findings.append(_no_deltas(problem))
+    return None
+
+
+def _not_logical(look: Look) -> str | None:
+    """Return why the changes cannot be read from the write-ahead log."""
+    if look.server.not_logical is not None:
+        return look.server.not_logical
+    dataset, publication = look.dataset, look.postgres.publication
+    look.cursor.execute(tables.facts_sql(dataset, publication, "", look.connection.server_version))
+    return tables.problem(tables.facts(look.cursor.fetchone()), dataset, publication)
+
+
+def _no_triggers(look: Look) -> str | None:
+    """Return why triggers do not record the changes."""
+    if not look.server.migrated:
+        return deltas.CANNOT_ASK.replace("NAME", look.server.role)
+    look.cursor.execute(deltas.lock_sql([look.dataset]))
+    look.cursor.execute(deltas.changes_sql(look.dataset, None, 0))
+    problem: str | None = look.cursor.fetchone()[1]
+    return problem
 
 
 def _possible(look: Look, origins: Sequence[tuple[int | None, int | None]]) -> str:
@@ -115,5 +144,11 @@ def _no_deltas(why: str) -> Finding:
 
     :param why: the obstacle, usually followed by a semicolon and the next step.
     """
-    text, _, todo = why.partition("; ")
+    text, todo = split_advice(why)
     return Finding("problem", f"watch: {text}; all rows are read instead", todo)
+
+
+def split_advice(problem: str) -> tuple[str, str]:
+    """Return a problem and the next step, which follows a semicolon."""
+    text, _, todo = problem.partition("; ")
+    return text, todo

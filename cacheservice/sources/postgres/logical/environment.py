@@ -5,7 +5,8 @@ A session of the ordinary kind asks, because the server refuses a session for re
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from cacheservice.sources.postgres.guard import GuardedConnection
 from cacheservice.sources.postgres.quoting import literal, quoted
@@ -14,10 +15,12 @@ from cacheservice.sources.postgres.session_settings import statement_ms
 _DECODES_ON_STANDBYS = 160000
 
 # The limits count all kinds of slots and senders. Everybody may see how many there are.
-_ASK = """
+_BEGIN = """
 BEGIN READ ONLY;
 SET LOCAL statement_timeout = {statement_ms};
 SET LOCAL client_connection_check_interval = 1000;
+"""
+_FACTS = """
 SELECT current_setting('wal_level')::text, pg_is_in_recovery(), current_setting('server_version_num')::int,
        session_user::text,
        (SELECT r.rolsuper OR r.rolreplication OR EXISTS (
@@ -26,12 +29,9 @@ SELECT current_setting('wal_level')::text, pg_is_in_recovery(), current_setting(
        EXISTS (SELECT FROM pg_publication AS p WHERE p.pubname = {publication}),
        current_setting('max_replication_slots')::int, (SELECT count(*) FROM pg_replication_slots)::int,
        current_setting('max_wal_senders')::int, (SELECT count(*) FROM pg_stat_replication)::int,
-       pg_snapshot_xmax(pg_current_snapshot())::text
+       pg_snapshot_xmax(pg_current_snapshot())::text::bigint
 """
 _LOOK = """
-BEGIN READ ONLY;
-SET LOCAL statement_timeout = {statement_ms};
-SET LOCAL client_connection_check_interval = 1000;
 SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_flush_lsn() END::text,
        (SELECT (CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END
                 - s.restart_lsn)::bigint
@@ -81,32 +81,28 @@ class Retained(NamedTuple):
     limit_bytes: int | None
 
 
+def facts_sql(publication: str) -> str:
+    """Return the statement that asks for the facts."""
+    return _FACTS.format(publication=literal(publication))
+
+
+def facts(answer: Sequence[Any]) -> Environment:
+    """Return the meaning of the answer's row."""
+    return Environment._make(each.decode() if isinstance(each, bytes) else each for each in answer)
+
+
 async def ask(guard: GuardedConnection, publication: str) -> Environment:
     """Return the facts; must not be called within a transaction."""
-    sql = _ASK.format(statement_ms=statement_ms(guard.remaining_s()), publication=literal(publication))
-    ((wal_level, in_recovery, version, role, may, has, slots, used, senders, busy, next_xid),) = (
-        await guard.execute(sql)
-    ).fetchall()
+    begin = _BEGIN.format(statement_ms=statement_ms(guard.remaining_s()))
+    (answer,) = (await guard.execute(begin + facts_sql(publication))).fetchall()
     await guard.execute("COMMIT")
-    return Environment(
-        wal_level.decode(),
-        in_recovery,
-        version,
-        role.decode(),
-        may,
-        has,
-        slots,
-        used,
-        senders,
-        busy,
-        int(next_xid),
-    )
+    return facts(answer)
 
 
 async def look(guard: GuardedConnection, slot: str) -> Retained:
     """Return how much of the log is kept for a slot; must not be called within a transaction."""
-    sql = _LOOK.format(statement_ms=statement_ms(guard.remaining_s()), slot=literal(slot))
-    ((written, retained, limit),) = (await guard.execute(sql)).fetchall()
+    begin = _BEGIN.format(statement_ms=statement_ms(guard.remaining_s()))
+    ((written, retained, limit),) = (await guard.execute(begin + _LOOK.format(slot=literal(slot)))).fetchall()
     await guard.execute("COMMIT")
     return Retained(
         written.decode(), None if retained is None else int(retained), None if limit is None or limit < 0 else limit

@@ -136,7 +136,10 @@ def facts(answer: Sequence[Any]) -> Facts:
     """Return the meaning of the answer's row."""
     lsn, is_here, publication, tables = answer
     return Facts(
-        lsn.decode(), is_here, None if publication is None else json.loads(publication), json.loads(tables or "[]")
+        lsn.decode() if isinstance(lsn, bytes) else lsn,
+        is_here,
+        None if publication is None else json.loads(publication),
+        json.loads(tables or "[]"),
     )
 
 
