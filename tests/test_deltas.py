@@ -26,21 +26,17 @@ from twisted.trial.unittest import TestCase
 from cacheservice.base import shipped
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.dataset import Dataset
-from cacheservice.cache.rows import RowsBuilder
 from cacheservice.cli.embedded import EmbeddedPostgres
 from cacheservice.config import DatasetSettings
 from cacheservice.refresh.service import CacheService
-from cacheservice.sources.base import ReadPlan, ReadResult
-from cacheservice.sources.postgres.database import Database
 from cacheservice.sources.postgres.migrate import migrate
-from cacheservice.sources.postgres.reading import DatasetReader
 from cacheservice.sources.postgres.target import parse
-from cacheservice.sources.postgres.transaction import Transaction
 from cacheservice.sources.postgres.watch import watch
 from tests.kit.capturing import LOGICAL, capturing
-from tests.kit.datasets import Table, rows_builder, table_of
+from tests.kit.compared import Compared
+from tests.kit.datasets import table_of
 from tests.kit.logs import Log
-from tests.kit.readings import because_of, kind_of, refreshes_of
+from tests.kit.readings import refreshes_of
 from tests.kit.standby import running_standby
 from tests.kit.versions import MakeServer, running_server
 from tests.kit.waiting import GIVE_UP_S, until
@@ -79,39 +75,6 @@ JOINED: dict[str, Any] = {
 _MOST_TIMES = 20
 DECODES_ON_STANDBYS = 160_000
 DISTURBANCES = ("ended", "frozen", "invalidated")
-
-
-class Compared(Database):
-    """Reads the whole query as well in the transaction of each delta."""
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.whole: dict[str, tuple[str, Table]] = {}
-        self.kinds: list[str] = []
-        self.reasons: set[str] = set()
-        self._reader = _ReadsAllToo(self, self._transactions, self._reader._fetching, self.capturing)
-
-    @property
-    def changing(self) -> list[str]:
-        """The kinds of reads, without those that only a late notification caused."""
-        return [kind for kind in self.kinds if kind != "unchanged"]
-
-
-class _ReadsAllToo(DatasetReader):
-    def __init__(self, database: Compared, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self._database = database
-
-    async def read(self, transaction: Transaction, read: ReadPlan, builder: RowsBuilder) -> ReadResult:
-        result = await super().read(transaction, read, builder)
-        self._database.kinds.append(kind_of(result))
-        if because := because_of(result):
-            self._database.reasons.add(because)
-        again = rows_builder()
-        await self._fetching.all_rows(transaction, ReadPlan(read.dataset, lambda: again), again)
-        moment = result.moment.database_snapshot
-        self._database.whole[read.dataset.name] = (moment, table_of(again.finish()))
-        return result
 
 
 @pytest.fixture(scope="class")

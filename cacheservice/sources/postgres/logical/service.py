@@ -33,6 +33,10 @@ _RETRY_SLOWLY_S = 15.0
 _FIRST_WITHIN_S = 0.5
 """The first reads after a start wait so long for the stream, because only a later read can be the start of a delta."""
 
+_OF_A_POOLER = "unsupported startup parameter"
+"""How PgBouncer before 1.23 answers a session for replication."""
+_POOLED = "name a direct connection in postgres.dsn, or upgrade PgBouncer to 1.23"
+
 
 class _Impossible(Exception):
     """Nothing can be streamed before something is changed."""
@@ -162,7 +166,6 @@ class Capture(Service):
         delay_s = full_jitter(_RETRY_INITIAL_S, _RETRY_MAX_S, self._jitter)
         failures = 0
         while True:
-            self._state = "starting"
             try:
                 await self._stream(publication)
             except CancelledError:
@@ -172,7 +175,7 @@ class Capture(Service):
                 await pause(self._around.reactor, _RETRY_SLOWLY_S)
                 continue
             except (RefreshFailed, BadChanges) as error:
-                problem = str(error)
+                problem = f"{error}; {_POOLED}" if _OF_A_POOLER in str(error) else str(error)
             except Exception:
                 log_internal_error(self._around.log, Failure())
                 problem = "an internal error; its traceback is in the log"
