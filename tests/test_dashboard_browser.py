@@ -9,14 +9,17 @@ from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
 
+import pytest
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
 from tests.kit.browser import running_browser
+from tests.kit.capturing import LOGICAL
 from tests.kit.daemon import OPEN_FILES, Daemon, DaemonTestCase
 from tests.kit.http import ask_on
 from tests.kit.standby import running_standby
+from tests.kit.versions import MakeServer, running_server
 from tests.kit.waiting import GIVE_UP_S, wait_until
 
 MANY = 500
@@ -150,6 +153,29 @@ def dataset(name: str, query: str, **settings: Any) -> str:
 
 TABLE = "CREATE TABLE {0} AS SELECT n AS id, 'row ' || n AS name FROM generate_series(1, 100) AS n"
 OFTEN: Mapping[str, Any] = {"interval_s": 0.5, "timeout_s": 5, "retry_initial_s": 0.2, "retry_max_s": 0.4}
+
+
+@pytest.mark.usefixtures("server_maker")
+class Captured(BrowserTestCase):
+    make_server: MakeServer
+
+    def test_capture(self) -> None:
+        """The head has whether changes are captured from the log, and why not, which is a problem."""
+        watched = dataset("products", "SELECT * FROM products", **OFTEN | {"max_age_s": 3600})
+        watched += 'watch = [{table = "public.products", key = "id"}]\n'
+        with running_server(self.make_server, **LOGICAL) as server:
+            server.run_sql(f"{TABLE.format('products')}; ALTER TABLE products ADD PRIMARY KEY (id)")
+            daemon = self.serve(watched, dsn=server.dsn())
+            daemon.wait_until_ready()
+            self.open(daemon)
+            self.wait_for("#headline", "1 problem")
+            self.wait_for("#vital-capture", "NOT from the log")
+            self.wait_for("#summary", "Changes are not captured from the log: There is no publication cacheservice;")
+            server.run_sql("CREATE PUBLICATION cacheservice FOR TABLE products")
+            self.wait_for("#vital-capture", "from the log")
+            self.wait_for("#headline", "All well")
+            self.find("#dataset-products .why").click()
+            self.wait_for("#details-why", "Changes of its tables are read from the write-ahead log (slot cacheservice_")
 
 
 class States(BrowserTestCase):

@@ -49,6 +49,17 @@ MOST_EXPOSED = 1.5  # of 10, as systemd-analyze rates it
 
 METRICS = {
     "cacheservice_build_info",
+    "cacheservice_capture_kept_bytes",
+    "cacheservice_capture_kept_keys",
+    "cacheservice_capture_keys_total",
+    "cacheservice_capture_lag_bytes",
+    "cacheservice_capture_lag_seconds",
+    "cacheservice_capture_logical",
+    "cacheservice_capture_restarts_total",
+    "cacheservice_capture_retained_bytes",
+    "cacheservice_capture_retained_limit_bytes",
+    "cacheservice_capture_transactions_total",
+    "cacheservice_capture_up",
     "cacheservice_cluster_can_lead",
     "cacheservice_cluster_epoch",
     "cacheservice_cluster_lag_generations",
@@ -121,6 +132,13 @@ NOT_DRAWN = {
 } | OF_FLEETS
 OF_STANDBYS = {"cacheservice_standby_lag_seconds"}
 """What only a service that reads a standby has."""
+OF_STREAMS = {
+    "cacheservice_capture_lag_bytes",
+    "cacheservice_capture_lag_seconds",
+    "cacheservice_capture_retained_bytes",
+    "cacheservice_capture_retained_limit_bytes",
+}
+"""What only a service that decodes the log of its server has."""
 OF_WORKERS = {name for name in METRICS if name.startswith("cacheservice_worker_")}
 """What only a service with workers has."""
 AFTER_A_MINUTE = {"cacheservice_recorded_changes"}
@@ -258,7 +276,7 @@ class Served(SynchronousTestCase):
         dsn = self.server.dsn(database=database)
         served = metrics_of_service(folder, os.environ | {"CACHESERVICE_POSTGRES__DSN": dsn})
         used = named_metrics([*dashboard_expressions(), *(rule["expr"] for rule in alert_rules())])
-        self.assertEqual(used - served, OF_STANDBYS | OF_WORKERS | (OF_FLEETS & used) | AFTER_A_MINUTE)
+        self.assertEqual(used - served, OF_STANDBYS | OF_STREAMS | OF_WORKERS | (OF_FLEETS & used) | AFTER_A_MINUTE)
 
 
 @pytest.mark.usefixtures("server")

@@ -108,7 +108,8 @@ def test_names_are_there(page: Path) -> None:
     """Each setting, event, metric and function that a page names in code type is in the code, or of a library."""
     of_others = re.compile(
         "target_session_attrs|process_.*"  # libpq, prometheus-client
-        "|current_date|date_trunc|log_line_prefix|pg_database_owner|temp_file_limit|work_mem"  # PostgreSQL
+        "|current_date|date_trunc|log_line_prefix|pg_database_owner|temp_file_limit|work_mem"
+        "|active_pid|flush_lsn|logical_decoding_work_mem|sent_lsn"  # PostgreSQL
         "|health_check_interval"  # redis-py
     )
     text = re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)

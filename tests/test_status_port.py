@@ -213,6 +213,7 @@ class Replies(PortTestCase):
                     "recorded_changes": None,
                     "oldest_recorded_change_s": None,
                     "prune_problem": None,
+                    "capture": None,
                 },
                 "datasets": {
                     "products": {
@@ -247,6 +248,8 @@ class Replies(PortTestCase):
                         "standby": None,
                         "save_problem": None,
                         "without_deltas_s": None,
+                        "capture": None,
+                        "not_logical": None,
                     },
                     "prices": {
                         "state": "never_loaded",
@@ -280,6 +283,8 @@ class Replies(PortTestCase):
                         "standby": None,
                         "save_problem": None,
                         "without_deltas_s": None,
+                        "capture": None,
+                        "not_logical": None,
                     },
                 },
             },

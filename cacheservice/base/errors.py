@@ -162,7 +162,8 @@ class QueryTimeout(QueryFailed):
 class Blocker:
     """A session that held a lock for which a refresh was waiting, at that time.
 
-    Fields that the role may not read are None. As text it is a description without them.
+    Fields that the role may not read are None. As text it is a description without them. The pid of a prepared
+    transaction is 0.
     """
 
     pid: int
@@ -175,7 +176,7 @@ class Blocker:
     statement_kind: str | None
 
     def __str__(self) -> str:
-        words = f"session {self.pid}"
+        words = f"session {self.pid}" if self.pid else "a prepared transaction (pg_prepared_xacts)"
         if self.user:
             words += f" of {self.user}"
         if self.application:

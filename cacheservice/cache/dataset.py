@@ -102,6 +102,14 @@ class Dataset(Served):
         """Return for how many seconds deltas have not worked; None if the dataset has no `watch`."""
         return self.refresh.without_deltas_s(self._now()) if self.settings.watch else None
 
+    def watch_state(self) -> str | None:
+        """Return the state of the watched tables in the newest snapshot, from which the next delta starts.
+
+        :returns: None without `watch`, before the first load, and if another process reads the dataset.
+        """
+        newest = self.newest() if self.settings.watch and self.is_refreshed_here else None
+        return None if newest is None else newest.watch_state
+
     def subscribe(self, observer: Observer, *kinds: type[Event]) -> Callable[[], None]:
         """Call `observer` for its events of these kinds; return a function that ends the subscription."""
         return self._events.subscribe(observer, *kinds, of=self.name)

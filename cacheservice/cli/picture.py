@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cacheservice.cli.client import Endpoint
-from cacheservice.views import fleet
+from cacheservice.views import capture, fleet
 from cacheservice.views.facts import Dataset, Facts
 from cacheservice.views.problems import Problem, Severity, next_attempt, problems
 from cacheservice.views.table import workers_lines
@@ -82,6 +82,8 @@ def _head(picture: Picture) -> Text:
     head.append(f", up {duration(service.uptime_s)}")
     if database.listening:
         head.append(", listening")
+    if capture.is_streaming(database.capture):
+        head.append(", capturing from the log")
     if database.standby is not None:
         head.append(", ")
         head.append(standby(database.standby), "yellow" if database.standby.problem else "")

@@ -90,9 +90,9 @@ def status(
       cacheservice status --check products    for Nagios, one dataset
 
     Exit codes of --check: 0 if all is well. 1 (WARNING) if a dataset is stale, held or failing, PostgreSQL is down,
-    notifications do not arrive, or a new configuration was refused. 2 (CRITICAL) if a dataset is expired, a required
-    dataset was never loaded, or the service does not answer in time. 3 (UNKNOWN) for wrong usage, or if the
-    configuration file cannot be read and --port is missing.
+    notifications do not arrive, changes are not captured from the log, or a new configuration was refused. 2 (CRITICAL)
+    if a dataset is expired, a required dataset was never loaded, or the service does not answer in time. 3 (UNKNOWN)
+    for wrong usage, or if the configuration file cannot be read and --port is missing.
     """
     if check and (watch or as_json):
         raise click.UsageError("--check cannot be combined with --watch or --json")

@@ -1,6 +1,6 @@
 """The metrics of each dataset: their names, their meaning and their values.
 
-All formats of the metrics are derived from `GROUPS`, and those of `fleet_metrics`.
+All formats of the metrics are derived from `GROUPS`, and those of `capture_metrics` and `fleet_metrics`.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from cacheservice.cache.cache import Cache
 from cacheservice.cache.counts import Histogram
 from cacheservice.cache.dataset import Dataset
 from cacheservice.cache.events import AttemptEnded, Ended, Event
+from cacheservice.ops.capture_metrics import CAPTURE_GROUPS
 from cacheservice.ops.dataset_metrics import GROUPS, Sample
 from cacheservice.ops.fleet_metrics import FLEET_GROUPS
 from cacheservice.ops.service_metrics import ServedPort, ServiceMetrics, Superseded
@@ -32,7 +33,7 @@ from cacheservice.ops.service_metrics import ServedPort, ServiceMetrics, Superse
 _A_TURN = 100
 """The most datasets rendered in one turn of the reactor: 2 ms."""
 _NOT_RENDERED = object()
-_GROUPS = (*GROUPS, *FLEET_GROUPS)
+_GROUPS = (*GROUPS, *CAPTURE_GROUPS, *FLEET_GROUPS)
 _FAMILIES = [(family, group.optional) for group in _GROUPS for family in group.families]
 # The first family is the age, which changes all the time.
 _OF_CHANGES = _GROUPS[1:]

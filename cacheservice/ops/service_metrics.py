@@ -19,6 +19,7 @@ from cacheservice import __version__
 from cacheservice.cache.cache import Cache
 from cacheservice.cache.counts import Histogram
 from cacheservice.cache.workers import WorkerStatus
+from cacheservice.ops.capture_metrics import of_capture
 from cacheservice.ops.dataset_metrics import bucket_names, histogram_values
 
 Superseded = Callable[[], Mapping[tuple[str, int], int]]
@@ -94,6 +95,7 @@ class ServiceMetrics:
                 "1 while notifications of PostgreSQL arrive; not there if no dataset waits for any.",
                 int(database.listening),
             )
+        yield from of_capture(database.capture)
         if database.server is not None and database.server.in_recovery:
             yield GaugeMetricFamily(
                 "cacheservice_standby_lag_seconds",

@@ -11,6 +11,7 @@ from cacheservice.base.text import in_short
 from cacheservice.cache import dataset as live
 from cacheservice.cache import history
 from cacheservice.cache.cache import Cache
+from cacheservice.cache.capture import CapturedBy, CaptureStatus, captured_by
 from cacheservice.cache.lag import Lag
 from cacheservice.cache.workers import WorkerStatus
 from cacheservice.views import facts
@@ -62,6 +63,26 @@ def database(cache: Cache) -> Database:
         recorded_changes=status.recorded_changes,
         oldest_change_s=status.oldest_change_s,
         prune_problem=status.prune_problem,
+        capture=_capture(status.capture),
+    )
+
+
+def _capture(source: CaptureStatus) -> facts.Capture | None:
+    if source.state == "off":
+        return None
+    return facts.Capture(
+        state=source.state,
+        problem=source.problem,
+        slot=source.slot,
+        lag_bytes=source.lag_bytes,
+        lag_s=source.lag_s,
+        retained_bytes=source.retained_bytes,
+        limit_bytes=source.limit_bytes,
+        kept_keys=source.kept_keys,
+        kept_bytes=source.kept_bytes,
+        transactions=source.transactions,
+        keys=source.keys,
+        restarts=dict(source.restarts),
     )
 
 
@@ -69,6 +90,7 @@ def dataset(source: live.Dataset) -> Dataset:
     """Return the facts about one dataset."""
     snapshot, settings, held = source.snapshot, source.settings, source.held
     change, progress = snapshot.change if snapshot else None, source.refresh.progress
+    captured = _captured(source)
     return Dataset(
         name=source.name,
         state=str(source.state()),
@@ -93,6 +115,8 @@ def dataset(source: live.Dataset) -> Dataset:
         standby=_lag(snapshot.lag) if snapshot and snapshot.lag.problem else None,
         save_problem=source.save_problem,
         without_deltas_s=source.without_deltas_s(),
+        capture=None if captured is None else captured.way,
+        not_logical=None if captured is None else captured.not_logical,
         behind_s=source.behind_s(),
         fleet=_fleet(source),
     )
@@ -127,6 +151,11 @@ def point(source: history.Point, now: float) -> Point:
 def points(sources: Iterable[history.Point], now: float) -> list[Point]:
     """Return the points of the last hour, the oldest first."""
     return [point(each, now) for each in sources]
+
+
+def _captured(source: live.Dataset) -> CapturedBy | None:
+    state = source.watch_state()
+    return None if state is None else captured_by(state)
 
 
 def _fleet(source: live.Dataset) -> facts.Fleet | None:

@@ -87,6 +87,34 @@ class Lag:
 
 
 @dataclass(frozen=True, slots=True)
+class Capture:
+    """The stream of changes from the write-ahead log; its states are those of `cacheservice.cache.capture`.
+
+    :param problem: why nothing is streamed; for `waiting`, the sessions with the open transactions.
+    :param slot: None while there is no session.
+    :param lag_bytes: of the log that is not decoded yet, and `lag_s` for how long; 0 while nothing is streamed.
+    :param retained_bytes: of the log that the server keeps for the slot; None if unknown.
+    :param limit_bytes: beyond which the server invalidates the slot; None without a limit.
+    :param kept_keys: changed keys in memory, which take `kept_bytes`.
+    :param transactions: that have changed published tables since the start, as `keys` of their rows.
+    :param restarts: how often a stream ended, by reason.
+    """
+
+    state: str
+    problem: str | None = None
+    slot: str | None = None
+    lag_bytes: int = 0
+    lag_s: float = 0.0
+    retained_bytes: int | None = None
+    limit_bytes: int | None = None
+    kept_keys: int = 0
+    kept_bytes: int = 0
+    transactions: int = 0
+    keys: int = 0
+    restarts: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Database:
     """PostgreSQL, as the last attempts saw it.
 
@@ -95,6 +123,7 @@ class Database:
     :param standby: None for a primary.
     :param recorded_changes: None if the number is unknown, as is `oldest_change_s`.
     :param prune_problem: why old recorded changes are not deleted.
+    :param capture: None if no dataset needs it, or with `capture = "triggers"`.
     """
 
     state: str = "unknown"
@@ -108,6 +137,7 @@ class Database:
     recorded_changes: int | None = None
     oldest_change_s: float | None = None
     prune_problem: str | None = None
+    capture: Capture | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +220,9 @@ class Dataset:
     :param as_of: the database's clock when the served snapshot was read; None before the first load.
     :param standby: the standby of the served read, if that was behind its primary.
     :param without_deltas_s: for how long deltas have not worked; None without `watch`.
+    :param capture: how changes of its tables are captured since the newest read: by `logical` decoding, by `triggers`,
+        or `nothing`; None without `watch`, before the first load, and if another process reads the dataset.
+    :param not_logical: why not by logical decoding, if that was tried and triggers record the changes.
     :param behind_s: for how long postgres.max_load has delayed a refresh; None if it delays none. Not in the JSON.
     :param fleet: None without a fleet.
     """
@@ -217,6 +250,8 @@ class Dataset:
     standby: Lag | None = None
     save_problem: str | None = None
     without_deltas_s: float | None = None
+    capture: str | None = None
+    not_logical: str | None = None
     behind_s: float | None = None
     fleet: Fleet | None = None
 

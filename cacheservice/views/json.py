@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 
 from cacheservice.base.interfaces import Json
 from cacheservice.base.text import iso, seconds
-from cacheservice.views.facts import Attempt, Database, Dataset, Facts, Fleet, Lag, Point, Service, Worker
+from cacheservice.views.facts import Attempt, Capture, Database, Dataset, Facts, Fleet, Lag, Point, Service, Worker
 
 Object = dict[str, Json]
 
@@ -86,6 +86,25 @@ def database(facts: Database) -> Object:
         "recorded_changes": facts.recorded_changes,
         "oldest_recorded_change_s": _optional_seconds(facts.oldest_change_s),
         "prune_problem": facts.prune_problem,
+        "capture": None if facts.capture is None else capture(facts.capture),
+    }
+
+
+def capture(facts: Capture) -> Object:
+    """Return the part about the stream of changes."""
+    return {
+        "state": facts.state,
+        "problem": facts.problem,
+        "slot": facts.slot,
+        "lag_bytes": facts.lag_bytes,
+        "lag_s": seconds(facts.lag_s),
+        "retained_bytes": facts.retained_bytes,
+        "limit_bytes": facts.limit_bytes,
+        "kept_keys": facts.kept_keys,
+        "kept_bytes": facts.kept_bytes,
+        "transactions": facts.transactions,
+        "keys": facts.keys,
+        "restarts": dict(facts.restarts),
     }
 
 
@@ -117,6 +136,8 @@ def dataset(facts: Dataset) -> Object:
         "standby": _lag(facts.standby),
         "save_problem": facts.save_problem,
         "without_deltas_s": _optional_seconds(facts.without_deltas_s),
+        "capture": facts.capture,
+        "not_logical": facts.not_logical,
     }
     return common if facts.fleet is None else common | {"cluster": fleet(facts.fleet)}
 

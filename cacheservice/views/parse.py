@@ -8,6 +8,7 @@ from datetime import datetime
 
 from cacheservice.views.facts import (
     Attempt,
+    Capture,
     Change,
     ConnectionCap,
     Database,
@@ -138,6 +139,27 @@ def _database(found: Members) -> Database:
         recorded_changes=found.count("recorded_changes"),
         oldest_change_s=found.number("oldest_recorded_change_s"),
         prune_problem=found.text("prune_problem"),
+        capture=_capture(found.members("capture")),
+    )
+
+
+def _capture(found: Members | None) -> Capture | None:
+    if found is None:
+        return None
+    restarts = found.members("restarts")
+    return Capture(
+        state=found.text("state") or "unknown",
+        problem=found.text("problem"),
+        slot=found.text("slot"),
+        lag_bytes=found.count("lag_bytes") or 0,
+        lag_s=found.number("lag_s") or 0.0,
+        retained_bytes=found.count("retained_bytes"),
+        limit_bytes=found.count("limit_bytes"),
+        kept_keys=found.count("kept_keys") or 0,
+        kept_bytes=found.count("kept_bytes") or 0,
+        transactions=found.count("transactions") or 0,
+        keys=found.count("keys") or 0,
+        restarts={} if restarts is None else {reason: restarts.count(reason) or 0 for reason in restarts.names()},
     )
 
 
@@ -166,6 +188,8 @@ def _dataset(name: str, found: Members) -> Dataset:
         standby=_lag(found.members("standby")),
         save_problem=found.text("save_problem"),
         without_deltas_s=found.number("without_deltas_s"),
+        capture=found.text("capture"),
+        not_logical=found.text("not_logical"),
         fleet=_fleet(found.members("cluster")),
     )
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import IntEnum
 
-from cacheservice.views import fleet
-from cacheservice.views.facts import Database, Dataset, Facts, Service
+from cacheservice.views import capture, fleet
+from cacheservice.views.facts import Dataset, Facts
 from cacheservice.views.units import capped, duration, lag_and_reason, moment, rejected, times
 
 
@@ -65,7 +65,7 @@ def problems(facts: Facts, names: Collection[str] = ()) -> list[Problem]:
         if (problem := _of_dataset(dataset, facts.at, required=dataset.name in facts.service.not_ready)) is not None
     ]
     # The service comes before its datasets, because it is usually their cause; sorted() keeps the order of declaration.
-    service = () if names else (*_of_service(facts.service, facts.database), *_of_fleet(facts))
+    service = () if names else (*_of_service(facts), *_of_fleet(facts))
     return [*service, *sorted(found, key=lambda problem: -problem.severity)]
 
 
@@ -74,8 +74,9 @@ def severity(found: list[Problem]) -> Severity:
     return max((problem.severity for problem in found), default=Severity.OK)
 
 
-def _of_service(service: Service, database: Database) -> Iterator[Problem]:
+def _of_service(facts: Facts) -> Iterator[Problem]:
     """Yield the problems of the service as a whole; each is a warning."""
+    service, database = facts.service, facts.database
 
     def warning(what: str) -> Problem:
         return Problem(Severity.WARNING, None, what)
@@ -94,6 +95,8 @@ def _of_service(service: Service, database: Database) -> Iterator[Problem]:
             yield warning(f"notifications do not arrive, NOT listening: {database.listening_problem}")
         if database.prune_problem is not None:
             yield warning(f"old recorded changes are not deleted: {database.prune_problem}")
+    if (problem := capture.problem(database.capture, facts.datasets.values())) is not None:
+        yield warning(f"changes are not captured from the log: {problem}")
     if service.rejection is not None:
         yield warning(f"the newest configuration was {rejected(service.rejection)}")
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from tabulate import tabulate
 
 from cacheservice.base.text import iso
-from cacheservice.views import fleet
+from cacheservice.views import capture, fleet
 from cacheservice.views import json as as_json
 from cacheservice.views.facts import Attempt, Database, Dataset, Details, Service
 from cacheservice.views.units import capped, duration, last_attempt, moment, plural, rejected, standby, worker
@@ -36,12 +36,12 @@ def status_table(service: Service, database: Database, datasets: Iterable[Datase
     )
     wrong = fleet.problems([dataset.fleet for dataset in datasets if dataset.fleet is not None])
     fleet_line = ["; ".join([*fleet.line(datasets), *wrong])]
-    head = [_head(service, database), *workers_lines(service), *filter(None, fleet_line)]
+    head = [_head(service, database, datasets), *workers_lines(service), *filter(None, fleet_line)]
     lines = [*head, *(line.rstrip() for line in table.splitlines())]
     return "\n".join(lines)
 
 
-def _head(service: Service, database: Database) -> str:
+def _head(service: Service, database: Database, datasets: Collection[Dataset]) -> str:
     readiness = "stopping" if service.stopping else "ready" if service.ready else "not ready"
     parts = [
         f"cacheservice {service.version}: {readiness}",
@@ -51,6 +51,7 @@ def _head(service: Service, database: Database) -> str:
         capped(service.connection_cap) if service.connection_cap else "",
         standby(database.standby),
         _listening(database),
+        capture.in_short(database.capture, datasets),
         f"configuration {rejected(service.rejection)}" if service.rejection else "",
     ]
     return ", ".join(filter(None, parts))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cacheservice.views import fleet
+from cacheservice.views import capture, fleet
 from cacheservice.views.facts import Database, Dataset, Details, Rejection
 from cacheservice.views.units import duration, lag, plural, rejected, times
 
@@ -14,9 +14,9 @@ def sentences(details: Details, database: Database, rejection: Rejection | None 
     dataset, settings = details.dataset, details.settings
     sentences = [*_state(details), *_standby(dataset), *fleet.sentences(dataset.name, dataset.fleet)]
     sentences += [*_failure(details), *_operators(details)]
-    if settings.notify or settings.watch:
-        sentences += filter(None, [listening(database, deltas_work=details.without_deltas_because is None)])
+    sentences += filter(None, [_arrival(details, database)])
     if settings.watch:
+        sentences += capture.sentences(dataset, database.capture, details.without_deltas_because)
         sentences += _deltas(details, database)
     if details.differences:
         are = "row that differs" if details.differences == 1 else "rows that differ"
@@ -29,6 +29,28 @@ def sentences(details: Details, database: Database, rejection: Rejection | None 
     if rejection is not None:
         sentences.append(f"The newest configuration is not in effect. It was {rejected(rejection)}.")
     return sentences
+
+
+def _arrival(details: Details, database: Database) -> str | None:
+    """Describe how the service learns of changes; None if that is the stream from the write-ahead log alone."""
+    settings, from_log = details.settings, details.dataset.capture == "logical"
+    if from_log and capture.is_streaming(database.capture):
+        return of_applications(database) if settings.notify else None
+    if not (settings.notify or settings.watch):
+        return None
+    return listening(database, deltas_work=details.without_deltas_because is None and not from_log)
+
+
+def of_applications(database: Database) -> str | None:
+    """Describe whether notifications arrive besides the stream of changes; None if no dataset waits for them."""
+    if not database.listening_wanted:
+        return None
+    if database.listening and database.listening_proven_s is not None:
+        tested = f"tested {duration(database.listening_proven_s)} ago"
+        return f"Notifications of applications arrive as well: the service is listening, {tested}."
+    if database.listening_problem is None:
+        return "The service is not listening to notifications of applications yet."
+    return f"Notifications of applications do not arrive: {database.listening_problem}."
 
 
 def listening(database: Database, *, deltas_work: bool = True) -> str | None:

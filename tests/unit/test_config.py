@@ -452,7 +452,7 @@ class Problems(Loading):
         self.assertEqual(
             self.problem_of(DSN + "sslmode = 1\n" + PRODUCTS),
             "postgres.sslmode: unknown key; known are dsn, connect_timeout_s, max_connections, max_load, "
-            "search_path, settings",
+            "capture, publication, search_path, settings",
         )
         known = ", ".join(config.Settings.model_fields)
         self.assertEqual(self.problem_of(DSN + PRODUCTS + "[fleets]\n"), f"fleets: unknown table; known are {known}")

@@ -6,6 +6,7 @@ import json
 import math
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from cacheservice.cache.cache import Cache
 from cacheservice.cache.history import MOST_POINTS, SLOT_S, Attempt, LastHour, Point
 from cacheservice.cache.snapshot import Snapshot
 from cacheservice.ports.http.events import HEARTBEAT_S, PERIOD_S, Feed
+from tests.kit.capture_states import STREAMING
 from tests.kit.clocks import started_clock
 from tests.kit.datasets import MANY, MOMENT_WITH_MS, declared
 from tests.kit.http_port import encoded
@@ -144,6 +146,24 @@ class FeedRules(SynchronousTestCase):
             uptime_s = self.clock.seconds() - self.cache.started_at
             told_s = json.loads(event.partition(b"data: ")[2])["service"]["uptime_s"]
             self.assertLess(abs(told_s - uptime_s), HEARTBEAT_S)
+        stream.close()
+
+    def test_the_figures_of_the_capture(self) -> None:
+        """They change with each transaction, which is no reason for an event; the state is, and it has the figures."""
+        status = STREAMING
+        self.cache.database.see_capture_by(lambda: status)
+        stream = self.feed.follow("read", False)
+        self.taken(stream)
+        self.advance(0.25)
+        self.taken(stream)
+        status = replace(status, keys=1000, lag_s=0.5)
+        self.advance(HEARTBEAT_S / 2)
+        self.assertEqual(self.taken(stream), [])
+        status = replace(status, state="lost", problem="the server ended it")
+        self.advance(PERIOD_S)
+        (event,) = self.taken(stream)
+        capture = json.loads(event.partition(b"data: ")[2])["postgres"]["capture"]
+        self.assertEqual((capture["state"], capture["keys"], capture["lag_s"]), ("lost", 1000, 0.5))
         stream.close()
 
     def test_all_get_the_same_bytes(self) -> None:

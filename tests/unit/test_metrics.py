@@ -12,10 +12,13 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
+from cacheservice.cache.capture import CaptureStatus
 from cacheservice.cache.fleet_status import FleetStatus
+from cacheservice.cache.snapshot import Snapshot
 from cacheservice.ops.stall import TICK_S, StallWatch
+from tests.kit.capture_states import BY_TRIGGERS, FROM_LOG, STREAMING
 from tests.kit.clocks import started_clock
-from tests.kit.datasets import declared
+from tests.kit.datasets import MOMENT_WITH_MS, declared, numbered_rows
 from tests.kit.metrics import Series, World, of_monitor_lines, of_openmetrics, of_text, place
 from tests.kit.paths import ROOT
 
@@ -120,6 +123,50 @@ class Forms(SynchronousTestCase):
             row = re.search(rf"^\| `{name.decode()}` \| (\w+) \|([^|]*)\|", page, re.M)
             assert row is not None, f"{name.decode()} is not in docs/metrics.md"
             self.assertEqual((row[1], set(re.findall(r"\w+", row[2]))), (kind.decode(), labels), name)
+
+    def test_capture(self) -> None:
+        """They are there while capture is not off, each as the page describes it; unknown figures are missing."""
+        world = World()
+        self.assertNotIn(b"cacheservice_capture", world.text())
+        watch = [{"table": "public.products", "key": "id"}]
+        world.cache.declare([*(declared(name, watch=watch) for name in ("products", "prices", "flags")), declared("x")])
+        for name, state in (("products", FROM_LOG), ("prices", BY_TRIGGERS), ("x", FROM_LOG)):
+            snapshot = Snapshot(1, numbered_rows(1), MOMENT_WITH_MS, world.clock.seconds(), "1:1:", watch_state=state)
+            world.cache.dataset(name).publish(snapshot)
+        world.cache.database.see_capture_by(lambda: STREAMING)
+        text = world.text()
+        now = of_text(text)
+        self.assert_same(now, of_text(generate_latest(world.metrics)))
+        found = {at: value for at, value in now.items() if at[0].startswith("cacheservice_capture_")}
+        expected = {
+            place("cacheservice_capture_up"): 1,
+            place("cacheservice_capture_lag_bytes"): 100,
+            place("cacheservice_capture_lag_seconds"): 0.25,
+            place("cacheservice_capture_retained_bytes"): 5000,
+            place("cacheservice_capture_retained_limit_bytes"): 1 << 30,
+            place("cacheservice_capture_kept_keys"): 7,
+            place("cacheservice_capture_kept_bytes"): 400,
+            place("cacheservice_capture_transactions_total"): 20,
+            place("cacheservice_capture_keys_total"): 30,
+            place("cacheservice_capture_restarts_total", reason="lost"): 2,
+            place("cacheservice_capture_logical", dataset="products"): 1,
+            place("cacheservice_capture_logical", dataset="prices"): 0,
+        }
+        self.assertEqual(found, expected)
+        page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+        kinds = dict(re.findall(rb"^# TYPE (cacheservice_capture_\w+) (\w+)", text, re.M))
+        self.assertEqual(len(kinds), 11)
+        for name, kind in kinds.items():
+            labels = {label for (each, places) in now if each == name.decode() for label, _ in places}
+            row = re.search(rf"^\| `{name.decode()}` \| (\w+) \|([^|]*)\|", page, re.M)
+            assert row is not None, f"{name.decode()} is not in docs/metrics.md"
+            self.assertEqual((row[1], set(re.findall(r"\w+", row[2]))), (kind.decode(), labels), name)
+        world.cache.database.see_capture_by(lambda: CaptureStatus("impossible", "wal_level is replica"))
+        now = of_text(world.text())
+        self.assertEqual(now[place("cacheservice_capture_up")], 0)
+        self.assertEqual(now[place("cacheservice_capture_restarts_total", reason="lost")], 0)
+        for missing in ("lag_bytes", "lag_seconds", "retained_bytes", "retained_limit_bytes"):
+            self.assertNotIn(place(f"cacheservice_capture_{missing}"), now)
 
     def test_the_histogram_of_refreshes(self) -> None:
         """A bucket counts what took no longer than its bound, the bound itself included."""

@@ -8,7 +8,9 @@ from datetime import UTC, datetime
 
 from twisted.trial.unittest import SynchronousTestCase
 
+from cacheservice.base.errors import Blocker
 from cacheservice.cache.cache import ConnectionCap
+from cacheservice.cache.capture import CaptureStatus
 from cacheservice.cache.changes import Change
 from cacheservice.cache.counts import Histogram
 from cacheservice.cache.fleet_status import FleetStatus
@@ -21,6 +23,7 @@ from cacheservice.views import collect, facts, parse, plugin, table, units
 from cacheservice.views import json as as_json
 from cacheservice.views.problems import Severity, problems
 from cacheservice.views.why import listening, sentences
+from tests.kit.capture_states import BY_TRIGGERS, STREAMING
 from tests.kit.datasets import MOMENT, declared, reading, rows_of
 from tests.kit.status_port import BLOCKER, filled_cache
 
@@ -59,6 +62,7 @@ class Json(SynchronousTestCase):
         self.cache.connection_cap = ConnectionCap(1, 2, 3)
         self.cache.database.seen(ServerIdentity("shop", 5, "reader", in_recovery=True, started_us=1), lag)
         self.cache.database.pruned("denied", 5, 7.0)
+        self.cache.database.see_capture_by(lambda: STREAMING)
         stalls = Histogram((1.0,))
         self.cache.see_workers_by(
             lambda: [
@@ -91,16 +95,18 @@ class Json(SynchronousTestCase):
         everything = json.loads(as_json.line(collect.everything(self.cache)))
         for name in ("connection_cap", "configuration_rejected", "not_ready"):
             del everything["service"][name]
-        for name in ("listening_problem", "standby", "prune_problem"):
+        for name in ("listening_problem", "standby", "prune_problem", "capture"):
             del everything["postgres"][name]
         for dataset in everything["datasets"].values():
-            for name in ("save_problem", "age_uncertain", "standby"):
+            for name in ("save_problem", "age_uncertain", "standby", "capture", "not_logical"):
                 del dataset[name]
             for name in ("advice", "blocked_by"):
                 del dataset["last_attempt"][name]
         there = parse.facts(json.dumps(everything), AT)
         self.assertIsNone(there.service.connection_cap)
         self.assertIsNone(there.datasets["products"].save_problem)
+        self.assertIsNone(there.database.capture)
+        self.assertIsNone(there.datasets["products"].capture)
         self.assertEqual((there.datasets["prices"].advice, there.datasets["prices"].blocked_by), (None, ()))
 
     def test_without_workers(self) -> None:
@@ -159,6 +165,131 @@ class Workers(SynchronousTestCase):
         shown = facts.Facts(AT, service, facts.Database(state="up"), {})
         (problem,) = problems(shown)
         self.assertIn("worker 2 is down", problem.what)
+
+
+class Capture(SynchronousTestCase):
+    """How changes are captured: in the head line, among the problems, and in the sentences of a dataset."""
+
+    def setUp(self) -> None:
+        self.dataset = replace(collect.dataset(filled_cache().dataset("products")), capture="logical")
+        self.streaming = facts.Capture("streaming", slot="cacheservice_1", lag_s=0.012)
+        self.impossible = facts.Capture("impossible", "wal_level is replica")
+
+    def facts(self, capture: facts.Capture | None, *ways: str | None) -> facts.Facts:
+        datasets = {f"d{number}": replace(self.dataset, capture=way) for number, way in enumerate(ways)}
+        database = facts.Database(state="up", capture=capture)
+        return facts.Facts(AT, facts.Service(version="1", ready=True), database, datasets)
+
+    def head(self, shown: facts.Facts) -> str:
+        return table.status_table(shown.service, shown.database, shown.datasets.values()).splitlines()[0]
+
+    def why(self, capture: facts.Capture | None, /, *, because: str | None = None, **dataset: object) -> list[str]:
+        settings = declared("products", watch=[{"table": "public.products", "key": "id"}])
+        more = replace(self.dataset, **dataset)  # type: ignore[arg-type]
+        details = facts.Details(dataset=more, settings=settings, without_deltas_because=because)
+        return sentences(details, facts.Database(state="up", capture=capture, listening_wanted=True))
+
+    def test_collected(self) -> None:
+        """The way of a dataset is that of its newest snapshot; None without watch, and if it is read elsewhere."""
+        watch = [{"table": "public.products", "key": "id"}]
+        cache = filled_cache()
+        products = cache.dataset("products")
+        self.assertIsNone(collect.dataset(products).capture)
+        for state, way, not_logical in (
+            ("", "nothing", None),
+            ('{"logical":{"slot":"s"},"tables":{"a":1}}', "logical", None),
+            (BY_TRIGGERS, "triggers", "wal_level is replica"),
+        ):
+            cache.declare([declared("products", watch=watch)])
+            products.publish(
+                Snapshot(products.last_generation + 1, rows_of({}), MOMENT, 1000.0, "1:1:", watch_state=state)
+            )
+            found = collect.dataset(products)
+            self.assertEqual((found.capture, found.not_logical), (way, not_logical))
+        products.note_fleet(FleetStatus("replica", "cache-2"))
+        self.assertIsNone(collect.dataset(products).capture)
+        self.assertIsNone(collect.database(cache).capture)
+        cache.database.see_capture_by(lambda: CaptureStatus("lost", "gone"))
+        self.assertEqual(collect.database(cache).capture, facts.Capture("lost", "gone"))
+
+    def test_streaming(self) -> None:
+        """It is in the head line, and not a problem."""
+        shown = self.facts(self.streaming, "logical", "nothing", None)
+        self.assertIn(", capturing from the log", self.head(shown))
+        self.assertEqual(problems(shown), [])
+        self.assertNotIn("captur", self.head(self.facts(None, "triggers")))
+
+    def test_a_service_with_triggers(self) -> None:
+        """That nobody has set logical decoding up is neither in the head line nor a problem, if triggers do it all."""
+        again = replace(self.impossible, state="starting")
+        for capture in (self.impossible, again):
+            for ways in (("triggers", "triggers", None), (None,), ()):
+                shown = self.facts(capture, *ways)
+                self.assertNotIn("captur", self.head(shown))
+                self.assertEqual(problems(shown), [])
+
+    def test_problems(self) -> None:
+        """They are a warning with the reason: a lost or waiting stream always, an impossible one for other datasets."""
+        for capture, ways in (
+            (self.impossible, ("triggers", "nothing")),
+            (self.impossible, ("logical",)),
+            (facts.Capture("lost", "the server ended it"), ("triggers",)),
+            (facts.Capture("waiting", "the slot waits for session 7"), ("triggers",)),
+            (facts.Capture("starting", "the server ended it"), ("logical",)),
+        ):
+            shown = self.facts(capture, *ways)
+            (found,) = problems(shown)
+            self.assertEqual(str(found), f"changes are not captured from the log: {capture.problem}")
+            self.assertEqual((found.severity, found.dataset), (Severity.WARNING, None))
+            self.assertIn(f", NOT capturing from the log: {capture.problem}", self.head(shown))
+        starting = self.facts(facts.Capture("starting"), "nothing")
+        self.assertEqual(problems(starting), [])
+        self.assertIn(", NOT capturing from the log yet", self.head(starting))
+
+    def test_sentences(self) -> None:
+        """They name the slot and its lag; or why the log is not read, once."""
+        from_log = "Changes of its tables are read from the write-ahead log (slot cacheservice_1, 0.01 s behind)."
+        self.assertIn(from_log, self.why(self.streaming))
+        lost = facts.Capture("lost", "the server ended it")
+        cannot = "The write-ahead log cannot be read now: the server ended it."
+        until = "Changes of its tables were read from the write-ahead log until the last refresh."
+        self.assertIn(f"{until} {cannot}", " ".join(self.why(lost)))
+        self.assertIn(cannot, " ".join(self.why(lost, capture="nothing")))
+        self.assertIn(cannot, " ".join(self.why(lost, capture=None)))
+        because = " ".join(self.why(lost, because="the server ended it", capture="nothing"))
+        self.assertEqual(because.count("the server ended it"), 1)
+        self.assertIn("Deltas do not work: all rows have been read for", because)
+        triggers = "Changes of its tables are recorded by triggers"
+        self.assertIn(f"{triggers}.", self.why(None, capture="triggers"))
+        self.assertIn(
+            f"{triggers}, not read from the write-ahead log: wal_level is replica.",
+            self.why(self.impossible, capture="triggers", not_logical="it has not begun yet"),
+        )
+        self.assertIn(
+            f"{triggers}, not read from the write-ahead log: not in the publication.",
+            self.why(self.streaming, capture="triggers", not_logical="not in the publication"),
+        )
+
+    def test_how_changes_arrive(self) -> None:
+        """Only the datasets that need notifications have a sentence about them."""
+        yet = "The service is not listening"
+        self.assertNotIn(yet, " ".join(self.why(self.streaming)))
+        self.assertIn(yet, " ".join(self.why(self.streaming, capture="triggers")))
+        self.assertIn(yet, " ".join(self.why(self.impossible)))
+        settings = declared("products", watch=[{"table": "public.products", "key": "id"}], notify="products")
+        details = facts.Details(dataset=self.dataset, settings=settings)
+        wanted = facts.Database(state="up", capture=self.streaming, listening_wanted=True)
+        for database, begins in (
+            (wanted, "The service is not listening to notifications of applications yet."),
+            (replace(wanted, listening_problem="a pooler"), "Notifications of applications do not arrive: a pooler."),
+            (
+                replace(wanted, listening=True, listening_proven_s=3.0),
+                "Notifications of applications arrive as well: the service is listening, tested 3.00 s ago.",
+            ),
+        ):
+            self.assertIn(begins, sentences(details, database))
+        lost = replace(wanted, listening=True, listening_proven_s=3.0, capture=facts.Capture("lost", "x"))
+        self.assertIn("it may see some changes only at the next interval", " ".join(sentences(details, lost)))
 
 
 class Fleet(SynchronousTestCase):
@@ -398,6 +529,8 @@ class Words(SynchronousTestCase):
             str(replace(BLOCKER, user=None, lock_mode=None, relation=None, transaction_since=None, state="active")),
             "session 42 (psql) holds the lock, active, running UPDATE",
         )
+        prepared = Blocker(0, None, None, None, None, None, None, None)
+        self.assertEqual(str(prepared), "a prepared transaction (pg_prepared_xacts) holds the lock")
 
     def test_the_last_attempt(self) -> None:
         """A failure has its error, any other outcome its duration."""

@@ -153,7 +153,7 @@ class Feed:
         if self._names != tuple(datasets):
             self._names, self._names_version, self._has_changed = tuple(datasets), version, True
             self._described = {name: self._described[name] for name in datasets}
-        rest = self._describe_rest()
+        rest = _steady(self._describe_rest())
         workers = [(each.number, each.state) for each in self._cache.workers()]
         if rest != self._rest or workers != self._workers:
             self._rest, self._workers, self._has_changed = rest, workers, True
@@ -175,7 +175,7 @@ class Feed:
         return b': alive\nevent: state\ndata: %b,"datasets":{%b}}\n\n' % (head, members)
 
     def _describe_rest(self) -> dict[str, Json]:
-        """Return the state outside datasets, without values that change all the time."""
+        """Return the state outside datasets, without the service's own values, which change all the time."""
         rejection = self._cache.rejection
         return {
             "postgres": as_json.database(collect.database(self._cache)),
@@ -196,6 +196,16 @@ class Feed:
             "save_problem": dataset.save_problem,
             "newest_point": None if newest is None else as_json.point(collect.point(newest, now)),
         }
+
+
+def _steady(rest: dict[str, Json]) -> dict[str, Json]:
+    """Return the state outside datasets without the figures of the capture, which change with each transaction."""
+    postgres = rest["postgres"]
+    assert isinstance(postgres, dict), "it is an object"
+    capture = postgres["capture"]
+    if isinstance(capture, dict):
+        capture = {name: capture[name] for name in ("state", "problem", "slot")}
+    return rest | {"postgres": postgres | {"capture": capture}}
 
 
 def _drifting(dataset: Dataset) -> tuple[State, int | None]:

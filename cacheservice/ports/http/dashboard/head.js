@@ -22,7 +22,8 @@ export function showHead(problems, counts, newest) {
   const down = postgres.state === "down";
   const isDeaf = postgres.listening_wanted && !postgres.listening && postgres.listening_problem !== null && !postgres.standby;
   const isCapped = service.connection_cap !== null;
-  const number = Object.values(problems).reduce((sum, names) => sum + names.length, 0) + down + isDeaf + isCapped + (state.rejected !== null) + downWorkers().length;
+  const isMissed = captureProblem() !== null;
+  const number = Object.values(problems).reduce((sum, names) => sum + names.length, 0) + down + isDeaf + isMissed + isCapped + (state.rejected !== null) + downWorkers().length;
   let level = counts.alarm ? "alarm" : number ? "warning" : counts.waiting && !counts.fine ? "waiting" : "fine";
   let headline = number ? words.plural(number, "problem") : level === "waiting" ? "Loading …" : "All well";
   if (down) headline = number > 1 ? `${headline}: PostgreSQL is down` : "PostgreSQL is down";
@@ -45,6 +46,7 @@ export function showHead(problems, counts, newest) {
   else if (postgres.listening) vital("listening", "fine", "yes");
   else if (postgres.standby) vital("listening", "waiting", "not possible on a standby");
   else vital("listening", isDeaf ? "warning" : "waiting", isDeaf ? "NO" : "not yet");
+  showCapture(isMissed);
   const unready = Object.keys(service.not_ready);
   const because = unready.length > 2 ? words.plural(unready.length, "dataset") : unready.join(", ");
   vital("service", service.ready ? "fine" : "alarm", service.ready ? "ready" : `not ready because of ${because}`);
@@ -61,6 +63,7 @@ function summary(problems, counts, newest, down, isDeaf) {
   const labels = { expired: "Expired", stale: "Stale", "never loaded": "Never loaded", held: "Held back", failing: "Failing", other: "Other problems" };
   for (const [kind, names] of Object.entries(problems)) if (names.length) sentences.push(`${labels[kind]}: ${listed(names)}.`);
   if (isDeaf) sentences.push(`Notifications of changes do not arrive: ${sentence(state.postgres.listening_problem)}`);
+  if (captureProblem() !== null) sentences.push(`Changes are not captured from the log: ${sentence(captureProblem())}`);
   if (state.postgres.standby?.problem) sentences.push(`PostgreSQL is ${standby()}: ${sentence(state.postgres.standby.problem)}`);
   if (state.service.connection_cap) sentences.push(capped(state.service.connection_cap));
   for (const { number } of downWorkers()) sentences.push(`Worker ${number} is down; the service starts it again.`);
@@ -68,6 +71,27 @@ function summary(problems, counts, newest, down, isDeaf) {
   if (sentences.length) return sentences.join(" ");
   if (counts.waiting) return `${words.plural(counts.fine, "dataset")} of ${counts.fine + counts.waiting} are loaded and within their limits.`;
   return counts.fine === 1 ? "The one dataset is within its limits." : `All ${words.count(counts.fine)} datasets are within their limits.`;
+}
+
+/** Returns true if triggers do what logical decoding cannot: then nobody has set it up. `starting` is each new look. */
+function isByTriggers() {
+  const ways = [...state.datasets.values()].map((dataset) => dataset.latest?.capture ?? null);
+  return ["impossible", "starting"].includes(state.postgres.capture.state) && ways.every((way) => way === null || way === "triggers");
+}
+
+/** Returns why changes are not captured from the log, or null if that is not a problem. */
+function captureProblem() {
+  const { capture } = state.postgres;
+  return capture === null || capture.state === "streaming" || isByTriggers() ? null : capture.problem;
+}
+
+function showCapture(isMissed) {
+  const { capture } = state.postgres;
+  setHidden($("capture"), capture === null);
+  if (capture === null) return;
+  if (capture.state === "streaming") vital("capture", "fine", "from the log");
+  else if (isMissed) vital("capture", "warning", "NOT from the log");
+  else vital("capture", "waiting", capture.problem !== null && isByTriggers() ? "by triggers" : "not yet");
 }
 
 function standby() {

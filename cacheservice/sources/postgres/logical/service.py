@@ -216,7 +216,8 @@ class Capture(Service):
         self._state, self._problem = state, problem
         self._settle()
         if state == "lost":
-            self._restarts["lost"] += 1
+            self._restarts["lost"] += self._has_streamed
             self._was_missed = True
         if is_new:
-            self._around.log.warning(f"capture_{state}", error=problem, retry_in_s=round(retry_in_s, 3))
+            event = "capture_impossible" if state == "impossible" else "capture_lost"
+            self._around.log.warning(event, error=problem, retry_in_s=round(retry_in_s, 3))
