@@ -103,9 +103,9 @@ class Reads:
         if self._store is not None:
             yield self._store
         yield self._pruning
+        yield self._capture  # before the first reads, which wait for its stream
         yield self.refresh
         yield self._listener
-        yield self._capture
         if self._fleet is not None:
             yield from self._fleet.services()
 

@@ -107,7 +107,7 @@ class Capturing:
         assert server is not None, "each transaction identifies its server"
         now = Visibility.of(transaction.moment.database_snapshot, in_recovery=server.in_recovery)
         sent = () if problem is not None else tables.sent(found, dataset)
-        stream.captured.learn(dataset.name, sent, now)
+        stream.learn(dataset.name, sent, now)
         if problem is not None:
             return _FromLog(None, problem)
         state = {"slot": stream.slot, **tables.state(found, dataset)}

@@ -7,11 +7,14 @@ from typing import Protocol
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, succeed
 
-from cacheservice.base.errors import RefreshFailed
+from cacheservice.base.errors import QueryFailed, RefreshFailed
 from cacheservice.base.interfaces import Clock, Log
 from cacheservice.base.tasks import Tasks
 from cacheservice.base.timers import looping
 from cacheservice.cache.cache import Cache
+from cacheservice.cache.capture import captured_by
+from cacheservice.cache.dataset import Dataset
+from cacheservice.sources.postgres.blockers import NO_FUNCTION
 from cacheservice.sources.postgres.recorded import Pruned, Recorded
 
 CHANGES_KEPT_S = 3600.0
@@ -77,7 +80,11 @@ class Pruning(Service):
                     break
             recorded = await self._database.recorded(_TIMEOUT_S)
         except RefreshFailed as error:
-            self._note(str(error), total, None)
+            is_needed = any(_uses_triggers(each) for each in datasets if each.settings.watch)
+            if isinstance(error, QueryFailed) and error.sqlstate in NO_FUNCTION and not is_needed:
+                self._note(None, 0, None)  # changes are captured from the log, and the database has no triggers
+            else:
+                self._note(str(error), total, None)
         else:
             self._note(kept_because(recorded, status.lag.seconds), total, recorded)
 
@@ -93,6 +100,11 @@ class Pruning(Service):
         else:
             log = self._log.warning if is_new else self._log.debug
             log("changes_not_pruned", error=problem, kept=count, oldest_s=oldest_s)
+
+
+def _uses_triggers(dataset: Dataset) -> bool:
+    newest = dataset.newest()
+    return newest is None or captured_by(newest.watch_state).way != "logical"
 
 
 def kept_because(recorded: Recorded, lag_s: float) -> str | None:

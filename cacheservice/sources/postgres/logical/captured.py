@@ -40,14 +40,15 @@ class Captured:
         self._held = 0
         self._forgets_at = _FEW
 
-    def learn(self, dataset: str, sent: tuple[Sent, ...], now: Visibility) -> None:
+    def learn(self, dataset: str, sent: tuple[Sent, ...], now: Visibility) -> bool:
         """Note the tables that a dataset watches now; none if it cannot use the stream.
 
         :param now: the snapshot of a read, whose result may become the start of a delta.
+        :returns: whether the tables have changed since, before they were known.
         """
         self._reading[dataset] = now
         if self._watching.get(dataset, ()) == sent:
-            return
+            return False
         self._watching[dataset] = sent
         columns: dict[int, dict[str, None]] = {}
         for each in (each for watching in self._watching.values() for each in watching):
@@ -61,6 +62,7 @@ class Captured:
                 self.open.lose(oid)
         self._unfit.clear()
         self.decoder.renew()
+        return any(self.kept.changed(oid, now) != frozenset() for each in sent for oid in each.oids)
 
     def committed(self, transaction: Committed) -> set[str]:
         """Keep the changes of a transaction; return the datasets that must be read because of them.

@@ -20,6 +20,7 @@ from cacheservice.sources.postgres.logical.captured import Captured
 from cacheservice.sources.postgres.logical.environment import Environment, Retained
 from cacheservice.sources.postgres.logical.kept import Committed
 from cacheservice.sources.postgres.logical.stream import ChangeStream, StreamObserver, position
+from cacheservice.sources.postgres.logical.tables import Sent
 
 _LOOK_S = 10.0
 """Between two looks at the log that the server keeps for the slot."""
@@ -164,24 +165,29 @@ class Streaming:
                 if timer.active():
                     timer.cancel()
 
-    def forget(self) -> None:
-        """Forget the changes that no delta can need."""
-        self.captured.forget(lambda: self._around.observer.bases(self.slot))
+    def learn(self, dataset: str, sent: tuple[Sent, ...], now: Visibility) -> None:
+        """Note the tables that a dataset watches now, as of the snapshot of a read; see `Captured.learn`."""
+        if self.captured.learn(dataset, sent, now):
+            self._notify_of({dataset})
 
     def _began(self, _: int) -> None:
         self.is_streaming = True
         self._began_with()
 
     def _committed(self, transaction: Committed) -> None:
-        if not self._concerned:
+        self._notify_of(self.captured.committed(transaction))
+        self.captured.forget(lambda: self._around.observer.bases(self.slot))
+
+    def _notify_of(self, datasets: set[str]) -> None:
+        """Notify the observer in the next turn, once for all transactions of this one."""
+        if datasets and not self._concerned:
             self._around.reactor.callLater(0, self._notify)
-        self._concerned |= self.captured.committed(transaction) or set()
+        self._concerned |= datasets
 
     def _notify(self) -> None:
         concerned, self._concerned = self._concerned, set()
         for name in concerned:
             self._around.observer.changed(name)
-        self.forget()
 
     def _poke(self) -> None:
         """Have the server write its log to the disk: what an open transaction has written is not decoded before."""
