@@ -525,7 +525,7 @@ class Obstacles(CaptureTestCase):
 
     @pytest.mark.skipif(pgbouncer.PROGRAM is None, reason=pgbouncer.NEEDED)
     async def test_a_pooler(self) -> None:
-        """Behind a proxy that pools transactions there is no stream, and the reason says so."""
+        """Behind a proxy that pools transactions there is no stream, and the reason names that."""
         self.run_each(f"{PLAIN}; {PUBLISHED}")
         with pgbouncer.running_pgbouncer(self.server) as dsn:
             await self.capture(dsn=dsn(database=self.database_name))

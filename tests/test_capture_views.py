@@ -164,7 +164,7 @@ class Seen(TestCase):
             await self.until_state("waiting")
             await self.until(lambda: self.products.snapshot)
             await self.refreshed()
-            waits = f"the slot waits for transactions that are open: session {pid} of postgres (a_batch)"
+            waits = f"the slot waits for open transactions: session {pid} of postgres (a_batch)"
             seen = self.json()
             capture, products = seen["postgres"]["capture"], seen["datasets"]["products"]
             self.assertEqual(capture["state"], "waiting")

@@ -28,7 +28,7 @@ class _FromLog(NamedTuple):
     :param problem: why the changes are not known.
     """
 
-    state: dict[str, Any] | None
+    state: dict[str, object] | None
     problem: str | None
     keys: frozenset[Key] = frozenset()
 
@@ -135,7 +135,7 @@ class Capturing:
         return _FromLog(state, None, keys)
 
 
-def _since(state: dict[str, Any], now: Visibility) -> dict[str, Any]:
+def _since(state: Mapping[str, object], now: Visibility) -> dict[str, object]:
     """Return a state that begins with a snapshot.
 
     A transaction that is still open then may have changed a table before the slot existed, or before the table was
@@ -164,5 +164,5 @@ def _state_of(since: Snapshot | None) -> Mapping[str, Any]:
     return json.loads(since.watch_state) if since is not None and since.watch_state else {}
 
 
-def _text(state: Mapping[str, Any]) -> str:
+def _text(state: Mapping[str, object]) -> str:
     return json.dumps(state, separators=(",", ":"))
