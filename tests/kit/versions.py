@@ -42,6 +42,7 @@ NEEDS_NPM = "npm is not here: install Node, on Debian by apt-get install npm"
 
 DATABASE_LAYER = (
     "tests/test_database.py",
+    "tests/test_capture.py",
     "tests/test_deltas.py",
     "tests/test_watch.py",
     "tests/test_migrate.py",

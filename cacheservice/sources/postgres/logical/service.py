@@ -28,7 +28,7 @@ from cacheservice.sources.postgres.target import Target
 _QUERY_WITHIN_S = 5.0
 _ANSWER_WITHIN_S = 5.0
 _RETRY_INITIAL_S, _RETRY_MAX_S = 0.5, 30.0
-_RETRY_SLOWLY_S = 15.0
+_RETRY_SLOWLY_S = 30.0
 """While the server or the role must be changed first."""
 _FIRST_WITHIN_S = 0.5
 """The first reads after a start wait so long for the stream, because only a later read can be the start of a delta."""
