@@ -87,7 +87,6 @@ class Compared(Database):
         self.reasons: set[str] = set()
         self._reader = _ReadsAllToo(self, self._transactions, self._reader._fetching, self.capturing)
 
-
     @property
     def changing(self) -> list[str]:
         """The kinds of reads, without those that only a late notification caused."""
