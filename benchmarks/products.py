@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 from cacheservice.cli.embedded import EmbeddedPostgres
 
@@ -26,10 +27,10 @@ VACUUM (ANALYZE, FREEZE) products;
 
 
 @contextmanager
-def own_server() -> Iterator[EmbeddedPostgres]:
-    """An empty PostgreSQL of our own."""
+def own_server(settings: Mapping[str, str] = MappingProxyType({})) -> Iterator[EmbeddedPostgres]:
+    """An empty PostgreSQL of our own, with these settings besides."""
     directory = Path(tempfile.mkdtemp(prefix="cacheservice-benchmarks-"))
-    server = EmbeddedPostgres(directory, settings={"shared_buffers": "512MB"})
+    server = EmbeddedPostgres(directory, settings={"shared_buffers": "512MB", **settings})
     try:
         server.start()
         yield server
@@ -39,9 +40,9 @@ def own_server() -> Iterator[EmbeddedPostgres]:
 
 
 @contextmanager
-def server_with_products(rows: int) -> Iterator[EmbeddedPostgres]:
+def server_with_products(rows: int, settings: Mapping[str, str] = MappingProxyType({})) -> Iterator[EmbeddedPostgres]:
     """A PostgreSQL of our own whose database `postgres` holds the table, all of it in its buffers."""
-    with own_server() as server:
+    with own_server(settings) as server:
         server.run_sql(TABLE.format(rows=rows))
         document_bytes = float(server.run_sql("SELECT avg(octet_length(row_to_json(p)::text)) FROM products p"))
         print(f"{rows:,} rows, documents of {document_bytes:.0f} bytes on average\n", flush=True)

@@ -46,9 +46,9 @@ UPDATE products SET price = price + 0.01, updated_at = now() WHERE id = :id;
 INSERT INTO sales (product_id, price) VALUES (:id, 9.99);
 COMMIT;
 """
-_SALES = "CREATE TABLE sales (product_id integer, price numeric, sold_at timestamptz NOT NULL DEFAULT now())"
+SALES = "CREATE TABLE sales (product_id integer, price numeric, sold_at timestamptz NOT NULL DEFAULT now())"
 # Checkpoints, after which pages are logged whole, and autovacuum would fall on one run and not on another.
-_UNDISTURBED = """
+UNDISTURBED = """
 ALTER SYSTEM SET checkpoint_timeout = '1h';
 ALTER SYSTEM SET max_wal_size = '8GB';
 ALTER SYSTEM SET autovacuum = off;
@@ -65,10 +65,10 @@ def main() -> None:
     options = parser.parse_args()
     with server_with_products(options.rows) as server:
         migrate(server.dsn(), shipped.folder("migrations"))
-        server.run_sql(_UNDISTURBED)
+        server.run_sql(UNDISTURBED)
         many = _MANY.format(last=options.rows - _ROWS + 1, rows=_ROWS)
-        one, sale = _ONE.format(last=options.rows), _SALE.format(last=options.rows)
-        server.run_sql(_SALES)
+        one, sale = one_row(options.rows), one_sale(options.rows)
+        server.run_sql(SALES)
         print(f"{_ROWS:,} rows a statement, ms", flush=True)
         many_ms = in_turns(server, options.rounds, many, 1, ["-t", "15"])
         print("a row a statement, one client, ms", flush=True)
@@ -123,6 +123,16 @@ def main() -> None:
                 )
             )
     print_figures(figures)
+
+
+def one_row(rows: int) -> str:
+    """The script of a writer of single rows."""
+    return _ONE.format(last=rows)
+
+
+def one_sale(rows: int) -> str:
+    """The script of a writer of transactions."""
+    return _SALE.format(last=rows)
 
 
 def in_turns(

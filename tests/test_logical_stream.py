@@ -94,8 +94,8 @@ class Stream:
 
     @property
     def keys(self) -> list[set[Key] | None]:
-        found = [each.changed[self.oid] for each in self.committed if self.oid in each.changed]
-        return [None if keys is None else set(keys) for keys in found]
+        found = [(each.changed[self.oid], each.more) for each in self.committed if self.oid in each.changed]
+        return [None if keys is None else set(keys).union(*(part.keys for part in more)) for keys, more in found]
 
 
 @pytest.mark.usefixtures("logical_server")

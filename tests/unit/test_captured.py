@@ -6,8 +6,8 @@ from cacheservice.cache.identity import Visibility
 from cacheservice.sources.postgres.logical import environment
 from cacheservice.sources.postgres.logical.captured import Captured
 from cacheservice.sources.postgres.logical.environment import Environment
-from cacheservice.sources.postgres.logical.kept import Committed
-from cacheservice.sources.postgres.logical.pgoutput import Column, Key, Relation
+from cacheservice.sources.postgres.logical.kept import Bounds, Committed, Transactions, Trash, full_xid
+from cacheservice.sources.postgres.logical.pgoutput import Begin, Changed, Column, Commit, Key, Relation
 from cacheservice.sources.postgres.logical.tables import Sent, moved
 
 T, LEAF, U = 100, 101, 200
@@ -21,6 +21,10 @@ def watching(
     names = (key,) if isinstance(key, str) else key
     over = frozenset({above} if above else ())
     return (Sent(frozenset({oid}), over, names, frozenset({0} if booleans else ())),)
+
+
+def snapshot(text: str, *, in_recovery: bool = False) -> Visibility:
+    return Visibility.of(text, in_recovery=in_recovery)
 
 
 def relation(*columns: str, oid: int = T, identity: tuple[str, ...] = ()) -> Relation:
@@ -117,6 +121,66 @@ def test_forgetting() -> None:
         captured.forget(lambda: [Visibility.of("3000:3000:", in_recovery=False)])
     assert captured.kept.count < 5000
     assert captured.changed(watching(), Visibility.of("5999:5999:", in_recovery=False)) == keys("5999")
+
+
+def test_a_commit_that_no_session_sees_yet() -> None:
+    """It is in the log before it is visible: a read that begins then misses it, and another one must follow."""
+    captured = Captured(10)
+    assert not captured.learn("products", watching(), snapshot("10:10:"))
+    assert captured.committed(Committed(10, {T: keys("1")})) == {"products"}
+    assert captured.learn("products", watching(), snapshot("10:10:"))
+    assert captured.learn("products", watching(), snapshot("10:11:10"))
+    assert not captured.learn("products", watching(), snapshot("11:11:"))
+
+
+def test_a_standby() -> None:
+    """It decodes a transaction after it has become visible, and its snapshots do not list those in progress."""
+    captured = Captured(10)
+    captured.learn("products", watching(), snapshot("10:10:", in_recovery=True))
+    captured.committed(Committed(11, {T: keys("1")}))
+    assert not captured.learn("products", watching(), snapshot("10:12:", in_recovery=True))
+
+
+def test_unread_transactions_have_a_bound() -> None:
+    """A dataset that cannot be read for hours does not fill the memory."""
+    captured = Captured(10)
+    captured.learn("products", watching(), snapshot("10:10:"))
+    for xid in range(10, 25_000):
+        captured.committed(Committed(xid, {T: None}))
+    assert len(captured._unread["products"]) <= 10_000
+    assert captured.learn("products", watching(), snapshot("24999:24999:"))
+    assert not captured.learn("products", watching(), snapshot("25000:25000:"))
+
+
+def test_a_large_transaction() -> None:
+    """Its keys are in small sets, each quick to free, and all of them are found."""
+    filled: list[int] = []
+    trash = Trash(lambda: filled.append(1))
+    captured = Captured(10, Bounds(20_000, 1 << 24), trash)
+    captured.learn("products", watching(), snapshot("10:10:"))
+    for message in (Begin(10), *(Changed(T, ((str(number),),)) for number in range(10_000)), Commit(1)):
+        if (committed := captured.open.take(message)) is not None:
+            captured.committed(committed)
+            assert max(len(part.keys) for part in committed.more) <= 4096
+    assert captured.changed(watching(), snapshot("10:10:")) == {(str(number),) for number in range(10_000)}
+    some = captured.changed(watching(), snapshot("10:10:"), 100)
+    assert some is not None
+    assert 100 < len(some) < 10_000
+    assert (captured.keys, captured.kept.count, filled) == (10_000, 10_000, [])
+    captured.kept.lose(T)
+    assert (captured.kept.count, filled) == (0, [1])
+    assert trash.free()
+    while trash.free():
+        pass
+    assert captured.changed(watching(), snapshot("10:10:")) is None
+
+
+def test_a_transaction_beyond_the_bounds() -> None:
+    """Its keys are given up, the parts as well as the last ones."""
+    found = Transactions(Bounds(10_000, 1 << 24), lambda xid: full_xid(xid, 10))
+    messages = [Begin(10), *(Changed(T, ((str(number),),)) for number in range(10_001)), Commit(1)]
+    (committed,) = [each for message in messages if (each := found.take(message)) is not None]
+    assert committed == Committed(10, {T: None})
 
 
 ABLE = Environment("logical", False, 180004, "reader", True, True, 10, 0, 10, 0, 700)

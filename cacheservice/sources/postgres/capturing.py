@@ -30,7 +30,7 @@ class _FromLog(NamedTuple):
 
     state: dict[str, object] | None
     problem: str | None
-    keys: frozenset[Key] = frozenset()
+    keys: tuple[Key, ...] = ()
 
 
 class Capturing:
@@ -66,7 +66,7 @@ class Capturing:
         found = await self._from_log(self._capture, transaction, read)
         before = _state_of(read.since)
         if found.state is not None and found.problem is None:
-            return Changes(_text({"logical": found.state}), None, tuple(found.keys))
+            return Changes(_text({"logical": found.state}), None, found.keys)
         if self._mode == "logical":
             state = "" if found.state is None else _text({"logical": found.state})
             return Changes(state, found.problem, ())
@@ -125,14 +125,14 @@ class Capturing:
         within_s = min(_MOST_WAIT_S, transaction.guard.remaining_s() / 4)
         if not await stream.pass_by(found.lsn, within_s, may_write=not server.in_recovery):
             return _FromLog(state, f"the stream of changes was not as far as the transaction within {within_s:.3g} s")
-        keys = stream.captured.changed(sent, base)
+        keys = stream.captured.changed(sent, base, read.most_keys)
         if keys is None:
             because = (
                 "a watched table was truncated, its key or replica identity was changed, or more keys changed than are "
                 "kept in memory"
             )
             return _FromLog(state, because)
-        return _FromLog(state, None, keys)
+        return _FromLog(state, None, tuple(keys))
 
 
 def _since(state: Mapping[str, object], now: Visibility) -> dict[str, object]:

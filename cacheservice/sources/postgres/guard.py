@@ -76,6 +76,7 @@ class Replication:
 
     def __init__(self, cursor: _ReplicationCursor, target: Target, ended: Callable[[], Exception | None]) -> None:
         self._cursor = cursor
+        self._read = cursor.read_message  # looked up once, because it is called for each changed row
         self._target = target
         self._ended = ended
 
@@ -92,7 +93,7 @@ class Replication:
         if (ended := self._ended()) is not None:
             raise ended
         try:
-            return self._cursor.read_message()
+            return self._read()
         except psycopg2.Error as error:
             raise translate(error, self._target) from error
 

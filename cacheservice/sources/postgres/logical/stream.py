@@ -30,6 +30,10 @@ _QUIET_S = 10.0
 _ANSWER_WITHIN_S = 5.0
 _SERVER_WAITS_S = 20
 """The server ends the session, and the slot with it, after so long without a message from here."""
+_REPORT_S = 0.1
+"""The server need not know sooner what it may forget, and each report takes time on both sides."""
+_DENSE_S = 0.001
+"""Commits that follow each other faster than this are taken together, which takes a fraction of the time."""
 _PAGE_BYTES, _PAGE_HEADER_BYTES = 8192, 40
 """Of the log: XLOG_BLCKSZ, and the longest header of a page (xlog_internal.h)."""
 _SHORTEST_S, _LONGEST_S = 0.0005, 0.02
@@ -79,6 +83,7 @@ class ChangeStream:
         self._replication: Replication | None = None
         self._waiting: list[tuple[int, Deferred[bool]]] = []
         self._has_ended = False
+        self._reported_at = self._taken_at = 0.0
 
     def until_passed(self, lsn: int) -> Deferred[bool]:
         """Wait until all changes before a position in the log are known; fires with False if the session ends before.
@@ -134,12 +139,20 @@ class ChangeStream:
                 # The server answers at once, so that without a pause it would be asked all the time.
                 await pause(self._clock, delay_s)
                 delay_s = min(2 * delay_s, _LONGEST_S)
+            now = self._clock.seconds()
+            is_dense, self._taken_at = now - self._taken_at < _DENSE_S, now
+            if is_dense and not self._waiting:
+                await pause(self._clock, _DENSE_S)
+                continue
             # What has been taken is in our memory, and all rows would be read again after a loss: the server need not
             # keep it.
-            self._send_feedback(replication, reply=bool(self._waiting))
-            asks_at = self._clock.seconds() + _QUIET_S
+            asks_at = wakes_at = now + _QUIET_S
+            if self._waiting or now >= self._reported_at + _REPORT_S:
+                self._send_feedback(replication, reply=bool(self._waiting))
+            else:
+                wakes_at = self._reported_at + _REPORT_S
             self._guard.renew(asks_at + _ANSWER_WITHIN_S)
-            await self._guard.readable(asks_at)
+            await self._guard.readable(wakes_at)
             if self._clock.seconds() >= asks_at:
                 self._send_feedback(replication, reply=True)
                 await self._guard.readable(asks_at + 2 * _ANSWER_WITHIN_S)
@@ -176,6 +189,7 @@ class ChangeStream:
 
     def _send_feedback(self, replication: Replication, *, reply: bool) -> None:
         """Report what is not needed any more; a reply has the position that the server has decoded up to."""
+        self._reported_at = self._clock.seconds()
         replication.feedback(self.passed, reply=reply)
 
     def _forget(self, waiting: Deferred[bool]) -> None:

@@ -16,9 +16,9 @@ from cacheservice.base.timers import pause
 from cacheservice.cache.capture import CaptureStatus
 from cacheservice.cache.identity import Visibility
 from cacheservice.sources.postgres.guard import GuardedConnection
-from cacheservice.sources.postgres.logical.captured import Captured
+from cacheservice.sources.postgres.logical.captured import BOUNDS, Captured
 from cacheservice.sources.postgres.logical.environment import Environment, Retained
-from cacheservice.sources.postgres.logical.kept import Committed
+from cacheservice.sources.postgres.logical.kept import Committed, Trash
 from cacheservice.sources.postgres.logical.stream import ChangeStream, StreamObserver, position
 from cacheservice.sources.postgres.logical.tables import Sent
 
@@ -29,7 +29,8 @@ _WAIT_SEEN_S = 1.0
 _QUERY_WITHIN_S = 5.0
 _POKE_AFTER_S = 0.003
 """The log reaches the disk with the next commit; if none comes for so long, one of our own does that."""
-
+_AGAIN_FIRST_S, _AGAIN_LAST_S = 0.002, 1.0
+"""Until a dataset is read again, from which a transaction was not visible yet."""
 _LOGGED = (
     "of the primary, which logs each 15 s those that are running; SELECT pg_log_standby_snapshot() there does that at "
     "once"
@@ -84,7 +85,7 @@ class Streaming:
         self, guard: GuardedConnection, found: Environment, around: Surroundings, began: Callable[[], object]
     ) -> None:
         self.is_streaming = False
-        self.captured = Captured(found.next_xid)
+        self.captured = Captured(found.next_xid, BOUNDS, Trash(self._begin_freeing))
         self._in_recovery = found.in_recovery
         self._around = around
         self._began_with = began
@@ -94,6 +95,7 @@ class Streaming:
         self._tasks = Tasks(around.log)
         self._pokes: Deferred[None] | None = None
         self._concerned: set[str] = set()
+        self._again_s: dict[str, float] = {}
         self._blockers: str | None = None
         self._retained: Retained | None = None
         self._marks: deque[tuple[float, int]] = deque()
@@ -166,28 +168,48 @@ class Streaming:
                     timer.cancel()
 
     def learn(self, dataset: str, sent: tuple[Sent, ...], now: Visibility) -> None:
-        """Note the tables that a dataset watches now, as of the snapshot of a read; see `Captured.learn`."""
-        if self.captured.learn(dataset, sent, now):
-            self._notify_of({dataset})
+        """Note the tables that a dataset watches now, and have it read again if the read misses a transaction.
+
+        A transaction becomes visible right after it is in the log, except if it waits for a synchronous standby.
+
+        :param now: the snapshot of a read.
+        """
+        if not self.captured.learn(dataset, sent, now):
+            self._again_s.pop(dataset, None)
+            return
+        delay_s = self._again_s.get(dataset, _AGAIN_FIRST_S)
+        self._again_s[dataset] = min(2 * delay_s, _AGAIN_LAST_S)
+        self._tasks.run(self._notify_again(dataset, delay_s))
+
+    async def _notify_again(self, dataset: str, delay_s: float) -> None:
+        await pause(self._around.reactor, delay_s)
+        self._around.observer.changed(dataset)
 
     def _began(self, _: int) -> None:
         self.is_streaming = True
         self._began_with()
 
     def _committed(self, transaction: Committed) -> None:
-        self._notify_of(self.captured.committed(transaction))
-        self.captured.forget(lambda: self._around.observer.bases(self.slot))
-
-    def _notify_of(self, datasets: set[str]) -> None:
-        """Notify the observer in the next turn, once for all transactions of this one."""
-        if datasets and not self._concerned:
+        concerned = self.captured.committed(transaction)
+        if concerned and not self._concerned:
+            # In the next turn, once for all transactions of this one.
             self._around.reactor.callLater(0, self._notify)
-        self._concerned |= datasets
+        self._concerned |= concerned
+        self.captured.forget(lambda: self._around.observer.bases(self.slot))
 
     def _notify(self) -> None:
         concerned, self._concerned = self._concerned, set()
         for name in concerned:
             self._around.observer.changed(name)
+
+    def _begin_freeing(self) -> None:
+        self._tasks.run(self._free())
+
+    async def _free(self) -> None:
+        is_left = True
+        while is_left:
+            await pause(self._around.reactor)
+            is_left = self.captured.trash.free()
 
     def _poke(self) -> None:
         """Have the server write its log to the disk: what an open transaction has written is not decoded before."""
