@@ -328,12 +328,14 @@ def let_go(error: BaseException | None) -> None:
 
     Errors of sessions and Deferreds form reference cycles with these frames. Without this function, the snapshot that a
     failed read started from would stay in memory after its replacement until the next garbage collection.
+
+    An error that was merely being handled when this one was raised is only detached: a coroutine that handled it may be
+    waiting now, and clearing its frame would end it (before Python 3.13).
     """
     seen: set[int] = set()
-    left: list[BaseException | None] = [error]
-    while left:
-        each = left.pop()
-        if each is not None and id(each) not in seen:
-            seen.add(id(each))
-            traceback.clear_frames(each.__traceback__)
-            left += [each.__cause__, each.__context__]
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        if error.__context__ is not error.__cause__:
+            error.__context__ = None
+        error = error.__cause__

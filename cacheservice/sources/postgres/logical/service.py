@@ -125,6 +125,10 @@ class Capture(Service):
                 if timer.active():
                     timer.cancel()
 
+    def _settle_soon(self) -> None:
+        """Let the reads that wait go on in a turn of their own, not while an error is handled."""
+        self._around.reactor.callLater(0, self._settle)
+
     def _settle(self) -> None:
         settling, self._settling = self._settling, []
         for each in settling:
@@ -156,7 +160,7 @@ class Capture(Service):
     def _ended(self, result: object) -> None:
         self._loop = None
         self._state, self._problem = "off", None
-        self._settle()
+        self._settle_soon()
         if isinstance(result, Failure) and not result.check(CancelledError):
             log_internal_error(self._around.log, result)
         self._begin()  # what is wanted since
@@ -204,7 +208,7 @@ class Capture(Service):
         self._has_streamed = True
         self._problem = None
         self._around.log.info("capture_began", slot=self._streaming and self._streaming.slot)
-        self._settle()
+        self._settle_soon()
         if self._was_missed:
             # In a turn of its own: the refreshes that this starts use the stream, which runs now.
             self._was_missed = False
@@ -214,7 +218,7 @@ class Capture(Service):
         """Note why nothing is streamed; the log has a line for each change, not for each try."""
         is_new = problem != self._problem
         self._state, self._problem = state, problem
-        self._settle()
+        self._settle_soon()
         if state == "lost":
             self._restarts["lost"] += self._has_streamed
             self._was_missed = True

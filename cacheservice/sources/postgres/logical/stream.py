@@ -124,7 +124,7 @@ class ChangeStream:
             self._has_ended, self._replication = True, None
             waiting, self._waiting = self._waiting, []
             for _, each in waiting:
-                each.callback(False)
+                self._clock.callLater(0, _fire, each, False)
         raise AssertionError("a stream ends with an error")
 
     async def _stream(self, replication: Replication) -> None:
@@ -182,7 +182,7 @@ class ChangeStream:
         for needed, each in waiting:
             if lsn >= needed:
                 # In a turn of its own, because the stream cannot be cancelled while it runs.
-                self._clock.callLater(0, _fire, each)
+                self._clock.callLater(0, _fire, each, True)
             else:
                 self._waiting.append((needed, each))
         return True
@@ -196,9 +196,9 @@ class ChangeStream:
         self._waiting = [(lsn, each) for lsn, each in self._waiting if each is not waiting]
 
 
-def _fire(waiting: Deferred[bool]) -> None:
+def _fire(waiting: Deferred[bool], has_passed: bool) -> None:
     if not waiting.called:  # cancelled meanwhile
-        waiting.callback(True)
+        waiting.callback(has_passed)
 
 
 def position(text: str | bytes) -> int:
