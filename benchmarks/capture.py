@@ -44,6 +44,8 @@ SETTINGS = {"wal_level": "logical"}
 _TABLE, _PUBLICATION = "public.products", "cacheservice"
 _WATCHED = {"watch": [{"table": _TABLE, "key": "id"}]}
 _WRITERS = 16
+_PACED = ("4", "2000")
+"""So many writers, and commits a second of all of them, leave both cores mostly idle."""
 _TAC = Path(__file__).with_name("stall.tac")
 _ASIDE = 1000
 """The first rows are for the commits that are timed; a load changes the others."""
@@ -140,23 +142,38 @@ def writers(server: EmbeddedPostgres, options: argparse.Namespace) -> list[Figur
             server.settings = {**server.settings, "fsync": "on"}
             server.restart()
         for what, script in scripts.items():
-            print(f"{_WRITERS} writers of {what}, fsync {fsync}: commits/s, CPU of the writers per commit", flush=True)
-            runs = in_turns(server, script, options.rounds, options.seconds)
-            figures += writers_figures(f"{_WRITERS} writers of {what}, fsync {fsync}", runs)
+            name = f"{_WRITERS} writers of {what}, fsync {fsync}"
+            print(f"{name}: commits/s, CPU of the writers per commit", flush=True)
+            figures += writers_figures(name, in_turns(server, script, options.rounds, options.seconds))
+    clients, rate = _PACED
+    name = f"{clients} writers of a row, {int(rate):,} commits/s, fsync on"
+    print(f"{name}: CPU of the writers per commit", flush=True)
+    runs = in_turns(server, scripts["a row"], options.rounds, options.seconds, int(clients), ("-R", rate))
+    # The first figure of each variant, commits per second, is what was asked for.
+    figures += [figure for figure in writers_figures(name, runs) if "commits/s" not in figure[0].removeprefix(name)]
     return figures
 
 
-def in_turns(server: EmbeddedPostgres, script: str, rounds: int, seconds: int) -> dict[str, list[Run]]:
+def in_turns(
+    server: EmbeddedPostgres,
+    script: str,
+    rounds: int,
+    seconds: int,
+    clients: int = _WRITERS,
+    pace: tuple[str, ...] = (),
+) -> dict[str, list[Run]]:
     """A run of each variant a round, another first each time."""
     found: dict[str, list[Run]] = {}
     variants = ["nothing", "logical", "nothing again", "no notify", "notify"]
-    written(server, script, seconds, None)
+    written(server, script, None, clients, "-T", str(seconds), *pace)
     for _ in range(rounds):
         variants.append(variants.pop(0))
         for variant in variants:
             server.run_sql("VACUUM products; CHECKPOINT")
             with prepared(server, variant) as service:
-                found.setdefault(variant, []).append(written(server, script, seconds, service))
+                found.setdefault(variant, []).append(
+                    written(server, script, service, clients, "-T", str(seconds), *pace)
+                )
         shown = {variant: runs[-1] for variant, runs in found.items()}
         print(
             "   ".join(f"{name} {run.commits_s:,.0f} {run.writers_us:.1f} µs" for name, run in shown.items()),
@@ -183,7 +200,7 @@ def prepared(server: EmbeddedPostgres, variant: str) -> Iterator[RunningService 
         server.run_sql("VACUUM cacheservice.changes")
 
 
-def written(server: EmbeddedPostgres, script: str, seconds: int, service: RunningService | None) -> Run:
+def written(server: EmbeddedPostgres, script: str, service: RunningService | None, clients: int, *length: str) -> Run:
     """Run the writers. Their sessions are sampled until they end, so that less than a sample is missing."""
     has_stream = service is not None and "logical" in server.run_sql("SELECT slot_type FROM pg_replication_slots")
     others = {"walsender": walsender(server)} if has_stream else {}
@@ -193,10 +210,10 @@ def written(server: EmbeddedPostgres, script: str, seconds: int, service: Runnin
     with tempfile.TemporaryDirectory() as folder, closing(psycopg2.connect(server.dsn())) as aside:
         path = Path(folder) / "script.sql"
         path.write_text(script)
-        with pgbench(server, path, _WRITERS, "-T", str(seconds)) as process:
+        with pgbench(server, path, clients, *length) as process:
             computed_s: dict[int, float] = {}
             while process.poll() is None:
-                if len(computed_s) < _WRITERS:
+                if len(computed_s) < clients:
                     computed_s.update(dict.fromkeys(sessions(aside, "pgbench"), 0.0))
                 for pid in computed_s:
                     with suppress(FileNotFoundError, ProcessLookupError):
