@@ -200,6 +200,7 @@ class Watching(FreshTestCase):
         self.migrated()
         self.watched(notify=False)
         daemon = self.service(self.dataset(WATCH).replace("interval_s = 3600", "interval_s = 0.3"), quiet=False)
+        daemon.wait_until_ready()
         self.sql("UPDATE things SET n = 1 WHERE id = 3")
         self.until_n(daemon, 3, 1)
         published = [line for line in self.attempts(daemon) if line["event"] == "refresh_published"]

@@ -241,7 +241,7 @@ class OnServers(ServiceTestCase):
 
         target = parse(standby(database=self.database_name))
         database = Database(reactor, target, 30.0, Cache([], reactor.seconds).database)
-        promoting = Promoting(database._transactions, database._reader._fetching)
+        promoting = Promoting(database._transactions, database._reader._fetching, database.capturing)
         self.patch(database, "_reader", promoting)
         self.addCleanup(database.stop)
         _, snapshot = await self.read_amid_a_transaction(standby, database)
