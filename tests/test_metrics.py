@@ -118,7 +118,8 @@ class RealService(RealServiceTestCase):
         daemon = self.started(self.configuration(STEADY, PRICES, REFUSED, "[limits]\nmax_connections = 50\n"))
         wait_until(lambda: daemon.json()["datasets"]["refused"]["last_attempt"], "a failure")
         wait_until(
-            lambda: daemon.json()["datasets"]["products"]["last_attempt"]["outcome"] == "unchanged", "a second refresh"
+            lambda: (daemon.json()["datasets"]["products"]["last_attempt"] or {}).get("outcome") == "unchanged",
+            "a second refresh",
         )
         get = b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n"
         hits = [get % (len(key), key) for key in (b"prices:%d" % number for number in range(1, 201))]

@@ -22,7 +22,7 @@ OF_LIBRARIES = {
     "autocommit",  # psycopg2's connection
     "threadFactory",  # twisted.python.threadpool.ThreadPool
     "argtypes", "restype",  # ctypes
-    "__cause__",
+    "__cause__", "__context__",  # exceptions
 }  # fmt: skip
 """Attributes of objects of others, which are set by assignment."""
 
