@@ -219,11 +219,11 @@ def written(server: EmbeddedPostgres, script: str, service: RunningService | Non
                     with suppress(FileNotFoundError, ProcessLookupError):
                         computed_s[pid] = scheduled_s(pid)
                 time.sleep(_SAMPLE_S)
-            told = process.stdout.read() if process.stdout is not None else ""
+            printed = process.stdout.read() if process.stdout is not None else ""
     spent_s = {name: scheduled_s(pid) - before_s[name] for name, pid in others.items()}
-    commits = int(_number(r"actually processed: (\d+)", told))
+    commits = int(_number(r"actually processed: (\d+)", printed))
     return Run(
-        _number(r"tps = ([\d.]+)", told),
+        _number(r"tps = ([\d.]+)", printed),
         sum(computed_s.values()) / commits * 1e6,
         spent_s.get("walsender", 0.0) / commits * 1e6,
         spent_s.get("service", 0.0) / commits * 1e6,

@@ -529,7 +529,6 @@ class Obstacles(CaptureTestCase):
         self.assertIn("there is no publication cacheservice", reason)
         self.assertIn("the database does not know cacheservice.changes", reason)
 
-    @pytest.mark.skipif(pgbouncer.PROGRAM is None, reason=pgbouncer.NEEDED)
     async def test_a_pooler(self) -> None:
         """Behind a proxy that pools transactions there is no stream, and the reason names that."""
         self.run_each(f"{PLAIN}; {PUBLISHED}")
