@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from twisted.internet import reactor
 from twisted.trial.unittest import TestCase
 
@@ -44,8 +42,3 @@ def capturing(
     test.addCleanup(capture.stopService)
     capture.capture(publication, notifications.watching())
     return capture
-
-
-def slots(rows: list[tuple[Any, ...]]) -> list[str]:
-    """Return the first column."""
-    return [name for name, *_ in rows]
