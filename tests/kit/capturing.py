@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from twisted.internet import reactor
 from twisted.trial.unittest import TestCase
 
@@ -42,3 +44,8 @@ def capturing(
     test.addCleanup(capture.stopService)
     capture.capture(publication, notifications.watching())
     return capture
+
+
+def slots(rows: list[tuple[Any, ...]]) -> list[str]:
+    """Return the first column."""
+    return [name for name, *_ in rows]
